@@ -1,0 +1,25 @@
+"""The ops of varfast that have, or will have, a kernel of their own. Imported as `varfast.kernels`.
+
+One op a file; each public function takes `impl=`. `reference.py` is the specification of all of them.
+Imports torch, triton and the extension, never the rest of varfast.
+"""
+
+from varfast.kernels.adaln import gated_residual, layer_norm_modulate
+from varfast.kernels.attention import block_causal_attention, cached_attention
+from varfast.kernels.grpo_loss import GRPO_STATS, grpo_token_loss
+from varfast.kernels.logprob import selective_log_softmax
+from varfast.kernels.sampling import sample_tokens
+from varfast.kernels.selection import Choice, choices
+
+__all__ = [
+    "GRPO_STATS",
+    "Choice",
+    "block_causal_attention",
+    "cached_attention",
+    "choices",
+    "gated_residual",
+    "grpo_token_loss",
+    "layer_norm_modulate",
+    "sample_tokens",
+    "selective_log_softmax",
+]

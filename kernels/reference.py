@@ -1,0 +1,236 @@
+"""The specification of every op, in plain PyTorch: any device, any floating dtype, no tuning.
+
+A kernel behind `varfast.kernels` computes one of these functions; its tests compare it with this file.
+Arithmetic is at least float32 whatever the storage dtype; float64 inputs are computed in float64.
+
+Axes: B image, l token of one scale, L token over all scales, V vocabulary, C channel, H head, D head dim, K keys so far.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counter-based random numbers
+
+_MASK32 = 0xFFFFFFFF
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: 4 random 32-bit words for each 128-bit counter and 64-bit key.
+
+    Args:
+        counter: four int64 tensors with values in [0, 2^32), broadcastable to one shape.
+        key: two int64 tensors with values in [0, 2^32), broadcastable to the same shape.
+    Returns: four int64 tensors with values in [0, 2^32).
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for round_index in range(10):
+        if round_index:
+            k0, k1 = (k0 + _PHILOX_WEYL[0]) & _MASK32, (k1 + _PHILOX_WEYL[1]) & _MASK32
+        # The 64-bit products wrap round in int64; their bits, which is all that is read, are those of uint64.
+        product0, product1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
+        high0, low0 = (product0 >> 32) & _MASK32, product0 & _MASK32
+        high1, low1 = (product1 >> 32) & _MASK32, product1 & _MASK32
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+    return c0, c1, c2, c3
+
+
+def uniform_Bl(key: Tensor, scale: int, num_images: int, num_tokens: int) -> Tensor:
+    """One uniform number in the open interval (0, 1) for each token of a scale, float64 with 52 random bits.
+
+    The number of an image's token depends on (seed, step, scale, sample index, position) alone, so it is the same
+    whatever the batch split, the block size or the process that draws it.
+
+    Args:
+        key: (3,) int64: seed, step, index of the first image among the samples of this step. A tensor on the device,
+            so that a captured graph reads the values of each replay.
+        scale: index of the scale, 0 for the coarsest.
+        num_images, num_tokens: B and l.
+    Returns: (B, l) float64.
+    """
+    seed, step, first_sample = key.unbind()
+    sample_B1 = (first_sample + torch.arange(num_images, device=key.device)).unsqueeze(1)
+    position_1l = torch.arange(num_tokens, device=key.device).unsqueeze(0)
+    word0, word1, _, _ = philox4x32(
+        (position_1l, sample_B1 & _MASK32, torch.full_like(seed, scale), step & _MASK32),
+        (seed & _MASK32, (seed >> 32) & _MASK32),
+    )
+    # 26 bits of each word; the half keeps 0 and 1 out.
+    return ((word0 >> 6) * 2.0**26 + (word1 >> 6) + 0.5).double() * 2.0**-52
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling and log-probabilities
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set to -inf what lies outside the `top_k` largest logits, then what lies outside the `top_p` nucleus.
+
+    All logits equal to the k-th largest stay. The nucleus drops the least probable tokens as long as their sum is at
+    most 1 - top_p; the most probable token always stays. top_k = 0, and top_p = 0 or 1, switch a filter off.
+    """
+    vocab = logits_BlV.shape[-1]
+    if 0 < top_k < vocab:
+        kth_largest = logits_BlV.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+        logits_BlV = logits_BlV.masked_fill(logits_BlV < kth_largest, -math.inf)
+    if 0.0 < top_p < 1.0:
+        ascending, order = logits_BlV.sort(dim=-1)
+        outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
+        outside[..., -1] = False
+        logits_BlV = logits_BlV.masked_fill(outside.scatter(-1, order, outside), -math.inf)
+    return logits_BlV
+
+
+def sample_tokens(
+    logits_BlV: Tensor,
+    key: Tensor,
+    scale: int,
+    temperature: float,
+    uncond_logits_BlV: Tensor | None,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = _at_least_float32(logits_BlV)
+    if uncond_logits_BlV is not None:
+        logits = (1.0 + guidance) * logits - guidance * _at_least_float32(uncond_logits_BlV)
+    logits = filter_logits(logits / temperature, top_k, top_p)
+    logp_BlV = logits.log_softmax(dim=-1)
+    prob_BlV = logp_BlV.double().exp()
+    cdf_BlV = prob_BlV.cumsum(dim=-1)
+    target_Bl1 = uniform_Bl(key, scale, logits.shape[0], logits.shape[1]).unsqueeze(-1) * cdf_BlV[..., -1:]
+    # The first token whose cumulated probability exceeds the target has itself a positive probability; the last such
+    # token is the bound where the product above was rounded up to the whole sum.
+    token_Bl1 = torch.searchsorted(cdf_BlV, target_Bl1, right=True)
+    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+    last_possible_Bl1 = torch.where(prob_BlV > 0, vocabulary, 0).amax(dim=-1, keepdim=True)
+    token_Bl1 = torch.minimum(token_Bl1, last_possible_Bl1)
+    entropy_Bl = -(prob_BlV.to(logits.dtype) * logp_BlV.masked_fill(prob_BlV == 0, 0.0)).sum(dim=-1)
+    return token_Bl1.squeeze(-1), logp_BlV.gather(-1, token_Bl1).squeeze(-1), entropy_Bl
+
+
+def selective_log_softmax(logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logp_BLV = (_at_least_float32(logits_BLV) / temperature).log_softmax(dim=-1)
+    with torch.no_grad():
+        entropy_BL = -(logp_BLV.exp() * logp_BLV).sum(dim=-1)
+    return logp_BLV.gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1), entropy_BL
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+@lru_cache(maxsize=32)
+def block_causal_mask(scale_ends: tuple[int, ...], device: torch.device) -> Tensor:
+    """(L, L) bool, True where the query (row) may see the key (column): same scale or an earlier one.
+
+    Scales of 1, 2 and 3 tokens::
+
+        1 0 0 0 0 0
+        1 1 1 0 0 0
+        1 1 1 0 0 0
+        1 1 1 1 1 1
+        1 1 1 1 1 1
+        1 1 1 1 1 1
+    """
+    ends = torch.tensor(scale_ends, device=device)
+    position_L = torch.arange(scale_ends[-1], device=device)
+    visible_L = ends[torch.searchsorted(ends, position_L, right=True)]
+    return position_L.unsqueeze(0) < visible_L.unsqueeze(1)
+
+
+def block_causal_attention(
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
+) -> Tensor:
+    mask_LL = block_causal_mask(scale_ends, q_BHLD.device)
+    return F.scaled_dot_product_attention(
+        q_BHLD * logit_scale_H.to(q_BHLD.dtype)[:, None, None], k_BHLD, v_BHLD, attn_mask=mask_LL, scale=1.0
+    )
+
+
+def cached_attention(
+    q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q_BHlD * logit_scale_H.to(q_BHlD.dtype)[:, None, None],
+        k_cache_BHLD[:, :, :num_keys],
+        v_cache_BHLD[:, :, :num_keys],
+        scale=1.0,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adaptive LayerNorm
+
+
+def layer_norm_modulate(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float) -> Tensor:
+    normed = F.layer_norm(_at_least_float32(x_BLC), x_BLC.shape[-1:], eps=eps)
+    scale, shift = _at_least_float32(scale_BC).unsqueeze(1), _at_least_float32(shift_BC).unsqueeze(1)
+    return (normed * (1.0 + scale) + shift).to(x_BLC.dtype)
+
+
+def gated_residual(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor) -> Tensor:
+    return x_BLC + branch_BLC * gate_BC.unsqueeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GRPO loss
+
+
+_K3_SERIES = tuple(1.0 / math.factorial(n) for n in range(2, 10))
+
+
+def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
+    """exp(q) - q - 1 with q = logp_ref - logp: the k3 estimate of KL(policy || reference), never negative.
+
+    As expm1(q) - q where |q| >= 0.1, as its power series below: in float32 the difference has a relative error of
+    1e-6 at 0.1 and of 1e-2 at 1e-5, and a young policy lives at 1e-5 (tests/kernels/test_grpo_loss.py).
+    """
+    q = logp_ref - logp
+    small = q.abs() < 0.1
+    q_small = torch.where(small, q, 0.0)  # also keeps the unused branch, and so its gradient, finite
+    series = torch.zeros_like(q)
+    for coefficient in reversed(_K3_SERIES):
+        series = series * q_small + coefficient
+    return torch.where(small, q_small * q_small * series, torch.expm1(q) - q)
+
+
+def grpo_token_loss(
+    logp_BL: Tensor,
+    logp_old_BL: Tensor,
+    logp_ref_BL: Tensor | None,
+    advantages_B: Tensor,
+    clip_eps: float,
+    kl_beta: float,
+) -> tuple[Tensor, Tensor]:
+    logp_BL = _at_least_float32(logp_BL)
+    advantage_B1 = advantages_B.to(logp_BL.dtype).unsqueeze(1)
+    log_ratio_BL = logp_BL - logp_old_BL.to(logp_BL.dtype)
+    ratio_BL = log_ratio_BL.exp()
+    clipped_BL = ratio_BL.clamp(1.0 - clip_eps, 1.0 + clip_eps)
+    surrogate_BL = torch.minimum(ratio_BL * advantage_B1, clipped_BL * advantage_B1)
+    kl_BL = torch.zeros_like(logp_BL) if logp_ref_BL is None else k3(logp_BL, logp_ref_BL.to(logp_BL.dtype))
+    loss = (kl_beta * kl_BL - surrogate_BL).mean(dim=1).mean()
+    with torch.no_grad():
+        is_clipped_BL = ((ratio_BL > 1.0 + clip_eps) & (advantage_B1 > 0)) | (
+            (ratio_BL < 1.0 - clip_eps) & (advantage_B1 < 0)
+        )
+        gap_BL = (ratio_BL - 1.0).abs()
+        stats = torch.stack(
+            [kl_BL.mean(), is_clipped_BL.to(loss.dtype).mean(), ratio_BL.mean(), gap_BL.mean(), gap_BL.max()]
+        )
+    return loss, stats
