@@ -74,7 +74,7 @@ def uniform_Bl(key: Tensor, scale: int, num_images: int, num_tokens: int) -> Ten
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:

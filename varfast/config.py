@@ -1,0 +1,421 @@
+"""The schema of configs/*.yaml: every field typed, validated and documented here.
+
+A config is a YAML file and overrides `a.b=c` from the command line. An unknown key raises and names the nearest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from varfast.types import InputError
+
+HEAD_DIM = 64
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def check_labels(what: str, labels: list[int], num_classes: int) -> None:
+    """Raises: InputError if `labels` is empty or one of them is not in [0, num_classes)."""
+    if not labels:
+        raise InputError(f"{what} is empty; name labels in 0..{num_classes - 1}")
+    outside = [label for label in labels if not 0 <= label < num_classes]
+    if outside:
+        raise InputError(f"{what} holds {outside[0]}; the model has labels 0..{num_classes - 1}")
+
+
+def check_micro_batch(what: str, size: int | None, total: int) -> None:
+    """Raises: InputError unless `size` divides `total` images."""
+    _check_divides(what, size, total, "images")
+
+
+def _check_divides(what: str, part: int | None, whole: int, of: str) -> None:
+    if part is not None and (part < 1 or whole % part):
+        nearest = min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: abs(d - part))
+        raise InputError(f"{what}={part} does not divide {whole} {of}; use {nearest}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+class VARConfig(_Section):
+    """Sizes of the transformer. Width is 64 * depth, with `depth` heads of 64, as in all public models."""
+
+    depth: int = Field(16, ge=1, description="number of blocks, and of heads")
+    patch_nums: tuple[int, ...] = Field(
+        (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), description="side of the token map of each scale, coarse to fine"
+    )
+    vocab_size: int = Field(4096, ge=2, description="V, number of codes")
+    code_width: int = Field(32, ge=1, description="channels of a code")
+    num_classes: int = Field(1000, ge=1, description="labels; one more embedding stands for 'no label'")
+    shared_adaln: bool = Field(False, description="one adaLN projection for all blocks (d36)")
+    qk_l2_norm: bool = Field(True, description="L2-normalise queries and keys, with a learned scale a head")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP over the width")
+    norm_eps: float = Field(1e-6, gt=0, description="added to the variance in LayerNorm")
+
+    @field_validator("patch_nums")
+    @classmethod
+    def _increasing(cls, sides: tuple[int, ...]) -> tuple[int, ...]:
+        if not sides or sides[0] < 1 or any(a >= b for a, b in zip(sides, sides[1:], strict=False)):
+            raise ValueError(f"got {list(sides)}, want positive sides that grow from scale to scale, as in [1, 2, 3, 4]")
+        return sides
+
+    @property
+    def width(self) -> int:
+        return HEAD_DIM * self.depth
+
+    @property
+    def scale_ends(self) -> tuple[int, ...]:
+        """Cumulated number of tokens after each scale."""
+        ends, total = [], 0
+        for side in self.patch_nums:
+            total += side * side
+            ends.append(total)
+        return tuple(ends)
+
+    @property
+    def num_tokens(self) -> int:
+        """L."""
+        return self.scale_ends[-1]
+
+
+class VQVAEConfig(_Section):
+    """Sizes of the multi-scale VQ-VAE. The defaults are those of vae_ch160v4096z32.pth."""
+
+    vocab_size: int = Field(4096, ge=2, description="V, number of codes")
+    code_width: int = Field(32, ge=1, description="channels of a code")
+    patch_nums: tuple[int, ...] = Field(
+        (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), description="side of the token map of each scale, coarse to fine"
+    )
+    base_channels: int = Field(160, ge=32, multiple_of=32, description="channels at full resolution")
+    channel_multipliers: tuple[int, ...] = Field(
+        (1, 1, 2, 2, 4), min_length=1, description="channels over base_channels; each further level halves the side"
+    )
+    num_res_blocks: int = Field(2, ge=1, description="residual blocks a level of the encoder; the decoder has one more")
+    num_phi: int = Field(4, ge=0, description="residual convolutions shared by the scales; 0: one a scale")
+    phi_ratio: float = Field(0.5, ge=0, le=1, description="phi(x) = (1 - ratio) x + ratio conv(x)")
+    commitment: float = Field(0.25, ge=0, description="weight of the commitment loss")
+
+    _increasing = field_validator("patch_nums")(VARConfig._increasing.__func__)  # type: ignore[attr-defined]
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of a side over latents of a side."""
+        return int(2 ** (len(self.channel_multipliers) - 1))
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.patch_nums[-1] * self.downsampling
+
+
+_PATCH_NUMS_512PX = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+PRESETS: dict[str, VARConfig] = {
+    "d16": VARConfig(depth=16),
+    "d20": VARConfig(depth=20),
+    "d24": VARConfig(depth=24),
+    "d30": VARConfig(depth=30),
+    "d36": VARConfig(depth=36, patch_nums=_PATCH_NUMS_512PX, shared_adaln=True),
+}
+
+
+class PolicyConfig(_Section):
+    """The model that is trained, and the frozen VQ-VAE that turns its tokens into images."""
+
+    preset: Literal["d16", "d20", "d24", "d30", "d36"] | None = Field(None, description="a public model's sizes")
+    var: VARConfig | None = Field(None, description="sizes of the transformer, where no preset is named")
+    vqvae: VQVAEConfig = Field(
+        default_factory=VQVAEConfig,
+        description="sizes of the VQ-VAE; vocab_size, code_width and patch_nums default to those of the transformer",
+    )
+    checkpoint: str = Field(
+        description="weights of the transformer: a path, hf://owner/repo/file, 'random', or 'pretrain' for the model "
+        "that the pretrain section describes (trained first if it is not in the cache)"
+    )
+    vqvae_checkpoint: str | None = Field(
+        None, description="weights of the VQ-VAE: a path or hf:// address; not with 'random' and 'pretrain'"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_sizes(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        preset, var = data.get("preset"), data.get("var")
+        if (preset is None) == (var is None):
+            raise ValueError("name a preset (d16, d20, d24, d30, d36) or give the sizes under var, one of the two")
+        sizes: dict[str, Any] = PRESETS[preset].model_dump() if preset in PRESETS else {}
+        if isinstance(var, VARConfig):
+            sizes = var.model_dump()
+        elif isinstance(var, dict):
+            sizes = VARConfig().model_dump() | var
+        vqvae = data.get("vqvae") or {}
+        if isinstance(vqvae, dict):
+            data["vqvae"] = {k: sizes[k] for k in ("vocab_size", "code_width", "patch_nums") if k in sizes} | vqvae
+        return data
+
+    @model_validator(mode="after")
+    def _agree(self) -> PolicyConfig:
+        for name in ("vocab_size", "code_width", "patch_nums"):
+            of_var, of_vqvae = getattr(self.sizes, name), getattr(self.vqvae, name)
+            if of_var != of_vqvae:
+                raise ValueError(f"{name} is {of_var} in the transformer and {of_vqvae} in vqvae; they must be equal")
+        if self.checkpoint in ("random", "pretrain"):
+            if self.vqvae_checkpoint is not None:
+                raise ValueError(f"checkpoint={self.checkpoint} makes its own VQ-VAE; remove vqvae_checkpoint")
+        elif self.vqvae_checkpoint is None:
+            raise ValueError(
+                "vqvae_checkpoint is missing; for the public models it is hf://FoundationVision/var/vae_ch160v4096z32.pth"
+            )
+        return self
+
+    @property
+    def sizes(self) -> VARConfig:
+        """Sizes of the transformer, from the preset or from var."""
+        if self.var is not None:
+            return self.var
+        assert self.preset is not None
+        return PRESETS[self.preset]
+
+
+class PretrainConfig(_Section):
+    """How the base model is made when policy.checkpoint is 'pretrain'. Small: for the digits and for your own folder."""
+
+    dataset: str = Field("digits", description="'digits' (scikit-learn), or a folder with one sub-folder a class")
+    cache_dir: str = Field("~/.cache/varfast", description="where base models are kept, by a hash of what made them")
+    batch_size: int = Field(64, ge=1, description="images a step, for both models")
+    num_workers: int = Field(0, ge=0, description="processes that read images; 0 for data in memory")
+    vqvae_steps: int = Field(1000, ge=1, description="optimizer steps of the VQ-VAE")
+    vqvae_lr: float = Field(1e-3, gt=0, description="peak learning rate of the VQ-VAE")
+    var_steps: int = Field(1000, ge=1, description="optimizer steps of the transformer")
+    var_lr: float = Field(1e-3, gt=0, description="peak learning rate of the transformer")
+    weight_decay: float = Field(0.05, ge=0, description="of AdamW, for the transformer's matrices")
+    class_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels replaced by 'no label'")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="DropPath rate of the last block; it grows linearly from 0")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm. Defaults are the settings of arXiv:2505.23331.
+
+
+class RolloutConfig(_Section):
+    """What is sampled in a step: labels_per_step * group_size images."""
+
+    labels_per_step: int = Field(32, ge=1, description="P, labels drawn a step")
+    group_size: int = Field(16, ge=2, description="G, images a label; the group within which advantages are relative")
+    temperature: float = Field(0.7, gt=0, description="of the plain multinomial draw; no guidance, no filters")
+    labels: Literal["all"] | list[int] = Field("all", description="labels to draw from, uniformly")
+    label_share: float = Field(1.0, gt=0, le=1, description="train on this share of the labels, chosen by run.seed")
+    micro_batch: int | None = Field(None, ge=1, description="images sampled and decoded at a time; default: all")
+
+    @property
+    def images(self) -> int:
+        """B, images a step."""
+        return self.labels_per_step * self.group_size
+
+    @model_validator(mode="after")
+    def _divides(self) -> RolloutConfig:
+        _check_divides("rollout.micro_batch", self.micro_batch, self.images, "images a step")
+        return self
+
+
+class GRPOConfig(_Section):
+    """The loss."""
+
+    clip_eps: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped to 1 +- this")
+    kl_beta: float = Field(0.2, ge=0, description="weight of the KL to the base model; 0: no reference is held")
+    advantage_eps: float = Field(1e-6, gt=0, description="added to a group's standard deviation")
+
+
+class UpdateConfig(_Section):
+    """From a scored rollout to new weights."""
+
+    minibatch: int = Field(32, ge=1, description="images an optimizer step")
+    micro_batch: int | None = Field(None, ge=1, description="images a forward and backward pass; default: minibatch")
+    epochs: int = Field(1, ge=1, description="passes over a rollout")
+    lr: float = Field(1e-4, gt=0, description="learning rate")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, to 0")
+    warmup_steps: int = Field(0, ge=0, description="steps (rollouts) of linear warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW, for matrices; the KL already holds the weights")
+    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+
+    @model_validator(mode="after")
+    def _divides(self) -> UpdateConfig:
+        _check_divides("update.micro_batch", self.micro_batch, self.minibatch, "images of a minibatch")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+
+class BrightnessReward(_Section):
+    """Mean luma of the image, in [0, 1]."""
+
+    type: Literal["brightness"]
+    weight: float = Field(1.0, description="factor in the sum")
+    mode: Literal["bright", "dark", "raw"] = Field("bright", description="1 if >= threshold; 1 if < it; the luma itself")
+    threshold: float | None = Field(None, description="default: 0.8 for bright, 0.2 for dark")
+
+
+class FunctionReward(_Section):
+    """Your own function or class, by import path. Importing it runs its code."""
+
+    type: Literal["function"]
+    weight: float = Field(1.0, description="factor in the sum")
+    function: str = Field(pattern=r"^[\w.]+:\w+$", description="module:name; called with (images, labels)")
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments, given once")
+
+
+RewardConfig = Annotated[BrightnessReward | FunctionReward, Field(discriminator="type")]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+class RunConfig(_Section):
+    """Where and how long."""
+
+    dir: str = Field(description="folder of the run; an unfinished run in it goes on")
+    steps: int = Field(ge=1, description="rollouts; each is followed by images / minibatch optimizer steps")
+    seed: int = Field(0, ge=0, lt=2**63, description="fixes labels, samples and minibatches")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations; weights stay float32")
+
+
+class LogConfig(_Section):
+    """What is written into the run folder beside metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="write TensorBoard events")
+    grid_every: int = Field(10, ge=1, description="steps between sample grids (one at start and end in any case)")
+    grid_labels: int = Field(8, ge=1, description="rows of the grid: the first labels trained on")
+    grid_samples: int = Field(8, ge=1, description="columns of the grid; the seeds are the same in every grid")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints (one at the end in any case)")
+
+
+class EvalConfig(_Section):
+    """The table of before and after, sampled with the rollout's temperature."""
+
+    samples_per_label: int = Field(2, ge=0, description="images a label; 0: no table")
+    max_labels: int = Field(1000, ge=1, description="the first labels, up to this many")
+    classifier: Literal["digits"] | None = Field(None, description="whose accuracy on the samples is reported")
+
+
+class Config(_Section):
+    """A whole experiment."""
+
+    run: RunConfig
+    policy: PolicyConfig
+    pretrain: PretrainConfig = PretrainConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: dict[str, RewardConfig] = Field(min_length=1, description="components by name; their weighted sum counts")
+    grpo: GRPOConfig = GRPOConfig()
+    update: UpdateConfig = UpdateConfig()
+    log: LogConfig = LogConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        _check_divides("update.minibatch", self.update.minibatch, self.rollout.images, "images a step")
+        num_classes = self.policy.sizes.num_classes
+        if self.rollout.labels != "all":
+            check_labels("rollout.labels", self.rollout.labels, num_classes)
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file and apply overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: "a.b=c" each; c is read as YAML, so `true`, `3`, `[1, 2]` and `null` mean what they mean there.
+    Raises: InputError if the file is missing or no YAML, for unknown keys (with the nearest known one), wrong types
+        and values out of range, all of them in one message.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"config {path}: {error.strerror}; the examples are in configs/") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"config {path} is no YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"config {path}: got {type(data).__name__} at the top, want sections as in configs/digits.yaml")
+    for override in overrides or []:
+        _apply_override(data, override)
+    return parse_config(data, str(path))
+
+
+def parse_config(data: dict[str, Any], source: str = "config") -> Config:
+    """Validate a nested dictionary; `source` names it in errors. Raises: InputError, as load_config."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(dict(problem)) for problem in error.errors()]
+        raise InputError("\n  ".join([f"{source} cannot be used:", *problems])) from error
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise InputError(f"override {override!r}: want section.key=value, as in update.lr=3e-5")
+    node: Any = data
+    *parents, last = key.split(".")
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise InputError(f"override {override!r}: {parent} is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is no YAML: {error}") from error
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*_shown(location[:-1]), near[0]])}?" if near else f"known: {', '.join(known)}"
+        return f"{'.'.join(_shown(location))}: unknown key; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("value_error", "missing"):
+        return ": ".join([*filter(None, [".".join(_shown(location))]), message])
+    return f"{'.'.join(_shown(location))}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _shown(location: list[str]) -> list[str]:
+    # pydantic names the chosen member of a union too: reward.bright.brightness.mode
+    return [p for i, p in enumerate(location) if not (i == 2 and location[0] == "reward")]
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = model.model_fields[str(part)].annotation
+        elif get_origin(model) is dict:
+            model = get_args(model)[1]
+        else:
+            members = get_args(get_args(model)[0]) if get_origin(model) is Annotated else get_args(model)
+            model = next(m for m in members if get_args(m.model_fields["type"].annotation) == (part,))
+        if type(None) in get_args(model):
+            model = next(m for m in get_args(model) if m is not type(None))
+    return list(model.model_fields)

@@ -1,0 +1,329 @@
+"""The multi-scale VQ-VAE: image <-> token maps of all scales.
+
+Parameter names and shapes are those of the public checkpoint vae_ch160v4096z32.pth.
+
+Axes: B image, L token over all scales, l token of one scale, V vocabulary, C code width, HW side of the last scale.
+Source: Tian et al., arXiv:2404.02905, algorithms 1 and 2; encoder and decoder: Esser et al., arXiv:2012.09841.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varfast.config import VQVAEConfig
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def _conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm, SiLU, conv, twice, beside a shortcut."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(channels_in)
+        self.conv1 = _conv3x3(channels_in, channels_out)
+        self.norm2 = _norm(channels_out)
+        self.conv2 = _conv3x3(channels_out, channels_out)
+        same = channels_in == channels_out
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h  # type: ignore[no-any-return]
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all positions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+        h = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
+
+
+class Downsample(nn.Module):
+    """Halve the side."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # type: ignore[no-any-return]
+
+
+class Upsample(nn.Module):
+    """Double the side."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # type: ignore[no-any-return]
+
+
+class Level(nn.Module):
+    """The blocks of one resolution; attention stands at the lowest alone."""
+
+    def __init__(self, channels_in: int, channels_out: int, num_blocks: int, attention: bool) -> None:
+        super().__init__()
+        widths = [channels_in] + [channels_out] * num_blocks
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(AttnBlock(channels_out) for _ in range(num_blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[index](x)
+        return x
+
+
+class Middle(nn.Module):
+    """Block, attention, block, between encoder or decoder levels and latents."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))  # type: ignore[no-any-return]
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, C, H / downsampling, W / downsampling)."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * m for m in (1, *config.channel_multipliers)]
+        last = len(widths) - 2
+        self.conv_in = _conv3x3(3, widths[0])
+        self.down = nn.ModuleList()
+        for index, (channels_in, channels_out) in enumerate(pairwise(widths)):
+            level = Level(channels_in, channels_out, config.num_res_blocks, attention=index == last)
+            if index != last:
+                level.downsample = Downsample(channels_out)
+            self.down.append(level)
+        self.mid = Middle(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = _conv3x3(widths[-1], config.code_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for index, level in enumerate(self.down):
+            x = level(x)
+            if index != len(self.down) - 1:
+                x = level.downsample(x)  # type: ignore[operator]
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """(B, C, h, w) -> (B, 3, h * downsampling, w * downsampling)."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        # Levels are numbered from full resolution down, as in the checkpoint, and run from the last to the first.
+        widths = [config.base_channels * m for m in (*config.channel_multipliers, config.channel_multipliers[-1])]
+        last = len(widths) - 2
+        self.conv_in = _conv3x3(config.code_width, widths[-1])
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList()
+        for index, (channels_out, channels_in) in enumerate(pairwise(widths)):
+            level = Level(channels_in, channels_out, config.num_res_blocks + 1, attention=index == last)
+            if index != 0:
+                level.upsample = Upsample(channels_out)
+            self.up.append(level)
+        self.norm_out = _norm(widths[0])
+        self.conv_out = _conv3x3(widths[0], 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for index in reversed(range(len(self.up))):
+            x = self.up[index](x)
+            if index != 0:
+                x = self.up[index].upsample(x)  # type: ignore[operator]
+        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+
+
+class Phi(nn.Conv2d):
+    """phi(x) = (1 - ratio) x + ratio conv3x3(x): mends what upsampling a token map lost."""
+
+    def __init__(self, channels: int, ratio: float) -> None:
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+        self.ratio = ratio
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.0 - self.ratio) + super().forward(x) * self.ratio
+
+
+class SharedPhi(nn.Module):
+    """Holds one Phi (under the public name qresi) or several (qresi_ls) for all scales."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        phis = [Phi(config.code_width, config.phi_ratio) for _ in range(config.num_phi)]
+        if config.num_phi == 1:
+            self.qresi = phis[0]
+        else:
+            self.qresi_ls = nn.ModuleList(phis)
+
+    def of_index(self, index: int) -> nn.Module:
+        return self.qresi_ls[index] if hasattr(self, "qresi_ls") else self.qresi
+
+
+class Quantizer(nn.Module):
+    """Residual quantization over scales, with one codebook.
+
+    f_hat, the sum of the quantized scales, is (B, C, HW, HW) float32 throughout.
+    """
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.code_width)
+        scales = len(config.patch_nums)
+        self.quant_resi: SharedPhi | nn.ModuleList
+        if config.num_phi == 0:
+            self.quant_resi = nn.ModuleList(Phi(config.code_width, config.phi_ratio) for _ in range(scales))
+        else:
+            self.quant_resi = SharedPhi(config)
+        # Usage statistics of the public training; carried along, not used.
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(scales, config.vocab_size))
+
+    def _phi(self, scale: int) -> nn.Module:
+        count = self.config.num_phi or len(self.config.patch_nums)
+        margin = 1 / 3 / count if count == 4 else 1 / 2 / count
+        ticks = torch.linspace(margin, 1 - margin, count, dtype=torch.float64)
+        at = scale / max(1, len(self.config.patch_nums) - 1)
+        index = int((ticks - at).abs().argmin())
+        return self.quant_resi[index] if isinstance(self.quant_resi, nn.ModuleList) else self.quant_resi.of_index(index)
+
+    def nearest(self, x_NC: Tensor) -> Tensor:
+        """(N,) index of the code nearest to each row."""
+        codes_VC = self.embedding.weight.detach()
+        distance = x_NC.square().sum(dim=1, keepdim=True) + codes_VC.square().sum(dim=1)
+        return torch.addmm(distance, x_NC, codes_VC.T, alpha=-2.0).argmin(dim=1)
+
+    def contribution(self, tokens_Bl: Tensor, scale: int) -> Tensor:
+        """What the tokens of a scale add to f_hat: looked up, upsampled to the last side, through phi."""
+        side, last = self.config.patch_nums[scale], self.config.patch_nums[-1]
+        h_BChw = self.embedding(tokens_Bl).transpose(1, 2).reshape(tokens_Bl.shape[0], -1, side, side)
+        if scale != len(self.config.patch_nums) - 1:
+            h_BChw = F.interpolate(h_BChw, size=(last, last), mode="bicubic")
+        return self._phi(scale)(h_BChw)  # type: ignore[no-any-return]
+
+    def next_input(self, f_hat: Tensor, scale: int) -> Tensor:
+        """(B, l, C) input of `scale` from the scales before it."""
+        side = self.config.patch_nums[scale]
+        return F.interpolate(f_hat, size=(side, side), mode="area").flatten(2).transpose(1, 2)
+
+    def split(self, tokens_BL: Tensor) -> tuple[Tensor, ...]:
+        """(B, L) -> (B, l) of each scale."""
+        return tokens_BL.split([side * side for side in self.config.patch_nums], dim=1)
+
+    def empty_f_hat(self, batch: int) -> Tensor:
+        last = self.config.patch_nums[-1]
+        return self.embedding.weight.new_zeros(batch, self.config.code_width, last, last)
+
+    def encode(self, f: Tensor) -> Tensor:
+        """(B, C, HW, HW) latents -> (B, L) tokens: each scale quantizes what the earlier ones left."""
+        rest, tokens = f, []
+        for scale, side in enumerate(self.config.patch_nums):
+            tokens_Bl = self._quantize(rest, side)
+            rest = rest - self.contribution(tokens_Bl, scale)
+            tokens.append(tokens_Bl)
+        return torch.cat(tokens, dim=1)
+
+    def _quantize(self, rest: Tensor, side: int) -> Tensor:
+        if side != self.config.patch_nums[-1]:
+            rest = F.interpolate(rest, size=(side, side), mode="area")
+        return self.nearest(rest.permute(0, 2, 3, 1).reshape(-1, rest.shape[1])).view(rest.shape[0], -1)
+
+    def forward(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize in training: straight-through f_hat, the VQ loss, and the (B, L) tokens."""
+        f_fixed = f.detach()
+        f_hat, loss, tokens = torch.zeros_like(f_fixed), f.new_zeros(()), []
+        for scale, side in enumerate(self.config.patch_nums):
+            tokens_Bl = self._quantize(f_fixed - f_hat.detach(), side)
+            f_hat = f_hat + self.contribution(tokens_Bl, scale)
+            loss = loss + F.mse_loss(f_hat, f_fixed) + self.config.commitment * F.mse_loss(f, f_hat.detach())
+            tokens.append(tokens_Bl)
+        # The value of f_hat, the gradient of f.
+        return f + (f_hat - f).detach(), loss / len(self.config.patch_nums), torch.cat(tokens, dim=1)
+
+
+class VQVAE(nn.Module):
+    """Multi-scale VQ-VAE. Images are (B, 3, image_size, image_size) in [-1, 1]; other squares are refused."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Quantizer(config)
+        self.quant_conv = _conv3x3(config.code_width, config.code_width)
+        self.post_quant_conv = _conv3x3(config.code_width, config.code_width)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """(B, C, HW, HW) before quantization. Raises: ValueError for images of another shape."""
+        size = self.config.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise ValueError(f"images are {tuple(images.shape)}, want (B, 3, {size}, {size}); resize and crop them first")
+        return self.quant_conv(self.encoder(images))  # type: ignore[no-any-return]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, L) tokens of all scales."""
+        return self.quantize.encode(self.latents(images))
+
+    def f_hat(self, tokens_BL: Tensor) -> Tensor:
+        """(B, L) tokens -> the sum of all quantized scales."""
+        f_hat = self.quantize.empty_f_hat(tokens_BL.shape[0])
+        for scale, tokens_Bl in enumerate(self.quantize.split(tokens_BL)):
+            f_hat = f_hat + self.quantize.contribution(tokens_Bl, scale)
+        return f_hat
+
+    def decode_f_hat(self, f_hat: Tensor) -> Tensor:
+        """Sum of quantized scales -> (B, 3, H, W), not clamped."""
+        return self.decoder(self.post_quant_conv(f_hat))  # type: ignore[no-any-return]
+
+    def decode(self, tokens_BL: Tensor) -> Tensor:
+        """(B, L) tokens -> (B, 3, H, W) in [-1, 1]."""
+        return self.decode_f_hat(self.f_hat(tokens_BL)).clamp(-1.0, 1.0)
+
+    def var_input(self, tokens_BL: Tensor) -> Tensor:
+        """Teacher-forcing input: what the transformer saw when each scale but the first was drawn.
+
+        Returns: (B, L - first, C) float32.
+        """
+        tokens = self.quantize.split(tokens_BL)
+        f_hat = self.quantize.empty_f_hat(tokens_BL.shape[0])
+        inputs = [f_hat.new_zeros(tokens_BL.shape[0], 0, f_hat.shape[1])]
+        for scale, tokens_Bl in enumerate(tokens[:-1]):
+            f_hat = f_hat + self.quantize.contribution(tokens_Bl, scale)
+            inputs.append(self.quantize.next_input(f_hat, scale + 1))
+        return torch.cat(inputs, dim=1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Training: reconstruction (not clamped), VQ loss, (B, L) tokens."""
+        f_hat, loss, tokens_BL = self.quantize(self.latents(images))
+        return self.decode_f_hat(f_hat), loss, tokens_BL

@@ -1,0 +1,155 @@
+"""What the trainer needs of a model: sample, token_logp, decode, encode.
+
+Axes: B image, L token over all scales; H, W pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from varfast import kernels
+from varfast.config import VARConfig, VQVAEConfig, check_labels, check_micro_batch
+from varfast.models import VAR, VQVAE
+from varfast.models.weights import load_var, load_vqvae
+from varfast.rollout import SamplingSettings, generate
+from varfast.types import InputError, Rollout
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Policy:
+    """A transformer that is trained and the frozen VQ-VAE that turns its tokens into images.
+
+    Attributes:
+        var, vqvae: the models, on one device.
+        device: where they are.
+    """
+
+    def __init__(self, var: VAR, vqvae: VQVAE, device: torch.device | str = "cpu", dtype: str = "float32") -> None:
+        """dtype: of the transformer's activations, "float32" or "bfloat16"; its weights stay float32."""
+        for name in ("vocab_size", "code_width", "patch_nums"):
+            of_var, of_vqvae = getattr(var.config, name), getattr(vqvae.config, name)
+            if of_var != of_vqvae:
+                raise InputError(f"{name} is {of_var} in the transformer and {of_vqvae} in the VQ-VAE; they belong to "
+                                 "different models")  # fmt: skip
+        if dtype not in _DTYPES:
+            raise InputError(f"dtype={dtype!r}: want one of {', '.join(_DTYPES)}")
+        self.device = torch.device(device)
+        self.var = var.to(self.device)
+        self.var.compute_dtype = _DTYPES[dtype]
+        self.vqvae = vqvae.to(self.device).requires_grad_(False)
+
+    @property
+    def num_classes(self) -> int:
+        return self.var.config.num_classes
+
+    def frozen_copy(self) -> Policy:
+        """The same policy with weights that no update reaches: the reference of the KL term. Shares the VQ-VAE."""
+        twin = copy.copy(self)
+        twin.var = copy.deepcopy(self.var).requires_grad_(False)
+        return twin
+
+    def sample(
+        self,
+        labels_B: Tensor | Sequence[int],
+        temperature: float = 1.0,
+        *,
+        seed: int,
+        cfg: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        step: int = 0,
+        first_sample: int = 0,
+        micro_batch: int | None = None,
+    ) -> Rollout:
+        """Sample one image a label.
+
+        Args:
+            labels_B: (B,) labels in [0, num_classes).
+            temperature: > 0; of the multinomial draw.
+            seed: one seed gives the same tokens whatever the split into micro-batches. A batch split into calls gives
+                the same tokens when each call gets the index of its first image as `first_sample`.
+            cfg, top_k, top_p: classifier-free guidance (t = cfg * k / (K - 1) at scale k) and filters, for inference;
+                the rollout is then not on-policy and GRPO refuses it.
+            step: a second key beside the seed, for a trainer's steps.
+            micro_batch: images at a time, must divide B; default all.
+        Returns: Rollout; its log-probabilities and entropies are those of the distribution that was sampled.
+        Raises: InputError for a label out of range or a micro_batch that does not divide B.
+        """
+        if not temperature > 0:
+            raise InputError(f"temperature={temperature}: must be > 0; for greedy choice use top_k=1")
+        if cfg < 0 or top_k < 0 or not 0 <= top_p <= 1:
+            raise InputError(f"cfg={cfg}, top_k={top_k}, top_p={top_p}: want cfg >= 0, top_k >= 0, 0 <= top_p <= 1")
+        labels_B = self._labels(labels_B)
+        check_micro_batch("micro_batch", micro_batch, len(labels_B))
+        settings = SamplingSettings(temperature, cfg, top_k, top_p)
+        return generate(self.var, self.vqvae, labels_B, settings, seed, step, first_sample, micro_batch)
+
+    def token_logp(self, labels_B: Tensor | Sequence[int], tokens_BL: Tensor, temperature: float = 1.0) -> Tensor:
+        """Teacher-forced log-probabilities of given tokens under the tempered policy; differentiable in the weights.
+
+        Args:
+            labels_B: (B,) labels in [0, num_classes).
+            tokens_BL: (B, L) int64.
+            temperature: > 0; that of the rollout.
+        Returns: (B, L) float32.
+        """
+        labels_B = self._labels(labels_B)
+        tokens_BL = self._tokens(tokens_BL)
+        with torch.no_grad():
+            var_input_BLC = self.vqvae.var_input(tokens_BL)
+        logits_BLV = self.var(labels_B, var_input_BLC)
+        logp_BL, _ = kernels.selective_log_softmax(logits_BLV, tokens_BL, temperature)
+        return logp_BL
+
+    @torch.no_grad()
+    def decode(self, tokens_BL: Tensor, micro_batch: int | None = None) -> Tensor:
+        """(B, L) tokens -> (B, 3, H, W) float32 images in [0, 1], `micro_batch` at a time (default all)."""
+        tokens_BL = self._tokens(tokens_BL)
+        parts = tokens_BL.split(micro_batch or max(1, len(tokens_BL)))
+        return torch.cat([self.vqvae.decode(part).add(1.0).mul(0.5) for part in parts])
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images in [0, 1] -> (B, L) int64 tokens. Raises: ValueError for images of another size."""
+        return self.vqvae.encode(images.to(self.device, torch.float32).mul(2.0).sub(1.0))
+
+    def _labels(self, labels_B: Tensor | Sequence[int]) -> Tensor:
+        # Labels that come as a tensor on the device are checked where a user made them, not here: no synchronisation.
+        if isinstance(labels_B, Tensor) and labels_B.device.type != "cpu":
+            return labels_B
+        labels = torch.as_tensor(labels_B, dtype=torch.int64)
+        if labels.numel():
+            check_labels("labels_B", labels.tolist(), self.num_classes)
+        return labels.to(self.device)
+
+    def _tokens(self, tokens_BL: Tensor) -> Tensor:
+        if tokens_BL.ndim != 2 or tokens_BL.shape[1] != self.var.config.num_tokens:
+            raise InputError(f"tokens_BL is {tuple(tokens_BL.shape)}, want (B, {self.var.config.num_tokens})")
+        return tokens_BL.to(self.device)
+
+
+def load_policy(
+    var: str,
+    vqvae: str,
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+    var_config: VARConfig | None = None,
+    vqvae_config: VQVAEConfig | None = None,
+) -> Policy:
+    """A policy from checkpoints, whose sizes are read from the files.
+
+    Args:
+        var, vqvae: paths or hf://owner/repo/file; the public ones are hf://FoundationVision/var/var_d16.pth and
+            hf://FoundationVision/var/vae_ch160v4096z32.pth.
+        device: "cpu", "cuda", "cuda:1".
+        dtype: of activations, "float32" or "bfloat16".
+        var_config, vqvae_config: sizes the files must have.
+    Raises: InputError if a file cannot be read or does not fit.
+    """
+    transformer = load_var(var, var_config)
+    return Policy(transformer, load_vqvae(vqvae, transformer.config.patch_nums, vqvae_config), device, dtype)

@@ -1,0 +1,96 @@
+"""What flows between the rooms.
+
+Axes: B image, L token over all scales; B = P labels x G samples, group-major (the G rows of a label are adjacent).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. Commands print its message alone, without a traceback."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled images as tokens, with what the policy thought of them when it drew them.
+
+    Attributes:
+        labels_B: (B,) int64.
+        tokens_BL: (B, L) int64, scale by scale, row-major within a scale.
+        logp_BL: (B, L) float32, log-probability of each token under the distribution it was drawn from.
+        entropy_BL: (B, L) float32, entropy of that distribution in nats.
+        temperature: of that distribution.
+        on_policy: no guidance and no filters: the distribution is the tempered policy itself, as GRPO needs it.
+    """
+
+    labels_B: Tensor
+    tokens_BL: Tensor
+    logp_BL: Tensor
+    entropy_BL: Tensor
+    temperature: float
+    on_policy: bool
+
+    def rows(self, index: Tensor | slice) -> Rollout:
+        """The images at `index`."""
+        return replace(
+            self,
+            labels_B=self.labels_B[index],
+            tokens_BL=self.tokens_BL[index],
+            logp_BL=self.logp_BL[index],
+            entropy_BL=self.entropy_BL[index],
+        )
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The reward of each image.
+
+    Attributes:
+        total_B: (B,) float32, the weighted sum.
+        components: (B,) float32 each, before their weights, by the name they have in the config.
+    """
+
+    total_B: Tensor
+    components: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with its advantages: all that an update needs.
+
+    Attributes:
+        rollout: what was sampled.
+        advantages_B: (B,) float32.
+    """
+
+    rollout: Rollout
+    advantages_B: Tensor
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one update measured; means over all images of the step, unless said otherwise.
+
+    Attributes:
+        loss: as minimised.
+        kl: k3 estimate of KL(policy || reference), nats a token.
+        clip_fraction: share of tokens whose gradient the clip cut off.
+        ratio_mean: mean ratio of new to old probability.
+        ratio_gap_mean, ratio_gap_max: of |ratio - 1| over the first minibatch, before any optimizer step: what
+            separates the rollout's log-probabilities from the update's. The health sign of the whole system.
+        grad_norm: gradient norm before clipping, mean over the optimizer steps.
+        learning_rate: of the last optimizer step.
+    """
+
+    loss: float
+    kl: float
+    clip_fraction: float
+    ratio_mean: float
+    ratio_gap_mean: float
+    ratio_gap_max: float
+    grad_norm: float
+    learning_rate: float
