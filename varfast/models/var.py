@@ -187,9 +187,7 @@ class VAR(nn.Module):
         self.head_nm = AdaLNBeforeHead(config)
         self.head = nn.Linear(width, config.vocab_size)
         # Both buffers are constants that the public checkpoints carry. The mask is not used: see scale_ends.
-        level_L = torch.repeat_interleave(
-            torch.arange(len(config.patch_nums)), torch.tensor([side * side for side in config.patch_nums])
-        )
+        level_L = torch.cat([torch.full((side * side,), k) for k, side in enumerate(config.patch_nums)])
         self.register_buffer("lvl_1L", level_L.unsqueeze(0))
         mask_LL = torch.where(level_L.unsqueeze(1) >= level_L.unsqueeze(0), 0.0, -torch.inf)
         self.register_buffer("attn_bias_for_masking", mask_LL.reshape(1, 1, num_tokens, num_tokens))

@@ -1,0 +1,228 @@
+"""Make a base model from images: first the VQ-VAE, then the transformer on its tokens.
+
+    python -m varfast.pretrain configs/digits.yaml [a.b=c ...]
+
+The result is kept in pretrain.cache_dir under a hash of all that made it; `varfast.train` comes here by itself when its
+config says policy.checkpoint: pretrain and the cache is empty. Small on purpose: no adversarial or perceptual loss.
+
+Axes: B image, L token over all scales, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from varfast.checkpoint import write_atomically
+from varfast.config import Config
+from varfast.data import Images, fingerprint, load_images
+from varfast.models import VAR, VQVAE
+from varfast.types import InputError
+
+_VQVAE_CLIP = 1.0
+_VAR_CLIP = 1.0
+# Codes that no token of this many batches used are moved to where the data is.
+_REVIVE_EVERY = 25
+
+
+@dataclass(frozen=True)
+class PretrainReport:
+    """What pre-training measured.
+
+    Attributes:
+        reconstruction_mse: of pixels in [-1, 1], mean over the last batches.
+        codebook_usage: share of the codes that one pass over the last batches used.
+        token_loss: cross-entropy of the transformer, nats a token, mean over the last batches.
+        seconds: wall time of both trainings.
+    """
+
+    reconstruction_mse: float
+    codebook_usage: float
+    token_loss: float
+    seconds: float
+
+
+def base_paths(config: Config) -> tuple[Path, Path]:
+    """Where the transformer and the VQ-VAE of this config are kept, whether they exist or not."""
+    made_by = {
+        "var": config.policy.sizes.model_dump(),
+        "vqvae": config.policy.vqvae.model_dump(),
+        "pretrain": config.pretrain.model_dump(exclude={"cache_dir", "num_workers"}),
+        "data": fingerprint(config.pretrain.dataset),
+        "seed": config.run.seed,
+        "device": config.run.device,
+        "torch": torch.__version__,
+        "code": _code_digest(),
+    }
+    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(config.pretrain.cache_dir).expanduser() / key
+    return folder / "var.pth", folder / "vqvae.pth"
+
+
+def _code_digest() -> str:
+    """Digest of the sources that decide what a base model is."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in [here / "pretrain.py", here / "data.py", *sorted((here / "models").glob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
+    """The transformer's and the VQ-VAE's checkpoint for this config, trained now if they are not in the cache."""
+    var_path, vqvae_path = base_paths(config)
+    if not (var_path.exists() and vqvae_path.exists()):
+        var, vqvae, report = pretrain(config, device)
+        write_atomically(vqvae_path, vqvae.state_dict())
+        write_atomically(var_path, var.state_dict())
+        (var_path.parent / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+        print(
+            f"base model: {report.seconds:.0f} s; reconstruction MSE {report.reconstruction_mse:.4f}, "
+            f"{report.codebook_usage:.0%} of the codes in use, {report.token_loss:.2f} nats a token"
+        )
+    return var_path, vqvae_path
+
+
+def pretrain(config: Config, device: torch.device) -> tuple[VAR, VQVAE, PretrainReport]:
+    """Train VQ-VAE and transformer from scratch, a function of the config and its seed (on one machine).
+
+    Raises: InputError if the images' labels or sizes do not fit the models.
+    """
+    start = time.perf_counter()
+    images = load_images(config.pretrain.dataset, config.policy.vqvae.image_size)
+    if len(images) < config.pretrain.batch_size:  # type: ignore[arg-type]
+        raise InputError(
+            f"{config.pretrain.dataset} has {len(images)} images, fewer than "  # type: ignore[arg-type]
+            f"pretrain.batch_size={config.pretrain.batch_size}"
+        )
+    torch.manual_seed(config.run.seed)
+    vqvae, mse, usage = _train_vqvae(config, images, device)
+    var, token_loss = _train_var(config, images, vqvae, device)
+    return var, vqvae, PretrainReport(mse, usage, token_loss, time.perf_counter() - start)
+
+
+def _batches(images: Images, config: Config, steps: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """`steps` shuffled batches of images in [-1, 1] and labels, over as many passes as that takes."""
+    loader = DataLoader(
+        images,
+        batch_size=config.pretrain.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=config.pretrain.num_workers,
+        generator=torch.Generator().manual_seed(config.run.seed),
+    )
+    done = 0
+    while True:
+        for batch, labels_B in loader:
+            if done == steps:
+                return
+            if int(labels_B.max()) >= config.policy.sizes.num_classes:
+                raise InputError(
+                    f"{config.pretrain.dataset} has label {int(labels_B.max())}, but policy.var.num_classes="
+                    f"{config.policy.sizes.num_classes}; raise it"
+                )
+            yield batch.to(device).mul(2.0).sub(1.0), labels_B.to(device)
+            done += 1
+
+
+def _learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first twentieth, then a cosine to a hundredth of the peak."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def _optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[VQVAE, float, float]:
+    settings, steps = config.pretrain, config.pretrain.vqvae_steps
+    vqvae = VQVAE(config.policy.vqvae).to(device)
+    torch.nn.init.normal_(vqvae.quantize.embedding.weight, std=0.5)
+    optimizer = torch.optim.AdamW(vqvae.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    hits_V = torch.zeros(config.policy.vqvae.vocab_size, device=device)
+    errors: list[Tensor] = []
+    usage = 0.0
+    bar = tqdm(_batches(images, config, steps, device), total=steps, desc="vq-vae", unit="step", dynamic_ncols=True)
+    for step, (batch, _) in enumerate(bar):
+        reconstruction, vq_loss, tokens_BL = vqvae(batch)
+        error = F.mse_loss(reconstruction, batch)
+        _optimizer_step(vqvae, optimizer, error + vq_loss, _learning_rate(step, steps, settings.vqvae_lr))
+        hits_V += torch.bincount(tokens_BL.flatten(), minlength=len(hits_V))
+        errors.append(error.detach())
+        if (step + 1) % _REVIVE_EVERY == 0:
+            usage = float((hits_V > 0).float().mean())
+            bar.set_postfix(mse=f"{float(error):.4f}", codes=f"{usage:.0%}")
+            if step < steps * 3 // 4:
+                _revive(vqvae, optimizer, hits_V, batch)
+            hits_V.zero_()
+    return vqvae.requires_grad_(False), float(torch.stack(errors[-_REVIVE_EVERY:]).mean()), usage
+
+
+@torch.no_grad()
+def _revive(vqvae: VQVAE, optimizer: torch.optim.Optimizer, hits_V: Tensor, batch: Tensor) -> None:
+    """Move codes that nothing used onto what some scale of some image left unexplained."""
+    dead = (hits_V == 0).nonzero().flatten()
+    quantizer = vqvae.quantize
+    rest = vqvae.latents(batch)
+    candidates = []
+    for scale, tokens_Bl in enumerate(quantizer.split(quantizer.encode(rest))):
+        candidates.append(quantizer.next_input(rest, scale).flatten(0, 1))
+        rest = rest - quantizer.contribution(tokens_Bl, scale)
+    rows = torch.cat(candidates)
+    chosen = torch.randint(len(rows), (len(dead),), device="cpu").to(rows.device)
+    quantizer.embedding.weight[dead] = rows[chosen]
+    for moment in optimizer.state[quantizer.embedding.weight].values():
+        if moment.ndim == 2:
+            moment[dead] = 0.0
+
+
+def _train_var(config: Config, images: Images, vqvae: VQVAE, device: torch.device) -> tuple[VAR, float]:
+    settings, steps, sizes = config.pretrain, config.pretrain.var_steps, config.policy.sizes
+    var = VAR(sizes).to(device).init_weights(config.run.seed)
+    matrices = [p for n, p in var.named_parameters() if p.ndim >= 2 and not _undecayed(n)]
+    others = [p for n, p in var.named_parameters() if p.ndim < 2 or _undecayed(n)]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    losses: list[Tensor] = []
+    bar = tqdm(_batches(images, config, steps, device), total=steps, desc="var", unit="step", dynamic_ncols=True)
+    for step, (batch, labels_B) in enumerate(bar):
+        with torch.no_grad():
+            tokens_BL = vqvae.encode(batch)
+            var_input_BLC = vqvae.var_input(tokens_BL)
+        dropped_B = torch.rand(len(labels_B), device=device) < settings.class_dropout
+        labels_B = torch.where(dropped_B, sizes.num_classes, labels_B)
+        logits_BLV = var(labels_B, var_input_BLC, drop_path=settings.drop_path)
+        loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+        _optimizer_step(var, optimizer, loss, _learning_rate(step, steps, settings.var_lr))
+        losses.append(loss.detach())
+        if (step + 1) % _REVIVE_EVERY == 0:
+            bar.set_postfix(loss=f"{float(loss):.3f}")
+    return var, float(torch.stack(losses[-_REVIVE_EVERY:]).mean())
+
+
+def _undecayed(name: str) -> bool:
+    return name.endswith("bias") or any(part in name for part in ("emb", "pos_", "ada_gss", "scale_mul"))
