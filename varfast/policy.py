@@ -21,6 +21,16 @@ from varfast.types import InputError, Rollout
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of a config's run.device. Raises: InputError for a GPU that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"run.device={name}: this machine has {torch.cuda.device_count()} GPUs; use cpu or auto")
+    return device
+
+
 class Policy:
     """A transformer that is trained and the frozen VQ-VAE that turns its tokens into images.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,15 +24,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from varfast.checkpoint import write_atomically
-from varfast.config import Config
+from varfast.checkpoint import save_tensors, save_text
+from varfast.command import run_command, split_arguments
+from varfast.config import Config, load_config
 from varfast.data import Images, fingerprint, load_images
 from varfast.models import VAR, VQVAE
+from varfast.policy import pick_device
 from varfast.types import InputError
 
-_VQVAE_CLIP = 1.0
-_VAR_CLIP = 1.0
-# Codes that no token of this many batches used are moved to where the data is.
+_GRAD_CLIP = 1.0
+# Every so many batches, codes that none of them used are moved to where the data is.
 _REVIVE_EVERY = 25
 
 
@@ -54,7 +54,7 @@ class PretrainReport:
     seconds: float
 
 
-def base_paths(config: Config) -> tuple[Path, Path]:
+def base_paths(config: Config, device: torch.device) -> tuple[Path, Path]:
     """Where the transformer and the VQ-VAE of this config are kept, whether they exist or not."""
     made_by = {
         "var": config.policy.sizes.model_dump(),
@@ -62,7 +62,7 @@ def base_paths(config: Config) -> tuple[Path, Path]:
         "pretrain": config.pretrain.model_dump(exclude={"cache_dir", "num_workers"}),
         "data": fingerprint(config.pretrain.dataset),
         "seed": config.run.seed,
-        "device": config.run.device,
+        "device": device.type,
         "torch": torch.__version__,
         "code": _code_digest(),
     }
@@ -82,12 +82,12 @@ def _code_digest() -> str:
 
 def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
     """The transformer's and the VQ-VAE's checkpoint for this config, trained now if they are not in the cache."""
-    var_path, vqvae_path = base_paths(config)
+    var_path, vqvae_path = base_paths(config, device)
     if not (var_path.exists() and vqvae_path.exists()):
         var, vqvae, report = pretrain(config, device)
-        write_atomically(vqvae_path, vqvae.state_dict())
-        write_atomically(var_path, var.state_dict())
-        (var_path.parent / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+        save_tensors(vqvae_path, vqvae.state_dict())
+        save_tensors(var_path, var.state_dict())
+        save_text(var_path.with_name("report.json"), json.dumps(asdict(report), indent=2) + "\n")
         print(
             f"base model: {report.seconds:.0f} s; reconstruction MSE {report.reconstruction_mse:.4f}, "
             f"{report.codebook_usage:.0%} of the codes in use, {report.token_loss:.2f} nats a token"
@@ -151,7 +151,7 @@ def _optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, lo
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), _GRAD_CLIP)
     optimizer.step()
 
 
@@ -172,7 +172,7 @@ def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[
         errors.append(error.detach())
         if (step + 1) % _REVIVE_EVERY == 0:
             usage = float((hits_V > 0).float().mean())
-            bar.set_postfix(mse=f"{float(error):.4f}", codes=f"{usage:.0%}")
+            bar.set_postfix(mse=f"{float(errors[-1]):.4f}", codes=f"{usage:.0%}")
             if step < steps * 3 // 4:
                 _revive(vqvae, optimizer, hits_V, batch)
             hits_V.zero_()
@@ -220,9 +220,22 @@ def _train_var(config: Config, images: Images, vqvae: VQVAE, device: torch.devic
         _optimizer_step(var, optimizer, loss, _learning_rate(step, steps, settings.var_lr))
         losses.append(loss.detach())
         if (step + 1) % _REVIVE_EVERY == 0:
-            bar.set_postfix(loss=f"{float(loss):.3f}")
+            bar.set_postfix(loss=f"{float(losses[-1]):.3f}")
     return var, float(torch.stack(losses[-_REVIVE_EVERY:]).mean())
 
 
 def _undecayed(name: str) -> bool:
     return name.endswith("bias") or any(part in name for part in ("emb", "pos_", "ada_gss", "scale_mul"))
+
+
+def main(arguments: list[str]) -> int:
+    """python -m varfast.pretrain config.yaml [a.b=c ...]"""
+    path, overrides = split_arguments(arguments, "python -m varfast.pretrain config.yaml [a.b=c ...]")
+    config = load_config(path, overrides)
+    var_path, vqvae_path = pretrained(config, pick_device(config.run.device))
+    print(f"transformer {var_path}\nVQ-VAE      {vqvae_path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -54,34 +54,31 @@ def resolve(address: str) -> Path:
         ) from error
 
 
-def read_tensors(path: Path) -> State:
-    """All tensors of a .safetensors or PyTorch file on the CPU; nested dictionaries are joined with dots.
+def read_checkpoint(path: Path) -> Any:
+    """The content of a .safetensors or PyTorch file, tensors on the CPU; nothing in it is executed.
 
     Raises: InputError if the file is truncated, no checkpoint, or a pickle that would run code.
     """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
 
-            try:
-                return dict(load_file(path))
-            except SafetensorError as error:
-                raise InputError(f"checkpoint {path} is truncated or no safetensors file: {error}") from error
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"checkpoint {path} is truncated or no safetensors file: {error}") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"checkpoint {path} holds more than tensors (or is damaged); loading it could run code, so it was not "
-            f"loaded. Save its state_dict alone, or as safetensors. Detail: {str(error).splitlines()[0]}"
+            f"checkpoint {path} holds more than tensors, or is no checkpoint. Loading it could run code, so it was not "
+            f"loaded. Save the state_dict alone, or as safetensors. Detail: {str(error).splitlines()[0]}"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
             f"checkpoint {path} ({path.stat().st_size} bytes) is truncated or no checkpoint; fetch it again. "
             f"Detail: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
-    return dict(_flatten(content))
 
 
 def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -155,7 +152,7 @@ def load_var(address: str, config: VARConfig | None = None) -> VAR:
     Raises: InputError if the file cannot be read or does not fit, naming keys, shapes and the preset that would fit.
     """
     path = resolve(address)
-    state = _select(read_tensors(path), _VAR_ANCHOR, "a VAR transformer", path)
+    state = _select(dict(_flatten(read_checkpoint(path))), _VAR_ANCHOR, "a VAR transformer", path)
     found = _infer(lambda: infer_var_config(state), path)
     with torch.device("meta"):
         model = VAR(config or found)
@@ -168,7 +165,7 @@ def load_var(address: str, config: VARConfig | None = None) -> VAR:
 def load_vqvae(address: str, patch_nums: tuple[int, ...], config: VQVAEConfig | None = None) -> VQVAE:
     """A VQ-VAE with the weights at `address`, on the CPU. Arguments and errors as load_var."""
     path = resolve(address)
-    state = _select(read_tensors(path), _VQVAE_ANCHOR, "a multi-scale VQ-VAE", path)
+    state = _select(dict(_flatten(read_checkpoint(path))), _VQVAE_ANCHOR, "a multi-scale VQ-VAE", path)
     found = _infer(lambda: infer_vqvae_config(state, patch_nums), path)
     with torch.device("meta"):
         model = VQVAE(config or found)

@@ -1,0 +1,157 @@
+"""What a run shows while it goes on: metrics.jsonl, TensorBoard, progress bar, sample grids.
+
+Axes: N image; H, W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from varfast.checkpoint import save_text, write_atomically
+from varfast.types import InputError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+# Small images are enlarged by repetition, so that a grid of digits can be looked at.
+_SMALLEST_CELL_PX = 48
+
+
+class RunLog:
+    """Metrics and pictures of a run, in its folder. A context manager.
+
+    Args:
+        folder: of the run.
+        start_step, total_steps: steps done already, and in all. Metrics of later steps than `start_step`, which a
+            killed run left behind, are dropped: those steps are done again.
+        tensorboard: write events too.
+    """
+
+    def __init__(self, folder: Path, start_step: int, total_steps: int, tensorboard: bool) -> None:
+        self._folder = folder
+        self._metrics = folder / "metrics.jsonl"
+        kept = [line for line in _lines(self._metrics) if json.loads(line)["step"] <= start_step]
+        save_text(self._metrics, "".join(line + "\n" for line in kept))
+        self._writer: SummaryWriter | None = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
+                str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
+            )
+        self._bar = tqdm(total=total_steps, initial=start_step, desc="grpo", unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()  # type: ignore[no-untyped-call]
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of a step, counted from 1. Raises: InputError if the disk is full."""
+        try:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self._metrics}: {error.strerror}; free space there and go on") from error
+        if self._writer is not None:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+        self._bar.update()
+        self._bar.set_postfix_str(
+            f"reward={metrics['reward_mean']:.3f} kl={metrics['kl']:.3f} {metrics['images_per_s']:.0f} img/s"
+        )
+
+    def grid(self, step: int, images: Tensor, columns: int) -> None:
+        """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png."""
+        picture = image_grid(images, columns)
+        save_png(self._folder / "grids" / f"step_{step:06d}.png", picture)
+        if self._writer is not None:
+            self._writer.add_image("samples", picture, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self._bar.write(text)
+
+
+def _lines(path: Path) -> list[str]:
+    # The last line of a killed run may be cut off; json.loads would refuse it.
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return text.split("\n")[:-1]
+
+
+def image_grid(images: Tensor, columns: int) -> np.ndarray:
+    """(N, 3, H, W) in [0, 1] -> one picture (rows * H, columns * W, 3) uint8, row by row; the rest is white."""
+    enlarge = max(1, math.ceil(_SMALLEST_CELL_PX / images.shape[-1]))
+    images = images.detach().float().cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
+    num, _, height, width = images.shape
+    rows = math.ceil(num / columns)
+    cells = torch.ones(rows * columns, 3, height, width)
+    cells[:num] = images
+    picture = cells.view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
+    result: np.ndarray = picture.mul(255.0).round().clamp(0, 255).to(torch.uint8).numpy()
+    return result
+
+
+def save_png(path: Path, picture: np.ndarray) -> None:
+    """Write an (H, W, 3) uint8 picture. Raises: InputError if it cannot be written."""
+    write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))
+
+
+def table(before: dict[str, float], after: dict[str, float]) -> str:
+    """Rows of name, before, after."""
+    width = max(len(name) for name in after)
+    rows = [f"{'':{width}}  {'before':>8}  {'after':>8}"]
+    rows += [f"{name:{width}}  {before.get(name, math.nan):8.3f}  {value:8.3f}" for name, value in after.items()]
+    return "\n".join(rows)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the run folder and for `python -m varfast.env`."""
+    from varfast import __version__
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "varfast": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this code runs from, with a + if it was changed; None if it is none."""
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

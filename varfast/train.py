@@ -1,0 +1,194 @@
+"""Fine-tune a VAR with GRPO.
+
+    python -m varfast.train configs/digits.yaml [a.b=c ...]
+
+On a run folder that holds an unfinished run, the same command goes on where it was.
+
+Axes: B image; B = P labels x G samples, group-major.
+Source: arXiv:2505.23331.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+
+from varfast.checkpoint import RunFolder, TrainState, save_tensors, save_text
+from varfast.command import run_command, split_arguments
+from varfast.config import Config, load_config
+from varfast.evaluate import evaluate
+from varfast.grpo import group_advantages, groups_without_signal
+from varfast.labels import draw_labels, label_pool
+from varfast.log import RunLog, environment, table
+from varfast.models import VAR, VQVAE
+from varfast.policy import Policy, load_policy, pick_device
+from varfast.pretrain import pretrained
+from varfast.randomness import GRID_STEP
+from varfast.rewards import WeightedSum
+from varfast.types import Rewards, Rollout, ScoredRollout, StepStats
+from varfast.update import Updater
+
+_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def train(config: Config) -> int:
+    """Run, or go on with, the experiment that `config` describes.
+
+    Returns: 0 when the run is complete, 130 or 143 when a signal ended it after a checkpoint.
+    Raises: InputError for anything in the config, the files or the reward that cannot be used.
+    """
+    folder = RunFolder(config.run.dir)
+    state = folder.prepare(config)
+    reward = WeightedSum(config.reward)
+    policy = load_base(config, folder)
+    reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
+    updater = Updater(policy, reference, config.grpo, config.update, config.run.steps, config.run.seed)
+    labels = label_pool(config.rollout, policy.num_classes, config.run.seed)
+    if state is None:
+        save_text(folder.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        state = TrainState(0, {}, {}, _evaluate(policy, reward, labels, config))
+    else:
+        policy.var.load_state_dict(state.var)
+        updater.optimizer.load_state_dict(state.optimizer)
+    start, before = state.step, state.before
+
+    def save(steps_done: int) -> None:
+        folder.save_state(TrainState(steps_done, policy.var.state_dict(), updater.optimizer.state_dict(), before))
+
+    sampling, group_size, seed = config.rollout, config.rollout.group_size, config.run.seed
+    with RunLog(folder.path, start, config.run.steps, config.log.tensorboard) as log, _catch_signals() as received:
+        if start:
+            log.say(f"going on after step {start} of {config.run.steps} in {folder.path}")
+        else:
+            _save_grid(log, 0, policy, labels, config)
+        for step in range(start, config.run.steps):
+            begin = time.perf_counter()
+            # A step: draw labels, sample a group of images for each, ...
+            labels_B = draw_labels(labels, sampling.labels_per_step, seed, step).repeat_interleave(group_size)
+            rollout = policy.sample(
+                labels_B, sampling.temperature, seed=seed, step=step, micro_batch=sampling.micro_batch
+            )
+            images = policy.decode(rollout.tokens_BL, sampling.micro_batch)
+            sampled = time.perf_counter()
+            # ... score them against one another, ...
+            try:
+                rewards = reward(images, rollout.labels_B)
+            except Exception as error:
+                save(step)
+                error.add_note(f"  nothing is lost: {folder.path} holds step {step}; the same command goes on from there")
+                raise
+            advantages_B = group_advantages(rewards.total_B, group_size, config.grpo.advantage_eps)
+            scored = time.perf_counter()
+            # ... and make the better ones more likely.
+            stats = updater.step(ScoredRollout(rollout, advantages_B), step)
+            end = time.perf_counter()
+
+            done = step + 1
+            metrics = _metrics(rollout, rewards, advantages_B, group_size, stats)
+            metrics |= {"rollout_s": sampled - begin, "reward_s": scored - sampled, "update_s": end - scored}
+            log.step(done, metrics | {"step_s": end - begin, "images_per_s": len(labels_B) / (end - begin)})
+            if done % config.log.grid_every == 0 or done == config.run.steps:
+                _save_grid(log, done, policy, labels, config)
+            if done % config.log.checkpoint_every == 0 or done == config.run.steps or received:
+                save(done)
+            if received and done < config.run.steps:
+                log.say(f"stopped; {folder.path} holds step {done} of {config.run.steps}. The same command goes on.")
+                return _INTERRUPTED[received[0]]
+
+    save_tensors(folder.weights, policy.var.state_dict())
+    after = _evaluate(policy, reward, labels, config)
+    save_text(folder.path / "summary.json", json.dumps({"before": before, "after": after}, indent=2) + "\n")
+    print(f"\n{table(before, after)}\n" if after else "")
+    print(f"run complete: {config.run.steps} steps. Weights {folder.weights}, curves and grids in {folder.path}")
+    return 0
+
+
+def load_base(config: Config, folder: RunFolder) -> Policy:
+    """The model that the run starts from: random, pre-trained now or earlier, or from checkpoints."""
+    device = pick_device(config.run.device)
+    if config.policy.checkpoint == "random":
+        return random_policy(config, device)
+    noted = folder.load_base()
+    if noted is not None:
+        var, vqvae = noted
+    elif config.policy.checkpoint == "pretrain":
+        var, vqvae = (str(path) for path in pretrained(config, device))
+    else:
+        assert config.policy.vqvae_checkpoint is not None
+        var, vqvae = config.policy.checkpoint, config.policy.vqvae_checkpoint
+    policy = load_policy(var, vqvae, device, config.run.dtype, config.policy.sizes, config.policy.vqvae)
+    folder.save_base(var, vqvae)
+    return policy
+
+
+def random_policy(config: Config, device: torch.device) -> Policy:
+    """Random weights of the configured sizes, fixed by the seed: for benchmarks and tests."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(config.run.seed)
+        vqvae = VQVAE(config.policy.vqvae)
+        var = VAR(config.policy.sizes).init_weights(config.run.seed)
+    return Policy(var, vqvae, device, config.run.dtype)
+
+
+def _evaluate(policy: Policy, reward: WeightedSum, labels: list[int], config: Config) -> dict[str, float]:
+    sampling = config.rollout
+    return evaluate(
+        policy, reward, labels, config.eval, sampling.temperature, config.run.seed, sampling.micro_batch
+    )
+
+
+def _save_grid(log: RunLog, step: int, policy: Policy, labels: list[int], config: Config) -> None:
+    columns = config.log.grid_samples
+    labels_B = torch.tensor(labels[: config.log.grid_labels]).repeat_interleave(columns)
+    rollout = policy.sample(labels_B, config.rollout.temperature, seed=config.run.seed, step=GRID_STEP)
+    log.grid(step, policy.decode(rollout.tokens_BL), columns)
+
+
+def _metrics(
+    rollout: Rollout, rewards: Rewards, advantages_B: torch.Tensor, group_size: int, stats: StepStats
+) -> dict[str, float]:
+    """The numbers of a step, by the names of metrics.jsonl."""
+    return {
+        "reward_mean": float(rewards.total_B.mean()),
+        "reward_std": float(rewards.total_B.std(correction=0)),
+        **{f"reward/{name}": float(score_B.mean()) for name, score_B in rewards.components.items()},
+        "advantage_mean": float(advantages_B.mean()),
+        "advantage_std": float(advantages_B.std(correction=0)),
+        "groups_without_signal": groups_without_signal(rewards.total_B, group_size),
+        "entropy": float(rollout.entropy_BL.mean()),
+        **asdict(stats),
+    }
+
+
+@contextmanager
+def _catch_signals() -> Iterator[list[signal.Signals]]:
+    """Collect the first SIGINT or SIGTERM, so that the step at hand can end; a second one acts at once."""
+    received: list[signal.Signals] = []
+
+    def note(number: int, frame: object) -> None:
+        received.append(signal.Signals(number))
+        print("\nstopping after this step; once more to stop at once (back to the last checkpoint)", flush=True)
+        for name in _INTERRUPTED:
+            signal.signal(name, previous[name])
+
+    previous = {name: signal.signal(name, note) for name in _INTERRUPTED}
+    try:
+        yield received
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+
+def main(arguments: list[str]) -> int:
+    """python -m varfast.train config.yaml [a.b=c ...]"""
+    return train(load_config(*split_arguments(arguments, "python -m varfast.train config.yaml [a.b=c ...]")))
+
+
+if __name__ == "__main__":
+    run_command(main)
