@@ -46,5 +46,7 @@ def grpo_token_loss(
         if other is not None and other.shape != logp_BL.shape:
             raise ValueError(f"{name} is {tuple(other.shape)}, logp_BL {tuple(logp_BL.shape)}: want one shape")
     if advantages_B.shape != logp_BL.shape[:1]:
-        raise ValueError(f"advantages_B is {tuple(advantages_B.shape)}, logp_BL {tuple(logp_BL.shape)}: want one an image")
+        raise ValueError(
+            f"advantages_B is {tuple(advantages_B.shape)}, logp_BL {tuple(logp_BL.shape)}: want one an image"
+        )
     return select("grpo_token_loss", impl)(logp_BL, logp_old_BL, logp_ref_BL, advantages_B, clip_eps, kl_beta)

@@ -29,5 +29,7 @@ def selective_log_softmax(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be > 0")
     if logits_BLV.shape[:-1] != tokens_BL.shape:
-        raise ValueError(f"tokens are {tuple(tokens_BL.shape)}, logits {tuple(logits_BLV.shape)}: want (B, L), (B, L, V)")
+        raise ValueError(
+            f"tokens are {tuple(tokens_BL.shape)}, logits {tuple(logits_BLV.shape)}: want (B, L), (B, L, V)"
+        )
     return select("selective_log_softmax", impl)(logits_BLV, tokens_BL, temperature)

@@ -3,7 +3,7 @@
 A kernel behind `varfast.kernels` computes one of these functions; its tests compare it with this file.
 Arithmetic is at least float32 whatever the storage dtype; float64 inputs are computed in float64.
 
-Axes: B image, l token of one scale, L token over all scales, V vocabulary, C channel, H head, D head dim, K keys so far.
+Axes: B image, l token of one scale, L token over all scales, V vocabulary, C channel, H head, D head dim.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def uniform_Bl(key: Tensor, scale: int, num_images: int, num_tokens: int) -> Ten
         (seed & _MASK32, (seed >> 32) & _MASK32),
     )
     # 26 bits of each word; the half keeps 0 and 1 out.
-    return ((word0 >> 6) * 2.0**26 + (word1 >> 6) + 0.5).double() * 2.0**-52
+    return (((word0 >> 6) << 26) + (word1 >> 6)).double().add(0.5) * 2.0**-52
 
 
 # ---------------------------------------------------------------------------------------------------------------------

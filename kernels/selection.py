@@ -22,7 +22,8 @@ class Choice:
 
 def implementations(op: str, **by_name: Implementation) -> dict[str, Implementation]:
     """Declare the implementations of an op, once, in the op's own file; `reference` is always among them."""
-    assert "reference" in by_name and op not in _OPS, op
+    assert "reference" in by_name, op
+    assert op not in _OPS, op
     _OPS[op] = by_name
     return by_name
 

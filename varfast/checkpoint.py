@@ -21,8 +21,16 @@ from varfast.types import InputError
 
 _FORMAT = 1
 # Settings that do not change what the run computes, or only how far it goes.
-_FREE_TO_CHANGE = ("run.dir", "run.steps", "log", "eval", "rollout.micro_batch", "update.micro_batch", "pretrain.cache_dir",
-                   "pretrain.num_workers")  # fmt: skip
+_FREE_TO_CHANGE = (
+    "run.dir",
+    "run.steps",
+    "log",
+    "eval",
+    "rollout.micro_batch",
+    "update.micro_batch",
+    "pretrain.cache_dir",
+    "pretrain.num_workers",
+)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -9,11 +9,11 @@ from varfast.types import InputError
 
 
 def run_command(main: Callable[[list[str]], int]) -> None:
-    """Run a command's main on the command line's arguments and exit with its code; 2, and no traceback, for bad input."""
+    """Run a command on the command line's arguments and exit with its code; for bad input with 2 and no traceback."""
     try:
         code = main(sys.argv[1:])
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

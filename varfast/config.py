@@ -6,8 +6,9 @@ A config is a YAML file and overrides `a.b=c` from the command line. An unknown 
 from __future__ import annotations
 
 import difflib
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from varfast.types import InputError
 
 HEAD_DIM = 64
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -63,8 +67,10 @@ class VARConfig(_Section):
     @field_validator("patch_nums")
     @classmethod
     def _increasing(cls, sides: tuple[int, ...]) -> tuple[int, ...]:
-        if not sides or sides[0] < 1 or any(a >= b for a, b in zip(sides, sides[1:], strict=False)):
-            raise ValueError(f"got {list(sides)}, want positive sides that grow from scale to scale, as in [1, 2, 3, 4]")
+        if not sides or sides[0] < 1 or any(a >= b for a, b in pairwise(sides)):
+            raise ValueError(
+                f"got {list(sides)}, want positive sides that grow from scale to scale, as in [1, 2, 3, 4]"
+            )
         return sides
 
     @property
@@ -187,7 +193,7 @@ class PolicyConfig(_Section):
 
 
 class PretrainConfig(_Section):
-    """How the base model is made when policy.checkpoint is 'pretrain'. Small: for the digits and for your own folder."""
+    """How the base model is made when policy.checkpoint is 'pretrain': for the digits, or for your own small folder."""
 
     dataset: str = Field("digits", description="'digits' (scikit-learn), or a folder with one sub-folder a class")
     cache_dir: str = Field("~/.cache/varfast", description="where base models are kept, by a hash of what made them")
@@ -263,7 +269,9 @@ class BrightnessReward(_Section):
 
     type: Literal["brightness"]
     weight: float = Field(1.0, description="factor in the sum")
-    mode: Literal["bright", "dark", "raw"] = Field("bright", description="1 if >= threshold; 1 if < it; the luma itself")
+    mode: Literal["bright", "dark", "raw"] = Field(
+        "bright", description="1 if >= threshold; 1 if < it; the luma itself"
+    )
     threshold: float | None = Field(None, description="default: 0.8 for bright, 0.2 for dark")
 
 
@@ -332,6 +340,24 @@ class Config(_Section):
         return self
 
 
+class SampleConfig(_Section):
+    """Arguments of `python -m varfast.sample`."""
+
+    checkpoint: str = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
+    vqvae: str | None = Field(None, description="the VQ-VAE's weights, where checkpoint is not a run folder")
+    out: str = Field("samples.png", description="the picture to write")
+    labels: list[int] | None = Field(None, description="one row each; default: the first 8")
+    samples_per_label: int = Field(8, ge=1, description="columns")
+    temperature: float = Field(1.0, gt=0, description="of the draw")
+    cfg: float = Field(0.0, ge=0, description="classifier-free guidance; VAR's demo: 4, its FID numbers: 1.5")
+    top_k: int = Field(0, ge=0, description="0: off; VAR: 900")
+    top_p: float = Field(0.0, ge=0, le=1, description="0: off; VAR's demo: 0.95, its FID numbers: 0.96")
+    seed: int = Field(0, ge=0, description="one seed, one picture")
+    micro_batch: int | None = Field(None, ge=1, description="images at a time; default: all")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -355,7 +381,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     except yaml.YAMLError as error:
         raise InputError(f"config {path} is no YAML: {error}") from error
     if not isinstance(data, dict):
-        raise InputError(f"config {path}: got {type(data).__name__} at the top, want sections as in configs/digits.yaml")
+        raise InputError(
+            f"config {path}: got {type(data).__name__} at the top, want sections as in configs/digits.yaml"
+        )
     for override in overrides or []:
         _apply_override(data, override)
     return parse_config(data, str(path))
@@ -363,17 +391,29 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def parse_config(data: dict[str, Any], source: str = "config") -> Config:
     """Validate a nested dictionary; `source` names it in errors. Raises: InputError, as load_config."""
+    return _validate(Config, data, source)
+
+
+def parse_arguments(arguments: list[str]) -> SampleConfig:
+    """Arguments of the form a=b. Raises: InputError, as load_config."""
+    data: dict[str, Any] = {}
+    for argument in arguments:
+        _apply_override(data, argument)
+    return _validate(SampleConfig, data, "arguments")
+
+
+def _validate(model: type[_Model], data: dict[str, Any], source: str) -> _Model:
     try:
-        return Config.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(dict(problem)) for problem in error.errors()]
+        problems = [_explain(model, dict(problem)) for problem in error.errors()]
         raise InputError("\n  ".join([f"{source} cannot be used:", *problems])) from error
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise InputError(f"override {override!r}: want section.key=value, as in update.lr=3e-5")
+        raise InputError(f"argument {override!r}: want key=value, as in update.lr=3e-5")
     node: Any = data
     *parents, last = key.split(".")
     for parent in parents:
@@ -381,17 +421,17 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             node[parent] = {}
         node = node[parent]
         if not isinstance(node, dict):
-            raise InputError(f"override {override!r}: {parent} is a value, not a section")
+            raise InputError(f"argument {override!r}: {parent} is a value, not a section")
     try:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"override {override!r}: the value is no YAML: {error}") from error
+        raise InputError(f"argument {override!r}: the value is no YAML: {error}") from error
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _explain(root: type[BaseModel], problem: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
+        known = _known_keys(root, problem["loc"][:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*_shown(location[:-1]), near[0]])}?" if near else f"known: {', '.join(known)}"
         return f"{'.'.join(_shown(location))}: unknown key; {hint}"
@@ -406,8 +446,8 @@ def _shown(location: list[str]) -> list[str]:
     return [p for i, p in enumerate(location) if not (i == 2 and location[0] == "reward")]
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
+def _known_keys(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    model: Any = root
     for part in location:
         if isinstance(model, type) and issubclass(model, BaseModel):
             model = model.model_fields[str(part)].annotation

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from varfast.types import InputError
 
-Images = Dataset[tuple[Tensor, Tensor]]
+Images = Dataset[tuple[Tensor, ...]]
 
 # Ink and paper of the drawn digits: about one in eleven images is bright by the paper's rule (mean luma >= 0.8).
 _PAPER = (0.6, 1.0)
@@ -65,12 +65,16 @@ def _load_digits() -> tuple[Tensor, Tensor]:
 
 def _image_folder(folder: Path, image_size: int) -> Images:
     if not folder.is_dir():
-        raise InputError(f"pretrain.dataset={folder}: no such folder; want 'digits' or a folder with a sub-folder a class")
+        raise InputError(
+            f"pretrain.dataset={folder}: no such folder; want 'digits' or a folder with a sub-folder a class"
+        )
     try:
         from torchvision import transforms
         from torchvision.datasets import ImageFolder
     except ImportError as error:
-        raise InputError(f"images in a folder are read by torchvision; pip install 'varfast[images]' ({error})") from error
+        raise InputError(
+            f"images in a folder are read by torchvision; pip install 'varfast[images]' ({error})"
+        ) from error
     transform = transforms.Compose(
         [
             transforms.Resize(round(image_size * 9 / 8), interpolation=transforms.InterpolationMode.LANCZOS),

@@ -39,7 +39,9 @@ def _groups(rewards_B: Tensor, group_size: int) -> Tensor:
     if group_size < 2:
         raise ValueError(f"group_size={group_size}: an advantage is relative to a group; use 2 or more (the paper: 16)")
     if rewards_B.ndim != 1 or rewards_B.shape[0] % group_size:
-        raise ValueError(f"rewards are {tuple(rewards_B.shape)}, want (B,) with B a multiple of group_size={group_size}")
+        raise ValueError(
+            f"rewards are {tuple(rewards_B.shape)}, want (B,) with B a multiple of group_size={group_size}"
+        )
     return rewards_B.detach().float().view(-1, group_size)
 
 

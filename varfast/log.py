@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # Small images are enlarged by repetition, so that a grid of digits can be looked at.
 _SMALLEST_CELL_PX = 48
+_GAP_PX = 4
 
 
 class RunLog:
@@ -48,9 +50,7 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
-                str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
-            )
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
         self._bar = tqdm(total=total_steps, initial=start_step, desc="grpo", unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> RunLog:
@@ -61,7 +61,7 @@ class RunLog:
     ) -> None:
         self._bar.close()
         if self._writer is not None:
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of a step, counted from 1. Raises: InputError if the disk is full."""
@@ -72,7 +72,7 @@ class RunLog:
             raise InputError(f"cannot write {self._metrics}: {error.strerror}; free space there and go on") from error
         if self._writer is not None:
             for name, value in metrics.items():
-                self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, step)
         self._bar.update()
         self._bar.set_postfix_str(
             f"reward={metrics['reward_mean']:.3f} kl={metrics['kl']:.3f} {metrics['images_per_s']:.0f} img/s"
@@ -83,7 +83,7 @@ class RunLog:
         picture = image_grid(images, columns)
         save_png(self._folder / "grids" / f"step_{step:06d}.png", picture)
         if self._writer is not None:
-            self._writer.add_image("samples", picture, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+            self._writer.add_image("samples", picture, step, dataformats="HWC")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -99,16 +99,17 @@ def _lines(path: Path) -> list[str]:
 
 
 def image_grid(images: Tensor, columns: int) -> np.ndarray:
-    """(N, 3, H, W) in [0, 1] -> one picture (rows * H, columns * W, 3) uint8, row by row; the rest is white."""
+    """(N, 3, H, W) in [0, 1] -> one (rows, columns) picture, (height, width, 3) uint8, row by row, with white gaps."""
     enlarge = max(1, math.ceil(_SMALLEST_CELL_PX / images.shape[-1]))
     images = images.detach().float().cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
+    images = F.pad(images, (0, _GAP_PX, 0, _GAP_PX), value=1.0)
     num, _, height, width = images.shape
     rows = math.ceil(num / columns)
     cells = torch.ones(rows * columns, 3, height, width)
     cells[:num] = images
-    picture = cells.view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
-    result: np.ndarray = picture.mul(255.0).round().clamp(0, 255).to(torch.uint8).numpy()
-    return result
+    picture = cells.view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2).reshape(rows * height, -1, 3)
+    pixels: np.ndarray = picture[:-_GAP_PX, :-_GAP_PX].mul(255.0).round().clamp(0, 255).to(torch.uint8).numpy()
+    return pixels
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:

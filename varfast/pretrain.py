@@ -150,7 +150,7 @@ def _optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, lo
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), _GRAD_CLIP)
     optimizer.step()
 

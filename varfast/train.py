@@ -81,7 +81,9 @@ def train(config: Config) -> int:
                 rewards = reward(images, rollout.labels_B)
             except Exception as error:
                 save(step)
-                error.add_note(f"  nothing is lost: {folder.path} holds step {step}; the same command goes on from there")
+                error.add_note(
+                    f"  nothing is lost: {folder.path} holds step {step}; the same command goes on from there"
+                )
                 raise
             advantages_B = group_advantages(rewards.total_B, group_size, config.grpo.advantage_eps)
             scored = time.perf_counter()
@@ -127,6 +129,15 @@ def load_base(config: Config, folder: RunFolder) -> Policy:
     return policy
 
 
+def load_run(folder: RunFolder, device: torch.device, dtype: str) -> Policy:
+    """The policy of a run folder, as of its last checkpoint."""
+    config = folder.load_config()
+    config = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device), "dtype": dtype})})
+    policy = load_base(config, folder)
+    policy.var.load_state_dict(folder.load_state().var)
+    return policy
+
+
 def random_policy(config: Config, device: torch.device) -> Policy:
     """Random weights of the configured sizes, fixed by the seed: for benchmarks and tests."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
@@ -138,9 +149,7 @@ def random_policy(config: Config, device: torch.device) -> Policy:
 
 def _evaluate(policy: Policy, reward: WeightedSum, labels: list[int], config: Config) -> dict[str, float]:
     sampling = config.rollout
-    return evaluate(
-        policy, reward, labels, config.eval, sampling.temperature, config.run.seed, sampling.micro_batch
-    )
+    return evaluate(policy, reward, labels, config.eval, sampling.temperature, config.run.seed, sampling.micro_batch)
 
 
 def _save_grid(log: RunLog, step: int, policy: Policy, labels: list[int], config: Config) -> None:

@@ -114,7 +114,7 @@ class Updater:
                 clip_eps=self.grpo.clip_eps,
                 kl_beta=self.grpo.kl_beta,
             )
-            (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
+            (loss / len(parts)).backward()
             measured.append(torch.cat([loss.detach().unsqueeze(0), stats]))
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.policy.var.parameters(), self.config.grad_clip, error_if_nonfinite=True

@@ -60,7 +60,9 @@ class SelfAttention(nn.Module):
         super().__init__()
         width, self.num_heads = config.width, config.depth
         if config.qk_l2_norm:
-            self.scale_mul_1H11: nn.Parameter | None = nn.Parameter(torch.full((1, self.num_heads, 1, 1), math.log(4.0)))
+            self.scale_mul_1H11: nn.Parameter | None = nn.Parameter(
+                torch.full((1, self.num_heads, 1, 1), math.log(4.0))
+            )
         else:
             self.scale_mul_1H11 = None
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
@@ -90,7 +92,7 @@ class SelfAttention(nn.Module):
             k_cache[:, :, start : start + length] = k
             v_cache[:, :, start : start + length] = v
             out = kernels.cached_attention(q, k_cache, v_cache, start + length, self.logit_scale_H())
-        return self.proj(out.transpose(1, 2).reshape(batch, length, width))  # type: ignore[no-any-return]
+        return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 
 
 class FFN(nn.Module):
@@ -103,7 +105,7 @@ class FFN(nn.Module):
         self.fc2 = Linear(hidden, config.width)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))  # type: ignore[no-any-return]
+        return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -123,7 +125,7 @@ class Block(nn.Module):
     def modulation(self, cond: Tensor) -> tuple[Tensor, ...]:
         """gate, gate, scale, scale, shift, shift (of attention and MLP), (B, C) each, from the condition."""
         six = self.ada_lin(cond) if self.ada_gss is None else self.ada_gss.to(cond.dtype) + cond
-        return six.view(-1, 6, self.width).unbind(1)  # type: ignore[no-any-return]
+        return six.view(-1, 6, self.width).unbind(1)
 
     def forward(
         self,
@@ -236,24 +238,26 @@ class VAR(nn.Module):
 
     def embed_scale(self, input_BlC: Tensor, scale: int) -> Tensor:
         """Input (B, l, C) of a later scale from the codes summed so far, (B, l, code width)."""
-        return (self.word_embed(input_BlC.to(self.word_embed.weight.dtype)) + self.position(scale)).to(self.compute_dtype)
+        return (self.word_embed(input_BlC.to(self.word_embed.weight.dtype)) + self.position(scale)).to(
+            self.compute_dtype
+        )
 
     def position(self, scale: int | None = None) -> Tensor:
         """Position plus level embedding of one scale, or of all: (1, l, C)."""
         ends = self.config.scale_ends
         span = slice(None) if scale is None else slice(ends[scale] - self.config.patch_nums[scale] ** 2, ends[scale])
-        return self.lvl_embed(self.get_buffer("lvl_1L")[:, span]) + self.pos_1LC[:, span]  # type: ignore[no-any-return]
+        return self.lvl_embed(self.get_buffer("lvl_1L")[:, span]) + self.pos_1LC[:, span]
 
     def block_condition(self, cond_BC: Tensor) -> Tensor:
         """What the blocks are modulated by: the class condition, through the shared projection where there is one."""
         cond = cond_BC.to(self.compute_dtype)
         if self.shared_ada_lin is None:
             return cond
-        return self.shared_ada_lin(cond).view(-1, 1, 6, self.config.width)  # type: ignore[no-any-return]
+        return self.shared_ada_lin(cond).view(-1, 1, 6, self.config.width)
 
     def logits(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
         """(B, L, V) in the dtype of the head's weights."""
-        return self.head(self.head_nm(x_BLC.to(self.head.weight.dtype), cond_BC))  # type: ignore[no-any-return]
+        return self.head(self.head_nm(x_BLC.to(self.head.weight.dtype), cond_BC))
 
     def forward(self, labels_B: Tensor, var_input_BLC: Tensor, drop_path: float = 0.0) -> Tensor:
         """Teacher-forced logits of all scales at once.

@@ -40,7 +40,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h  # type: ignore[no-any-return]
+        return self.nin_shortcut(x) + h
 
 
 class AttnBlock(nn.Module):
@@ -55,7 +55,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
         h = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
-        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
 class Downsample(nn.Module):
@@ -66,7 +66,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # type: ignore[no-any-return]
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -77,7 +77,7 @@ class Upsample(nn.Module):
         self.conv = _conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # type: ignore[no-any-return]
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class Level(nn.Module):
@@ -107,7 +107,7 @@ class Middle(nn.Module):
         self.block_2 = ResnetBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))  # type: ignore[no-any-return]
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Encoder(nn.Module):
@@ -134,7 +134,7 @@ class Encoder(nn.Module):
             x = level(x)
             if index != len(self.down) - 1:
                 x = level.downsample(x)  # type: ignore[operator]
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))  # type: ignore[no-any-return]
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -162,7 +162,7 @@ class Decoder(nn.Module):
             x = self.up[index](x)
             if index != 0:
                 x = self.up[index].upsample(x)  # type: ignore[operator]
-        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Phi(nn.Conv2d):
@@ -230,7 +230,7 @@ class Quantizer(nn.Module):
         h_BChw = self.embedding(tokens_Bl).transpose(1, 2).reshape(tokens_Bl.shape[0], -1, side, side)
         if scale != len(self.config.patch_nums) - 1:
             h_BChw = F.interpolate(h_BChw, size=(last, last), mode="bicubic")
-        return self._phi(scale)(h_BChw)  # type: ignore[no-any-return]
+        return self._phi(scale)(h_BChw)
 
     def next_input(self, f_hat: Tensor, scale: int) -> Tensor:
         """(B, l, C) input of `scale` from the scales before it."""
@@ -288,8 +288,10 @@ class VQVAE(nn.Module):
         """(B, C, HW, HW) before quantization. Raises: ValueError for images of another shape."""
         size = self.config.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-            raise ValueError(f"images are {tuple(images.shape)}, want (B, 3, {size}, {size}); resize and crop them first")
-        return self.quant_conv(self.encoder(images))  # type: ignore[no-any-return]
+            raise ValueError(
+                f"images are {tuple(images.shape)}, want (B, 3, {size}, {size}); resize and crop them first"
+            )
+        return self.quant_conv(self.encoder(images))
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, L) tokens of all scales."""
@@ -304,7 +306,7 @@ class VQVAE(nn.Module):
 
     def decode_f_hat(self, f_hat: Tensor) -> Tensor:
         """Sum of quantized scales -> (B, 3, H, W), not clamped."""
-        return self.decoder(self.post_quant_conv(f_hat))  # type: ignore[no-any-return]
+        return self.decoder(self.post_quant_conv(f_hat))
 
     def decode(self, tokens_BL: Tensor) -> Tensor:
         """(B, L) tokens -> (B, 3, H, W) in [-1, 1]."""

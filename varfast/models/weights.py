@@ -195,8 +195,6 @@ def _assign(model: torch.nn.Module, state: State, path: Path, fits: str) -> None
         for title, names in (("missing", missing), ("unexpected", unexpected)):
             if names:
                 lines.append(f"  {len(names)} {title}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
-        lines.extend(
-            f"  {n}: file {tuple(state[n].shape)}, model {tuple(wanted[n].shape)}" for n in reshaped[:4]
-        )
+        lines.extend(f"  {n}: file {tuple(state[n].shape)}, model {tuple(wanted[n].shape)}" for n in reshaped[:4])
         raise InputError("\n".join(lines))
     model.load_state_dict({n: t.clone() for n, t in state.items()}, assign=True)

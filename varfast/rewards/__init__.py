@@ -72,7 +72,8 @@ def _import(name: str, config: FunctionReward) -> Reward:
         near = difflib.get_close_matches(attribute, vars(module), n=1)
         raise InputError(f"{where}: {module_name} has no such function{f'; did you mean {near[0]}?' if near else ''}")
     if inspect.isclass(target):
-        return target(**config.args)  # type: ignore[no-any-return]
+        reward: Reward = target(**config.args)
+        return reward
     return functools.partial(target, **config.args)
 
 

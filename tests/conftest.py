@@ -1,0 +1,126 @@
+import json
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from varfast import Policy
+from varfast.config import Config, parse_config
+from varfast.models import VAR, VQVAE, VARConfig, VQVAEConfig
+
+DATA = Path(__file__).parent / "data"
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+
+def golden_weights(model: torch.nn.Module, prefix: str) -> None:
+    """The weights behind tests/data/*.npz: a function of each parameter's name and shape."""
+    for name, tensor in model.state_dict().items():
+        constant = name in ("attn_bias_for_masking", "lvl_1L") or name.endswith(("zero_k_bias", "ema_vocab_hit_SV"))
+        if constant or not tensor.is_floating_point():
+            continue
+        seed = zlib.crc32((prefix + name).encode()) & 0x7FFFFFFF
+        noise = np.random.RandomState(seed).standard_normal(tensor.numel()).astype(np.float32).reshape(tensor.shape)
+        if name.endswith("scale_mul_1H11"):
+            value = np.log(4.0).astype(np.float32) + 0.3 * noise
+        elif name.endswith("ada_gss"):
+            value = 0.5 * noise
+        elif tensor.ndim >= 2:
+            fan_in = 1 if "emb" in name or "pos" in name else int(np.prod(tensor.shape[1:]))
+            value = noise * np.float32(fan_in**-0.5 if fan_in > 1 else 0.5)
+        elif name.endswith("weight"):
+            value = 1 + 0.1 * noise
+        else:
+            value = 0.1 * noise
+        tensor.copy_(torch.from_numpy(np.asarray(value, dtype=np.float32)))
+
+
+def tiny_models(
+    patch_nums=(1, 2, 3), depth=1, vocab_size=32, code_width=8, num_classes=5, shared_adaln=False, qk_l2_norm=True
+) -> tuple[VAR, VQVAE]:
+    sizes = {"patch_nums": patch_nums, "vocab_size": vocab_size, "code_width": code_width}
+    var = VAR(
+        VARConfig(depth=depth, num_classes=num_classes, shared_adaln=shared_adaln, qk_l2_norm=qk_l2_norm, **sizes)
+    )
+    vqvae = VQVAE(VQVAEConfig(base_channels=32, channel_multipliers=(1,), num_res_blocks=1, **sizes))
+    golden_weights(var, "var.")
+    golden_weights(vqvae, "vae.")
+    return var, vqvae
+
+
+@pytest.fixture
+def make_policy():
+    def make(**sizes) -> Policy:
+        return Policy(*tiny_models(**sizes))
+
+    return make
+
+
+@pytest.fixture
+def make_models():
+    return tiny_models
+
+
+@pytest.fixture(params=["tiny", "tiny_saln", "tiny_nol2"])
+def golden(request) -> SimpleNamespace:
+    """Models with the golden weights, and the arrays as tensors by name."""
+    arrays = np.load(DATA / f"{request.param}.npz")
+    meta = json.loads(str(arrays["meta"]))
+    sizes = {"patch_nums": meta["patch_nums"], "vocab_size": meta["V"], "code_width": meta["Cvae"]}
+    var = VAR(
+        VARConfig(
+            depth=meta["depth"],
+            num_classes=meta["num_classes"],
+            shared_adaln=meta["shared_aln"],
+            qk_l2_norm=meta["attn_l2_norm"],
+            **sizes,
+        )
+    )
+    vqvae = VQVAE(VQVAEConfig(base_channels=meta["ch"], **sizes))
+    golden_weights(var, "var.")
+    golden_weights(vqvae, "vae.")
+    tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "meta"}
+    return SimpleNamespace(var=var, vqvae=vqvae, params=meta["params"], **tensors)
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """A run of a few steps on a random tiny model, in a folder of its own; keyword section__key sets a value."""
+
+    def make(**overrides) -> Config:
+        data = {
+            "run": {"dir": str(tmp_path / "run"), "steps": 3, "device": "cpu"},
+            "policy": {
+                "checkpoint": "random",
+                "var": {"depth": 1, "patch_nums": [1, 2], "vocab_size": 16, "code_width": 4, "num_classes": 5},
+                "vqvae": {"base_channels": 32, "channel_multipliers": [1], "num_res_blocks": 1},
+            },
+            "pretrain": {"cache_dir": str(tmp_path / "cache")},
+            "rollout": {"labels_per_step": 2, "group_size": 4},
+            "reward": {"luma": {"type": "brightness", "mode": "raw"}},
+            "update": {"minibatch": 4},
+            "log": {"tensorboard": False, "grid_labels": 2, "grid_samples": 2, "checkpoint_every": 2},
+            "eval": {"samples_per_label": 2},
+        }
+        for key, value in overrides.items():
+            *parents, last = key.split("__")
+            node = data
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = value
+        return parse_config(data)
+
+    return make

@@ -1,0 +1,48 @@
+"""Print versions, devices, and which implementation of each op runs here and why.
+
+python -m varfast.env
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib import metadata
+
+from varfast import kernels
+from varfast.command import run_command
+from varfast.log import environment
+
+_PACKAGES = (
+    "numpy",
+    "pydantic",
+    "safetensors",
+    "huggingface_hub",
+    "tensorboard",
+    "scikit-learn",
+    "torchvision",
+    "triton",
+)
+# Used where they can be imported; the names on PyPI are a source build and another package.
+_OPTIONAL_MODULES = ("flash_attn", "apex")
+
+
+def main(arguments: list[str]) -> int:
+    """python -m varfast.env"""
+    for name, value in environment().items():
+        print(f"{name:16} {value}")
+    for package in _PACKAGES:
+        try:
+            print(f"{package:16} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package:16} not installed")
+    for module in _OPTIONAL_MODULES:
+        found = importlib.util.find_spec(module) is not None
+        print(f"{module:16} {'can be imported; no op uses it so far' if found else 'not installed (optional)'}")
+    print("\nop                       impl        why")
+    for choice in kernels.choices():
+        print(f"{choice.op:24} {choice.impl:11} {choice.why}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,56 @@
+"""Write a grid of samples from any checkpoint.
+
+    python -m varfast.sample checkpoint=runs/digits out=digits.png
+    python -m varfast.sample checkpoint=hf://FoundationVision/var/var_d16.pth \
+        vqvae=hf://FoundationVision/var/vae_ch160v4096z32.pth labels=[207,980] cfg=4 top_k=900 top_p=0.95
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from varfast.checkpoint import RunFolder
+from varfast.command import run_command
+from varfast.config import SampleConfig, check_micro_batch, parse_arguments
+from varfast.log import image_grid, save_png
+from varfast.policy import Policy, load_policy, pick_device
+from varfast.train import load_run
+from varfast.types import InputError
+
+
+def load(config: SampleConfig) -> Policy:
+    """The policy of a run folder, or of a transformer's and a VQ-VAE's weights."""
+    device = pick_device(config.device)
+    if Path(config.checkpoint).expanduser().is_dir():
+        return load_run(RunFolder(config.checkpoint), device, config.dtype)
+    if config.vqvae is None:
+        raise InputError(f"checkpoint={config.checkpoint} is not a run folder, so vqvae=... is needed too")
+    return load_policy(config.checkpoint, config.vqvae, device, config.dtype)
+
+
+def main(arguments: list[str]) -> int:
+    """python -m varfast.sample checkpoint=... [key=value ...]"""
+    config = parse_arguments(arguments)
+    policy = load(config)
+    labels = config.labels if config.labels is not None else list(range(min(8, policy.num_classes)))
+    labels_B = torch.tensor(labels).repeat_interleave(config.samples_per_label)
+    check_micro_batch("micro_batch", config.micro_batch, len(labels_B))
+    rollout = policy.sample(
+        labels_B,
+        config.temperature,
+        seed=config.seed,
+        cfg=config.cfg,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        micro_batch=config.micro_batch,
+    )
+    images = policy.decode(rollout.tokens_BL, config.micro_batch)
+    save_png(Path(config.out), image_grid(images, config.samples_per_label))
+    print(f"{config.out}: {len(labels)} labels x {config.samples_per_label} samples")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
