@@ -1,4 +1,5 @@
 import json
+import os
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
+os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 
 from varfast import Policy
 from varfast.config import Config, parse_config
@@ -19,11 +22,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch):
-    monkeypatch.setenv("TQDM_DISABLE", "1")
 
 
 def golden_weights(model: torch.nn.Module, prefix: str) -> None:

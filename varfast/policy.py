@@ -120,7 +120,7 @@ class Policy:
     def decode(self, tokens_BL: Tensor, micro_batch: int | None = None) -> Tensor:
         """(B, L) tokens -> (B, 3, H, W) float32 images in [0, 1], `micro_batch` at a time (default all)."""
         tokens_BL = self._tokens(tokens_BL)
-        parts = tokens_BL.split(micro_batch or max(1, len(tokens_BL)))
+        parts = tokens_BL.split(micro_batch or len(tokens_BL))
         return torch.cat([self.vqvae.decode(part).add(1.0).mul(0.5) for part in parts])
 
     @torch.no_grad()
@@ -133,8 +133,7 @@ class Policy:
         if isinstance(labels_B, Tensor) and labels_B.device.type != "cpu":
             return labels_B
         labels = torch.as_tensor(labels_B, dtype=torch.int64)
-        if labels.numel():
-            check_labels("labels_B", labels.tolist(), self.num_classes)
+        check_labels("labels_B", labels.tolist(), self.num_classes)
         return labels.to(self.device)
 
     def _tokens(self, tokens_BL: Tensor) -> Tensor:

@@ -58,13 +58,11 @@ def generate(
         seed, step, first_sample: key of the randomness.
         micro_batch: images at a time; default all.
     """
-    size = micro_batch or max(1, len(labels_B))
+    size = micro_batch or len(labels_B)
     parts = [
         _generate_part(var, vqvae, labels_B[i : i + size], settings, seed, step, first_sample + i)
         for i in range(0, len(labels_B), size)
     ]
-    if not parts:
-        parts = [_generate_part(var, vqvae, labels_B, settings, seed, step, first_sample)]
     tokens, logp, entropy = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     return Rollout(labels_B, tokens, logp, entropy, settings.temperature, settings.on_policy)
 

@@ -157,7 +157,7 @@ class AdaLNBeforeHead(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), Linear(config.width, 2 * config.width))
 
     def forward(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
-        scale, shift = self.ada_lin(cond_BC).view(cond_BC.shape[0], 2, -1).unbind(1)
+        scale, shift = self.ada_lin(cond_BC).chunk(2, dim=-1)
         return kernels.layer_norm_modulate(x_BLC, scale, shift, self.eps)
 
 

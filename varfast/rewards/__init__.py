@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -67,13 +66,12 @@ def _import(name: str, config: FunctionReward) -> Reward:
         if error.name != module_name.split(".")[0] and error.name != module_name:
             raise  # something that the user's module imports
         raise InputError(f"{where}: no module {module_name}; run from its folder, or set PYTHONPATH to it") from error
-    target = getattr(module, attribute, None)
+    target: Any = getattr(module, attribute, None)
     if not callable(target):
         near = difflib.get_close_matches(attribute, vars(module), n=1)
         raise InputError(f"{where}: {module_name} has no such function{f'; did you mean {near[0]}?' if near else ''}")
-    if inspect.isclass(target):
-        reward: Reward = target(**config.args)
-        return reward
+    if isinstance(target, type):
+        return target(**config.args)
     return functools.partial(target, **config.args)
 
 

@@ -1,0 +1,146 @@
+import copy
+
+import pytest
+import yaml
+
+from varfast import InputError
+from varfast.config import Config, VARConfig, load_config, parse_arguments, parse_config
+
+MINIMAL = {
+    "run": {"dir": "r", "steps": 3},
+    "policy": {"preset": "d16", "checkpoint": "random"},
+    "reward": {"bright": {"type": "brightness"}},
+}
+
+
+def parse(**overrides) -> Config:
+    data = copy.deepcopy(MINIMAL)
+    for key, value in overrides.items():
+        *parents, last = key.split("__")
+        node = data
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return parse_config(data)
+
+
+def test_defaults_are_the_settings_of_the_paper():
+    config = parse()
+    assert (config.rollout.labels_per_step, config.rollout.group_size, config.rollout.images) == (32, 16, 512)
+    assert config.rollout.temperature == 0.7
+    assert (config.update.minibatch, config.update.lr, config.update.epochs) == (32, 1e-4, 1)
+    assert (config.grpo.clip_eps, config.grpo.kl_beta) == (0.2, 0.2)
+    assert config.rollout.labels == "all"
+
+
+def test_sizes_of_the_vqvae_follow_the_transformer():
+    config = parse(policy__preset="d36")
+    assert config.policy.vqvae.patch_nums == (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+    assert config.policy.vqvae.image_size == 512
+    assert parse().policy.vqvae.image_size == 256
+    assert config.policy.sizes.shared_adaln
+
+
+def test_scale_ends():
+    assert VARConfig().scale_ends == (1, 5, 14, 30, 55, 91, 155, 255, 424, 680)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rollout__group_siz", 3, "rollout.group_siz: unknown key; did you mean rollout.group_size?"),
+        ("rollot", {}, "rollot: unknown key; did you mean rollout?"),
+        ("run__zzz", 1, "run.zzz: unknown key; known: dir, steps, seed"),
+        ("policy__vqvae__base_chanels", 3, "did you mean policy.vqvae.base_channels?"),
+        ("reward__bright__mod", "x", "reward.bright.mod: unknown key; did you mean reward.bright.mode?"),
+        ("rollout__group_size", 1, "rollout.group_size: got 1; input should be greater than or equal to 2"),
+        ("update__lr", "fast", "update.lr: got 'fast'; input should be a valid number"),
+        ("run__steps", 2.5, "run.steps: got 2.5; input should be a valid integer"),
+        ("rollout__micro_batch", 7, "rollout.micro_batch=7 does not divide 512 images a step; use 8"),
+        ("update__micro_batch", 12, "update.micro_batch=12 does not divide 32 images of a minibatch; use 8"),
+        ("update__minibatch", 100, "update.minibatch=100 does not divide 512 images a step; use 128"),
+        ("rollout__labels", [3, 1000], "rollout.labels holds 1000; the model has labels 0..999"),
+        ("rollout__labels", [], "rollout.labels is empty"),
+        ("policy__preset", "d17", "policy.preset: got 'd17'"),
+        ("policy__checkpoint", "a.pth", "vqvae_checkpoint is missing"),
+        ("policy__vqvae__patch_nums", [1, 2], "they must be equal"),
+        ("policy__var", {"depth": 2}, "one of the two"),
+        ("reward__bright__type", "brigtness", "'brightness', 'function'"),
+        ("reward", {}, "reward: got {}"),
+        ("run__device", "tpu", "run.device: got 'tpu'"),
+    ],
+)
+def test_parse_config_says_what_is_wrong(key, value, message):
+    with pytest.raises(InputError) as caught:
+        parse(**{key: value})
+    assert message in str(caught.value)
+
+
+def test_parse_config_reports_all_problems_at_once():
+    with pytest.raises(InputError) as caught:
+        parse(rollout__group_size=1, update__lr=-1, run__sed=0)
+    assert all(text in str(caught.value) for text in ("rollout.group_size", "update.lr", "did you mean run.seed?"))
+
+
+def test_load_config_applies_overrides(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    overrides = ["update.lr=3e-5", "rollout.labels=[1, 2]", "grpo.kl_beta=0", "log.tensorboard=false"]
+    config = load_config(path, overrides)
+    assert config.update.lr == 3e-5
+    assert config.rollout.labels == [1, 2]
+    assert config.grpo.kl_beta == 0.0
+    assert not config.log.tensorboard
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("update.lr", "want key=value"),
+        ("=3", "want key=value"),
+        ("run.steps.x=3", "steps is a value, not a section"),
+        ("run.dir=[", "the value is no YAML"),
+        ("grpo.beta=0.1", "did you mean grpo.kl_beta?"),
+    ],
+)
+def test_load_config_refuses_overrides(tmp_path, override, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(InputError) as caught:
+        load_config(path, [override])
+    assert message in str(caught.value)
+
+
+def test_load_config_refuses_files(tmp_path):
+    with pytest.raises(InputError, match="No such file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(InputError, match="got list at the top"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(InputError, match="is no YAML"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_parse_arguments_of_sample():
+    config = parse_arguments(["checkpoint=a.pth", "labels=[1,2]", "cfg=4"])
+    assert (config.checkpoint, config.labels, config.cfg) == ("a.pth", [1, 2], 4.0)
+    with pytest.raises(InputError, match="lables: unknown key; did you mean labels"):
+        parse_arguments(["checkpoint=a", "lables=[1]"])
+
+
+def test_every_shipped_config_is_valid_and_every_field_documented():
+    from pathlib import Path
+
+    from pydantic import BaseModel
+
+    from varfast import config as module
+
+    paths = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+    assert {p.name for p in paths} >= {"digits.yaml", "d16_brightness.yaml", "d30.yaml"}
+    for path in paths:
+        load_config(path)
+    for section in vars(module).values():
+        if isinstance(section, type) and issubclass(section, BaseModel) and section is not Config:
+            undocumented = [n for n, f in section.model_fields.items() if not f.description and n != "type"]
+            assert undocumented == [], section

@@ -1,0 +1,71 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from varfast import InputError
+from varfast.log import RunLog, image_grid, save_png, table
+
+METRICS = {"reward_mean": 0.5, "kl": 0.1, "images_per_s": 3.0}
+
+
+def test_image_grid_places_and_enlarges():
+    images = torch.zeros(3, 3, 8, 8)
+    images[1, 0] = 1.0  # red
+    images[2] = 0.5
+    picture = image_grid(images, columns=2)
+    assert picture.shape == (2 * 48 + 4, 2 * 48 + 4, 3)
+    assert picture[10, 10].tolist() == [0, 0, 0]
+    assert picture[10, 60].tolist() == [255, 0, 0]
+    assert picture[60, 10].tolist() == [128, 128, 128]
+    assert picture[60, 60].tolist() == [255, 255, 255]
+    assert picture[10, 49].tolist() == [255, 255, 255]
+
+
+def test_save_png_round_trip(tmp_path):
+    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    save_png(tmp_path / "deep" / "x.png", picture)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "deep" / "x.png")), picture)
+
+
+def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
+    with RunLog(tmp_path, 0, 5, tensorboard=False) as log:
+        for step in (1, 2, 3):
+            log.step(step, METRICS)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')  # killed while writing
+    with RunLog(tmp_path, 2, 5, tensorboard=False) as log:
+        log.step(3, METRICS | {"kl": 9.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["kl"]) for line in lines] == [(1, 0.1), (2, 0.1), (3, 9.0)]
+
+
+def test_tensorboard_events_hold_the_metrics(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunLog(tmp_path, 0, 1, tensorboard=True) as log:
+        log.step(1, METRICS)
+        log.grid(1, torch.zeros(2, 3, 8, 8), 2)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == set(METRICS)
+    assert events.Scalars("kl")[0].value == pytest.approx(0.1)
+    assert events.Tags()["images"] == ["samples"]
+    assert (tmp_path / "grids" / "step_000001.png").exists()
+
+
+def test_metrics_that_cannot_be_written_are_named(tmp_path):
+    with RunLog(tmp_path, 0, 1, tensorboard=False) as log:
+        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "metrics.jsonl").mkdir()
+        with pytest.raises(InputError, match=r"cannot write .*metrics.jsonl"):
+            log.step(1, METRICS)
+
+
+def test_table_lines_up():
+    assert table({"reward": 0.1}, {"reward": 0.95, "accuracy": 0.5}).splitlines() == [
+        "            before     after",
+        "reward       0.100     0.950",
+        "accuracy       nan     0.500",
+    ]

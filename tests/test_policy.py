@@ -1,0 +1,147 @@
+import pytest
+import torch
+from torch.nn.functional import one_hot
+
+from varfast import InputError
+
+PATCH_NUMS = [(1,), (1, 2), (1, 2, 3, 4), (2, 3), (1, 3, 5)]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("patch_nums", PATCH_NUMS)
+@pytest.mark.parametrize("shared_adaln", [False, True])
+@torch.no_grad()
+def test_sample_logp_equals_token_logp(make_policy, patch_nums, temperature, shared_adaln):
+    policy = make_policy(patch_nums=patch_nums, depth=2, shared_adaln=shared_adaln)
+    rollout = policy.sample([0, 1, 2, 3, 4] * 3, temperature, seed=1)
+    forced = policy.token_logp(rollout.labels_B, rollout.tokens_BL, temperature)
+    assert rollout.logp_BL.shape == (15, policy.var.config.num_tokens)
+    assert float((forced - rollout.logp_BL).abs().max()) < 5e-5
+    assert rollout.on_policy
+
+
+@torch.no_grad()
+def test_token_logp_equals_the_logits_of_the_transformer_in_float64(make_policy):
+    policy = make_policy(depth=2)
+    tokens = torch.randint(32, (4, 14), generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 3])
+    got = policy.token_logp(labels, tokens, 0.7)
+    wide = policy.frozen_copy()
+    wide.var.double().compute_dtype = torch.float64
+    logits = wide.var(labels, policy.vqvae.var_input(tokens).double())
+    exact = ((logits / 0.7).log_softmax(-1) * one_hot(tokens, 32)).sum(-1)
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-5)
+
+
+def test_token_logp_is_differentiable_and_the_vqvae_is_frozen(make_policy):
+    policy = make_policy(depth=2)
+    policy.token_logp([0, 1], torch.zeros(2, 14, dtype=torch.int64)).sum().backward()
+    untouched = [n for n, p in policy.var.named_parameters() if p.grad is None or not p.grad.any()]
+    assert untouched == []
+    assert not any(p.requires_grad for p in policy.vqvae.parameters())
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 6, 12])
+@pytest.mark.parametrize("inference", [{}, {"cfg": 1.5, "top_k": 9, "top_p": 0.9}])
+def test_sample_does_not_depend_on_the_batch_split(make_policy, micro_batch, inference):
+    policy = make_policy(depth=2)
+    labels = [0, 1, 2, 3, 4, 0] * 2
+    whole = policy.sample(labels, 0.9, seed=5, **inference)
+    split = policy.sample(labels, 0.9, seed=5, micro_batch=micro_batch, **inference)
+    assert torch.equal(whole.tokens_BL, split.tokens_BL)
+    torch.testing.assert_close(whole.logp_BL, split.logp_BL, rtol=0, atol=1e-5)
+    calls = [policy.sample(labels[i : i + 4], 0.9, seed=5, first_sample=i, **inference) for i in (0, 4, 8)]
+    assert torch.equal(whole.tokens_BL, torch.cat([call.tokens_BL for call in calls]))
+
+
+def test_sample_differs_by_seed_and_step(make_policy):
+    policy = make_policy()
+    first = policy.sample([0] * 8, seed=0).tokens_BL
+    assert torch.equal(first, policy.sample([0] * 8, seed=0).tokens_BL)
+    assert not torch.equal(first, policy.sample([0] * 8, seed=1).tokens_BL)
+    assert not torch.equal(first, policy.sample([0] * 8, seed=0, step=1).tokens_BL)
+    assert not torch.equal(first[0], first[1])
+
+
+@torch.no_grad()
+def test_sample_logp_describes_the_guided_and_filtered_distribution(make_policy):
+    # One scale of one token: the whole distribution can be written down.
+    policy = make_policy(patch_nums=(1, 2))
+    rollout = policy.sample([1] * 4000, 0.8, seed=2, cfg=2.0, top_k=5)
+    first_cond = policy.var.logits(*_first_hidden(policy, 1))
+    logits = first_cond[0, 0] / 0.8  # guidance is 0 at the first scale
+    kept = logits.topk(5)
+    expected = kept.values.log_softmax(-1)
+    drawn = rollout.tokens_BL[:, 0]
+    assert set(drawn.tolist()) <= set(kept.indices.tolist())
+    position = (drawn[:, None] == kept.indices).float().argmax(1)
+    torch.testing.assert_close(rollout.logp_BL[:, 0], expected[position], rtol=0, atol=1e-5)
+
+
+def _first_hidden(policy, label):
+    from varfast.models import KVCache
+
+    x, cond = policy.var.embed_start(torch.tensor([label]))
+    cache = KVCache.empty(policy.var.config, 1, torch.float32, torch.device("cpu"))
+    for index, block in enumerate(policy.var.blocks):
+        x = block(
+            x, policy.var.block_condition(cond), policy.var.config.scale_ends, (cache.k[index], cache.v[index], 0)
+        )
+    return x, cond
+
+
+def test_sample_in_bfloat16_stays_near_float32(make_models):
+    from varfast import Policy
+
+    exact = Policy(*make_models(depth=2))
+    rollout = exact.sample([0, 1, 2, 3] * 8, 1.0, seed=0)
+    rough = Policy(*make_models(depth=2), dtype="bfloat16")
+    with torch.no_grad():
+        gap = rough.token_logp(rollout.labels_B, rollout.tokens_BL) - rollout.logp_BL
+        own = rough.sample([0, 1, 2, 3] * 8, 1.0, seed=0)
+        own_gap = rough.token_logp(own.labels_B, own.tokens_BL) - own.logp_BL
+    assert rough.var.head.weight.dtype == torch.float32
+    assert 0 < float(gap.std()) < 0.05
+    assert float(own_gap.std()) < 0.05
+
+
+def test_decode_encode_shapes_and_range(make_policy):
+    policy = make_policy(patch_nums=(1, 2, 4))
+    tokens = policy.sample([0, 1, 2], seed=0).tokens_BL
+    images = policy.decode(tokens)
+    assert images.shape == (3, 3, 4, 4)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    torch.testing.assert_close(images, policy.decode(tokens, micro_batch=1), rtol=0, atol=1e-5)
+    assert policy.encode(images).shape == tokens.shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels_B": [0, 5]}, "labels_B holds 5; the model has labels 0..4"),
+        ({"labels_B": [-1]}, "labels_B holds -1"),
+        ({"labels_B": []}, "labels_B is empty"),
+        ({"temperature": 0.0}, "for greedy choice use top_k=1"),
+        ({"micro_batch": 3}, "micro_batch=3 does not divide 4 images; use 2"),
+        ({"cfg": -1.0}, "cfg >= 0"),
+        ({"top_p": 1.5}, "0 <= top_p <= 1"),
+    ],
+)
+def test_sample_refuses_bad_input(make_policy, arguments, message):
+    with pytest.raises(InputError, match=message):
+        make_policy().sample(**({"labels_B": [0, 1, 2, 3], "seed": 0} | arguments))
+
+
+def test_token_logp_refuses_tokens_of_another_length(make_policy):
+    with pytest.raises(InputError, match=r"tokens_BL is \(1, 5\), want \(B, 14\)"):
+        make_policy().token_logp([0], torch.zeros(1, 5, dtype=torch.int64))
+
+
+def test_nothing_depends_on_train_or_eval(make_policy):
+    policy = make_policy(depth=2)
+    tokens = torch.zeros(2, 14, dtype=torch.int64)
+    policy.var.train()
+    training = policy.token_logp([0, 1], tokens)
+    policy.var.eval()
+    assert torch.equal(training, policy.token_logp([0, 1], tokens))

@@ -1,0 +1,109 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from varfast import InputError
+from varfast.config import BrightnessReward, FunctionReward
+from varfast.rewards import WeightedSum
+from varfast.rewards.brightness import Brightness, brightness
+
+LABELS = torch.zeros(6, dtype=torch.int64)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(6, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def my_rewards(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        """
+import torch
+def redness(images, labels, power=1):
+    return images[:, 0].mean(dim=(1, 2)) ** power
+def as_numpy(images, labels):
+    return labels.double().cpu().numpy() + 2
+def not_finite(images, labels):
+    return torch.tensor([1.0, float("nan"), float("inf"), 0.0, 0.0, 0.0])
+def too_few(images, labels):
+    return torch.zeros(3)
+def one_number(images, labels):
+    return 1.0
+class Target:
+    def __init__(self, value): self.value = value
+    def __call__(self, images, labels): return -(images.mean(dim=(1, 2, 3)) - self.value).abs()
+number = 3
+"""
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("my_rewards", None)
+
+
+def function(name, weight=1.0, **args):
+    return FunctionReward(type="function", function=f"my_rewards:{name}", weight=weight, args=args)
+
+
+def test_brightness_equals_the_formula_in_float64(images):
+    wide = images.double().numpy()
+    exact = (0.2989 * wide[:, 0] + 0.5870 * wide[:, 1] + 0.1140 * wide[:, 2]).mean(axis=(1, 2))
+    np.testing.assert_allclose(brightness(images), exact, rtol=1e-6)
+
+
+def test_brightness_thresholds_of_the_paper():
+    # The three luma weights sum to 0.9999.
+    shades = torch.tensor([0.1, 0.19, 0.21, 0.79, 0.81, 1.0]).view(6, 1, 1, 1).expand(6, 3, 4, 4)
+    assert Brightness("bright")(shades, LABELS).tolist() == [0, 0, 0, 0, 1, 1]
+    assert Brightness("dark")(shades, LABELS).tolist() == [1, 1, 0, 0, 0, 0]
+    assert Brightness("bright", 0.2)(shades, LABELS).tolist() == [0, 0, 1, 1, 1, 1]
+    exactly = torch.full((1, 3, 1, 1), 1.0)
+    assert Brightness("bright", float(brightness(exactly)))(exactly, LABELS).tolist() == [1]
+    assert Brightness("dark", float(brightness(exactly)))(exactly, LABELS).tolist() == [0]
+    torch.testing.assert_close(Brightness("raw")(shades, LABELS), 0.9999 * shades[:, 0, 0, 0])
+
+
+def test_weighted_sum(images, my_rewards):
+    reward = WeightedSum(
+        {
+            "red": function("redness", weight=2.0, power=2),
+            "near": function("Target", weight=-1.0, value=0.25),
+            "constant": function("as_numpy", weight=0.5),
+            "luma": BrightnessReward(type="brightness", mode="raw"),
+        }
+    )
+    scored = reward(images, LABELS)
+    red = images[:, 0].mean(dim=(1, 2)) ** 2
+    near = -(images.mean(dim=(1, 2, 3)) - 0.25).abs()
+    torch.testing.assert_close(scored.total_B, 2 * red - near + 1.0 + brightness(images))
+    assert list(scored.components) == ["red", "near", "constant", "luma"]
+    torch.testing.assert_close(scored.components["near"], near)
+    assert scored.total_B.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("not_finite", r"reward mine returned nan for image 1 \(2 of 6 are not finite\)"),
+        ("too_few", r"reward mine returned shape \(3,\) for 6 images; want \(6,\)"),
+        ("one_number", r"reward mine returned shape \(\) for 6 images"),
+    ],
+)
+def test_reward_that_returns_nonsense_is_named(images, my_rewards, name, message):
+    with pytest.raises(InputError, match=message):
+        WeightedSum({"mine": function(name)})(images, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_such_module:f", "no module no_such_module; run from its folder, or set PYTHONPATH"),
+        ("my_rewards:rednes", "did you mean redness"),
+        ("my_rewards:number", "has no such function"),
+    ],
+)
+def test_reward_that_cannot_be_imported_is_named(my_rewards, path, message):
+    with pytest.raises(InputError, match=message):
+        WeightedSum({"mine": FunctionReward(type="function", function=path)})

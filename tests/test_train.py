@@ -1,0 +1,241 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import varfast.env
+import varfast.sample
+from varfast import InputError
+from varfast.checkpoint import RunFolder, dump_config
+from varfast.train import train
+
+TIMES = ("rollout_s", "reward_s", "update_s", "step_s", "images_per_s")
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def weights(folder):
+    return torch.load(Path(folder) / "var.pth", weights_only=True)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_train_writes_a_whole_run_folder(make_config, capsys):
+    config = make_config(log__tensorboard=True)
+    assert train(config) == 0
+    folder = Path(config.run.dir)
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {"config.yaml", "environment.json", "metrics.jsonl", "checkpoint.pt", "var.pth", "summary.json"}
+    assert {p.name for p in (folder / "grids").iterdir()} == {"step_000000.png", "step_000003.png"}
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[0].keys() >= {"reward_mean", "reward_std", "reward/luma", "advantage_mean", "advantage_std", "kl",
+                               "clip_fraction", "entropy", "ratio_gap_mean", "ratio_gap_max", "grad_norm",
+                               "groups_without_signal", "learning_rate", "loss"}  # fmt: skip
+    assert all(line["ratio_gap_max"] < 1e-4 for line in lines)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["before"].keys() == summary["after"].keys() == {"reward", "reward/luma", "entropy"}
+    out = capsys.readouterr().out
+    assert "before     after" in out
+    assert "run complete: 3 steps" in out
+
+
+def test_train_twice_gives_the_same_numbers(make_config, tmp_path):
+    first, second = make_config(), make_config(run__dir=str(tmp_path / "second"))
+    train(first)
+    train(second)
+    assert metrics(first.run.dir) == metrics(second.run.dir)
+    assert equal(weights(first.run.dir), weights(second.run.dir))
+
+
+def test_resumed_run_equals_the_uninterrupted_one(make_config, tmp_path):
+    whole = make_config(run__steps=5)
+    train(whole)
+    parts = {"run__dir": str(tmp_path / "parts")}
+    train(make_config(run__steps=2, **parts))
+    train(make_config(run__steps=5, **parts))
+    assert metrics(whole.run.dir) == metrics(parts["run__dir"])
+    assert equal(weights(whole.run.dir), weights(parts["run__dir"]))
+    before = [json.loads((Path(d) / "summary.json").read_text())["before"] for d in (whole.run.dir, parts["run__dir"])]
+    assert before[0] == before[1]
+
+
+def test_a_run_killed_between_checkpoints_does_the_lost_steps_again(make_config, tmp_path, monkeypatch):
+    whole = make_config(run__steps=5)
+    train(whole)
+    killed = make_config(run__steps=5, run__dir=str(tmp_path / "killed"))
+    saves = []
+
+    def save_once(self, state, save=RunFolder.save_state):
+        if saves:
+            raise KeyboardInterrupt
+        saves.append(state.step)
+        save(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_state", save_once)
+        with pytest.raises(KeyboardInterrupt):
+            train(killed)  # after step 4; the checkpoint holds step 2
+    assert saves == [2]
+    assert len(metrics(killed.run.dir)) == 4
+    train(killed)
+    assert metrics(whole.run.dir) == metrics(killed.run.dir)
+    assert equal(weights(whole.run.dir), weights(killed.run.dir))
+
+
+def test_brightness_rises(make_config):
+    config = make_config(run__steps=25, rollout__labels_per_step=4, rollout__group_size=16, update__minibatch=8,
+                         update__lr=2e-3, grpo__kl_beta=0.0)  # fmt: skip
+    train(config)
+    rewards = [line["reward_mean"] for line in metrics(config.run.dir)]
+    spread = metrics(config.run.dir)[0]["reward_std"]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.5 * spread
+
+
+def test_groups_without_signal_are_counted(make_config):
+    config = make_config(reward={"never": {"type": "brightness", "mode": "bright", "threshold": 2.0}}, run__steps=1)
+    train(config)
+    (line,) = metrics(config.run.dir)
+    assert line["groups_without_signal"] == 2
+    assert line["advantage_std"] == 0.0
+    assert line["reward_mean"] == 0.0
+
+
+@pytest.fixture
+def failing_reward(tmp_path, monkeypatch):
+    (tmp_path / "failing.py").write_text(
+        "import torch\ncalls = [0]\nbroken = True\n"
+        "def reward(images, labels):\n"
+        "    calls[0] += 1\n"
+        "    bad = broken and calls[0] == 4\n"
+        "    return images.mean(dim=(1, 2, 3)) * (float('nan') if bad else 1)\n"
+        "def crash(images, labels):\n"
+        "    raise KeyError('what I look for')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield {"mine": {"type": "function", "function": "failing:reward"}}
+    sys.modules.pop("failing", None)
+
+
+def test_a_reward_that_returns_nan_loses_nothing(make_config, failing_reward, tmp_path):
+    import failing
+
+    failing.broken = False
+    whole = make_config(run__steps=4, reward=failing_reward, run__dir=str(tmp_path / "whole"), log__checkpoint_every=99)
+    train(whole)
+    failing.calls[0], failing.broken = 0, True
+    config = make_config(run__steps=4, reward=failing_reward, log__checkpoint_every=99)
+    with pytest.raises(InputError, match="reward mine returned nan") as caught:
+        train(config)  # the evaluation before, two steps, and the third fails
+    assert "holds step 2; the same command goes on" in caught.value.__notes__[0]
+    failing.broken = False
+    assert train(config) == 0
+    assert metrics(config.run.dir) == metrics(whole.run.dir)
+    assert equal(weights(config.run.dir), weights(whole.run.dir))
+
+
+def test_a_reward_that_raises_keeps_its_own_error(make_config, failing_reward):
+    reward = {"mine": {"type": "function", "function": "failing:crash"}}
+    with pytest.raises(KeyError, match="what I look for"):
+        train(make_config(reward=reward, eval__samples_per_label=0))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(make_config, tmp_path):
+    config = make_config(run__steps=100_000, log__checkpoint_every=100_000, eval__samples_per_label=0)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "varfast.train", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    log = Path(config.run.dir) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    step = metrics(config.run.dir)[-1]["step"]
+    assert RunFolder(config.run.dir).load_state().step == step >= 2
+    assert f"holds step {step} of 100000. The same command goes on." in out
+
+
+def test_a_finished_run_says_so_and_changes_nothing(make_config, capsys):
+    config = make_config()
+    train(config)
+    before = weights(config.run.dir)
+    assert train(config) == 0
+    assert "run complete: 3 steps" in capsys.readouterr().out
+    assert equal(before, weights(config.run.dir))
+
+
+def test_missing_checkpoint_is_named(make_config, tmp_path):
+    config = make_config(policy__checkpoint=str(tmp_path / "no.pth"), policy__vqvae_checkpoint="x.pth")
+    with pytest.raises(InputError, match=r"no.pth does not exist"):
+        train(config)
+
+
+def test_train_from_checkpoints_and_with_other_sizes(make_config, make_models, tmp_path):
+    sizes = {"patch_nums": (1, 2), "vocab_size": 16, "code_width": 4}
+    var, vqvae = make_models(**sizes)
+    torch.save(var.state_dict(), tmp_path / "var.pth")
+    torch.save(vqvae.state_dict(), tmp_path / "vqvae.pth")
+    paths = {"policy__checkpoint": str(tmp_path / "var.pth"), "policy__vqvae_checkpoint": str(tmp_path / "vqvae.pth")}
+    config = make_config(**paths)
+    assert train(config) == 0
+    assert list(weights(config.run.dir)) == list(var.state_dict())
+    deeper = {"policy__var": {"depth": 2, "num_classes": 5, **sizes}, "run__dir": str(tmp_path / "deeper")}
+    with pytest.raises(InputError, match="does not fit the configured VAR; it fits policy.var with depth=1"):
+        train(make_config(**paths, **deeper))
+
+
+def test_sample_from_a_run_and_from_weights(make_config, make_models, tmp_path, capsys):
+    from PIL import Image
+
+    config = make_config()
+    train(config)
+    out = tmp_path / "grid.png"
+    arguments = [f"out={out}", "labels=[0, 4]", "samples_per_label=3", "cfg=1.5", "top_k=5", "device=cpu"]
+    assert varfast.sample.main([f"checkpoint={config.run.dir}", *arguments]) == 0
+    assert Image.open(out).size == (3 * 52 - 4, 2 * 52 - 4)
+    assert "2 labels x 3 samples" in capsys.readouterr().out
+    var, vqvae = make_models()
+    torch.save(var.state_dict(), tmp_path / "var.pth")
+    torch.save(vqvae.state_dict(), tmp_path / "vqvae.pth")
+    weights_of = [f"checkpoint={tmp_path}/var.pth", f"vqvae={tmp_path}/vqvae.pth"]
+    first = varfast.sample.main([*weights_of, *arguments]), out.read_bytes()
+    assert (varfast.sample.main([*weights_of, *arguments]), out.read_bytes()) == first
+    with pytest.raises(InputError, match=r"so vqvae=... is needed"):
+        varfast.sample.main(weights_of[:1])
+    with pytest.raises(InputError, match="labels_B holds 7; the model has labels 0..4"):
+        varfast.sample.main([*weights_of, "labels=[7]", f"out={out}"])
+
+
+def test_env_names_every_op_and_why(capsys):
+    assert varfast.env.main([]) == 0
+    out = capsys.readouterr().out
+    for text in ("torch", "block_causal_attention", "reference   plain PyTorch", "flash_attn", "apex"):
+        assert text in out
+
+
+def test_commands_end_with_code_2_and_no_traceback_for_bad_input(tmp_path):
+    for module, argument in (("train", "nowhere.yaml"), ("pretrain", "nowhere.yaml"), ("sample", "checkpoint=nowhere")):
+        done = subprocess.run([sys.executable, "-m", f"varfast.{module}", argument], capture_output=True, text=True,
+                              cwd=tmp_path, check=False)  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert "Traceback" not in done.stderr
