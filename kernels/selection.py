@@ -20,12 +20,11 @@ class Choice:
     available: tuple[str, ...]
 
 
-def implementations(op: str, **by_name: Implementation) -> dict[str, Implementation]:
+def implementations(op: str, **by_name: Implementation) -> None:
     """Declare the implementations of an op, once, in the op's own file; `reference` is always among them."""
     assert "reference" in by_name, op
     assert op not in _OPS, op
     _OPS[op] = by_name
-    return by_name
 
 
 def choose(op: str) -> Choice:

@@ -183,6 +183,27 @@ def test_a_finished_run_says_so_and_changes_nothing(make_config, capsys):
     assert equal(before, weights(config.run.dir))
 
 
+def test_a_run_that_has_no_checkpoint_starts_afresh_from_what_the_config_says(make_config, make_models, tmp_path):
+    sizes = {"patch_nums": (1, 2), "vocab_size": 16, "code_width": 4}
+    vqvae = make_models(**sizes)[1].state_dict()
+    torch.save(vqvae, tmp_path / "vqvae.pth")
+    for name, shift in (("a", 0.0), ("b", 1.0)):
+        var = {n: t + shift if n == "head.bias" else t for n, t in make_models(**sizes)[0].state_dict().items()}
+        torch.save(var, tmp_path / f"{name}.pth")
+
+    def config(name):
+        return make_config(
+            policy__checkpoint=f"{tmp_path}/{name}.pth", policy__vqvae_checkpoint=f"{tmp_path}/vqvae.pth"
+        )
+
+    train(config("a"))
+    RunFolder(config("a").run.dir).checkpoint.unlink()
+    with pytest.raises(InputError, match="holds no checkpoint yet"):
+        varfast.sample.main([f"checkpoint={config('a').run.dir}"])
+    train(config("b"))
+    assert RunFolder(config("b").run.dir).load_base()[0].endswith("b.pth")
+
+
 def test_missing_checkpoint_is_named(make_config, tmp_path):
     config = make_config(policy__checkpoint=str(tmp_path / "no.pth"), policy__vqvae_checkpoint="x.pth")
     with pytest.raises(InputError, match=r"no.pth does not exist"):

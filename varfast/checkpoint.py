@@ -130,7 +130,9 @@ class RunFolder:
         return parse_config(data, str(self.config))
 
     def load_state(self) -> TrainState:
-        """Raises: InputError if the checkpoint is damaged or of a later version."""
+        """Raises: InputError if there is no checkpoint yet, or if it is damaged or of a later version."""
+        if not self.checkpoint.exists():
+            raise InputError(f"{self.path} holds no checkpoint yet; its run has not reached log.checkpoint_every steps")
         content = read_checkpoint(self.checkpoint)
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise InputError(f"{self.checkpoint} is no checkpoint of this version of varfast (format {_FORMAT})")

@@ -46,7 +46,7 @@ def train(config: Config) -> int:
     folder = RunFolder(config.run.dir)
     state = folder.prepare(config)
     reward = WeightedSum(config.reward)
-    policy = load_base(config, folder)
+    policy = load_base(config, folder, resume=state is not None)
     reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
     updater = Updater(policy, reference, config.grpo, config.update, config.run.steps, config.run.seed)
     labels = label_pool(config.rollout, policy.num_classes, config.run.seed)
@@ -68,14 +68,14 @@ def train(config: Config) -> int:
         else:
             _save_grid(log, 0, policy, labels, config)
         for step in range(start, config.run.steps):
-            begin = time.perf_counter()
+            begin = _clock(policy.device)
             # A step: draw labels, sample a group of images for each, ...
             labels_B = draw_labels(labels, sampling.labels_per_step, seed, step).repeat_interleave(group_size)
             rollout = policy.sample(
                 labels_B, sampling.temperature, seed=seed, step=step, micro_batch=sampling.micro_batch
             )
             images = policy.decode(rollout.tokens_BL, sampling.micro_batch)
-            sampled = time.perf_counter()
+            sampled = _clock(policy.device)
             # ... score them against one another, ...
             try:
                 rewards = reward(images, rollout.labels_B)
@@ -86,10 +86,10 @@ def train(config: Config) -> int:
                 )
                 raise
             advantages_B = group_advantages(rewards.total_B, group_size, config.grpo.advantage_eps)
-            scored = time.perf_counter()
+            scored = _clock(policy.device)
             # ... and make the better ones more likely.
             stats = updater.step(ScoredRollout(rollout, advantages_B), step)
-            end = time.perf_counter()
+            end = _clock(policy.device)
 
             done = step + 1
             metrics = _metrics(rollout, rewards, advantages_B, group_size, stats)
@@ -111,12 +111,15 @@ def train(config: Config) -> int:
     return 0
 
 
-def load_base(config: Config, folder: RunFolder) -> Policy:
-    """The model that the run starts from: random, pre-trained now or earlier, or from checkpoints."""
+def load_base(config: Config, folder: RunFolder, resume: bool) -> Policy:
+    """The model that a run starts from: random, pre-trained now or earlier, or from checkpoints.
+
+    With `resume`, the very files that the run in the folder started from.
+    """
     device = pick_device(config.run.device)
     if config.policy.checkpoint == "random":
         return random_policy(config, device)
-    noted = folder.load_base()
+    noted = folder.load_base() if resume else None
     if noted is not None:
         var, vqvae = noted
     elif config.policy.checkpoint == "pretrain":
@@ -133,7 +136,7 @@ def load_run(folder: RunFolder, device: torch.device, dtype: str) -> Policy:
     """The policy of a run folder, as of its last checkpoint."""
     config = folder.load_config()
     config = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device), "dtype": dtype})})
-    policy = load_base(config, folder)
+    policy = load_base(config, folder, resume=True)
     policy.var.load_state_dict(folder.load_state().var)
     return policy
 
@@ -173,6 +176,13 @@ def _metrics(
         "entropy": float(rollout.entropy_BL.mean()),
         **asdict(stats),
     }
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, once the device has done all that was asked of it so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @contextmanager

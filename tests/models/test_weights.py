@@ -183,7 +183,7 @@ class _Bomb:
 def test_load_runs_no_code_from_a_pickle(models, tmp_path):
     trace = tmp_path / "ran"
     torch.save({"model": models[0].state_dict(), "extra": _Bomb(trace)}, tmp_path / "zip.pth")
-    (tmp_path / "raw.pth").write_bytes(pickle.dumps(_Bomb(trace)))
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(_Bomb(trace), protocol=2))
     for name in ("zip.pth", "raw.pth"):
         with pytest.raises(InputError, match="could run code, so it was not loaded"):
             load_var(str(tmp_path / name))
