@@ -9,7 +9,7 @@ from varfast.kernels.attention import block_causal_attention, cached_attention
 from varfast.kernels.grpo_loss import GRPO_STATS, grpo_token_loss
 from varfast.kernels.logprob import selective_log_softmax
 from varfast.kernels.sampling import sample_tokens
-from varfast.kernels.selection import Choice, choices
+from varfast.kernels.selection import Choice, choices, configure
 
 __all__ = [
     "GRPO_STATS",
@@ -17,6 +17,7 @@ __all__ = [
     "block_causal_attention",
     "cached_attention",
     "choices",
+    "configure",
     "gated_residual",
     "grpo_token_loss",
     "layer_norm_modulate",

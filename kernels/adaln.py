@@ -8,10 +8,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.selection import implementations, select
+from varfast.kernels.selection import Implementation, implementations, select
 
-implementations("layer_norm_modulate", reference=reference.layer_norm_modulate)
-implementations("gated_residual", reference=reference.gated_residual)
+implementations("layer_norm_modulate", Implementation("reference", reference.layer_norm_modulate))
+implementations("gated_residual", Implementation("reference", reference.gated_residual))
 
 
 def layer_norm_modulate(
@@ -27,7 +27,7 @@ def layer_norm_modulate(
     Returns: (B, L, C) in the dtype of x_BLC.
     Raises: ValueError for an unknown impl.
     """
-    return select("layer_norm_modulate", impl)(x_BLC, scale_BC, shift_BC, eps)
+    return select("layer_norm_modulate", impl, x_BLC.device)(x_BLC, scale_BC, shift_BC, eps)
 
 
 def gated_residual(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, impl: str = "auto") -> Tensor:
@@ -40,4 +40,4 @@ def gated_residual(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, impl: str
     Returns: (B, L, C).
     Raises: ValueError for an unknown impl.
     """
-    return select("gated_residual", impl)(x_BLC, branch_BLC, gate_BC)
+    return select("gated_residual", impl, x_BLC.device)(x_BLC, branch_BLC, gate_BC)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.selection import implementations, select
+from varfast.kernels.selection import Implementation, implementations, select
 
-implementations("block_causal_attention", reference=reference.block_causal_attention)
-implementations("cached_attention", reference=reference.cached_attention)
+implementations("block_causal_attention", Implementation("reference", reference.block_causal_attention))
+implementations("cached_attention", Implementation("reference", reference.cached_attention))
 
 
 def block_causal_attention(
@@ -44,7 +44,7 @@ def block_causal_attention(
     """
     if scale_ends[-1] != q_BHLD.shape[2]:
         raise ValueError(f"scale_ends={scale_ends} ends at {scale_ends[-1]}, but q has {q_BHLD.shape[2]} tokens")
-    return select("block_causal_attention", impl)(q_BHLD, k_BHLD, v_BHLD, scale_ends, logit_scale_H)
+    return select("block_causal_attention", impl, q_BHLD.device)(q_BHLD, k_BHLD, v_BHLD, scale_ends, logit_scale_H)
 
 
 def cached_attention(
@@ -69,4 +69,4 @@ def cached_attention(
     """
     if num_keys > k_cache_BHLD.shape[2]:
         raise ValueError(f"num_keys={num_keys}, but the cache holds {k_cache_BHLD.shape[2]} tokens")
-    return select("cached_attention", impl)(q_BHlD, k_cache_BHLD, v_cache_BHLD, num_keys, logit_scale_H)
+    return select("cached_attention", impl, q_BHlD.device)(q_BHlD, k_cache_BHLD, v_cache_BHLD, num_keys, logit_scale_H)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.selection import implementations, select
+from varfast.kernels.selection import Implementation, implementations, select
 
-implementations("grpo_token_loss", reference=reference.grpo_token_loss)
+implementations("grpo_token_loss", Implementation("reference", reference.grpo_token_loss))
 
 GRPO_STATS = ("kl", "clip_fraction", "ratio_mean", "ratio_gap_mean", "ratio_gap_max")
 
@@ -49,4 +49,6 @@ def grpo_token_loss(
         raise ValueError(
             f"advantages_B is {tuple(advantages_B.shape)}, logp_BL {tuple(logp_BL.shape)}: want one an image"
         )
-    return select("grpo_token_loss", impl)(logp_BL, logp_old_BL, logp_ref_BL, advantages_B, clip_eps, kl_beta)
+    return select("grpo_token_loss", impl, logp_BL.device)(
+        logp_BL, logp_old_BL, logp_ref_BL, advantages_B, clip_eps, kl_beta
+    )

@@ -8,9 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.selection import implementations, select
+from varfast.kernels.selection import Implementation, implementations, select
 
-implementations("selective_log_softmax", reference=reference.selective_log_softmax)
+implementations("selective_log_softmax", Implementation("reference", reference.selective_log_softmax))
 
 
 def selective_log_softmax(
@@ -32,4 +32,4 @@ def selective_log_softmax(
         raise ValueError(
             f"tokens are {tuple(tokens_BL.shape)}, logits {tuple(logits_BLV.shape)}: want (B, L), (B, L, V)"
         )
-    return select("selective_log_softmax", impl)(logits_BLV, tokens_BL, temperature)
+    return select("selective_log_softmax", impl, logits_BLV.device)(logits_BLV, tokens_BL, temperature)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.selection import implementations, select
+from varfast.kernels.selection import Implementation, implementations, select
 
-implementations("sample_tokens", reference=reference.sample_tokens)
+implementations("sample_tokens", Implementation("reference", reference.sample_tokens))
 
 
 def sample_tokens(
@@ -50,6 +50,6 @@ def sample_tokens(
     if key.shape != (3,) or key.dtype != torch.int64:
         raise ValueError(f"key: got {key.dtype} {tuple(key.shape)}, want int64 (3,): seed, step, first sample")
     with torch.no_grad():
-        return select("sample_tokens", impl)(
+        return select("sample_tokens", impl, logits_BlV.device)(
             logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p
         )

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Implementation = Callable[..., Any]
-_OPS: dict[str, dict[str, Implementation]] = {}
+import torch
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    Attributes:
+        name: what impl= calls it.
+        run: takes the op's arguments, checked, without impl.
+        cannot: why it cannot run on a device, or None where it can.
+        auto_on: device types on which impl="auto" may pick it; none for paths that are there to be compared with.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    cannot: Callable[[torch.device], str | None] = lambda device: None
+    auto_on: tuple[str, ...] = ("cuda", "cpu")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What impl="auto" means for an op on this machine."""
+    """What impl="auto" means for an op on a device."""
 
     op: str
     impl: str
@@ -20,30 +39,81 @@ class Choice:
     available: tuple[str, ...]
 
 
-def implementations(op: str, **by_name: Implementation) -> None:
-    """Declare the implementations of an op, once, in the op's own file; `reference` is always among them."""
-    assert "reference" in by_name, op
+_OPS: dict[str, tuple[Implementation, ...]] = {}
+_CONFIGURED: dict[str, str] = {}
+
+
+def implementations(op: str, *fastest_first: Implementation) -> None:
+    """Declare the implementations of an op, once, in the op's own file; `reference` is the last of them."""
     assert op not in _OPS, op
-    _OPS[op] = by_name
+    assert fastest_first[-1].name == "reference", op
+    _OPS[op] = fastest_first
 
 
-def choose(op: str) -> Choice:
-    """The implementation that impl="auto" stands for."""
-    return Choice(op, "reference", "plain PyTorch: the only implementation of this op so far", tuple(_OPS[op]))
+def configure(impls: Mapping[str, str]) -> None:
+    """Say what impl="auto" means from now on, by op; ops that are not named go back to their default.
 
-
-def select(op: str, impl: str) -> Implementation:
-    """The function that runs for `impl`.
-
-    Raises: ValueError if `impl` is neither "auto" nor an implementation of this op.
+    Raises: ValueError for an op or an implementation that does not exist.
     """
-    by_name = _OPS[op]
-    name = choose(op).impl if impl == "auto" else impl
-    if name not in by_name:
-        raise ValueError(f"impl={impl!r}: {op} has {', '.join(by_name)}; use one of these, or 'auto'")
-    return by_name[name]
+    for op, impl in impls.items():
+        if op not in _OPS:
+            raise ValueError(f"there is no op {op}; there are {', '.join(_OPS)}")
+        if impl != "auto":
+            _named(op, impl)
+    _CONFIGURED.clear()
+    _CONFIGURED.update({op: impl for op, impl in impls.items() if impl != "auto"})
 
 
-def choices() -> list[Choice]:
+def choose(op: str, device: torch.device) -> Choice:
+    """The implementation that impl="auto" stands for."""
+    reasons = {i.name: i.cannot(device) for i in _OPS[op]}
+    available = tuple(name for name, reason in reasons.items() if reason is None)
+    if op in _CONFIGURED:
+        return Choice(op, _CONFIGURED[op], "asked for in the config", available)
+    picked = next(i for i in _OPS[op] if device.type in i.auto_on and reasons[i.name] is None)
+    faster = [i for i in _OPS[op][: _OPS[op].index(picked)] if i.auto_on]
+    why = "; ".join(f"{i.name}: {reasons[i.name] or 'not on this device'}" for i in faster)
+    return Choice(op, picked.name, why or "the fastest that runs here", available)
+
+
+def select(op: str, impl: str, device: torch.device) -> Callable[..., Any]:
+    """The function that runs for `impl` on tensors of a device.
+
+    Raises: ValueError if `impl` is neither "auto" nor an implementation of this op, or cannot run on this device.
+    """
+    name = choose(op, device).impl if impl == "auto" else impl
+    implementation = _named(op, name)
+    reason = implementation.cannot(device)
+    if reason is not None:
+        raise ValueError(f"impl={name!r} of {op} cannot run on {device}: {reason}")
+    return implementation.run
+
+
+def choices(device: torch.device) -> list[Choice]:
     """What impl="auto" means for every op, for `python -m varfast.env`."""
-    return [choose(op) for op in _OPS]
+    return [choose(op, device) for op in _OPS]
+
+
+def _named(op: str, impl: str) -> Implementation:
+    for implementation in _OPS[op]:
+        if implementation.name == impl:
+            return implementation
+    names = ", ".join(i.name for i in _OPS[op])
+    raise ValueError(f"impl={impl!r}: {op} has {names}; use one of these, or 'auto'")
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def cannot_run_triton(device: torch.device) -> str | None:
+    """Triton kernels run on CUDA devices; with TRITON_INTERPRET=1, slowly, on the CPU, for tests of their logic."""
+    if not _has_triton():
+        return "the package triton is not installed"
+    if device.type == "cuda" or INTERPRETED:
+        return None
+    return "Triton needs a CUDA device"

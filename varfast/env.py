@@ -11,6 +11,7 @@ from importlib import metadata
 from varfast import kernels
 from varfast.command import run_command
 from varfast.log import environment
+from varfast.policy import pick_device
 
 _PACKAGES = (
     "numpy",
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
         found = importlib.util.find_spec(module) is not None
         print(f"{module:16} {'can be imported; no op uses it so far' if found else 'not installed (optional)'}")
     print("\nop                       impl        why")
-    for choice in kernels.choices():
+    for choice in kernels.choices(pick_device("auto")):
         print(f"{choice.op:24} {choice.impl:11} {choice.why}")
     return 0
 
