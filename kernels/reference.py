@@ -80,18 +80,19 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to -inf what lies outside the `top_k` largest logits, then what lies outside the `top_p` nucleus.
 
-    All logits equal to the k-th largest stay. The nucleus drops the least probable tokens as long as their sum is at
-    most 1 - top_p; the most probable token always stays. top_k = 0, and top_p = 0 or 1, switch a filter off.
+    The nucleus drops the least probable tokens as long as their sum is at most 1 - top_p; the most probable token
+    always stays. Equal logits stay or go together, so nothing depends on the order of a sort. top_k = 0, and top_p = 0
+    or 1, switch a filter off.
     """
-    vocab = logits_BlV.shape[-1]
-    if 0 < top_k < vocab:
+    if 0 < top_k < logits_BlV.shape[-1]:
         kth_largest = logits_BlV.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
         logits_BlV = logits_BlV.masked_fill(logits_BlV < kth_largest, -math.inf)
     if 0.0 < top_p < 1.0:
-        ascending, order = logits_BlV.sort(dim=-1)
-        outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
-        outside[..., -1] = False
-        logits_BlV = logits_BlV.masked_fill(outside.scatter(-1, order, outside), -math.inf)
+        ascending = logits_BlV.sort(dim=-1).values
+        kept = ascending.double().softmax(dim=-1).cumsum(dim=-1) > 1.0 - top_p
+        kept[..., -1:] = True
+        smallest_kept = ascending.masked_fill(~kept, math.inf).amin(dim=-1, keepdim=True)
+        logits_BlV = logits_BlV.masked_fill(logits_BlV < smallest_kept, -math.inf)
     return logits_BlV
 
 

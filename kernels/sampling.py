@@ -1,17 +1,255 @@
 """Draw the tokens of one scale, with the log-probability and the entropy of the distribution they were drawn from.
 
-Axes: B image, l token of one scale, V vocabulary.
+Axes: B image, l token of one scale, V vocabulary, N = B * l rows.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.selection import Implementation, implementations, select
+from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, select
 
-implementations("sample_tokens", Implementation("reference", reference.sample_tokens))
+if TYPE_CHECKING:
+    from varfast.kernels.aot import AheadOfTime
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # never launched then: cannot_run_triton says why
+
+    def jit(function):
+        return function
+
+
+# A row is held in registers: 32 numbers a thread at 1024 threads.
+_MAX_VOCAB = 32768
+_COUNT_BITS = 52
+
+
+@jit
+def _sortable(x):
+    """float32 -> int64 in [0, 2^32) with the same order; -0 counts as 0."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    return tl.where(bits >= 0x80000000, 0xFFFFFFFF - bits, bits + 0x80000000)
+
+
+@jit
+def _sample_kernel(
+    logits_ptr,
+    uncond_ptr,
+    key_ptr,
+    tokens_ptr,
+    logp_ptr,
+    entropy_ptr,
+    row_stride,
+    num_tokens,
+    vocab,
+    scale,
+    inv_temperature,
+    guidance,
+    top_k,
+    drop_share,
+    BLOCK: tl.constexpr,
+    COUNT_SCALE: tl.constexpr,
+    GUIDED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+):
+    """One row a program: a single pass over the logits, everything else in registers."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < vocab
+    x = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=-float("inf")).to(tl.float32)
+    if GUIDED:
+        uncond = tl.load(uncond_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+        x = (1.0 + guidance) * x - guidance * uncond
+    x = x * inv_temperature
+    largest = tl.max(x, axis=0)
+
+    # Filters: bit by bit, from the top, the largest key that still keeps enough. Ties stay together.
+    if TOP_K:
+        order = _sortable(x)
+        threshold = tl.zeros((), tl.int64)
+        for bit in tl.static_range(31, -1, -1):
+            candidate = threshold + (1 << bit)
+            enough = tl.sum((order >= candidate).to(tl.int32), axis=0) >= top_k
+            threshold = tl.where(enough, candidate, threshold)
+        x = tl.where(order >= threshold, x, -float("inf"))
+    # Probabilities as integers: their sums are the same in any order, so tokens do not depend on the block shape.
+    # 2^40 counts for the most probable token at 4096 codes: what has less than 1e-12 of its probability is not drawn.
+    count = (tl.exp(x - largest) * COUNT_SCALE).to(tl.int64)
+    if TOP_P:
+        order = _sortable(x)
+        total = tl.sum(count, axis=0)
+        may_drop = (total.to(tl.float64) * drop_share).to(tl.int64)
+        threshold = tl.zeros((), tl.int64)  # keys below it are dropped
+        for bit in tl.static_range(31, -1, -1):
+            candidate = threshold + (1 << bit)
+            fits = tl.sum(tl.where(order < candidate, count, 0), axis=0) <= may_drop
+            threshold = tl.where(fits, candidate, threshold)
+        threshold = tl.minimum(threshold, tl.max(order, axis=0))
+        x = tl.where(order >= threshold, x, -float("inf"))
+        count = tl.where(order >= threshold, count, 0)
+
+    # 52 random bits of this token alone.
+    image = row // num_tokens
+    position = (row % num_tokens).to(tl.uint32)
+    seed = tl.load(key_ptr)
+    step = tl.load(key_ptr + 1).to(tl.uint32)
+    sample = (tl.load(key_ptr + 2) + image).to(tl.uint32)
+    word0, word1, _, _ = tl.philox(seed, position, sample, (position * 0 + scale).to(tl.uint32), step)
+    bits = ((word0 >> 6).to(tl.int64) << 26) + (word1 >> 6).to(tl.int64)
+    uniform = (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16
+
+    below = tl.cumsum(count, axis=0)
+    target = (uniform * tl.sum(count, axis=0).to(tl.float64)).to(tl.int64)
+    token = tl.sum((below <= target).to(tl.int32), axis=0)
+
+    shifted = x - largest
+    weight = tl.exp(shifted)
+    total_weight = tl.sum(weight, axis=0)
+    log_total = tl.log(total_weight)
+    expected = tl.sum(weight * tl.where(weight > 0.0, shifted, 0.0), axis=0) / total_weight
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(logp_ptr + row, tl.sum(tl.where(column == token, shifted, 0.0), axis=0) - log_total)
+    tl.store(entropy_ptr + row, log_total - expected)
+
+
+def _launch_settings(vocab: int) -> tuple[int, float, int]:
+    """Block, counts of the most probable token, warps: 16 numbers a thread at 4096 codes, loaded 128 bits at a time."""
+    block = max(128, 1 << (vocab - 1).bit_length())
+    return block, float(2 ** (_COUNT_BITS - (block.bit_length() - 1))), min(16, max(4, block // 512))
+
+
+@torch.library.custom_op("varfast::sample_tokens", mutates_args=())
+def _sample_triton(
+    logits_BlV: Tensor,
+    key: Tensor,
+    scale: int,
+    temperature: float,
+    uncond_logits_BlV: Tensor | None,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, vocab = logits_BlV.shape
+    logits = logits_BlV.contiguous()
+    uncond = logits if uncond_logits_BlV is None else uncond_logits_BlV.contiguous()
+    tokens, logp, entropy = _empty_outputs(logits)
+    if tokens.numel():
+        block, count_scale, num_warps = _launch_settings(vocab)
+        with torch.cuda.device_of(logits):
+            _sample_kernel[(batch * length,)](
+                logits,
+                uncond,
+                key,
+                tokens,
+                logp,
+                entropy,
+                vocab,
+                length,
+                vocab,
+                scale,
+                1.0 / temperature,
+                guidance,
+                top_k,
+                1.0 - top_p,
+                BLOCK=block,
+                COUNT_SCALE=count_scale,
+                GUIDED=uncond_logits_BlV is not None,
+                TOP_K=0 < top_k < vocab,
+                TOP_P=0.0 < top_p < 1.0,
+                num_warps=num_warps,
+            )
+    return tokens, logp, entropy
+
+
+@_sample_triton.register_fake
+def _(logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p):
+    return _empty_outputs(logits_BlV)
+
+
+def _empty_outputs(logits_BlV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shape = logits_BlV.shape[:2]
+    return (
+        logits_BlV.new_empty(shape, dtype=torch.int64),
+        logits_BlV.new_empty(shape, dtype=torch.float32),
+        logits_BlV.new_empty(shape, dtype=torch.float32),
+    )
+
+
+def _run_triton(
+    logits_BlV: Tensor,
+    key: Tensor,
+    scale: int,
+    temperature: float,
+    uncond_logits_BlV: Tensor | None,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if logits_BlV.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"impl='triton' of sample_tokens takes float32, bfloat16 or float16, got {logits_BlV.dtype}")
+    if logits_BlV.shape[-1] > _MAX_VOCAB:
+        raise ValueError(f"impl='triton' of sample_tokens takes up to {_MAX_VOCAB} codes, got {logits_BlV.shape[-1]}")
+    return _sample_triton(logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p)
+
+
+implementations(
+    "sample_tokens",
+    Implementation("triton", _run_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("reference", reference.sample_tokens),
+)
+
+
+def ahead_of_time() -> list[AheadOfTime]:
+    """The kernel as it runs at 4096 codes: in training, and with every filter at inference."""
+    from varfast.kernels.aot import AheadOfTime
+
+    items = []
+    block, count_scale, num_warps = _launch_settings(4096)
+    for dtype in ("fp32", "bf16"):
+        for filters in (False, True):
+            constants = {
+                "BLOCK": block,
+                "COUNT_SCALE": count_scale,
+                "GUIDED": filters,
+                "TOP_K": filters,
+                "TOP_P": filters,
+            }
+            signature = {
+                "logits_ptr": f"*{dtype}",
+                "uncond_ptr": f"*{dtype}",
+                "key_ptr": "*i64",
+                "tokens_ptr": "*i64",
+                "logp_ptr": "*fp32",
+                "entropy_ptr": "*fp32",
+                "row_stride": "i32",
+                "num_tokens": "i32",
+                "vocab": "i32",
+                "scale": "i32",
+                "inv_temperature": "fp32",
+                "guidance": "fp32",
+                "top_k": "i32",
+                "drop_share": "fp32",
+                **dict.fromkeys(constants, "constexpr"),
+            }
+            items.append(
+                AheadOfTime(
+                    f"sample_tokens {dtype}{' guided, filtered' if filters else ''}",
+                    _sample_kernel,
+                    signature,
+                    constants,
+                    num_warps=num_warps,
+                    attributes={"row_stride": 16, "vocab": 16},
+                )
+            )
+    return items
 
 
 def sample_tokens(
@@ -38,12 +276,14 @@ def sample_tokens(
         uncond_logits_BlV: (B, l, V) logits without the class, for classifier-free guidance, or None.
         guidance: g >= 0; only used with uncond_logits_BlV.
         top_k: keep the k most probable tokens (ties with the k-th stay); 0 keeps all.
-        top_p: keep the nucleus of this probability; 0 or 1 keeps all.
-        impl: "auto" or "reference".
+        top_p: keep the nucleus of this probability (ties stay); 0 or 1 keeps all.
+        impl: "auto", "triton" or "reference". They draw the same tokens, but where the uniform number falls within
+            float32 rounding of the border between two.
     Returns:
         tokens (B, l) int64; their log-probability (B, l) and the entropy in nats (B, l), float32 (float64 for
         float64), of the distribution drawn from, that is after guidance, temperature and filters. No gradient.
-    Raises: ValueError for a temperature that is not positive, a key of another shape or type, an unknown impl.
+    Raises: ValueError for a temperature that is not positive, a key of another shape or type, an impl that is unknown
+        or cannot run.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be > 0; for greedy choice use top_k=1")

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+if not torch.cuda.is_available():  # Triton kernels run interpreted then; read when varfast.kernels is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from varfast import Policy
 from varfast.config import Config, parse_config
