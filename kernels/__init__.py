@@ -4,7 +4,7 @@ One op a file; each public function takes `impl=`. `reference.py` is the specifi
 Imports torch, triton and the extension, never the rest of varfast.
 """
 
-from varfast.kernels.adaln import gated_residual, layer_norm_modulate
+from varfast.kernels.adaln import gated_residual, gated_residual_norm, layer_norm_modulate
 from varfast.kernels.attention import block_causal_attention, cached_attention
 from varfast.kernels.grpo_loss import GRPO_STATS, grpo_token_loss
 from varfast.kernels.logprob import selective_log_softmax
@@ -19,6 +19,7 @@ __all__ = [
     "choices",
     "configure",
     "gated_residual",
+    "gated_residual_norm",
     "grpo_token_loss",
     "layer_norm_modulate",
     "sample_tokens",

@@ -1,17 +1,404 @@
-"""Adaptive LayerNorm, as VAR's block uses it: normalise and modulate before a branch, gate its result after.
+"""Adaptive LayerNorm, as VAR's block uses it: gate a branch into the residual stream, normalise and modulate the next.
+
+Three ops, one kernel a direction: the residual alone, the normalisation alone, and both in one pass over x, which reads
+and writes 4 times B * L * C numbers instead of 5.
 
 Axes: B image, L token, C channel.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+import torch
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.selection import Implementation, implementations, select
+from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, select
 
-implementations("layer_norm_modulate", Implementation("reference", reference.layer_norm_modulate))
-implementations("gated_residual", Implementation("reference", reference.gated_residual))
+if TYPE_CHECKING:
+    from varfast.kernels.aot import AheadOfTime
+
+try:
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # never launched then: cannot_run_triton says why
+
+    def jit(function):
+        return function
+
+
+# Rows of one image that a program of the backward pass adds up: its partial sums are 1/32 of what it reads.
+_ROWS = 32
+_MAX_WIDTH = 8192
+
+
+@jit
+def _forward_kernel(
+    x_ptr,
+    branch_ptr,
+    gate_ptr,
+    scale_ptr,
+    shift_ptr,
+    new_ptr,
+    out_ptr,
+    mean_ptr,
+    rstd_ptr,
+    length,
+    width,
+    gate_stride,
+    scale_stride,
+    shift_stride,
+    eps,
+    RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token a program."""
+    row = tl.program_id(0).to(tl.int64)
+    image = row // length
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(x_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        branch = tl.load(branch_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + image * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+        stored = (x + branch * gate).to(new_ptr.dtype.element_ty)
+        tl.store(new_ptr + row * width + column, stored, mask=inside)
+        x = stored.to(tl.float32)  # the stream is normalised as it is stored
+    if NORM:
+        mean = tl.sum(x, axis=0) / width
+        centred = tl.where(inside, x - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
+        scale = tl.load(scale_ptr + image * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + image * shift_stride + column, mask=inside, other=0.0).to(tl.float32)
+        out = centred * rstd * (1.0 + scale) + shift
+        tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(mean_ptr + row, mean)
+        tl.store(rstd_ptr + row, rstd)
+
+
+@jit
+def _backward_kernel(
+    d_new_ptr,
+    d_out_ptr,
+    new_ptr,
+    branch_ptr,
+    gate_ptr,
+    scale_ptr,
+    mean_ptr,
+    rstd_ptr,
+    d_x_ptr,
+    d_branch_ptr,
+    d_gate_ptr,
+    d_scale_ptr,
+    d_shift_ptr,
+    length,
+    width,
+    gate_stride,
+    scale_stride,
+    RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,
+    NEW_HAS_GRADIENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """ROWS tokens of one image a program, one after the other; sums over them stay in registers, in a fixed order."""
+    chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    d_gate = tl.zeros((BLOCK,), tl.float32)
+    d_scale = tl.zeros((BLOCK,), tl.float32)
+    d_shift = tl.zeros((BLOCK,), tl.float32)
+    if RESIDUAL:
+        gate = tl.load(gate_ptr + image * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.load(scale_ptr + image * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
+    for index in range(ROWS):
+        token = chunk * ROWS + index
+        row = image * length + token
+        here = inside & (token + column * 0 < length)  # the interpreter wants a mask of one shape
+        at = row * width + column
+        d_x = tl.zeros((BLOCK,), tl.float32)
+        if NEW_HAS_GRADIENT:
+            d_x += tl.load(d_new_ptr + at, mask=here, other=0.0).to(tl.float32)
+        if NORM:
+            d_out = tl.load(d_out_ptr + at, mask=here, other=0.0).to(tl.float32)
+            new = tl.load(new_ptr + at, mask=here, other=0.0).to(tl.float32)
+            mean = tl.load(mean_ptr + row, mask=token < length, other=0.0)
+            rstd = tl.load(rstd_ptr + row, mask=token < length, other=0.0)
+            normed = tl.where(here, (new - mean) * rstd, 0.0)
+            d_scale += d_out * normed
+            d_shift += d_out
+            d_normed = d_out * (1.0 + scale)
+            along = tl.sum(d_normed * normed, axis=0) / width
+            average = tl.sum(d_normed, axis=0) / width
+            d_x += (d_normed - average - normed * along) * rstd
+        tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=here)
+        if RESIDUAL:
+            branch = tl.load(branch_ptr + at, mask=here, other=0.0).to(tl.float32)
+            d_gate += d_x * branch
+            tl.store(d_branch_ptr + at, (d_x * gate).to(d_branch_ptr.dtype.element_ty), mask=here)
+    partial = (image * tl.num_programs(0) + chunk) * width + column
+    if RESIDUAL:
+        tl.store(d_gate_ptr + partial, d_gate, mask=inside)
+    if NORM:
+        tl.store(d_scale_ptr + partial, d_scale, mask=inside)
+        tl.store(d_shift_ptr + partial, d_shift, mask=inside)
+
+
+def _launch_settings(width: int) -> tuple[int, int]:
+    """Block and warps: 8 numbers a thread, one 128-bit load in bfloat16."""
+    block = max(128, 1 << (width - 1).bit_length())
+    return block, min(16, max(4, block // 256))
+
+
+def _rows_of(vector_BC: Tensor) -> Tensor:
+    return vector_BC if vector_BC.stride(-1) == 1 else vector_BC.contiguous()
+
+
+@torch.library.custom_op("varfast::adaln", mutates_args=())
+def _adaln(
+    x_BLC: Tensor,
+    branch_BLC: Tensor | None,
+    gate_BC: Tensor | None,
+    scale_BC: Tensor | None,
+    shift_BC: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """New stream, normalised and modulated stream, mean and 1 / standard deviation (B, L); empty where not asked for."""
+    new, out, mean, rstd = _outputs(x_BLC, branch_BLC, scale_BC)
+    if x_BLC.numel():
+        batch, length, width = x_BLC.shape
+        x = x_BLC.contiguous()
+        branch = x if branch_BLC is None else branch_BLC.contiguous()
+        gate, scale, shift = (x[:, 0] if v is None else _rows_of(v) for v in (gate_BC, scale_BC, shift_BC))
+        block, num_warps = _launch_settings(width)
+        with torch.cuda.device_of(x):
+            _forward_kernel[(batch * length,)](
+                x,
+                branch,
+                gate,
+                scale,
+                shift,
+                new,
+                out,
+                mean,
+                rstd,
+                length,
+                width,
+                gate.stride(0),
+                scale.stride(0),
+                shift.stride(0),
+                eps,
+                RESIDUAL=branch_BLC is not None,
+                NORM=scale_BC is not None,
+                BLOCK=block,
+                num_warps=num_warps,
+            )
+    return new, out, mean, rstd
+
+
+def _outputs(x_BLC: Tensor, branch_BLC: Tensor | None, scale_BC: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    new = x_BLC.new_empty(0 if branch_BLC is None else x_BLC.shape)
+    normed = scale_BC is not None
+    out = x_BLC.new_empty(x_BLC.shape if normed else 0)
+    mean, rstd = (x_BLC.new_empty(x_BLC.shape[:2] if normed else 0, dtype=torch.float32) for _ in range(2))
+    return new, out, mean, rstd
+
+
+@_adaln.register_fake
+def _(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps):
+    return _outputs(x_BLC, branch_BLC, scale_BC)
+
+
+@torch.library.custom_op("varfast::adaln_backward", mutates_args=())
+def _adaln_backward(
+    d_new_BLC: Tensor | None,
+    d_out_BLC: Tensor | None,
+    new_BLC: Tensor,
+    branch_BLC: Tensor | None,
+    gate_BC: Tensor | None,
+    scale_BC: Tensor | None,
+    mean_BL: Tensor,
+    rstd_BL: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, branch, gate, scale and shift; empty where not asked for."""
+    batch, length, width = new_BLC.shape
+    chunks = -(-length // _ROWS)
+    d_x, d_branch, _, _, _ = _gradients(new_BLC, branch_BLC, gate_BC, scale_BC)
+    partials = [
+        new_BLC.new_empty((batch, chunks, width) if vector is not None else 0, dtype=torch.float32)
+        for vector in (gate_BC, scale_BC, scale_BC)
+    ]
+    if new_BLC.numel():
+        new = new_BLC.contiguous()
+        d_new = new if d_new_BLC is None else d_new_BLC.contiguous()
+        d_out = new if d_out_BLC is None else d_out_BLC.contiguous()
+        branch = new if branch_BLC is None else branch_BLC.contiguous()
+        gate, scale = (new[:, 0] if v is None else _rows_of(v) for v in (gate_BC, scale_BC))
+        block, num_warps = _launch_settings(width)
+        with torch.cuda.device_of(new):
+            _backward_kernel[(chunks, batch)](
+                d_new,
+                d_out,
+                new,
+                branch,
+                gate,
+                scale,
+                mean_BL,
+                rstd_BL,
+                d_x,
+                d_branch,
+                *partials,
+                length,
+                width,
+                gate.stride(0),
+                scale.stride(0),
+                RESIDUAL=branch_BLC is not None,
+                NORM=d_out_BLC is not None,
+                NEW_HAS_GRADIENT=d_new_BLC is not None,
+                ROWS=_ROWS,
+                BLOCK=block,
+                num_warps=num_warps,
+            )
+    sums = [
+        partial.sum(dim=1).to(vector.dtype) if vector is not None else partial
+        for partial, vector in zip(partials, (gate_BC, scale_BC, scale_BC), strict=True)
+    ]
+    if d_out_BLC is None and scale_BC is not None:  # the normalised stream had no gradient
+        sums[1], sums[2] = torch.zeros_like(scale_BC), torch.zeros_like(scale_BC)
+    return d_x, d_branch, sums[0], sums[1], sums[2]
+
+
+def _gradients(
+    new_BLC: Tensor, branch_BLC: Tensor | None, gate_BC: Tensor | None, scale_BC: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_x = new_BLC.new_empty(new_BLC.shape)
+    d_branch = new_BLC.new_empty(0) if branch_BLC is None else branch_BLC.new_empty(branch_BLC.shape)
+    d_gate, d_scale, d_shift = (
+        new_BLC.new_empty(0, dtype=torch.float32) if v is None else v.new_empty(v.shape)
+        for v in (gate_BC, scale_BC, scale_BC)
+    )
+    return d_x, d_branch, d_gate, d_scale, d_shift
+
+
+@_adaln_backward.register_fake
+def _(d_new_BLC, d_out_BLC, new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL):
+    return _gradients(new_BLC, branch_BLC, gate_BC, scale_BC)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_BLC, branch_BLC, gate_BC, scale_BC, _, _ = inputs
+    new_BLC, _, mean_BL, rstd_BL = output
+    ctx.save_for_backward(
+        x_BLC if branch_BLC is None else new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL
+    )
+    ctx.mark_non_differentiable(mean_BL, rstd_BL)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_new: Tensor | None, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL = ctx.saved_tensors
+    if branch_BLC is None:
+        d_new = None
+    if scale_BC is None:
+        d_out = None
+    if d_new is None and d_out is None:
+        return None, None, None, None, None, None
+    d_x, d_branch, d_gate, d_scale, d_shift = _adaln_backward(
+        d_new, d_out, new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL
+    )
+    with_branch, with_norm = branch_BLC is not None, scale_BC is not None
+    return (
+        d_x,
+        d_branch if with_branch else None,
+        d_gate if with_branch else None,
+        d_scale if with_norm else None,
+        d_shift if with_norm else None,
+        None,
+    )
+
+
+_adaln.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _checked(x_BLC: Tensor) -> Tensor:
+    if x_BLC.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"impl='triton' of adaLN takes float32, bfloat16 or float16, got {x_BLC.dtype}")
+    if x_BLC.shape[-1] > _MAX_WIDTH:
+        raise ValueError(f"impl='triton' of adaLN takes up to {_MAX_WIDTH} channels, got {x_BLC.shape[-1]}")
+    return x_BLC
+
+
+def _norm_triton(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float) -> Tensor:
+    return _adaln(_checked(x_BLC), None, None, scale_BC, shift_BC, eps)[1]
+
+
+def _residual_triton(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor) -> Tensor:
+    return _adaln(_checked(x_BLC), branch_BLC, gate_BC, None, None, 0.0)[0]
+
+
+def _residual_norm_triton(
+    x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    new_BLC, out_BLC, _, _ = _adaln(_checked(x_BLC), branch_BLC, gate_BC, scale_BC, shift_BC, eps)
+    return new_BLC, out_BLC
+
+
+implementations(
+    "layer_norm_modulate",
+    Implementation("triton", _norm_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("reference", reference.layer_norm_modulate),
+)
+implementations(
+    "gated_residual",
+    Implementation("triton", _residual_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("reference", reference.gated_residual),
+)
+implementations(
+    "gated_residual_norm",
+    Implementation("triton", _residual_norm_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("reference", reference.gated_residual_norm),
+)
+
+
+def ahead_of_time() -> list[AheadOfTime]:
+    """The fused op, and the two alone, at the widths of d16 and d30."""
+    from varfast.kernels.aot import AheadOfTime
+
+    items = []
+    for dtype in ("bf16", "fp32"):
+        for width in (1024, 1920):
+            block, num_warps = _launch_settings(width)
+            for residual, norm in ((True, True), (False, True), (True, False)):
+                flags = {"RESIDUAL": residual, "NORM": norm}
+                big = dict.fromkeys(("x_ptr", "branch_ptr", "gate_ptr", "scale_ptr", "shift_ptr", "new_ptr", "out_ptr"))
+                forward = dict.fromkeys(big, f"*{dtype}") | dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32")
+                strides = ("length", "width", "gate_stride", "scale_stride", "shift_stride")
+                forward |= dict.fromkeys(strides, "i32") | {"eps": "fp32"}
+                names = ("d_new_ptr", "d_out_ptr", "new_ptr", "branch_ptr", "gate_ptr", "scale_ptr")
+                backward = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32")
+                backward |= dict.fromkeys(("d_x_ptr", "d_branch_ptr"), f"*{dtype}")
+                backward |= dict.fromkeys(("d_gate_ptr", "d_scale_ptr", "d_shift_ptr"), "*fp32")
+                backward |= dict.fromkeys(strides[:4], "i32")
+                sums = {**flags, "NEW_HAS_GRADIENT": residual, "ROWS": _ROWS, "BLOCK": block}
+                for name, kernel, signature, constants in (
+                    ("forward", _forward_kernel, forward, {**flags, "BLOCK": block}),
+                    ("backward", _backward_kernel, backward, sums),
+                ):
+                    what = "+".join(filter(None, ["residual" * residual, "norm" * norm]))
+                    items.append(
+                        AheadOfTime(
+                            f"adaln {what} {name} {dtype} C={width}",
+                            kernel,
+                            signature | dict.fromkeys(constants, "constexpr"),
+                            constants,
+                            num_warps=num_warps,
+                            attributes=dict.fromkeys(("width", "gate_stride", "scale_stride", "shift_stride"), 16),
+                        )
+                    )
+    return items
 
 
 def layer_norm_modulate(
@@ -23,11 +410,12 @@ def layer_norm_modulate(
         x_BLC: (B, L, C); statistics in float32 (float64 for float64).
         scale_BC, shift_BC: (B, C).
         eps: added to the variance.
-        impl: "auto" or "reference".
+        impl: "auto", "triton" or "reference".
     Returns: (B, L, C) in the dtype of x_BLC.
-    Raises: ValueError for an unknown impl.
+    Raises: ValueError for an impl that is unknown or cannot run.
     """
-    return select("layer_norm_modulate", impl, x_BLC.device)(x_BLC, scale_BC, shift_BC, eps)
+    out: Tensor = select("layer_norm_modulate", impl, x_BLC.device)(x_BLC, scale_BC, shift_BC, eps)
+    return out
 
 
 def gated_residual(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, impl: str = "auto") -> Tensor:
@@ -36,8 +424,34 @@ def gated_residual(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, impl: str
     Args:
         x_BLC, branch_BLC: (B, L, C).
         gate_BC: (B, C).
-        impl: "auto" or "reference".
+        impl: "auto", "triton" or "reference".
     Returns: (B, L, C).
-    Raises: ValueError for an unknown impl.
+    Raises: ValueError for an impl that is unknown or cannot run.
     """
-    return select("gated_residual", impl, x_BLC.device)(x_BLC, branch_BLC, gate_BC)
+    out: Tensor = select("gated_residual", impl, x_BLC.device)(x_BLC, branch_BLC, gate_BC)
+    return out
+
+
+def gated_residual_norm(
+    x_BLC: Tensor,
+    branch_BLC: Tensor,
+    gate_BC: Tensor,
+    scale_BC: Tensor,
+    shift_BC: Tensor,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """gated_residual, and layer_norm_modulate of its result, in one pass.
+
+    Args:
+        x_BLC, branch_BLC: (B, L, C).
+        gate_BC, scale_BC, shift_BC: (B, C).
+        eps: added to the variance.
+        impl: "auto", "triton" or "reference".
+    Returns: the new residual stream and its normalised, modulated form, (B, L, C) each.
+    Raises: ValueError for an impl that is unknown or cannot run.
+    """
+    new_BLC, out_BLC = select("gated_residual_norm", impl, x_BLC.device)(
+        x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps
+    )
+    return new_BLC, out_BLC

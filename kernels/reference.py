@@ -185,7 +185,15 @@ def layer_norm_modulate(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: 
 
 
 def gated_residual(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor) -> Tensor:
-    return x_BLC + branch_BLC * gate_BC.unsqueeze(1)
+    wide = _at_least_float32(branch_BLC) * _at_least_float32(gate_BC).unsqueeze(1)
+    return (_at_least_float32(x_BLC) + wide).to(x_BLC.dtype)
+
+
+def gated_residual_norm(
+    x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    new_BLC = gated_residual(x_BLC, branch_BLC, gate_BC)
+    return new_BLC, layer_norm_modulate(new_BLC, scale_BC, shift_BC, eps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

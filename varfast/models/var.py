@@ -139,9 +139,8 @@ class Block(nn.Module):
         if drop_path > 0.0:  # a gate of 0 drops the branch of an image
             gate1, gate2 = (gate * _keep(gate, drop_path) for gate in (gate1, gate2))
         branch = self.attn(kernels.layer_norm_modulate(x_BLC, scale1, shift1, self.eps), scale_ends, cache)
-        x_BLC = kernels.gated_residual(x_BLC, branch, gate1)
-        branch = self.ffn(kernels.layer_norm_modulate(x_BLC, scale2, shift2, self.eps))
-        return kernels.gated_residual(x_BLC, branch, gate2)
+        x_BLC, normed = kernels.gated_residual_norm(x_BLC, branch, gate1, scale2, shift2, self.eps)
+        return kernels.gated_residual(x_BLC, self.ffn(normed), gate2)
 
 
 def _keep(gate_BC: Tensor, drop: float) -> Tensor:
