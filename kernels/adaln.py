@@ -28,8 +28,8 @@ except ImportError:  # never launched then: cannot_run_triton says why
         return function
 
 
-# Rows of one image that a program of the backward pass adds up: its partial sums are 1/32 of what it reads.
-_ROWS = 32
+# Rows of one image that a program of the backward pass adds up: its partial sums are 1/16 of a tensor that it reads.
+_ROWS = 16
 _MAX_WIDTH = 8192
 
 
@@ -166,7 +166,7 @@ def _adaln(
     shift_BC: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """New stream, normalised and modulated stream, mean and 1 / standard deviation (B, L); empty where not asked for."""
+    """New stream, its normalised and modulated form, mean and 1 / deviation (B, L); empty where not asked for."""
     new, out, mean, rstd = _outputs(x_BLC, branch_BLC, scale_BC)
     if x_BLC.numel():
         batch, length, width = x_BLC.shape
@@ -199,7 +199,9 @@ def _adaln(
     return new, out, mean, rstd
 
 
-def _outputs(x_BLC: Tensor, branch_BLC: Tensor | None, scale_BC: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _outputs(
+    x_BLC: Tensor, branch_BLC: Tensor | None, scale_BC: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     new = x_BLC.new_empty(0 if branch_BLC is None else x_BLC.shape)
     normed = scale_BC is not None
     out = x_BLC.new_empty(x_BLC.shape if normed else 0)
@@ -291,9 +293,7 @@ def _(d_new_BLC, d_out_BLC, new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rst
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_BLC, branch_BLC, gate_BC, scale_BC, _, _ = inputs
     new_BLC, _, mean_BL, rstd_BL = output
-    ctx.save_for_backward(
-        x_BLC if branch_BLC is None else new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL
-    )
+    ctx.save_for_backward(x_BLC if branch_BLC is None else new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL)
     ctx.mark_non_differentiable(mean_BL, rstd_BL)
     ctx.set_materialize_grads(False)
 

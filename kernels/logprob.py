@@ -1,9 +1,9 @@
 """Log-probability of given tokens: the teacher-forced side of `sample_tokens`.
 
-The logits are stored once, in the dtype that the head wrote, and their gradient can take their place. Computing them
-tile by tile inside the head instead saves 11 MB an image at 680 tokens and 4096 codes, and costs the head's product
-once more in the backward pass: by count 5 ms of traffic against 4 ms of arithmetic for 512 images on an H200, so nothing
-to choose between them; not measured.
+The logits are stored once, in the dtype that the head wrote, and their gradient can take their place. To compute them
+tile by tile inside the head instead would save 11 MB an image at 680 tokens and 4096 codes, and cost the head's product
+once more in the backward pass: by count, for 512 images on an H200, 5 ms of traffic against 4 ms of arithmetic. Too
+close to choose by count; not measured.
 
 Axes: B image, L token over all scales, V vocabulary, N = B * L rows.
 """
@@ -36,13 +36,23 @@ _MAX_VOCAB = 32768
 
 @jit
 def _logp_kernel(
-    logits_ptr, tokens_ptr, logp_ptr, entropy_ptr, lse_ptr, row_stride, vocab, inv_temperature, BLOCK: tl.constexpr
+    logits_ptr,
+    tokens_ptr,
+    logp_ptr,
+    entropy_ptr,
+    largest_ptr,
+    log_total_ptr,
+    row_stride,
+    vocab,
+    inv_temperature,
+    inv_temperature_rest,
+    BLOCK: tl.constexpr,
 ):
     """One row a program, one pass."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + row * row_stride + column, mask=column < vocab, other=-float("inf")).to(tl.float32)
-    x = x * inv_temperature
+    x = tl.where(x == -float("inf"), x, x * inv_temperature + x * inv_temperature_rest)
     token = tl.load(tokens_ptr + row)
     largest = tl.max(x, axis=0)
     shifted = x - largest
@@ -52,7 +62,8 @@ def _logp_kernel(
     expected = tl.sum(weight * tl.where(weight > 0.0, shifted, 0.0), axis=0) / total
     tl.store(logp_ptr + row, tl.sum(tl.where(column == token, shifted, 0.0), axis=0) - log_total)
     tl.store(entropy_ptr + row, log_total - expected)
-    tl.store(lse_ptr + row, largest + log_total)
+    tl.store(largest_ptr + row, largest)
+    tl.store(log_total_ptr + row, log_total)
 
 
 @jit
@@ -60,21 +71,24 @@ def _logp_backward_kernel(
     grad_ptr,
     logits_ptr,
     tokens_ptr,
-    lse_ptr,
+    largest_ptr,
+    log_total_ptr,
     out_ptr,
     row_stride,
     vocab,
     inv_temperature,
+    inv_temperature_rest,
     BLOCK: tl.constexpr,
 ):
-    """d logits = grad / temperature * (one-hot - softmax). A program reads its row before it writes it: in place too."""
+    """d logits = grad / temperature * (one-hot - softmax). Each program reads its row first, so in place works too."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < vocab
     x = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=-float("inf")).to(tl.float32)
     token = tl.load(tokens_ptr + row)
     factor = tl.load(grad_ptr + row) * inv_temperature
-    probability = tl.exp(x * inv_temperature - tl.load(lse_ptr + row))
+    x = tl.where(x == -float("inf"), x, x * inv_temperature + x * inv_temperature_rest)
+    probability = tl.exp(x - tl.load(largest_ptr + row) - tl.load(log_total_ptr + row))
     gradient = tl.where(column == token, factor, 0.0) - factor * probability
     tl.store(out_ptr + row * row_stride + column, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -86,9 +100,12 @@ def _launch_settings(vocab: int) -> tuple[int, int]:
 
 
 @torch.library.custom_op("varfast::token_logp", mutates_args=())
-def _logp_triton(logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """logp, entropy and the log of the sum of exponentials, (B, L) float32 each."""
-    logp, entropy, lse = (logits_BLV.new_empty(tokens_BL.shape, dtype=torch.float32) for _ in range(3))
+def _logp_triton(logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy, largest logit and log of the sum of exponentials beside it, (B, L) float32 each.
+
+    The last two are kept apart: their sum has lost what makes the gradient exact.
+    """
+    logp, entropy, largest, log_total = (logits_BLV.new_empty(tokens_BL.shape, dtype=torch.float32) for _ in range(4))
     if tokens_BL.numel():
         logits, vocab = logits_BLV.contiguous(), logits_BLV.shape[-1]
         block, num_warps = _launch_settings(vocab)
@@ -98,24 +115,31 @@ def _logp_triton(logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> t
                 tokens_BL.contiguous(),
                 logp,
                 entropy,
-                lse,
+                largest,
+                log_total,
                 vocab,
                 vocab,
-                1.0 / temperature,
+                *reference.split_float32(1.0 / temperature),
                 BLOCK=block,
                 num_warps=num_warps,
             )
-    return logp, entropy, lse
+    return logp, entropy, largest, log_total
 
 
 @_logp_triton.register_fake
-def _(logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    logp, entropy, lse = (logits_BLV.new_empty(tokens_BL.shape, dtype=torch.float32) for _ in range(3))
-    return logp, entropy, lse
+def _(logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logp, entropy, largest, log_total = (logits_BLV.new_empty(tokens_BL.shape, dtype=torch.float32) for _ in range(4))
+    return logp, entropy, largest, log_total
 
 
 def _launch_backward(
-    out: Tensor, grad_BL: Tensor, logits: Tensor, tokens_BL: Tensor, lse_BL: Tensor, temperature: float
+    out: Tensor,
+    grad_BL: Tensor,
+    logits: Tensor,
+    tokens_BL: Tensor,
+    largest_BL: Tensor,
+    log_total_BL: Tensor,
+    temperature: float,
 ) -> None:
     if tokens_BL.numel():
         vocab = logits.shape[-1]
@@ -125,11 +149,12 @@ def _launch_backward(
                 grad_BL.contiguous(),
                 logits,
                 tokens_BL.contiguous(),
-                lse_BL,
+                largest_BL,
+                log_total_BL,
                 out,
                 vocab,
                 vocab,
-                1.0 / temperature,
+                *reference.split_float32(1.0 / temperature),
                 BLOCK=block,
                 num_warps=num_warps,
             )
@@ -137,31 +162,33 @@ def _launch_backward(
 
 @torch.library.custom_op("varfast::token_logp_backward", mutates_args=())
 def _logp_backward_triton(
-    grad_BL: Tensor, logits_BLV: Tensor, tokens_BL: Tensor, lse_BL: Tensor, temperature: float
+    grad_BL: Tensor, logits_BLV: Tensor, tokens_BL: Tensor, largest_BL: Tensor, log_total_BL: Tensor, temperature: float
 ) -> Tensor:
     logits = logits_BLV.contiguous()
     out = torch.empty_like(logits)
-    _launch_backward(out, grad_BL, logits, tokens_BL, lse_BL, temperature)
+    _launch_backward(out, grad_BL, logits, tokens_BL, largest_BL, log_total_BL, temperature)
     return out
 
 
 @_logp_backward_triton.register_fake
-def _(grad_BL: Tensor, logits_BLV: Tensor, tokens_BL: Tensor, lse_BL: Tensor, temperature: float) -> Tensor:
+def _(
+    grad_BL: Tensor, logits_BLV: Tensor, tokens_BL: Tensor, largest_BL: Tensor, log_total_BL: Tensor, temperature: float
+) -> Tensor:
     return torch.empty_like(logits_BLV, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, ...]) -> None:
     logits_BLV, tokens_BL, ctx.temperature = inputs
-    ctx.save_for_backward(logits_BLV, tokens_BL, output[2])
-    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(logits_BLV, tokens_BL, *output[2:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_BL: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
     if grad_BL is None:
         return None, None, None
-    logits_BLV, tokens_BL, lse_BL = ctx.saved_tensors
-    return _logp_backward_triton(grad_BL, logits_BLV, tokens_BL, lse_BL, ctx.temperature), None, None
+    logits_BLV, tokens_BL, largest_BL, log_total_BL = ctx.saved_tensors
+    return _logp_backward_triton(grad_BL, logits_BLV, tokens_BL, largest_BL, log_total_BL, ctx.temperature), None, None
 
 
 _logp_triton.register_autograd(_backward, setup_context=_setup_context)
@@ -172,20 +199,20 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logp_BL, entropy_BL, lse_BL = _logp_triton(logits_BLV, tokens_BL, temperature)
+        logp_BL, entropy_BL, largest_BL, log_total_BL = _logp_triton(logits_BLV, tokens_BL, temperature)
         ctx.temperature = temperature
         ctx.logits = logits_BLV.detach()  # not saved as a tensor: autograd would refuse to see it overwritten
-        ctx.save_for_backward(tokens_BL, lse_BL)
+        ctx.save_for_backward(tokens_BL, largest_BL, log_total_BL)
         ctx.mark_non_differentiable(entropy_BL)
         return logp_BL, entropy_BL
 
     @staticmethod
     def backward(ctx: Any, grad_BL: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        tokens_BL, lse_BL = ctx.saved_tensors
+        tokens_BL, largest_BL, log_total_BL = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
         if logits is None:
             raise RuntimeError("this backward pass overwrote its logits; it cannot run twice (consume_logits=True)")
-        _launch_backward(logits, grad_BL, logits, tokens_BL, lse_BL, ctx.temperature)
+        _launch_backward(logits, grad_BL, logits, tokens_BL, largest_BL, log_total_BL, ctx.temperature)
         return logits, None, None
 
 
@@ -195,18 +222,22 @@ def _run_triton(
     if logits_BLV.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"impl='triton' of selective_log_softmax takes float32 or 16-bit, got {logits_BLV.dtype}")
     if logits_BLV.shape[-1] > _MAX_VOCAB:
-        raise ValueError(f"impl='triton' of selective_log_softmax takes up to {_MAX_VOCAB} codes, got {logits_BLV.shape[-1]}")
+        raise ValueError(
+            f"impl='triton' of selective_log_softmax takes up to {_MAX_VOCAB} codes, got {logits_BLV.shape[-1]}"
+        )
     if consume_logits and logits_BLV.is_contiguous():
         logp_BL, entropy_BL = _InPlace.apply(logits_BLV, tokens_BL, temperature)
         return logp_BL, entropy_BL
-    logp_BL, entropy_BL, _ = _logp_triton(logits_BLV, tokens_BL, temperature)
+    logp_BL, entropy_BL, _, _ = _logp_triton(logits_BLV, tokens_BL, temperature)
     return logp_BL, entropy_BL
 
 
 implementations(
     "selective_log_softmax",
     Implementation("triton", _run_triton, cannot_run_triton, auto_on=("cuda",)),
-    Implementation("reference", lambda logits, tokens, temperature, _: reference.selective_log_softmax(logits, tokens, temperature)),
+    Implementation(
+        "reference", lambda logits, tokens, temperature, _: reference.selective_log_softmax(logits, tokens, temperature)
+    ),
 )
 
 
@@ -216,12 +247,18 @@ def ahead_of_time() -> list[AheadOfTime]:
 
     items = []
     block, num_warps = _launch_settings(4096)
-    sizes = {"row_stride": "i32", "vocab": "i32", "inv_temperature": "fp32", "BLOCK": "constexpr"}
+    sizes = {
+        "row_stride": "i32",
+        "vocab": "i32",
+        "inv_temperature": "fp32",
+        "inv_temperature_rest": "fp32",
+        "BLOCK": "constexpr",
+    }
     for dtype in ("fp32", "bf16"):
         forward = {"logits_ptr": f"*{dtype}", "tokens_ptr": "*i64"}
-        forward |= dict.fromkeys(("logp_ptr", "entropy_ptr", "lse_ptr"), "*fp32")
-        backward = {"grad_ptr": "*fp32", "logits_ptr": f"*{dtype}", "tokens_ptr": "*i64", "lse_ptr": "*fp32"}
-        backward |= {"out_ptr": f"*{dtype}"}
+        forward |= dict.fromkeys(("logp_ptr", "entropy_ptr", "largest_ptr", "log_total_ptr"), "*fp32")
+        backward = {"grad_ptr": "*fp32", "logits_ptr": f"*{dtype}", "tokens_ptr": "*i64"}
+        backward |= {"largest_ptr": "*fp32", "log_total_ptr": "*fp32", "out_ptr": f"*{dtype}"}
         for name, kernel, signature in (
             ("forward", _logp_kernel, forward),
             ("backward", _logp_backward_kernel, backward),
@@ -255,12 +292,15 @@ def selective_log_softmax(
         consume_logits: the caller needs the logits no more: the backward pass may write their gradient in their place.
         impl: "auto", "triton" or "reference".
     Returns: logp (B, L), differentiable, and entropy in nats (B, L), without gradient; float32 (float64 for float64).
-    Raises: ValueError for a temperature that is not positive, shapes that differ, an impl that is unknown or cannot run.
+    Raises: ValueError for a temperature that is not positive, shapes that differ, an impl that is unknown or cannot
+        run.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be > 0")
     if logits_BLV.shape[:-1] != tokens_BL.shape:
-        raise ValueError(f"tokens are {tuple(tokens_BL.shape)}, logits {tuple(logits_BLV.shape)}: want (B, L), (B, L, V)")
+        raise ValueError(
+            f"tokens are {tuple(tokens_BL.shape)}, logits {tuple(logits_BLV.shape)}: want (B, L), (B, L, V)"
+        )
     run = select("selective_log_softmax", impl, logits_BLV.device)
     logp_BL, entropy_BL = run(logits_BLV, tokens_BL, temperature, consume_logits)
     return logp_BL, entropy_BL

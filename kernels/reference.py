@@ -73,6 +73,12 @@ def uniform_Bl(key: Tensor, scale: int, num_images: int, num_tokens: int) -> Ten
 # Sampling and log-probabilities
 
 
+def split_float32(value: float) -> tuple[float, float]:
+    """A float64 as the float32 nearest to it and what is left: kernels multiply by both, to divide exactly enough."""
+    nearest = torch.tensor(value, dtype=torch.float32).item()
+    return nearest, value - nearest
+
+
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
 
 try:
-    import triton
     import triton.language as tl
     from triton import jit
 except ImportError:  # never launched then: cannot_run_triton says why
@@ -51,6 +50,7 @@ def _sample_kernel(
     vocab,
     scale,
     inv_temperature,
+    inv_temperature_rest,
     guidance,
     top_k,
     drop_share,
@@ -68,7 +68,7 @@ def _sample_kernel(
     if GUIDED:
         uncond = tl.load(uncond_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
         x = (1.0 + guidance) * x - guidance * uncond
-    x = x * inv_temperature
+    x = tl.where(x == -float("inf"), x, x * inv_temperature + x * inv_temperature_rest)
     largest = tl.max(x, axis=0)
 
     # Filters: bit by bit, from the top, the largest key that still keeps enough. Ties stay together.
@@ -155,7 +155,7 @@ def _sample_triton(
                 length,
                 vocab,
                 scale,
-                1.0 / temperature,
+                *reference.split_float32(1.0 / temperature),
                 guidance,
                 top_k,
                 1.0 - top_p,
@@ -234,6 +234,7 @@ def ahead_of_time() -> list[AheadOfTime]:
                 "vocab": "i32",
                 "scale": "i32",
                 "inv_temperature": "fp32",
+                "inv_temperature_rest": "fp32",
                 "guidance": "fp32",
                 "top_k": "i32",
                 "drop_share": "fp32",

@@ -113,7 +113,7 @@ class Policy:
         with torch.no_grad():
             var_input_BLC = self.vqvae.var_input(tokens_BL)
         logits_BLV = self.var(labels_B, var_input_BLC)
-        logp_BL, _ = kernels.selective_log_softmax(logits_BLV, tokens_BL, temperature)
+        logp_BL, _ = kernels.selective_log_softmax(logits_BLV, tokens_BL, temperature, consume_logits=True)
         return logp_BL
 
     @torch.no_grad()

@@ -14,6 +14,22 @@ def key(seed=0, step=0, first=0):
     return torch.tensor([seed, step, first])
 
 
+@pytest.fixture
+def draw(path):
+    """sample_tokens by one implementation on its device, results on the CPU."""
+
+    def on_device(x):
+        return x.to(path.device) if isinstance(x, torch.Tensor) else x
+
+    def run(*args, **kwargs):
+        kwargs = {name: on_device(value) for name, value in kwargs.items()}
+        return tuple(x.cpu() for x in sample_tokens(*map(on_device, args), **kwargs, impl=path.impl))
+
+    # The interpreter runs a row at a time, in Python.
+    run.rows = 1000 if (path.impl, path.device) == ("triton", "cpu") else 1_000_000
+    return run
+
+
 # Known answers of the Random123 distribution for philox4x32-10.
 @pytest.mark.parametrize(
     ("counter", "philox_key", "expected"),
@@ -49,41 +65,59 @@ def test_uniform_depends_on_every_part_of_the_key(other):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_sample_tokens_frequencies_match_softmax_tails_included(temperature):
+def test_sample_tokens_frequencies_match_softmax_tails_included(draw, temperature):
     # Probabilities from 0.3 down to 1e-6 at temperature 1.
     logits_V = torch.linspace(0, -12.5, 64)
-    draws = 1_000_000
-    tokens, _, _ = sample_tokens(logits_V.expand(1000, draws // 1000, 64), key(11), 0, temperature)
-    observed = torch.bincount(tokens.flatten(), minlength=64).numpy()
-    expected = np.exp(log_softmax(logits_V.double().numpy() / temperature)) * draws
-    rare = expected < 5  # pooled, as the test asks for 5 a cell
-    pooled = (np.append(observed[~rare], observed[rare].sum()), np.append(expected[~rare], expected[rare].sum()))
-    assert stats.chisquare(*pooled).pvalue > 1e-3
-    tail = expected < 100
+    draws = draw.rows
+    tokens, _, _ = draw(logits_V.expand(100, draws // 100, 64), key(11), 0, temperature)
+    assert_drawn_from(tokens, log_softmax(logits_V.double().numpy() / temperature), draws)
+
+
+def test_sample_tokens_frequencies_match_softmax_over_4096_codes(draw):
+    logits_V = 2 * torch.randn(4096, generator=torch.Generator().manual_seed(6))
+    rows, steps = (draw.rows, 1) if draw.rows < 10_000 else (10_000, 6)
+    tokens = [draw(logits_V.expand(100, rows // 100, 4096), key(12, step), 1)[0] for step in range(steps)]
+    assert_drawn_from(torch.cat(tokens), log_softmax(logits_V.double().numpy()), rows * steps)
+
+
+def assert_drawn_from(tokens, logp_V, draws):
+    observed = torch.bincount(tokens.flatten(), minlength=len(logp_V)).numpy()
+    order = np.argsort(logp_V)
+    observed, expected = observed[order], np.exp(logp_V[order]) * draws
+    # Neighbours in probability are pooled until each cell expects 5, as the test asks.
+    cell = np.floor(np.cumsum(expected) / 5)
+    pooled = [np.array([x[cell == c].sum() for c in np.unique(cell)]) for x in (observed, expected)]
+    assert stats.chisquare(pooled[0], pooled[1] * pooled[0].sum() / pooled[1].sum()).pvalue > 1e-3
+    tail = np.cumsum(expected) < draws / 100
     assert tail.sum() > 10
     assert stats.binomtest(int(observed[tail].sum()), draws, expected[tail].sum() / draws).pvalue > 1e-3
 
 
-def test_sample_tokens_ties_are_drawn_equally():
-    tokens, logp, entropy = sample_tokens(torch.zeros(100, 1000, 10), key(3), 0)
+def test_sample_tokens_ties_are_drawn_equally(draw):
+    tokens, logp, entropy = draw(torch.zeros(10, draw.rows // 10, 10), key(3), 0)
     assert stats.chisquare(torch.bincount(tokens.flatten(), minlength=10).numpy()).pvalue > 1e-3
     assert torch.allclose(logp, torch.tensor(-math.log(10)))
     assert torch.allclose(entropy, torch.tensor(math.log(10)))
 
 
-def test_sample_tokens_never_draws_probability_zero():
-    logits = torch.full((64, 512, 33), -math.inf)
-    logits[..., 5::7] = torch.randn(64, 512, 4, generator=torch.Generator().manual_seed(0))
-    tokens, logp, entropy = sample_tokens(logits, key(5), 2)
+def test_sample_tokens_never_draws_probability_zero(draw):
+    count = min(draw.rows, 30_000) // 64
+    logits = torch.full((64, count, 33), -math.inf)
+    logits[..., 5::7] = torch.randn(64, count, 4, generator=torch.Generator().manual_seed(0))
+    tokens, logp, entropy = draw(logits, key(5), 2)
     assert set(tokens.unique().tolist()) == {5, 12, 19, 26}
     assert logp.isfinite().all()
     assert entropy.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_sample_tokens_logp_and_entropy_equal_float64(dtype):
+def test_sample_tokens_logp_and_entropy_equal_float64(draw, path, dtype):
+    if dtype == torch.float64 and path.impl == "triton":
+        with pytest.raises(ValueError, match="takes float32, bfloat16 or float16, got torch.float64"):
+            draw(torch.zeros(1, 1, 4, dtype=dtype), key(), 0)
+        return
     logits = (5 * torch.randn(3, 7, 129, generator=torch.Generator().manual_seed(1))).to(dtype)
-    tokens, logp, entropy = sample_tokens(logits, key(2), 0, 0.7)
+    tokens, logp, entropy = draw(logits, key(2), 0, 0.7)
     exact = log_softmax(logits.double().numpy() / 0.7, axis=-1)
     chosen = np.take_along_axis(exact, tokens.numpy()[..., None], -1)[..., 0]
     tolerance = 1e-12 if dtype == torch.float64 else 3e-6
@@ -91,52 +125,52 @@ def test_sample_tokens_logp_and_entropy_equal_float64(dtype):
     np.testing.assert_allclose(entropy.double().numpy(), -(np.exp(exact) * exact).sum(-1), rtol=0, atol=tolerance)
 
 
-def test_sample_tokens_do_not_depend_on_the_batch_split():
+def test_sample_tokens_do_not_depend_on_the_batch_split(draw):
     logits = torch.randn(10, 9, 50, generator=torch.Generator().manual_seed(2))
-    whole = sample_tokens(logits, key(4, 6), 1)
+    whole = draw(logits, key(4, 6), 1)
     for size in (1, 3, 5):
-        parts = [sample_tokens(logits[i : i + size], key(4, 6, i), 1) for i in range(0, 10, size)]
+        parts = [draw(logits[i : i + size], key(4, 6, i), 1) for i in range(0, 10, size)]
         for together, pieces in zip(whole, zip(*parts, strict=True), strict=True):
             assert torch.equal(together, torch.cat(pieces))
 
 
-def test_sample_tokens_top_k_keeps_the_k_largest():
-    logits = torch.randn(4, 500, 40, generator=torch.Generator().manual_seed(3))
-    tokens, logp, _ = sample_tokens(logits, key(8), 0, top_k=3)
+def test_sample_tokens_top_k_keeps_the_k_largest(draw):
+    logits = torch.randn(4, 100, 40, generator=torch.Generator().manual_seed(3))
+    tokens, logp, _ = draw(logits, key(8), 0, top_k=3)
     largest = logits.topk(3, dim=-1)
     assert (tokens.unsqueeze(-1) == largest.indices).any(-1).all()
     among = (tokens.unsqueeze(-1) == largest.indices).float()
     torch.testing.assert_close(logp, (largest.values.log_softmax(-1) * among).sum(-1))
 
 
-def test_sample_tokens_top_p_keeps_the_smallest_nucleus():
+def test_sample_tokens_top_p_keeps_the_smallest_nucleus(draw):
     prob = torch.tensor([0.04, 0.5, 0.16, 0.3])
     for top_p, kept in [(0.45, {1}), (0.75, {1, 3}), (0.85, {1, 2, 3}), (0.97, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})]:
-        tokens, logp, _ = sample_tokens(prob.log().expand(1, 2000, 4), key(9), 0, top_p=top_p)
+        tokens, logp, _ = draw(prob.log().expand(1, min(500, draw.rows // 20), 4), key(9), 0, top_p=top_p)
         assert set(tokens.unique().tolist()) == kept
         total = prob[sorted(kept)].sum()
         torch.testing.assert_close(logp, (prob / total).log()[tokens])
 
 
-def test_sample_tokens_guidance_mixes_before_temperature_and_filters():
+def test_sample_tokens_guidance_mixes_before_temperature_and_filters(draw):
     generator = torch.Generator().manual_seed(4)
     cond, uncond = torch.randn(2, 6, 20, generator=generator), torch.randn(2, 6, 20, generator=generator)
     mixed = 2.5 * cond - 1.5 * uncond
-    guided = sample_tokens(cond, key(), 0, 0.9, uncond_logits_BlV=uncond, guidance=1.5, top_k=5, top_p=0.8)
-    for got, want in zip(guided, sample_tokens(mixed, key(), 0, 0.9, top_k=5, top_p=0.8), strict=True):
+    guided = draw(cond, key(), 0, 0.9, uncond_logits_BlV=uncond, guidance=1.5, top_k=5, top_p=0.8)
+    for got, want in zip(guided, draw(mixed, key(), 0, 0.9, top_k=5, top_p=0.8), strict=True):
         torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (1, 1, 1), (3, 5, 4097)])
-def test_sample_tokens_odd_shapes(shape):
-    tokens, logp, entropy = sample_tokens(torch.randn(shape), key(), 0)
+def test_sample_tokens_odd_shapes(draw, shape):
+    tokens, logp, entropy = draw(torch.randn(shape), key(), 0)
     assert tokens.shape == logp.shape == entropy.shape == shape[:2]
     assert ((tokens >= 0) & (tokens < shape[2])).all()
 
 
-def test_sample_tokens_extreme_logits():
+def test_sample_tokens_extreme_logits(draw):
     logits = torch.tensor([[[1e4, -1e4, 0.0], [3e38, 0.0, -3e38], [-1e30, -1e30, -1e30]]])
-    tokens, logp, entropy = sample_tokens(logits, key(), 0)
+    tokens, logp, entropy = draw(logits, key(), 0)
     assert tokens[0, :2].tolist() == [0, 0]
     assert logp[0, :2].tolist() == [0.0, 0.0]
     assert entropy.isfinite().all()
@@ -147,9 +181,47 @@ def test_sample_tokens_extreme_logits():
     [
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"key": torch.zeros(2, dtype=torch.int64)}, "key: got"),
-        ({"impl": "cuda"}, "impl='cuda': sample_tokens has reference"),
+        ({"impl": "fast"}, "impl='fast': sample_tokens has triton, reference"),
     ],
 )
 def test_sample_tokens_refuses_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         sample_tokens(**({"logits_BlV": torch.zeros(1, 1, 4), "key": key(), "scale": 0} | arguments))
+
+
+@pytest.mark.parametrize("vocab", [4096, 1000, 64, 5])
+@pytest.mark.parametrize("inference", [{}, {"top_k": 3}, {"top_p": 0.7}, {"top_k": 40, "top_p": 0.9}])
+def test_every_implementation_draws_the_tokens_of_the_reference(draw, vocab, inference):
+    generator = torch.Generator().manual_seed(vocab)
+    cond, uncond = (4 * torch.randn(3, 8, vocab, generator=generator) for _ in range(2))
+    arguments = (cond, key(2**40 + 1, 3, 2**31), 4, 0.7, uncond, 1.5)
+    got, want = draw(*arguments, **inference), sample_tokens(*arguments, **inference, impl="reference")
+    # In 24 draws, none within rounding (1e-6) of a border.
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(got[2], want[2], rtol=0, atol=1e-5)
+
+
+def test_sample_tokens_reads_strided_logits_and_nothing_beside_them(draw):
+    whole = torch.full((6, 9, 100), math.nan)
+    logits = torch.randn(3, 4, 70, generator=torch.Generator().manual_seed(9))
+    whole[1:4, 2:6, 10:80] = logits
+    for got, want in zip(draw(whole[1:4, 2:6, 10:80], key(), 0), draw(logits, key(), 0), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_tied_logits_stay_or_go_together(draw):
+    logits = torch.tensor([3.0, 1.0, 1.0, 1.0, 0.0]).expand(1, min(400, draw.rows // 20), 5)
+    assert set(draw(logits, key(1), 0, top_k=2)[0].unique().tolist()) == {0, 1, 2, 3}
+    probability = logits[0, 0].softmax(0)
+    # The nucleus needs one of the three equal tokens, so it takes them all.
+    top_p = float(probability[0] + 0.5 * probability[1])
+    assert set(draw(logits, key(1), 0, top_p=top_p)[0].unique().tolist()) == {0, 1, 2, 3}
+
+
+def test_sample_tokens_opcheck():
+    from varfast.kernels.sampling import _sample_triton
+
+    if not torch.cuda.is_available():
+        arguments = (torch.randn(2, 3, 40), key(), 1, 0.7, None, 0.0, 0, 0.0)
+        torch.library.opcheck(_sample_triton, arguments)
