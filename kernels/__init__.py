@@ -9,13 +9,14 @@ from varfast.kernels.attention import block_causal_attention, cached_attention
 from varfast.kernels.grpo_loss import GRPO_STATS, grpo_token_loss
 from varfast.kernels.logprob import selective_log_softmax
 from varfast.kernels.sampling import sample_tokens
-from varfast.kernels.selection import Choice, choices, configure
+from varfast.kernels.selection import Choice, check_implementation, choices, configure
 
 __all__ = [
     "GRPO_STATS",
     "Choice",
     "block_causal_attention",
     "cached_attention",
+    "check_implementation",
     "choices",
     "configure",
     "gated_residual",

@@ -1,18 +1,126 @@
 """The GRPO loss of every token, reduced: clipped ratio and k3 KL.
 
+The kernels are in csrc/; `pip install -e .` builds them into _C.so beside this file (setup.py).
+
 Axes: B image, L token over all scales.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from varfast.kernels import reference
 from varfast.kernels.selection import Implementation, implementations, select
 
-implementations("grpo_token_loss", Implementation("reference", reference.grpo_token_loss))
-
 GRPO_STATS = ("kl", "clip_fraction", "ratio_mean", "ratio_gap_mean", "ratio_gap_max")
+
+_HOW = "`pip install -v -e .` builds it and says what was missing"
+
+
+def _load() -> str | None:
+    """Load the extension; why there is none, or None where there is one."""
+    library = Path(__file__).with_name("_C.so")
+    if not library.exists():
+        return f"the extension is not built; {_HOW}"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:  # of a build with CUDA under a torch without, say
+        return f"the extension cannot be loaded: {error}; {_HOW}"
+    return None
+
+
+def _why_no_cuda() -> str | None:
+    if _NO_EXTENSION is not None:
+        return _NO_EXTENSION
+    built, runs = torch.ops.varfast.built_for_cuda() // 1000, (torch.version.cuda or "none").split(".")[0]
+    if built == 0:
+        return f"the extension is built without CUDA; {_HOW}"
+    if str(built) != runs:
+        return f"the extension is built with CUDA {built}, torch with CUDA {runs}: install again with nvcc {runs}"
+    return None
+
+
+_NO_EXTENSION = _load()
+_NO_CUDA = _why_no_cuda()
+
+
+def _cannot_run_cuda(device: torch.device) -> str | None:
+    return _NO_CUDA or (None if device.type == "cuda" else "it needs a CUDA device")
+
+
+def _cannot_run_cpp(device: torch.device) -> str | None:
+    return _NO_EXTENSION or (None if device.type == "cpu" else "it runs on the CPU")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Custom op, fake and autograd. The ops are defined in csrc/ops.cpp:
+# grpo_token_loss(logp_BL, logp_old_BL, logp_ref_BL?, advantages_B, clip_eps, kl_beta) -> loss, stats, grad_BL
+# grpo_token_loss_backward(grad_BL, grad_loss) -> grad_BL * grad_loss
+
+
+def _fake_forward(
+    logp_BL: Tensor,
+    logp_old_BL: Tensor,
+    logp_ref_BL: Tensor | None,
+    advantages_B: Tensor,
+    clip_eps: float,
+    kl_beta: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return logp_BL.new_empty(()), logp_BL.new_empty(5), logp_BL.new_empty(logp_BL.shape)
+
+
+def _fake_backward(grad_BL: Tensor, grad_loss: Tensor) -> Tensor:
+    return grad_BL.new_empty(grad_BL.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, stats, grad_BL = output
+    ctx.mark_non_differentiable(stats, grad_BL)
+    ctx.set_materialize_grads(False)  # no (B, L) of zeros for grad_BL
+    ctx.save_for_backward(grad_BL)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    (grad_BL,) = ctx.saved_tensors
+    grad_logp_BL = None if grad_loss is None else torch.ops.varfast.grpo_token_loss_backward(grad_BL, grad_loss)
+    return grad_logp_BL, None, None, None, None, None
+
+
+def _run_extension(
+    logp_BL: Tensor,
+    logp_old_BL: Tensor,
+    logp_ref_BL: Tensor | None,
+    advantages_B: Tensor,
+    clip_eps: float,
+    kl_beta: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(logp_BL.dtype, torch.float32)
+    loss, stats, _ = torch.ops.varfast.grpo_token_loss(
+        logp_BL.to(dtype),
+        logp_old_BL.to(dtype),
+        None if logp_ref_BL is None else logp_ref_BL.to(dtype),
+        advantages_B.to(dtype),
+        clip_eps,
+        kl_beta,
+    )
+    return loss, stats
+
+
+if _NO_EXTENSION is None:
+    torch.library.register_fake("varfast::grpo_token_loss", _fake_forward)
+    torch.library.register_fake("varfast::grpo_token_loss_backward", _fake_backward)
+    torch.library.register_autograd("varfast::grpo_token_loss", _backward, setup_context=_setup_context)
+
+implementations(
+    "grpo_token_loss",
+    Implementation("cuda", _run_extension, _cannot_run_cuda, auto_on=("cuda",)),
+    Implementation("cpp", _run_extension, _cannot_run_cpp, auto_on=("cpu",)),
+    Implementation("reference", reference.grpo_token_loss),
+)
 
 
 def grpo_token_loss(
@@ -29,19 +137,23 @@ def grpo_token_loss(
     rho = exp(logp - logp_old); k3 = exp(q) - q - 1 with q = logp_ref - logp.
 
     Args:
-        logp_BL: (B, L) log-probabilities under the policy, differentiable; float32 (float64) arithmetic.
-        logp_old_BL: (B, L) under the policy that drew the tokens.
-        logp_ref_BL: (B, L) under the frozen reference, or None: no KL term.
-        advantages_B: (B,) one advantage an image.
+        logp_BL: (B, L) log-probabilities under the policy, differentiable, once; float32 (float64) arithmetic.
+        logp_old_BL: (B, L) under the policy that drew the tokens; no gradient.
+        logp_ref_BL: (B, L) under the frozen reference, or None: no KL term; no gradient.
+        advantages_B: (B,) one advantage an image; no gradient.
         clip_eps, kl_beta: eps and beta.
-        impl: "auto" or "reference".
+        impl: "auto", "cuda", "cpp" or "reference".
     Returns:
-        loss: scalar, differentiable in logp_BL.
+        loss: scalar, differentiable in logp_BL. "cuda" and "cpp" pass the gradient at the bounds of the clip and give 0
+            where the clip cuts off a ratio that overflows (csrc/grpo_math.h); "reference" does at the bounds what this
+            torch's clamp does, and gives NaN there.
         stats: (5,) without gradient, named by GRPO_STATS: mean k3; share of tokens whose gradient the clip cuts off;
             mean ratio; mean and maximum of |ratio - 1|.
-    Raises: ValueError for shapes that differ or an unknown impl.
+    Raises: ValueError for shapes that differ, no token at all, or an impl that is unknown or cannot run here.
     Source: GRPO, arXiv:2402.03300, eq. 3 and 4; k3: Schulman, "Approximating KL divergence", 2020.
     """
+    if logp_BL.ndim != 2 or logp_BL.numel() == 0:
+        raise ValueError(f"logp_BL is {tuple(logp_BL.shape)}: want (B, L) with at least one token to average over")
     for name, other in (("logp_old_BL", logp_old_BL), ("logp_ref_BL", logp_ref_BL)):
         if other is not None and other.shape != logp_BL.shape:
             raise ValueError(f"{name} is {tuple(other.shape)}, logp_BL {tuple(logp_BL.shape)}: want one shape")

@@ -50,18 +50,25 @@ def implementations(op: str, *fastest_first: Implementation) -> None:
     _OPS[op] = fastest_first
 
 
-def configure(impls: Mapping[str, str]) -> None:
+def configure(impls: Mapping[str, str], device: torch.device | None = None) -> None:
     """Say what impl="auto" means from now on, by op; ops that are not named go back to their default.
 
-    Raises: ValueError for an op or an implementation that does not exist.
+    Raises: ValueError for an op or an implementation that does not exist, or that cannot run on `device`.
     """
     for op, impl in impls.items():
-        if op not in _OPS:
-            raise ValueError(f"there is no op {op}; there are {', '.join(_OPS)}")
-        if impl != "auto":
-            _named(op, impl)
+        check_implementation(op, impl)
+        if device is not None and impl != "auto":
+            select(op, impl, device)
     _CONFIGURED.clear()
     _CONFIGURED.update({op: impl for op, impl in impls.items() if impl != "auto"})
+
+
+def check_implementation(op: str, impl: str) -> None:
+    """Raises: ValueError for an op that does not exist, or an `impl` that is neither "auto" nor one of its own."""
+    if op not in _OPS:
+        raise ValueError(f"there is no op {op}; there are {', '.join(_OPS)}")
+    if impl != "auto":
+        _named(op, impl)
 
 
 def choose(op: str, device: torch.device) -> Choice:

@@ -1,5 +1,6 @@
 """The wheel and the sdist carry everything."""
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,6 +26,8 @@ def test_wheel_and_sdist_carry_everything(tmp_path):
     modules += [f"varfast/{n}" for n in tracked if n.endswith(".py") and n.startswith("kernels/")]
     assert len(modules) > 20
     assert set(modules) | {"varfast/py.typed"} <= in_wheel
+    if shutil.which("c++") or shutil.which("g++"):
+        assert "varfast/kernels/_C.so" in in_wheel
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
         in_sdist = {name.partition("/")[2] for name in sdist.getnames()}
     hidden = {n for n in tracked if n.startswith(".")}

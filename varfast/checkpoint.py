@@ -26,6 +26,7 @@ _FREE_TO_CHANGE = (
     "run.steps",
     "log",
     "eval",
+    "kernels",
     "rollout.micro_batch",
     "update.micro_batch",
     "pretrain.cache_dir",

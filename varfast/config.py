@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from varfast.kernels import check_implementation
 from varfast.types import InputError
 
 HEAD_DIM = 64
@@ -318,6 +319,25 @@ class EvalConfig(_Section):
     classifier: Literal["digits"] | None = Field(None, description="whose accuracy on the samples is reported")
 
 
+class KernelsConfig(_Section):
+    """Which implementation of each op runs. `python -m varfast.env` says what auto means on a machine, and why."""
+
+    sample_tokens: str = Field("auto", description="auto, triton or reference")
+    selective_log_softmax: str = Field("auto", description="auto, triton or reference")
+    block_causal_attention: str = Field("auto", description="auto, triton, flex, flash_attn, sdpa or reference")
+    cached_attention: str = Field("auto", description="auto, triton, flash_attn or reference")
+    layer_norm_modulate: str = Field("auto", description="auto, triton or reference")
+    gated_residual: str = Field("auto", description="auto, triton or reference")
+    gated_residual_norm: str = Field("auto", description="auto, triton or reference")
+    grpo_token_loss: str = Field("auto", description="auto, cuda, cpp or reference")
+
+    @model_validator(mode="after")
+    def _exist(self) -> KernelsConfig:
+        for op, impl in self.model_dump().items():
+            check_implementation(op, impl)
+        return self
+
+
 class Config(_Section):
     """A whole experiment."""
 
@@ -330,6 +350,7 @@ class Config(_Section):
     update: UpdateConfig = UpdateConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
+    kernels: KernelsConfig = KernelsConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

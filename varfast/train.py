@@ -19,6 +19,7 @@ from dataclasses import asdict
 
 import torch
 
+from varfast import kernels
 from varfast.checkpoint import RunFolder, TrainState, save_tensors, save_text
 from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
@@ -31,7 +32,7 @@ from varfast.policy import Policy, load_policy, pick_device
 from varfast.pretrain import pretrained
 from varfast.randomness import GRID_STEP
 from varfast.rewards import WeightedSum
-from varfast.types import Rewards, Rollout, ScoredRollout, StepStats
+from varfast.types import InputError, Rewards, Rollout, ScoredRollout, StepStats
 from varfast.update import Updater
 
 _INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -43,6 +44,10 @@ def train(config: Config) -> int:
     Returns: 0 when the run is complete, 130 or 143 when a signal ended it after a checkpoint.
     Raises: InputError for anything in the config, the files or the reward that cannot be used.
     """
+    try:
+        kernels.configure(config.kernels.model_dump(), pick_device(config.run.device))
+    except ValueError as error:
+        raise InputError(f"kernels: {error}") from error
     folder = RunFolder(config.run.dir)
     state = folder.prepare(config)
     reward = WeightedSum(config.reward)

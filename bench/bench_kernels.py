@@ -1,0 +1,214 @@
+"""Every op against its peers and its ceiling.
+
+    pytest bench/bench_kernels.py --benchmark-only
+
+On a GPU at the shapes of d16 and d30, on a CPU at small ones. `auto` is timed; peers are eager PyTorch (the reference),
+torch.compile of it, and what else is installed. Bytes and FLOPs are what the op needs at least: each input read once,
+each output written once; only the pairs that the mask keeps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import harness
+import pytest
+import torch
+
+from varfast import kernels
+from varfast.kernels.selection import _OPS
+from varfast.models import VARConfig
+
+CUDA, DEVICE = harness.CUDA, harness.DEVICE
+STORAGE = torch.bfloat16 if CUDA else torch.float32
+SCALES = VARConfig() if CUDA else VARConfig(patch_nums=(1, 2, 3, 4, 5, 6))
+PAIRS = sum(side * side * end for side, end in zip(SCALES.patch_nums, SCALES.scale_ends, strict=True))
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(shape, device=DEVICE, dtype=dtype)
+
+
+def other_impls(op: str) -> list[str]:
+    """Implementations that can run here, but for the one that auto picks and for the reference."""
+    choice = kernels.selection.choose(op, DEVICE)
+    runs = [i.name for i in _OPS[op] if i.cannot(DEVICE) is None]
+    return [name for name in runs if name not in (choice.impl, "reference")]
+
+
+def measure(benchmark, rows, ceilings, row: harness.Row, calls) -> None:
+    """Time ours and the peers in turns, note share and ratios, and let pytest-benchmark time ours too."""
+    ms = harness.time_interleaved(calls, budget_s=1.0 if CUDA else 0.2)
+    row.ms, row.peers_ms = ms.pop("ours"), ms
+    floor_s = max(row.flop / ceilings.flop_per_s, row.io_bytes / ceilings.byte_per_s)
+    row.share = floor_s * 1e3 / row.ms
+    rows.append(row)
+    benchmark.extra_info |= {"peers_ms": row.peers_ms, "share": round(row.share, 3)}
+
+    def once():
+        calls["ours"]()
+        if CUDA:
+            torch.cuda.synchronize()
+
+    benchmark(once)
+
+
+def forward_of(function, leaves):
+    def forward():
+        with torch.no_grad():
+            function(*leaves)
+
+    return forward
+
+
+def backward_of(function, leaves):
+    """The backward pass alone of a function of leaves that need gradients."""
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = tuple(o for o in outputs if o.requires_grad)
+    upstream = [torch.randn_like(o) for o in outputs]
+
+    def backward():
+        torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+
+    return backward
+
+
+def compiled(function):
+    return {"torch.compile": torch.compile(function)} if CUDA else {}
+
+
+def run(benchmark, rows, ceilings, op, shape, direction, functions, leaves, flop, io_bytes):
+    of = forward_of if direction == "forward" else backward_of
+    calls = {name: of(function, leaves) for name, function in functions.items()}
+    row = harness.Row(op, shape, direction, 0.0, flop=flop, io_bytes=io_bytes)
+    measure(benchmark, rows, ceilings, row, calls)
+
+
+@pytest.mark.parametrize("batch", [16, 64, 512] if CUDA else [2])
+def test_sample_tokens(benchmark, rows, ceilings, batch):
+    side = 16
+    logits = randn(batch, side * side, 4096) * 4
+    key = torch.tensor([0, 0, 0], device=DEVICE)
+
+    def eager(x):
+        logp = (x / 0.7).log_softmax(dim=-1)
+        token = torch.multinomial(logp.exp().flatten(0, 1), 1).view(x.shape[:2])
+        return token, logp.gather(-1, token.unsqueeze(-1)), -(logp.exp() * logp).sum(dim=-1)
+
+    calls = {
+        "ours": lambda: kernels.sample_tokens(logits, key, 9, 0.7),
+        "eager": lambda: eager(logits),
+    }
+    calls |= {name: lambda f=f: f(logits) for name, f in compiled(eager).items()}
+    tokens = batch * side * side  # read 4 V, write 8 + 4 + 4
+    row = harness.Row("sample_tokens", f"{tokens} x 4096 fp32", "forward", 0.0, io_bytes=tokens * (4 * 4096 + 16))
+    measure(benchmark, rows, ceilings, row, calls)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_selective_log_softmax(benchmark, rows, ceilings, direction):
+    batch, length = (64, 680) if CUDA else (2, 91)
+    logits = (randn(batch, length, 4096) * 4).requires_grad_()
+    tokens = torch.randint(4096, (batch, length), device=DEVICE)
+    functions = {
+        "ours": lambda x: kernels.selective_log_softmax(x, tokens, 0.7)[0],
+        "eager": lambda x: kernels.selective_log_softmax(x, tokens, 0.7, impl="reference")[0],
+    }
+    functions |= compiled(lambda x: (x / 0.7).log_softmax(-1).gather(-1, tokens[..., None])[..., 0])
+    if CUDA and direction == "forward" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+
+        # It skips the last position of a sequence and has no gradient of its own.
+        one_more = randn(batch, length + 1, 4096) * 4
+        functions["liger"] = lambda x: fused_selective_log_softmax(one_more, tokens, 0.7)
+    passes = 1 if direction == "forward" else 2
+    args = ("selective_log_softmax", f"{batch * length} x 4096 fp32", direction, functions, [logits])
+    run(benchmark, rows, ceilings, *args, 0.0, batch * length * 4096 * 4 * passes)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("heads", [16, 30] if CUDA else [2])
+def test_block_causal_attention(benchmark, rows, ceilings, heads, direction):
+    batch, ends = (64 if CUDA else 2), SCALES.scale_ends
+    q, k, v = (randn(batch, heads, ends[-1], 64, dtype=STORAGE).requires_grad_() for _ in range(3))
+    scale = torch.full((heads,), 0.125, device=DEVICE)
+
+    def by(impl):
+        return lambda q, k, v: kernels.block_causal_attention(q, k, v, ends, scale, impl=impl)
+
+    functions = {"ours": by("auto"), "eager": by("reference")}
+    functions |= {name: by(name) for name in other_impls("block_causal_attention")}
+    # Two products forward, five backward, of the pairs that the mask keeps.
+    flop = (4 if direction == "forward" else 10) * batch * heads * PAIRS * 64
+    shape = f"B{batch} H{heads} L{ends[-1]} D64"
+    args = ("block_causal_attention", shape, direction, functions, [q, k, v])
+    run(benchmark, rows, ceilings, *args, flop, 0.0)
+
+
+@pytest.mark.parametrize("scale", range(len(SCALES.patch_nums)))
+def test_cached_attention(benchmark, rows, ceilings, scale):
+    batch, heads = (64, 16) if CUDA else (2, 2)
+    tokens, end = SCALES.patch_nums[scale] ** 2, SCALES.scale_ends[scale]
+    q = randn(batch, heads, tokens, 64, dtype=STORAGE)
+    k, v = (randn(batch, heads, SCALES.num_tokens, 64, dtype=STORAGE) for _ in range(2))
+    logit_scale = torch.full((heads,), 0.125, device=DEVICE)
+
+    def by(impl):
+        return lambda: kernels.cached_attention(q, k, v, end, logit_scale, impl=impl)
+
+    calls = {"ours": by("auto"), "eager": by("reference")}
+    calls |= {name: by(name) for name in other_impls("cached_attention")}
+    io_bytes = q.element_size() * batch * heads * 64 * (2 * tokens + 2 * end)
+    row = harness.Row(
+        "cached_attention", f"B{batch} H{heads} q{tokens} kv{end}", "forward", 0.0,
+        flop=4 * batch * heads * tokens * end * 64, io_bytes=io_bytes,
+    )  # fmt: skip
+    measure(benchmark, rows, ceilings, row, calls)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("width", [1024, 1920] if CUDA else [128])
+@pytest.mark.parametrize("op", ["layer_norm_modulate", "gated_residual", "gated_residual_norm"])
+def test_adaln(benchmark, rows, ceilings, op, width, direction):
+    batch, length = (64, 680) if CUDA else (8, 91)
+    x, branch = (randn(batch, length, width, dtype=STORAGE).requires_grad_() for _ in range(2))
+    gate, scale, shift = (randn(batch, width, dtype=STORAGE).requires_grad_() for _ in range(3))
+    leaves = {
+        "layer_norm_modulate": [x, scale, shift],
+        "gated_residual": [x, branch, gate],
+        "gated_residual_norm": [x, branch, gate, scale, shift],
+    }[op]
+
+    def by(impl):
+        return lambda *a: getattr(kernels, op)(*a, impl=impl)
+
+    functions = {"ours": by("auto"), "eager": by("reference")} | compiled(by("reference"))
+    # Large tensors read and written, forward and backward.
+    tensors = {"layer_norm_modulate": (2, 3), "gated_residual": (3, 4), "gated_residual_norm": (4, 6)}[op]
+    io_bytes = batch * length * width * x.element_size() * tensors[direction == "backward"]
+    args = (op, f"{batch * length} x {width} {str(STORAGE)[6:]}", direction, functions, leaves)
+    run(benchmark, rows, ceilings, *args, 0.0, io_bytes)
+
+
+def test_grpo_token_loss(benchmark, rows, ceilings):
+    batch, length = 512, 680
+    logp = randn(batch, length).requires_grad_()
+    old, ref = (logp.detach() + 0.1 * randn(batch, length) for _ in range(2))
+    advantages = randn(batch)
+
+    def by(function):
+        def both():
+            loss = function(logp, old, ref, advantages)
+            return torch.autograd.grad(loss, logp)
+
+        return both
+
+    def eager(*a):
+        return kernels.grpo_token_loss(*a, 0.2, 0.2, impl="reference")[0]
+
+    calls = {"ours": by(lambda *a: kernels.grpo_token_loss(*a, 0.2, 0.2)[0]), "eager": by(eager)}
+    calls |= {name: by(f) for name, f in compiled(eager).items()}
+    # Forward reads three numbers a token, backward writes one.
+    row = harness.Row("grpo_token_loss", f"{batch * length} tokens", "both", 0.0, io_bytes=batch * length * 4 * 4)
+    measure(benchmark, rows, ceilings, row, calls)

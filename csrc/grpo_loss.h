@@ -1,0 +1,45 @@
+// What ops.cpp asks of the two kernels: plain pointers, no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "grpo_math.h"
+
+namespace varfast {
+
+// B images of L tokens, all arrays contiguous; B and L at least 1.
+template <typename T>
+struct GrpoForward {
+  const T* logp;        // (B, L)
+  const T* logp_old;    // (B, L)
+  const T* logp_ref;    // (B, L), not read where settings.has_reference is false
+  const T* advantages;  // (B,)
+  T* grad;              // (B, L) d loss / d logp
+  T* loss;              // ()
+  T* stats;             // (5,)
+  int64_t num_images;
+  int64_t num_tokens;  // L
+  double one_token;    // 1 / (B L): the weight of a token in the means
+  GrpoSettings<T> settings;
+};
+
+template <typename T>
+void grpo_forward_cpu(const GrpoForward<T>& forward);
+
+// out = grad * upstream[0]
+template <typename T>
+void grpo_backward_cpu(const T* grad, const T* upstream, T* out, int64_t count);
+
+// Doubles of scratch memory on the device that grpo_forward_cuda needs.
+int64_t grpo_cuda_scratch(int64_t count);
+
+// Both launch on the stream and return; null, or what CUDA says went wrong.
+template <typename T>
+const char* grpo_forward_cuda(const GrpoForward<T>& forward, double* scratch, int device, void* stream);
+template <typename T>
+const char* grpo_backward_cuda(const T* grad, const T* upstream, T* out, int64_t count, void* stream);
+
+// Version of the toolkit, 13000 for 13.0.
+int cuda_version();
+
+}  // namespace varfast

@@ -1,0 +1,71 @@
+// The GRPO token loss on the CPU.
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "grpo_loss.h"
+
+namespace varfast {
+namespace {
+
+// Tokens whose sums are one double each. Fixed, and the sums are added in order: the result does not depend on the
+// number of threads.
+constexpr int64_t kChunk = 4096;
+
+template <typename F>
+void parallel_for(int64_t count, int64_t grain, const F& body) {
+  auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, call, const_cast<F*>(&body)));
+}
+
+template <typename T>
+GrpoSums<double> forward_chunk(const GrpoForward<T>& f, int64_t begin, int64_t end) {
+  GrpoSums<double> sums;
+  const T scale = T(f.one_token);
+  for (int64_t image = begin / f.num_tokens; begin < end; ++image) {
+    const T advantage = f.advantages[image];
+    const int64_t image_end = std::min(end, (image + 1) * f.num_tokens);
+    for (; begin < image_end; ++begin) {
+      const T logp_ref = f.settings.has_reference ? f.logp_ref[begin] : T(0);
+      const GrpoToken<T> token = grpo_token(f.logp[begin], f.logp_old[begin], logp_ref, advantage, f.settings);
+      f.grad[begin] = token.grad * scale;
+      GrpoSums<T> one;
+      one.add(token);
+      sums.add(one);
+    }
+  }
+  return sums;
+}
+
+}  // namespace
+
+template <typename T>
+void grpo_forward_cpu(const GrpoForward<T>& f) {
+  const int64_t count = f.num_images * f.num_tokens;
+  std::vector<GrpoSums<double>> chunks((count + kChunk - 1) / kChunk);
+  parallel_for(static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      chunks[chunk] = forward_chunk(f, chunk * kChunk, std::min(count, (chunk + 1) * kChunk));
+    }
+  });
+  GrpoSums<double> total;
+  for (const GrpoSums<double>& chunk : chunks) total.add(chunk);
+  total.write(f.one_token, f.loss, f.stats);
+}
+
+template <typename T>
+void grpo_backward_cpu(const T* grad, const T* upstream, T* out, int64_t count) {
+  const T scale = *upstream;
+  parallel_for(count, 32768, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) out[i] = grad[i] * scale;
+  });
+}
+
+template void grpo_forward_cpu(const GrpoForward<float>&);
+template void grpo_forward_cpu(const GrpoForward<double>&);
+template void grpo_backward_cpu(const float*, const float*, float*, int64_t);
+template void grpo_backward_cpu(const double*, const double*, double*, int64_t);
+
+}  // namespace varfast

@@ -1,0 +1,127 @@
+// The GRPO loss of one token and how tokens add up: g++ and nvcc compile the same lines, and nothing of torch.
+//
+// loss = kl_beta k3 - min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), ratio = exp(logp - logp_old),
+// k3 = exp(q) - q - 1 with q = logp_ref - logp. The specification is kernels/reference.py, grpo_token_loss.
+#pragma once
+
+#include <cmath>
+
+#ifdef __CUDACC__
+#define VARFAST_INLINE __host__ __device__ __forceinline__
+#else
+#define VARFAST_INLINE inline
+#endif
+
+namespace varfast {
+
+// What is the same for every token.
+template <typename T>
+struct GrpoSettings {
+  T low;      // 1 - eps
+  T high;     // 1 + eps
+  T kl_beta;
+  bool has_reference;  // false: no KL term
+};
+
+template <typename T>
+struct GrpoToken {
+  T loss;
+  T kl;       // k3
+  T clipped;  // 1 where the clip cuts the gradient off, else 0
+  T ratio;
+  T gap;      // |ratio - 1|
+  T grad;     // d loss / d logp
+};
+
+// k3(q) = exp(q) - q - 1 and its slope exp(q) - 1.
+//
+// Below 0.1 k3 is a power series: as a difference it has, in float32, a relative error of 1e-6 at 0.1 and of 1e-2 at
+// 1e-5. The first term left out is at most 2 * 0.1^8 / 10! = 6e-15 of the sum. The slope needs no exponential there.
+template <typename T>
+VARFAST_INLINE void k3(T q, T& value, T& slope) {
+  if (std::fabs(q) < T(0.1)) {
+    T series = T(1.0 / 362880);
+    series = series * q + T(1.0 / 40320);
+    series = series * q + T(1.0 / 5040);
+    series = series * q + T(1.0 / 720);
+    series = series * q + T(1.0 / 120);
+    series = series * q + T(1.0 / 24);
+    series = series * q + T(1.0 / 6);
+    series = series * q + T(0.5);
+    value = q * q * series;
+    slope = q + value;
+  } else {
+    slope = std::expm1(q);
+    value = slope - q;
+  }
+}
+
+// The gradient passes whole where the ratio lies within the bounds, both included (torch.clamp's autograd lets its
+// bounds through in 2.11 and no longer in 2.15), and where the unclipped product is the smaller one; half where the
+// ratio lies outside and rounding makes the products equal, as torch.minimum's; not at all where the clip's product is
+// the smaller one, even where the ratio overflows and autograd would multiply 0 by inf.
+template <typename T>
+VARFAST_INLINE GrpoToken<T> grpo_token(T logp, T logp_old, T logp_ref, T advantage, const GrpoSettings<T>& settings) {
+  GrpoToken<T> token;
+  token.ratio = std::exp(logp - logp_old);
+  token.gap = std::fabs(token.ratio - T(1));
+  const bool above = token.ratio > settings.high, below = token.ratio < settings.low;
+  const T gain = token.ratio * advantage;
+  const T clipped_gain = (above ? settings.high : below ? settings.low : token.ratio) * advantage;
+  token.clipped = (above && advantage > T(0)) || (below && advantage < T(0)) ? T(1) : T(0);
+  // Written so that NaN, from either side, stays: it compares false.
+  const T surrogate = clipped_gain < gain ? clipped_gain : gain;
+  T surrogate_grad = clipped_gain < gain ? T(0) : gain;
+  if ((above || below) && clipped_gain == gain) surrogate_grad *= T(0.5);
+  T kl_slope = T(0);
+  token.kl = T(0);
+  if (settings.has_reference) k3(logp_ref - logp, token.kl, kl_slope);
+  token.loss = settings.kl_beta * token.kl - surrogate;
+  token.grad = -settings.kl_beta * kl_slope - surrogate_grad;
+  return token;
+}
+
+// Larger of two, NaN if either is: as torch.max.
+template <typename T>
+VARFAST_INLINE T max_or_nan(T a, T b) {
+  return b > a || b != b ? b : a;
+}
+
+// What the loss and the statistics are means of, and one maximum. Gaps are not negative, so 0 is the empty maximum.
+template <typename T>
+struct GrpoSums {
+  T loss = 0, kl = 0, clipped = 0, ratio = 0, gap = 0, gap_max = 0;
+
+  VARFAST_INLINE void add(const GrpoToken<T>& token) {
+    loss += token.loss;
+    kl += token.kl;
+    clipped += token.clipped;
+    ratio += token.ratio;
+    gap += token.gap;
+    gap_max = max_or_nan(gap_max, token.gap);
+  }
+
+  template <typename S>
+  VARFAST_INLINE void add(const GrpoSums<S>& other) {
+    loss += other.loss;
+    kl += other.kl;
+    clipped += other.clipped;
+    ratio += other.ratio;
+    gap += other.gap;
+    gap_max = max_or_nan(gap_max, T(other.gap_max));
+  }
+
+  // All images have the same number of tokens: the mean over images of the mean over tokens is the mean over all;
+  // one_token is 1 / (B L).
+  template <typename S>
+  VARFAST_INLINE void write(double one_token, S* mean_loss, S* stats) const {
+    *mean_loss = S(loss * one_token);
+    stats[0] = S(kl * one_token);
+    stats[1] = S(clipped * one_token);
+    stats[2] = S(ratio * one_token);
+    stats[3] = S(gap * one_token);
+    stats[4] = S(gap_max);
+  }
+};
+
+}  // namespace varfast
