@@ -1,17 +1,177 @@
 """Attention under VAR's scale mask: a token sees all tokens of its own scale and of every earlier one.
 
+The Triton kernels are in attention_triton.py; here are the other ways to compute the same, and the public functions.
+
 Axes: B image, H head, L token over all scales, l token of one scale, D head dim.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from varfast.kernels import reference
-from varfast.kernels.selection import Implementation, implementations, select
+from varfast.kernels import attention_triton, reference
+from varfast.kernels.attention_triton import ahead_of_time
+from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, select
 
-implementations("block_causal_attention", Implementation("reference", reference.block_causal_attention))
-implementations("cached_attention", Implementation("reference", reference.cached_attention))
+__all__ = ["ahead_of_time", "block_causal_attention", "cached_attention"]
+
+
+def _scaled(q_BHLD: Tensor, logit_scale_H: Tensor) -> Tensor:
+    return q_BHLD * logit_scale_H.to(q_BHLD.dtype)[:, None, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Triton
+
+
+def _check_for_triton(op: str, q_BHLD: Tensor) -> None:
+    if q_BHLD.shape[-1] != attention_triton.HEAD_DIM:
+        raise ValueError(
+            f"impl='triton' of {op} takes a head dim of {attention_triton.HEAD_DIM}, VAR's, got {q_BHLD.shape[-1]}; "
+            "use impl='reference'"
+        )
+    if q_BHLD.dtype not in attention_triton.DTYPES:
+        raise ValueError(f"impl='triton' of {op} takes float32, bfloat16 or float16, got {q_BHLD.dtype}")
+
+
+def _run_triton(
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
+) -> Tensor:
+    _check_for_triton("block_causal_attention", q_BHLD)
+    return attention_triton.attention_op(q_BHLD, k_BHLD, v_BHLD, logit_scale_H.float(), scale_ends)[0]
+
+
+def _run_triton_cached(
+    q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
+) -> Tensor:
+    _check_for_triton("cached_attention", q_BHlD)
+    tensors = (q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError("impl='triton' of cached_attention has no gradient; use torch.no_grad() or impl='reference'")
+    return attention_triton.cached_attention_op(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H.float(), num_keys)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PyTorch
+
+
+def _run_sdpa(
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
+) -> Tensor:
+    """Scale by scale, without a mask."""
+    q_BHLD = _scaled(q_BHLD, logit_scale_H)
+    starts = (0, *scale_ends[:-1])
+    parts = [
+        F.scaled_dot_product_attention(q_BHLD[:, :, start:end], k_BHLD[:, :, :end], v_BHLD[:, :, :end], scale=1.0)
+        for start, end in zip(starts, scale_ends, strict=True)
+    ]
+    return torch.cat(parts, dim=2)
+
+
+@functools.lru_cache(maxsize=32)
+def _flex_mask(scale_ends: tuple[int, ...], device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    visible_L = torch.tensor(attention_triton.visible_keys(scale_ends), device=device)
+    length = scale_ends[-1]
+    return create_block_mask(lambda b, h, i, j: j < visible_L[i], None, None, length, length, device=device)
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _run_flex(
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
+) -> Tensor:
+    mask = _flex_mask(scale_ends, q_BHLD.device)
+    return _compiled_flex()(_scaled(q_BHLD, logit_scale_H), k_BHLD, v_BHLD, block_mask=mask, scale=1.0)
+
+
+def _cannot_run_flex(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "FlexAttention has no backward pass on the CPU"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The package flash_attn: tensors are (B, L, H, D), and the mask is a scale at a time as above
+
+
+def _flash_attn_func() -> Any:
+    return importlib.import_module("flash_attn").flash_attn_func  # optional, and without types
+
+
+def _flash_attn(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
+    if q_BHLD.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"impl='flash_attn' takes bfloat16 or float16, got {q_BHLD.dtype}; use impl='triton'")
+    q, k, v = (x.transpose(1, 2) for x in (q_BHLD, k_BHLD, v_BHLD))
+    return _flash_attn_func()(q, k, v, softmax_scale=1.0, deterministic=True).transpose(1, 2)
+
+
+def _run_flash_attn(
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
+) -> Tensor:
+    q_BHLD = _scaled(q_BHLD, logit_scale_H)
+    starts = (0, *scale_ends[:-1])
+    parts = [
+        _flash_attn(q_BHLD[:, :, start:end], k_BHLD[:, :, :end], v_BHLD[:, :, :end])
+        for start, end in zip(starts, scale_ends, strict=True)
+    ]
+    return torch.cat(parts, dim=2)
+
+
+def _run_flash_attn_cached(
+    q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
+) -> Tensor:
+    return _flash_attn(_scaled(q_BHlD, logit_scale_H), k_cache_BHLD[:, :, :num_keys], v_cache_BHLD[:, :, :num_keys])
+
+
+@functools.cache
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _cannot_run_flash_attn(device: torch.device) -> str | None:
+    if not _has_flash_attn():
+        return "the package flash_attn is not installed"
+    return None if device.type == "cuda" else "flash_attn needs a CUDA device"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+implementations(
+    "block_causal_attention",
+    Implementation("triton", _run_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("flex", _run_flex, _cannot_run_flex, auto_on=()),
+    Implementation("flash_attn", _run_flash_attn, _cannot_run_flash_attn, auto_on=()),
+    Implementation("sdpa", _run_sdpa, auto_on=()),
+    Implementation("reference", reference.block_causal_attention),
+)
+implementations(
+    "cached_attention",
+    Implementation("triton", _run_triton_cached, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("flash_attn", _run_flash_attn_cached, _cannot_run_flash_attn, auto_on=()),
+    Implementation("reference", reference.cached_attention),
+)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, logit_scale_H: Tensor) -> None:
+    same = q.shape[:2] == k.shape[:2] and q.shape[3:] == k.shape[3:] and k.shape == v.shape
+    if q.ndim != 4 or not same:
+        raise ValueError(f"q, k, v: got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, want (B, H, L, D)")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v: got {q.dtype}, {k.dtype}, {v.dtype}, want one dtype")
+    if logit_scale_H.shape != q.shape[1:2]:
+        raise ValueError(f"logit_scale_H: got {tuple(logit_scale_H.shape)}, want ({q.shape[1]},): one a head")
 
 
 def block_causal_attention(
@@ -38,12 +198,19 @@ def block_causal_attention(
             does so: no further 1/sqrt(D) is applied.
         scale_ends: cumulated number of tokens after each scale; the last is L.
         logit_scale_H: (H,) factor of each head's logits, differentiable.
-        impl: "auto" or "reference".
+        impl: "auto", "triton" (D = 64, float32 or 16 bits), "flex" (CUDA), "flash_attn" (CUDA, the package, 16 bits),
+            "sdpa" (a call a scale, no mask) or "reference".
     Returns: (B, H, L, D).
-    Raises: ValueError if scale_ends does not end at L, or for an unknown impl.
+    Raises: ValueError if scale_ends does not increase up to L, for other shapes or dtypes, or for an impl that is
+        unknown or cannot run.
     """
     if scale_ends[-1] != q_BHLD.shape[2]:
         raise ValueError(f"scale_ends={scale_ends} ends at {scale_ends[-1]}, but q has {q_BHLD.shape[2]} tokens")
+    if any(end <= start for start, end in zip((0, *scale_ends), scale_ends, strict=False)):
+        raise ValueError(f"scale_ends={scale_ends}: every scale must end after the one before it")
+    _check_shapes(q_BHLD, k_BHLD, v_BHLD, logit_scale_H)
+    if k_BHLD.shape != q_BHLD.shape:
+        raise ValueError(f"k has {k_BHLD.shape[2]} tokens, q {q_BHLD.shape[2]}: want as many")
     return select("block_causal_attention", impl, q_BHLD.device)(q_BHLD, k_BHLD, v_BHLD, scale_ends, logit_scale_H)
 
 
@@ -61,12 +228,16 @@ def cached_attention(
         q_BHlD: (B, H, l, D) queries of one scale. They see every valid key, so there is no mask.
         k_cache_BHLD, v_cache_BHLD: (B, H, L, D) buffers whose first `num_keys` rows are valid, the current scale's
             own keys and values among them.
-        num_keys: number of valid rows, <= L.
+        num_keys: number of valid rows, in [1, L].
         logit_scale_H: (H,) factor of each head's logits.
-        impl: "auto" or "reference".
+        impl: "auto", "triton" (D = 64, no gradient), "flash_attn" (CUDA, the package, 16 bits) or "reference".
     Returns: (B, H, l, D).
-    Raises: ValueError if num_keys is larger than the cache, or for an unknown impl.
+    Raises: ValueError if num_keys is not within the cache, for other shapes or dtypes, for an impl that is unknown or
+        cannot run, or if impl "triton" is to be differentiated.
     """
     if num_keys > k_cache_BHLD.shape[2]:
         raise ValueError(f"num_keys={num_keys}, but the cache holds {k_cache_BHLD.shape[2]} tokens")
+    if num_keys < 1:
+        raise ValueError(f"num_keys={num_keys}: there must be a key to attend to")
+    _check_shapes(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
     return select("cached_attention", impl, q_BHlD.device)(q_BHlD, k_cache_BHLD, v_cache_BHLD, num_keys, logit_scale_H)

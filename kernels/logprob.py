@@ -207,7 +207,7 @@ class _InPlace(torch.autograd.Function):
         return logp_BL, entropy_BL
 
     @staticmethod
-    def backward(ctx: Any, grad_BL: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BL: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         tokens_BL, largest_BL, log_total_BL = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
         if logits is None:

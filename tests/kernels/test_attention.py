@@ -1,8 +1,40 @@
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from varfast.kernels import block_causal_attention, cached_attention
+from varfast.kernels import attention, attention_triton, block_causal_attention, cached_attention
+
+VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+VAR_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
+
+@pytest.fixture(scope="module")
+def device():
+    """Where Triton runs: on the GPU, or interpreted."""
+    if torch.cuda.is_available():
+        yield "cuda"
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor, *scope):
+        # Triton 3.6 takes a loop's bounds with int(array of one number), which numpy 2.5 refuses.
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    def dot(self, a, b, acc, *_):
+        # q k^T and k q^T in one order of summation, as on a GPU. Of logits of 1000, BLAS gives them 1e-4 apart.
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
+        return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(interpreter, "_patch_lang_tensor", patched)
+        context.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+        yield "cpu"
 
 
 def scale_ends(sides):
@@ -28,24 +60,264 @@ def naive(q, k, v, ends, logit_scale):
     return out
 
 
+def plain(q, k, v, ends, logit_scale):
+    """Products, mask and softmax, in the dtype of q."""
+    end_L = torch.tensor([next(end for end in ends if i < end) for i in range(ends[-1])], device=q.device)
+    mask = torch.arange(ends[-1], device=q.device) < end_L[:, None]
+    logits = (logit_scale.to(q.dtype)[:, None, None] * q) @ k.mT
+    return logits.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ v
+
+
+def var_inputs(batch, heads, ends, dtype, device="cpu", seed=0, size=1.0, logit_scale=None):
+    """As the model calls it: strided views of one (B, L, 3, H, D), q and k of length `size`, in a sea of NaN."""
+    length = ends[-1]
+    generator = torch.Generator().manual_seed(seed)
+    sea = torch.full((batch + 2, length + 130, 3, heads, 64), float("nan"))
+    values = torch.randn(batch, length, 3, heads, 64, generator=generator)
+    values[:, :, :2] = size * F.normalize(values[:, :, :2], dim=-1)
+    sea[1:-1, 65:-65] = values
+    q, k, v = sea.to(device, dtype)[1:-1, 65:-65].permute(2, 0, 3, 1, 4)
+    grad = torch.randn(batch, length, heads, 64, generator=generator).to(device, dtype).transpose(1, 2)
+    if logit_scale is None:
+        scale_H = torch.linspace(1.0, 8.0, heads, device=device)
+    else:
+        scale_H = torch.full((heads,), logit_scale, device=device)
+    return q, k, v, scale_H, grad
+
+
+def forward_and_gradients(function, q, k, v, logit_scale, grad):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, logit_scale)]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+def assert_no_worse_than_pytorch(impl, q, k, v, logit_scale, grad, ends):
+    """Error against float64 at most twice that of plain PyTorch of the same dtype, and 8 roundings of float32.
+
+    d logit_scale is one number a head, on which PyTorch's error may be 0 by luck: a rounding of what it sums passes.
+    """
+    double = [x.double() for x in (q, k, v, logit_scale)]
+    exact = forward_and_gradients(lambda q, k, v, s: plain(q, k, v, ends, s), *double, grad.double())
+    peer = forward_and_gradients(lambda q, k, v, s: plain(q, k, v, ends, s), q, k, v, logit_scale, grad)
+    ours = forward_and_gradients(
+        lambda q, k, v, s: block_causal_attention(q, k, v, ends, s, impl), q, k, v, logit_scale, grad
+    )
+    for name, e, p, o in zip(("out", "dq", "dk", "dv", "d logit_scale"), exact, peer, ours, strict=True):
+        assert o.dtype == (torch.float32 if name == "d logit_scale" else q.dtype)
+        assert o.shape == e.shape
+        error, allowed = (o - e).abs().max(), 2 * (p - e).abs().max()
+        size, rounding = max(1.0, float(e.abs().max())), 8 * 1.2e-7
+        if name == "d logit_scale":
+            summed = (q * exact[1]).abs().sum(dim=(0, 2, 3)) / logit_scale.abs().clamp_min(1e-3)
+            size, rounding = max(1.0, float(summed.max())), max(rounding, torch.finfo(q.dtype).eps)
+        assert error <= allowed + rounding * size, f"{name}: error {error:.2g}, allowed {allowed:.2g}, size {size:.2g}"
+
+
 @pytest.mark.parametrize("sides", [(1,), (1, 2), (1, 2, 3, 5), (2, 3), (1, 3, 7)])
-def test_block_causal_attention_equals_naive_float64(sides):
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_block_causal_attention_equals_naive_float64(impl, sides):
     ends = scale_ends(sides)
     q, k, v, logit_scale = inputs(2, 3, ends[-1], 8)
-    out = block_causal_attention(q, k, v, ends, logit_scale)
+    out = block_causal_attention(q, k, v, ends, logit_scale, impl)
     exact = naive(q, k, v, ends, logit_scale)
-    mask = torch.from_numpy(
-        np.array([[j < next(e for e in ends if i < e) for j in range(ends[-1])] for i in range(ends[-1])])
-    )
-    logits = (logit_scale[:, None, None] * (q @ k.mT)).masked_fill(~mask, -torch.inf)
-    plain = logits.softmax(dim=-1) @ v
-    assert np.abs(out.numpy() - exact).max() <= 2 * np.abs(plain.numpy() - exact).max() + 1e-7
+    peer = plain(q, k, v, ends, logit_scale)
+    assert np.abs(out.numpy() - exact).max() <= 2 * np.abs(peer.numpy() - exact).max() + 1e-7
 
 
-def test_block_causal_attention_gradcheck_with_logit_scale():
+def test_plain_equals_naive_float64():
+    ends = scale_ends((1, 2, 3))
+    q, k, v, logit_scale = inputs(2, 3, ends[-1], 8, torch.float64)
+    np.testing.assert_allclose(plain(q, k, v, ends, logit_scale), naive(q, k, v, ends, logit_scale), atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_block_causal_attention_gradcheck_with_logit_scale(impl):
     ends = scale_ends((1, 2))
     tensors = [x.requires_grad_() for x in inputs(1, 2, 5, 4, torch.float64)]
-    assert torch.autograd.gradcheck(lambda q, k, v, s: block_causal_attention(q, k, v, ends, s), tensors)
+    assert torch.autograd.gradcheck(lambda q, k, v, s: block_causal_attention(q, k, v, ends, s, impl), tensors)
+
+
+SHAPES = [
+    pytest.param(1, 1, (1,), id="one token"),
+    pytest.param(1, 3, (1, 2), id="5"),
+    pytest.param(2, 3, (1, 2, 3, 5), id="39"),
+    pytest.param(1, 1, (2, 3), id="13"),
+    pytest.param(2, 1, (1, 3, 7), id="59"),
+    pytest.param(1, 2, (9, 10), id="181"),
+    pytest.param(1, 1, VAR_256, id="680"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("batch", "heads", "sides"), SHAPES)
+def test_triton_forward_and_gradients_no_worse_than_pytorch(device, batch, heads, sides, dtype):
+    ends = scale_ends(sides)
+    assert_no_worse_than_pytorch("triton", *var_inputs(batch, heads, ends, dtype, device), ends)
+
+
+# The largest logit scale that VAR allows; logits of +-900; a scale that turns them round, and one that flattens them.
+@pytest.mark.parametrize(("logit_scale", "size"), [(100.0, 1.0), (1.0, 30.0), (-5.0, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_at_extreme_logits_no_worse_than_pytorch(device, logit_scale, size, dtype):
+    ends = scale_ends((1, 2, 3, 5))
+    assert_no_worse_than_pytorch(
+        "triton", *var_inputs(1, 8, ends, dtype, device, size=size, logit_scale=logit_scale), ends
+    )
+
+
+def test_triton_takes_any_strides(device):
+    ends = scale_ends((1, 2, 3))
+    q, k, v, logit_scale, grad = var_inputs(2, 2, ends, torch.float32, device)
+    strided = forward_and_gradients(
+        lambda q, k, v, s: block_causal_attention(q, k, v, ends, s, "triton"), q, k, v, logit_scale, grad
+    )
+    by_column = [x.mT.contiguous().mT for x in (q, k, v)]  # D is not the fastest axis
+    for layout in ([x.contiguous() for x in (q, k, v)], by_column):
+        again = forward_and_gradients(
+            lambda q, k, v, s: block_causal_attention(q, k, v, ends, s, "triton"),
+            *layout,
+            logit_scale,
+            grad.mT.contiguous().mT,
+        )
+        assert all(torch.equal(a, b) for a, b in zip(strided, again, strict=True))
+    ones = torch.ones((), device=device).expand_as(grad)  # the gradient of a sum has strides of 0
+    forward_and_gradients(
+        lambda q, k, v, s: block_causal_attention(q, k, v, ends, s, "triton"), q, k, v, logit_scale, ones
+    )
+
+
+def test_triton_output_is_a_view_of_what_the_projection_reads(device):
+    q, k, v, logit_scale, _ = var_inputs(2, 3, (1, 5), torch.float32, device)
+    for out in (
+        block_causal_attention(q, k, v, (1, 5), logit_scale, "triton"),
+        cached_attention(q, k, v, 5, logit_scale, "triton"),
+    ):
+        assert out.transpose(1, 2).is_contiguous()
+
+
+def test_triton_writes_nothing_past_its_outputs(device, monkeypatch):
+    seas = []
+
+    def in_a_sea(shape, like, dtype):
+        sea = torch.full((shape[0] + 2, *shape[1:]), 7.0, dtype=dtype, device=like.device)
+        seas.append(sea)
+        return sea[1:-1]
+
+    def empty_BHLD(like):
+        batch, heads, length, dim = like.shape
+        return in_a_sea((batch, length, heads, dim), like, like.dtype).transpose(1, 2)
+
+    monkeypatch.setattr(attention_triton, "_empty_BHLD", empty_BHLD)
+    monkeypatch.setattr(attention_triton, "_empty_rows", lambda like: in_a_sea(like.shape[:3], like, torch.float32))
+    ends = scale_ends((1, 2, 3, 5, 6))
+    q, k, v, logit_scale, grad = var_inputs(1, 1, ends, torch.float32, device)
+    out, top, share = attention_triton.attention_op._init_fn(q, k, v, logit_scale, ends)
+    attention_triton._backward_op._init_fn(grad, q, k, v, logit_scale, out, top, share, ends)
+    attention_triton.cached_attention_op._init_fn(q[:, :, :9], k, v, logit_scale, 14)
+    assert len(seas) == 7
+    for sea in seas:
+        assert bool((sea[0] == 7.0).all())
+        assert bool((sea[-1] == 7.0).all())
+        assert bool((sea[1:-1] != 7.0).all())
+
+
+def test_triton_takes_an_empty_batch(device):
+    ends = scale_ends((1, 2))
+    q, k, v, logit_scale, grad = var_inputs(0, 2, ends, torch.float32, device)
+    out, dq, dk, dv, d_scale = forward_and_gradients(
+        lambda q, k, v, s: block_causal_attention(q, k, v, ends, s, "triton"), q, k, v, logit_scale, grad
+    )
+    assert out.shape == dq.shape == dk.shape == dv.shape == (0, 2, 5, 64)
+    assert torch.equal(d_scale, torch.zeros(2, device=device))
+    assert cached_attention(q, k, v, 5, logit_scale, "triton").shape == (0, 2, 5, 64)
+
+
+def test_triton_is_repeatable_in_every_bit(device):
+    ends = scale_ends((1, 2, 3, 5, 8))
+    tensors = var_inputs(2, 2, ends, torch.bfloat16, device)
+    first, second = (
+        forward_and_gradients(lambda q, k, v, s: block_causal_attention(q, k, v, ends, s, "triton"), *tensors)
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_triton_gradient_of_logit_scale_in_its_own_dtype(device):
+    q, k, v, logit_scale, grad = var_inputs(1, 2, (1, 5), torch.bfloat16, device)
+    scale = logit_scale.to(torch.bfloat16).requires_grad_()
+    block_causal_attention(q, k, v, (1, 5), scale, "triton").backward(grad)
+    assert scale.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_ops_pass_opcheck(device, dtype):
+    ends = [1, 5]
+    q, k, v, logit_scale, grad = var_inputs(2, 2, ends, dtype, device)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, logit_scale)]
+    torch.library.opcheck(attention_triton.attention_op, (*leaves, ends))
+    out, top, share = attention_triton.attention_op(q, k, v, logit_scale, ends)
+    torch.library.opcheck(attention_triton._backward_op, (grad, q, k, v, logit_scale, out, top, share, ends))
+    torch.library.opcheck(attention_triton.cached_attention_op, (q, k, v, logit_scale, 3))
+
+
+def test_query_and_key_tiles_cover_each_row_once_and_see_what_the_mask_says():
+    for sides in ((1,), (2, 3), (1, 2, 3, 5), (9, 10), VAR_256):
+        ends = scale_ends(sides)
+        visible = attention_triton.visible_keys(ends)
+        assert visible == [next(end for end in ends if i < end) for i in range(ends[-1])]
+        for tiles, block in (
+            (attention_triton.query_tiles(ends, 128, 64), 128),
+            (attention_triton.key_tiles(ends, 64, 32), 64),
+        ):
+            assert sorted(i for start, end, *_ in tiles for i in range(start, end)) == list(range(ends[-1]))
+            assert all(0 < end - start <= block for start, end, *_ in tiles)
+        for start, end, full, keys in attention_triton.query_tiles(ends, 128, 64):
+            assert full % 64 == 0
+            assert full <= min(visible[start:end])
+            assert keys == max(visible[start:end])
+        for start, end, first, full in attention_triton.key_tiles(ends, 64, 32):
+            assert (full - first) % 32 == 0
+            assert all(seen <= start for seen in visible[:first])
+            assert all(seen >= end for seen in visible[full:])
+
+
+@pytest.mark.parametrize(("sides", "share"), [(VAR_256, 0.727), (VAR_512, 0.675)])
+def test_query_tiles_visit_little_more_than_the_mask_keeps(sides, share):
+    ends = scale_ends(sides)
+    blocks = sum(-(-keys // 64) for *_, keys in attention_triton.query_tiles(ends, 128, 64))
+    assert sum(attention_triton.visible_keys(ends)) <= blocks * 128 * 64 <= share * ends[-1] ** 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "heads", "sides"), [(2, 3, (1, 2, 3, 5, 8)), (1, 1, VAR_256)])
+@torch.no_grad()
+def test_triton_cached_attention_no_worse_than_pytorch_at_every_scale(device, batch, heads, sides, dtype):
+    ends = scale_ends(sides)
+    q, k, v, logit_scale, _ = var_inputs(batch, heads, ends, dtype, device)
+    exact = plain(*(x.double() for x in (q, k, v)), ends, logit_scale.double())
+    peer = plain(q, k, v, ends, logit_scale)
+    k_cache, v_cache = torch.full_like(k, float("nan")), torch.full_like(v, float("nan"))
+    start = 0
+    for end in ends:
+        now = slice(start, end)
+        k_cache[:, :, now], v_cache[:, :, now] = k[:, :, now], v[:, :, now]
+        out = cached_attention(q[:, :, now], k_cache, v_cache, end, logit_scale, "triton")
+        error = (out - exact[:, :, now]).abs().max()
+        assert error <= 2 * (peer - exact)[:, :, now].abs().max() + 8 * 1.2e-7 * exact.abs().max()
+        start = end
+
+
+def test_triton_refuses_what_it_cannot_run():
+    q, k, v, logit_scale = inputs(1, 1, 5, 32)
+    with pytest.raises(ValueError, match=r"impl='triton' of block_causal_attention takes a head dim of 64.*got 32"):
+        block_causal_attention(q, k, v, (1, 5), logit_scale, "triton")
+    with pytest.raises(ValueError, match=r"impl='triton' of cached_attention takes a head dim of 64.*got 32"):
+        cached_attention(q, k, v, 5, logit_scale, "triton")
+    q, k, v, logit_scale = inputs(1, 1, 5, 64)
+    with pytest.raises(ValueError, match="takes float32, bfloat16 or float16, got torch.float64"):
+        block_causal_attention(q.double(), k.double(), v.double(), (1, 5), logit_scale, "triton")
+    with pytest.raises(ValueError, match="has no gradient"):
+        cached_attention(q.requires_grad_(), k, v, 5, logit_scale, "triton")
 
 
 def test_block_causal_attention_does_not_see_later_scales():
@@ -71,9 +343,92 @@ def test_cached_attention_equals_block_causal_and_ignores_what_is_not_valid():
         start = end
 
 
+def test_sdpa_forward_and_gradients_no_worse_than_pytorch():
+    ends = scale_ends((1, 2, 3, 5))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_no_worse_than_pytorch("sdpa", *var_inputs(2, 3, ends, dtype), ends)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flex_forward_and_gradients_no_worse_than_pytorch(dtype):
+    for sides in ((1, 2, 3, 5), VAR_256):
+        ends = scale_ends(sides)
+        assert_no_worse_than_pytorch("flex", *var_inputs(2, 3, ends, dtype, "cuda"), ends)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_mask_is_the_scale_mask(monkeypatch):
+    # Uncompiled it is plain PyTorch, which runs on the CPU.
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention.flex_attention)
+    ends = scale_ends((1, 2, 3, 5))
+    q, k, v, logit_scale, _ = var_inputs(2, 3, ends, torch.float32)
+    out = attention._run_flex(q, k, v, ends, logit_scale)
+    torch.testing.assert_close(out, plain(q, k, v, ends, logit_scale), rtol=0, atol=1e-5)
+
+
+def test_flash_attn_is_called_as_it_documents(monkeypatch):
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
+        assert not causal
+        assert deterministic
+        q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))  # (B, L, H, D)
+        return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale).transpose(1, 2).to(torch.bfloat16)
+
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    ends = scale_ends((1, 2, 3, 5))
+    q, k, v, logit_scale, _ = var_inputs(2, 3, ends, torch.bfloat16)
+    expected = plain(*(x.double() for x in (q, k, v)), ends, logit_scale.double())
+    whole = attention._run_flash_attn(q, k, v, ends, logit_scale)
+    torch.testing.assert_close(whole.double(), expected, rtol=0, atol=2e-2)
+    last = attention._run_flash_attn_cached(q[:, :, 14:], k, v, 39, logit_scale)
+    torch.testing.assert_close(last.double(), expected[:, :, 14:], rtol=0, atol=2e-2)
+    with pytest.raises(ValueError, match="impl='flash_attn' takes bfloat16 or float16, got torch.float32"):
+        attention._run_flash_attn(q.float(), k.float(), v.float(), ends, logit_scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["triton", "flex", "flash_attn"])
+def test_block_causal_attention_at_full_size_on_the_gpu(impl):
+    if impl == "flash_attn":
+        pytest.importorskip("flash_attn")
+    for sides in (VAR_256, VAR_512):
+        ends = scale_ends(sides)
+        assert_no_worse_than_pytorch(impl, *var_inputs(4, 16, ends, torch.bfloat16, "cuda"), ends)
+
+
+@pytest.mark.gpu
+def test_triton_under_a_cuda_graph_reads_the_values_of_each_replay():
+    ends = scale_ends(VAR_256)
+    q, k, v, logit_scale, _ = var_inputs(2, 16, ends, torch.bfloat16, "cuda")
+    with torch.no_grad():
+        block_causal_attention(q, k, v, ends, logit_scale, "triton")  # the tables are made outside the capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = block_causal_attention(q, k, v, ends, logit_scale, "triton")
+        q.neg_()
+        graph.replay()
+        torch.testing.assert_close(out, block_causal_attention(q, k, v, ends, logit_scale, "triton"), rtol=0, atol=0)
+
+
 def test_attention_refuses_bad_input():
     q, k, v, logit_scale = inputs(1, 1, 5, 4)
     with pytest.raises(ValueError, match="ends at 14, but q has 5"):
         block_causal_attention(q, k, v, (1, 5, 14), logit_scale)
+    with pytest.raises(ValueError, match="every scale must end after the one before"):
+        block_causal_attention(q, k, v, (3, 1, 5), logit_scale)
+    with pytest.raises(ValueError, match="k has 4 tokens, q 5"):
+        block_causal_attention(q, k[:, :, :4], v[:, :, :4], (1, 5), logit_scale)
+    with pytest.raises(ValueError, match="want one dtype"):
+        block_causal_attention(q, k, v.double(), (1, 5), logit_scale)
+    with pytest.raises(ValueError, match=r"want \(1,\): one a head"):
+        block_causal_attention(q, k, v, (1, 5), torch.ones(2))
     with pytest.raises(ValueError, match="num_keys=6, but the cache holds 5"):
         cached_attention(q, k, v, 6, logit_scale)
+    with pytest.raises(ValueError, match="num_keys=0: there must be a key"):
+        cached_attention(q, k, v, 0, logit_scale)
+    with pytest.raises(ValueError, match=r"q, k, v: got .*, want \(B, H, L, D\)"):
+        cached_attention(q, k[..., :2], v[..., :2], 5, logit_scale)
