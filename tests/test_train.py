@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -292,8 +293,10 @@ def test_sample_from_a_run_and_from_weights(make_config, make_models, tmp_path, 
 def test_env_names_every_op_and_why(capsys):
     assert varfast.env.main([]) == 0
     out = capsys.readouterr().out
-    for text in ("torch", "block_causal_attention", "reference   plain PyTorch", "flash_attn", "apex"):
+    for text in ("torch", "flash_attn", "apex", *TRITON_OPS, "grpo_token_loss"):
         assert text in out
+    if not torch.cuda.is_available():
+        assert re.search(r"sample_tokens +reference +triton: .*CUDA", out)
 
 
 def test_commands_end_with_code_2_and_no_traceback_for_bad_input(tmp_path):

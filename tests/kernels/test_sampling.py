@@ -26,7 +26,7 @@ def draw(path):
         return tuple(x.cpu() for x in sample_tokens(*map(on_device, args), **kwargs, impl=path.impl))
 
     # The interpreter runs a row at a time, in Python.
-    run.rows = 1000 if (path.impl, path.device) == ("triton", "cpu") else 1_000_000
+    run.rows = 600 if (path.impl, path.device) == ("triton", "cpu") else 1_000_000
     return run
 
 
@@ -75,7 +75,7 @@ def test_sample_tokens_frequencies_match_softmax_tails_included(draw, temperatur
 
 def test_sample_tokens_frequencies_match_softmax_over_4096_codes(draw):
     logits_V = 2 * torch.randn(4096, generator=torch.Generator().manual_seed(6))
-    rows, steps = (draw.rows, 1) if draw.rows < 10_000 else (10_000, 6)
+    rows, steps = (draw.rows, 1) if draw.rows < 10_000 else (10_000, 4)
     tokens = [draw(logits_V.expand(100, rows // 100, 4096), key(12, step), 1)[0] for step in range(steps)]
     assert_drawn_from(torch.cat(tokens), log_softmax(logits_V.double().numpy()), rows * steps)
 
@@ -135,7 +135,7 @@ def test_sample_tokens_do_not_depend_on_the_batch_split(draw):
 
 
 def test_sample_tokens_top_k_keeps_the_k_largest(draw):
-    logits = torch.randn(4, 100, 40, generator=torch.Generator().manual_seed(3))
+    logits = torch.randn(4, 30, 40, generator=torch.Generator().manual_seed(3))
     tokens, logp, _ = draw(logits, key(8), 0, top_k=3)
     largest = logits.topk(3, dim=-1)
     assert (tokens.unsqueeze(-1) == largest.indices).any(-1).all()
@@ -146,7 +146,7 @@ def test_sample_tokens_top_k_keeps_the_k_largest(draw):
 def test_sample_tokens_top_p_keeps_the_smallest_nucleus(draw):
     prob = torch.tensor([0.04, 0.5, 0.16, 0.3])
     for top_p, kept in [(0.45, {1}), (0.75, {1, 3}), (0.85, {1, 2, 3}), (0.97, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})]:
-        tokens, logp, _ = draw(prob.log().expand(1, min(500, draw.rows // 20), 4), key(9), 0, top_p=top_p)
+        tokens, logp, _ = draw(prob.log().expand(1, min(500, draw.rows // 10), 4), key(9), 0, top_p=top_p)
         assert set(tokens.unique().tolist()) == kept
         total = prob[sorted(kept)].sum()
         torch.testing.assert_close(logp, (prob / total).log()[tokens])
@@ -211,7 +211,7 @@ def test_sample_tokens_reads_strided_logits_and_nothing_beside_them(draw):
 
 
 def test_tied_logits_stay_or_go_together(draw):
-    logits = torch.tensor([3.0, 1.0, 1.0, 1.0, 0.0]).expand(1, min(400, draw.rows // 20), 5)
+    logits = torch.tensor([3.0, 1.0, 1.0, 1.0, 0.0]).expand(1, min(400, draw.rows // 6), 5)
     assert set(draw(logits, key(1), 0, top_k=2)[0].unique().tolist()) == {0, 1, 2, 3}
     probability = logits[0, 0].softmax(0)
     # The nucleus needs one of the three equal tokens, so it takes them all.
