@@ -44,8 +44,9 @@ def train(config: Config) -> int:
     Returns: 0 when the run is complete, 130 or 143 when a signal ended it after a checkpoint.
     Raises: InputError for anything in the config, the files or the reward that cannot be used.
     """
+    device = pick_device(config.run.device)
     try:
-        kernels.configure(config.kernels.model_dump(), pick_device(config.run.device))
+        kernels.configure(config.kernels.model_dump(), device)
     except ValueError as error:
         raise InputError(f"kernels: {error}") from error
     folder = RunFolder(config.run.dir)
