@@ -1,6 +1,6 @@
 """How things are timed here: interleaved, in one process, on random data, medians; beside ceilings of the same run.
 
-On a GPU with device events, after a warm-up; inputs larger than the L2 cache or rotated by the caller's shapes. A
+On a GPU with device events, after a warm-up, with a cold L2 cache. A
 session on a GPU writes one record, bench/records/<date>_<gpu>.json, from which `python bench/table.py` makes the
 README's table.
 """
@@ -63,6 +63,12 @@ def time_interleaved(calls: dict[str, Callable[[], object]], budget_s: float = 1
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
+# Between two calls the L2 cache (60 MB on an H200) is overwritten; then the device waits 2 ms, so that the host has
+# queued the call before the first event: else a short op's time would be that of its launch.
+_FLUSH = torch.empty(2**28 if CUDA else 0, dtype=torch.uint8, device=DEVICE)
+_HEAD_START_CYCLES = 4_000_000
+
+
 def _time_once(call: Callable[[], object]) -> float:
     if not CUDA:
         begin = time.perf_counter()
@@ -70,6 +76,8 @@ def _time_once(call: Callable[[], object]) -> float:
         return (time.perf_counter() - begin) * 1e3
     begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    _FLUSH.zero_()
+    torch.cuda._sleep(_HEAD_START_CYCLES)
     begin_event.record()
     call()
     end_event.record()

@@ -670,6 +670,8 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad, q, k, v, out = map(_readable, (grad_BHLD, q_BHLD, k_BHLD, v_BHLD, out_BHLD))
     dq, dk, dv = _empty_BHLD(q), _empty_BHLD(q), _empty_BHLD(q)
+    if out.stride() != dq.stride():  # a saved-tensor hook may have changed its layout; the kernel reads it as d q's
+        out = torch.empty_like(dq).copy_(out)
     batch, heads, length, _ = q.shape
     setting = _SETTINGS[q_BHLD.dtype]
     tables = _tables(tuple(scale_ends), q_BHLD.dtype, q.device)

@@ -22,12 +22,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a config's run.device. Raises: InputError for a GPU that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"run.device={name}: this machine has {torch.cuda.device_count()} GPUs; use cpu or auto")
+    """The device of a config's run.device; on a GPU, float32 convolutions become exact from here on.
+
+    Raises: InputError for a GPU that is not there.
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"run.device={name}: this machine has {torch.cuda.device_count()} GPUs; use cpu or auto")
+        # cuDNN's default rounds to 10 bits (TF32), at some batch sizes and not at others: the transformer's input would
+        # differ between rollout and update.
+        torch.backends.cudnn.allow_tf32 = False
     return device
 
 

@@ -129,9 +129,9 @@ def test_gradient_when_one_of_the_two_outputs_is_not_used(path, unused):
 def test_adaln_opcheck():
     from varfast.kernels.adaln import _adaln
 
-    if not torch.cuda.is_available():
-        x, branch = (torch.randn(2, 3, 8, requires_grad=True) for _ in range(2))
-        gate, scale, shift = (torch.randn(2, 8, requires_grad=True) for _ in range(3))
-        torch.library.opcheck(_adaln, (x, branch, gate, scale, shift, EPS))
-        torch.library.opcheck(_adaln, (x, None, None, scale, shift, EPS))
-        torch.library.opcheck(_adaln, (x, branch, gate, None, None, 0.0))
+    how = {"device": "cuda" if torch.cuda.is_available() else "cpu", "requires_grad": True}
+    x, branch = (torch.randn(2, 3, 8, **how) for _ in range(2))
+    gate, scale, shift = (torch.randn(2, 8, **how) for _ in range(3))
+    torch.library.opcheck(_adaln, (x, branch, gate, scale, shift, EPS))
+    torch.library.opcheck(_adaln, (x, None, None, scale, shift, EPS))
+    torch.library.opcheck(_adaln, (x, branch, gate, None, None, 0.0))

@@ -307,13 +307,13 @@ def test_triton_cached_attention_no_worse_than_pytorch_at_every_scale(device, ba
         start = end
 
 
-def test_triton_refuses_what_it_cannot_run():
-    q, k, v, logit_scale = inputs(1, 1, 5, 32)
+def test_triton_refuses_what_it_cannot_run(device):
+    q, k, v, logit_scale = (x.to(device) for x in inputs(1, 1, 5, 32))
     with pytest.raises(ValueError, match=r"impl='triton' of block_causal_attention takes a head dim of 64.*got 32"):
         block_causal_attention(q, k, v, (1, 5), logit_scale, "triton")
     with pytest.raises(ValueError, match=r"impl='triton' of cached_attention takes a head dim of 64.*got 32"):
         cached_attention(q, k, v, 5, logit_scale, "triton")
-    q, k, v, logit_scale = inputs(1, 1, 5, 64)
+    q, k, v, logit_scale = (x.to(device) for x in inputs(1, 1, 5, 64))
     with pytest.raises(ValueError, match="takes float32, bfloat16 or float16, got torch.float64"):
         block_causal_attention(q.double(), k.double(), v.double(), (1, 5), logit_scale, "triton")
     with pytest.raises(ValueError, match="has no gradient"):

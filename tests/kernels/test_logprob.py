@@ -83,9 +83,9 @@ def test_consumed_logits_hold_their_gradient_and_serve_once(path):
 def test_selective_log_softmax_opcheck():
     from varfast.kernels.logprob import _logp_triton
 
-    if not torch.cuda.is_available():
-        arguments = (torch.randn(2, 3, 40, requires_grad=True), torch.randint(40, (2, 3)), 0.7)
-        torch.library.opcheck(_logp_triton, arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits = torch.randn(2, 3, 40, device=device, requires_grad=True)
+    torch.library.opcheck(_logp_triton, (logits, torch.randint(40, (2, 3), device=device), 0.7))
 
 
 def test_selective_log_softmax_refuses_bad_input(path):

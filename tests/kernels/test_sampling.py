@@ -222,6 +222,6 @@ def test_tied_logits_stay_or_go_together(draw):
 def test_sample_tokens_opcheck():
     from varfast.kernels.sampling import _sample_triton
 
-    if not torch.cuda.is_available():
-        arguments = (torch.randn(2, 3, 40), key(), 1, 0.7, None, 0.0, 0, 0.0)
-        torch.library.opcheck(_sample_triton, arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = (torch.randn(2, 3, 40, device=device), key().to(device), 1, 0.7, None, 0.0, 0, 0.0)
+    torch.library.opcheck(_sample_triton, arguments)
