@@ -9,6 +9,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "kernels",
     "types",
+    "stages",
+    "graphs",
     "config",
     "randomness",
     "models",

@@ -3,6 +3,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from varfast import InputError
+from varfast.models import KVCache
 
 PATCH_NUMS = [(1,), (1, 2), (1, 2, 3, 4), (2, 3), (1, 3, 5)]
 
@@ -68,7 +69,7 @@ def test_sample_logp_describes_the_guided_and_filtered_distribution(make_policy)
     # One scale of one token: the whole distribution can be written down.
     policy = make_policy(patch_nums=(1, 2))
     rollout = policy.sample([1] * 4000, 0.8, seed=2, cfg=2.0, top_k=5)
-    first_cond = policy.var.logits(*_first_hidden(policy, 1))
+    first_cond = _first_logits(policy, 1)
     logits = first_cond[0, 0] / 0.8  # guidance is 0 at the first scale
     kept = logits.topk(5)
     expected = kept.values.log_softmax(-1)
@@ -78,16 +79,10 @@ def test_sample_logp_describes_the_guided_and_filtered_distribution(make_policy)
     torch.testing.assert_close(rollout.logp_BL[:, 0], expected[position], rtol=0, atol=1e-5)
 
 
-def _first_hidden(policy, label):
-    from varfast.models import KVCache
-
+def _first_logits(policy, label):
     x, cond = policy.var.embed_start(torch.tensor([label]))
-    cache = KVCache.empty(policy.var.config, 1, torch.float32, torch.device("cpu"))
-    for index, block in enumerate(policy.var.blocks):
-        x = block(
-            x, policy.var.block_condition(cond), policy.var.config.scale_ends, (cache.k[index], cache.v[index], 0)
-        )
-    return x, cond
+    cache = KVCache(policy.var.config, 1, torch.float32, torch.device("cpu"))
+    return policy.var.forward_scale(x, policy.var.constants(cond), 0, cache)
 
 
 def test_sample_in_bfloat16_stays_near_float32(make_models):

@@ -1,4 +1,7 @@
 import copy
+import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ import torch
 from varfast import InputError
 from varfast.config import GRPOConfig, UpdateConfig
 from varfast.grpo import group_advantages
+from varfast.randomness import Purpose, keyed_generator
 from varfast.types import ScoredRollout
 from varfast.update import Updater, learning_rate
 
@@ -130,13 +134,139 @@ def test_step_refuses_a_rollout_that_is_not_on_policy(make_policy):
         updater(policy).step(scored_rollout(policy, top_k=3), 0)
 
 
-def test_a_gradient_that_is_not_finite_reaches_no_weight(make_policy):
+def test_a_gradient_that_is_not_finite_reaches_no_weight_and_is_counted(make_policy):
     policy = make_policy()
     scored = scored_rollout(policy)
+    maker = updater(policy, minibatch=4)
     before = weights(policy)
     bad = ScoredRollout(scored.rollout, torch.full((8,), float("nan")))
-    with pytest.raises(RuntimeError, match="non-finite"):
-        updater(policy).step(bad, 0)
+    assert maker.step(bad, 0).skipped_steps == 2
+    assert torch.equal(weights(policy), before)
+    half = scored.advantages_B.clone()
+    order = torch.randperm(8, generator=keyed_generator(0, Purpose.MINIBATCHES, 1, 0))
+    half[order[0]] = float("inf")  # in the first minibatch alone
+    stats = maker.step(ScoredRollout(scored.rollout, half), 1)
+    assert stats.skipped_steps == 1
+    assert not torch.equal(weights(policy), before)
+    assert weights(policy).isfinite().all()
+    assert all(math.isfinite(x) for x in (stats.loss, stats.kl, stats.ratio_mean, stats.grad_norm))
+
+
+def test_step_stops_after_max_skipped_steps_in_a_row(make_policy):
+    policy = make_policy()
+    bad = ScoredRollout(scored_rollout(policy).rollout, torch.full((8,), float("nan")))
+    maker = updater(policy, minibatch=4, max_skipped_steps=3)
+    maker.step(bad, 0)
+    with pytest.raises(RuntimeError, match="4 gradients in a row were not finite|3 gradients in a row"):
+        maker.step(bad, 1)
+
+
+def test_clipped_step_equals_clip_grad_norm_and_adamw_in_float64(make_policy):
+    policy = make_policy(depth=2)
+    maker = updater(policy, lr=1e-2, grad_clip=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    wide = [p.detach().double().requires_grad_() for p in policy.var.parameters()]
+    reference = torch.optim.AdamW(wide, lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
+    for _ in range(3):
+        for mine, theirs in zip(policy.var.parameters(), wide, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            theirs.grad = mine.grad.double()
+        norm, not_finite = maker._clipped_step()
+        expected = torch.nn.utils.clip_grad_norm_(wide, 1e-3)
+        reference.step()
+        torch.testing.assert_close(norm.double(), expected, rtol=1e-5, atol=0)
+        assert not not_finite
+    exact = torch.cat([p.detach().flatten() for p in wide])
+    torch.testing.assert_close(weights(policy).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", ["attention", "full"])
+def test_checkpointing_gives_the_same_gradient(make_policy, checkpointing):
+    gradients, kept = [], []
+    for mode in ("none", checkpointing):
+        policy = make_policy(depth=2, shared_adaln=checkpointing == "full")
+        saved = []
+        tokens = torch.arange(28).view(2, 14) % 32
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            logp = policy.token_logp([0, 1], tokens, 0.7, checkpointing=mode)
+        kept.append(sum(saved))
+        logp.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.var.parameters()]))
+    assert torch.equal(*gradients)
+    assert kept[1] < kept[0]
+
+
+def test_images_without_signal_are_left_out_without_a_kl_term(make_policy, monkeypatch):
+    """The same gradient as with all images, from one in four; steps without any image are taken all the same."""
+    policy = make_policy(depth=2)
+    rollout = policy.sample([0, 1, 2, 3] * 8, 0.7, seed=0)
+    advantages = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    advantages[torch.arange(32) % 4 != 1] = 0.0
+    gradients, images = [], []
+    token_logp = policy.token_logp
+    monkeypatch.setattr(policy, "token_logp", lambda *a, **k: (images.append(len(a[0])), token_logp(*a, **k))[1])
+    for smallest in (0.0, 1e-30):  # 1e-30 is no signal either, but not 0
+        maker = updater(policy, kl_beta=0.0, minibatch=8, lr=1e-30, micro_batch=2)
+
+        def record(step=maker._clipped_step):
+            gradients.append(torch.cat([p.grad.flatten() for p in policy.var.parameters()]))
+            return step()
+
+        monkeypatch.setattr(maker, "_clipped_step", record)
+        maker.step(ScoredRollout(rollout, advantages.where(advantages != 0, smallest)), 0)
+    assert sum(images) == 8 + 32
+    for left_out, all_images in zip(gradients[:4], gradients[4:], strict=True):
+        torch.testing.assert_close(left_out, all_images, rtol=0, atol=1e-6 * float(all_images.abs().max()) + 1e-20)
+
+
+def test_a_step_without_signal_still_moves_by_adams_moments(make_policy):
+    ends = []
+    for smallest in (0.0, 1e-30):
+        policy = make_policy(depth=2)
+        maker = updater(policy, kl_beta=0.0, minibatch=8)
+        scored = scored_rollout(policy)
+        maker.step(scored, 0)
+        moved = weights(policy)
+        stats = maker.step(ScoredRollout(scored.rollout, torch.full((8,), smallest)), 1)
+        assert not torch.equal(weights(policy), moved)
+        assert stats.loss == pytest.approx(0.0, abs=1e-20)
+        assert stats.kl == 0.0
+        ends.append(weights(policy))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-7)
+
+
+def test_reference_is_asked_once_a_rollout(make_policy, monkeypatch):
+    policy = make_policy(depth=2)
+    maker = updater(policy, epochs=3, minibatch=4)
+    images = []
+    token_logp = maker.reference.token_logp
+    monkeypatch.setattr(
+        maker.reference, "token_logp", lambda *a, **k: (images.append(len(a[0])), token_logp(*a, **k))[1]
+    )
+    maker.step(scored_rollout(policy), 0)
+    assert sum(images) == 8
+
+
+def test_apex_is_used_where_it_can_be_imported_and_named_where_not(make_policy, monkeypatch):
+    policy = make_policy()
+    with pytest.raises(InputError, match="update.optimizer=apex: NVIDIA Apex cannot be imported"):
+        updater(policy, optimizer="apex")
+
+    class FusedAdam(torch.optim.Adam):  # apex's signature, without its kernel
+        def __init__(self, params, lr, betas, adam_w_mode):
+            assert adam_w_mode
+            super().__init__(params, lr=lr, betas=betas, decoupled_weight_decay=True)
+
+    monkeypatch.setitem(sys.modules, "apex", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "apex.optimizers", SimpleNamespace(FusedAdam=FusedAdam))
+    scored = scored_rollout(policy)
+    twin = make_policy()
+    updater(policy, optimizer="apex", grad_clip=1e-3).step(scored, 0)
+    updater(twin, grad_clip=1e-3).step(scored, 0)
+    torch.testing.assert_close(weights(policy), weights(twin), rtol=0, atol=1e-6)
+    before = weights(policy)
+    stats = updater(policy, optimizer="apex").step(ScoredRollout(scored.rollout, torch.full((8,), float("nan"))), 0)
+    assert stats.skipped_steps == 2
     assert torch.equal(weights(policy), before)
 
 

@@ -247,13 +247,26 @@ class UpdateConfig(_Section):
 
     minibatch: int = Field(32, ge=1, description="images an optimizer step")
     micro_batch: int | None = Field(None, ge=1, description="images a forward and backward pass; default: minibatch")
+    checkpointing: Literal["auto", "none", "attention", "full"] = Field(
+        "auto",
+        description="what the backward pass computes again to save memory: nothing, the attention branches, the blocks; "
+        "auto: by the memory that is free",
+    )
     epochs: int = Field(1, ge=1, description="passes over a rollout")
+    optimizer: Literal["adamw", "apex"] = Field(
+        "adamw", description="PyTorch's fused AdamW, or NVIDIA Apex's FusedAdam"
+    )
     lr: float = Field(1e-4, gt=0, description="learning rate")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, to 0")
     warmup_steps: int = Field(0, ge=0, description="steps (rollouts) of linear warm-up")
     betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW, for matrices; the KL already holds the weights")
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    max_skipped_steps: int = Field(
+        10,
+        ge=1,
+        description="optimizer steps in a row left out for a gradient that is not finite, before the run stops",
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> UpdateConfig:

@@ -14,8 +14,10 @@ from torch import Tensor
 from varfast import kernels
 from varfast.config import VARConfig, VQVAEConfig, check_labels, check_micro_batch
 from varfast.models import VAR, VQVAE
+from varfast.models.var import Checkpointing
 from varfast.models.weights import load_var, load_vqvae
-from varfast.rollout import SamplingSettings, generate
+from varfast.rollout import Sampler, SamplingSettings
+from varfast.stages import stage
 from varfast.types import InputError, Rollout
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,8 +46,14 @@ class Policy:
         device: where they are.
     """
 
-    def __init__(self, var: VAR, vqvae: VQVAE, device: torch.device | str = "cpu", dtype: str = "float32") -> None:
-        """dtype: of the transformer's activations, "float32" or "bfloat16"; its weights stay float32."""
+    def __init__(
+        self, var: VAR, vqvae: VQVAE, device: torch.device | str = "cpu", dtype: str = "float32", fast: bool = True
+    ) -> None:
+        """
+        Args:
+            dtype: of activations, "float32" or "bfloat16"; the weights stay float32.
+            fast: False samples eagerly and decodes in float32 with the plain decoder: what fast is tested against.
+        """
         for name in ("vocab_size", "code_width", "patch_nums"):
             of_var, of_vqvae = getattr(var.config, name), getattr(vqvae.config, name)
             if of_var != of_vqvae:
@@ -57,15 +65,21 @@ class Policy:
         self.var = var.to(self.device)
         self.var.compute_dtype = _DTYPES[dtype]
         self.vqvae = vqvae.to(self.device).requires_grad_(False)
+        self._fast = fast
+        self._sampler = Sampler(self.var, self.vqvae, fast)
 
     @property
     def num_classes(self) -> int:
         return self.var.config.num_classes
 
     def frozen_copy(self) -> Policy:
-        """The same policy with weights that no update reaches: the reference of the KL term. Shares the VQ-VAE."""
+        """The same policy with weights that no update reaches: the reference of the KL term. Shares the VQ-VAE.
+
+        Its large matrices are stored in the compute dtype: the same numbers in every product.
+        """
         twin = copy.copy(self)
-        twin.var = copy.deepcopy(self.var).requires_grad_(False)
+        twin.var = self.var.compute_twin(shared=False)
+        twin._sampler = Sampler(twin.var, self.vqvae, self._fast)
         return twin
 
     def sample(
@@ -95,6 +109,47 @@ class Policy:
         Returns: Rollout; its log-probabilities and entropies are those of the distribution that was sampled.
         Raises: InputError for a label out of range or a micro_batch that does not divide B.
         """
+        rollout, _ = self._sample(
+            labels_B, temperature, seed, cfg, top_k, top_p, step, first_sample, micro_batch, decode=False
+        )
+        return rollout
+
+    def sample_images(
+        self,
+        labels_B: Tensor | Sequence[int],
+        temperature: float = 1.0,
+        *,
+        seed: int,
+        cfg: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        step: int = 0,
+        first_sample: int = 0,
+        micro_batch: int | None = None,
+    ) -> tuple[Rollout, Tensor]:
+        """`sample`, and `decode` of each micro-batch; on a GPU while the next one is sampled.
+
+        Returns: Rollout, and (B, 3, H, W) float32 images in [0, 1].
+        """
+        rollout, images = self._sample(
+            labels_B, temperature, seed, cfg, top_k, top_p, step, first_sample, micro_batch, decode=True
+        )
+        assert images is not None
+        return rollout, images
+
+    def _sample(
+        self,
+        labels_B: Tensor | Sequence[int],
+        temperature: float,
+        seed: int,
+        cfg: float,
+        top_k: int,
+        top_p: float,
+        step: int,
+        first_sample: int,
+        micro_batch: int | None,
+        decode: bool,
+    ) -> tuple[Rollout, Tensor | None]:
         if not temperature > 0:
             raise InputError(f"temperature={temperature}: must be > 0; for greedy choice use top_k=1")
         if cfg < 0 or top_k < 0 or not 0 <= top_p <= 1:
@@ -102,31 +157,69 @@ class Policy:
         labels_B = self._labels(labels_B)
         check_micro_batch("micro_batch", micro_batch, len(labels_B))
         settings = SamplingSettings(temperature, cfg, top_k, top_p)
-        return generate(self.var, self.vqvae, labels_B, settings, seed, step, first_sample, micro_batch)
+        drawn, images = [], []
+        parts = self._sampler.parts(labels_B, settings, seed, step, first_sample, micro_batch)
+        beside = torch.cuda.Stream(self.device) if decode and self.device.type == "cuda" else None
+        while True:
+            with stage("rollout"):
+                part = next(parts, None)
+            if part is None:
+                break
+            drawn.append(part)
+            if decode and beside is None:
+                images.append(self.decode(part[0]))
+            elif beside is not None:
+                beside.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(beside):
+                    images.append(self.decode(part[0]))
+                part[0].record_stream(beside)
+        tokens_BL, logp_BL, entropy_BL = (torch.cat(pieces) for pieces in zip(*drawn, strict=True))
+        rollout = Rollout(labels_B, tokens_BL, logp_BL, entropy_BL, temperature, settings.on_policy)
+        if beside is not None:
+            torch.cuda.current_stream().wait_stream(beside)
+            for part_images in images:
+                part_images.record_stream(torch.cuda.current_stream())
+        return rollout, torch.cat(images) if decode else None
 
-    def token_logp(self, labels_B: Tensor | Sequence[int], tokens_BL: Tensor, temperature: float = 1.0) -> Tensor:
+    def token_logp(
+        self,
+        labels_B: Tensor | Sequence[int],
+        tokens_BL: Tensor,
+        temperature: float = 1.0,
+        *,
+        var_input_BLC: Tensor | None = None,
+        checkpointing: Checkpointing = "none",
+    ) -> Tensor:
         """Teacher-forced log-probabilities of given tokens under the tempered policy; differentiable in the weights.
 
         Args:
             labels_B: (B,) labels in [0, num_classes).
             tokens_BL: (B, L) int64.
             temperature: > 0; that of the rollout.
+            var_input_BLC: what `teacher_input` made of the tokens, where it is needed more than once.
+            checkpointing: what the backward pass computes again instead of keeping it: "none", "attention" or "full".
         Returns: (B, L) float32.
         """
         labels_B = self._labels(labels_B)
         tokens_BL = self._tokens(tokens_BL)
-        with torch.no_grad():
-            var_input_BLC = self.vqvae.var_input(tokens_BL)
-        logits_BLV = self.var(labels_B, var_input_BLC)
+        if var_input_BLC is None:
+            var_input_BLC = self.teacher_input(tokens_BL)
+        logits_BLV = self.var(labels_B, var_input_BLC, checkpointing=checkpointing)
         logp_BL, _ = kernels.selective_log_softmax(logits_BLV, tokens_BL, temperature, consume_logits=True)
         return logp_BL
+
+    @torch.no_grad()
+    def teacher_input(self, tokens_BL: Tensor) -> Tensor:
+        """What the transformer sees in place of each token but the first scale's, (B, L - first, code width)."""
+        return self.vqvae.var_input(self._tokens(tokens_BL))
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor, micro_batch: int | None = None) -> Tensor:
         """(B, L) tokens -> (B, 3, H, W) float32 images in [0, 1], `micro_batch` at a time (default all)."""
         tokens_BL = self._tokens(tokens_BL)
-        parts = tokens_BL.split(micro_batch or len(tokens_BL))
-        return torch.cat([self.vqvae.decode(part).add(1.0).mul(0.5) for part in parts])
+        with stage("decode"):
+            parts = tokens_BL.split(micro_batch or len(tokens_BL))
+            return torch.cat([self.vqvae.decode(part).add(1.0).mul(0.5) for part in parts])
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -1,18 +1,20 @@
-"""The sampling engine: static key-value cache, micro-batches, keyed randomness.
+"""The sampling engine: key-value cache, micro-batches, CUDA graphs, keyed randomness.
 
 Axes: B image, L token over all scales, l token of one scale, V vocabulary, C channel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from varfast import kernels
+from varfast.graphs import CudaGraph
 from varfast.models import VAR, VQVAE, KVCache
-from varfast.types import Rollout
+from varfast.stages import span
 
 
 @dataclass(frozen=True)
@@ -36,70 +38,119 @@ class SamplingSettings:
         return self.cfg == 0.0 and self.top_k == 0 and self.top_p in (0.0, 1.0)
 
 
-@torch.no_grad()
-def generate(
-    var: VAR,
-    vqvae: VQVAE,
-    labels_B: Tensor,
-    settings: SamplingSettings,
-    seed: int,
-    step: int = 0,
-    first_sample: int = 0,
-    micro_batch: int | None = None,
-) -> Rollout:
-    """Sample one image a label, scale by scale.
+class Sampler:
+    """Draws tokens from a transformer.
 
-    The tokens of image i are a function of the weights, its label, the settings and (seed, step, first_sample + i): any
-    split into micro-batches or calls gives the same ones, up to rounding in matrix products of another size.
+    Fast: the large matrices are read in the compute dtype, from a copy brought up to date at every call; on a GPU, a
+    batch size met twice in a row is captured as one CUDA graph and replayed from then on. Else every call runs eagerly
+    on the transformer itself: the path that the fast one is tested against. Both draw the same tokens.
 
     Args:
-        labels_B: (B,) int64 on the models' device.
-        settings: how to draw.
-        seed, step, first_sample: key of the randomness.
-        micro_batch: images at a time; default all.
+        var, vqvae: on one device.
+        fast: see above.
     """
-    size = micro_batch or len(labels_B)
-    parts = [
-        _generate_part(var, vqvae, labels_B[i : i + size], settings, seed, step, first_sample + i)
-        for i in range(0, len(labels_B), size)
-    ]
-    tokens, logp, entropy = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-    return Rollout(labels_B, tokens, logp, entropy, settings.temperature, settings.on_policy)
+
+    def __init__(self, var: VAR, vqvae: VQVAE, fast: bool = True) -> None:
+        self._original, self._vqvae, self._fast = var, vqvae, fast
+        self._twin: VAR | None = None
+        self._graph: CudaGraph | None = None
+        self._captured: tuple[int, SamplingSettings] | None = None
+        self._last: tuple[int, SamplingSettings] | None = None
+
+    @torch.no_grad()
+    def parts(
+        self,
+        labels_B: Tensor,
+        settings: SamplingSettings,
+        seed: int,
+        step: int = 0,
+        first_sample: int = 0,
+        micro_batch: int | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Sample one image a label, `micro_batch` (default all) at a time.
+
+        The tokens of image i are a function of the weights, its label, the settings and (seed, step, first_sample + i):
+        any split into micro-batches or calls gives the same ones, up to rounding in matrix products of another size.
+
+        Args:
+            labels_B: (B,) int64 on the models' device.
+            settings: how to draw.
+            seed, step, first_sample: key of the randomness.
+        Yields: tokens (b, L) int64, log-probability and entropy (b, L) float32, of each micro-batch.
+        """
+        var = self._up_to_date()
+        keys = [(seed, step, first_sample + i) for i in range(0, len(labels_B), micro_batch or len(labels_B))]
+        keys_N3 = torch.tensor(keys).to(labels_B.device)  # one copy, before the first kernel
+        for key, part_B in zip(keys_N3, labels_B.split(micro_batch or len(labels_B)), strict=True):
+            yield self._run(var, part_B, key, settings)
+
+    def _up_to_date(self) -> VAR:
+        if not self._fast or self._original.compute_dtype == torch.float32:
+            return self._original
+        if self._twin is None:
+            self._twin = self._original.compute_twin(shared=True)
+        else:
+            self._twin.refresh(self._original)
+        return self._twin
+
+    def _run(
+        self, var: VAR, labels_B: Tensor, key: Tensor, settings: SamplingSettings
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (len(labels_B), settings)
+        if self._fast and labels_B.device.type == "cuda" and shape in (self._captured, self._last):
+            if shape != self._captured:
+                self._graph = None  # its memory goes first
+                self._graph = CudaGraph(
+                    lambda labels, key: sample(var, self._vqvae, labels, key, settings), labels_B, key
+                )
+                self._captured = shape
+            assert self._graph is not None
+            tokens_BL, logp_BL, entropy_BL = self._graph(labels_B, key)
+            return tokens_BL, logp_BL, entropy_BL
+        self._last = shape
+        return sample(var, self._vqvae, labels_B, key, settings)
 
 
-def _generate_part(
-    var: VAR, vqvae: VQVAE, labels_B: Tensor, settings: SamplingSettings, seed: int, step: int, first_sample: int
+@torch.no_grad()
+def sample(
+    var: VAR, vqvae: VQVAE, labels_B: Tensor, key: Tensor, settings: SamplingSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale by scale, without looking at a value on the host.
+
+    Args:
+        labels_B: (B,) int64.
+        key: (3,) int64 on the same device: seed, step, index of the first image.
+    Returns: tokens (B, L) int64, log-probability and entropy (B, L) float32.
+    """
     config, batch = var.config, labels_B.shape[0]
-    key = torch.tensor([seed, step, first_sample], device=labels_B.device)
     guided = settings.cfg > 0.0
     if guided:  # second half: the same images without their label
         labels_B = torch.cat([labels_B, torch.full_like(labels_B, config.num_classes)])
-    cache = KVCache.empty(config, labels_B.shape[0], var.compute_dtype, labels_B.device)
+    cache = KVCache(config, labels_B.shape[0], var.compute_dtype, labels_B.device)
     x_BlC, cond_BC = var.embed_start(labels_B)
-    cond = var.block_condition(cond_BC)
+    constants = var.constants(cond_BC)
     f_hat = vqvae.quantize.empty_f_hat(batch)
-    tokens, logps, entropies = [], [], []
+    drawn = []
     last = len(config.patch_nums) - 1
     for scale in range(last + 1):
-        logits_BlV = var.forward_scale(x_BlC, cond, cond_BC, scale, cache)
-        tokens_Bl, logp_Bl, entropy_Bl = kernels.sample_tokens(
-            logits_BlV[:batch],
-            key,
-            scale,
-            settings.temperature,
-            uncond_logits_BlV=logits_BlV[batch:] if guided else None,
-            guidance=settings.cfg * scale / max(1, last),
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-        )
-        tokens.append(tokens_Bl)
-        logps.append(logp_Bl)
-        entropies.append(entropy_Bl)
-        if scale < last:
-            f_hat = f_hat + vqvae.quantize.contribution(tokens_Bl, scale)
-            input_BlC = vqvae.quantize.next_input(f_hat, scale + 1)
-            x_BlC = var.embed_scale(input_BlC, scale + 1)
-            if guided:
-                x_BlC = x_BlC.repeat(2, 1, 1)
-    return torch.cat(tokens, dim=1), torch.cat(logps, dim=1), torch.cat(entropies, dim=1)
+        with span(f"scale {scale}"):
+            logits_BlV = var.forward_scale(x_BlC, constants, scale, cache)
+            drawn.append(
+                kernels.sample_tokens(
+                    logits_BlV[:batch],
+                    key,
+                    scale,
+                    settings.temperature,
+                    uncond_logits_BlV=logits_BlV[batch:] if guided else None,
+                    guidance=settings.cfg * scale / max(1, last),
+                    top_k=settings.top_k,
+                    top_p=settings.top_p,
+                )
+            )
+            if scale < last:
+                f_hat = f_hat + vqvae.quantize.contribution(drawn[-1][0], scale)
+                x_BlC = var.embed_scale(vqvae.quantize.next_input(f_hat, scale + 1), scale + 1)
+                if guided:
+                    x_BlC = x_BlC.repeat(2, 1, 1)
+    tokens_BL, logp_BL, entropy_BL = (torch.cat(pieces, dim=1) for pieces in zip(*drawn, strict=True))
+    return tokens_BL, logp_BL, entropy_BL

@@ -73,7 +73,8 @@ class ScoredRollout:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one update measured; means over all images of the step, unless said otherwise.
+    """What one update measured; means over all images of the step, unless said otherwise. With kl_beta = 0, images
+    whose group has no signal are left out.
 
     Attributes:
         loss: as minimised.
@@ -84,6 +85,7 @@ class StepStats:
             separates the rollout's log-probabilities from the update's. The health sign of the whole system.
         grad_norm: gradient norm before clipping, mean over the optimizer steps.
         learning_rate: of the last optimizer step.
+        skipped_steps: optimizer steps left out because their gradient was not finite; they count in no mean.
     """
 
     loss: float
@@ -94,3 +96,4 @@ class StepStats:
     ratio_gap_max: float
     grad_norm: float
     learning_rate: float
+    skipped_steps: int

@@ -5,14 +5,19 @@ Axes: B image, L token over all scales.
 
 from __future__ import annotations
 
+import importlib
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from varfast import kernels
 from varfast.config import GRPOConfig, UpdateConfig
+from varfast.models.var import Checkpointing
 from varfast.policy import Policy
 from varfast.randomness import Purpose, keyed_generator
+from varfast.stages import stage
 from varfast.types import InputError, ScoredRollout, StepStats
 
 
@@ -31,10 +36,16 @@ def learning_rate(config: UpdateConfig, step: int, total_steps: int) -> float:
 class Updater:
     """Owns the optimizer and the frozen reference.
 
+    Nothing here waits for the device before the whole rollout is used up: gradients are clipped, and steps whose
+    gradient is not finite left out, on the device.
+
+    Exact shortcuts: the log-probabilities of the rollout stand for an old policy's, so none are computed; without a KL
+    term there is no reference, and an image whose advantage is 0 has no gradient, so it is left out.
+
     Args:
         policy: its transformer is updated in place.
         reference: the base of the KL term, or None with kl_beta = 0.
-        grpo, update: settings.
+        grpo, update: settings; of `update`, micro_batch and checkpointing as they are to be used.
         total_steps: of the run, for the schedule.
         seed: of the run, for the order of the images.
     """
@@ -51,75 +62,122 @@ class Updater:
         assert (reference is None) == (grpo.kl_beta == 0.0)
         self.policy, self.reference = policy, reference
         self.grpo, self.config, self.total_steps, self.seed = grpo, update, total_steps, seed
-        parameters = list(policy.var.parameters())
+        self._checkpointing: Checkpointing = "none" if update.checkpointing == "auto" else update.checkpointing
+        self._parameters = list(policy.var.parameters())
         groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": update.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in self._parameters if p.ndim >= 2], "weight_decay": update.weight_decay},
+            {"params": [p for p in self._parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=update.lr, betas=update.betas)
+        self.optimizer = _optimizer(groups, update)
+        self._skipped_in_a_row = 0
 
     def step(self, scored: ScoredRollout, step: int) -> StepStats:
         """One optimizer step a minibatch, over all images in an order that (seed, step) fixes.
 
         Raises:
             InputError: for a rollout drawn with guidance or filters, whose log-probabilities are not the policy's.
-            RuntimeError: for a gradient that is not finite; the weights are then those before that minibatch.
+            RuntimeError: after update.max_skipped_steps gradients in a row that were not finite. None of them has
+                reached a weight.
         """
         if not scored.rollout.on_policy:
             raise InputError("this rollout was drawn with cfg, top_k or top_p; GRPO needs the plain tempered policy")
         lr = learning_rate(self.config, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        measured, first_gap = [], None
-        grad_norms = []
-        num_images = len(scored.advantages_B)
+        logp_ref_BL = None if self.reference is None else torch.empty_like(scored.rollout.logp_BL)
+        with_signal_B = None if self.reference is not None else (scored.advantages_B != 0).cpu()
+        measured, norms, skipped = [], [], []
         for epoch in range(self.config.epochs):
-            order_B = torch.randperm(num_images, generator=keyed_generator(self.seed, Purpose.MINIBATCHES, step, epoch))
-            for rows in order_B.to(self.policy.device).split(self.config.minibatch):
-                stats, grad_norm = self._optimizer_step(scored, rows)
-                measured.append(stats)
-                grad_norms.append(grad_norm)
-                if first_gap is None:
-                    first_gap = stats
-        assert first_gap is not None
-        loss, kl, clip_fraction, ratio_mean, _, _ = torch.stack(measured).mean(dim=0).tolist()
-        return StepStats(
-            loss=loss,
-            kl=kl,
-            clip_fraction=clip_fraction,
-            ratio_mean=ratio_mean,
-            ratio_gap_mean=float(first_gap[-2]),
-            ratio_gap_max=float(first_gap[-1]),
-            grad_norm=float(torch.stack(grad_norms).mean()),
-            learning_rate=lr,
-        )
+            generator = keyed_generator(self.seed, Purpose.MINIBATCHES, step, epoch)
+            for rows in torch.randperm(len(scored.advantages_B), generator=generator).split(self.config.minibatch):
+                used = rows if with_signal_B is None else rows[with_signal_B[rows]]
+                stats = self._gradient(scored, used.to(self.policy.device), len(rows), logp_ref_BL, epoch == 0)
+                with stage("optimizer"):
+                    norm, not_finite = self._clipped_step()
+                if len(used):
+                    measured.append(torch.where(not_finite, math.nan, stats))
+                norms.append(norm)
+                skipped.append(not_finite)
+        if not measured:  # no image had a gradient
+            measured.append(torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0], device=self.policy.device))
+        means = torch.stack(measured).nanmean(dim=0)
+        gap = measured[0][4:]  # before the first optimizer step the policy is still the one that was sampled
+        norm = torch.stack(norms).nanmean()
+        values = torch.cat([means[:4], gap, norm.unsqueeze(0)]).tolist()
+        flags = torch.stack(skipped).tolist()
+        self._count_skipped(flags)
+        return StepStats(*values, learning_rate=lr, skipped_steps=sum(flags))
 
-    def _optimizer_step(self, scored: ScoredRollout, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Accumulate the gradient of a minibatch and take one step; (6,) loss and GRPO_STATS, and the gradient norm."""
+    def _gradient(
+        self, scored: ScoredRollout, rows: Tensor, minibatch: int, logp_ref_BL: Tensor | None, first_epoch: bool
+    ) -> Tensor:
+        """Set the gradient of a minibatch, of whose images `rows` have one; (6,) loss and GRPO_STATS, if there are any."""
         self.optimizer.zero_grad(set_to_none=True)
-        parts = rows.split(self.config.micro_batch or len(rows))
         measured = []
-        for part in parts:
+        for part in rows.split(self.config.micro_batch or minibatch) if len(rows) else ():
             rollout = scored.rollout.rows(part)
-            logp_ref_BL = None
-            if self.reference is not None:
-                with torch.no_grad():
-                    logp_ref_BL = self.reference.token_logp(rollout.labels_B, rollout.tokens_BL, rollout.temperature)
-            logp_BL = self.policy.token_logp(rollout.labels_B, rollout.tokens_BL, rollout.temperature)
-            loss, stats = kernels.grpo_token_loss(
-                logp_BL,
-                rollout.logp_BL,
-                logp_ref_BL,
-                scored.advantages_B[part],
-                clip_eps=self.grpo.clip_eps,
-                kl_beta=self.grpo.kl_beta,
-            )
-            (loss / len(parts)).backward()
-            measured.append(torch.cat([loss.detach().unsqueeze(0), stats]))
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.var.parameters(), self.config.grad_clip, error_if_nonfinite=True
-        )
-        self.optimizer.step()
-        combined = torch.stack(measured).mean(dim=0)
-        combined[-1] = torch.stack(measured)[:, -1].max()
-        return combined, grad_norm
+            inputs = (rollout.labels_B, rollout.tokens_BL, rollout.temperature)
+            var_input_BLC = self.policy.teacher_input(rollout.tokens_BL)
+            if self.reference is not None and logp_ref_BL is not None and first_epoch:
+                with stage("reference"), torch.no_grad():
+                    logp_ref_BL[part] = self.reference.token_logp(*inputs, var_input_BLC=var_input_BLC)
+            with stage("update"):
+                logp_BL = self.policy.token_logp(
+                    *inputs, var_input_BLC=var_input_BLC, checkpointing=self._checkpointing
+                )
+                loss, stats = kernels.grpo_token_loss(
+                    logp_BL,
+                    rollout.logp_BL,
+                    None if logp_ref_BL is None else logp_ref_BL[part],
+                    scored.advantages_B[part],
+                    clip_eps=self.grpo.clip_eps,
+                    kl_beta=self.grpo.kl_beta,
+                )
+                loss = loss * (len(part) / minibatch)
+                loss.backward()
+                share = len(part) / len(rows)
+                measured.append(torch.cat([loss.detach().unsqueeze(0), stats[:-1] * share, stats[-1:]]))
+        if not measured:  # the gradient is 0, and Adam's moments still move the weights
+            for parameter in self._parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            return torch.empty(0)
+        of_parts = torch.stack(measured)
+        return torch.cat([of_parts[:, :-1].sum(dim=0), of_parts[:, -1:].amax(dim=0)])
+
+    def _clipped_step(self) -> tuple[Tensor, Tensor]:
+        """Clip and step, unless the gradient is not finite; its norm, and whether it was not."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        not_finite = ~norm.isfinite()
+        too_long = ((norm + 1e-6) / self.config.grad_clip).clamp_min(1.0)
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            # The hooks of torch.amp.GradScaler: the kernel divides by the one, and does nothing where the other is 1.
+            self.optimizer.grad_scale, self.optimizer.found_inf = too_long, not_finite.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bool(not_finite):  # apex has no such hooks: this waits for the device, once an optimizer step
+            torch._foreach_div_(gradients, too_long)
+            self.optimizer.step()
+        return norm, not_finite
+
+    def _count_skipped(self, skipped: list[bool]) -> None:
+        for flag in skipped:
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if flag else 0
+            if self._skipped_in_a_row >= self.config.max_skipped_steps:
+                raise RuntimeError(
+                    f"{self._skipped_in_a_row} gradients in a row were not finite; none reached a weight. Lower update.lr "
+                    "or update.grad_clip, or go back to a checkpoint; with run.dtype=bfloat16 try float32"
+                )
+
+
+def _optimizer(groups: list[dict[str, Any]], config: UpdateConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    try:
+        fused_adam = importlib.import_module("apex.optimizers").FusedAdam
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            "update.optimizer=apex: NVIDIA Apex cannot be imported (the apex on PyPI is another package); build it from "
+            "github.com/NVIDIA/apex, or use adamw"
+        ) from error
+    optimizer: torch.optim.Optimizer = fused_adam(groups, lr=config.lr, betas=config.betas, adam_w_mode=True)
+    return optimizer

@@ -10,12 +10,15 @@ Source: Tian et al., arXiv:2404.02905.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from varfast import kernels
 from varfast.config import HEAD_DIM, VARConfig
@@ -31,21 +34,90 @@ class Linear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype), bias)
 
 
-@dataclass
+class _ProductInFloat32(torch.autograd.Function):
+    """x @ weight^T of 16-bit operands with sum and result in float32; the gradient is rounded to 16 bits first."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NC, weight_VC)
+        return _float32_out(x_NC, weight_VC.T)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor, Tensor]:
+        x_NC, weight_VC = ctx.saved_tensors
+        grad_NV = grad_NV.to(x_NC.dtype)
+        return grad_NV @ weight_VC, grad_NV.T @ x_NC
+
+
+def _float32_out(a: Tensor, b: Tensor) -> Tensor:
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)  # the tensor cores' own accumulators: no float32 product
+    return a.float() @ b.float()  # CPUs have no such product; 16-bit logits would cost far more than it
+
+
+class Head(nn.Linear):
+    """Logits in float32 from activations of any dtype: operands in that dtype, sums in float32.
+
+    bf16 logits would put a floor of 1e-4 under k3. bf16 operands do not: what they add to the error of a bf16
+    transformer cannot be seen (tests/models/test_var.py).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype not in (torch.bfloat16, torch.float16):
+            return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
+        logits_NV = _ProductInFloat32.apply(input.flatten(0, -2), self.weight.to(input.dtype))
+        return logits_NV.add_(self.bias.float()).unflatten(0, input.shape[:-1])
+
+
 class KVCache:
     """Static keys and values of all blocks: written in place, scale by scale.
 
-    Attributes:
-        k, v: (depth, B, H, L, D).
+    What the last scale adds is read by its own block alone, so all blocks share the room for it: a block's rows stand
+    before those of the block below, which that block needs no more when the rows of the last scale overwrite them. With
+    a batch of 512 that saves 8.6 GB of 22.8 for d16, and 30 of 80 GB for d30.
+
+    Args:
+        config: sizes.
+        batch: B.
     """
 
-    k: Tensor
-    v: Tensor
+    def __init__(self, config: VARConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._depth, self._length = config.depth, config.num_tokens
+        self._kept = config.num_tokens - config.patch_nums[-1] ** 2
+        rows = config.depth * self._kept + self._length - self._kept
+        self._k, self._v = torch.empty(2, batch, config.depth, rows, HEAD_DIM, dtype=dtype, device=device).unbind()
 
-    @classmethod
-    def empty(cls, config: VARConfig, batch: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-        shape = (config.depth, batch, config.depth, config.num_tokens, HEAD_DIM)
-        return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+    def of_block(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a block, (B, H, L, D) views."""
+        start = (self._depth - 1 - index) * self._kept
+        return self._k[:, :, start : start + self._length], self._v[:, :, start : start + self._length]
+
+
+class BlockConstants(NamedTuple):
+    """What a block needs that is the same for all tokens: computed once a rollout, not once a scale.
+
+    gate1 ... shift2: (B, C), of attention (1) and MLP (2). qkv_bias: (3 C,). logit_scale_H: (H,) float32.
+    """
+
+    gate1: Tensor
+    gate2: Tensor
+    scale1: Tensor
+    scale2: Tensor
+    shift1: Tensor
+    shift2: Tensor
+    qkv_bias: Tensor
+    logit_scale_H: Tensor
+
+
+@dataclass(frozen=True)
+class Constants:
+    """BlockConstants of every block, and scale and shift (B, C) of the norm before the head."""
+
+    blocks: list[BlockConstants]
+    head: tuple[Tensor, Tensor]
+
+
+Checkpointing = Literal["none", "attention", "full"]
 
 
 def _l2_normalize(x: Tensor) -> Tensor:
@@ -77,21 +149,30 @@ class SelfAttention(nn.Module):
             return torch.full((self.num_heads,), 0.25 / math.sqrt(HEAD_DIM), device=self.q_bias.device)
         return self.scale_mul_1H11.flatten().clamp_max(math.log(MAX_LOGIT_SCALE)).exp()
 
-    def forward(self, x_BLC: Tensor, scale_ends: tuple[int, ...], cache: tuple[Tensor, Tensor, int] | None) -> Tensor:
+    def qkv_bias(self) -> Tensor:
+        return torch.cat([self.q_bias, self.get_buffer("zero_k_bias"), self.v_bias])
+
+    def forward(
+        self,
+        x_BLC: Tensor,
+        qkv_bias: Tensor,
+        logit_scale_H: Tensor,
+        scale_ends: tuple[int, ...],
+        cache: tuple[Tensor, Tensor, int] | None,
+    ) -> Tensor:
         """All scales under the mask; or, with a cache (k_BHLD, v_BHLD, tokens before), one scale after the others."""
         batch, length, width = x_BLC.shape
-        bias = torch.cat([self.q_bias, self.get_buffer("zero_k_bias"), self.v_bias]).to(x_BLC.dtype)
-        qkv = F.linear(x_BLC, self.mat_qkv.weight.to(x_BLC.dtype), bias)
+        qkv = F.linear(x_BLC, self.mat_qkv.weight.to(x_BLC.dtype), qkv_bias)
         q, k, v = qkv.view(batch, length, 3, self.num_heads, HEAD_DIM).permute(2, 0, 3, 1, 4)
         if self.scale_mul_1H11 is not None:
             q, k = _l2_normalize(q), _l2_normalize(k)
         if cache is None:
-            out = kernels.block_causal_attention(q, k, v, scale_ends, self.logit_scale_H())
+            out = kernels.block_causal_attention(q, k, v, scale_ends, logit_scale_H)
         else:
             k_cache, v_cache, start = cache
             k_cache[:, :, start : start + length] = k
             v_cache[:, :, start : start + length] = v
-            out = kernels.cached_attention(q, k_cache, v_cache, start + length, self.logit_scale_H())
+            out = kernels.cached_attention(q, k_cache, v_cache, start + length, logit_scale_H)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -122,25 +203,41 @@ class Block(nn.Module):
             self.ada_gss = None
             self.ada_lin = nn.Sequential(nn.SiLU(), Linear(self.width, 6 * self.width))
 
-    def modulation(self, cond: Tensor) -> tuple[Tensor, ...]:
-        """gate, gate, scale, scale, shift, shift (of attention and MLP), (B, C) each, from the condition."""
+    def constants(self, cond: Tensor) -> BlockConstants:
+        """From the class condition, in the condition's dtype."""
         six = self.ada_lin(cond) if self.ada_gss is None else self.ada_gss.to(cond.dtype) + cond
-        return six.view(-1, 6, self.width).unbind(1)
+        attn = self.attn
+        return BlockConstants(
+            *six.view(-1, 6, self.width).unbind(1), attn.qkv_bias().to(cond.dtype), attn.logit_scale_H().float()
+        )
 
     def forward(
         self,
         x_BLC: Tensor,
-        cond: Tensor,
+        normed_BLC: Tensor,
+        own: BlockConstants,
+        following: BlockConstants | None,
         scale_ends: tuple[int, ...],
         cache: tuple[Tensor, Tensor, int] | None = None,
-        drop_path: float = 0.0,
-    ) -> Tensor:
-        gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(cond)
-        if drop_path > 0.0:  # a gate of 0 drops the branch of an image
-            gate1, gate2 = (gate * _keep(gate, drop_path) for gate in (gate1, gate2))
-        branch = self.attn(kernels.layer_norm_modulate(x_BLC, scale1, shift1, self.eps), scale_ends, cache)
-        x_BLC, normed = kernels.gated_residual_norm(x_BLC, branch, gate1, scale2, shift2, self.eps)
-        return kernels.gated_residual(x_BLC, self.ffn(normed), gate2)
+        recompute_attention: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Residual stream and its normalised, modulated form in; the same for the following block out.
+
+        After the last block (`following` is None) the second is not normalised: the stream again.
+        """
+        arguments = (normed_BLC, own.qkv_bias, own.logit_scale_H, scale_ends, cache)
+        branch = _recomputed(self.attn, *arguments) if recompute_attention else self.attn(*arguments)
+        x_BLC, normed_BLC = kernels.gated_residual_norm(x_BLC, branch, own.gate1, own.scale2, own.shift2, self.eps)
+        branch = self.ffn(normed_BLC)
+        if following is None:
+            x_BLC = kernels.gated_residual(x_BLC, branch, own.gate2)
+            return x_BLC, x_BLC
+        return kernels.gated_residual_norm(x_BLC, branch, own.gate2, following.scale1, following.shift1, self.eps)
+
+
+def _recomputed(function: nn.Module, *arguments: Any) -> Any:
+    """Call a module without keeping what its backward pass needs: that is computed again. Nothing in it is random."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def _keep(gate_BC: Tensor, drop: float) -> Tensor:
@@ -155,9 +252,10 @@ class AdaLNBeforeHead(nn.Module):
         self.eps = config.norm_eps
         self.ada_lin = nn.Sequential(nn.SiLU(), Linear(config.width, 2 * config.width))
 
-    def forward(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
+    def constants(self, cond_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift, (B, C), in the dtype of the condition."""
         scale, shift = self.ada_lin(cond_BC).chunk(2, dim=-1)
-        return kernels.layer_norm_modulate(x_BLC, scale, shift, self.eps)
+        return scale, shift
 
 
 class VAR(nn.Module):
@@ -166,8 +264,7 @@ class VAR(nn.Module):
     Args:
         config: sizes.
     Attributes:
-        compute_dtype: dtype of the activations between embedding and head; weights stay as they are stored, and the
-            head runs in float32: bf16 logits put a floor of 1e-4 under k3.
+        compute_dtype: dtype of the activations between embedding and logits; weights stay as they are stored.
     """
 
     def __init__(self, config: VARConfig) -> None:
@@ -186,7 +283,7 @@ class VAR(nn.Module):
             self.shared_ada_lin = None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = AdaLNBeforeHead(config)
-        self.head = nn.Linear(width, config.vocab_size)
+        self.head = Head(width, config.vocab_size)
         # Both buffers are constants that the public checkpoints carry. The mask is not used: see scale_ends.
         level_L = torch.cat([torch.full((side * side,), k) for k, side in enumerate(config.patch_nums)])
         self.register_buffer("lvl_1L", level_L.unsqueeze(0))
@@ -247,47 +344,112 @@ class VAR(nn.Module):
         span = slice(None) if scale is None else slice(ends[scale] - self.config.patch_nums[scale] ** 2, ends[scale])
         return self.lvl_embed(self.get_buffer("lvl_1L")[:, span]) + self.pos_1LC[:, span]
 
-    def block_condition(self, cond_BC: Tensor) -> Tensor:
-        """What the blocks are modulated by: the class condition, through the shared projection where there is one."""
+    def constants(self, cond_BC: Tensor) -> Constants:
+        """What the condition makes of every block, in the compute dtype, and of the head's norm, in its own."""
         cond = cond_BC.to(self.compute_dtype)
-        if self.shared_ada_lin is None:
-            return cond
-        return self.shared_ada_lin(cond).view(-1, 1, 6, self.config.width)
+        if self.shared_ada_lin is not None:
+            cond = self.shared_ada_lin(cond).view(-1, 1, 6, self.config.width)
+        blocks = [block.constants(cond) for block in self.blocks]  # type: ignore[operator]
+        return Constants(blocks, self.head_nm.constants(cond_BC))
 
-    def logits(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
-        """(B, L, V) in the dtype of the head's weights."""
-        return self.head(self.head_nm(x_BLC.to(self.head.weight.dtype), cond_BC))
+    def logits(self, x_BLC: Tensor, constants: Constants) -> Tensor:
+        """(B, L, V) float32 (float64 for float64) from the residual stream after the last block."""
+        return self.head(kernels.layer_norm_modulate(x_BLC, *constants.head, self.config.norm_eps))
 
-    def forward(self, labels_B: Tensor, var_input_BLC: Tensor, drop_path: float = 0.0) -> Tensor:
+    def _run_blocks(
+        self,
+        x_BLC: Tensor,
+        constants: Constants,
+        cache: tuple[KVCache, int] | None = None,
+        checkpointing: Checkpointing = "none",
+    ) -> Tensor:
+        blocks, ends = constants.blocks, self.config.scale_ends
+        normed = kernels.layer_norm_modulate(x_BLC, blocks[0].scale1, blocks[0].shift1, self.config.norm_eps)
+        for index, block in enumerate(self.blocks):
+            following = blocks[index + 1] if index + 1 < len(blocks) else None
+            if checkpointing == "full":
+                x_BLC, normed = _recomputed(block, x_BLC, normed, blocks[index], following, ends)
+            else:
+                of_block = None if cache is None else (*cache[0].of_block(index), cache[1])
+                again = checkpointing == "attention"
+                x_BLC, normed = block(x_BLC, normed, blocks[index], following, ends, of_block, again)
+        return x_BLC
+
+    def forward(
+        self,
+        labels_B: Tensor,
+        var_input_BLC: Tensor,
+        drop_path: float = 0.0,
+        checkpointing: Checkpointing = "none",
+    ) -> Tensor:
         """Teacher-forced logits of all scales at once.
 
         Args:
             labels_B: (B,) int64 in [0, num_classes].
             var_input_BLC: (B, L - first, code width), what VQVAE.var_input makes of the tokens.
             drop_path: rate of the last block, growing linearly from 0 at the first. Pre-training only.
+            checkpointing: what the backward pass computes again instead of keeping it: "none"; the "attention" branches
+                from their normalised input on; "full": the blocks.
         Returns: (B, L, V) float32.
         """
         x_BlC, cond_BC = self.embed_start(labels_B)
         first = x_BlC.shape[1]
         later = self.word_embed(var_input_BLC.to(self.word_embed.weight.dtype)) + self.position()[:, first:]
         x_BLC = torch.cat([x_BlC, later.to(self.compute_dtype)], dim=1)
-        cond = self.block_condition(cond_BC)
-        for index, block in enumerate(self.blocks):
-            rate = drop_path * index / max(1, self.config.depth - 1)
-            x_BLC = block(x_BLC, cond, self.config.scale_ends, drop_path=rate)
-        return self.logits(x_BLC, cond_BC)
+        constants = self.constants(cond_BC)
+        if drop_path > 0.0:
+            constants = _drop_branches(constants, drop_path)
+        return self.logits(self._run_blocks(x_BLC, constants, None, checkpointing), constants)
 
-    def forward_scale(self, x_BlC: Tensor, cond: Tensor, cond_BC: Tensor, scale: int, cache: KVCache) -> Tensor:
+    def forward_scale(self, x_BlC: Tensor, constants: Constants, scale: int, cache: KVCache) -> Tensor:
         """Logits of one scale after the scales whose keys and values are in the cache; adds its own to the cache.
 
         Args:
             x_BlC: embedded input of the scale.
-            cond, cond_BC: from block_condition and embed_start.
+            constants: of the condition that came with the first scale.
             scale: its index.
             cache: of B images.
         Returns: (B, l, V) float32.
         """
         start = self.config.scale_ends[scale] - x_BlC.shape[1]
-        for index, block in enumerate(self.blocks):
-            x_BlC = block(x_BlC, cond, self.config.scale_ends, cache=(cache.k[index], cache.v[index], start))
-        return self.logits(x_BlC, cond_BC)
+        return self.logits(self._run_blocks(x_BlC, constants, (cache, start)), constants)
+
+    def compute_twin(self, shared: bool) -> VAR:
+        """A twin without gradient that stores its large matrices in the compute dtype: nothing is cast when it is used.
+
+        Args:
+            shared: all other tensors are the original's own, for sampling; `refresh` brings the matrices up to date.
+                Else they are copies: a frozen model.
+        """
+        matrices = {id(module.weight) for module in self._cast_modules()}
+        memo: dict[int, Any] = {}
+        if shared:
+            memo = {id(t): t for t in (*self.parameters(), *self.buffers()) if id(t) not in matrices}
+        for module in self._cast_modules():  # no float32 copy of them on the way
+            memo[id(module.weight)] = nn.Parameter(module.weight.detach().to(self.compute_dtype, copy=True), False)
+        twin = copy.deepcopy(self, memo)
+        return twin if shared else twin.requires_grad_(False)
+
+    @torch.no_grad()
+    def refresh(self, original: VAR) -> None:
+        """Copy the weights that this twin does not share with the original, in place."""
+        pairs = zip(self._cast_modules(), original._cast_modules(), strict=True)
+        own, theirs = zip(*((mine.weight, other.weight) for mine, other in pairs), strict=True)
+        torch._foreach_copy_(list(own), list(theirs))
+
+    def _cast_modules(self) -> list[nn.Linear]:
+        """Those whose weight is cast to the compute dtype when it is used: all but what turns a condition or codes into
+        float32."""
+        linear = [m for m in self.modules() if isinstance(m, nn.Linear)]
+        return [m for m in linear if m is not self.word_embed and m is not self.head_nm.ada_lin[1]]
+
+
+def _drop_branches(constants: Constants, rate_of_last: float) -> Constants:
+    """A gate of 0 drops the branch of an image."""
+    depth = len(constants.blocks)
+    rates = [rate_of_last * index / max(1, depth - 1) for index in range(depth)]
+    blocks = [
+        own._replace(gate1=own.gate1 * _keep(own.gate1, rate), gate2=own.gate2 * _keep(own.gate2, rate))
+        for own, rate in zip(constants.blocks, rates, strict=True)
+    ]
+    return Constants(blocks, constants.head)
