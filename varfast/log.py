@@ -9,6 +9,8 @@ import json
 import math
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from varfast.checkpoint import save_text, write_atomically
+from varfast.config import Config
+from varfast.roofline import measure_here, speed_of_light_s, stage_counts
 from varfast.types import InputError
 
 if TYPE_CHECKING:
@@ -88,6 +92,58 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         self._bar.write(text)
+
+
+class StageLimits:
+    """What the stages of a step take against what they could: ms, share of the limit, MFU, images/s.
+
+    The limit of a stage is what its FLOPs or its bytes take at least (`varfast.roofline`), at the rates that this device
+    was measured to reach when the run began.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        """config: with the micro-batches and the checkpointing in use."""
+        self._images = config.rollout.images
+        counts = stage_counts(config)
+        ceilings = measure_here(device, config.run.dtype)
+        self._limit_ms = {name: speed_of_light_s(count, ceilings) * 1e3 for name, count in counts.items()}
+        # Model FLOPs: what checkpointing computes again does not count.
+        without = stage_counts(config, checkpointing="none")
+        self._step_at_peak_s = sum(count.flop for count in without.values()) / ceilings.flop_per_s
+
+    def metrics(self, stages_ms: dict[str, float], step_s: float) -> dict[str, float]:
+        """The numbers of a step, by the names of metrics.jsonl."""
+        shares = {f"{n}_share": self._limit_ms[n] / ms for n, ms in stages_ms.items() if self._limit_ms.get(n)}
+        return {
+            **{f"{name}_ms": ms for name, ms in stages_ms.items()},
+            **shares,
+            "step_s": step_s,
+            "mfu": self._step_at_peak_s / step_s,
+            "images_per_s": self._images / step_s,
+        }
+
+
+@contextmanager
+def profiled(folder: Path, device: torch.device) -> Iterator[None]:
+    """Write trace.json (for chrome://tracing or ui.perfetto.dev), and what the body did with memory.
+
+    On a GPU memory.pickle, the allocator's history, for pytorch.org/memory_viz; on a CPU memory.txt, by operator.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.memory._record_memory_history(max_entries=200_000)
+    with torch.profiler.profile(activities=activities, profile_memory=not on_gpu) as profiler:
+        yield
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    if on_gpu:
+        torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
+        torch.cuda.memory._record_memory_history(enabled=None)
+    else:
+        save_text(folder / "memory.txt", profiler.key_averages().table(sort_by="self_cpu_memory_usage", row_limit=50))
+    print(f"profile of one step: {folder}")
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Fine-tune a VAR with GRPO.
 
-    python -m varfast.train configs/digits.yaml [a.b=c ...]
+    python -m varfast.train configs/digits.yaml [--profile] [a.b=c ...]
 
 On a run folder that holds an unfinished run, the same command goes on where it was.
 
@@ -14,7 +14,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 
 import torch
@@ -26,21 +26,25 @@ from varfast.config import Config, load_config
 from varfast.evaluate import evaluate
 from varfast.grpo import group_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
-from varfast.log import RunLog, environment, table
+from varfast.log import RunLog, StageLimits, environment, profiled, table
 from varfast.models import VAR, VQVAE
 from varfast.policy import Policy, load_policy, pick_device
 from varfast.pretrain import pretrained
 from varfast.randomness import GRID_STEP
 from varfast.rewards import WeightedSum
+from varfast.roofline import fit_memory
+from varfast.stages import StageClock, stage
 from varfast.types import InputError, Rewards, Rollout, ScoredRollout, StepStats
 from varfast.update import Updater
 
 _INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
-def train(config: Config) -> int:
+def train(config: Config, profile: bool = False) -> int:
     """Run, or go on with, the experiment that `config` describes.
 
+    Args:
+        profile: write a trace and the memory use of one steady step into the run folder.
     Returns: 0 when the run is complete, 130 or 143 when a signal ended it after a checkpoint.
     Raises: InputError for anything in the config, the files or the reward that cannot be used.
     """
@@ -54,11 +58,12 @@ def train(config: Config) -> int:
     reward = WeightedSum(config.reward)
     policy = load_base(config, folder, resume=state is not None)
     reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
-    updater = Updater(policy, reference, config.grpo, config.update, config.run.steps, config.run.seed)
+    fitted = fit_memory(config, device)
+    updater = Updater(policy, reference, config.grpo, fitted.update, config.run.steps, config.run.seed)
     labels = label_pool(config.rollout, policy.num_classes, config.run.seed)
     if state is None:
         save_text(folder.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        state = TrainState(0, {}, {}, _evaluate(policy, reward, labels, config))
+        state = TrainState(0, {}, {}, _evaluate(policy, reward, labels, fitted))
     else:
         policy.var.load_state_dict(state.var)
         updater.optimizer.load_state_dict(state.optimizer)
@@ -67,40 +72,46 @@ def train(config: Config) -> int:
     def save(steps_done: int) -> None:
         folder.save_state(TrainState(steps_done, policy.var.state_dict(), updater.optimizer.state_dict(), before))
 
-    sampling, group_size, seed = config.rollout, config.rollout.group_size, config.run.seed
-    with RunLog(folder.path, start, config.run.steps, config.log.tensorboard) as log, _catch_signals() as received:
+    sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
+    limits = StageLimits(fitted, device)
+    with (
+        RunLog(folder.path, start, config.run.steps, config.log.tensorboard) as log,
+        StageClock(device) as clock,
+        _catch_signals() as received,
+    ):
         if start:
             log.say(f"going on after step {start} of {config.run.steps} in {folder.path}")
         else:
             _save_grid(log, 0, policy, labels, config)
         for step in range(start, config.run.steps):
-            begin = _clock(policy.device)
-            # A step: draw labels, sample a group of images for each, ...
-            labels_B = draw_labels(labels, sampling.labels_per_step, seed, step).repeat_interleave(group_size)
-            rollout = policy.sample(
-                labels_B, sampling.temperature, seed=seed, step=step, micro_batch=sampling.micro_batch
-            )
-            images = policy.decode(rollout.tokens_BL, sampling.micro_batch)
-            sampled = _clock(policy.device)
-            # ... score them against one another, ...
-            try:
-                rewards = reward(images, rollout.labels_B)
-            except Exception as error:
-                save(step)
-                error.add_note(
-                    f"  nothing is lost: {folder.path} holds step {step}; the same command goes on from there"
+            steady = step == min(start + 2, config.run.steps - 1)
+            with profiled(folder.path / "profile", device) if profile and steady else nullcontext():
+                clock.read()
+                begin_s = time.perf_counter()
+                # A step: draw labels, sample a group of images for each, ...
+                labels_B = draw_labels(labels, sampling.labels_per_step, seed, step).repeat_interleave(group_size)
+                rollout, images = policy.sample_images(
+                    labels_B, sampling.temperature, seed=seed, step=step, micro_batch=sampling.micro_batch
                 )
-                raise
-            advantages_B = group_advantages(rewards.total_B, group_size, config.grpo.advantage_eps)
-            scored = _clock(policy.device)
-            # ... and make the better ones more likely.
-            stats = updater.step(ScoredRollout(rollout, advantages_B), step)
-            end = _clock(policy.device)
+                # ... score them against one another, ...
+                try:
+                    with stage("reward"):
+                        rewards = reward(images, rollout.labels_B)
+                except Exception as error:
+                    save(step)
+                    error.add_note(
+                        f"  nothing is lost: {folder.path} holds step {step}; the same command goes on from there"
+                    )
+                    raise
+                advantages_B = group_advantages(rewards.total_B, group_size, config.grpo.advantage_eps)
+                # ... and make the better ones more likely.
+                stats = updater.step(ScoredRollout(rollout, advantages_B), step)
+                stages_ms = clock.read()
+                step_s = time.perf_counter() - begin_s
 
             done = step + 1
             metrics = _metrics(rollout, rewards, advantages_B, group_size, stats)
-            metrics |= {"rollout_s": sampled - begin, "reward_s": scored - sampled, "update_s": end - scored}
-            log.step(done, metrics | {"step_s": end - begin, "images_per_s": len(labels_B) / (end - begin)})
+            log.step(done, metrics | limits.metrics(stages_ms, step_s))
             if done % config.log.grid_every == 0 or done == config.run.steps:
                 _save_grid(log, done, policy, labels, config)
             if done % config.log.checkpoint_every == 0 or done == config.run.steps or received:
@@ -110,7 +121,7 @@ def train(config: Config) -> int:
                 return _INTERRUPTED[received[0]]
 
     save_tensors(folder.weights, policy.var.state_dict())
-    after = _evaluate(policy, reward, labels, config)
+    after = _evaluate(policy, reward, labels, fitted)
     save_text(folder.path / "summary.json", json.dumps({"before": before, "after": after}, indent=2) + "\n")
     print(f"\n{table(before, after)}\n" if after else "")
     print(f"run complete: {config.run.steps} steps. Weights {folder.weights}, curves and grids in {folder.path}")
@@ -172,23 +183,17 @@ def _metrics(
     rollout: Rollout, rewards: Rewards, advantages_B: torch.Tensor, group_size: int, stats: StepStats
 ) -> dict[str, float]:
     """The numbers of a step, by the names of metrics.jsonl."""
-    return {
-        "reward_mean": float(rewards.total_B.mean()),
-        "reward_std": float(rewards.total_B.std(correction=0)),
-        **{f"reward/{name}": float(score_B.mean()) for name, score_B in rewards.components.items()},
-        "advantage_mean": float(advantages_B.mean()),
-        "advantage_std": float(advantages_B.std(correction=0)),
-        "groups_without_signal": groups_without_signal(rewards.total_B, group_size),
-        "entropy": float(rollout.entropy_BL.mean()),
-        **asdict(stats),
+    measured = {
+        "reward_mean": rewards.total_B.mean(),
+        "reward_std": rewards.total_B.std(correction=0),
+        **{f"reward/{name}": score_B.mean() for name, score_B in rewards.components.items()},
+        "advantage_mean": advantages_B.mean(),
+        "advantage_std": advantages_B.std(correction=0),
+        "entropy": rollout.entropy_BL.mean(),
     }
-
-
-def _clock(device: torch.device) -> float:
-    """Seconds, once the device has done all that was asked of it so far."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    values = torch.stack(list(measured.values())).tolist()  # one copy from the device
+    without_signal = groups_without_signal(rewards.total_B, group_size)
+    return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal, **asdict(stats)}
 
 
 @contextmanager
@@ -211,8 +216,10 @@ def _catch_signals() -> Iterator[list[signal.Signals]]:
 
 
 def main(arguments: list[str]) -> int:
-    """python -m varfast.train config.yaml [a.b=c ...]"""
-    return train(load_config(*split_arguments(arguments, "python -m varfast.train config.yaml [a.b=c ...]")))
+    """python -m varfast.train config.yaml [--profile] [a.b=c ...]"""
+    profile = "--profile" in arguments
+    rest = [a for a in arguments if a != "--profile"]
+    return train(load_config(*split_arguments(rest, "python -m varfast.train config.yaml [--profile] [a.b=c ...]")), profile)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from varfast import Policy
+from varfast.kernels.selection import _OPS, configure
+from varfast.policy import _DTYPES
+
+SIZES = [
+    {"depth": 2, "patch_nums": (1, 2, 3, 4)},
+    {"depth": 3, "patch_nums": (2, 3, 5), "vocab_size": 37, "shared_adaln": True},
+    {"depth": 1, "patch_nums": (1,), "qk_l2_norm": False},
+]
+
+
+@pytest.fixture
+def plain_ops():
+    """Every op in plain PyTorch."""
+    configure(dict.fromkeys(_OPS, "reference"))
+    yield
+    configure({})
+
+
+def pair(make_models, sizes, dtype, device="cpu"):
+    return (Policy(*make_models(**sizes), device=device, dtype=dtype, fast=fast) for fast in (True, False))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", list(_DTYPES))
+@pytest.mark.parametrize("inference", [{}, {"cfg": 1.5, "top_k": 9, "top_p": 0.9}])
+def test_fast_rollout_equals_the_eager_one(make_models, plain_ops, sizes, dtype, inference):
+    fast, eager = pair(make_models, sizes, dtype)
+    for step in range(3):
+        ours, theirs = (p.sample([0, 1, 2, 3] * 3, 0.8, seed=1, step=step, **inference) for p in (fast, eager))
+        assert torch.equal(ours.tokens_BL, theirs.tokens_BL)
+        assert torch.equal(ours.logp_BL, theirs.logp_BL)
+        assert torch.equal(ours.entropy_BL, theirs.entropy_BL)
+        with torch.no_grad():  # new weights, of every kind, reach the next rollout
+            for mine, other in zip(fast.var.parameters(), eager.var.parameters(), strict=True):
+                mine.mul_(1.05)
+                other.mul_(1.05)
+
+
+def test_sample_images_are_the_decoded_rollout(make_models):
+    policy = Policy(*make_models(depth=2))
+    rollout, images = policy.sample_images([0, 1, 2, 3], 0.9, seed=3, micro_batch=2)
+    assert torch.equal(rollout.tokens_BL, policy.sample([0, 1, 2, 3], 0.9, seed=3).tokens_BL)
+    torch.testing.assert_close(images, policy.decode(rollout.tokens_BL), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", list(_DTYPES))
+def test_captured_rollout_equals_the_eager_one(make_models, sizes, dtype):
+    """The first call runs eagerly, the second is captured, the others replayed, with other keys, labels and weights."""
+    fast, eager = pair(make_models, sizes, dtype, "cuda")
+    seen = []
+    for step in range(4):
+        labels = [(i + step) % 5 for i in range(12)]
+        ours, theirs = (p.sample(labels, 0.8, seed=1, step=step, micro_batch=4) for p in (fast, eager))
+        assert torch.equal(ours.tokens_BL, theirs.tokens_BL)
+        assert torch.equal(ours.logp_BL, theirs.logp_BL)
+        seen.append(ours.tokens_BL)
+        with torch.no_grad():
+            for mine, other in zip(fast.var.parameters(), eager.var.parameters(), strict=True):
+                mine.mul_(1.05)
+                other.mul_(1.05)
+    assert fast._sampler._graph is not None
+    assert not torch.equal(seen[2], seen[3])
+    assert not torch.equal(seen[3][:4], seen[3][4:8])
+
+
+@pytest.mark.gpu
+def test_rollout_waits_for_nothing_on_the_gpu(make_models):
+    policy = Policy(*make_models(depth=2), device="cuda", dtype="bfloat16")
+    labels = torch.arange(8, device="cuda") % 5
+    for step in range(3):
+        policy.sample_images(labels, 0.7, seed=0, step=step, micro_batch=4)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        policy.sample_images(labels, 0.7, seed=0, step=3, micro_batch=4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
