@@ -9,8 +9,10 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "kernels",
     "types",
+    "command",
     "config",
     "randomness",
+    "roofline",
     "models",
     "rollout",
     "policy",
@@ -22,7 +24,6 @@ ORDER = [
     "checkpoint",
     "log",
     "evaluate",
-    "command",
     "pretrain",
     "train",
     "sample",
