@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from varfast.log import environment
+from varfast.roofline import Ceilings
 
 RECORDS = Path(__file__).parent / "records"
 CUDA = torch.cuda.is_available()
@@ -85,16 +86,8 @@ def _time_once(call: Callable[[], object]) -> float:
     return begin_event.elapsed_time(end_event)
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What this machine does at best, measured now: FLOP/s of a large product, bytes/s of a copy (read plus write)."""
-
-    flop_per_s: float
-    byte_per_s: float
-
-
 def measure_ceilings() -> Ceilings:
-    """bf16 product of side 8192 and copy of 2 GiB on a GPU; float32 of side 1024 and 128 MiB on a CPU."""
+    """Measured now: bf16 product of side 8192 and copy of 2 GiB on a GPU; float32 of side 1024 and 128 MiB on a CPU."""
     side, dtype, size = (8192, torch.bfloat16, 2**31) if CUDA else (1024, torch.float32, 2**27)
     a, b = torch.randn(2, side, side, device=DEVICE).to(dtype)
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=DEVICE)

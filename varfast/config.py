@@ -221,7 +221,9 @@ class RolloutConfig(_Section):
     temperature: float = Field(0.7, gt=0, description="of the plain multinomial draw; no guidance, no filters")
     labels: Literal["all"] | list[int] = Field("all", description="labels to draw from, uniformly")
     label_share: float = Field(1.0, gt=0, le=1, description="train on this share of the labels, chosen by run.seed")
-    micro_batch: int | None = Field(None, ge=1, description="images sampled and decoded at a time; default: all")
+    micro_batch: int | None = Field(
+        None, ge=1, description="images sampled and decoded at a time; default: chosen from free memory"
+    )
 
     @property
     def images(self) -> int:
@@ -246,11 +248,13 @@ class UpdateConfig(_Section):
     """From a scored rollout to new weights."""
 
     minibatch: int = Field(32, ge=1, description="images an optimizer step")
-    micro_batch: int | None = Field(None, ge=1, description="images a forward and backward pass; default: minibatch")
+    micro_batch: int | None = Field(
+        None, ge=1, description="images a forward and backward pass; default: chosen from free memory"
+    )
     checkpointing: Literal["auto", "none", "attention", "full"] = Field(
         "auto",
-        description="what the backward pass computes again to save memory: nothing, the attention branches, the blocks; "
-        "auto: by the memory that is free",
+        description="activations recomputed in the backward pass to save memory: none, each block's attention branch, "
+        "or whole blocks; auto: chosen from free memory",
     )
     epochs: int = Field(1, ge=1, description="passes over a rollout")
     optimizer: Literal["adamw", "apex"] = Field(

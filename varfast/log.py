@@ -97,19 +97,19 @@ class RunLog:
 class StageLimits:
     """What the stages of a step take against what they could: ms, share of the limit, MFU, images/s.
 
-    The limit of a stage is what its FLOPs or its bytes take at least (`varfast.roofline`), at the rates that this device
-    was measured to reach when the run began.
+    The limit of a stage is what its FLOPs or its bytes take at least (`varfast.roofline`), at the rates that this
+    device was measured to reach when the run began.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
         """config: with the micro-batches and the checkpointing in use."""
         self._images = config.rollout.images
-        counts = stage_counts(config)
-        ceilings = measure_here(device, config.run.dtype)
+        checkpointing = config.update.checkpointing
+        counts = stage_counts(config, "none" if checkpointing == "auto" else checkpointing)
+        ceilings = measure_here(device, getattr(torch, config.run.dtype))
         self._limit_ms = {name: speed_of_light_s(count, ceilings) * 1e3 for name, count in counts.items()}
         # Model FLOPs: what checkpointing computes again does not count.
-        without = stage_counts(config, checkpointing="none")
-        self._step_at_peak_s = sum(count.flop for count in without.values()) / ceilings.flop_per_s
+        self._step_at_peak_s = sum(count.flop for count in stage_counts(config).values()) / ceilings.flop_per_s
 
     def metrics(self, stages_ms: dict[str, float], step_s: float) -> dict[str, float]:
         """The numbers of a step, by the names of metrics.jsonl."""

@@ -32,7 +32,7 @@ from varfast.policy import Policy, load_policy, pick_device
 from varfast.pretrain import pretrained
 from varfast.randomness import GRID_STEP
 from varfast.rewards import WeightedSum
-from varfast.roofline import fit_memory
+from varfast.roofline import available_bytes, planned
 from varfast.stages import StageClock, stage
 from varfast.types import InputError, Rewards, Rollout, ScoredRollout, StepStats
 from varfast.update import Updater
@@ -53,12 +53,12 @@ def train(config: Config, profile: bool = False) -> int:
         kernels.configure(config.kernels.model_dump(), device)
     except ValueError as error:
         raise InputError(f"kernels: {error}") from error
+    fitted = planned(config, available_bytes(device))
     folder = RunFolder(config.run.dir)
     state = folder.prepare(config)
     reward = WeightedSum(config.reward)
     policy = load_base(config, folder, resume=state is not None)
     reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
-    fitted = fit_memory(config, device)
     updater = Updater(policy, reference, config.grpo, fitted.update, config.run.steps, config.run.seed)
     labels = label_pool(config.rollout, policy.num_classes, config.run.seed)
     if state is None:
@@ -217,9 +217,9 @@ def _catch_signals() -> Iterator[list[signal.Signals]]:
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.train config.yaml [--profile] [a.b=c ...]"""
-    profile = "--profile" in arguments
     rest = [a for a in arguments if a != "--profile"]
-    return train(load_config(*split_arguments(rest, "python -m varfast.train config.yaml [--profile] [a.b=c ...]")), profile)
+    config = load_config(*split_arguments(rest, "python -m varfast.train config.yaml [--profile] [a.b=c ...]"))
+    return train(config, profile="--profile" in arguments)
 
 
 if __name__ == "__main__":

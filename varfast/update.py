@@ -103,15 +103,15 @@ class Updater:
         means = torch.stack(measured).nanmean(dim=0)
         gap = measured[0][4:]  # before the first optimizer step the policy is still the one that was sampled
         norm = torch.stack(norms).nanmean()
-        values = torch.cat([means[:4], gap, norm.unsqueeze(0)]).tolist()
+        loss, kl, clip, ratio, gap_mean, gap_max, grad_norm = torch.cat([means[:4], gap, norm.unsqueeze(0)]).tolist()
         flags = torch.stack(skipped).tolist()
         self._count_skipped(flags)
-        return StepStats(*values, learning_rate=lr, skipped_steps=sum(flags))
+        return StepStats(loss, kl, clip, ratio, gap_mean, gap_max, grad_norm, lr, sum(flags))
 
     def _gradient(
         self, scored: ScoredRollout, rows: Tensor, minibatch: int, logp_ref_BL: Tensor | None, first_epoch: bool
     ) -> Tensor:
-        """Set the gradient of a minibatch, of whose images `rows` have one; (6,) loss and GRPO_STATS, if there are any."""
+        """Set the gradient of a minibatch, of whose images `rows` have one; (6,) loss and GRPO_STATS if any do."""
         self.optimizer.zero_grad(set_to_none=True)
         measured = []
         for part in rows.split(self.config.micro_batch or minibatch) if len(rows) else ():
@@ -164,8 +164,8 @@ class Updater:
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if flag else 0
             if self._skipped_in_a_row >= self.config.max_skipped_steps:
                 raise RuntimeError(
-                    f"{self._skipped_in_a_row} gradients in a row were not finite; none reached a weight. Lower update.lr "
-                    "or update.grad_clip, or go back to a checkpoint; with run.dtype=bfloat16 try float32"
+                    f"{self._skipped_in_a_row} gradients in a row were not finite; none reached a weight. Lower "
+                    "update.lr or update.grad_clip, or go back to a checkpoint; with run.dtype=bfloat16 try float32"
                 )
 
 
@@ -176,8 +176,8 @@ def _optimizer(groups: list[dict[str, Any]], config: UpdateConfig) -> torch.opti
         fused_adam = importlib.import_module("apex.optimizers").FusedAdam
     except (ImportError, AttributeError) as error:
         raise InputError(
-            "update.optimizer=apex: NVIDIA Apex cannot be imported (the apex on PyPI is another package); build it from "
-            "github.com/NVIDIA/apex, or use adamw"
+            "update.optimizer=apex: NVIDIA Apex cannot be imported (the apex on PyPI is another package); build it "
+            "from github.com/NVIDIA/apex, or use adamw"
         ) from error
     optimizer: torch.optim.Optimizer = fused_adam(groups, lr=config.lr, betas=config.betas, adam_w_mode=True)
     return optimizer

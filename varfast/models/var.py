@@ -206,10 +206,9 @@ class Block(nn.Module):
     def constants(self, cond: Tensor) -> BlockConstants:
         """From the class condition, in the condition's dtype."""
         six = self.ada_lin(cond) if self.ada_gss is None else self.ada_gss.to(cond.dtype) + cond
-        attn = self.attn
-        return BlockConstants(
-            *six.view(-1, 6, self.width).unbind(1), attn.qkv_bias().to(cond.dtype), attn.logit_scale_H().float()
-        )
+        gate1, gate2, scale1, scale2, shift1, shift2 = six.view(-1, 6, self.width).unbind(1)
+        bias, logit_scale_H = self.attn.qkv_bias().to(cond.dtype), self.attn.logit_scale_H().float()
+        return BlockConstants(gate1, gate2, scale1, scale2, shift1, shift2, bias, logit_scale_H)
 
     def forward(
         self,

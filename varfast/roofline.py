@@ -1,0 +1,841 @@
+"""What one GRPO step must compute, move and hold: counted from a config alone, without a GPU, a model or the network.
+
+    python -m varfast.roofline configs/d30.yaml [device=H200] [a.b=c ...]
+
+prints, for a device, the speed-of-light time of every stage, the memory with the micro-batches that fit, and what many
+GPUs would lose to communication. Nothing here is measured, save the ceilings of `device=here` and of the H200.
+
+How things are counted
+- FLOPs: two for each multiply and add of a matrix product, a convolution or attention; of attention the pairs that the
+  mask keeps (0.619 of all at 256 px). Elementwise work counts none. A backward pass is two forward passes. (Attention's
+  is 2.5: the scores are computed again. That is 1 % of d16's update, and left out.)
+- Bytes, at least: a product or convolution reads its input and writes its output once; a GroupNorm, whose statistics
+  need the whole image, reads and writes it once more; everything else (attention, LayerNorm, gates, GELU, residuals)
+  is taken to ride along. Weights are read once a pass.
+- Memory: see `memory`.
+
+Axes: B image, L token over all scales, l token of one scale, V vocabulary, C channel, H head, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import psutil
+import torch
+
+from varfast.command import run_command, split_arguments
+from varfast.config import Config, VARConfig, VQVAEConfig, load_config
+from varfast.types import InputError
+
+Checkpointing = Literal["none", "attention", "full"]
+
+_FLOAT32 = 4  # bytes
+_ITEM = {"float32": 4, "bfloat16": 2}
+STAGES = ("rollout", "decode", "reward", "reference", "update", "optimizer")
+
+
+@dataclass(frozen=True)
+class Count:
+    """Work: FLOPs, and bytes that go through the device's memory at least."""
+
+    flop: float
+    io_bytes: float
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.flop + other.flop, self.io_bytes + other.io_bytes)
+
+    def __mul__(self, times: float) -> Count:
+        return Count(self.flop * times, self.io_bytes * times)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer
+
+
+def num_parameters(sizes: VARConfig) -> int:
+    """Trainable numbers of VAR: 310 283 520 (d16), 2 010 020 356 (d30)."""
+    C, first = sizes.width, sizes.patch_nums[0] ** 2
+    embeddings = (first + sizes.num_tokens + sizes.num_classes + 1 + len(sizes.patch_nums)) * C
+    embeddings += sizes.code_width * C + C
+    biases = 2 * C + C + _hidden(sizes) + C  # of q and v, proj, fc1, fc2
+    block = biases + (sizes.depth if sizes.qk_l2_norm else 0) + 6 * C  # adaLN: a bias, or what stands in for it
+    head = 2 * C * C + 2 * C + C * sizes.vocab_size + sizes.vocab_size
+    shared = 6 * C if sizes.shared_adaln else 0
+    return embeddings + sizes.depth * block + shared + num_matrix_parameters(sizes) + head
+
+
+def num_matrix_parameters(sizes: VARConfig) -> int:
+    """Numbers in the blocks' matrices: those that are computed with in run.dtype. The rest stays float32."""
+    C = sizes.width
+    adaln = 6 * C * C
+    block = 4 * C * C + 2 * C * _hidden(sizes) + (0 if sizes.shared_adaln else adaln)
+    return sizes.depth * block + (adaln if sizes.shared_adaln else 0)
+
+
+def _hidden(sizes: VARConfig) -> int:
+    return round(sizes.width * sizes.mlp_ratio)
+
+
+def num_pairs(sizes: VARConfig) -> int:
+    """Pairs of query and key that the scale mask keeps, of L^2: 286 434 of 462 400 at 256 px."""
+    return sum(side * side * end for side, end in zip(sizes.patch_nums, sizes.scale_ends, strict=True))
+
+
+@dataclass(frozen=True)
+class ForwardFlop:
+    """FLOPs of a forward pass of VAR over one image, without guidance.
+
+    Attributes:
+        attention_branch: qkv and output projection of all blocks.
+        mlp: both layers of all blocks.
+        attention: of the pairs that the mask keeps.
+        attention_dense: of all pairs; not in the total.
+        head: from width to vocabulary.
+        adaln: modulation of blocks and head, once an image. (The rollout's engine computes it anew at each scale.)
+        embed: from code width to width.
+    """
+
+    attention_branch: float
+    mlp: float
+    attention: float
+    attention_dense: float
+    head: float
+    adaln: float
+    embed: float
+
+    @property
+    def linear(self) -> float:
+        return self.attention_branch + self.mlp
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention + self.head + self.adaln + self.embed
+
+
+def forward_flop(sizes: VARConfig) -> ForwardFlop:
+    """Per image; the same for a rollout with a key-value cache and for a teacher-forced pass."""
+    C, L, depth = sizes.width, sizes.num_tokens, sizes.depth
+    return ForwardFlop(
+        attention_branch=2.0 * depth * L * 4 * C * C,
+        mlp=2.0 * depth * L * 2 * C * _hidden(sizes),
+        attention=4.0 * depth * num_pairs(sizes) * C,
+        attention_dense=4.0 * depth * L * L * C,
+        head=2.0 * L * C * sizes.vocab_size,
+        adaln=2.0 * (1 if sizes.shared_adaln else depth) * 6 * C * C + 2.0 * 2 * C * C,
+        embed=2.0 * (L - sizes.patch_nums[0] ** 2) * sizes.code_width * C,
+    )
+
+
+def forward_bytes(sizes: VARConfig, dtype: str) -> float:
+    """Activations that the products of a forward pass read and write, an image; weights are not counted here.
+
+    With an MLP of ratio 4, 16 C a block and token: qkv reads C and writes 3 C, proj C and C, fc1 C and 4 C, fc2 4 C and
+    C. The head reads C and writes V in float32. Today's kernels also pass over the stream in adaLN (6 C), attention
+    (4 C) and GELU (8 C).
+    """
+    C, L = sizes.width, sizes.num_tokens
+    block = (4 + 2 + 2) * C + 2 * _hidden(sizes)
+    return float(L * (sizes.depth * block * _ITEM[dtype] + (C + sizes.vocab_size) * _FLOAT32))
+
+
+def _weight_bytes(sizes: VARConfig, dtype: str) -> float:
+    """What a pass reads of the weights: the blocks' matrices in `dtype`, the rest in float32."""
+    matrices = num_matrix_parameters(sizes)
+    return float(matrices * _ITEM[dtype] + (num_parameters(sizes) - matrices) * _FLOAT32)
+
+
+def _recomputed_share(sizes: VARConfig, checkpointing: Checkpointing) -> float:
+    """Of a forward pass, in FLOPs, computed again in the backward pass."""
+    flop = forward_flop(sizes)
+    again = {
+        "none": 0.0,
+        "attention": flop.attention_branch + flop.attention,
+        "full": flop.linear + flop.attention + flop.adaln,
+    }
+    return again[checkpointing] / flop.total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The VQ-VAE
+
+
+class _Layer(NamedTuple):
+    """One layer on a square map, of one image.
+
+    parameters, flop; elements: numbers read and written; live: numbers that exist at once while its block runs.
+    """
+
+    parameters: int
+    flop: float
+    elements: int
+    live: int
+
+
+def _conv(channels_in: int, channels_out: int, kernel: int, side: int, side_in: int | None = None) -> _Layer:
+    weights = channels_in * channels_out * kernel * kernel
+    read, written = channels_in * (side_in or side) ** 2, channels_out * side * side
+    return _Layer(weights + channels_out, 2.0 * weights * side * side, read + written, read + written)
+
+
+def _norm(channels: int, side: int) -> _Layer:
+    # Map, normalised map and its SiLU exist together.
+    return _Layer(2 * channels, 0.0, 2 * channels * side * side, 3 * channels * side * side)
+
+
+def _resnet(channels_in: int, channels_out: int, side: int) -> Iterator[_Layer]:
+    yield _norm(channels_in, side)
+    yield _conv(channels_in, channels_out, 3, side)
+    # The block's input waits for the sum while the second half runs.
+    yield _norm(channels_out, side)._replace(live=(channels_in + 3 * channels_out) * side * side)
+    yield _conv(channels_out, channels_out, 3, side)
+    if channels_in != channels_out:
+        yield _conv(channels_in, channels_out, 1, side)
+
+
+def _attention(channels: int, side: int) -> Iterator[_Layer]:
+    positions = side * side
+    yield _norm(channels, side)
+    yield _conv(channels, 3 * channels, 1, side)
+    # Input, q, k, v, output, and the scores where no fused kernel takes a head of this width.
+    yield _Layer(0, 4.0 * positions**2 * channels, 0, 8 * channels * positions + 2 * positions**2)
+    yield _conv(channels, channels, 1, side)
+
+
+def _middle(channels: int, side: int) -> Iterator[_Layer]:
+    yield from _resnet(channels, channels, side)
+    yield from _attention(channels, side)
+    yield from _resnet(channels, channels, side)
+
+
+def _level(channels_in: int, channels_out: int, blocks: int, side: int, attention: bool) -> Iterator[_Layer]:
+    widths = [channels_in] + [channels_out] * blocks
+    for index, (narrow, wide) in enumerate(pairwise(widths)):
+        held = channels_in * side * side if index else 0  # the level's input, until the level is done
+        for layer in _resnet(narrow, wide, side):
+            yield layer._replace(live=layer.live + held)
+        if attention:
+            yield from _attention(channels_out, side)
+
+
+def _encoder(config: VQVAEConfig) -> Iterator[_Layer]:
+    widths = [config.base_channels * m for m in (1, *config.channel_multipliers)]
+    side, last = config.image_size, len(widths) - 2
+    yield _conv(3, widths[0], 3, side)
+    for index, (channels_in, channels_out) in enumerate(pairwise(widths)):
+        yield from _level(channels_in, channels_out, config.num_res_blocks, side, index == last)
+        if index != last:
+            yield _conv(channels_out, channels_out, 3, side // 2, side)
+            side //= 2
+    yield from _middle(widths[-1], side)
+    yield _norm(widths[-1], side)
+    yield _conv(widths[-1], config.code_width, 3, side)
+    yield _conv(config.code_width, config.code_width, 3, side)  # quant_conv
+
+
+def _decoder(config: VQVAEConfig) -> Iterator[_Layer]:
+    """From the sum of quantized scales to pixels: post_quant_conv and decoder."""
+    side = config.patch_nums[-1]
+    yield _conv(config.code_width, config.code_width, 3, side)  # post_quant_conv
+    widths = [config.base_channels * m for m in (*config.channel_multipliers, config.channel_multipliers[-1])]
+    levels = list(pairwise(widths))
+    yield _conv(config.code_width, widths[-1], 3, side)
+    yield from _middle(widths[-1], side)
+    for index in reversed(range(len(levels))):
+        channels_out, channels_in = levels[index]
+        yield from _level(channels_in, channels_out, config.num_res_blocks + 1, side, index == len(levels) - 1)
+        if index != 0:
+            side *= 2  # the convolution reads the upsampled map
+            yield _conv(channels_out, channels_out, 3, side)
+    yield _norm(widths[0], side)
+    yield _conv(widths[0], 3, 3, side)
+
+
+def num_vqvae_parameters(config: VQVAEConfig) -> int:
+    """Encoder, decoder, codebook and residual convolutions: 108 948 355 for the public one."""
+    phi = _conv(config.code_width, config.code_width, 3, 1).parameters
+    both = sum(layer.parameters for layer in (*_encoder(config), *_decoder(config)))
+    return both + (config.num_phi or len(config.patch_nums)) * phi + config.vocab_size * config.code_width
+
+
+def decode_count(config: VQVAEConfig, dtype: str) -> Count:
+    """One image from tokens to pixels, the residual convolutions of every scale included; its weights are not.
+
+    393.8 GFLOP for the public VQ-VAE: 181 in the level at 256x256, 30 in the upsampling to it.
+    """
+    phi = _conv(config.code_width, config.code_width, 3, config.patch_nums[-1])
+    layers = [*_decoder(config), *[phi] * len(config.patch_nums)]
+    return Count(sum(x.flop for x in layers), _ITEM[dtype] * sum(x.elements for x in layers))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A step
+
+# Work of one image in rewards that run a network, by their type in the config: a reward with a backbone adds its line
+# (CLIP ViT-L/14: 162 GFLOP an image). brightness reads the pixels; a user's own function is not known here.
+_REWARD_COUNTS: dict[str, Count] = {}
+
+
+def stage_counts(config: Config, checkpointing: Checkpointing = "none") -> dict[str, Count]:
+    """Work of every stage of one step, that is of rollout.images images and all their optimizer steps.
+
+    The number of passes, and with it how often weights are read, follows rollout.micro_batch and update.micro_batch;
+    where they are null all images, or a minibatch, go through at once. decode is counted in run.dtype.
+
+    Args:
+        checkpointing: what the update recomputes: nothing, the attention branch of each block, or whole blocks.
+    Returns: by the names in STAGES.
+    """
+    sizes, dtype, images = config.policy.sizes, config.run.dtype, config.rollout.images
+    flop, activations, weights = forward_flop(sizes).total, forward_bytes(sizes, dtype), _weight_bytes(sizes, dtype)
+    parameters, matrices = num_parameters(sizes), num_matrix_parameters(sizes)
+
+    rollout_passes = images // (config.rollout.micro_batch or images)
+    # Keys and values: written once, all but the last scale's; each scale reads those of the scales before it.
+    ends = (0, *sizes.scale_ends)
+    tokens = ends[-2] + sum(ends[:-1])
+    cache = tokens * _cache_bytes_per_token(config)
+    rollout = Count(flop, activations + cache) * images
+    rollout += Count(0.0, weights) * (rollout_passes * len(sizes.patch_nums))
+
+    decode = decode_count(config.policy.vqvae, dtype) * images
+    decoder_weights = sum(layer.parameters for layer in _decoder(config.policy.vqvae)) * _ITEM[dtype]
+    decode += Count(0.0, decoder_weights) * rollout_passes
+
+    pixels = Count(0.0, 3 * config.policy.vqvae.image_size**2 * _FLOAT32)
+    reward = sum((_REWARD_COUNTS.get(r.type, Count(0, 0)) + pixels for r in config.reward.values()), Count(0, 0))
+
+    optimizer_steps = config.update.epochs * images // config.update.minibatch
+    micro_batches = config.update.minibatch // (config.update.micro_batch or config.update.minibatch)
+    forward = Count(flop, activations) * (images * config.update.epochs)
+    one_read = Count(0.0, weights) * (optimizer_steps * micro_batches)
+    reference = forward + one_read if config.grpo.kl_beta > 0.0 else Count(0.0, 0.0)
+
+    # Forward and backward read the weights; the gradient, float32, is written, then read and written by each further
+    # micro-batch: for d30 with whole minibatches 16 x (8 + 8) GB a step, beside 1.95 TB of activations.
+    again = _recomputed_share(sizes, checkpointing)
+    update = forward * (3.0 + again) + one_read * (2.0 + again)
+    update += Count(0.0, parameters * _FLOAT32 * (2 * micro_batches - 1)) * optimizer_steps
+
+    # AdamW reads weight, gradient and two moments, writes weight and moments, in float32; and the matrices' copy in
+    # 16 bits. The norm for clipping is taken to be summed up where the gradient is made.
+    copied = matrices * _ITEM[dtype] if dtype != "float32" else 0
+    optimizer = Count(0.0, 7 * _FLOAT32 * parameters + copied) * optimizer_steps
+
+    return dict(zip(STAGES, (rollout, decode, reward * images, reference, update, optimizer), strict=True))
+
+
+def _cache_bytes_per_token(config: Config) -> int:
+    """Keys and values of all blocks."""
+    sizes = config.policy.sizes
+    return 2 * sizes.depth * sizes.width * _ITEM[config.run.dtype]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+# Of the memory that is free, what plans may use: the rest is the allocator's fragmentation and libraries' workspaces.
+_USABLE = 0.9
+# update_plan: below this many images at a time, recomputing costs less than more passes over the weights.
+_ENOUGH_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device; one process, nothing sharded.
+
+    Attributes:
+        weights: of the transformer, float32.
+        compute_copy: its blocks' matrices in 16 bits; 0 in float32.
+        gradients, moments: float32; Adam has two moments.
+        reference: the base model of the KL term, matrices in run.dtype; 0 with kl_beta = 0.
+        vqvae: its weights, float32.
+        images: of a step, float32 pixels, twice while micro-batches are put together.
+        kv_cache: of a micro-batch, without the last scale, whose keys and values no later scale needs.
+        rollout_activations: of a micro-batch at the last scale, where they are largest.
+        decode: of a micro-batch, at the level where most exists at once.
+        update: of a micro-batch: what autograd keeps, logits, and the block at work.
+        optimizer: temporary square roots of the second moments.
+    """
+
+    weights: int
+    compute_copy: int
+    gradients: int
+    moments: int
+    reference: int
+    vqvae: int
+    images: int
+    kv_cache: int
+    rollout_activations: int
+    decode: int
+    update: int
+    optimizer: int
+
+    @property
+    def states(self) -> int:
+        """What is there all the time."""
+        return self.weights + self.compute_copy + self.gradients + self.moments + self.reference + self.vqvae
+
+    @property
+    def rollout(self) -> int:
+        """Cache, activations and decode together: buffers of a captured graph are not given back between them."""
+        return self.images + self.kv_cache + self.rollout_activations + self.decode
+
+    @property
+    def peak(self) -> int:
+        return self.states + max(self.rollout, self.update, self.optimizer)
+
+    def fits(self, device_bytes: int) -> bool:
+        """Whether the plan's share of what the states leave is enough."""
+        return self.peak - self.states <= _USABLE * (device_bytes - self.states)
+
+
+def memory(config: Config) -> Memory:
+    """What a step needs with the config's micro-batches and checkpointing.
+
+    rollout.micro_batch null counts as all images, update.micro_batch null as a minibatch, update.checkpointing auto as
+    none: what `planned` fills in for a device is what counts there.
+    """
+    sizes, dtype, images = config.policy.sizes, config.run.dtype, config.rollout.images
+    parameters, matrices = num_parameters(sizes), num_matrix_parameters(sizes)
+    sampled = config.rollout.micro_batch or images
+    trained = config.update.micro_batch or config.update.minibatch
+    mode = config.update.checkpointing
+    return Memory(
+        weights=_FLOAT32 * parameters,
+        compute_copy=_ITEM[dtype] * matrices if dtype != "float32" else 0,
+        gradients=_FLOAT32 * parameters,
+        moments=2 * _FLOAT32 * parameters,
+        reference=round(_weight_bytes(sizes, dtype)) if config.grpo.kl_beta > 0.0 else 0,
+        vqvae=_FLOAT32 * num_vqvae_parameters(config.policy.vqvae),
+        images=2 * images * _image_bytes(config),
+        kv_cache=sampled * kv_cache_bytes(config),
+        rollout_activations=sampled * rollout_activation_bytes(config),
+        decode=sampled * decode_activation_bytes(config),
+        update=trained * update_activation_bytes(config, "none" if mode == "auto" else mode),
+        optimizer=_FLOAT32 * parameters,
+    )
+
+
+def _image_bytes(config: Config) -> int:
+    return 3 * config.policy.vqvae.image_size**2 * _FLOAT32
+
+
+def kv_cache_bytes(config: Config) -> int:
+    """Of one image: the keys and values of all blocks, of every scale but the last, which no later scale reads.
+
+    d16 in bfloat16: 27.8 MB for 424 tokens. (All 680 tokens: 44.6 MB, 22.8 GB for 512 images; d30 80.2 GB.)
+    """
+    return (0, *config.policy.sizes.scale_ends)[-2] * _cache_bytes_per_token(config)
+
+
+def rollout_activation_bytes(config: Config) -> int:
+    """Of one image, at the last scale, without gradients: the larger of a block at work and of the head.
+
+    In a block the stream, its normalised form, a branch and the MLP's hidden layer before and after GELU exist at once
+    (3 C + 2 x 4 C); in the head the stream, two float32 forms of it, and the logits of this scale and of the last.
+    """
+    sizes = config.policy.sizes
+    C, item = sizes.width, _ITEM[config.run.dtype]
+    tokens = sizes.patch_nums[-1] ** 2
+    before = sizes.patch_nums[-2] ** 2 if len(sizes.patch_nums) > 1 else 0
+    logits = sizes.vocab_size * _FLOAT32
+    block = max(3 * C + 2 * _hidden(sizes), 9 * C) * item
+    head = C * item + 2 * C * _FLOAT32 + logits
+    return tokens * max(block, head) + before * logits
+
+
+def decode_activation_bytes(config: Config) -> int:
+    """Of one image: the most that exists at once in the decoder, in run.dtype; 106 MB in bfloat16 at 256 px.
+
+    In a residual block at full resolution: the level's input, the block's, and map, normalised map and SiLU of its
+    second half, 21 MB each.
+    """
+    return _ITEM[config.run.dtype] * max(layer.live for layer in _decoder(config.policy.vqvae)) + _image_bytes(config)
+
+
+def update_activation_bytes(config: Config, checkpointing: Checkpointing) -> int:
+    """Of one image: what the forward pass keeps for the backward pass, and the most that comes on top while it runs.
+
+    Kept a token and block, in run.dtype (h = 4 C, the hidden layer; as the kernels for a GPU keep it):
+
+        none       normed C, q k v 3 C, attention C, branch C, stream C, normed C, hidden 2 h, branch C, stream C = 18 C
+        attention  all of it but normed, q k v and attention, which are computed again: 13 C
+        full       the stream that enters the block: C
+
+    and float32 numbers: the mean and scale of two norms, a head's softmax (2) and norms of q and k (2). Once: two
+    float32 forms of the stream for the head, and the logits, whose place their gradient takes. On top come the block at
+    work (what it recomputes, and gradients of its hidden layer and stream: 2 h + 2 C), or the head's gradients.
+    """
+    sizes = config.policy.sizes
+    C, hidden, item = sizes.width, _hidden(sizes), _ITEM[config.run.dtype]
+    statistics_bytes = (4 + 4 * sizes.depth) * _FLOAT32
+    attention_branch = 5 * C * item + statistics_bytes
+    block = attention_branch + (5 * C + 2 * hidden) * item
+    kept = {"none": block, "attention": block - attention_branch, "full": C * item}[checkpointing]
+    again = block - kept
+    head = 2 * C * _FLOAT32
+    logits = sizes.vocab_size * _FLOAT32
+    at_work = max(again + max(2 * C + 2 * hidden, 8 * C) * item, logits + 2 * C * _FLOAT32)
+    return sizes.num_tokens * (sizes.depth * kept + C * item + head + at_work)
+
+
+def rollout_micro_batch(config: Config, free_bytes: float) -> int:
+    """Images to sample and decode at a time: what the config names, else the most that fits, at least 1.
+
+    The largest divisor of rollout.images whose key-value cache, activations and decode take at most 0.9 of
+    `free_bytes`. d16 in bfloat16: 27.8 + 9.6 + 106 MB an image, so 512 images want 82 GB free.
+
+    Args:
+        free_bytes: the device's memory less `memory(config).states`.
+    """
+    if config.rollout.micro_batch is not None:
+        return config.rollout.micro_batch
+    one = kv_cache_bytes(config) + rollout_activation_bytes(config) + decode_activation_bytes(config)
+    images = config.rollout.images
+    return _largest_divisor(images, (_USABLE * free_bytes - 2 * images * _image_bytes(config)) / one)
+
+
+def update_plan(config: Config, free_bytes: float) -> tuple[int, Checkpointing]:
+    """Images to forward and backward at a time, and what to recompute: what the config names, else what fits best.
+
+    Without checkpointing the largest divisor of update.minibatch that fits into 0.9 of `free_bytes`. Where that is
+    fewer than 8 images (and less than a minibatch), attention, then full; where full does not reach 8 either, the
+    largest that fits with it, at least 1.
+
+    Why 8: each further micro-batch reads the weights and adds to the gradient once more, 12 bytes a parameter; for d30
+    24 GB, 5.6 ms on an H200. Forward and backward of 8 of its images take 57 ms, so at 8 that is 10 % more; at 4, 20 %.
+    Recomputing the attention branch costs 12 % (d30; full: 33 %), so above 8 smaller micro-batches are cheaper than
+    recomputing, below 8 dearer.
+
+    Args:
+        free_bytes: the device's memory less `memory(config).states`.
+    Returns: (micro_batch, checkpointing).
+    """
+    minibatch, asked = config.update.minibatch, config.update.checkpointing
+    enough = config.update.micro_batch or min(_ENOUGH_IMAGES, minibatch)
+    modes: tuple[Checkpointing, ...] = ("none", "attention", "full") if asked == "auto" else (asked,)
+    for mode in modes:
+        fitting = _USABLE * free_bytes / update_activation_bytes(config, mode)
+        if fitting >= enough:
+            break
+    return config.update.micro_batch or _largest_divisor(minibatch, fitting), mode
+
+
+def _largest_divisor(total: int, limit: float) -> int:
+    return max((d for d in range(1, total + 1) if total % d == 0 and d <= limit), default=1)
+
+
+def planned(config: Config, device_bytes: int | None) -> Config:
+    """The config with both micro-batches and update.checkpointing filled in for a device; None: memory is no limit."""
+    free = math.inf if device_bytes is None else device_bytes - memory(config).states
+    micro_batch, checkpointing = update_plan(config, free)
+    rollout = config.rollout.model_copy(update={"micro_batch": rollout_micro_batch(config, free)})
+    update = config.update.model_copy(update={"micro_batch": micro_batch, "checkpointing": checkpointing})
+    return config.model_copy(update={"rollout": rollout, "update": update})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device does at best: FLOP/s of a large product, bytes/s of a copy (read plus write); memory if known."""
+
+    flop_per_s: float
+    byte_per_s: float
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Device:
+    """Ceilings of a GPU by dtype.
+
+    Attributes:
+        bfloat16, float32: FLOP/s of dense products, without sparsity; float32 without TF32.
+        byte_per_s, memory_bytes: of its memory.
+        source: where these come from.
+    """
+
+    bfloat16: float
+    float32: float
+    byte_per_s: float
+    memory_bytes: int
+    source: str
+
+    def ceilings(self, dtype: str) -> Ceilings:
+        return Ceilings(self.float32 if dtype == "float32" else self.bfloat16, self.byte_per_s, self.memory_bytes)
+
+
+_DATASHEET = "datasheet, not measured: expect less (the H200's product reaches 80 % of its datasheet, its copy 90 %)"
+DEVICES = {
+    "H200": Device(
+        790e12, 67e12, 4.3e12, 139 * 2**30,
+        "measured with an 8192^3 bf16 product and a device copy on an H200; float32 from the datasheet",
+    ),
+    "H100": Device(989e12, 67e12, 3.35e12, int(80e9), f"H100 SXM 80 GB, {_DATASHEET}"),
+    "A100": Device(312e12, 19.5e12, 2.039e12, int(80e9), f"A100 SXM 80 GB, {_DATASHEET}"),
+    "L40S": Device(362e12, 91.6e12, 0.864e12, int(48e9), _DATASHEET),
+    "RTX4090": Device(165e12, 82.6e12, 1.008e12, int(24e9), f"GeForce RTX 4090, {_DATASHEET}"),
+}  # fmt: skip
+
+
+def speed_of_light_s(count: Count, ceilings: Ceilings) -> float:
+    """Seconds below which no implementation can get: computing and moving overlap perfectly."""
+    return max(count.flop / ceilings.flop_per_s, count.io_bytes / ceilings.byte_per_s)
+
+
+def measure_here(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Ceilings of this machine, now: a square product in `dtype` and a copy, medians of 5.
+
+    Sides of 8192 and 2 GiB on a GPU, of 1024 and 64 MiB on a CPU, where both take a fraction of a second.
+    """
+    on_gpu = device.type == "cuda"
+    side, size = (8192, 2**31) if on_gpu else (1024, 2**26)
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    product_s = _median_s(lambda: torch.mm(a, b), device)
+    copy_s = _median_s(lambda: target.copy_(source), device)
+    total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
+    return Ceilings(2 * side**3 / product_s, 2 * size / copy_s, total)
+
+
+def _median_s(call: Callable[[], object], device: torch.device) -> float:
+    repeats = 10 if device.type == "cuda" else 1  # so that a launch and a synchronisation do not count
+    times = []
+    for _ in range(1 + 5):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append((time.perf_counter() - begin) / repeats)
+    return statistics.median(times[1:])  # the first warms up
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory of a device that is free now, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _find_ceilings(name: str, dtype: str) -> tuple[Ceilings, str]:
+    """Ceilings of a device by name, and where they come from. Raises: InputError for a name that is not known."""
+    if name == "here":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        what = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+        return measure_here(device, getattr(torch, dtype)), f"{what}: measured now with a product and a copy"
+    if name not in DEVICES:
+        raise InputError(f"device={name}: known are {', '.join(DEVICES)}, and 'here' for this machine, measured")
+    return DEVICES[name].ceilings(dtype), DEVICES[name].source
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many GPUs
+
+_GPUS_A_NODE = 8
+_NVLINK_BYTE_PER_S = 450e9  # a GPU and direction: NVLink of H100 and H200
+_NETWORK_BYTE_PER_S = 50e9  # a GPU: a 400 Gb/s port each
+
+
+def all_gather_s(size_bytes: float, gpus: int) -> float:
+    """Seconds until each of `gpus` has all of `size_bytes`, of which each held an equal part; a reduce-scatter takes as
+    long, an all-reduce twice.
+
+    Across nodes each GPU fetches its eighth over its own port, then the eight of a node exchange over NVLink.
+    """
+    local = min(gpus, _GPUS_A_NODE)
+    nodes = gpus / local
+    return (
+        size_bytes / local * (1 - 1 / nodes) / _NETWORK_BYTE_PER_S + size_bytes * (1 - 1 / local) / _NVLINK_BYTE_PER_S
+    )
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """One way to spread a run over GPUs, each with the config's images a step and minibatch.
+
+    Attributes:
+        gpus: how many.
+        bytes_per_gpu: that a GPU receives in one optimizer step.
+        communication_s: of one optimizer step.
+        efficiency, efficiency_overlapped: time of a step alone over its time here, without and with communication
+            hidden behind computing.
+        states_bytes: of `Memory.states`, a GPU.
+    """
+
+    gpus: int
+    bytes_per_gpu: float
+    communication_s: float
+    efficiency: float
+    efficiency_overlapped: float
+    states_bytes: float
+
+
+def scale_data_parallel(config: Config, ceilings: Ceilings, gpus: int, gradient_item: int) -> Scaling:
+    """Each GPU holds everything; gradients are averaged by an all-reduce in every optimizer step.
+
+    Only the backward pass of the last micro-batch can hide it. config: as `planned`; gradient_item: bytes a number.
+    """
+    counts, optimizer_steps = _planned_counts(config), _optimizer_steps(config)
+    step_s = sum(speed_of_light_s(count, ceilings) for count in counts.values())
+    size = gradient_item * num_parameters(config.policy.sizes)
+    each_s = 2 * all_gather_s(size, gpus)
+    backward_s = 2 / 3 * speed_of_light_s(counts["update"], ceilings) / optimizer_steps / _micro_batches(config)
+    exposed_s = max(0.0, each_s - backward_s)
+    return Scaling(
+        gpus=gpus,
+        bytes_per_gpu=2 * size * (1 - 1 / gpus),
+        communication_s=each_s,
+        efficiency=step_s / (step_s + optimizer_steps * each_s),
+        efficiency_overlapped=step_s / (step_s + optimizer_steps * exposed_s),
+        states_bytes=memory(config).states,
+    )
+
+
+def scale_fully_sharded(config: Config, ceilings: Ceilings, gpus: int) -> Scaling:
+    """Weights, gradients, moments and reference in equal parts (FSDP).
+
+    The blocks' matrices travel in run.dtype, gradients in float32. Every micro-batch gathers the weights for its
+    forward and again for its backward pass, those of the reference once, and scatters its gradients. The rollout's one
+    gather is kept for the whole rollout. config: as `planned`.
+    """
+    counts, optimizer_steps = _planned_counts(config), _optimizer_steps(config)
+    step_s = sum(speed_of_light_s(count, ceilings) for count in counts.values())
+    sizes, held = config.policy.sizes, memory(config)
+    weights = _weight_bytes(sizes, config.run.dtype)
+    gathers = 3 if config.grpo.kl_beta > 0.0 else 2
+    size = _micro_batches(config) * (gathers * weights + _FLOAT32 * num_parameters(sizes))
+    each_s, rollout_s = all_gather_s(size, gpus), all_gather_s(weights, gpus)
+    hiding_s = sum(speed_of_light_s(counts[name], ceilings) for name in ("reference", "update")) / optimizer_steps
+    exposed_s = max(0.0, each_s - hiding_s)
+    return Scaling(
+        gpus=gpus,
+        bytes_per_gpu=size * (1 - 1 / gpus),
+        communication_s=each_s,
+        efficiency=step_s / (step_s + optimizer_steps * each_s + rollout_s),
+        efficiency_overlapped=step_s / (step_s + optimizer_steps * exposed_s + rollout_s),
+        states_bytes=(held.states - held.vqvae) / gpus + held.vqvae,
+    )
+
+
+def _planned_counts(config: Config) -> dict[str, Count]:
+    mode = config.update.checkpointing
+    return stage_counts(config, "none" if mode == "auto" else mode)
+
+
+def _optimizer_steps(config: Config) -> int:
+    return config.update.epochs * config.rollout.images // config.update.minibatch
+
+
+def _micro_batches(config: Config) -> int:
+    return config.update.minibatch // (config.update.micro_batch or config.update.minibatch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def report(config: Config, ceilings: Ceilings, title: str) -> str:
+    """The tables that the command prints; `title` names the device and where its ceilings come from."""
+    config = planned(config, ceilings.memory_bytes)
+    lines = [title, *_stage_table(config, ceilings), "", *_memory_table(config, ceilings), ""]
+    lines += [*_scaling_table(config, ceilings), "", "Predictions from counts, not measurements."]
+    return "\n".join(lines)
+
+
+def _stage_table(config: Config, ceilings: Ceilings) -> list[str]:
+    counts, images = _planned_counts(config), config.rollout.images
+    total_s = sum(speed_of_light_s(count, ceilings) for count in counts.values())
+    apart_s = sum(c.flop / ceilings.flop_per_s + c.io_bytes / ceilings.byte_per_s for c in counts.values())
+    names = ("GFLOP/image", "TFLOP/step", "GB/step", "compute ms", "bytes ms", "limit ms", "share")
+    lines = [
+        f"{ceilings.flop_per_s / 1e12:.4g} TFLOP/s in {config.run.dtype}, {ceilings.byte_per_s / 1e12:.4g} TB/s",
+        "",
+        f"one step of {images} images, {_optimizer_steps(config)} optimizer steps of {config.update.minibatch}",
+        f"{'stage':10}" + "".join(f"{name:>13}" for name in names),
+    ]
+    for name, count in counts.items():
+        limit_s = speed_of_light_s(count, ceilings)
+        numbers = (count.flop / images / 1e9, count.flop / 1e12, count.io_bytes / 1e9)
+        times = (count.flop / ceilings.flop_per_s, count.io_bytes / ceilings.byte_per_s, limit_s)
+        cells = "".join(f"{x:13.1f}" for x in (*numbers, *(s * 1e3 for s in times)))
+        lines.append(f"{name:10}{cells}{limit_s / total_s:13.1%}")
+    hours = config.run.steps * total_s / 3600
+    return [
+        *lines,
+        f"limit, computing and moving overlapped: {total_s:.3g} s a step, {images / total_s:.4g} images/s",
+        f"one after the other: {apart_s:.3g} s a step, {images / apart_s:.4g} images/s",
+        f"run.steps={config.run.steps}: at least {hours:.3g} h ({hours * apart_s / total_s:.3g} h not overlapped), "
+        "without evaluation and checkpoints",
+    ]
+
+
+def _memory_table(config: Config, ceilings: Ceilings) -> list[str]:
+    held = memory(config)
+    lines = [
+        f"memory, GiB: rollout.micro_batch={config.rollout.micro_batch}, "
+        f"update.micro_batch={config.update.micro_batch}, update.checkpointing={config.update.checkpointing}"
+    ]
+    parts = {field.name: getattr(held, field.name) for field in fields(held)}
+    parts |= {"all states": held.states, "peak": held.peak}
+    lines += [f"{name.replace('_', ' '):20}{size / 2**30:10.2f}" for name, size in parts.items()]
+    if ceilings.memory_bytes is None:
+        return [*lines, "the memory of this device is not known"]
+    fits = held.fits(ceilings.memory_bytes)
+    return [
+        *lines,
+        f"{'fits' if fits else 'does not fit'} into {ceilings.memory_bytes / 2**30:.1f} GiB, "
+        f"of which a tenth of what the states leave is kept for fragmentation and workspaces",
+    ]
+
+
+def _scaling_table(config: Config, ceilings: Ceilings) -> list[str]:
+    lines = [
+        "many GPUs, predicted: each does the step above; a node has 8, with NVLink of 450 GB/s a GPU and direction,",
+        "and 50 GB/s a GPU (a 400 Gb/s port each) between nodes, both fully used; no latency, no stragglers. GB and ms",
+        "of communication are an optimizer step's. Overlapped: data parallel hides in the backward pass of the last",
+        "micro-batch, FSDP in reference and update. 100 % is the speed of light of one GPU times their number.",
+        f"{'':27}{'GPUs':>6}{'GB/GPU':>10}{'ms':>10}{'efficiency':>12}{'overlapped':>12}{'states GiB':>12}",
+    ]
+    for gpus in (8, 64, 512):
+        ways = {
+            "data parallel, float32 sums": scale_data_parallel(config, ceilings, gpus, 4),
+            "data parallel, bf16 sums": scale_data_parallel(config, ceilings, gpus, 2),
+            "FSDP": scale_fully_sharded(config, ceilings, gpus),
+        }
+        for name, way in ways.items():
+            lines.append(
+                f"{name:27}{way.gpus:6}{way.bytes_per_gpu / 1e9:10.2f}{way.communication_s * 1e3:10.1f}"
+                f"{way.efficiency:12.1%}{way.efficiency_overlapped:12.1%}{way.states_bytes / 2**30:12.2f}"
+            )
+    return lines
+
+
+def main(arguments: list[str]) -> int:
+    """python -m varfast.roofline config.yaml [device=H200] [a.b=c ...]"""
+    device = [a.removeprefix("device=") for a in arguments if a.startswith("device=")]
+    others = [a for a in arguments if not a.startswith("device=")]
+    path, overrides = split_arguments(others, "python -m varfast.roofline config.yaml [device=H200] [a.b=c ...]")
+    config = load_config(path, overrides)
+    name = device[-1] if device else "H200"
+    ceilings, source = _find_ceilings(name, config.run.dtype)
+    print(report(config, ceilings, f"{path} on {name} ({source})"))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
