@@ -13,14 +13,18 @@ import varfast.env
 import varfast.sample
 from varfast import InputError, kernels
 from varfast.checkpoint import RunFolder, dump_config
-from varfast.train import train
+from varfast.train import main, train
 
-TIMES = ("rollout_s", "reward_s", "update_s", "step_s", "images_per_s")
+STAGES = ("rollout", "decode", "reward", "reference", "update", "optimizer")
+TIMES = ("step_s", "images_per_s", "mfu", *(f"{stage}_{what}" for stage in STAGES for what in ("ms", "share")))
+
+
+def lines(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 def metrics(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines(folder)]
 
 
 def weights(folder):
@@ -174,11 +178,15 @@ def failing_reward(tmp_path, monkeypatch):
 def test_a_reward_that_returns_nan_loses_nothing(make_config, failing_reward, tmp_path):
     import failing
 
+    one_batch = {"eval__samples_per_label": 1}  # an evaluation asks the reward once
+
     failing.broken = False
-    whole = make_config(run__steps=4, reward=failing_reward, run__dir=str(tmp_path / "whole"), log__checkpoint_every=99)
+    whole = make_config(
+        run__steps=4, reward=failing_reward, run__dir=str(tmp_path / "whole"), log__checkpoint_every=99, **one_batch
+    )
     train(whole)
     failing.calls[0], failing.broken = 0, True
-    config = make_config(run__steps=4, reward=failing_reward, log__checkpoint_every=99)
+    config = make_config(run__steps=4, reward=failing_reward, log__checkpoint_every=99, **one_batch)
     with pytest.raises(InputError, match="reward mine returned nan") as caught:
         train(config)  # the evaluation before, two steps, and the third fails
     assert "holds step 2; the same command goes on" in caught.value.__notes__[0]
@@ -306,3 +314,28 @@ def test_commands_end_with_code_2_and_no_traceback_for_bad_input(tmp_path):
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
         assert "Traceback" not in done.stderr
+
+
+def test_train_logs_time_and_share_of_the_limit_of_every_stage(make_config):
+    config = make_config()
+    train(config)
+    for line in lines(config.run.dir):
+        in_stages = [line[f"{stage}_ms"] for stage in STAGES]
+        assert all(ms > 0 for ms in in_stages)
+        assert sum(in_stages) < 1e3 * line["step_s"]
+        assert all(0 < line[f"{stage}_share"] < 1 for stage in STAGES if stage != "reward")
+        assert 0 < line["mfu"] < 1
+        assert line["images_per_s"] == pytest.approx(8 / line["step_s"])
+
+
+def test_profile_writes_a_trace_with_the_stages_and_the_memory_of_one_step(make_config, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(make_config(run__steps=4)))
+    assert main([str(path), "--profile"]) == 0
+    folder = tmp_path / "run" / "profile"
+    trace = json.loads((folder / "trace.json").read_text())
+    names = [event.get("name") for event in trace["traceEvents"]]
+    for stage in STAGES:
+        assert stage in names
+    assert names.count("reward") == 1  # one step, of four
+    assert "aten::" in (folder / "memory.txt").read_text()

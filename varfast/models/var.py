@@ -207,7 +207,7 @@ class Block(nn.Module):
         """From the class condition, in the condition's dtype."""
         six = self.ada_lin(cond) if self.ada_gss is None else self.ada_gss.to(cond.dtype) + cond
         gate1, gate2, scale1, scale2, shift1, shift2 = six.view(-1, 6, self.width).unbind(1)
-        bias, logit_scale_H = self.attn.qkv_bias().to(cond.dtype), self.attn.logit_scale_H().float()
+        bias, logit_scale_H = self.attn.qkv_bias().to(cond.dtype), self.attn.logit_scale_H()
         return BlockConstants(gate1, gate2, scale1, scale2, shift1, shift2, bias, logit_scale_H)
 
     def forward(
