@@ -3,7 +3,8 @@
 A kernel behind `varfast.kernels` computes one of these functions; its tests compare it with this file.
 Arithmetic is at least float32 whatever the storage dtype; float64 inputs are computed in float64.
 
-Axes: B image, l token of one scale, L token over all scales, V vocabulary, C channel, H head, D head dim.
+Axes: B image, l token of one scale, L token over all scales, V vocabulary, C channel, H head, D head dim;
+of images BCHW: H and W sides.
 """
 
 from __future__ import annotations
@@ -200,6 +201,33 @@ def gated_residual_norm(
 ) -> tuple[Tensor, Tensor]:
     new_BLC = gated_residual(x_BLC, branch_BLC, gate_BC)
     return new_BLC, layer_norm_modulate(new_BLC, scale_BC, shift_BC, eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GroupNorm
+
+
+def memory_format(x_BCHW: Tensor) -> torch.memory_format:
+    """channels_last where the channels are innermost, else contiguous."""
+    innermost = x_BCHW.stride(1) == 1 and not x_BCHW.is_contiguous()
+    return torch.channels_last if innermost else torch.contiguous_format
+
+
+def group_norm_silu(
+    x_BCHW: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    input_bias_C: Tensor | None,
+) -> Tensor:
+    wide = _at_least_float32(x_BCHW)
+    if input_bias_C is not None:
+        wide = wide + input_bias_C.to(wide.dtype)[:, None, None]
+    out = F.group_norm(wide, num_groups, weight_C.to(wide.dtype), bias_C.to(wide.dtype), eps)
+    out = F.silu(out) if silu else out
+    return out.to(x_BCHW.dtype).contiguous(memory_format=memory_format(x_BCHW))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
