@@ -136,6 +136,23 @@ def test_selective_log_softmax(benchmark, rows, ceilings, direction):
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("heads", [16, 30] if CUDA else [2])
+def test_split_heads(benchmark, rows, ceilings, heads, direction):
+    batch, length = (64, 680) if CUDA else (32, 30)
+    qkv = randn(batch, length, 3 * heads * 64, dtype=STORAGE).requires_grad_()
+
+    def by(impl):  # contiguous, as attention's kernels read them best
+        return lambda x: tuple(y.contiguous() for y in kernels.split_heads(x, heads, True, impl=impl))
+
+    functions = {"ours": by("auto"), "eager": by("reference")} | compiled(by("reference"))
+    # Forward reads and writes q, k, v; backward reads their gradients and q, k, and writes three again.
+    tensors = 6 if direction == "forward" else 8
+    io_bytes = batch * heads * length * 64 * qkv.element_size() * tensors
+    shape = f"{batch * length} x {3 * heads * 64} {str(STORAGE)[6:]}"
+    run(benchmark, rows, ceilings, "split_heads", shape, direction, functions, [qkv], 0.0, io_bytes)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("heads", [16, 30] if CUDA else [2])
 def test_block_causal_attention(benchmark, rows, ceilings, heads, direction):
     batch, ends = (64 if CUDA else 2), SCALES.scale_ends
     q, k, v = (randn(batch, heads, ends[-1], 64, dtype=STORAGE).requires_grad_() for _ in range(3))

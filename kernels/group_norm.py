@@ -5,7 +5,6 @@ Axes: B image, C channel, H and W sides.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from varfast.kernels import reference
@@ -45,6 +44,4 @@ def group_norm_silu(
     for name, vector in (("weight_C", weight_C), ("bias_C", bias_C), ("input_bias_C", input_bias_C)):
         if vector is not None and vector.shape != (channels,):
             raise ValueError(f"{name} is {tuple(vector.shape)}, want ({channels},): one a channel")
-    return select("group_norm_silu", impl, x_BCHW.device)(
-        x_BCHW, weight_C, bias_C, num_groups, eps, silu, input_bias_C
-    )
+    return select("group_norm_silu", impl, x_BCHW.device)(x_BCHW, weight_C, bias_C, num_groups, eps, silu, input_bias_C)

@@ -139,6 +139,32 @@ def selective_log_softmax(logits_BLV: Tensor, tokens_BL: Tensor, temperature: fl
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Heads
+
+NORM_EPS = 1e-12
+
+
+def _l2_normalize(x: Tensor) -> Tensor:
+    return F.normalize(_at_least_float32(x), dim=-1, eps=NORM_EPS).to(x.dtype)
+
+
+def split_heads(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, width = qkv_BLC3.shape
+    heads_3BHLD = qkv_BLC3.reshape(batch, length, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
+    q, k, v = heads_3BHLD.unbind()
+    return (_l2_normalize(q), _l2_normalize(k), v) if l2_norm else (q, k, v)
+
+
+def split_heads_to_cache(
+    qkv_BlC3: Tensor, num_heads: int, l2_norm: bool, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, start: int
+) -> Tensor:
+    q, k, v = split_heads(qkv_BlC3, num_heads, l2_norm)
+    k_cache_BHLD[:, :, start : start + k.shape[2]] = k
+    v_cache_BHLD[:, :, start : start + v.shape[2]] = v
+    return q
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
 

@@ -101,6 +101,8 @@ def test_a_run_killed_between_checkpoints_does_the_lost_steps_again(make_config,
 TRITON_OPS = [
     "sample_tokens",
     "selective_log_softmax",
+    "split_heads",
+    "split_heads_to_cache",
     "block_causal_attention",
     "cached_attention",
     "layer_norm_modulate",

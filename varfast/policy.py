@@ -14,6 +14,7 @@ from torch import Tensor
 from varfast import kernels
 from varfast.config import VARConfig, VQVAEConfig, check_labels, check_micro_batch
 from varfast.models import VAR, VQVAE
+from varfast.models.decoder import FastDecoder
 from varfast.models.var import Checkpointing
 from varfast.models.weights import load_var, load_vqvae
 from varfast.rollout import Sampler, SamplingSettings
@@ -67,6 +68,7 @@ class Policy:
         self.vqvae = vqvae.to(self.device).requires_grad_(False)
         self._fast = fast
         self._sampler = Sampler(self.var, self.vqvae, fast)
+        self._decoder: FastDecoder | None = None
 
     @property
     def num_classes(self) -> int:
@@ -219,7 +221,14 @@ class Policy:
         tokens_BL = self._tokens(tokens_BL)
         with stage("decode"):
             parts = tokens_BL.split(micro_batch or len(tokens_BL))
-            return torch.cat([self.vqvae.decode(part).add(1.0).mul(0.5) for part in parts])
+            return torch.cat([self._decode_part(part) for part in parts])
+
+    def _decode_part(self, tokens_BL: Tensor) -> Tensor:
+        if not self._fast:
+            return self.vqvae.decode(tokens_BL).add(1.0).mul(0.5)
+        if self._decoder is None:
+            self._decoder = FastDecoder(self.vqvae, self.var.compute_dtype)
+        return self._decoder(self.vqvae.f_hat(tokens_BL)).clamp_(-1.0, 1.0).add_(1.0).mul_(0.5).contiguous()
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

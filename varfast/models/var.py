@@ -120,11 +120,6 @@ class Constants:
 Checkpointing = Literal["none", "attention", "full"]
 
 
-def _l2_normalize(x: Tensor) -> Tensor:
-    at_least_float32 = torch.promote_types(x.dtype, torch.float32)
-    return F.normalize(x.to(at_least_float32), dim=-1).to(x.dtype)
-
-
 class SelfAttention(nn.Module):
     """Multi-head attention under the scale mask, with L2-normalised queries and keys where the config says so."""
 
@@ -163,15 +158,13 @@ class SelfAttention(nn.Module):
         """All scales under the mask; or, with a cache (k_BHLD, v_BHLD, tokens before), one scale after the others."""
         batch, length, width = x_BLC.shape
         qkv = F.linear(x_BLC, self.mat_qkv.weight.to(x_BLC.dtype), qkv_bias)
-        q, k, v = qkv.view(batch, length, 3, self.num_heads, HEAD_DIM).permute(2, 0, 3, 1, 4)
-        if self.scale_mul_1H11 is not None:
-            q, k = _l2_normalize(q), _l2_normalize(k)
+        l2_norm = self.scale_mul_1H11 is not None
         if cache is None:
+            q, k, v = kernels.split_heads(qkv, self.num_heads, l2_norm)
             out = kernels.block_causal_attention(q, k, v, scale_ends, logit_scale_H)
         else:
             k_cache, v_cache, start = cache
-            k_cache[:, :, start : start + length] = k
-            v_cache[:, :, start : start + length] = v
+            q = kernels.split_heads_to_cache(qkv, self.num_heads, l2_norm, k_cache, v_cache, start)
             out = kernels.cached_attention(q, k_cache, v_cache, start + length, logit_scale_H)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 

@@ -1,0 +1,443 @@
+"""From the product of the qkv layer to heads: split, L2-normalise queries and keys, lay out for attention; one kernel.
+
+Reads and writes each number once: 12 bytes a channel and token in bfloat16, where PyTorch's dozen kernels pass over
+float32 copies. The backward pass reads the normalised q and k, which attention keeps for its own, and the inverse
+norms: the product itself need not be kept.
+
+Axes: B image, L token over all scales, l token of one scale, C channel = H * D, H head, D head dim; C3 = 3 * C in the
+order q, k, v.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from varfast.kernels import reference
+from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, select
+
+if TYPE_CHECKING:
+    from varfast.kernels.aot import AheadOfTime
+
+try:
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # never launched then: cannot_run_triton says why
+
+    def jit(function):
+        return function
+
+
+_HEAD_DIM = 64
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A program takes 16 tokens of one head. In bfloat16, of each of q, k and v: 16 segments of 128 bytes, whole cache
+# lines, one 128-bit load for each of 128 threads; written as runs of 2 KB where the tokens are of one image. The
+# programs of the same tokens follow each other, so what the device reads at a time is whole rows of 3 C. The other way
+# round, all heads of one token a program, would write segments of 128 bytes, L * 128 bytes apart, and the 30 heads of
+# d30 would fill 15/16 of a tile. Tokens are counted over all images: at l = 1 a program is as full as at l = 256.
+_TOKENS = 16
+_WARPS = 4
+
+
+@jit
+def _split_kernel(
+    qkv_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_inverse_ptr,
+    k_inverse_ptr,
+    num_tokens,
+    length,
+    heads,
+    k_image,
+    k_head,
+    k_row,
+    v_image,
+    v_head,
+    v_row,
+    eps,
+    NORM: tl.constexpr,
+    KEEP_INVERSE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """TOKENS tokens of one head a program. k and v have strides of their own: they may be rows of a cache."""
+    program = tl.program_id(0)
+    head = (program % heads).to(tl.int64)
+    index = (program // heads) * TOKENS + tl.arange(0, TOKENS)
+    dim = tl.arange(0, HEAD_DIM)
+    here = index < num_tokens
+    inside = here[:, None] & (dim[None, :] < HEAD_DIM)  # the interpreter wants a mask of one shape
+    # Divided while they have 32 bits; offsets need 64.
+    token, image, row = index.to(tl.int64), (index // length).to(tl.int64), (index % length).to(tl.int64)
+    source = qkv_ptr + (token * (3 * heads * HEAD_DIM) + head * HEAD_DIM)[:, None] + dim[None, :]
+    q = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    k = tl.load(source + heads * HEAD_DIM, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(source + 2 * heads * HEAD_DIM, mask=inside, other=0.0).to(tl.float32)
+    flat = (image * heads + head) * length + row  # of q, which is contiguous, and of the inverse norms
+    if NORM:
+        q_norm = tl.sqrt_rn(tl.sum(q * q, axis=1))
+        k_norm = tl.sqrt_rn(tl.sum(k * k, axis=1))
+        q_inverse = tl.div_rn(1.0, tl.where(q_norm < eps, eps, q_norm))  # not maximum: NaN stays NaN
+        k_inverse = tl.div_rn(1.0, tl.where(k_norm < eps, eps, k_norm))
+        q = q * q_inverse[:, None]
+        k = k * k_inverse[:, None]
+        if KEEP_INVERSE:
+            tl.store(q_inverse_ptr + flat, q_inverse, mask=here)
+            tl.store(k_inverse_ptr + flat, k_inverse, mask=here)
+    q_at = (flat * HEAD_DIM)[:, None] + dim[None, :]
+    k_at = (image * k_image + head * k_head + row * k_row)[:, None] + dim[None, :]
+    v_at = (image * v_image + head * v_head + row * v_row)[:, None] + dim[None, :]
+    tl.store(q_ptr + q_at, q.to(q_ptr.dtype.element_ty), mask=inside)
+    tl.store(k_ptr + k_at, k.to(k_ptr.dtype.element_ty), mask=inside)
+    tl.store(v_ptr + v_at, v.to(v_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _through_norm(d, y, inverse, eps):
+    """d x of y = x / max(|x|, eps), given d y: the part of it along y is lost, but where the norm was raised to eps.
+
+    y comes as it was stored. In 16 bits that adds an error the size of the rounding of d y itself: together 1.0 to 1.5
+    times PyTorch's, in the root mean square over 4096 heads, from right angles to d y nearly parallel to y, which is
+    the worst. Of a d y without rounding it would be more than twice from a cosine of 0.85 on.
+    """
+    along = tl.sum(d * y, axis=1)
+    along = tl.where(inverse == tl.div_rn(1.0, eps), 0.0, along)
+    return (d - y * along[:, None]) * inverse[:, None]
+
+
+@jit
+def _split_backward_kernel(
+    d_q_ptr,
+    d_k_ptr,
+    d_v_ptr,
+    q_ptr,
+    k_ptr,
+    q_inverse_ptr,
+    k_inverse_ptr,
+    d_qkv_ptr,
+    num_tokens,
+    length,
+    heads,
+    q_image,
+    q_head,
+    q_row,
+    k_image,
+    k_head,
+    k_row,
+    v_image,
+    v_head,
+    v_row,
+    eps,
+    NORM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """The tiles of the forward kernel, the other way; strides are those of the gradients."""
+    program = tl.program_id(0)
+    head = (program % heads).to(tl.int64)
+    index = (program // heads) * TOKENS + tl.arange(0, TOKENS)
+    dim = tl.arange(0, HEAD_DIM)
+    here = index < num_tokens
+    inside = here[:, None] & (dim[None, :] < HEAD_DIM)
+    token, image, row = index.to(tl.int64), (index // length).to(tl.int64), (index % length).to(tl.int64)
+    q_at = (image * q_image + head * q_head + row * q_row)[:, None] + dim[None, :]
+    k_at = (image * k_image + head * k_head + row * k_row)[:, None] + dim[None, :]
+    v_at = (image * v_image + head * v_head + row * v_row)[:, None] + dim[None, :]
+    d_q = tl.load(d_q_ptr + q_at, mask=inside, other=0.0).to(tl.float32)
+    d_k = tl.load(d_k_ptr + k_at, mask=inside, other=0.0).to(tl.float32)
+    d_v = tl.load(d_v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        flat = (image * heads + head) * length + row
+        at = (flat * HEAD_DIM)[:, None] + dim[None, :]
+        q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        d_q = _through_norm(d_q, q, tl.load(q_inverse_ptr + flat, mask=here, other=0.0), eps)
+        d_k = _through_norm(d_k, k, tl.load(k_inverse_ptr + flat, mask=here, other=0.0), eps)
+    target = d_qkv_ptr + (token * (3 * heads * HEAD_DIM) + head * HEAD_DIM)[:, None] + dim[None, :]
+    dtype = d_qkv_ptr.dtype.element_ty
+    tl.store(target, d_q.to(dtype), mask=inside)
+    tl.store(target + heads * HEAD_DIM, d_k.to(dtype), mask=inside)
+    tl.store(target + 2 * heads * HEAD_DIM, d_v.to(dtype), mask=inside)
+
+
+def _programs(batch: int, length: int, heads: int) -> tuple[int]:
+    return (-(-batch * length // _TOKENS) * heads,)
+
+
+def _launch_split(
+    qkv_BLC3: Tensor, l2_norm: bool, q: Tensor, k: Tensor, v: Tensor, inverse: tuple[Tensor, Tensor] | None
+) -> None:
+    batch, heads, length, _ = q.shape
+    if q.numel():
+        with torch.cuda.device_of(q):
+            _split_kernel[_programs(batch, length, heads)](
+                qkv_BLC3.contiguous(),
+                q,
+                k,
+                v,
+                *(inverse or (q, q)),
+                batch * length,
+                length,
+                heads,
+                *k.stride()[:3],
+                *v.stride()[:3],
+                reference.NORM_EPS,
+                NORM=l2_norm,
+                KEEP_INVERSE=inverse is not None,
+                TOKENS=_TOKENS,
+                HEAD_DIM=_HEAD_DIM,
+                num_warps=_WARPS,
+            )
+
+
+def _empty_heads(qkv_BLC3: Tensor, num_heads: int) -> Tensor:
+    batch, length, width = qkv_BLC3.shape
+    return qkv_BLC3.new_empty((batch, num_heads, length, width // (3 * num_heads)))
+
+
+def _outputs(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = (_empty_heads(qkv_BLC3, num_heads) for _ in range(3))
+    q_inverse, k_inverse = (q.new_empty(q.shape[:3] if l2_norm else 0, dtype=torch.float32) for _ in range(2))
+    return q, k, v, q_inverse, k_inverse
+
+
+@torch.library.custom_op("varfast::split_heads", mutates_args=())
+def _split_op(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v (B, H, L, D), and 1 / max(norm, eps) of q and k, (B, H, L) float32; empty without normalisation."""
+    q, k, v, *inverse = _outputs(qkv_BLC3, num_heads, l2_norm)
+    _launch_split(qkv_BLC3, l2_norm, q, k, v, (inverse[0], inverse[1]))
+    return q, k, v, inverse[0], inverse[1]
+
+
+@_split_op.register_fake
+def _(qkv_BLC3, num_heads, l2_norm):
+    return _outputs(qkv_BLC3, num_heads, l2_norm)
+
+
+@torch.library.custom_op("varfast::split_heads_into", mutates_args=("k_BHlD", "v_BHlD"))
+def _split_into_op(qkv_BlC3: Tensor, num_heads: int, l2_norm: bool, k_BHlD: Tensor, v_BHlD: Tensor) -> Tensor:
+    """q (B, H, l, D); k and v are written where they belong."""
+    q = _empty_heads(qkv_BlC3, num_heads)
+    _launch_split(qkv_BlC3, l2_norm, q, k_BHlD, v_BHlD, None)
+    return q
+
+
+@_split_into_op.register_fake
+def _(qkv_BlC3, num_heads, l2_norm, k_BHlD, v_BHlD):
+    return _empty_heads(qkv_BlC3, num_heads)
+
+
+@torch.library.custom_op("varfast::split_heads_backward", mutates_args=())
+def _split_backward_op(
+    d_q_BHLD: Tensor,
+    d_k_BHLD: Tensor,
+    d_v_BHLD: Tensor,
+    q_BHLD: Tensor | None,
+    k_BHLD: Tensor | None,
+    q_inverse_BHL: Tensor | None,
+    k_inverse_BHL: Tensor | None,
+) -> Tensor:
+    """d qkv (B, L, 3 C); the last four are None without normalisation."""
+    d_q, d_k, d_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (d_q_BHLD, d_k_BHLD, d_v_BHLD))
+    d_qkv = _empty_product(d_q)
+    batch, heads, length, _ = d_q.shape
+    if d_q.numel():
+        # Contiguous: a saved-tensor hook may have changed their layout.
+        saved = (q_BHLD, k_BHLD, q_inverse_BHL, k_inverse_BHL)
+        kept = [d_q if x is None else x.contiguous() for x in saved]
+        with torch.cuda.device_of(d_q):
+            _split_backward_kernel[_programs(batch, length, heads)](
+                d_q,
+                d_k,
+                d_v,
+                *kept,
+                d_qkv,
+                batch * length,
+                length,
+                heads,
+                *d_q.stride()[:3],
+                *d_k.stride()[:3],
+                *d_v.stride()[:3],
+                reference.NORM_EPS,
+                NORM=q_BHLD is not None,
+                TOKENS=_TOKENS,
+                HEAD_DIM=_HEAD_DIM,
+                num_warps=_WARPS,
+            )
+    return d_qkv
+
+
+def _empty_product(d_q_BHLD: Tensor) -> Tensor:
+    batch, heads, length, dim = d_q_BHLD.shape
+    return d_q_BHLD.new_empty((batch, length, 3 * heads * dim))
+
+
+@_split_backward_op.register_fake
+def _(d_q_BHLD, d_k_BHLD, d_v_BHLD, q_BHLD, k_BHLD, q_inverse_BHL, k_inverse_BHL):
+    return _empty_product(d_q_BHLD)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, _, q_inverse, k_inverse = output
+    ctx.l2_norm = inputs[2]
+    ctx.save_for_backward(*((q, k, q_inverse, k_inverse) if ctx.l2_norm else ()))
+    ctx.mark_non_differentiable(q_inverse, k_inverse)
+    ctx.set_materialize_grads(False)  # no zeros for the inverse norms
+    ctx.shape = q.shape
+
+
+def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+    given = next((d for d in gradients[:3] if d is not None), None)
+    if given is None:
+        return None, None, None
+    d_qkv = (given.new_zeros(ctx.shape) if d is None else d for d in gradients[:3])
+    return _split_backward_op(*d_qkv, *(ctx.saved_tensors if ctx.l2_norm else (None,) * 4)), None, None
+
+
+_split_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check_for_triton(op: str, qkv_BLC3: Tensor, num_heads: int) -> None:
+    if qkv_BLC3.dtype not in _DTYPES:
+        raise ValueError(f"impl='triton' of {op} takes float32, bfloat16 or float16, got {qkv_BLC3.dtype}")
+    if qkv_BLC3.shape[-1] != 3 * num_heads * _HEAD_DIM:
+        raise ValueError(
+            f"impl='triton' of {op} takes a head dim of {_HEAD_DIM}, VAR's, got {qkv_BLC3.shape[-1] // 3 // num_heads}"
+        )
+
+
+def _split_triton(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check_for_triton("split_heads", qkv_BLC3, num_heads)
+    q, k, v, _, _ = _split_op(qkv_BLC3, num_heads, l2_norm)
+    return q, k, v
+
+
+def _split_to_cache_triton(
+    qkv_BlC3: Tensor, num_heads: int, l2_norm: bool, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, start: int
+) -> Tensor:
+    _check_for_triton("split_heads_to_cache", qkv_BlC3, num_heads)
+    rows = slice(start, start + qkv_BlC3.shape[1])
+    return _split_into_op(qkv_BlC3, num_heads, l2_norm, k_cache_BHLD[:, :, rows], v_cache_BHLD[:, :, rows])
+
+
+implementations(
+    "split_heads",
+    Implementation("triton", _split_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("reference", reference.split_heads),
+)
+implementations(
+    "split_heads_to_cache",
+    Implementation("triton", _split_to_cache_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("reference", reference.split_heads_to_cache),
+)
+
+
+def ahead_of_time() -> list[AheadOfTime]:
+    """Both directions, and the one into a cache, with the heads of d16 and d30."""
+    from varfast.kernels.aot import AheadOfTime
+
+    items = []
+    for dtype in ("bf16", "fp32"):
+        for heads in (16, 30):
+            for name, kernel, flags in (
+                ("forward", _split_kernel, {"NORM": True, "KEEP_INVERSE": True}),
+                ("to cache", _split_kernel, {"NORM": True, "KEEP_INVERSE": False}),
+                ("backward", _split_backward_kernel, {"NORM": True}),
+            ):
+                constants = {**flags, "TOKENS": _TOKENS, "HEAD_DIM": _HEAD_DIM}
+                signature = {}
+                for argument in kernel.arg_names:
+                    if argument in constants:
+                        signature[argument] = "constexpr"
+                    elif argument.endswith("_ptr"):
+                        signature[argument] = "*fp32" if "inverse" in argument else f"*{dtype}"
+                    else:
+                        signature[argument] = "fp32" if argument == "eps" else "i32"
+                strides = [a for a in signature if a.endswith(("_image", "_head", "_row"))]
+                items.append(
+                    AheadOfTime(
+                        f"split_heads {name} {dtype} H={heads}",
+                        kernel,
+                        signature,
+                        constants,
+                        num_warps=_WARPS,
+                        # As at run time: Triton looks whether an integer is divisible by 16, as the 16 of d16 is.
+                        attributes=dict.fromkeys(strides + ["heads"] * (heads % 16 == 0), 16),
+                    )
+                )
+    return items
+
+
+def _check_product(qkv_BLC3: Tensor, num_heads: int) -> None:
+    if num_heads < 1:
+        raise ValueError(f"num_heads={num_heads}: there must be a head")
+    if qkv_BLC3.ndim != 3 or qkv_BLC3.shape[-1] % (3 * num_heads):
+        raise ValueError(f"qkv is {tuple(qkv_BLC3.shape)}: want (B, L, 3 * C), C a multiple of the {num_heads} heads")
+
+
+def split_heads(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of each head from the product of the qkv layer; queries and keys of length 1 if asked.
+
+    Normalised is x / max(|x|, 1e-12) along D, in at least float32, rounded once.
+
+    Args:
+        qkv_BLC3: (B, L, 3 * H * D): q, k, v, and in each the heads one after the other. Differentiable.
+        num_heads: H.
+        l2_norm: normalise q and k.
+        impl: "auto", "triton" (D = 64, float32 or 16 bits) or "reference".
+    Returns: q, k and v, (B, H, L, D) each in the dtype of qkv, contiguous but from "reference".
+    Raises: ValueError for a shape that does not divide into heads, or for an impl that is unknown or cannot run.
+    """
+    _check_product(qkv_BLC3, num_heads)
+    q_BHLD, k_BHLD, v_BHLD = select("split_heads", impl, qkv_BLC3.device)(qkv_BLC3, num_heads, l2_norm)
+    return q_BHLD, k_BHLD, v_BHLD
+
+
+def split_heads_to_cache(
+    qkv_BlC3: Tensor,
+    num_heads: int,
+    l2_norm: bool,
+    k_cache_BHLD: Tensor,
+    v_cache_BHLD: Tensor,
+    start: int,
+    impl: str = "auto",
+) -> Tensor:
+    """split_heads of the tokens of one scale; keys and values go into rows start ... start + l of a static cache.
+
+    Args:
+        qkv_BlC3: (B, l, 3 * H * D).
+        num_heads: H.
+        l2_norm: normalise q and k.
+        k_cache_BHLD, v_cache_BHLD: (B, H, L, D) of the dtype of qkv, unit stride in D; written in place.
+        start: tokens before this scale.
+        impl: "auto", "triton" (D = 64, float32 or 16 bits) or "reference".
+    Returns: q, (B, H, l, D).
+    Raises: ValueError for shapes or dtypes that do not fit, rows outside the cache, an impl that is unknown or cannot
+        run, or if a gradient is wanted: there is none.
+    """
+    _check_product(qkv_BlC3, num_heads)
+    batch, length, width = qkv_BlC3.shape
+    dim = width // (3 * num_heads)
+    caches = (k_cache_BHLD, v_cache_BHLD)
+    for name, cache in zip(("k_cache", "v_cache"), caches, strict=True):
+        if cache.ndim != 4 or (*cache.shape[:2], cache.shape[3]) != (batch, num_heads, dim):
+            raise ValueError(
+                f"{name} is {tuple(cache.shape)}: want ({batch}, {num_heads}, L, {dim}) for {num_heads} heads of "
+                f"qkv {tuple(qkv_BlC3.shape)}"
+            )
+        if cache.dtype != qkv_BlC3.dtype:
+            raise ValueError(f"{name} is {cache.dtype}, qkv {qkv_BlC3.dtype}: want one dtype")
+        if cache.stride(-1) != 1:
+            raise ValueError(f"{name} has a stride of {cache.stride(-1)} along its last axis: want 1")
+        if not 0 <= start <= cache.shape[2] - length:
+            raise ValueError(f"rows {start} to {start + length} are outside {name}, which has {cache.shape[2]}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (qkv_BlC3, *caches)):
+        raise ValueError("split_heads_to_cache has no gradient; use torch.no_grad(), or split_heads")
+    q_BHlD: Tensor = select("split_heads_to_cache", impl, qkv_BlC3.device)(
+        qkv_BlC3, num_heads, l2_norm, k_cache_BHLD, v_cache_BHLD, start
+    )
+    return q_BHlD
