@@ -38,23 +38,6 @@ def other_impls(op: str) -> list[str]:
     return [name for name in runs if name not in (choice.impl, "reference")]
 
 
-def measure(benchmark, rows, ceilings, row: harness.Row, calls) -> None:
-    """Time ours and the peers in turns, note share and ratios, and let pytest-benchmark time ours too."""
-    ms = harness.time_interleaved(calls, budget_s=1.0 if CUDA else 0.2)
-    row.ms, row.peers_ms = ms.pop("ours"), ms
-    floor_s = max(row.flop / ceilings.flop_per_s, row.io_bytes / ceilings.byte_per_s)
-    row.share = floor_s * 1e3 / row.ms
-    rows.append(row)
-    benchmark.extra_info |= {"peers_ms": row.peers_ms, "share": round(row.share, 3)}
-
-    def once():
-        calls["ours"]()
-        if CUDA:
-            torch.cuda.synchronize()
-
-    benchmark(once)
-
-
 def forward_of(function, leaves):
     def forward():
         with torch.no_grad():
@@ -89,7 +72,7 @@ def run(benchmark, rows, ceilings, op, shape, direction, functions, leaves, flop
     of = forward_of if direction == "forward" else backward_of
     calls = {name: of(function, leaves) for name, function in functions.items()}
     row = harness.Row(op, shape, direction, 0.0, flop=flop, io_bytes=io_bytes)
-    measure(benchmark, rows, ceilings, row, calls)
+    harness.measure(benchmark, rows, ceilings, row, calls)
 
 
 @pytest.mark.parametrize("batch", [16, 64, 512] if CUDA else [2])
@@ -110,7 +93,7 @@ def test_sample_tokens(benchmark, rows, ceilings, batch):
     calls |= {name: lambda f=f: f(logits) for name, f in compiled(eager).items()}
     tokens = batch * side * side  # read 4 V, write 8 + 4 + 4
     row = harness.Row("sample_tokens", f"{tokens} x 4096 fp32", "forward", 0.0, io_bytes=tokens * (4 * 4096 + 16))
-    measure(benchmark, rows, ceilings, row, calls)
+    harness.measure(benchmark, rows, ceilings, row, calls)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -188,7 +171,7 @@ def test_cached_attention(benchmark, rows, ceilings, scale):
         "cached_attention", f"B{batch} H{heads} q{tokens} kv{end}", "forward", 0.0,
         flop=4 * batch * heads * tokens * end * 64, io_bytes=io_bytes,
     )  # fmt: skip
-    measure(benchmark, rows, ceilings, row, calls)
+    harness.measure(benchmark, rows, ceilings, row, calls)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -235,4 +218,4 @@ def test_grpo_token_loss(benchmark, rows, ceilings):
     calls |= {name: by(f) for name, f in compiled(eager).items()}
     # Forward reads three numbers a token, backward writes one.
     row = harness.Row("grpo_token_loss", f"{batch * length} tokens", "both", 0.0, io_bytes=batch * length * 4 * 4)
-    measure(benchmark, rows, ceilings, row, calls)
+    harness.measure(benchmark, rows, ceilings, row, calls)

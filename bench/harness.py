@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ class Row:
         peers_ms: medians of the same work by others, from the same interleaved run.
         flop, io_bytes: what the op must compute and move at least, counted in bench_kernels.py.
         share: of the ceiling that bounds it, 0 to 1.
+        peak_bytes: most memory in use meanwhile, on a GPU.
     """
 
     op: str
@@ -45,6 +47,7 @@ class Row:
     flop: float = 0.0
     io_bytes: float = 0.0
     share: float = 0.0
+    peak_bytes: int = 0
 
     def line(self) -> str:
         ratios = ", ".join(f"{ms / self.ms:.2f}x {name}" for name, ms in self.peers_ms.items())
@@ -53,8 +56,8 @@ class Row:
 
 def time_interleaved(calls: dict[str, Callable[[], object]], budget_s: float = 1.0) -> dict[str, float]:
     """Median milliseconds of each call; the calls take turns, so that a drift of the machine meets all of them."""
-    for call in calls.values():
-        for _ in range(3 if CUDA else 1):
+    for call in calls.values() if CUDA else ():  # on a CPU the first of three samples is the slow one
+        for _ in range(3):
             call()
     samples: dict[str, list[float]] = {name: [] for name in calls}
     deadline = time.perf_counter() + budget_s * len(calls)
@@ -94,6 +97,28 @@ def measure_ceilings() -> Ceilings:
     target = torch.empty_like(source)
     ms = time_interleaved({"product": lambda: a @ b, "copy": lambda: target.copy_(source)})
     return Ceilings(2 * side**3 / ms["product"] * 1e3, 2 * size / ms["copy"] * 1e3)
+
+
+def measure(
+    benchmark: Any, rows: list[Row], ceilings: Ceilings, row: Row, calls: dict[str, Callable[[], object]]
+) -> None:
+    """Time ours and the peers in turns, note share and ratios, and let pytest-benchmark time ours too."""
+    ms = time_interleaved(calls, budget_s=1.0 if CUDA else 0.2)
+    row.ms, row.peers_ms = ms.pop("ours"), ms
+    floor_s = max(row.flop / ceilings.flop_per_s, row.io_bytes / ceilings.byte_per_s)
+    row.share = floor_s * 1e3 / row.ms
+    rows.append(row)
+    benchmark.extra_info |= {"peers_ms": row.peers_ms, "share": round(row.share, 3)}
+
+    def once():
+        calls["ours"]()
+        if CUDA:
+            torch.cuda.synchronize()
+
+    if row.ms > 1000:  # pytest-benchmark's own five rounds would take minutes
+        benchmark.pedantic(once, rounds=1, iterations=1)
+    else:
+        benchmark(once)
 
 
 def write_record(rows: list[Row], ceilings: Ceilings) -> Path:
