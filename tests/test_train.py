@@ -155,6 +155,18 @@ def test_groups_without_signal_are_counted(make_config):
     assert line["reward_mean"] == 0.0
 
 
+def test_combine_is_how_rewards_become_advantages(make_config, tmp_path):
+    rewards = {"luma": {"type": "brightness", "mode": "raw", "weight": 3.0},
+               "never": {"type": "brightness", "threshold": 2.0}}  # fmt: skip
+    spread = {}
+    for combine in ("sum_then_normalise", "normalise_then_sum"):
+        train(make_config(run__dir=str(tmp_path / combine), run__steps=1, reward=rewards, grpo__combine=combine))
+        (line,) = metrics(tmp_path / combine)
+        spread[combine] = line["advantage_std"]
+        assert line["groups_without_signal"] == 0
+    assert spread["normalise_then_sum"] == pytest.approx(3.0 * spread["sum_then_normalise"], rel=1e-3)
+
+
 @pytest.fixture
 def failing_reward(tmp_path, monkeypatch):
     (tmp_path / "failing.py").write_text(

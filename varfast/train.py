@@ -24,7 +24,7 @@ from varfast.checkpoint import RunFolder, TrainState, save_tensors, save_text
 from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
 from varfast.evaluate import evaluate
-from varfast.grpo import group_advantages, groups_without_signal
+from varfast.grpo import combined_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
 from varfast.log import RunLog, environment, table
 from varfast.models import VAR, VQVAE
@@ -51,7 +51,7 @@ def train(config: Config) -> int:
         raise InputError(f"kernels: {error}") from error
     folder = RunFolder(config.run.dir)
     state = folder.prepare(config)
-    reward = WeightedSum(config.reward)
+    reward = WeightedSum(config.reward, device, config.policy.sizes.num_classes)
     policy = load_base(config, folder, resume=state is not None)
     reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
     updater = Updater(policy, reference, config.grpo, config.update, config.run.steps, config.run.seed)
@@ -91,7 +91,9 @@ def train(config: Config) -> int:
                     f"  nothing is lost: {folder.path} holds step {step}; the same command goes on from there"
                 )
                 raise
-            advantages_B = group_advantages(rewards.total_B, group_size, config.grpo.advantage_eps)
+            advantages_B = combined_advantages(
+                rewards, reward.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
+            )
             scored = _clock(policy.device)
             # ... and make the better ones more likely.
             stats = updater.step(ScoredRollout(rollout, advantages_B), step)
@@ -178,7 +180,7 @@ def _metrics(
         **{f"reward/{name}": float(score_B.mean()) for name, score_B in rewards.components.items()},
         "advantage_mean": float(advantages_B.mean()),
         "advantage_std": float(advantages_B.std(correction=0)),
-        "groups_without_signal": groups_without_signal(rewards.total_B, group_size),
+        "groups_without_signal": groups_without_signal(advantages_B, group_size),
         "entropy": float(rollout.entropy_BL.mean()),
         **asdict(stats),
     }
