@@ -338,6 +338,49 @@ class ClipReward(_ClipModel, _Text):
     )
 
 
+class HPSv2Reward(_ClipModel, _Text):
+    """Human Preference Score v2.1: cosine of image and text under a ViT-H-14 tuned to people's choices."""
+
+    type: Literal["hpsv2"]
+    weight: float = Field(1.0, description="factor in the sum")
+    pretrained: str = Field(
+        "hf://xswu/HPSv2/HPS_v2.1_compressed.pt", description="the tuned weights: a path or hf://owner/repo/file"
+    )
+
+
+class ClassifierReward(_Section):
+    """Probability that a classifier gives to the label."""
+
+    type: Literal["classifier"]
+    weight: float = Field(1.0, description="factor in the sum")
+    model: str = Field(
+        "resnet50", description="a classifier of torchvision.models.list_models(), or 'digits' for the handwritten ones"
+    )
+    weights: str = Field("IMAGENET1K_V2", description="name of the weights in torchvision, with their preprocessing")
+    file: str | None = Field(
+        None,
+        description="the weights' path, hf:// or https address; default: torchvision's cache, then its address. A file "
+        "of the public name must have its SHA-256",
+    )
+    batch_size: int = Field(64, ge=1, description="images at a time")
+
+
+class HttpReward(_Section):
+    """A server of yours: gets images and labels, answers one number an image. The format is in docs/rewards.md."""
+
+    type: Literal["http"]
+    weight: float = Field(1.0, description="factor in the sum")
+    url: str = Field(
+        pattern=r"^https?://[^/?#@\s]+(/[^#\s]*)?$", description="http:// or https://; redirects are not followed"
+    )
+    timeout_s: float = Field(60.0, gt=0, le=86400, description="for one request, to the last byte of the answer")
+    retries: int = Field(
+        3, ge=0, description="further attempts after no connection, no time, 429 or 5xx; 1, 2, 4 ... s"
+    )
+    batch_size: int = Field(64, ge=1, description="images a request")
+    max_response_bytes: int = Field(1_000_000, ge=1, description="a longer answer is refused")
+
+
 class FunctionReward(_Section):
     """Your own function or class, by import path. Importing it runs its code."""
 
@@ -347,7 +390,10 @@ class FunctionReward(_Section):
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments, given once")
 
 
-RewardConfig = Annotated[BrightnessReward | FunctionReward | AestheticReward | ClipReward, Field(discriminator="type")]
+RewardConfig = Annotated[
+    BrightnessReward | FunctionReward | AestheticReward | ClipReward | HPSv2Reward | ClassifierReward | HttpReward,
+    Field(discriminator="type"),
+]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run

@@ -21,11 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varfast.config import AestheticReward, BrightnessReward, FunctionReward, RewardConfig
+from varfast.config import (
+    AestheticReward,
+    BrightnessReward,
+    ClassifierReward,
+    FunctionReward,
+    HPSv2Reward,
+    HttpReward,
+    RewardConfig,
+)
 from varfast.rewards import aesthetic
 from varfast.rewards.backbone import Backbone, BackboneSpec, backbone_spec
 from varfast.rewards.brightness import Brightness
+from varfast.rewards.classifier import Confidence, DigitsConfidence
 from varfast.rewards.clip import TextSimilarity, prompts
+from varfast.rewards.hpsv2 import hpsv2_spec
+from varfast.rewards.http import Http
 from varfast.types import InputError, Rewards
 
 Reward = Callable[[Tensor, Tensor], Any]
@@ -115,8 +126,23 @@ def _build(name: str, config: RewardConfig, backbones: _Backbones, num_classes: 
         head = aesthetic.Aesthetic(config.head, backbones.device, f"{key}.head")
         spec = backbone_spec(aesthetic.CLIP_MODEL, config.pretrained, config.dtype, key)
         return _Component(config.weight, head, backbones.load(spec, config.batch_size, key))
+    if isinstance(config, ClassifierReward):
+        if config.model == "digits":
+            return _Component(config.weight, DigitsConfidence(num_classes, key))
+        return _Component(
+            config.weight,
+            Confidence(
+                config.model, config.weights, config.file, backbones.device, config.batch_size, num_classes, key
+            ),
+        )
+    if isinstance(config, HttpReward):
+        http = Http(config.url, config.timeout_s, config.retries, config.batch_size, config.max_response_bytes, key)
+        return _Component(config.weight, http)
     texts = prompts(config.prompt, config.label_prompt, config.names, num_classes, key)
-    spec = backbone_spec(config.model, config.pretrained, config.dtype, key)
+    if isinstance(config, HPSv2Reward):
+        spec = hpsv2_spec(config.pretrained, config.dtype)
+    else:
+        spec = backbone_spec(config.model, config.pretrained, config.dtype, key)
     backbone = backbones.load(spec, config.batch_size, key)
     texts_ND = backbone.embed_texts(texts, key)
     return _Component(config.weight, TextSimilarity(texts_ND, config.label_prompt is not None), backbone)

@@ -61,8 +61,8 @@ class Preprocessing:
 def resize_levels(levels: Tensor, height: int, width: int, interpolation: Interpolation) -> Tensor:
     """Resize as Pillow's Image.resize does, level by level the same: along the rows first, then along the columns.
 
-    Pillow 13 takes the other order for some tall images (131 x 90 pixels to 56 x 56, not 126 x 100): single pixels of
-    noise differ by up to 10 levels there.
+    Pillow 13 takes the other order for some tall images (131 x 90 pixels to 56 x 56, not 126 x 100): on noise
+    single pixels differ by several levels there.
 
     Args:
         levels: (B, C, H, W) whole numbers in 0..255, of any floating dtype.
