@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from varfast.rewards import WeightedSum, aesthetic
 from varfast.rewards.backbone import Backbone
 from varfast.rewards.brightness import Brightness, brightness
 from varfast.rewards.preprocess import Preprocessing
+from varfast.train import train
 
 HEAD = str(Path(__file__).parent.parent / "data" / "aesthetic" / aesthetic.PUBLIC_HEAD)
 LABELS = torch.zeros(6, dtype=torch.int64)
@@ -115,14 +117,37 @@ def test_rewards_on_one_clip_model_share_its_pass(images, tiny_clip, monkeypatch
     assert len(seen) == 3
 
 
-def test_the_smallest_batch_size_counts_on_a_shared_model(images, tiny_clip, monkeypatch):
-    sizes = []
-    monkeypatch.setattr(
-        Preprocessing, "__call__", lambda self, x, f=Preprocessing.__call__: sizes.append(len(x)) or f(self, x)
-    )
-    config = ClipReward(type="clip", model="tiny", pretrained=tiny_clip, prompt="a painting")
-    WeightedSum({"a": config, "b": config.model_copy(update={"batch_size": 4})})(images, LABELS)
-    assert sizes == [4, 2]
+def test_train_gives_rewards_the_labels_of_the_model(make_config, tiny_clip):
+    clip = {"type": "clip", "model": "tiny", "pretrained": tiny_clip, "label_prompt": "a {name}"}
+    with pytest.raises(InputError, match=r"reward.c.names: got 2 names, the model has 5 labels"):
+        train(make_config(reward={"c": clip | {"names": ["ant", "bee"]}}))
+    names = ["ant", "bee", "cat", "dog", "eel"]
+    config = make_config(reward={"c": clip | {"names": names}}, run__steps=1)
+    assert train(config) == 0
+    (line,) = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["reward/c"] == pytest.approx(json.loads(line)["reward_mean"])
+
+
+@pytest.mark.parametrize("sizes", [(64, 4), (4, 64)])
+def test_the_smallest_batch_size_counts_on_a_shared_model(images, tiny_clip, monkeypatch, sizes):
+    seen = []
+
+    def preprocess(self, batch, preprocess=Preprocessing.__call__):
+        seen.append(len(batch))
+        return preprocess(self, batch)
+
+    monkeypatch.setattr(Preprocessing, "__call__", preprocess)
+    clip = {"type": "clip", "model": "tiny", "pretrained": tiny_clip, "prompt": "a painting"}
+    WeightedSum({str(size): ClipReward(**clip, batch_size=size) for size in sizes})(images, LABELS)
+    assert seen == [4, 2]
+
+
+def test_text_towers_are_dropped_once_every_text_is_embedded(images, tiny_clip, monkeypatch):
+    dropped = []
+    monkeypatch.setattr(Backbone, "drop_text_tower", lambda self: dropped.append(self))
+    clip = {"type": "clip", "model": "tiny", "pretrained": tiny_clip}
+    WeightedSum({prompt: ClipReward(**clip, prompt=prompt) for prompt in ("a painting", "a photo")})
+    assert len(dropped) == 1
 
 
 @pytest.mark.parametrize(
