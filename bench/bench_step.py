@@ -136,7 +136,7 @@ def test_update(benchmark, rows, name, images):
 @pytest.mark.parametrize(("name", "images"), STEPS)
 def test_step(benchmark, rows, name, images):
     config, labels = step_config(name, images), labels_of(images)
-    reward = WeightedSum(config.reward)
+    reward = WeightedSum(config.reward, DEVICE)
 
     def stepping(policy):
         updater = Updater(policy, policy.frozen_copy(), config.grpo, config.update, 1, 0)

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from varfast.grpo import group_advantages, groups_without_signal
+from varfast.grpo import combined_advantages, group_advantages, groups_without_signal
+from varfast.types import Rewards
 
 
 def test_group_advantages_equal_numpy():
@@ -27,6 +28,52 @@ def test_group_advantages_are_of_one_group_each():
     shifted = rewards + torch.tensor([0.0, 0.0, 100.0, 100.0])
     torch.testing.assert_close(group_advantages(rewards, 2), group_advantages(shifted, 2))
     assert not group_advantages(rewards.requires_grad_(), 2).requires_grad
+
+
+def two_rewards():
+    """Of very different spread: a score of 1 to 10, and a bit. No signal: `score` in the last group of four."""
+    generator = torch.Generator().manual_seed(1)
+    components = {"score": torch.randn(12, generator=generator) * 3 + 5, "bit": torch.tensor([0.0, 1, 1] * 4)}
+    components["score"][8:] = 0.1
+    weights = {"score": 2.0, "bit": -0.5}
+    return Rewards(2.0 * components["score"] - 0.5 * components["bit"], components), weights
+
+
+def test_combined_advantages_equal_numpy_either_way():
+    rewards, weights = two_rewards()
+
+    def advantages(values):
+        groups = np.asarray(values, dtype=np.float64).reshape(3, 4)
+        spread = groups - groups.mean(1, keepdims=True)
+        return np.where(np.ptp(groups, axis=1, keepdims=True) > 0, spread / (groups.std(1, keepdims=True) + 1e-6), 0.0)
+
+    score, bit = (rewards.components[name].numpy() for name in ("score", "bit"))
+    expected = {
+        "sum_then_normalise": advantages(2.0 * score - 0.5 * bit),
+        "normalise_then_sum": 2.0 * advantages(score) - 0.5 * advantages(bit),
+    }
+    for combine, values in expected.items():
+        np.testing.assert_allclose(combined_advantages(rewards, weights, 4, combine), values.ravel(), atol=3e-6)
+    assert abs(expected["sum_then_normalise"] - expected["normalise_then_sum"]).max() > 0.1
+
+
+def test_combined_advantages_are_exactly_zero_without_signal():
+    rewards, weights = two_rewards()
+    for name in weights:
+        rewards.components[name][4:8] = 0.1
+    rewards = Rewards(sum(weights[n] * rewards.components[n] for n in weights), rewards.components)
+    for combine in ("sum_then_normalise", "normalise_then_sum"):
+        advantages = combined_advantages(rewards, weights, 4, combine)
+        assert not advantages[4:8].any()
+        assert groups_without_signal(advantages, 4) == 1
+
+
+def test_combined_advantages_of_one_reward_differ_by_its_weight_alone():
+    rewards = Rewards(3.0 * two_rewards()[0].components["score"], {"score": two_rewards()[0].components["score"]})
+    plain, weighted = (
+        combined_advantages(rewards, {"score": 3.0}, 4, c) for c in ("sum_then_normalise", "normalise_then_sum")
+    )
+    torch.testing.assert_close(3.0 * plain, weighted)
 
 
 @pytest.mark.parametrize(("size", "group", "message"), [(4, 1, "group_size=1"), (5, 2, "multiple of group_size=2")])

@@ -161,6 +161,26 @@ def test_groups_without_signal_are_counted(make_config):
     assert line["reward_mean"] == 0.0
 
 
+def test_combine_is_how_rewards_become_advantages(make_config, tmp_path, monkeypatch):
+    # Added, the two are 0 for every image; normalised first, what is left is 3 - 1.5 times one of them.
+    (tmp_path / "opposite.py").write_text(
+        "from varfast.rewards.brightness import brightness\n"
+        "def reward(images, labels): return -2 * brightness(images)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rewards = {"luma": {"type": "brightness", "mode": "raw", "weight": 3.0},
+               "opposite": {"type": "function", "function": "opposite:reward", "weight": 1.5}}  # fmt: skip
+    lines = {}
+    for combine in ("sum_then_normalise", "normalise_then_sum"):
+        train(make_config(run__dir=str(tmp_path / combine), run__steps=1, reward=rewards, grpo__combine=combine))
+        (lines[combine],) = metrics(tmp_path / combine)
+    assert lines["sum_then_normalise"]["advantage_std"] == 0.0
+    assert lines["sum_then_normalise"]["groups_without_signal"] == 2
+    assert lines["normalise_then_sum"]["advantage_std"] == pytest.approx(1.5, rel=1e-3)
+    assert lines["normalise_then_sum"]["groups_without_signal"] == 0
+    sys.modules.pop("opposite")
+
+
 @pytest.fixture
 def failing_reward(tmp_path, monkeypatch):
     (tmp_path / "failing.py").write_text(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -242,6 +242,10 @@ class GRPOConfig(_Section):
     clip_eps: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped to 1 +- this")
     kl_beta: float = Field(0.2, ge=0, description="weight of the KL to the base model; 0: no reference is held")
     advantage_eps: float = Field(1e-6, gt=0, description="added to a group's standard deviation")
+    combine: Literal["sum_then_normalise", "normalise_then_sum"] = Field(
+        "sum_then_normalise",
+        description="several rewards: advantages of their weighted sum, or the weighted sum of each one's advantages",
+    )
 
 
 class UpdateConfig(_Section):
@@ -293,6 +297,107 @@ class BrightnessReward(_Section):
     threshold: float | None = Field(None, description="default: 0.8 for bright, 0.2 for dark")
 
 
+class _ClipModel(_Section):
+    """How a CLIP runs; rewards that name the same one share its pass over the images."""
+
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the CLIP model; scores are float32")
+    batch_size: int = Field(64, ge=1, description="images at a time; the smallest counts where rewards share a model")
+
+
+class _Text(_Section):
+    """What images are compared with: one text, or one a label."""
+
+    prompt: str | None = Field(None, min_length=1, description="one text for all images, as 'a painting'")
+    label_prompt: str | None = Field(None, description="a text a label, as 'a photo of a {name}'; needs names")
+    names: list[str] | str | None = Field(
+        None, description="what stands for {name}: a list in the order of the labels, or a file with one a line"
+    )
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Self:
+        if (self.prompt is None) == (self.label_prompt is None):
+            raise ValueError("give prompt, or label_prompt and names, one of the two")
+        if self.label_prompt is not None and "{name}" not in self.label_prompt:
+            raise ValueError(f"label_prompt {self.label_prompt!r} has no {{name}}; as in 'a photo of a {{name}}'")
+        if (self.label_prompt is None) != (self.names is None):
+            raise ValueError("label_prompt and names go together: the names stand for {name}")
+        if not (self.label_prompt or self.prompt or "").strip():
+            raise ValueError("prompt is blank; describe what images should look like, as 'a painting'")
+        return self
+
+
+class AestheticReward(_ClipModel):
+    """LAION aesthetic predictor V2: linear layers on the embedding of OpenAI's CLIP ViT-L/14; about 1 to 10."""
+
+    type: Literal["aesthetic"]
+    weight: float = Field(1.0, description="factor in the sum")
+    head: str = Field(
+        "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+        "sac%2Blogos%2Bava1-l14-linearMSE.pth",
+        description="weights of the layers: a path, hf://owner/repo/file or https address; the default is the public "
+        "file, and a file of its name must have its SHA-256",
+    )
+    pretrained: str = Field(
+        "openai", description="weights of ViT-L-14: open_clip's tag, or a path or hf:// address of the same weights"
+    )
+
+
+class ClipReward(_ClipModel, _Text):
+    """Cosine of image and text under a CLIP of open_clip."""
+
+    type: Literal["clip"]
+    weight: float = Field(1.0, description="factor in the sum")
+    model: str = Field("ViT-L-14", description="a name of open_clip.list_models()")
+    pretrained: str = Field(
+        "openai",
+        description="a tag of open_clip.list_pretrained(), a path or hf://owner/repo/file; for a file whose model was "
+        "trained with QuickGELU (OpenAI, DFN, MetaCLIP) the model's name ends with -quickgelu",
+    )
+
+
+class HPSv2Reward(_ClipModel, _Text):
+    """Human Preference Score v2.1: cosine of image and text under a ViT-H-14 tuned to people's choices."""
+
+    type: Literal["hpsv2"]
+    weight: float = Field(1.0, description="factor in the sum")
+    pretrained: str = Field(
+        "hf://xswu/HPSv2/HPS_v2.1_compressed.pt", description="the tuned weights: a path or hf://owner/repo/file"
+    )
+
+
+class ClassifierReward(_Section):
+    """Probability that a classifier gives to the label."""
+
+    type: Literal["classifier"]
+    weight: float = Field(1.0, description="factor in the sum")
+    model: str = Field(
+        "resnet50", description="a classifier of torchvision.models.list_models(), or 'digits' for the handwritten ones"
+    )
+    weights: str = Field("IMAGENET1K_V2", description="name of the weights in torchvision, with their preprocessing")
+    file: str | None = Field(
+        None,
+        description="the weights' path, hf:// or https address; default: torchvision's cache, then its address. A file "
+        "of the public name must have its SHA-256",
+    )
+    batch_size: int = Field(64, ge=1, description="images at a time")
+
+
+class HttpReward(_Section):
+    """A server of yours: gets images and labels, answers one number an image. The format is in docs/rewards.md."""
+
+    type: Literal["http"]
+    weight: float = Field(1.0, description="factor in the sum")
+    url: str = Field(
+        pattern=r"^https?://[^/?#@\s]+(/[^#\s]*)?$", description="http:// or https://; redirects are not followed"
+    )
+    timeout_s: float = Field(60.0, gt=0, le=86400, description="for one request, to the last byte of the answer")
+    retries: int = Field(
+        3, ge=0, description="further attempts after no connection, no time, 429 or 5xx; 1, 2, 4 ... s"
+    )
+    batch_size: int = Field(64, ge=1, description="images a request")
+    max_response_bytes: int = Field(1_000_000, ge=1, description="a longer answer is refused")
+
+
 class FunctionReward(_Section):
     """Your own function or class, by import path. Importing it runs its code."""
 
@@ -302,7 +407,10 @@ class FunctionReward(_Section):
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments, given once")
 
 
-RewardConfig = Annotated[BrightnessReward | FunctionReward, Field(discriminator="type")]
+RewardConfig = Annotated[
+    BrightnessReward | FunctionReward | AestheticReward | ClipReward | HPSv2Reward | ClassifierReward | HttpReward,
+    Field(discriminator="type"),
+]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run

@@ -21,6 +21,7 @@ _PACKAGES = (
     "tensorboard",
     "scikit-learn",
     "torchvision",
+    "open_clip_torch",
     "triton",
 )
 # Used where they can be imported; the names on PyPI are a source build and another package.

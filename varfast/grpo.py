@@ -5,8 +5,12 @@ Axes: B image; B = P labels x G samples, group-major.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from varfast.types import Rewards
 
 
 def group_advantages(rewards_B: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
@@ -30,8 +34,33 @@ def group_advantages(rewards_B: Tensor, group_size: int, eps: float = 1e-6) -> T
     return advantages_PG.flatten()
 
 
+def combined_advantages(
+    rewards: Rewards,
+    weights: dict[str, float],
+    group_size: int,
+    combine: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise",
+    eps: float = 1e-6,
+) -> Tensor:
+    """Advantages of several rewards at once.
+
+    sum_then_normalise: group_advantages of the weighted sum; a component counts by its weight times its spread.
+    normalise_then_sum: A = sum_i w_i A_i, the weighted sum of each component's group_advantages; its spread, and its
+    units, do not count. Exactly 0 where each component's rewards are all equal within the group.
+
+    Args:
+        rewards: total_B and the components, before their weights.
+        weights: of the components, by name.
+        group_size, eps: as in group_advantages.
+    Returns: (B,) float32, no gradient.
+    """
+    if combine == "sum_then_normalise":
+        return group_advantages(rewards.total_B, group_size, eps)
+    parts = [weight * group_advantages(rewards.components[name], group_size, eps) for name, weight in weights.items()]
+    return torch.stack(parts).sum(dim=0)
+
+
 def groups_without_signal(rewards_B: Tensor, group_size: int) -> int:
-    """Number of groups whose rewards are all equal: their advantage is 0, and only the KL term moves the policy."""
+    """Number of groups whose rewards, or advantages, are all equal: only the KL term moves the policy there."""
     return int(_all_equal(_groups(rewards_B, group_size)).sum())
 
 

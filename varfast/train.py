@@ -24,7 +24,7 @@ from varfast.checkpoint import RunFolder, TrainState, save_tensors, save_text
 from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
 from varfast.evaluate import evaluate
-from varfast.grpo import group_advantages, groups_without_signal
+from varfast.grpo import combined_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
 from varfast.log import RunLog, StageLimits, environment, profiled, table
 from varfast.models import VAR, VQVAE
@@ -56,7 +56,7 @@ def train(config: Config, profile: bool = False) -> int:
     fitted = planned(config, available_bytes(device))
     folder = RunFolder(config.run.dir)
     state = folder.prepare(config)
-    reward = WeightedSum(config.reward)
+    reward = WeightedSum(config.reward, device, config.policy.sizes.num_classes)
     policy = load_base(config, folder, resume=state is not None)
     reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
     updater = Updater(policy, reference, config.grpo, fitted.update, config.run.steps, config.run.seed)
@@ -103,7 +103,9 @@ def train(config: Config, profile: bool = False) -> int:
                         f"  nothing is lost: {folder.path} holds step {step}; the same command goes on from there"
                     )
                     raise
-                advantages_B = group_advantages(rewards.total_B, group_size, config.grpo.advantage_eps)
+                advantages_B = combined_advantages(
+                    rewards, reward.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
+                )
                 # ... and make the better ones more likely.
                 stats = updater.step(ScoredRollout(rollout, advantages_B), step)
                 stages_ms = clock.read()
@@ -192,7 +194,7 @@ def _metrics(
         "entropy": rollout.entropy_BL.mean(),
     }
     values = torch.stack(list(measured.values())).tolist()  # one copy from the device
-    without_signal = groups_without_signal(rewards.total_B, group_size)
+    without_signal = groups_without_signal(advantages_B, group_size)
     return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal, **asdict(stats)}
 
 

@@ -1,20 +1,21 @@
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from varfast import InputError
-from varfast.config import BrightnessReward, FunctionReward
-from varfast.rewards import WeightedSum
+from varfast.config import AestheticReward, BrightnessReward, ClipReward, FunctionReward
+from varfast.rewards import WeightedSum, aesthetic
+from varfast.rewards.backbone import Backbone
 from varfast.rewards.brightness import Brightness, brightness
+from varfast.rewards.preprocess import Preprocessing
+from varfast.train import train
 
+HEAD = str(Path(__file__).parent.parent / "data" / "aesthetic" / aesthetic.PUBLIC_HEAD)
 LABELS = torch.zeros(6, dtype=torch.int64)
-
-
-@pytest.fixture
-def images():
-    return torch.rand(6, 3, 5, 7, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -81,6 +82,72 @@ def test_weighted_sum(images, my_rewards):
     assert list(scored.components) == ["red", "near", "constant", "luma"]
     torch.testing.assert_close(scored.components["near"], near)
     assert scored.total_B.dtype == torch.float32
+
+
+def test_rewards_on_one_clip_model_share_its_pass(images, tiny_clip, monkeypatch):
+    monkeypatch.setattr(aesthetic, "CLIP_MODEL", "tiny-quickgelu")
+    seen = []
+
+    def embed_images(self, batch, embed=Backbone.embed_images):
+        seen.append(batch)
+        return embed(self, batch)
+
+    monkeypatch.setattr(Backbone, "embed_images", embed_images)
+    components = {
+        "aes": AestheticReward(type="aesthetic", head=HEAD, pretrained=tiny_clip),
+        "art": ClipReward(type="clip", model="tiny-quickgelu", pretrained=tiny_clip, prompt="a painting", weight=2),
+        "old": ClipReward(type="clip", model="tiny-quickgelu", pretrained=tiny_clip, prompt="an old picture"),
+    }
+    together = WeightedSum(components)
+    scored = together(images, LABELS)
+    assert len(seen) == 1
+    alone = {name: WeightedSum({name: config})(images, LABELS).components[name] for name, config in components.items()}
+    for name, scores in alone.items():
+        torch.testing.assert_close(scored.components[name], scores)
+    torch.testing.assert_close(scored.total_B, alone["aes"] + 2 * alone["art"] + alone["old"])
+    assert (alone["art"] - alone["old"]).abs().max() > 1e-4
+    # Nothing of one batch is left for the next.
+    images.mul_(0.5)
+    assert not torch.equal(together(images, LABELS).components["aes"], alone["aes"])
+    # Another model, or another precision, is another pass.
+    seen.clear()
+    components["old"] = components["old"].model_copy(update={"model": "tiny"})
+    components["art"] = components["art"].model_copy(update={"dtype": "bfloat16"})
+    WeightedSum(components)(images, LABELS)
+    assert len(seen) == 3
+
+
+def test_train_gives_rewards_the_labels_of_the_model(make_config, tiny_clip):
+    clip = {"type": "clip", "model": "tiny", "pretrained": tiny_clip, "label_prompt": "a {name}"}
+    with pytest.raises(InputError, match=r"reward.c.names: got 2 names, the model has 5 labels"):
+        train(make_config(reward={"c": clip | {"names": ["ant", "bee"]}}))
+    names = ["ant", "bee", "cat", "dog", "eel"]
+    config = make_config(reward={"c": clip | {"names": names}}, run__steps=1)
+    assert train(config) == 0
+    (line,) = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["reward/c"] == pytest.approx(json.loads(line)["reward_mean"])
+
+
+@pytest.mark.parametrize("sizes", [(64, 4), (4, 64)])
+def test_the_smallest_batch_size_counts_on_a_shared_model(images, tiny_clip, monkeypatch, sizes):
+    seen = []
+
+    def preprocess(self, batch, preprocess=Preprocessing.__call__):
+        seen.append(len(batch))
+        return preprocess(self, batch)
+
+    monkeypatch.setattr(Preprocessing, "__call__", preprocess)
+    clip = {"type": "clip", "model": "tiny", "pretrained": tiny_clip, "prompt": "a painting"}
+    WeightedSum({str(size): ClipReward(**clip, batch_size=size) for size in sizes})(images, LABELS)
+    assert seen == [4, 2]
+
+
+def test_text_towers_are_dropped_once_every_text_is_embedded(images, tiny_clip, monkeypatch):
+    dropped = []
+    monkeypatch.setattr(Backbone, "drop_text_tower", lambda self: dropped.append(self))
+    clip = {"type": "clip", "model": "tiny", "pretrained": tiny_clip}
+    WeightedSum({prompt: ClipReward(**clip, prompt=prompt) for prompt in ("a painting", "a photo")})
+    assert len(dropped) == 1
 
 
 @pytest.mark.parametrize(

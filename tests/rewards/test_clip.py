@@ -1,0 +1,137 @@
+"""Real weights are not in the tests: tiny random models, against open_clip's own functions on the same weights."""
+
+import copy
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from varfast import InputError
+from varfast.config import ClipReward
+from varfast.rewards import WeightedSum
+from varfast.rewards.backbone import Backbone, backbone_spec
+
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def clip(weights, **settings):
+    settings = {"model": "tiny", "pretrained": weights, "prompt": "a painting"} | settings
+    return ClipReward(type="clip", **{k: v for k, v in settings.items() if v is not None})
+
+
+def cosine(model_name, weights, images, texts):
+    """By the library: its PIL transform, its tokenizer, encode_image and encode_text. (B, N)"""
+    model, _, transform = open_clip.create_model_and_transforms(model_name, pretrained=weights)
+    pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    with torch.no_grad():
+        of_images = model.eval().encode_image(torch.stack([transform(Image.fromarray(p)) for p in pixels]))
+        of_texts = model.encode_text(open_clip.get_tokenizer(model_name)(texts))
+    return torch.cosine_similarity(of_images[:, None], of_texts[None], dim=2)
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-quickgelu"])
+@pytest.mark.parametrize("batch_size", [64, 4, 1])
+def test_clip_equals_the_library(tiny_clip, images, model, batch_size):
+    scored = WeightedSum({"c": clip(tiny_clip, model=model, batch_size=batch_size)})(images, LABELS)
+    expected = cosine(model, tiny_clip, images, ["a painting"])[:, 0]
+    torch.testing.assert_close(scored.total_B, expected, rtol=0, atol=2e-6)
+
+
+def test_clip_compares_each_image_with_the_text_of_its_label(tiny_clip, images, tmp_path):
+    names = ["house finch", "goldfish", "tabby cat"]
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
+    table = cosine("tiny", tiny_clip, images, [f"a photo of a {name}" for name in names])
+    for given in (names, str(tmp_path / "names.txt")):
+        config = clip(tiny_clip, prompt=None, label_prompt="a photo of a {name}", names=given, batch_size=2)
+        scored = WeightedSum({"c": config}, num_classes=3)(images, LABELS)
+        torch.testing.assert_close(scored.total_B, table[torch.arange(6), LABELS], rtol=0, atol=2e-6)
+
+
+def test_quickgelu_follows_the_tag_and_else_the_name(tiny_clip, images):
+    by_tag = backbone_spec("ViT-L-14", "openai", "float32", "reward.c")
+    assert by_tag.quick_gelu
+    assert by_tag == backbone_spec("ViT-L-14-quickgelu", "openai", "float32", "reward.c")
+    assert not backbone_spec("ViT-L-14", "laion2b_s32b_b82k", "float32", "reward.c").quick_gelu
+    quick, plain = (cosine(name, tiny_clip, images, ["a painting"]) for name in ("tiny-quickgelu", "tiny"))
+    assert (quick - plain).abs().max() > 1e-5  # so that test_clip_equals_the_library can tell them apart
+
+
+def test_bfloat16_is_within_a_hundredth(tiny_clip, images):
+    exact, rounded = (
+        WeightedSum({"c": clip(tiny_clip, dtype=dtype)})(images, LABELS).total_B for dtype in ("float32", "bfloat16")
+    )
+    assert rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).abs().max() < 1e-2
+
+
+def test_memory_of_the_text_tower_is_freed(tiny_clip):
+    backbone = Backbone(backbone_spec("tiny", tiny_clip, "float32", "c"), torch.device("cpu"), 4, "c")
+    before = sum(p.numel() for p in backbone._model.parameters())
+    backbone.drop_text_tower()
+    vision = sum(p.numel() for p in backbone._model.visual.parameters())
+    assert sum(p.numel() for p in backbone._model.parameters()) < vision + 77 * 32 + 32 * 768 + 100 < before
+
+
+def test_a_prompt_is_not_cut_off_silently(tiny_clip):
+    count = len(open_clip.SimpleTokenizer().encode("very fine " * 40)) + 2
+    with pytest.raises(
+        InputError, match=rf"reward.c: 'very fine .*' has {count} tokens .* {count - 77} more than the 77"
+    ):
+        WeightedSum({"c": clip(tiny_clip, prompt="very fine " * 40)})
+    longest = "fine " * 75
+    assert len(open_clip.SimpleTokenizer().encode(longest)) + 2 == 77
+    WeightedSum({"c": clip(tiny_clip, prompt=longest)})
+
+
+LABEL_PROMPT = {"prompt": None, "label_prompt": "a {name}"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (LABEL_PROMPT | {"names": ["a", "b"]}, "reward.c.names: got 2 names, the model has 3 labels"),
+        (LABEL_PROMPT | {"names": ["a", " ", "c"]}, "reward.c.names: the name of label 1 is blank"),
+        (LABEL_PROMPT | {"names": "nowhere.txt"}, "reward.c.names=nowhere.txt cannot be read: .*one name a line"),
+        ({"model": "tinny"}, "reward.c.model=tinny: open_clip has no such model; did you mean tiny"),
+        ({"model": "ViT-L-14", "pretrained": "opnai"}, "reward.c.pretrained=opnai is neither .* its tags: openai, "),
+        ({"model": "ViT-B-32"}, "does not hold the weights of ViT-B-32, or is damaged"),
+    ],
+)
+def test_clip_says_what_is_wrong(tiny_clip, settings, message, monkeypatch):
+    if settings.get("model") == "ViT-B-32":  # another size, without 600 MB of it
+        open_clip.add_model_config(_wider(tiny_clip))
+        settings, message = {"model": "wider"}, message.replace("ViT-B-32", "wider")
+    with pytest.raises(InputError, match=message):
+        WeightedSum({"c": clip(tiny_clip, **settings)}, num_classes=3)
+
+
+def _wider(weights):
+    import json
+    from pathlib import Path
+
+    config = json.loads((Path(weights).parent / "tiny.json").read_text())
+    config = copy.deepcopy(config) | {"embed_dim": 16}
+    path = Path(weights).parent / "wider.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_weights_that_cannot_be_fetched_are_named(monkeypatch):
+    def offline(tag):
+        raise FileNotFoundError("Failed to download file (open_clip_pytorch_model.bin)")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", offline)
+    with pytest.raises(InputError) as caught:
+        WeightedSum({"c": clip("openai", model="ViT-L-14")})
+    for text in ("reward.c.pretrained=openai", "hf://timm/vit_large_patch14_clip_224.openai", "Failed to download",
+                 "set reward.c.pretrained to the path"):  # fmt: skip
+        assert text in str(caught.value)
+
+
+def test_a_file_that_would_run_code_is_not_loaded(tiny_clip, tmp_path):
+    from pathlib import Path
+
+    torch.save({"state_dict": Path("x")}, tmp_path / "evil.pt")
+    with pytest.raises(InputError, match=r"reward.c: .*evil.pt holds more than tensors; loading it could run code"):
+        WeightedSum({"c": clip(str(tmp_path / "evil.pt"))})

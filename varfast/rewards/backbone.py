@@ -1,0 +1,187 @@
+"""CLIP models of open_clip: images and texts to embeddings of norm 1, on the device.
+
+Axes: B image, N text, D embedding; H, W pixels.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varfast.rewards.files import fetch
+from varfast.rewards.preprocess import Preprocessing
+from varfast.types import InputError
+
+_QUICK = "-quickgelu"
+_PRECISION = {"float32": "fp32", "bfloat16": "bf16"}  # bf16: matrices only; LayerNorm stays float32
+_TEXT_TOWER = ("text", "text_decoder", "transformer", "token_embedding")
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What makes two CLIP models the same one.
+
+    Attributes:
+        model: a name of open_clip.list_models(), without -quickgelu.
+        quick_gelu: x * sigmoid(1.702 x) in place of GELU.
+        pretrained: a tag of open_clip, a path or an hf:// address.
+        dtype: of activations and matrices.
+        resize_mode: instead of that of the pretrained tag.
+    """
+
+    model: str
+    quick_gelu: bool
+    pretrained: str
+    dtype: Literal["float32", "bfloat16"]
+    resize_mode: Literal["shortest", "longest", "squash"] | None = None
+
+
+def backbone_spec(model: str, pretrained: str, dtype: Literal["float32", "bfloat16"], key: str) -> BackboneSpec:
+    """The spec of a model by its name in open_clip and a tag, or a file, of weights.
+
+    A tag knows the activation that its weights were trained with: ViT-L-14 with the tag openai is ViT-L-14-quickgelu
+    (open_clip 3 warns of that and computes with GELU). For a file, the name of the model says it.
+
+    Args:
+        key: where model and pretrained stand in the config, as reward.mine; for errors.
+    Raises: InputError for a name or a tag that open_clip does not have.
+    """
+    open_clip = import_open_clip()
+    models = open_clip.list_models()
+    if model not in models:
+        raise InputError(f"{key}.model={model}: open_clip has no such model{_nearest(model, models)}")
+    tag = open_clip.get_pretrained_cfg(model, pretrained)
+    if not tag and not pretrained.startswith("hf://") and not Path(pretrained).expanduser().is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+        raise InputError(
+            f"{key}.pretrained={pretrained} is neither a file, nor hf://owner/repo/file, nor a tag of {model}; "
+            f"its tags: {tags}"
+        )
+    quick_gelu = bool(open_clip.get_model_config(model).get("quick_gelu") or tag.get("quick_gelu"))
+    return BackboneSpec(model.removesuffix(_QUICK) if quick_gelu else model, quick_gelu, pretrained, dtype)
+
+
+class Backbone:
+    """A frozen CLIP.
+
+    Args:
+        spec: which.
+        device: where it runs.
+        batch_size: images, or texts, at a time.
+        key: where it stands in the config, for errors.
+    Raises: InputError if its weights cannot be had, or belong to another model.
+
+    The weights of a tag come from the hub, which promises no hash; those in its cache are used without a network
+    (HF_HUB_OFFLINE=1 makes that certain).
+    """
+
+    def __init__(self, spec: BackboneSpec, device: torch.device, batch_size: int, key: str) -> None:
+        open_clip = import_open_clip()
+        tag = open_clip.get_pretrained_cfg(spec.model, spec.pretrained)
+        path = _tag_file(spec, tag, key) if tag else fetch(spec.pretrained, f"{key}.pretrained")
+        try:
+            self._model: Any = open_clip.create_model(
+                spec.model,
+                pretrained=str(path),
+                precision=_PRECISION[spec.dtype],
+                device=device,
+                force_quick_gelu=spec.quick_gelu,
+                force_preprocess_cfg=tag | ({"resize_mode": spec.resize_mode} if spec.resize_mode else {}),
+                weights_only=True,
+            )
+        except pickle.UnpicklingError as error:
+            raise InputError(
+                f"{key}: {path} holds more than tensors; loading it could run code, so it was not loaded. Save its "
+                f"state_dict as safetensors. Detail: {str(error).splitlines()[0]}"
+            ) from error
+        except (RuntimeError, KeyError, EOFError, ValueError, AssertionError) as error:
+            raise InputError(
+                f"{key}: {path} does not hold the weights of {spec.model}, or is damaged. A TorchScript archive "
+                f"(OpenAI's ViT-L-14.pt) must be saved as a state_dict first. Detail: {str(error).splitlines()[0]}"
+            ) from error
+        self._model.eval().requires_grad_(False)
+        self._tokenizer = open_clip.get_tokenizer(spec.model)
+        self._device = device
+        self._dtype = torch.float32 if spec.dtype == "float32" else torch.bfloat16
+        self.batch_size = batch_size
+        self._preprocess = clip_preprocessing(open_clip.get_model_preprocess_cfg(self._model))
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, D) float32 of norm 1."""
+        parts = [
+            self._model.encode_image(self._preprocess(part.to(self._device)).to(self._dtype)).float()
+            for part in images.split(self.batch_size)
+        ]
+        return F.normalize(torch.cat(parts), dim=1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str], key: str) -> Tensor:
+        """N texts -> (N, D) float32 of norm 1.
+
+        Raises: InputError for a text of more tokens than the model reads; open_clip would cut it off.
+        """
+        context = self._tokenizer.context_length
+        # No tokenizer makes more tokens than a text has bytes, beside start and end; so the last column is padding.
+        roomy = self._tokenizer(texts, context_length=context + 8 + max(len(text.encode()) for text in texts))
+        used_N = (roomy != roomy[:, -1:]).sum(dim=1)
+        longest = int(used_N.argmax())
+        excess = int(used_N[longest]) - context
+        if excess > 0:
+            raise InputError(
+                f"{key}: {texts[longest]!r} has {context + excess} tokens with start and end, {excess} more than the "
+                f"{context} that the model reads; shorten it"
+            )
+        tokens = self._tokenizer(texts).to(self._device)
+        parts = [self._model.encode_text(part).float() for part in tokens.split(self.batch_size)]
+        return F.normalize(torch.cat(parts), dim=1)
+
+    def drop_text_tower(self) -> None:
+        """Free the memory of what embed_texts needs: 0.5 GB of ViT-L-14, 1.4 GB of ViT-H-14 in float32."""
+        for name in _TEXT_TOWER:
+            if hasattr(self._model, name):
+                delattr(self._model, name)
+
+
+def clip_preprocessing(config: dict[str, Any]) -> Preprocessing:
+    """Of a model's preprocessing in open_clip's terms. Raises: InputError for a model of images that are not square."""
+    size = config["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise InputError(f"the model reads images of {height} x {width} pixels; choose one of square images")
+    return Preprocessing(
+        height, height, config["resize_mode"], config["interpolation"], tuple(config["mean"]), tuple(config["std"])
+    )
+
+
+def import_open_clip() -> Any:
+    """The package. Raises: InputError if it is not installed."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise InputError(f"this reward needs open_clip_torch; pip install 'varfast[rewards]' ({error})") from error
+    return open_clip
+
+
+def _tag_file(spec: BackboneSpec, tag: dict[str, Any], key: str) -> Path:
+    try:
+        return Path(import_open_clip().download_pretrained(tag))
+    except (OSError, RuntimeError) as error:
+        where = f"hf://{tag['hf_hub'].rstrip('/')}" if tag.get("hf_hub") else tag.get("url", "")
+        raise InputError(
+            f"{key}.pretrained={spec.pretrained}: the weights of {spec.model} cannot be fetched from {where} and are "
+            f"not in the cache: {str(error).splitlines()[0]}\n"
+            f"  without a network, set {key}.pretrained to the path of the weights (.safetensors)"
+        ) from error
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else "; open_clip.list_models() names them"

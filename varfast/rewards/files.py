@@ -1,0 +1,58 @@
+"""Weights of the rewards: a path, the hub, or a web address; checked by hash where one is known."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from urllib.parse import unquote
+
+import torch
+
+from varfast.models.weights import resolve
+from varfast.types import InputError
+
+
+def file_name(address: str) -> str:
+    """Last part of a path or address, without escapes: sac%2Blogos.pth -> sac+logos.pth."""
+    return unquote(address).rpartition("/")[2]
+
+
+def fetch(address: str, key: str, sha256: str = "") -> Path:
+    """The local file of an address; https files are kept in torch.hub's folder (TORCH_HOME), hf:// in the hub's.
+
+    Args:
+        address: a path, hf://owner/repo/file or https://host/file.
+        key: where it stands in the config, for errors.
+        sha256: what the file's SHA-256 must begin with; "": not known.
+    Raises: InputError that names the key and the address if the file cannot be had, or has another hash.
+    """
+    path = _download(address, key) if address.startswith("https://") else _resolve(address, key)
+    if sha256:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not found.startswith(sha256):
+            raise InputError(
+                f"{key}={address}: {path} has SHA-256 {found}, the public file has {sha256}; it is damaged, or another "
+                "file of that name. Delete it and fetch it again; a file of your own needs another name"
+            )
+    return path
+
+
+def _resolve(address: str, key: str) -> Path:
+    try:
+        return resolve(address)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from error
+
+
+def _download(address: str, key: str) -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file_name(address)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(address, str(path), progress=False)
+        except OSError as error:
+            raise InputError(
+                f"{key}={address} cannot be fetched, and {path} does not exist: {error}\n"
+                f"  without a network, put the file there, or set {key} to its path"
+            ) from error
+    return path
