@@ -183,10 +183,14 @@ def test_stage_counts_follow_the_config():
 
 
 def test_reward_with_a_network_counts_by_its_type(monkeypatch):
-    monkeypatch.setitem(roofline._REWARD_COUNTS, "brightness", roofline.Count(162e9, 252e6))
-    counts = roofline.stage_counts(config())
-    assert counts["reward"].flop == 512 * 162e9
-    assert counts["reward"].io_bytes == 512 * (252e6 + 3 * 256 * 256 * 4)
+    clip = roofline._Network(roofline.Count(162e9, 252e6), 304_000_000)
+    for name in ("brightness", "function"):  # two rewards with the same network: one pass
+        monkeypatch.setitem(roofline._REWARD_NETWORKS, name, clip)
+    both = config(reward={"bright": {"type": "brightness"}, "mine": {"type": "function", "function": "a:b"}})
+    reward = roofline.stage_counts(both)["reward"]
+    assert reward.flop == 512 * 162e9
+    assert reward.io_bytes == 512 * (252e6 + 2 * 3 * 256 * 256 * 4)
+    assert roofline.memory(both).reward == 4 * 304_000_000
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -277,12 +277,29 @@ def decode_count(config: VQVAEConfig, dtype: str) -> Count:
 # ---------------------------------------------------------------------------------------------------------------------
 # A step
 
-# Work of one image in rewards that run a network, by their type in the config: a reward with a backbone adds its line
-# (CLIP ViT-L/14: 162 GFLOP an image). brightness reads the pixels; a user's own function is not known here.
-_REWARD_COUNTS: dict[str, Count] = {}
+
+class _Network(NamedTuple):
+    """A network that rewards run: work of one image, and its parameters."""
+
+    count: Count
+    parameters: int
 
 
-def stage_counts(config: Config, checkpointing: Checkpointing = "none") -> dict[str, Count]:
+# By type of reward. One with a backbone adds its line (CLIP ViT-L/14: 162 GFLOP an image); types with an equal entry
+# share one pass. brightness reads the pixels alone; a user's own function is not known here.
+_REWARD_NETWORKS: dict[str, _Network] = {}
+
+
+def _reward_networks(config: Config) -> set[_Network]:
+    types = {reward.type for reward in config.reward.values()}
+    return {network for name, network in _REWARD_NETWORKS.items() if name in types}
+
+
+def _checkpointing(config: Config) -> Checkpointing:
+    return "none" if config.update.checkpointing == "auto" else config.update.checkpointing
+
+
+def stage_counts(config: Config, checkpointing: Checkpointing | None = None) -> dict[str, Count]:
     """Work of every stage of one step, that is of rollout.images images and all their optimizer steps.
 
     The number of passes, and with it how often weights are read, follows rollout.micro_batch and update.micro_batch;
@@ -290,6 +307,7 @@ def stage_counts(config: Config, checkpointing: Checkpointing = "none") -> dict[
 
     Args:
         checkpointing: what the update recomputes: nothing, the attention branch of each block, or whole blocks.
+            Default: update.checkpointing, where auto counts as none.
     Returns: by the names in STAGES.
     """
     sizes, dtype, images = config.policy.sizes, config.run.dtype, config.rollout.images
@@ -308,18 +326,18 @@ def stage_counts(config: Config, checkpointing: Checkpointing = "none") -> dict[
     decoder_weights = sum(layer.parameters for layer in _decoder(config.policy.vqvae)) * _ITEM[dtype]
     decode += Count(0.0, decoder_weights) * rollout_passes
 
-    pixels = Count(0.0, 3 * config.policy.vqvae.image_size**2 * _FLOAT32)
-    reward = sum((_REWARD_COUNTS.get(r.type, Count(0, 0)) + pixels for r in config.reward.values()), Count(0, 0))
+    reward = Count(0.0, _image_bytes(config) * len(config.reward))
+    for network in _reward_networks(config):
+        reward += network.count
 
-    optimizer_steps = config.update.epochs * images // config.update.minibatch
-    micro_batches = config.update.minibatch // (config.update.micro_batch or config.update.minibatch)
+    optimizer_steps, micro_batches = _optimizer_steps(config), _micro_batches(config)
     forward = Count(flop, activations) * (images * config.update.epochs)
     one_read = Count(0.0, weights) * (optimizer_steps * micro_batches)
     reference = forward + one_read if config.grpo.kl_beta > 0.0 else Count(0.0, 0.0)
 
     # Forward and backward read the weights; the gradient, float32, is written, then read and written by each further
     # micro-batch: for d30 with whole minibatches 16 x (8 + 8) GB a step, beside 1.95 TB of activations.
-    again = _recomputed_share(sizes, checkpointing)
+    again = _recomputed_share(sizes, checkpointing or _checkpointing(config))
     update = forward * (3.0 + again) + one_read * (2.0 + again)
     update += Count(0.0, parameters * _FLOAT32 * (2 * micro_batches - 1)) * optimizer_steps
 
@@ -329,6 +347,14 @@ def stage_counts(config: Config, checkpointing: Checkpointing = "none") -> dict[
     optimizer = Count(0.0, 7 * _FLOAT32 * parameters + copied) * optimizer_steps
 
     return dict(zip(STAGES, (rollout, decode, reward * images, reference, update, optimizer), strict=True))
+
+
+def _optimizer_steps(config: Config) -> int:
+    return config.update.epochs * config.rollout.images // config.update.minibatch
+
+
+def _micro_batches(config: Config) -> int:
+    return config.update.minibatch // (config.update.micro_batch or config.update.minibatch)
 
 
 def _cache_bytes_per_token(config: Config) -> int:
@@ -355,7 +381,7 @@ class Memory:
         compute_copy: its blocks' matrices in 16 bits; 0 in float32.
         gradients, moments: float32; Adam has two moments.
         reference: the base model of the KL term, matrices in run.dtype; 0 with kl_beta = 0.
-        vqvae: its weights, float32.
+        vqvae, reward: their weights, float32.
         images: of a step, float32 pixels, twice while micro-batches are put together.
         kv_cache: of a micro-batch, without the last scale, whose keys and values no later scale needs.
         rollout_activations: of a micro-batch at the last scale, where they are largest.
@@ -370,6 +396,7 @@ class Memory:
     moments: int
     reference: int
     vqvae: int
+    reward: int
     images: int
     kv_cache: int
     rollout_activations: int
@@ -380,7 +407,8 @@ class Memory:
     @property
     def states(self) -> int:
         """What is there all the time."""
-        return self.weights + self.compute_copy + self.gradients + self.moments + self.reference + self.vqvae
+        trained = self.weights + self.compute_copy + self.gradients + self.moments
+        return trained + self.reference + self.vqvae + self.reward
 
     @property
     def rollout(self) -> int:
@@ -406,7 +434,6 @@ def memory(config: Config) -> Memory:
     parameters, matrices = num_parameters(sizes), num_matrix_parameters(sizes)
     sampled = config.rollout.micro_batch or images
     trained = config.update.micro_batch or config.update.minibatch
-    mode = config.update.checkpointing
     return Memory(
         weights=_FLOAT32 * parameters,
         compute_copy=_ITEM[dtype] * matrices if dtype != "float32" else 0,
@@ -414,11 +441,12 @@ def memory(config: Config) -> Memory:
         moments=2 * _FLOAT32 * parameters,
         reference=round(_weight_bytes(sizes, dtype)) if config.grpo.kl_beta > 0.0 else 0,
         vqvae=_FLOAT32 * num_vqvae_parameters(config.policy.vqvae),
+        reward=_FLOAT32 * sum(network.parameters for network in _reward_networks(config)),
         images=2 * images * _image_bytes(config),
         kv_cache=sampled * kv_cache_bytes(config),
         rollout_activations=sampled * rollout_activation_bytes(config),
         decode=sampled * decode_activation_bytes(config),
-        update=trained * update_activation_bytes(config, "none" if mode == "auto" else mode),
+        update=trained * update_activation_bytes(config, _checkpointing(config)),
         optimizer=_FLOAT32 * parameters,
     )
 
@@ -688,7 +716,7 @@ def scale_data_parallel(config: Config, ceilings: Ceilings, gpus: int, gradient_
 
     Only the backward pass of the last micro-batch can hide it. config: as `planned`; gradient_item: bytes a number.
     """
-    counts, optimizer_steps = _planned_counts(config), _optimizer_steps(config)
+    counts, optimizer_steps = stage_counts(config), _optimizer_steps(config)
     step_s = sum(speed_of_light_s(count, ceilings) for count in counts.values())
     size = gradient_item * num_parameters(config.policy.sizes)
     each_s = 2 * all_gather_s(size, gpus)
@@ -711,10 +739,11 @@ def scale_fully_sharded(config: Config, ceilings: Ceilings, gpus: int) -> Scalin
     forward and again for its backward pass, those of the reference once, and scatters its gradients. The rollout's one
     gather is kept for the whole rollout. config: as `planned`.
     """
-    counts, optimizer_steps = _planned_counts(config), _optimizer_steps(config)
+    counts, optimizer_steps = stage_counts(config), _optimizer_steps(config)
     step_s = sum(speed_of_light_s(count, ceilings) for count in counts.values())
     sizes, held = config.policy.sizes, memory(config)
     weights = _weight_bytes(sizes, config.run.dtype)
+    whole = held.vqvae + held.reward  # on every GPU
     gathers = 3 if config.grpo.kl_beta > 0.0 else 2
     size = _micro_batches(config) * (gathers * weights + _FLOAT32 * num_parameters(sizes))
     each_s, rollout_s = all_gather_s(size, gpus), all_gather_s(weights, gpus)
@@ -726,21 +755,8 @@ def scale_fully_sharded(config: Config, ceilings: Ceilings, gpus: int) -> Scalin
         communication_s=each_s,
         efficiency=step_s / (step_s + optimizer_steps * each_s + rollout_s),
         efficiency_overlapped=step_s / (step_s + optimizer_steps * exposed_s + rollout_s),
-        states_bytes=(held.states - held.vqvae) / gpus + held.vqvae,
+        states_bytes=(held.states - whole) / gpus + whole,
     )
-
-
-def _planned_counts(config: Config) -> dict[str, Count]:
-    mode = config.update.checkpointing
-    return stage_counts(config, "none" if mode == "auto" else mode)
-
-
-def _optimizer_steps(config: Config) -> int:
-    return config.update.epochs * config.rollout.images // config.update.minibatch
-
-
-def _micro_batches(config: Config) -> int:
-    return config.update.minibatch // (config.update.micro_batch or config.update.minibatch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -755,8 +771,14 @@ def report(config: Config, ceilings: Ceilings, title: str) -> str:
     return "\n".join(lines)
 
 
+def _number(x: float) -> str:
+    """Three digits at least, and a decimal in any case: 1220.4, 0.00731."""
+    decimals = 1 if x == 0.0 else max(1, 2 - math.floor(math.log10(abs(x))))
+    return f"{x:.{decimals}f}"
+
+
 def _stage_table(config: Config, ceilings: Ceilings) -> list[str]:
-    counts, images = _planned_counts(config), config.rollout.images
+    counts, images = stage_counts(config), config.rollout.images
     total_s = sum(speed_of_light_s(count, ceilings) for count in counts.values())
     apart_s = sum(c.flop / ceilings.flop_per_s + c.io_bytes / ceilings.byte_per_s for c in counts.values())
     names = ("GFLOP/image", "TFLOP/step", "GB/step", "compute ms", "bytes ms", "limit ms", "share")
@@ -770,7 +792,7 @@ def _stage_table(config: Config, ceilings: Ceilings) -> list[str]:
         limit_s = speed_of_light_s(count, ceilings)
         numbers = (count.flop / images / 1e9, count.flop / 1e12, count.io_bytes / 1e9)
         times = (count.flop / ceilings.flop_per_s, count.io_bytes / ceilings.byte_per_s, limit_s)
-        cells = "".join(f"{x:13.1f}" for x in (*numbers, *(s * 1e3 for s in times)))
+        cells = "".join(f"{_number(x):>13}" for x in (*numbers, *(s * 1e3 for s in times)))
         lines.append(f"{name:10}{cells}{limit_s / total_s:13.1%}")
     hours = config.run.steps * total_s / 3600
     return [
@@ -790,7 +812,7 @@ def _memory_table(config: Config, ceilings: Ceilings) -> list[str]:
     ]
     parts = {field.name: getattr(held, field.name) for field in fields(held)}
     parts |= {"all states": held.states, "peak": held.peak}
-    lines += [f"{name.replace('_', ' '):20}{size / 2**30:10.2f}" for name, size in parts.items()]
+    lines += [f"{name.replace('_', ' '):20}{_number(size / 2**30):>10}" for name, size in parts.items()]
     if ceilings.memory_bytes is None:
         return [*lines, "the memory of this device is not known"]
     fits = held.fits(ceilings.memory_bytes)
@@ -817,8 +839,8 @@ def _scaling_table(config: Config, ceilings: Ceilings) -> list[str]:
         }
         for name, way in ways.items():
             lines.append(
-                f"{name:27}{way.gpus:6}{way.bytes_per_gpu / 1e9:10.2f}{way.communication_s * 1e3:10.1f}"
-                f"{way.efficiency:12.1%}{way.efficiency_overlapped:12.1%}{way.states_bytes / 2**30:12.2f}"
+                f"{name:27}{way.gpus:6}{_number(way.bytes_per_gpu / 1e9):>10}{_number(way.communication_s * 1e3):>10}"
+                f"{way.efficiency:12.1%}{way.efficiency_overlapped:12.1%}{_number(way.states_bytes / 2**30):>12}"
             )
     return lines
 
