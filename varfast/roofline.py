@@ -466,16 +466,17 @@ def kv_cache_bytes(config: Config) -> int:
 def rollout_activation_bytes(config: Config) -> int:
     """Of one image, at the last scale, without gradients: the larger of a block at work and of the head.
 
-    In a block the stream, its normalised form, a branch and the MLP's hidden layer before and after GELU exist at once
-    (3 C + 2 x 4 C); in the head the stream, two float32 forms of it, and the logits of this scale and of the last.
+    In a block the scale's input, the block's, the stream, its normalised form, a branch, and the MLP's hidden layer
+    before and after GELU exist at once (5 C + 2 x 4 C); in the head the input, the stream, two float32 forms of it, and
+    the logits of this scale and of the one before.
     """
     sizes = config.policy.sizes
     C, item = sizes.width, _ITEM[config.run.dtype]
     tokens = sizes.patch_nums[-1] ** 2
     before = sizes.patch_nums[-2] ** 2 if len(sizes.patch_nums) > 1 else 0
     logits = sizes.vocab_size * _FLOAT32
-    block = max(3 * C + 2 * _hidden(sizes), 9 * C) * item
-    head = C * item + 2 * C * _FLOAT32 + logits
+    block = max(5 * C + 2 * _hidden(sizes), 11 * C) * item
+    head = 2 * C * item + 2 * C * _FLOAT32 + logits
     return tokens * max(block, head) + before * logits
 
 
@@ -497,9 +498,9 @@ def update_activation_bytes(config: Config, checkpointing: Checkpointing) -> int
         attention  all of it but normed, q k v and attention, which are computed again: 13 C
         full       the stream that enters the block: C
 
-    and float32 numbers: the mean and scale of two norms, a head's softmax (2) and norms of q and k (2). Once: two
-    float32 forms of the stream for the head, and the logits, whose place their gradient takes. On top come the block at
-    work (what it recomputes, and gradients of its hidden layer and stream: 2 h + 2 C), or the head's gradients.
+    and float32 numbers: the mean and scale of two norms, a head's softmax (2) and norms of q and k (2). On top comes
+    the larger of a block at work (what it recomputes, gradients of hidden layer and stream: 2 h + 2 C) and of the head
+    (logits, whose place their gradient takes, two forms of the stream and their gradients, in float32).
     """
     sizes = config.policy.sizes
     C, hidden, item = sizes.width, _hidden(sizes), _ITEM[config.run.dtype]
@@ -508,17 +509,16 @@ def update_activation_bytes(config: Config, checkpointing: Checkpointing) -> int
     block = attention_branch + (5 * C + 2 * hidden) * item
     kept = {"none": block, "attention": block - attention_branch, "full": C * item}[checkpointing]
     again = block - kept
-    head = 2 * C * _FLOAT32
-    logits = sizes.vocab_size * _FLOAT32
-    at_work = max(again + max(2 * C + 2 * hidden, 8 * C) * item, logits + 2 * C * _FLOAT32)
-    return sizes.num_tokens * (sizes.depth * kept + C * item + head + at_work)
+    head_at_work = (sizes.vocab_size + 4 * C) * _FLOAT32
+    block_at_work = again + max(2 * C + 2 * hidden, 8 * C) * item
+    return sizes.num_tokens * (sizes.depth * kept + C * item + max(head_at_work, block_at_work))
 
 
 def rollout_micro_batch(config: Config, free_bytes: float) -> int:
     """Images to sample and decode at a time: what the config names, else the most that fits, at least 1.
 
     The largest divisor of rollout.images whose key-value cache, activations and decode take at most 0.9 of
-    `free_bytes`. d16 in bfloat16: 27.8 + 9.6 + 106 MB an image, so 512 images want 82 GB free.
+    `free_bytes`. d16 in bfloat16: 27.8 + 10.1 + 106 MB an image, so 512 images want 83 GB free.
 
     Args:
         free_bytes: the device's memory less `memory(config).states`.
