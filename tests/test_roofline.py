@@ -377,6 +377,8 @@ def test_update_plan_recomputes_below_8_images():
     assert roofline.update_plan(settings, 7.99 * need["attention"]) == (32, "full")
     assert roofline.update_plan(settings, 2.5 * need["full"]) == (2, "full")
     assert roofline.update_plan(settings, -1.0) == (1, "full")
+    odd = config("d30", rollout={"labels_per_step": 31}, update={"minibatch": 31})
+    assert roofline.update_plan(odd, 30 * need["none"]) == (31, "attention")  # not image by image
     few = config("d30", update={"minibatch": 4})
     assert roofline.update_plan(few, 4.01 * need["none"]) == (4, "none")
     assert roofline.update_plan(few, 3.99 * need["none"]) == (4, "attention")

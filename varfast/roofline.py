@@ -281,7 +281,7 @@ def decode_count(config: VQVAEConfig, dtype: str) -> Count:
 class _Network(NamedTuple):
     """A network that rewards run: work of one image, and its parameters."""
 
-    count: Count
+    per_image: Count
     parameters: int
 
 
@@ -328,7 +328,7 @@ def stage_counts(config: Config, checkpointing: Checkpointing | None = None) -> 
 
     reward = Count(0.0, _image_bytes(config) * len(config.reward))
     for network in _reward_networks(config):
-        reward += network.count
+        reward += network.per_image
 
     optimizer_steps, micro_batches = _optimizer_steps(config), _micro_batches(config)
     forward = Count(flop, activations) * (images * config.update.epochs)
@@ -533,9 +533,9 @@ def rollout_micro_batch(config: Config, free_bytes: float) -> int:
 def update_plan(config: Config, free_bytes: float) -> tuple[int, Checkpointing]:
     """Images to forward and backward at a time, and what to recompute: what the config names, else what fits best.
 
-    Without checkpointing the largest divisor of update.minibatch that fits into 0.9 of `free_bytes`. Where that is
-    fewer than 8 images (and less than a minibatch), attention, then full; where full does not reach 8 either, the
-    largest that fits with it, at least 1.
+    The largest divisor of update.minibatch that fits into 0.9 of `free_bytes` without checkpointing, if it is the
+    minibatch or at least 8 images; else with attention; else the largest that fits with full, at least 1. A
+    micro-batch that the config names is kept, with the first of these that it fits with.
 
     Why 8: each further micro-batch reads the weights and adds to the gradient once more, 12 bytes a parameter; for d30
     24 GB, 5.6 ms on an H200. Forward and backward of 8 of its images take 57 ms, so at 8 that is 10 % more; at 4, 20 %.
@@ -550,10 +550,10 @@ def update_plan(config: Config, free_bytes: float) -> tuple[int, Checkpointing]:
     enough = config.update.micro_batch or min(_ENOUGH_IMAGES, minibatch)
     modes: tuple[Checkpointing, ...] = ("none", "attention", "full") if asked == "auto" else (asked,)
     for mode in modes:
-        fitting = _USABLE * free_bytes / update_activation_bytes(config, mode)
-        if fitting >= enough:
+        largest = _largest_divisor(minibatch, _USABLE * free_bytes / update_activation_bytes(config, mode))
+        if largest >= enough:
             break
-    return config.update.micro_batch or _largest_divisor(minibatch, fitting), mode
+    return config.update.micro_batch or largest, mode
 
 
 def _largest_divisor(total: int, limit: float) -> int:
@@ -660,10 +660,10 @@ def _find_ceilings(name: str, dtype: str) -> tuple[Ceilings, str]:
     """Ceilings of a device by name, and where they come from. Raises: InputError for a name that is not known."""
     if name == "here":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        what = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
-        return measure_here(device, getattr(torch, dtype)), f"{what}: measured now with a product and a copy"
+        what = f"CPU, torch threads: {torch.get_num_threads()}"
+        if device.type == "cuda":
+            what = torch.cuda.get_device_name(device)
+        return measure_here(device, getattr(torch, dtype)), f"{what}; measured now with a product and a copy"
     if name not in DEVICES:
         raise InputError(f"device={name}: known are {', '.join(DEVICES)}, and 'here' for this machine, measured")
     return DEVICES[name].ceilings(dtype), DEVICES[name].source
@@ -685,9 +685,9 @@ def all_gather_s(size_bytes: float, gpus: int) -> float:
     """
     local = min(gpus, _GPUS_A_NODE)
     nodes = gpus / local
-    return (
-        size_bytes / local * (1 - 1 / nodes) / _NETWORK_BYTE_PER_S + size_bytes * (1 - 1 / local) / _NVLINK_BYTE_PER_S
-    )
+    between_s = size_bytes / local * (1 - 1 / nodes) / _NETWORK_BYTE_PER_S
+    within_s = size_bytes * (1 - 1 / local) / _NVLINK_BYTE_PER_S
+    return between_s + within_s
 
 
 @dataclass(frozen=True)
@@ -828,7 +828,8 @@ def _scaling_table(config: Config, ceilings: Ceilings) -> list[str]:
         "many GPUs, predicted: each does the step above; a node has 8, with NVLink of 450 GB/s a GPU and direction,",
         "and 50 GB/s a GPU (a 400 Gb/s port each) between nodes, both fully used; no latency, no stragglers. GB and ms",
         "of communication are an optimizer step's. Overlapped: data parallel hides in the backward pass of the last",
-        "micro-batch, FSDP in reference and update. 100 % is the speed of light of one GPU times their number.",
+        "micro-batch, FSDP in reference and update; its rollout gathers the weights once, before it starts, and holds",
+        "them. 100 % is the speed of light of one GPU times their number.",
         f"{'':27}{'GPUs':>6}{'GB/GPU':>10}{'ms':>10}{'efficiency':>12}{'overlapped':>12}{'states GiB':>12}",
     ]
     for gpus in (8, 64, 512):
