@@ -277,12 +277,29 @@ def decode_count(config: VQVAEConfig, dtype: str) -> Count:
 # ---------------------------------------------------------------------------------------------------------------------
 # A step
 
-# Work of one image in rewards that run a network, by their type in the config: a reward with a backbone adds its line
-# (CLIP ViT-L/14: 162 GFLOP an image). brightness reads the pixels; a user's own function is not known here.
-_REWARD_COUNTS: dict[str, Count] = {}
+
+class _Network(NamedTuple):
+    """A network that rewards run: work of one image, and its parameters."""
+
+    per_image: Count
+    parameters: int
 
 
-def stage_counts(config: Config, checkpointing: Checkpointing = "none") -> dict[str, Count]:
+# By type of reward. One with a backbone adds its line (CLIP ViT-L/14: 162 GFLOP an image); types with an equal entry
+# share one pass. brightness reads the pixels alone; a user's own function is not known here.
+_REWARD_NETWORKS: dict[str, _Network] = {}
+
+
+def _reward_networks(config: Config) -> set[_Network]:
+    types = {reward.type for reward in config.reward.values()}
+    return {network for name, network in _REWARD_NETWORKS.items() if name in types}
+
+
+def _checkpointing(config: Config) -> Checkpointing:
+    return "none" if config.update.checkpointing == "auto" else config.update.checkpointing
+
+
+def stage_counts(config: Config, checkpointing: Checkpointing | None = None) -> dict[str, Count]:
     """Work of every stage of one step, that is of rollout.images images and all their optimizer steps.
 
     The number of passes, and with it how often weights are read, follows rollout.micro_batch and update.micro_batch;
@@ -290,6 +307,7 @@ def stage_counts(config: Config, checkpointing: Checkpointing = "none") -> dict[
 
     Args:
         checkpointing: what the update recomputes: nothing, the attention branch of each block, or whole blocks.
+            Default: update.checkpointing, where auto counts as none.
     Returns: by the names in STAGES.
     """
     sizes, dtype, images = config.policy.sizes, config.run.dtype, config.rollout.images
@@ -308,18 +326,18 @@ def stage_counts(config: Config, checkpointing: Checkpointing = "none") -> dict[
     decoder_weights = sum(layer.parameters for layer in _decoder(config.policy.vqvae)) * _ITEM[dtype]
     decode += Count(0.0, decoder_weights) * rollout_passes
 
-    pixels = Count(0.0, 3 * config.policy.vqvae.image_size**2 * _FLOAT32)
-    reward = sum((_REWARD_COUNTS.get(r.type, Count(0, 0)) + pixels for r in config.reward.values()), Count(0, 0))
+    reward = Count(0.0, _image_bytes(config) * len(config.reward))
+    for network in _reward_networks(config):
+        reward += network.per_image
 
-    optimizer_steps = config.update.epochs * images // config.update.minibatch
-    micro_batches = config.update.minibatch // (config.update.micro_batch or config.update.minibatch)
+    optimizer_steps, micro_batches = _optimizer_steps(config), _micro_batches(config)
     forward = Count(flop, activations) * (images * config.update.epochs)
     one_read = Count(0.0, weights) * (optimizer_steps * micro_batches)
     reference = forward + one_read if config.grpo.kl_beta > 0.0 else Count(0.0, 0.0)
 
     # Forward and backward read the weights; the gradient, float32, is written, then read and written by each further
     # micro-batch: for d30 with whole minibatches 16 x (8 + 8) GB a step, beside 1.95 TB of activations.
-    again = _recomputed_share(sizes, checkpointing)
+    again = _recomputed_share(sizes, checkpointing or _checkpointing(config))
     update = forward * (3.0 + again) + one_read * (2.0 + again)
     update += Count(0.0, parameters * _FLOAT32 * (2 * micro_batches - 1)) * optimizer_steps
 
@@ -329,6 +347,14 @@ def stage_counts(config: Config, checkpointing: Checkpointing = "none") -> dict[
     optimizer = Count(0.0, 7 * _FLOAT32 * parameters + copied) * optimizer_steps
 
     return dict(zip(STAGES, (rollout, decode, reward * images, reference, update, optimizer), strict=True))
+
+
+def _optimizer_steps(config: Config) -> int:
+    return config.update.epochs * config.rollout.images // config.update.minibatch
+
+
+def _micro_batches(config: Config) -> int:
+    return config.update.minibatch // (config.update.micro_batch or config.update.minibatch)
 
 
 def _cache_bytes_per_token(config: Config) -> int:
@@ -355,7 +381,7 @@ class Memory:
         compute_copy: its blocks' matrices in 16 bits; 0 in float32.
         gradients, moments: float32; Adam has two moments.
         reference: the base model of the KL term, matrices in run.dtype; 0 with kl_beta = 0.
-        vqvae: its weights, float32.
+        vqvae, reward: their weights, float32.
         images: of a step, float32 pixels, twice while micro-batches are put together.
         kv_cache: of a micro-batch, without the last scale, whose keys and values no later scale needs.
         rollout_activations: of a micro-batch at the last scale, where they are largest.
@@ -370,6 +396,7 @@ class Memory:
     moments: int
     reference: int
     vqvae: int
+    reward: int
     images: int
     kv_cache: int
     rollout_activations: int
@@ -380,7 +407,8 @@ class Memory:
     @property
     def states(self) -> int:
         """What is there all the time."""
-        return self.weights + self.compute_copy + self.gradients + self.moments + self.reference + self.vqvae
+        trained = self.weights + self.compute_copy + self.gradients + self.moments
+        return trained + self.reference + self.vqvae + self.reward
 
     @property
     def rollout(self) -> int:
@@ -406,7 +434,6 @@ def memory(config: Config) -> Memory:
     parameters, matrices = num_parameters(sizes), num_matrix_parameters(sizes)
     sampled = config.rollout.micro_batch or images
     trained = config.update.micro_batch or config.update.minibatch
-    mode = config.update.checkpointing
     return Memory(
         weights=_FLOAT32 * parameters,
         compute_copy=_ITEM[dtype] * matrices if dtype != "float32" else 0,
@@ -414,11 +441,12 @@ def memory(config: Config) -> Memory:
         moments=2 * _FLOAT32 * parameters,
         reference=round(_weight_bytes(sizes, dtype)) if config.grpo.kl_beta > 0.0 else 0,
         vqvae=_FLOAT32 * num_vqvae_parameters(config.policy.vqvae),
+        reward=_FLOAT32 * sum(network.parameters for network in _reward_networks(config)),
         images=2 * images * _image_bytes(config),
         kv_cache=sampled * kv_cache_bytes(config),
         rollout_activations=sampled * rollout_activation_bytes(config),
         decode=sampled * decode_activation_bytes(config),
-        update=trained * update_activation_bytes(config, "none" if mode == "auto" else mode),
+        update=trained * update_activation_bytes(config, _checkpointing(config)),
         optimizer=_FLOAT32 * parameters,
     )
 
@@ -438,16 +466,17 @@ def kv_cache_bytes(config: Config) -> int:
 def rollout_activation_bytes(config: Config) -> int:
     """Of one image, at the last scale, without gradients: the larger of a block at work and of the head.
 
-    In a block the stream, its normalised form, a branch and the MLP's hidden layer before and after GELU exist at once
-    (3 C + 2 x 4 C); in the head the stream, two float32 forms of it, and the logits of this scale and of the last.
+    In a block the scale's input, the block's, the stream, its normalised form, a branch, and the MLP's hidden layer
+    before and after GELU exist at once (5 C + 2 x 4 C); in the head the input, the stream, two float32 forms of it, and
+    the logits of this scale and of the one before.
     """
     sizes = config.policy.sizes
     C, item = sizes.width, _ITEM[config.run.dtype]
     tokens = sizes.patch_nums[-1] ** 2
     before = sizes.patch_nums[-2] ** 2 if len(sizes.patch_nums) > 1 else 0
     logits = sizes.vocab_size * _FLOAT32
-    block = max(3 * C + 2 * _hidden(sizes), 9 * C) * item
-    head = C * item + 2 * C * _FLOAT32 + logits
+    block = max(5 * C + 2 * _hidden(sizes), 11 * C) * item
+    head = 2 * C * item + 2 * C * _FLOAT32 + logits
     return tokens * max(block, head) + before * logits
 
 
@@ -469,9 +498,9 @@ def update_activation_bytes(config: Config, checkpointing: Checkpointing) -> int
         attention  all of it but normed, q k v and attention, which are computed again: 13 C
         full       the stream that enters the block: C
 
-    and float32 numbers: the mean and scale of two norms, a head's softmax (2) and norms of q and k (2). Once: two
-    float32 forms of the stream for the head, and the logits, whose place their gradient takes. On top come the block at
-    work (what it recomputes, and gradients of its hidden layer and stream: 2 h + 2 C), or the head's gradients.
+    and float32 numbers: the mean and scale of two norms, a head's softmax (2) and norms of q and k (2). On top comes
+    the larger of a block at work (what it recomputes, gradients of hidden layer and stream: 2 h + 2 C) and of the head
+    (logits, whose place their gradient takes, two forms of the stream and their gradients, in float32).
     """
     sizes = config.policy.sizes
     C, hidden, item = sizes.width, _hidden(sizes), _ITEM[config.run.dtype]
@@ -480,17 +509,16 @@ def update_activation_bytes(config: Config, checkpointing: Checkpointing) -> int
     block = attention_branch + (5 * C + 2 * hidden) * item
     kept = {"none": block, "attention": block - attention_branch, "full": C * item}[checkpointing]
     again = block - kept
-    head = 2 * C * _FLOAT32
-    logits = sizes.vocab_size * _FLOAT32
-    at_work = max(again + max(2 * C + 2 * hidden, 8 * C) * item, logits + 2 * C * _FLOAT32)
-    return sizes.num_tokens * (sizes.depth * kept + C * item + head + at_work)
+    head_at_work = (sizes.vocab_size + 4 * C) * _FLOAT32
+    block_at_work = again + max(2 * C + 2 * hidden, 8 * C) * item
+    return sizes.num_tokens * (sizes.depth * kept + C * item + max(head_at_work, block_at_work))
 
 
 def rollout_micro_batch(config: Config, free_bytes: float) -> int:
     """Images to sample and decode at a time: what the config names, else the most that fits, at least 1.
 
     The largest divisor of rollout.images whose key-value cache, activations and decode take at most 0.9 of
-    `free_bytes`. d16 in bfloat16: 27.8 + 9.6 + 106 MB an image, so 512 images want 82 GB free.
+    `free_bytes`. d16 in bfloat16: 27.8 + 10.1 + 106 MB an image, so 512 images want 83 GB free.
 
     Args:
         free_bytes: the device's memory less `memory(config).states`.
@@ -505,9 +533,9 @@ def rollout_micro_batch(config: Config, free_bytes: float) -> int:
 def update_plan(config: Config, free_bytes: float) -> tuple[int, Checkpointing]:
     """Images to forward and backward at a time, and what to recompute: what the config names, else what fits best.
 
-    Without checkpointing the largest divisor of update.minibatch that fits into 0.9 of `free_bytes`. Where that is
-    fewer than 8 images (and less than a minibatch), attention, then full; where full does not reach 8 either, the
-    largest that fits with it, at least 1.
+    The largest divisor of update.minibatch that fits into 0.9 of `free_bytes` without checkpointing, if it is the
+    minibatch or at least 8 images; else with attention; else the largest that fits with full, at least 1. A
+    micro-batch that the config names is kept, with the first of these that it fits with.
 
     Why 8: each further micro-batch reads the weights and adds to the gradient once more, 12 bytes a parameter; for d30
     24 GB, 5.6 ms on an H200. Forward and backward of 8 of its images take 57 ms, so at 8 that is 10 % more; at 4, 20 %.
@@ -522,10 +550,10 @@ def update_plan(config: Config, free_bytes: float) -> tuple[int, Checkpointing]:
     enough = config.update.micro_batch or min(_ENOUGH_IMAGES, minibatch)
     modes: tuple[Checkpointing, ...] = ("none", "attention", "full") if asked == "auto" else (asked,)
     for mode in modes:
-        fitting = _USABLE * free_bytes / update_activation_bytes(config, mode)
-        if fitting >= enough:
+        largest = _largest_divisor(minibatch, _USABLE * free_bytes / update_activation_bytes(config, mode))
+        if largest >= enough:
             break
-    return config.update.micro_batch or _largest_divisor(minibatch, fitting), mode
+    return config.update.micro_batch or largest, mode
 
 
 def _largest_divisor(total: int, limit: float) -> int:
@@ -634,10 +662,10 @@ def _find_ceilings(name: str, dtype: str) -> tuple[Ceilings, str]:
     """Ceilings of a device by name, and where they come from. Raises: InputError for a name that is not known."""
     if name == "here":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        what = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
-        return measure_here(device, getattr(torch, dtype)), f"{what}: measured now with a product and a copy"
+        what = f"CPU, torch threads: {torch.get_num_threads()}"
+        if device.type == "cuda":
+            what = torch.cuda.get_device_name(device)
+        return measure_here(device, getattr(torch, dtype)), f"{what}; measured now with a product and a copy"
     if name not in DEVICES:
         raise InputError(f"device={name}: known are {', '.join(DEVICES)}, and 'here' for this machine, measured")
     return DEVICES[name].ceilings(dtype), DEVICES[name].source
@@ -659,9 +687,9 @@ def all_gather_s(size_bytes: float, gpus: int) -> float:
     """
     local = min(gpus, _GPUS_A_NODE)
     nodes = gpus / local
-    return (
-        size_bytes / local * (1 - 1 / nodes) / _NETWORK_BYTE_PER_S + size_bytes * (1 - 1 / local) / _NVLINK_BYTE_PER_S
-    )
+    between_s = size_bytes / local * (1 - 1 / nodes) / _NETWORK_BYTE_PER_S
+    within_s = size_bytes * (1 - 1 / local) / _NVLINK_BYTE_PER_S
+    return between_s + within_s
 
 
 @dataclass(frozen=True)
@@ -690,7 +718,7 @@ def scale_data_parallel(config: Config, ceilings: Ceilings, gpus: int, gradient_
 
     Only the backward pass of the last micro-batch can hide it. config: as `planned`; gradient_item: bytes a number.
     """
-    counts, optimizer_steps = _planned_counts(config), _optimizer_steps(config)
+    counts, optimizer_steps = stage_counts(config), _optimizer_steps(config)
     step_s = sum(speed_of_light_s(count, ceilings) for count in counts.values())
     size = gradient_item * num_parameters(config.policy.sizes)
     each_s = 2 * all_gather_s(size, gpus)
@@ -713,10 +741,11 @@ def scale_fully_sharded(config: Config, ceilings: Ceilings, gpus: int) -> Scalin
     forward and again for its backward pass, those of the reference once, and scatters its gradients. The rollout's one
     gather is kept for the whole rollout. config: as `planned`.
     """
-    counts, optimizer_steps = _planned_counts(config), _optimizer_steps(config)
+    counts, optimizer_steps = stage_counts(config), _optimizer_steps(config)
     step_s = sum(speed_of_light_s(count, ceilings) for count in counts.values())
     sizes, held = config.policy.sizes, memory(config)
     weights = _weight_bytes(sizes, config.run.dtype)
+    whole = held.vqvae + held.reward  # on every GPU
     gathers = 3 if config.grpo.kl_beta > 0.0 else 2
     size = _micro_batches(config) * (gathers * weights + _FLOAT32 * num_parameters(sizes))
     each_s, rollout_s = all_gather_s(size, gpus), all_gather_s(weights, gpus)
@@ -728,21 +757,8 @@ def scale_fully_sharded(config: Config, ceilings: Ceilings, gpus: int) -> Scalin
         communication_s=each_s,
         efficiency=step_s / (step_s + optimizer_steps * each_s + rollout_s),
         efficiency_overlapped=step_s / (step_s + optimizer_steps * exposed_s + rollout_s),
-        states_bytes=(held.states - held.vqvae) / gpus + held.vqvae,
+        states_bytes=(held.states - whole) / gpus + whole,
     )
-
-
-def _planned_counts(config: Config) -> dict[str, Count]:
-    mode = config.update.checkpointing
-    return stage_counts(config, "none" if mode == "auto" else mode)
-
-
-def _optimizer_steps(config: Config) -> int:
-    return config.update.epochs * config.rollout.images // config.update.minibatch
-
-
-def _micro_batches(config: Config) -> int:
-    return config.update.minibatch // (config.update.micro_batch or config.update.minibatch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -757,8 +773,14 @@ def report(config: Config, ceilings: Ceilings, title: str) -> str:
     return "\n".join(lines)
 
 
+def _number(x: float) -> str:
+    """Three digits at least, and a decimal in any case: 1220.4, 0.00731."""
+    decimals = 1 if x == 0.0 else max(1, 2 - math.floor(math.log10(abs(x))))
+    return f"{x:.{decimals}f}"
+
+
 def _stage_table(config: Config, ceilings: Ceilings) -> list[str]:
-    counts, images = _planned_counts(config), config.rollout.images
+    counts, images = stage_counts(config), config.rollout.images
     total_s = sum(speed_of_light_s(count, ceilings) for count in counts.values())
     apart_s = sum(c.flop / ceilings.flop_per_s + c.io_bytes / ceilings.byte_per_s for c in counts.values())
     names = ("GFLOP/image", "TFLOP/step", "GB/step", "compute ms", "bytes ms", "limit ms", "share")
@@ -772,7 +794,7 @@ def _stage_table(config: Config, ceilings: Ceilings) -> list[str]:
         limit_s = speed_of_light_s(count, ceilings)
         numbers = (count.flop / images / 1e9, count.flop / 1e12, count.io_bytes / 1e9)
         times = (count.flop / ceilings.flop_per_s, count.io_bytes / ceilings.byte_per_s, limit_s)
-        cells = "".join(f"{x:13.1f}" for x in (*numbers, *(s * 1e3 for s in times)))
+        cells = "".join(f"{_number(x):>13}" for x in (*numbers, *(s * 1e3 for s in times)))
         lines.append(f"{name:10}{cells}{limit_s / total_s:13.1%}")
     hours = config.run.steps * total_s / 3600
     return [
@@ -792,7 +814,7 @@ def _memory_table(config: Config, ceilings: Ceilings) -> list[str]:
     ]
     parts = {field.name: getattr(held, field.name) for field in fields(held)}
     parts |= {"all states": held.states, "peak": held.peak}
-    lines += [f"{name.replace('_', ' '):20}{size / 2**30:10.2f}" for name, size in parts.items()]
+    lines += [f"{name.replace('_', ' '):20}{_number(size / 2**30):>10}" for name, size in parts.items()]
     if ceilings.memory_bytes is None:
         return [*lines, "the memory of this device is not known"]
     fits = held.fits(ceilings.memory_bytes)
@@ -808,7 +830,8 @@ def _scaling_table(config: Config, ceilings: Ceilings) -> list[str]:
         "many GPUs, predicted: each does the step above; a node has 8, with NVLink of 450 GB/s a GPU and direction,",
         "and 50 GB/s a GPU (a 400 Gb/s port each) between nodes, both fully used; no latency, no stragglers. GB and ms",
         "of communication are an optimizer step's. Overlapped: data parallel hides in the backward pass of the last",
-        "micro-batch, FSDP in reference and update. 100 % is the speed of light of one GPU times their number.",
+        "micro-batch, FSDP in reference and update; its rollout gathers the weights once, before it starts, and holds",
+        "them. 100 % is the speed of light of one GPU times their number.",
         f"{'':27}{'GPUs':>6}{'GB/GPU':>10}{'ms':>10}{'efficiency':>12}{'overlapped':>12}{'states GiB':>12}",
     ]
     for gpus in (8, 64, 512):
@@ -819,8 +842,8 @@ def _scaling_table(config: Config, ceilings: Ceilings) -> list[str]:
         }
         for name, way in ways.items():
             lines.append(
-                f"{name:27}{way.gpus:6}{way.bytes_per_gpu / 1e9:10.2f}{way.communication_s * 1e3:10.1f}"
-                f"{way.efficiency:12.1%}{way.efficiency_overlapped:12.1%}{way.states_bytes / 2**30:12.2f}"
+                f"{name:27}{way.gpus:6}{_number(way.bytes_per_gpu / 1e9):>10}{_number(way.communication_s * 1e3):>10}"
+                f"{way.efficiency:12.1%}{way.efficiency_overlapped:12.1%}{_number(way.states_bytes / 2**30):>12}"
             )
     return lines
 
