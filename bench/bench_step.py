@@ -90,7 +90,7 @@ def by(name, call):
 
 def measure(benchmark, rows, stages, name, images, calls, what):
     config = step_config(name, images)
-    counts = stage_counts(config, config.update.checkpointing)
+    counts = stage_counts(config)
     flop, io_bytes = (sum(getattr(counts[s], kind) for s in stages) for kind in ("flop", "io_bytes"))
     row = harness.Row(what, f"{name}, {images} images", "forward", 0.0, flop=flop, io_bytes=io_bytes)
     if CUDA:

@@ -104,12 +104,11 @@ class StageLimits:
     def __init__(self, config: Config, device: torch.device) -> None:
         """config: with the micro-batches and the checkpointing in use."""
         self._images = config.rollout.images
-        checkpointing = config.update.checkpointing
-        counts = stage_counts(config, "none" if checkpointing == "auto" else checkpointing)
+        counts = stage_counts(config)
         ceilings = measure_here(device, getattr(torch, config.run.dtype))
         self._limit_ms = {name: speed_of_light_s(count, ceilings) * 1e3 for name, count in counts.items()}
         # Model FLOPs: what checkpointing computes again does not count.
-        self._step_at_peak_s = sum(count.flop for count in stage_counts(config).values()) / ceilings.flop_per_s
+        self._step_at_peak_s = sum(count.flop for count in stage_counts(config, "none").values()) / ceilings.flop_per_s
 
     def metrics(self, stages_ms: dict[str, float], step_s: float) -> dict[str, float]:
         """The numbers of a step, by the names of metrics.jsonl."""

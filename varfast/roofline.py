@@ -31,7 +31,7 @@ import psutil
 import torch
 
 from varfast.command import run_command, split_arguments
-from varfast.config import Config, VARConfig, VQVAEConfig, load_config
+from varfast.config import AestheticReward, ClipReward, Config, HPSv2Reward, VARConfig, VQVAEConfig, load_config
 from varfast.types import InputError
 
 Checkpointing = Literal["none", "attention", "full"]
@@ -285,14 +285,37 @@ class _Network(NamedTuple):
     parameters: int
 
 
-# By type of reward. One with a backbone adds its line (CLIP ViT-L/14: 162 GFLOP an image); types with an equal entry
-# share one pass. brightness reads the pixels alone; a user's own function is not known here.
-_REWARD_NETWORKS: dict[str, _Network] = {}
+# Image towers of CLIP models: width, layers, patch side, width of the embedding. The image is 224 x 224.
+_TOWERS = {
+    "ViT-B-32": (768, 12, 32, 512),
+    "ViT-B-16": (768, 12, 16, 512),
+    "ViT-L-14": (1024, 24, 14, 768),
+    "ViT-H-14": (1280, 32, 14, 1024),
+}
+
+
+def _tower(name: str, dtype: str) -> _Network:
+    """ViT-L-14: 162 GFLOP an image; 20 tensors of tokens x width are read or written a layer."""
+    width, layers, patch, embedding = _TOWERS[name]
+    tokens = (224 // patch) ** 2 + 1
+    pixels = 3 * patch**2
+    of_layers = layers * (24.0 * tokens * width**2 + 4.0 * tokens**2 * width)
+    flop = of_layers + 2.0 * (tokens - 1) * pixels * width + 2.0 * width * embedding
+    parameters = layers * (12 * width**2 + 13 * width) + width * (pixels + tokens + 5 + embedding)
+    return _Network(Count(flop, 20.0 * layers * tokens * width * _ITEM[dtype]), parameters)
 
 
 def _reward_networks(config: Config) -> set[_Network]:
-    types = {reward.type for reward in config.reward.values()}
-    return {network for name, network in _REWARD_NETWORKS.items() if name in types}
+    """What the rewards run, once each. CLIP models other than these, classifiers and a user's own are not counted."""
+    named = set()
+    for reward in config.reward.values():
+        if isinstance(reward, AestheticReward):
+            named.add(("ViT-L-14", reward.dtype))
+        elif isinstance(reward, HPSv2Reward):
+            named.add(("ViT-H-14", reward.dtype))
+        elif isinstance(reward, ClipReward):
+            named.add((reward.model.removesuffix("-quickgelu"), reward.dtype))
+    return {_tower(name, dtype) for name, dtype in named if name in _TOWERS}
 
 
 def _checkpointing(config: Config) -> Checkpointing:
@@ -466,18 +489,18 @@ def kv_cache_bytes(config: Config) -> int:
 def rollout_activation_bytes(config: Config) -> int:
     """Of one image, at the last scale, without gradients: the larger of a block at work and of the head.
 
-    In a block the scale's input, the block's, the stream, its normalised form, a branch, and the MLP's hidden layer
-    before and after GELU exist at once (5 C + 2 x 4 C); in the head the input, the stream, two float32 forms of it, and
-    the logits of this scale and of the one before.
+    In a block the scale's input, the block's and its normalised form, the stream, its normalised form, a branch, and
+    the MLP's hidden layer before and after GELU exist at once (6 C + 2 x 4 C); in the head the input, the stream, two
+    float32 forms of it, and the logits of this scale and of the one before. Beside them the 6 C constants of each block.
     """
     sizes = config.policy.sizes
     C, item = sizes.width, _ITEM[config.run.dtype]
     tokens = sizes.patch_nums[-1] ** 2
     before = sizes.patch_nums[-2] ** 2 if len(sizes.patch_nums) > 1 else 0
     logits = sizes.vocab_size * _FLOAT32
-    block = max(5 * C + 2 * _hidden(sizes), 11 * C) * item
+    block = max(6 * C + 2 * _hidden(sizes), 12 * C) * item
     head = 2 * C * item + 2 * C * _FLOAT32 + logits
-    return tokens * max(block, head) + before * logits
+    return tokens * max(block, head) + before * logits + 6 * sizes.depth * C * item
 
 
 def decode_activation_bytes(config: Config) -> int:
@@ -495,8 +518,8 @@ def update_activation_bytes(config: Config, checkpointing: Checkpointing) -> int
     Kept a token and block, in run.dtype (h = 4 C, the hidden layer; as the kernels for a GPU keep it):
 
         none       normed C, q k v 3 C, attention C, branch C, stream C, normed C, hidden 2 h, branch C, stream C = 18 C
-        attention  all of it but normed, q k v and attention, which are computed again: 13 C
-        full       the stream that enters the block: C
+        attention  all of it but q k v and attention, which are computed again from normed: 14 C
+        full       the stream that enters the block, and its normalised form: 2 C
 
     and float32 numbers: the mean and scale of two norms, a head's softmax (2) and norms of q and k (2). On top comes
     the larger of a block at work (what it recomputes, gradients of hidden layer and stream: 2 h + 2 C) and of the head
@@ -505,9 +528,8 @@ def update_activation_bytes(config: Config, checkpointing: Checkpointing) -> int
     sizes = config.policy.sizes
     C, hidden, item = sizes.width, _hidden(sizes), _ITEM[config.run.dtype]
     statistics_bytes = (4 + 4 * sizes.depth) * _FLOAT32
-    attention_branch = 5 * C * item + statistics_bytes
-    block = attention_branch + (5 * C + 2 * hidden) * item
-    kept = {"none": block, "attention": block - attention_branch, "full": C * item}[checkpointing]
+    block = (10 * C + 2 * hidden) * item + statistics_bytes
+    kept = {"none": block, "attention": block - 4 * C * item, "full": 2 * C * item}[checkpointing]
     again = block - kept
     head_at_work = (sizes.vocab_size + 4 * C) * _FLOAT32
     block_at_work = again + max(2 * C + 2 * hidden, 8 * C) * item
