@@ -424,6 +424,9 @@ class RunConfig(_Section):
     seed: int = Field(0, ge=0, lt=2**63, description="fixes labels, samples and minibatches")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations; weights stay float32")
+    fast: bool = Field(
+        True, description="false: sample eagerly, decode plainly: what the fast path is compared with; see also kernels"
+    )
 
 
 class LogConfig(_Section):

@@ -491,7 +491,7 @@ def rollout_activation_bytes(config: Config) -> int:
 
     In a block the scale's input, the block's and its normalised form, the stream, its normalised form, a branch, and
     the MLP's hidden layer before and after GELU exist at once (6 C + 2 x 4 C); in the head the input, the stream, two
-    float32 forms of it, and the logits of this scale and of the one before. Beside them the 6 C constants of each block.
+    float32 forms of it, and the logits of this scale and of the one before. Beside them each block's 6 C constants.
     """
     sizes = config.policy.sizes
     C, item = sizes.width, _ITEM[config.run.dtype]

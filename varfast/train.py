@@ -146,7 +146,9 @@ def load_base(config: Config, folder: RunFolder, resume: bool) -> Policy:
     else:
         assert config.policy.vqvae_checkpoint is not None
         var, vqvae = config.policy.checkpoint, config.policy.vqvae_checkpoint
-    policy = load_policy(var, vqvae, device, config.run.dtype, config.policy.sizes, config.policy.vqvae)
+    policy = load_policy(
+        var, vqvae, device, config.run.dtype, config.policy.sizes, config.policy.vqvae, config.run.fast
+    )
     folder.save_base(var, vqvae)
     return policy
 
@@ -166,7 +168,7 @@ def random_policy(config: Config, device: torch.device) -> Policy:
         torch.manual_seed(config.run.seed)
         vqvae = VQVAE(config.policy.vqvae)
         var = VAR(config.policy.sizes).init_weights(config.run.seed)
-    return Policy(var, vqvae, device, config.run.dtype)
+    return Policy(var, vqvae, device, config.run.dtype, config.run.fast)
 
 
 def _evaluate(policy: Policy, reward: WeightedSum, labels: list[int], config: Config) -> dict[str, float]:
