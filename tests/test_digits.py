@@ -32,7 +32,8 @@ def test_digits_become_bright_and_stay_digits(tmp_path, cache):
     assert before["accuracy"] >= 0.9
     assert after["accuracy"] >= 0.85
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert max(line["ratio_gap_max"] for line in lines) < 1e-4
+    rounding = 1e-4 if load_config(tmp_path / "run" / "config.yaml").run.dtype == "float32" else 0.1
+    assert max(line["ratio_gap_max"] for line in lines) < rounding
 
 
 @pytest.mark.slow
@@ -42,7 +43,8 @@ def test_twenty_steps_of_the_fast_path_follow_the_plain_one(tmp_path, cache):
     curves = []
     plain = ["run.fast=false", *(f"kernels.{op}=reference" for op in KernelsConfig.model_fields)]
     for name, overrides in (("fast", []), ("plain", plain)):
-        config = digits(tmp_path / name, cache, "run.steps=20", "eval.samples_per_label=0", *overrides)
+        settings = ["run.steps=20", "run.dtype=float32", "eval.samples_per_label=0", *overrides]
+        config = digits(tmp_path / name, cache, *settings)
         assert train(config) == 0
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         curves.append(torch.tensor([[line["reward_mean"], line["kl"], line["entropy"]] for line in lines]))

@@ -423,7 +423,11 @@ class RunConfig(_Section):
     steps: int = Field(ge=1, description="rollouts; each is followed by images / minibatch optimizer steps")
     seed: int = Field(0, ge=0, lt=2**63, description="fixes labels, samples and minibatches")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations; weights stay float32")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32",
+        description="of activations; weights stay float32. auto: bfloat16 where the device computes in it (a CPU with "
+        "AVX512-BF16 or AMX), else float32",
+    )
     fast: bool = Field(
         True, description="false: sample eagerly, decode plainly: what the fast path is compared with; see also kernels"
     )

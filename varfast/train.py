@@ -32,7 +32,7 @@ from varfast.policy import Policy, load_policy, pick_device
 from varfast.pretrain import pretrained
 from varfast.randomness import GRID_STEP
 from varfast.rewards import WeightedSum
-from varfast.roofline import available_bytes, planned
+from varfast.roofline import available_bytes, planned, with_dtype
 from varfast.stages import StageClock, stage
 from varfast.types import InputError, Rewards, Rollout, ScoredRollout, StepStats
 from varfast.update import Updater
@@ -49,6 +49,7 @@ def train(config: Config, profile: bool = False) -> int:
     Raises: InputError for anything in the config, the files or the reward that cannot be used.
     """
     device = pick_device(config.run.device)
+    config = with_dtype(config, device)
     try:
         kernels.configure(config.kernels.model_dump(), device)
     except ValueError as error:
