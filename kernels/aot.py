@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODULES = ("sampling", "logprob", "attention", "adaln")
+MODULES = ("sampling", "logprob", "attention", "adaln", "group_norm")
 _MAX_REGISTERS = 255
 
 
