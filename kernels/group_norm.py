@@ -247,9 +247,7 @@ def _run(
         )
     given = (x_BCHW, weight_C, bias_C, input_bias_C)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
-        raise ValueError(
-            f"impl={impl!r} of group_norm_silu has no gradient; use torch.no_grad() or impl='reference'"
-        )
+        raise ValueError(f"impl={impl!r} of group_norm_silu has no gradient; use torch.no_grad() or impl='reference'")
     input_bias_C = torch.zeros_like(bias_C) if input_bias_C is None else input_bias_C
     vectors = [vector.float() for vector in (weight_C, bias_C, input_bias_C)]
     op = _group_norm if impl == "triton" else torch.ops.varfast.group_norm_silu_cpu
@@ -343,6 +341,4 @@ def group_norm_silu(
     for name, vector in (("weight_C", weight_C), ("bias_C", bias_C), ("input_bias_C", input_bias_C)):
         if vector is not None and vector.shape != (channels,):
             raise ValueError(f"{name} is {tuple(vector.shape)}, want ({channels},): one a channel")
-    return select("group_norm_silu", impl, x_BCHW.device)(
-        x_BCHW, weight_C, bias_C, num_groups, eps, silu, input_bias_C
-    )
+    return select("group_norm_silu", impl, x_BCHW.device)(x_BCHW, weight_C, bias_C, num_groups, eps, silu, input_bias_C)

@@ -18,6 +18,7 @@ from varfast.kernels.selection import Implementation, implementations, select
 
 GRPO_STATS = ("kl", "clip_fraction", "ratio_mean", "ratio_gap_mean", "ratio_gap_max")
 
+
 def _why_no_cuda() -> str | None:
     if NO_EXTENSION is not None:
         return NO_EXTENSION
