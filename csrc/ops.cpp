@@ -9,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "group_norm.h"
 #include "grpo_loss.h"
 
 namespace varfast {
@@ -113,6 +114,38 @@ Tensor backward_cpu(const Tensor& grad_BL, const Tensor& grad_loss) {
   return b.out;
 }
 
+Tensor group_norm_cpu(const Tensor& x_BPC, const Tensor& weight_C, const Tensor& bias_C, const Tensor& input_bias_C,
+                      int64_t num_groups, double eps, bool silu) {
+  const Tensor x = torch::stable::contiguous(x_BPC);
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x_BPC: want float32 or bfloat16");
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0, "x_BPC: want three axes and at least one pixel");
+  STD_TORCH_CHECK(num_groups > 0 && x.size(2) % num_groups == 0, "num_groups: want a divisor of the channels");
+  std::array<Tensor, 3> vectors = {weight_C, bias_C, input_bias_C};
+  for (Tensor& vector : vectors) {
+    STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == x.size(2) && vector.scalar_type() == ScalarType::Float,
+                    "weight_C, bias_C and input_bias_C: want one float32 a channel");
+    vector = torch::stable::contiguous(vector);
+  }
+  const Tensor out = new_empty(x, {x.size(0), x.size(1), x.size(2)}, dtype);
+  const GroupNorm norm{vectors[0].const_data_ptr<float>(),
+                       vectors[1].const_data_ptr<float>(),
+                       vectors[2].const_data_ptr<float>(),
+                       x.size(0),
+                       x.size(1),
+                       x.size(2),
+                       num_groups,
+                       eps,
+                       silu};
+  if (dtype == ScalarType::Float) {
+    group_norm_silu_cpu(norm, x.const_data_ptr<float>(), out.mutable_data_ptr<float>());
+  } else {
+    group_norm_silu_cpu(norm, static_cast<const uint16_t*>(x.const_data_ptr()),
+                        static_cast<uint16_t*>(out.mutable_data_ptr()));
+  }
+  return out;
+}
+
 int64_t built_for_cuda() {
 #ifdef VARFAST_CUDA
   return cuda_version();
@@ -131,6 +164,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varfast, m) {
       "grpo_token_loss(Tensor logp_BL, Tensor logp_old_BL, Tensor? logp_ref_BL, Tensor advantages_B, float clip_eps, "
       "float kl_beta) -> (Tensor, Tensor, Tensor)");
   m.def("grpo_token_loss_backward(Tensor grad_BL, Tensor grad_loss) -> Tensor");
+  // P pixels of an image, channels innermost; on the CPU alone, a GPU has Triton.
+  m.def(
+      "group_norm_silu_cpu(Tensor x_BPC, Tensor weight_C, Tensor bias_C, Tensor input_bias_C, int num_groups, "
+      "float eps, bool silu) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(varfast, CompositeExplicitAutograd, m) {
@@ -140,6 +177,7 @@ STABLE_TORCH_LIBRARY_IMPL(varfast, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(varfast, CPU, m) {
   m.impl("grpo_token_loss", TORCH_BOX(&forward_cpu));
   m.impl("grpo_token_loss_backward", TORCH_BOX(&backward_cpu));
+  m.impl("group_norm_silu_cpu", TORCH_BOX(&group_norm_cpu));
 }
 
 #ifdef VARFAST_CUDA

@@ -463,7 +463,7 @@ class KernelsConfig(_Section):
     layer_norm_modulate: str = Field("auto", description="auto, triton or reference")
     gated_residual: str = Field("auto", description="auto, triton or reference")
     gated_residual_norm: str = Field("auto", description="auto, triton or reference")
-    group_norm_silu: str = Field("auto", description="auto or reference")
+    group_norm_silu: str = Field("auto", description="auto, triton, cpp or reference")
     grpo_token_loss: str = Field("auto", description="auto, cuda, cpp or reference")
 
     @model_validator(mode="after")
