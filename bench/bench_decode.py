@@ -1,9 +1,10 @@
 """The VQ-VAE's decoder against the plain one, and its upsampling against other ways to compute it.
 
     pytest bench/bench_decode.py --benchmark-only
-    VARFAST_BENCH_LARGE=1 pytest bench/bench_decode.py --benchmark-only    # on a CPU: the public model, 4 images, minutes
+    VARFAST_BENCH_LARGE=1 pytest bench/bench_decode.py --benchmark-only    # on a CPU: 3 minutes
 
-On a GPU the public model at 256 px, 64 images; on a CPU the digits', 512 images. FLOPs are counted while ours runs.
+On a GPU the public model at 256 px, 64 images; on a CPU the digits', 512 images, or the public one, 4 images. FLOPs are
+counted while ours runs.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def test_upsample(benchmark, rows, ceilings, channels, side):
 
     torch.testing.assert_close(phases(), plain(), rtol=0.05, atol=0.05)
     calls = {"ours": lambda: ours(x), "interpolate, 3x3": plain, "2x2 phases": phases}
-    calls |= {name: f for name, f in compiled(plain).items()}
+    calls |= compiled(plain)
     flop = 2 * batch * (2 * side) ** 2 * 4 * channels**2 if CUDA else 0.0
     shape = f"B{batch} C{channels} {side} to {2 * side} bfloat16"
     measure(benchmark, rows, ceilings, harness.Row("upsample", shape, "forward", 0.0, flop=flop), calls)

@@ -329,7 +329,8 @@ def group_norm_silu(
         input_bias_C: (C,), or None for 0: the bias of the convolution before, which then need not add it.
         impl: "auto", "triton" (float32 or 16 bits), "cpp" (CPU, float32 or bfloat16), both without gradient, or
             "reference".
-    Returns: (B, C, H, W) in the dtype of x_BCHW; channels_last where x_BCHW has its channels innermost, else contiguous.
+    Returns: (B, C, H, W) in the dtype of x_BCHW; channels_last where x_BCHW has its channels innermost, else
+        contiguous.
     Raises: ValueError for other shapes or dtypes, for an impl that is unknown or cannot run, or if "triton" or "cpp" is
         to be differentiated.
     """

@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varfast.kernels import group_norm_silu
-from varfast.models.vqvae import VQVAE, AttnBlock, ResnetBlock, Upsample
+from varfast.models.vqvae import VQVAE, AttnBlock, Level, ResnetBlock, Upsample
 from varfast.types import InputError
-
 
 # On a CPU images go on in parts from where they are larger than this together: glibc gives larger blocks back to the
 # system and pages them in anew each time, which was 4-7 % of the decode (docs/measured.md).
@@ -47,11 +46,10 @@ class FastDecoder:
         decoder = vqvae.decoder
         modules: list[nn.Module] = [decoder.mid.block_1, decoder.mid.attn_1, decoder.mid.block_2]
         for level in reversed(decoder.up):
-            assert isinstance(level, nn.Module)
+            assert isinstance(level, Level)
             for index, block in enumerate(level.block):
                 modules += [block, *level.attn[index : index + 1]]
-            if hasattr(level, "upsample"):
-                modules.append(level.upsample)
+            modules += [upsample for name, upsample in level.named_children() if name == "upsample"]
 
         self.dtype = dtype
         self._post_quant_conv = _Conv(vqvae.post_quant_conv, dtype, with_bias=True)
