@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.selection import Implementation, implementations, select
+from varfast.kernels.selection import Implementation, implementations, run
 
 GRPO_STATS = ("kl", "clip_fraction", "ratio_mean", "ratio_gap_mean", "ratio_gap_max")
 
@@ -161,6 +161,4 @@ def grpo_token_loss(
         raise ValueError(
             f"advantages_B is {tuple(advantages_B.shape)}, logp_BL {tuple(logp_BL.shape)}: want one an image"
         )
-    return select("grpo_token_loss", impl, logp_BL.device)(
-        logp_BL, logp_old_BL, logp_ref_BL, advantages_B, clip_eps, kl_beta
-    )
+    return run("grpo_token_loss", impl, logp_BL, logp_old_BL, logp_ref_BL, advantages_B, clip_eps, kl_beta)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, select
+from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
@@ -31,7 +31,6 @@ except ImportError:  # never launched then: cannot_run_triton says why
 
 
 _HEAD_DIM = 64
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A program takes 16 tokens of one head. In bfloat16, of each of q, k and v: 16 segments of 128 bytes, whole cache
 # lines, one 128-bit load for each of 128 threads; written as runs of 2 KB where the tokens are of one image. The
 # programs of the same tokens follow each other, so what the device reads at a time is whole rows of 3 C. The other way
@@ -301,17 +300,13 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None,
 _split_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check_for_triton(op: str, qkv_BLC3: Tensor, num_heads: int) -> None:
-    if qkv_BLC3.dtype not in _DTYPES:
-        raise ValueError(f"impl='triton' of {op} takes float32, bfloat16 or float16, got {qkv_BLC3.dtype}")
+def _refuses(qkv_BLC3: Tensor, num_heads: int, *_: Any) -> str | None:
     if qkv_BLC3.shape[-1] != 3 * num_heads * _HEAD_DIM:
-        raise ValueError(
-            f"impl='triton' of {op} takes a head dim of {_HEAD_DIM}, VAR's, got {qkv_BLC3.shape[-1] // 3 // num_heads}"
-        )
+        return f"a head dim of {_HEAD_DIM}, VAR's, got {qkv_BLC3.shape[-1] // 3 // num_heads}"
+    return refused_dtype(qkv_BLC3)
 
 
 def _split_triton(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
-    _check_for_triton("split_heads", qkv_BLC3, num_heads)
     q, k, v, _, _ = _split_op(qkv_BLC3, num_heads, l2_norm)
     return q, k, v
 
@@ -319,19 +314,18 @@ def _split_triton(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tens
 def _split_to_cache_triton(
     qkv_BlC3: Tensor, num_heads: int, l2_norm: bool, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, start: int
 ) -> Tensor:
-    _check_for_triton("split_heads_to_cache", qkv_BlC3, num_heads)
     rows = slice(start, start + qkv_BlC3.shape[1])
     return _split_into_op(qkv_BlC3, num_heads, l2_norm, k_cache_BHLD[:, :, rows], v_cache_BHLD[:, :, rows])
 
 
 implementations(
     "split_heads",
-    Implementation("triton", _split_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("triton", _split_triton, cannot_run_triton, ("cuda",), _refuses),
     Implementation("reference", reference.split_heads),
 )
 implementations(
     "split_heads_to_cache",
-    Implementation("triton", _split_to_cache_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("triton", _split_to_cache_triton, cannot_run_triton, ("cuda",), _refuses),
     Implementation("reference", reference.split_heads_to_cache),
 )
 
@@ -393,7 +387,7 @@ def split_heads(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool, impl: str = "au
     Raises: ValueError for a shape that does not divide into heads, or for an impl that is unknown or cannot run.
     """
     _check_product(qkv_BLC3, num_heads)
-    q_BHLD, k_BHLD, v_BHLD = select("split_heads", impl, qkv_BLC3.device)(qkv_BLC3, num_heads, l2_norm)
+    q_BHLD, k_BHLD, v_BHLD = run("split_heads", impl, qkv_BLC3, num_heads, l2_norm)
     return q_BHLD, k_BHLD, v_BHLD
 
 
@@ -437,7 +431,5 @@ def split_heads_to_cache(
             raise ValueError(f"rows {start} to {start + length} are outside {name}, which has {cache.shape[2]}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (qkv_BlC3, *caches)):
         raise ValueError("split_heads_to_cache has no gradient; use torch.no_grad(), or split_heads")
-    q_BHlD: Tensor = select("split_heads_to_cache", impl, qkv_BlC3.device)(
-        qkv_BlC3, num_heads, l2_norm, k_cache_BHLD, v_cache_BHLD, start
-    )
+    q_BHlD: Tensor = run("split_heads_to_cache", impl, qkv_BlC3, num_heads, l2_norm, k_cache_BHLD, v_cache_BHLD, start)
     return q_BHlD
