@@ -28,6 +28,7 @@ EXTENSION = "varfast.kernels._C"
 # headers, it loads on this one and on all that follow.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+CPU_SOURCES = ("grpo_loss_cpu.cpp", "split_heads_cpu.cpp", "group_norm_cpu.cpp")
 
 
 def find_cxx(environment: Mapping[str, str]) -> str | None:
@@ -111,7 +112,7 @@ class BuildExtension(build_ext):
             self.say(f"extension not built: {' '.join(error.cmd)}\n{error.stderr}")
 
     def compile(self, cxx: str, target: Path) -> None:
-        """Compile the files, side by side, and link them."""
+        """Compile the files of csrc/, side by side, and link them."""
         import torch
 
         folder = Path(torch.__file__).parent
@@ -131,12 +132,11 @@ class BuildExtension(build_ext):
         flags += ["-isystem", str(folder / "include")]
         with_cuda = [*flags, "-DUSE_CUDA", "-DVARFAST_CUDA"]
         with ThreadPoolExecutor() as pool:
-            names = ("grpo_loss_cpu.cpp", "group_norm_cpu.cpp")
-            cpu_objects = [pool.submit(self.run_compiler, [cxx, *flags], name) for name in names]
+            cpu_objects = [pool.submit(self.run_compiler, [cxx, *flags], source) for source in CPU_SOURCES]
             ops_object = pool.submit(self.run_compiler, [cxx, *(with_cuda if cuda else flags)], "ops.cpp")
             cuda_object = pool.submit(self.run_compiler, cuda, "grpo_loss_cuda.cu") if cuda else None
         link, libraries = [cxx, "-shared"], [f"-L{folder / 'lib'}", "-ltorch_cpu"]
-        objects = [ops_object.result(), *(done.result() for done in cpu_objects)]
+        objects = [ops_object.result(), *(cpu_object.result() for cpu_object in cpu_objects)]
         if cuda and cuda_object:
             try:
                 objects.append(cuda_object.result())

@@ -7,16 +7,7 @@
 #include <cmath>
 #include <vector>
 
-#include "parallel.h"
-
-// The build names no instruction set, so that it runs on any machine; on x86-64 the loops are compiled for three levels
-// and the loader picks one. g++ knows the levels from 12 on.
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
-#define VARFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define VARFAST_CLONES
-#endif
-#define VARFAST_INLINE inline __attribute__((always_inline))
+#include "cpu.h"
 
 namespace varfast {
 namespace {
@@ -25,11 +16,11 @@ namespace {
 // of threads.
 constexpr int64_t kChunk = 16384;
 
-VARFAST_INLINE float load(float value) { return value; }
-VARFAST_INLINE float load(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
+VARFAST_ALWAYS_INLINE float load(float value) { return value; }
+VARFAST_ALWAYS_INLINE float load(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
 
-VARFAST_INLINE void store(float value, float& out) { out = value; }
-VARFAST_INLINE void store(float value, uint16_t& out) {
+VARFAST_ALWAYS_INLINE void store(float value, float& out) { out = value; }
+VARFAST_ALWAYS_INLINE void store(float value, uint16_t& out) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const uint32_t nan = 0u - uint32_t((bits & 0x7fffffff) > 0x7f800000);  // masks: with a branch it is not vectorised
@@ -37,7 +28,7 @@ VARFAST_INLINE void store(float value, uint16_t& out) {
 }
 
 // exp of a number in [-86, 0] to 1 ulp or so: 2^n times the series of the rest, |rest| <= ln 2 / 2.
-VARFAST_INLINE float exp_bounded(float x) {
+VARFAST_ALWAYS_INLINE float exp_bounded(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, in its low bits
   const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
@@ -55,7 +46,7 @@ VARFAST_INLINE float exp_bounded(float x) {
 
 // x / (1 + exp(-x)), by exp(-|x|). Without a comparison of floats: g++ makes branches of those, and then no vectors.
 // |x| ends at 86; beyond, x * exp(-86) stands for 0, and what GroupNorm returns is far from 1e30.
-VARFAST_INLINE float silu(float x) {
+VARFAST_ALWAYS_INLINE float silu(float x) {
   const int32_t bits = std::bit_cast<int32_t>(x), negative = bits >> 31;
   const int32_t size = std::min(bits & 0x7fffffff, std::bit_cast<int32_t>(86.0f));
   const float e = exp_bounded(-std::bit_cast<float>(size));
@@ -66,7 +57,7 @@ VARFAST_INLINE float silu(float x) {
 
 // Of each channel over the rows: mean, and sum of squared deviations from it.
 template <typename T>
-VARFAST_INLINE void moments_of(const T* __restrict__ x, int64_t rows, int64_t channels, float* __restrict__ mean,
+VARFAST_ALWAYS_INLINE void moments_of(const T* __restrict__ x, int64_t rows, int64_t channels, float* __restrict__ mean,
                                float* __restrict__ squares) {
   for (int64_t c = 0; c < channels; ++c) mean[c] = squares[c] = 0.0f;
   for (int64_t row = 0; row < rows; ++row) {
@@ -83,7 +74,7 @@ VARFAST_INLINE void moments_of(const T* __restrict__ x, int64_t rows, int64_t ch
 }
 
 template <typename T>
-VARFAST_INLINE void normalise_of(const T* __restrict__ x, int64_t rows, int64_t channels,
+VARFAST_ALWAYS_INLINE void normalise_of(const T* __restrict__ x, int64_t rows, int64_t channels,
                                  const float* __restrict__ factor, const float* __restrict__ offset, bool with_silu,
                                  T* __restrict__ out) {
   for (int64_t row = 0; row < rows; ++row, x += channels, out += channels) {

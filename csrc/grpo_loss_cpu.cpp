@@ -2,8 +2,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu.h"
 #include "grpo_loss.h"
-#include "parallel.h"
+#include "cpu.h"
 
 namespace varfast {
 namespace {

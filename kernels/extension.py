@@ -1,10 +1,12 @@
-"""The extension: csrc/, built by `pip install -e .` into _C.so beside this file (setup.py)."""
+"""The extension that csrc/ is built into: _C.so beside this file, by `pip install -e .` (setup.py)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 HOW = "`pip install -v -e .` builds it and says what was missing"
 
@@ -18,19 +20,21 @@ def _load() -> str | None:
         torch.ops.load_library(library)
     except OSError as error:  # of a build with CUDA under a torch without, say
         return f"the extension cannot be loaded: {error}; {HOW}"
-    return None
+    newest = ("grpo_token_loss", "group_norm_silu_cpu", "split_heads_cpp")
+    missing = [op for op in newest if not hasattr(torch.ops.varfast, op)]
+    return f"the extension was built before it had {', '.join(missing)}; {HOW}" if missing else None
 
 
 NO_EXTENSION = _load()
 
 
-def why_no_op(op: str) -> str | None:
-    """Why there is no torch.ops.varfast.<op>, or None where there is one."""
-    if NO_EXTENSION is None and not hasattr(torch.ops.varfast, op):
-        return f"the extension was built before it had {op}; {HOW}"
-    return NO_EXTENSION
+def cannot_run_cpp(device: torch.device) -> str | None:
+    """Why the extension's CPU part cannot run, or None where it can."""
+    return NO_EXTENSION or (None if device.type == "cpu" else "it runs on the CPU")
 
 
-def cannot_run_cpp(device: torch.device, op: str) -> str | None:
-    """Why the extension's CPU kernel of an op cannot run on a device, or None where it can."""
-    return why_no_op(op) or (None if device.type == "cpu" else "it runs on the CPU")
+def refused_by_cpp(x: Tensor, *_: Any) -> str | None:
+    """What the extension's kernels take instead of a tensor, by its dtype."""
+    if x.dtype in (torch.float32, torch.float64, torch.bfloat16):
+        return None
+    return f"float32, float64 or bfloat16, got {x.dtype}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.extension import cannot_run_cpp, why_no_op
+from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, select
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _fake(
 
 
 _group_norm.register_fake(_fake)
-if why_no_op("group_norm_silu_cpu") is None:
+if NO_EXTENSION is None:
     torch.library.register_fake("varfast::group_norm_silu_cpu", _fake)
 
 
@@ -265,14 +265,10 @@ def _run_cpp(*arguments) -> Tensor:
     return _run("cpp", *arguments)
 
 
-def _cannot_run_cpp(device: torch.device) -> str | None:
-    return cannot_run_cpp(device, "group_norm_silu_cpu")
-
-
 implementations(
     "group_norm_silu",
     Implementation("triton", _run_triton, cannot_run_triton, auto_on=("cuda",)),
-    Implementation("cpp", _run_cpp, _cannot_run_cpp, auto_on=("cpu",)),
+    Implementation("cpp", _run_cpp, cannot_run_cpp, auto_on=("cpu",)),
     Implementation("reference", reference.group_norm_silu),
 )
 

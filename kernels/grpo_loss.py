@@ -1,6 +1,6 @@
 """The GRPO loss of every token, reduced: clipped ratio and k3 KL.
 
-The kernels are in csrc/ (see extension.py).
+The kernels are in csrc/.
 
 Axes: B image, L token over all scales.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from varfast.kernels import reference
 from varfast.kernels.extension import HOW, NO_EXTENSION, cannot_run_cpp
-from varfast.kernels.selection import Implementation, implementations, select
+from varfast.kernels.selection import Implementation, implementations, run
 
 GRPO_STATS = ("kl", "clip_fraction", "ratio_mean", "ratio_gap_mean", "ratio_gap_max")
 
@@ -35,10 +35,6 @@ _NO_CUDA = _why_no_cuda()
 
 def _cannot_run_cuda(device: torch.device) -> str | None:
     return _NO_CUDA or (None if device.type == "cuda" else "it needs a CUDA device")
-
-
-def _cannot_run_cpp(device: torch.device) -> str | None:
-    return cannot_run_cpp(device, "grpo_token_loss")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,7 +99,7 @@ if NO_EXTENSION is None:
 implementations(
     "grpo_token_loss",
     Implementation("cuda", _run_extension, _cannot_run_cuda, auto_on=("cuda",)),
-    Implementation("cpp", _run_extension, _cannot_run_cpp, auto_on=("cpu",)),
+    Implementation("cpp", _run_extension, cannot_run_cpp, auto_on=("cpu",)),
     Implementation("reference", reference.grpo_token_loss),
 )
 
@@ -146,6 +142,4 @@ def grpo_token_loss(
         raise ValueError(
             f"advantages_B is {tuple(advantages_B.shape)}, logp_BL {tuple(logp_BL.shape)}: want one an image"
         )
-    return select("grpo_token_loss", impl, logp_BL.device)(
-        logp_BL, logp_old_BL, logp_ref_BL, advantages_B, clip_eps, kl_beta
-    )
+    return run("grpo_token_loss", impl, logp_BL, logp_old_BL, logp_ref_BL, advantages_B, clip_eps, kl_beta)

@@ -121,8 +121,8 @@ def sample_tokens(
     prob_BlV = logp_BlV.double().exp()
     cdf_BlV = prob_BlV.cumsum(dim=-1)
     target_Bl1 = uniform_Bl(key, scale, logits.shape[0], logits.shape[1]).unsqueeze(-1) * cdf_BlV[..., -1:]
-    # The first token whose cumulated probability exceeds the target has itself a positive probability; where the product
-    # above was rounded up to the whole sum there is none, and the token that completes the sum stands in.
+    # The first token whose cumulated probability exceeds the target has itself a positive probability. Where the
+    # product above was rounded up to the whole sum there is none: the token that completes the sum stands in.
     token_Bl1 = torch.searchsorted(cdf_BlV, target_Bl1, right=True)
     token_Bl1 = torch.minimum(token_Bl1, torch.searchsorted(cdf_BlV, cdf_BlV[..., -1:].contiguous()))
     entropy_Bl = -(prob_BlV.to(logits.dtype) * logp_BlV.masked_fill(prob_BlV == 0, 0.0)).sum(dim=-1)

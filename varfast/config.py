@@ -456,8 +456,8 @@ class KernelsConfig(_Section):
 
     sample_tokens: str = Field("auto", description="auto, triton or reference")
     selective_log_softmax: str = Field("auto", description="auto, triton or reference")
-    split_heads: str = Field("auto", description="auto, triton or reference")
-    split_heads_to_cache: str = Field("auto", description="auto, triton or reference")
+    split_heads: str = Field("auto", description="auto, triton, cpp or reference")
+    split_heads_to_cache: str = Field("auto", description="auto, triton, cpp or reference")
     block_causal_attention: str = Field("auto", description="auto, triton, flex, flash_attn, sdpa or reference")
     cached_attention: str = Field("auto", description="auto, triton, flash_attn or reference")
     layer_norm_modulate: str = Field("auto", description="auto, triton or reference")

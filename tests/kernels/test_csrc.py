@@ -169,7 +169,7 @@ def build(folder, **environment):
     shutil.copytree(folder / "kernels", folder / "installed/varfast/kernels")
     code = (
         "import torch, varfast; from varfast.kernels import grpo_loss as g; print(g.__file__); "
-        "print(g._cannot_run_cuda(torch.device('cuda'))); print(g._cannot_run_cpp(torch.device('cpu')))"
+        "print(g._cannot_run_cuda(torch.device('cuda'))); print(g.cannot_run_cpp(torch.device('cpu')))"
     )
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=folder / "installed", capture_output=True, text=True, check=True
