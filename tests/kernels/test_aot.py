@@ -17,7 +17,13 @@ def test_every_kernel_compiles_for_sm_90_within_its_gates():
     lines = done.stdout.splitlines()[1:]
     assert len(lines) > 30
     assert all(line.endswith(" ok") for line in lines)
-    for op in ("sample_tokens fp32", "selective_log_softmax backward bf16", "adaln residual+norm", "attention", "group_norm_silu"):
+    for op in (
+        "sample_tokens fp32",
+        "selective_log_softmax backward bf16",
+        "adaln residual+norm",
+        "attention",
+        "group_norm_silu",
+    ):
         assert any(op in line for line in lines), op
 
 
