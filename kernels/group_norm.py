@@ -9,14 +9,14 @@ Axes: B image, C channel, H and W sides, P pixel.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from varfast.kernels import reference
 from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp
-from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, select
+from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, run
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
@@ -239,12 +239,6 @@ def _run(
     silu: bool,
     input_bias_C: Tensor | None,
 ) -> Tensor:
-    dtypes = (torch.float32, torch.bfloat16) + ((torch.float16,) if impl == "triton" else ())
-    if x_BCHW.dtype not in dtypes:
-        raise ValueError(
-            f"impl={impl!r} of group_norm_silu takes {', '.join(str(d)[6:] for d in dtypes)}, got {x_BCHW.dtype}; "
-            "use impl='reference'"
-        )
     given = (x_BCHW, weight_C, bias_C, input_bias_C)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
         raise ValueError(f"impl={impl!r} of group_norm_silu has no gradient; use torch.no_grad() or impl='reference'")
@@ -265,10 +259,20 @@ def _run_cpp(*arguments) -> Tensor:
     return _run("cpp", *arguments)
 
 
+def _refuses_triton(x_BCHW: Tensor, *_: Any) -> str | None:
+    taken = x_BCHW.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return None if taken else f"float32, bfloat16 or float16, got {x_BCHW.dtype}"
+
+
+def _refuses_cpp(x_BCHW: Tensor, *_: Any) -> str | None:
+    taken = x_BCHW.dtype in (torch.float32, torch.bfloat16)
+    return None if taken else f"float32 or bfloat16, got {x_BCHW.dtype}"
+
+
 implementations(
     "group_norm_silu",
-    Implementation("triton", _run_triton, cannot_run_triton, auto_on=("cuda",)),
-    Implementation("cpp", _run_cpp, cannot_run_cpp, auto_on=("cpu",)),
+    Implementation("triton", _run_triton, cannot_run_triton, ("cuda",), _refuses_triton),
+    Implementation("cpp", _run_cpp, cannot_run_cpp, ("cpu",), _refuses_cpp),
     Implementation("reference", reference.group_norm_silu),
 )
 
@@ -338,4 +342,5 @@ def group_norm_silu(
     for name, vector in (("weight_C", weight_C), ("bias_C", bias_C), ("input_bias_C", input_bias_C)):
         if vector is not None and vector.shape != (channels,):
             raise ValueError(f"{name} is {tuple(vector.shape)}, want ({channels},): one a channel")
-    return select("group_norm_silu", impl, x_BCHW.device)(x_BCHW, weight_C, bias_C, num_groups, eps, silu, input_bias_C)
+    out_BCHW: Tensor = run("group_norm_silu", impl, x_BCHW, weight_C, bias_C, num_groups, eps, silu, input_bias_C)
+    return out_BCHW

@@ -72,7 +72,8 @@ def test_decoding_in_parts_gives_the_same_images(make_vqvae, monkeypatch):
 def test_fast_decoder_leaves_what_it_is_given_as_it_is(make_vqvae):
     vqvae = make_vqvae(**CONFIGS[1])
     before = copy.deepcopy(vqvae.state_dict())
-    f_hat = f_hat_of(vqvae, 2).detach()
+    f_hat = f_hat_of(vqvae, 2)
+    assert f_hat.requires_grad
     for given in (f_hat, f_hat.bfloat16().contiguous(memory_format=torch.channels_last)):
         kept = given.clone()
         assert not FastDecoder(vqvae)(given).requires_grad

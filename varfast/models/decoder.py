@@ -24,7 +24,7 @@ from varfast.models.vqvae import VQVAE, AttnBlock, Level, ResnetBlock, Upsample
 from varfast.types import InputError
 
 # On a CPU images go on in parts from where they are larger than this together: glibc gives larger blocks back to the
-# system and pages them in anew each time, which was 4-7 % of the decode (docs/measured.md).
+# system and pages them in anew each time, which was 5 % of the decode (docs/measured.md).
 _CPU_BYTES = 2**25
 
 
