@@ -175,12 +175,14 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
-def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    def leaves(node: Any, prefix: str) -> dict[str, Any]:
-        if not isinstance(node, dict):
-            return {prefix: node}
-        return {k: v for name, child in node.items() for k, v in leaves(child, f"{prefix}.{name}".strip(".")).items()}
+def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    """What a nested dictionary holds, by key, as update.lr."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for name, child in node.items() for k, v in leaves(child, f"{prefix}.{name}".strip(".")).items()}
 
-    before, after = leaves(old.model_dump(mode="json"), ""), leaves(new.model_dump(mode="json"), "")
+
+def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     keys = [*before, *(k for k in after if k not in before)]
     return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}

@@ -1,6 +1,6 @@
-"""What a run shows while it goes on: metrics.jsonl, TensorBoard, progress bar, sample grids.
+"""What a run shows while it goes on: metrics.jsonl, TensorBoard, progress bar, sample grids, best and worst samples.
 
-Axes: N image; H, W pixels.
+Axes: N, B image; H, W pixels.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from tqdm import tqdm
 from varfast.checkpoint import save_text, write_atomically
 from varfast.config import Config
 from varfast.roofline import measure_here, speed_of_light_s, stage_counts
-from varfast.types import InputError
+from varfast.types import InputError, Rewards
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 # Small images are enlarged by repetition, so that a grid of digits can be looked at.
 _SMALLEST_CELL_PX = 48
-_GAP_PX = 4
+GAP_PX = 4
+# Best and worst samples kept a grid step: at 256 pixels two rows of 8 are a PNG of 2 MB.
+_EXTREMES = 8
 
 
 class RunLog:
@@ -88,6 +90,30 @@ class RunLog:
         save_png(self._folder / "grids" / f"step_{step:06d}.png", picture)
         if self._writer is not None:
             self._writer.add_image("samples", picture, step, dataformats="HWC")
+
+    def samples(self, step: int, images: Tensor, labels_B: Tensor, rewards: Rewards) -> None:
+        """Save the best and the worst of a step's (B, 3, H, W) images, with their rewards.
+
+        samples/step_N.png: two rows, best first and worst first. samples/step_N.json: {"best": [...], "worst": [...]},
+        in the order of the rows, {"label", "reward", "rewards": {component: before its weight}} an image.
+        """
+        order_B = rewards.total_B.argsort(descending=True, stable=True)
+        shown = min(_EXTREMES, len(order_B))
+        rows = {"best": order_B[:shown], "worst": order_B.flip(0)[:shown]}
+        noted = {
+            name: [
+                {
+                    "label": int(labels_B[i]),
+                    "reward": float(rewards.total_B[i]),
+                    "rewards": {component: float(score_B[i]) for component, score_B in rewards.components.items()},
+                }
+                for i in row.tolist()
+            ]
+            for name, row in rows.items()
+        }
+        path = self._folder / "samples" / f"step_{step:06d}.png"
+        save_png(path, image_grid(images[torch.cat(list(rows.values())).to(images.device)], shown))
+        save_text(path.with_suffix(".json"), json.dumps(noted, indent=1) + "\n")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -157,13 +183,13 @@ def image_grid(images: Tensor, columns: int) -> np.ndarray:
     """(N, 3, H, W) in [0, 1] -> one (rows, columns) picture, (height, width, 3) uint8, row by row, with white gaps."""
     enlarge = max(1, math.ceil(_SMALLEST_CELL_PX / images.shape[-1]))
     images = images.detach().float().cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
-    images = F.pad(images, (0, _GAP_PX, 0, _GAP_PX), value=1.0)
+    images = F.pad(images, (0, GAP_PX, 0, GAP_PX), value=1.0)
     num, _, height, width = images.shape
     rows = math.ceil(num / columns)
     cells = torch.ones(rows * columns, 3, height, width)
     cells[:num] = images
     picture = cells.view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2).reshape(rows * height, -1, 3)
-    pixels: np.ndarray = picture[:-_GAP_PX, :-_GAP_PX].mul(255.0).round().clamp(0, 255).to(torch.uint8).numpy()
+    pixels: np.ndarray = picture[:-GAP_PX, :-GAP_PX].mul(255.0).round().clamp(0, 255).to(torch.uint8).numpy()
     return pixels
 
 

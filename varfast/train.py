@@ -116,6 +116,7 @@ def train(config: Config, profile: bool = False) -> int:
             log.step(done, metrics | limits.metrics(stages_ms, step_s))
             if done % config.log.grid_every == 0 or done == config.run.steps:
                 _save_grid(log, done, policy, labels, config)
+                log.samples(done, images, rollout.labels_B, rewards)
             if done % config.log.checkpoint_every == 0 or done == config.run.steps or received:
                 save(done)
             if received and done < config.run.steps:
