@@ -15,6 +15,7 @@ import html
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,8 @@ _OWN_RANGE = ("reward_mean", "entropy", "ratio_mean", "loss", "advantage_mean")
 _SPEED = ("images_per_s", "mfu", "step_s")
 _POLICY = ("kl", "entropy", "clip_fraction", "ratio_gap_max", "groups_without_signal")
 _COLOURS = 6
+# Of a cell of a table; a list of 1000 labels stands whole under "config.yaml, resolved".
+_LONGEST = 300
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,12 @@ class Run:
         """Steps, and values at them, that are finite numbers."""
         found = [(row["step"], row[metric]) for row in self.metrics if _finite(row.get(metric))]
         return [step for step, _ in found], [float(value) for _, value in found]
+
+    def left_out(self) -> list[str]:
+        """What of metrics.jsonl the curves do not show, a sentence each."""
+        lines = [f"{self.unreadable} lines of metrics.jsonl, cut off or damaged"] if self.unreadable else []
+        bad = Counter(name for row in self.metrics for name, value in row.items() if not _finite(value))
+        return [*lines, *(f"{count} values of {name} that are no finite number" for name, count in bad.items())]
 
     def note(self, name: str) -> dict[str, Any]:
         """The leaves of a JSON file of the folder; empty if it is not there or cannot be read."""
@@ -415,7 +424,8 @@ def _text(value: object) -> str:
 def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "" if value is None else str(value)
+    text = "" if value is None else str(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
 
 
 def _table(columns: Iterable[str], rows: Iterable[tuple[str, Sequence[Any]]]) -> str:
@@ -473,24 +483,27 @@ def _settings(runs: Sequence[Run]) -> str:
 
 def _evaluation(runs: Sequence[Run]) -> str:
     parts = []
-    for file, what in (
-        ("summary.json", "Before and after, fresh samples with the same random numbers (summary.json)"),
-        ("evaluation.json", "evaluation.json"),
-    ):
-        notes = [run.note(file) for run in runs]
-        if any(notes):
-            parts.append(f"<h3>{what}</h3>{_notes_table(runs, notes)}")
+    summaries = [run.note("summary.json") for run in runs]
+    if any(summaries):
+        # Keys are before.reward, after.reward: a column each.
+        when = dict.fromkeys(key.partition(".")[0] for summary in summaries for key in summary)
+        names = dict.fromkeys(key.partition(".")[2] for summary in summaries for key in summary)
+        prefixes = [f"{run.name} " if len(runs) > 1 else "" for run in runs]
+        columns = [prefix + time for prefix in prefixes for time in when]
+        rows = [(name, [summary.get(f"{time}.{name}") for summary in summaries for time in when]) for name in names]
+        title = "<h3>summary.json: fresh samples of each label, the same random numbers before and after</h3>"
+        parts.append(title + _table(columns, rows))
+    evaluations = [run.note("evaluation.json") for run in runs]
+    if any(evaluations):
+        parts.append(f"<h3>evaluation.json</h3>{_notes_table(runs, evaluations)}")
     return "".join(parts) or "<p>No summary.json yet: it is written when a run is complete.</p>"
 
 
 def page(runs: Sequence[Run]) -> str:
     """The report as HTML."""
     numbers: list[dict[str, Any]] = []
-    sections: list[tuple[str, str]] = [("At a glance", _glance(runs))]
-    unreadable = [f"{run.name}: {run.unreadable}" for run in runs if run.unreadable]
-    if unreadable:
-        sections[0] = ("At a glance", f"{sections[0][1]}<p>Lines of metrics.jsonl left out, cut off or damaged: "
-                       f"{_text(', '.join(unreadable))}.</p>")  # fmt: skip
+    left_out = "".join(f"<p>{_text(run.name)}: left out: {_text(note)}.</p>" for run in runs for note in run.left_out())
+    sections = [("At a glance", _glance(runs) + left_out)]
     found = charts(runs)
     long = any(len(run.metrics) > _POINTS for run in runs)
     for title, group in found.items():
@@ -531,8 +544,7 @@ def page(runs: Sequence[Run]) -> str:
 
 def _script_safe(content: Any) -> str:
     """JSON that cannot end the script element it stands in."""
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 # Colours: Okabe and Ito's, told apart with any colour vision; dashes tell neighbours apart without colour.
@@ -587,7 +599,7 @@ border-radius:6px;background:var(--paper);font-size:12.5px;white-space:pre-line;
 .grids input{flex:1;min-width:120px}
 .grids img{display:block;max-width:100%;height:auto;background:#fff;padding:4px}
 .grids img[hidden]{display:none}
-.samples{display:grid;gap:10px;grid-template-columns:repeat(auto-fill,minmax(84px,1fr));max-width:1100px}
+.samples{display:grid;gap:10px;grid-template-columns:repeat(auto-fill,minmax(72px,1fr));max-width:1100px}
 .samples figure{margin:0;font-size:12.5px;line-height:1.3;overflow-wrap:anywhere}
 .samples img{width:100%;image-rendering:auto;display:block;margin-bottom:3px}
 [hidden]{display:none}
