@@ -430,6 +430,9 @@ class LogConfig(_Section):
     """What is written into the run folder beside metrics.jsonl."""
 
     tensorboard: bool = Field(True, description="write TensorBoard events")
+    wandb: str | None = Field(
+        None, min_length=1, description="project of Weights & Biases to log to as well; WANDB_MODE=offline: no upload"
+    )
     grid_every: int = Field(10, ge=1, description="steps between sample grids (one at start and end in any case)")
     grid_labels: int = Field(8, ge=1, description="rows of the grid: the first labels trained on")
     grid_samples: int = Field(8, ge=1, description="columns of the grid; the seeds are the same in every grid")

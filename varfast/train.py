@@ -26,7 +26,7 @@ from varfast.config import Config, load_config
 from varfast.evaluate import evaluate
 from varfast.grpo import combined_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
-from varfast.log import RunLog, StageLimits, environment, profiled, table
+from varfast.log import RunLog, StageLimits, environment, import_wandb, profiled, table
 from varfast.models import VAR, VQVAE
 from varfast.policy import Policy, load_policy, pick_device
 from varfast.pretrain import pretrained
@@ -53,6 +53,8 @@ def train(config: Config, profile: bool = False) -> int:
         kernels.configure(config.kernels.model_dump(), device)
     except ValueError as error:
         raise InputError(f"kernels: {error}") from error
+    if config.log.wandb:
+        import_wandb()  # what cannot start is said before models are loaded
     fitted = planned(config, available_bytes(device))
     folder = RunFolder(config.run.dir)
     state = folder.prepare(config)
@@ -75,7 +77,7 @@ def train(config: Config, profile: bool = False) -> int:
     sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
     limits = StageLimits(fitted, device)
     with (
-        RunLog(folder.path, start, config.run.steps, config.log.tensorboard) as log,
+        RunLog(folder.path, start, config.run.steps, config.log.tensorboard, config) as log,
         StageClock(device) as clock,
         _catch_signals() as received,
     ):
