@@ -175,6 +175,15 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
+def read_leaves(path: Path) -> dict[str, Any]:
+    """The leaves of a JSON file; empty if it is not there or cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return leaves(content) if isinstance(content, dict) else {}
+
+
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     """What a nested dictionary holds, by key, as update.lr."""
     if not isinstance(node, dict):

@@ -25,7 +25,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from varfast.checkpoint import leaves, save_text
+from varfast.checkpoint import leaves, read_leaves, save_text
 from varfast.command import run_command
 from varfast.log import GAP_PX
 from varfast.types import InputError
@@ -110,11 +110,7 @@ class Run:
 
     def note(self, name: str) -> dict[str, Any]:
         """The leaves of a JSON file of the folder; empty if it is not there or cannot be read."""
-        try:
-            content = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return leaves(content) if isinstance(content, dict) else {}
+        return read_leaves(self.path / name)
 
 
 def load_run(path: Path, name: str) -> Run:
