@@ -258,6 +258,20 @@ def test_ticks_are_round_and_inside(low, high):
     assert all(f"{d:e}"[0] in "125" for d in apart)
 
 
+def test_a_first_step_that_compiles_does_not_flatten_the_rest(make_run):
+    rows = [
+        metrics(step, rollout_ms=9000.0 if step == 1 else 10.0, kl=9.0 if step == 1 else 1e-3) for step in range(1, 13)
+    ]
+    parsed = report(make_run(rows=rows))
+    assert parsed.text.count("Cut off at the top; the highest is 9000.") == 1
+    lines = [a["d"] for a in parsed.all("path") if a["class"].startswith("line") and "," in a["d"]]
+    heights = [[float(pair.split(",")[1]) for pair in line.removeprefix("M").split()] for line in lines]
+    kl, rollout_ms = heights[1], heights[2]
+    assert rollout_ms[0] < 0  # above the top
+    assert 300 < rollout_ms[1] < 400  # 10 of 15
+    assert kl[0] > 0
+
+
 def test_log_scale_has_powers_of_ten(make_run):
     rows = [metrics(1, ratio_gap_max=2e-6), metrics(2, ratio_gap_max=0.0), metrics(3, ratio_gap_max=3e-3)]
     text = report(make_run(rows=rows)).text
@@ -329,15 +343,18 @@ BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 ACT = """
-const plot = document.querySelector(".plot"), box = plot.getBoundingClientRect();
-plot.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + 0.57 * box.width}));
+const texts = [...document.querySelectorAll(".plot")].slice(0, 2).map((plot, i) => {
+  const box = plot.getBoundingClientRect();
+  plot.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + [0.57, 0.19][i] * box.width}));
+  return plot.querySelector("output").innerText;
+});
 const slider = document.querySelector(".grids input");
 slider.value = 0;
 slider.dispatchEvent(new Event("input"));
 const images = [...document.querySelectorAll(".grids img")];
 const seen = images.filter(image => !image.hidden).map(image => image.dataset.step);
 const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
-document.body.dataset.seen = JSON.stringify([plot.querySelector("output").innerText, seen, wide]);
+document.body.dataset.seen = JSON.stringify([texts, seen, wide]);
 """
 
 
@@ -345,10 +362,12 @@ document.body.dataset.seen = JSON.stringify([plot.querySelector("output").innerT
 @pytest.mark.parametrize("width", [390, 1300])
 def test_page_in_a_browser(make_run, tmp_path, width):
     """No error on the console, values under the pointer, the slider turns, nothing is wider than the screen."""
-    folder = make_run(rows=[metrics(step) for step in range(1, 12)], environment={"platform": "x" * 200})
+    rows = [metrics(step, kl=1e-6 * step) for step in range(1, 12)]
+    folder = make_run(rows=rows, environment={"platform": "x" * 200})
+    shorter = make_run("y")
     for step in (0, 10):
         save_png(folder / "grids" / f"step_{step:06d}.png", np.zeros((1040, 1040, 3), np.uint8))
-    source = page([load_run(folder, "x")])
+    source = page([load_run(folder, "x"), load_run(shorter, "y")])
     acted = re.sub(r"'sha256-[^']*'", "'unsafe-inline'", source).replace("</body>", f"<script>{ACT}</script></body>")
     results = []
     for name, content in (("plain", source), ("acted", acted)):
@@ -362,4 +381,8 @@ def test_page_in_a_browser(make_run, tmp_path, width):
         )  # fmt: skip
         assert "CONSOLE" not in done.stderr, done.stderr
         results.append(Page(done.stdout))
-    assert json.loads(results[1].all("body")[0]["data-seen"]) == ["step 7\n0.7", ["0"], False]
+    assert json.loads(results[1].all("body")[0]["data-seen"]) == [
+        ["step 7\nx: 0.7", "step 3\nx: 3e-6\ny: 0.03"],
+        ["0"],
+        False,
+    ]

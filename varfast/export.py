@@ -165,10 +165,11 @@ def _with_public_code(name: str, vqvae_file: str, var: VARConfig, vqvae: VQVAECo
         )
     safe = name.endswith(".safetensors")
     load = f"safetensors.torch.load_file({name!r})" if safe else f"torch.load({name!r}, map_location='cpu')"
+    imports = "import safetensors.torch\nimport torch" if safe else "import torch"
     return f"""With the public code, in a checkout of github.com/FoundationVision/VAR:
 
 ```python
-import {"safetensors.torch, torch" if safe else "torch"}
+{imports}
 from models import build_vae_var
 
 vae, var = build_vae_var(

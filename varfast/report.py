@@ -207,6 +207,7 @@ class Chart:
         log: the axis of the values is logarithmic.
         from_zero: it begins at 0, or below.
         legend: name the curves.
+        cut: values beyond three times what 90 % of a curve stay below are cut off: a first step that compiles.
         note: a line beneath the title.
     """
 
@@ -216,6 +217,7 @@ class Chart:
     log: bool = False
     from_zero: bool = True
     legend: bool = False
+    cut: bool = False
     note: str = ""
 
     def draw(self, number: int) -> tuple[str, dict[str, Any]]:
@@ -227,6 +229,11 @@ class Chart:
             return math.log10(max(value, tiniest)) if self.log else value
 
         low, high = min(height(p[2]) for p in points), max(height(p[3]) for p in points)
+        notes = [self.note] if self.note else []
+        usual = max(float(np.percentile([p[3] for p in line.points], 90)) for line in self.curves)
+        if self.cut and high > 3.0 * usual > 0.0:
+            notes.append(f"Cut off at the top; the highest is {high:.4g}.")
+            high = 1.5 * usual
         if self.log:
             low, high = math.floor(low), math.ceil(high)
         elif self.from_zero:
@@ -258,7 +265,7 @@ class Chart:
             parts.append(f'<path class="line {line.css}" d="M{path}{"h.1" if len(line.points) == 1 else ""}"/>')
         drawn = (
             f'<figure class="chart"><figcaption><b>{_text(self.title)}</b> <span>{_text(self.unit)}</span>'
-            f"{f'<p>{_text(self.note)}</p>' if self.note else ''}</figcaption>"
+            f"{''.join(f'<p>{_text(note)}</p>' for note in notes)}</figcaption>"
             f'<div class="plot" data-chart="{number}" tabindex="0" role="img" aria-label="{_text(self._spoken())}">'
             f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(parts)}</svg>'
             + "".join(
@@ -295,7 +302,8 @@ def _metric_chart(runs: Sequence[Run], metric: str) -> Chart | None:
     unit = unit or {"ms": "ms", "share": "share of the limit"}.get(metric.rpartition("_")[2], "")
     healthy = "Healthy: {}. Otherwise: {}.".format(*HEALTHY[metric]) if metric in HEALTHY else ""
     own_range = metric in _OWN_RANGE or metric.startswith("reward/")
-    return Chart(metric, unit, curves, metric in _LOG_SCALE, not own_range, len(runs) > 1, healthy)
+    legend, time = len(runs) > 1, unit in ("ms", "s")
+    return Chart(metric, unit, curves, metric in _LOG_SCALE, not own_range, legend, time, healthy)
 
 
 def _stage_charts(runs: Sequence[Run], metrics: Sequence[str], suffix: str, unit: str) -> list[Chart]:
@@ -304,7 +312,7 @@ def _stage_charts(runs: Sequence[Run], metrics: Sequence[str], suffix: str, unit
     if len(runs) > 1:
         return [chart for metric in chosen if (chart := _metric_chart(runs, metric))]
     lines = [curve(m, i, *runs[0].series(m)) for i, m in enumerate(chosen) if runs[0].series(m)[0]]
-    return [Chart(f"stages, *{suffix}", unit, lines, legend=True)] if lines else []
+    return [Chart(f"stages, *{suffix}", unit, lines, legend=True, cut=unit == "ms")] if lines else []
 
 
 def charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
@@ -604,22 +612,23 @@ border-radius:6px;background:var(--paper);font-size:12.5px;white-space:pre-line;
 _SCRIPT = """
 "use strict";
 const numbers = JSON.parse(document.getElementById("numbers").textContent);
+const text = value => value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential() : String(value);
+const nearest = (values, wanted) =>
+  values.reduce((best, value, i) => Math.abs(value - wanted) < Math.abs(values[best] - wanted) ? i : best, 0);
 for (const plot of document.querySelectorAll(".plot")) {
   const chart = numbers[plot.dataset.chart], [low, high] = chart.x;
   const cross = plot.querySelector(".cross"), shown = plot.querySelector("output");
   const steps = [...new Set(chart.curves.flatMap(curve => curve.points.map(point => point[0])))].sort((a, b) => a - b);
   let at = -1;
-  const nearest = (values, wanted) =>
-    values.reduce((best, value, i) => Math.abs(value - wanted) < Math.abs(values[best] - wanted) ? i : best, 0);
   const show = index => {
     at = Math.min(Math.max(index, 0), steps.length - 1);
     const lines = ["step " + steps[at]];
     for (const curve of chart.curves) {
-      const point = curve.points[nearest(curve.points.map(p => p[0]), steps[at])];
-      const apart = Math.abs(point[0] - steps[at]), spread = steps.length > 1 ? (high - low) / (steps.length - 1) : 0;
-      if (apart > spread) continue;
-      const band = point[2] === point[3] ? "" : " (" + point[2] + " to " + point[3] + ")";
-      lines.push((chart.curves.length > 1 ? curve.name + ": " : "") + point[1] + band);
+      const own = curve.points.map(point => point[0]);
+      if (steps[at] < own[0] || steps[at] > own[own.length - 1]) continue;
+      const [, value, least, most] = curve.points[nearest(own, steps[at])];
+      const band = least === most ? "" : " (" + text(least) + " to " + text(most) + ")";
+      lines.push((chart.curves.length > 1 ? curve.name + ": " : "") + text(value) + band);
     }
     const place = high > low ? (steps[at] - low) / (high - low) : 0.5;
     cross.style.left = 100 * place + "%";
@@ -635,7 +644,7 @@ for (const plot of document.querySelectorAll(".plot")) {
   };
   plot.addEventListener("pointermove", point);
   plot.addEventListener("pointerdown", point);
-  plot.addEventListener("pointerleave", hide);
+  plot.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") hide(); });
   plot.addEventListener("blur", hide);
   plot.addEventListener("keydown", event => {
     const by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
