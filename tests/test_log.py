@@ -9,6 +9,7 @@ from PIL import Image
 
 from varfast import InputError
 from varfast.log import RunLog, image_grid, save_png, table
+from varfast.types import Rewards
 
 METRICS = {"reward_mean": 0.5, "kl": 0.1, "images_per_s": 3.0}
 
@@ -42,6 +43,20 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
         log.step(3, METRICS | {"kl": 9.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["kl"]) for line in lines] == [(1, 0.1), (2, 0.1), (3, 9.0)]
+
+
+def test_samples_are_the_best_and_the_worst_of_the_step(tmp_path):
+    rewards = Rewards(torch.tensor([0.5, 2.0, 0.5, -1.0]), {"a": torch.tensor([1.0, 4.0, 1.0, -2.0])})
+    images = torch.tensor([0.0, 0.2, 0.4, 0.6]).view(4, 1, 1, 1).expand(4, 3, 48, 48)
+    with RunLog(tmp_path, 0, 1, tensorboard=False) as log:
+        log.samples(1, images, torch.tensor([5, 6, 7, 8]), rewards)
+    noted = json.loads((tmp_path / "samples" / "step_000001.json").read_text())
+    assert [sample["label"] for sample in noted["best"]] == [6, 5, 7, 8]
+    assert [sample["label"] for sample in noted["worst"]] == [8, 7, 5, 6]
+    assert noted["best"][0] == {"label": 6, "reward": 2.0, "rewards": {"a": 4.0}}
+    picture = np.asarray(Image.open(tmp_path / "samples" / "step_000001.png"))
+    assert picture.shape == (100, 204, 3)
+    assert picture[[0, 0, 0, 0, 99, 99], [0, 60, 120, 203, 0, 203], 0].tolist() == [51, 0, 102, 153, 153, 51]
 
 
 def test_tensorboard_events_hold_the_metrics(tmp_path):

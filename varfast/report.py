@@ -571,7 +571,7 @@ pre{overflow:auto;max-height:36rem;padding:10px;background:var(--panel);border-r
 table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{padding:3px 12px 3px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
 th[scope=row]{font-weight:400;color:var(--soft)}
-td{min-width:5rem;max-width:28rem;overflow-wrap:anywhere}
+td{min-width:5rem;max-width:28rem;overflow-wrap:break-word}
 .charts{display:grid;gap:18px 24px;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
 .chart{margin:0;padding:10px 12px;background:var(--panel);border-radius:8px;display:flex;flex-direction:column}
 .chart figcaption{flex:1;overflow-wrap:anywhere}
@@ -603,7 +603,7 @@ border-radius:6px;background:var(--paper);font-size:12.5px;white-space:pre-line;
 .grids input{flex:1;min-width:120px}
 .grids img{display:block;max-width:100%;height:auto;background:#fff;padding:4px}
 .grids img[hidden]{display:none}
-.samples{display:grid;gap:10px;grid-template-columns:repeat(auto-fill,minmax(72px,1fr));max-width:1100px}
+.samples{display:grid;gap:10px;grid-template-columns:repeat(auto-fill,minmax(clamp(72px,8vw,128px),1fr));max-width:1100px}
 .samples figure{margin:0;font-size:12.5px;line-height:1.3;overflow-wrap:anywhere}
 .samples img{width:100%;image-rendering:auto;display:block;margin-bottom:3px}
 [hidden]{display:none}
