@@ -29,6 +29,8 @@ ORDER = [
     "pretrain",
     "train",
     "sample",
+    "export",
+    "report",
     "env",
 ]
 

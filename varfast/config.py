@@ -437,6 +437,9 @@ class LogConfig(_Section):
     """What is written into the run folder beside metrics.jsonl."""
 
     tensorboard: bool = Field(True, description="write TensorBoard events")
+    wandb: str | None = Field(
+        None, min_length=1, description="project of Weights & Biases to log to as well; WANDB_MODE=offline: no upload"
+    )
     grid_every: int = Field(10, ge=1, description="steps between sample grids (one at start and end in any case)")
     grid_labels: int = Field(8, ge=1, description="rows of the grid: the first labels trained on")
     grid_samples: int = Field(8, ge=1, description="columns of the grid; the seeds are the same in every grid")
@@ -514,6 +517,22 @@ class SampleConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations")
 
 
+class ExportConfig(_Section):
+    """Arguments of `python -m varfast.export`."""
+
+    checkpoint: str = Field(description="a run folder")
+    out: str = Field(description="the file to write, .safetensors or .pth; a model card is written beside it as .md")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights in the file")
+    overwrite: bool = Field(False, description="replace files that exist")
+
+    @field_validator("out")
+    @classmethod
+    def _known_format(cls, out: str) -> str:
+        if Path(out).suffix not in (".safetensors", ".pth"):
+            raise ValueError(f"got {out}, want a name that ends with .safetensors or .pth")
+        return out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -550,12 +569,12 @@ def parse_config(data: dict[str, Any], source: str = "config") -> Config:
     return _validate(Config, data, source)
 
 
-def parse_arguments(arguments: list[str]) -> SampleConfig:
-    """Arguments of the form a=b. Raises: InputError, as load_config."""
+def parse_arguments(arguments: list[str], model: type[_Model]) -> _Model:
+    """Arguments of the form a=b, as a `model`. Raises: InputError, as load_config."""
     data: dict[str, Any] = {}
     for argument in arguments:
         _apply_override(data, argument)
-    return _validate(SampleConfig, data, "arguments")
+    return _validate(model, data, "arguments")
 
 
 def _validate(model: type[_Model], data: dict[str, Any], source: str) -> _Model:

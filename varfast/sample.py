@@ -32,7 +32,7 @@ def load(config: SampleConfig) -> Policy:
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.sample checkpoint=... [key=value ...]"""
-    config = parse_arguments(arguments)
+    config = parse_arguments(arguments, SampleConfig)
     policy = load(config)
     labels = config.labels if config.labels is not None else list(range(min(8, policy.num_classes)))
     labels_B = torch.tensor(labels).repeat_interleave(config.samples_per_label)
