@@ -73,7 +73,7 @@ def step_config(name: str, images: int) -> Config:
     if name == "digits":
         return planned(with_dtype(load_config(CONFIGS / "digits.yaml", overrides), DEVICE), available_bytes(DEVICE))
     overrides += [f"policy.preset={name}", "policy.vqvae_checkpoint=null", "rollout.micro_batch=null"]
-    overrides += ["update.micro_batch=null"]
+    overrides += ["update.micro_batch=null", "reward={bright: {type: brightness}}"]
     return planned(with_dtype(load_config(CONFIGS / "d30.yaml", overrides), DEVICE), available_bytes(DEVICE))
 
 

@@ -1,10 +1,12 @@
 import copy
+from pathlib import Path
 
 import pytest
 import yaml
 
 from varfast import InputError
 from varfast.config import Config, SampleConfig, VARConfig, load_config, parse_arguments, parse_config
+from varfast.train import train
 
 MINIMAL = {
     "run": {"dir": "r", "steps": 3},
@@ -152,3 +154,45 @@ def test_every_shipped_config_is_valid_and_every_field_documented():
         if isinstance(section, type) and issubclass(section, BaseModel) and section is not Config:
             undocumented = [n for n, f in section.model_fields.items() if not f.description and n != "type"]
             assert undocumented == [], section
+
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def test_base_is_changed_section_by_section_and_rewards_are_replaced(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(MINIMAL | {"run": {"dir": "a", "steps": 5}}))
+    (tmp_path / "mid.yaml").write_text(
+        yaml.safe_dump({"base": "base.yaml", "run": {"dir": "b"}, "update": {"lr": 0.5}})
+    )
+    dark = {"dark": {"type": "brightness", "mode": "dark"}}
+    (tmp_path / "top.yaml").write_text(yaml.safe_dump({"base": "mid.yaml", "update": {"epochs": 2}, "reward": dark}))
+    config = load_config(tmp_path / "top.yaml", ["run.steps=7"])
+    assert (config.run.dir, config.run.steps, config.update.lr, config.update.epochs) == ("b", 7, 0.5, 2)
+    assert list(config.reward) == ["dark"]
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("missing.yaml", r"missing.yaml \(the base of .*top.yaml\): No such file"),
+        ("top.yaml", "base leads back to it, by .*top.yaml -> .*top.yaml"),
+        (3, "base is 3, want the path of a config"),
+    ],
+)
+def test_base_that_cannot_be_used_is_refused(tmp_path, base, message):
+    (tmp_path / "top.yaml").write_text(yaml.safe_dump({"base": base}))
+    with pytest.raises(InputError, match=message):
+        load_config(tmp_path / "top.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_has_a_folder_of_its_own(path):
+    config = load_config(path)
+    assert config.run.dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem.startswith("digits")], ids=lambda p: p.stem)
+def test_every_digits_experiment_runs(path, tmp_path):
+    overrides = ["policy.checkpoint=random", f"run.dir={tmp_path}/run", "run.steps=1", "run.device=cpu"]
+    overrides += ["rollout.labels_per_step=2", "rollout.group_size=2", "update.minibatch=4", "eval.samples_per_label=1"]
+    assert train(load_config(path, [*overrides, "log.tensorboard=false"])) == 0

@@ -361,3 +361,33 @@ def test_profile_writes_a_trace_with_the_stages_and_the_memory_of_one_step(make_
         assert stage in names
     assert names.count("reward") == 1  # one step, of four
     assert "aten::" in (folder / "memory.txt").read_text()
+
+
+def test_sweep_runs_every_choice_in_a_folder_of_its_own(make_config, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(make_config(run__steps=1, eval__samples_per_label=0)))
+    assert main([str(path), "--sweep", "grpo.kl_beta=0,0.1", "--sweep", "update.lr=1e-3,1e-4", "run.seed=3"]) == 0
+    found = {}
+    for folder in sorted((tmp_path / "run").iterdir()):
+        config = RunFolder(str(folder)).load_config()
+        assert config.run.seed == 3
+        found[folder.name] = (config.grpo.kl_beta, config.update.lr)
+        assert len(lines(folder)) == 1
+    assert found == {
+        f"grpo.kl_beta={b},update.lr={r}": (float(b), float(r)) for b in ("0", "0.1") for r in ("1e-3", "1e-4")
+    }
+    assert f"python -m varfast.report {tmp_path}/run/*" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sweep", [[], ["grpo.kl_beta"], ["grpo.kl_beta=0,,1"]])
+def test_sweep_without_values_is_refused(sweep):
+    with pytest.raises(InputError, match="--sweep wants key=value,value"):
+        main(["configs/digits.yaml", "--sweep", *sweep])
+
+
+def test_sweep_reads_every_config_before_the_first_runs(make_config, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(make_config()))
+    with pytest.raises(InputError, match=r"grpo\.kl_beta: got -1"):
+        main([str(path), "--sweep", "grpo.kl_beta=0.1,-1"])
+    assert not (tmp_path / "run").exists()

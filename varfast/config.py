@@ -541,16 +541,26 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file and apply overrides.
 
     Args:
-        path: the YAML file.
+        path: the YAML file. Its key `base` may name another, from the same folder, whose sections it changes; `reward`
+            replaces the base's as a whole.
         overrides: "a.b=c" each; c is read as YAML, so `true`, `3`, `[1, 2]` and `null` mean what they mean there.
     Raises: InputError if the file is missing or no YAML, for unknown keys (with the nearest known one), wrong types
         and values out of range, all of them in one message.
     """
-    path = Path(path)
+    data = _read(Path(path), ())
+    for override in overrides or []:
+        _apply_override(data, override)
+    return parse_config(data, str(path))
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """A YAML file over the one that its key `base` names, by a path from its folder, over that one's base, ..."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"config {path}: {error.strerror}; the examples are in configs/") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        named = f" (the base of {readers[-1]})" if readers else ""
+        raise InputError(f"config {path}{named}: {why}; the examples are in configs/") from error
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -559,9 +569,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise InputError(
             f"config {path}: got {type(data).__name__} at the top, want sections as in configs/digits.yaml"
         )
-    for override in overrides or []:
-        _apply_override(data, override)
-    return parse_config(data, str(path))
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise InputError(f"config {path}: base is {base!r}, want the path of a config, as in base: digits.yaml")
+    if path in readers:
+        raise InputError(f"config {path}: base leads back to it, by {' -> '.join(map(str, (*readers, path)))}")
+    return _merged(_read(path.parent / base, (*readers, path)), data)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Sections key by key; but rewards are replaced as a whole: a run has the rewards that its own file names."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(below, dict) and isinstance(value, dict) and key != "reward"
+        merged[key] = _merged(below, value) if both else value  # type: ignore[arg-type]
+    return merged
 
 
 def parse_config(data: dict[str, Any], source: str = "config") -> Config:

@@ -10,6 +10,7 @@ Source: arXiv:2505.23331.
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import time
@@ -223,11 +224,40 @@ def _catch_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(name, handler)
 
 
+_USAGE = "python -m varfast.train config.yaml [--profile] [--sweep a.b=c,d ...] [a.b=c ...]"
+
+
 def main(arguments: list[str]) -> int:
-    """python -m varfast.train config.yaml [--profile] [a.b=c ...]"""
-    rest = [a for a in arguments if a != "--profile"]
-    config = load_config(*split_arguments(rest, "python -m varfast.train config.yaml [--profile] [a.b=c ...]"))
-    return train(config, profile="--profile" in arguments)
+    """python -m varfast.train config.yaml [--profile] [--sweep a.b=c,d ...] [a.b=c ...]"""
+    swept, rest = split_sweep(arguments, _USAGE)
+    path, overrides = split_arguments([a for a in rest if a != "--profile"], _USAGE)
+    parent = load_config(path, overrides).run.dir
+    configs = []
+    for choice in itertools.product(*swept):  # all of them are read before the first one runs
+        folder = [f"run.dir={parent}/{','.join(choice)}"] if choice else []
+        configs.append(load_config(path, [*overrides, *choice, *folder]))
+    for number, config in enumerate(configs):
+        if swept:
+            print(f"\nsweep {number + 1} of {len(configs)}: {config.run.dir}")
+        code = train(config, profile="--profile" in arguments)
+        if code:
+            return code
+    if swept:
+        print(f"\nside by side: python -m varfast.report {parent}/*")
+    return 0
+
+
+def split_sweep(arguments: list[str], usage: str) -> tuple[list[list[str]], list[str]]:
+    """Take `--sweep key=a,b` out of the arguments: the overrides of each, and what is left."""
+    swept, rest = [], list(arguments)
+    while "--sweep" in rest:
+        at = rest.index("--sweep")
+        key, equals, values = (rest[at + 1] if at + 1 < len(rest) else "").partition("=")
+        if not equals or not all(values.split(",")):
+            raise InputError(f"--sweep wants key=value,value, as in --sweep grpo.kl_beta=0,0.05,0.2; usage: {usage}")
+        swept.append([f"{key}={value}" for value in values.split(",")])
+        del rest[at : at + 2]
+    return swept, rest
 
 
 if __name__ == "__main__":
