@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from varfast import InputError
-from varfast.config import Config, VARConfig, load_config, parse_arguments, parse_config
+from varfast.config import Config, SampleConfig, VARConfig, load_config, parse_arguments, parse_config
 
 MINIMAL = {
     "run": {"dir": "r", "steps": 3},
@@ -131,10 +131,10 @@ def test_load_config_refuses_files(tmp_path):
 
 
 def test_parse_arguments_of_sample():
-    config = parse_arguments(["checkpoint=a.pth", "labels=[1,2]", "cfg=4"])
+    config = parse_arguments(["checkpoint=a.pth", "labels=[1,2]", "cfg=4"], SampleConfig)
     assert (config.checkpoint, config.labels, config.cfg) == ("a.pth", [1, 2], 4.0)
     with pytest.raises(InputError, match="lables: unknown key; did you mean labels"):
-        parse_arguments(["checkpoint=a", "lables=[1]"])
+        parse_arguments(["checkpoint=a", "lables=[1]"], SampleConfig)
 
 
 def test_every_shipped_config_is_valid_and_every_field_documented():

@@ -21,14 +21,17 @@ ORDER = [
     "data",
     "labels",
     "rewards",
+    "metrics",
+    "features",
     "grpo",
     "update",
     "checkpoint",
     "log",
-    "evaluate",
+    "before_after",
     "pretrain",
     "train",
     "sample",
+    "evaluate",
     "env",
 ]
 

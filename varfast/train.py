@@ -20,10 +20,10 @@ from dataclasses import asdict
 import torch
 
 from varfast import kernels
+from varfast.before_after import evaluate
 from varfast.checkpoint import RunFolder, TrainState, save_tensors, save_text
 from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
-from varfast.evaluate import evaluate
 from varfast.grpo import combined_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
 from varfast.log import RunLog, StageLimits, environment, profiled, table
@@ -147,7 +147,8 @@ def load_base(config: Config, folder: RunFolder, resume: bool) -> Policy:
         assert config.policy.vqvae_checkpoint is not None
         var, vqvae = config.policy.checkpoint, config.policy.vqvae_checkpoint
     policy = load_policy(var, vqvae, device, config.run.dtype, config.policy.sizes, config.policy.vqvae)
-    folder.save_base(var, vqvae)
+    if noted is None:
+        folder.save_base(var, vqvae)
     return policy
 
 
