@@ -97,7 +97,7 @@ def fingerprint(dataset: str) -> str:
         return "digits"
     digest = hashlib.sha256()
     folder = Path(dataset).expanduser()
-    for path in [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         stat = path.stat()
         digest.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()

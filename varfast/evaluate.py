@@ -33,7 +33,7 @@ from tqdm import tqdm
 from varfast.checkpoint import RunFolder, save_text, write_atomically
 from varfast.command import run_command
 from varfast.config import ClassifierConfig, EvaluateConfig, check_labels, parse_arguments
-from varfast.data import DigitsClassifier, fingerprint
+from varfast.data import DigitsClassifier
 from varfast.features import Network, RealImages, load_network, load_real_images, to_levels
 from varfast.labels import label_pool
 from varfast.log import environment, image_grid, save_png
@@ -63,7 +63,8 @@ Numbers = dict[str, np.ndarray]
 BASE = "base"
 _CHUNK_IMAGES = 128
 _PICTURE_LABELS, _PICTURE_SAMPLES = 8, 4
-_FREE_TO_CHANGE = ("out", "micro_batch", "device")
+# Arguments that the chunks do not depend on.
+_FREE_TO_CHANGE = ("out", "micro_batch", "device", "fid_reference", "inception_weights")
 # A process that has written nothing for so long is taken for dead.
 _PATIENCE_S = 1800.0
 _INTERVALS = (
@@ -298,9 +299,13 @@ def _weights_hash(policy: Policy) -> str:
 
 
 def _save_pngs(folder: Path, levels: np.ndarray, plan: Plan, chunk: list[int]) -> None:
-    for row, index in enumerate(chunk):
-        name = f"{plan.label(index):04d}_{plan.sample(index):04d}.png"
-        write_atomically(folder / name, lambda file, row=row: Image.fromarray(levels[row]).save(file, format="PNG"))  # type: ignore[misc]
+    # Not atomically: until the chunk is written, after them, all of them count as missing.
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture, index in zip(levels, chunk, strict=True):
+            Image.fromarray(picture).save(folder / f"{plan.label(index):04d}_{plan.sample(index):04d}.png")
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; free space there and go on") from error
 
 
 def _save_npz(folder: EvaluationFolder, side: str, plan: Plan) -> None:
@@ -412,6 +417,18 @@ def _shown(estimate: Estimate | None, sign: str = "") -> str:
     return f"{text} [{estimate.low:{sign}.4g}, {estimate.high:{sign}.4g}]"
 
 
+def _about(result: dict[str, Any]) -> str:
+    """What the table is of, in a few lines, from the content of evaluation.json."""
+    lines = [f"{result['images']} images a model, of {result['labels']} labels."]
+    if result["features"]:
+        lines.append(
+            f"Features: {result['features']}. FID falls as samples grow in number: compare equal numbers alone."
+        )
+    if result["real_images"]:
+        lines.append(f"{result['real_images']} real images; {NEIGHBOURS} nearest neighbours.")
+    return "\n".join([*lines, f"Intervals: {result['intervals']}."])
+
+
 def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan) -> dict[str, Any]:
     """pictures.png: a row a label; the two models' images of a seed side by side, reference first."""
     images: dict[tuple[str, int], np.ndarray] = {}
@@ -488,10 +505,11 @@ def evaluate(config: EvaluateConfig, rank: int = 0, world: int = 1) -> list[Row]
         if judge is None or plan is None:
             first_sizes = sizes
             plan = Plan(_labels(config, policy.num_classes), config.samples_per_label, policy.num_classes)
-            folder.prepare(_settings(config), rank)
             judge = Judge(config, policy.num_classes, device)
             if config.fid_reference is not None and judge.network is not None and rank == 0:
                 real = load_real_images(config.fid_reference, judge.network, sizes["pixels a side"])
+                _check_enough(plan, real)
+            folder.prepare(_settings(config), rank)
         elif sizes != first_sizes:
             raise InputError(
                 f"the models cannot be compared: {first_sizes} in the reference, {sizes} in the checkpoint"
@@ -518,6 +536,7 @@ def _finish(
         "checkpoint": config.checkpoint,
         "reference": config.reference,
         "settings": _settings(config),
+        "fid_reference": config.fid_reference,
         "images": len(labels_N),
         "labels": len(set(labels_N.tolist())),
         "real_images": real.count if real else None,
@@ -549,11 +568,20 @@ def _labels(config: EvaluateConfig, num_classes: int) -> list[int]:
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
-    """What the numbers depend on, beside the weights."""
+    """What the chunks depend on, beside the weights."""
     settings = config.model_dump(mode="json", exclude=set(_FREE_TO_CHANGE))
-    if config.fid_reference is not None:
-        settings["fid_reference_files"] = fingerprint(config.fid_reference)
-    return settings
+    return settings | {"features": config.feature_network}
+
+
+def _check_enough(plan: Plan, real: RealImages) -> None:
+    images = sum(len(chunk) for chunk in plan.chunks)
+    if real.features_MD is None and images < 2:
+        raise InputError("FID of one image: raise samples_per_label, or name more labels")
+    if real.features_MD is not None and min(images, len(real.features_MD)) <= NEIGHBOURS + 1:
+        raise InputError(
+            f"{images} samples against {len(real.features_MD)} real images: precision and recall look at {NEIGHBOURS} "
+            f"neighbours and need {NEIGHBOURS + 2} images of each; raise samples_per_label, or give more real images"
+        )
 
 
 def _load(side: str, address: str, config: EvaluateConfig, device: torch.device) -> Policy:
@@ -575,7 +603,8 @@ def main(arguments: list[str]) -> int:
         config = config.model_copy(update={"device": f"cuda:{local_rank}"})
     rows = evaluate(config, rank, world)
     if rank == 0:
-        print(f"\n{table(rows)}\n\nIntervals: {_INTERVALS}.\n{config.out}: evaluation.json, pictures.png")
+        result = json.loads((Path(config.out).expanduser() / "evaluation.json").read_text(encoding="utf-8"))
+        print(f"\n{table(rows)}\n\n{_about(result)}\n{config.out}: evaluation.json, pictures.png")
     return 0
 
 

@@ -90,9 +90,8 @@ def _share_interval(hits: int, total: int) -> Estimate:
 
 
 def statistics(features_ND: np.ndarray) -> Statistics:
-    """Mean and covariance (over N - 1). Raises: InputError for fewer than two images."""
-    if len(features_ND) < 2:
-        raise InputError(f"a covariance needs at least two images, got {len(features_ND)}")
+    """Mean and covariance (over N - 1) of two images or more."""
+    assert len(features_ND) > 1
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
     found = fid_features_to_statistics(torch.from_numpy(features_ND).double())
@@ -107,7 +106,7 @@ def fid(a: Statistics, b: Statistics) -> float:
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     stats = [{"mu": s.mu_D, "sigma": s.sigma_DD} for s in (a, b)]
-    return float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
+    return max(0.0, float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID]))  # equal ones: -1e-8
 
 
 def inception_score(logits_NK: np.ndarray) -> float:
@@ -124,12 +123,11 @@ def inception_score(logits_NK: np.ndarray) -> float:
 def neighbours(reference_MD: np.ndarray, features_ND: np.ndarray) -> dict[str, float]:
     """Precision, recall, density and coverage, with the 5 nearest neighbours, on at most 10 000 images of each set.
 
-    Larger sets are thinned evenly. Raises: InputError for sets of fewer than seven images.
+    Args:
+        reference_MD, features_ND: seven images of each at least; larger sets are thinned evenly.
     Source: arXiv:1904.06991 and arXiv:2002.09797.
     """
-    fewest = min(len(reference_MD), len(features_ND))
-    if fewest < NEIGHBOURS + 2:
-        raise InputError(f"precision and recall need at least {NEIGHBOURS + 2} images of each set, got {fewest}")
+    assert min(len(reference_MD), len(features_ND)) > NEIGHBOURS + 1
     from prdc import compute_prdc
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the sizes

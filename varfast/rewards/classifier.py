@@ -86,7 +86,8 @@ class Confidence:
     def ranks(self, images: Tensor, labels_B: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], (B,) labels -> (B,) int64, how many classes it finds likelier than the label."""
         logits_BN = self._logits(images)
-        return (logits_BN > logits_BN.gather(1, labels_B.to(self._device).unsqueeze(1))).sum(dim=1)
+        own_B1 = logits_BN.gather(1, labels_B.to(self._device).unsqueeze(1))
+        return (~(logits_BN <= own_B1)).sum(dim=1)  # not >: logits that are not numbers would put every label first
 
     def _logits(self, images: Tensor) -> Tensor:
         return torch.cat(
