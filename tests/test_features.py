@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from varfast import InputError
+from varfast import InputError, metrics
 from varfast.data import digits
 from varfast.features import DigitsPixels, Inception, load_network, load_real_images, to_levels
 from varfast.metrics import statistics
@@ -62,6 +62,13 @@ def test_real_images_are_the_same_from_a_folder_an_archive_and_the_data(network,
         assert found.count == 100
         np.testing.assert_array_equal(found.features_MD, network(levels)[0])
         np.testing.assert_array_equal(found.statistics.mu_D, statistics(network(levels)[0]).mu_D)
+
+
+def test_features_for_neighbours_are_thinned_and_statistics_are_not(network, levels, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "NEIGHBOUR_IMAGES", 30)
+    found = load_real_images(save_npz(tmp_path / "a.npz", arr_0=levels.permute(0, 2, 3, 1).numpy()), network, 8)
+    assert (len(found.features_MD), found.count) == (30, 100)
+    np.testing.assert_array_equal(found.statistics.mu_D, statistics(network(levels)[0]).mu_D)
 
 
 def test_images_of_a_folder_are_fitted_and_made_rgb(network, tmp_path):
