@@ -515,6 +515,7 @@ def evaluate(config: EvaluateConfig, rank: int = 0, world: int = 1) -> list[Row]
                 f"the models cannot be compared: {first_sizes} in the reference, {sizes} in the checkpoint"
             )
         sample_side(side, policy, judge, plan, config, folder, rank, world)
+        del policy  # before the next one is loaded
     assert plan is not None
     if rank != 0:
         return []
