@@ -28,6 +28,7 @@ EXTENSION = "varfast.kernels._C"
 # headers, it loads on this one and on all that follow.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+CPU_SOURCES = ("grpo_loss_cpu.cpp", "split_heads_cpu.cpp", "group_norm_cpu.cpp")
 
 
 def find_cxx(environment: Mapping[str, str]) -> str | None:
@@ -111,7 +112,7 @@ class BuildExtension(build_ext):
             self.say(f"extension not built: {' '.join(error.cmd)}\n{error.stderr}")
 
     def compile(self, cxx: str, target: Path) -> None:
-        """Compile the three files, side by side, and link them."""
+        """Compile the files of csrc/, side by side, and link them."""
         import torch
 
         folder = Path(torch.__file__).parent
@@ -126,20 +127,22 @@ class BuildExtension(build_ext):
                 cuda = nvcc_command(nvcc, os.environ)
             except subprocess.CalledProcessError as error:
                 self.say(f"{nvcc} does not run: building the CPU part only. {error.stderr}")
-        flags = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", TORCH_TARGET, "-isystem", str(folder / "include")]
+        # No traps: else g++ leaves loops with a minimum, or a division, as they are instead of vectorising them.
+        flags = ["-O3", "-fno-trapping-math", "-std=c++20", "-fPIC", "-fvisibility=hidden", TORCH_TARGET]
+        flags += ["-isystem", str(folder / "include")]
         with_cuda = [*flags, "-DUSE_CUDA", "-DVARFAST_CUDA"]
         with ThreadPoolExecutor() as pool:
-            cpu_object = pool.submit(self.run_compiler, [cxx, *flags], "grpo_loss_cpu.cpp")
+            cpu_objects = [pool.submit(self.run_compiler, [cxx, *flags], source) for source in CPU_SOURCES]
             ops_object = pool.submit(self.run_compiler, [cxx, *(with_cuda if cuda else flags)], "ops.cpp")
             cuda_object = pool.submit(self.run_compiler, cuda, "grpo_loss_cuda.cu") if cuda else None
         link, libraries = [cxx, "-shared"], [f"-L{folder / 'lib'}", "-ltorch_cpu"]
-        objects = [cpu_object.result(), ops_object.result()]
+        objects = [ops_object.result(), *(cpu_object.result() for cpu_object in cpu_objects)]
         if cuda and cuda_object:
             try:
                 objects.append(cuda_object.result())
             except subprocess.CalledProcessError as error:
                 self.say(f"nvcc failed: building the CPU part only. {' '.join(error.cmd)}\n{error.stderr}")
-                objects[1] = self.run_compiler([cxx, *flags], "ops.cpp")
+                objects[0] = self.run_compiler([cxx, *flags], "ops.cpp")
             else:
                 # The static CUDA runtime: the minor version of torch's own need not be the toolkit's.
                 link = [cuda[0], "-shared", "-cudart", "static"]

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch._functorch.config
+import torch.nn.functional as F
 
 from varfast import kernels
 from varfast.kernels.selection import _OPS
@@ -196,6 +197,26 @@ def test_adaln(benchmark, rows, ceilings, op, width, direction):
     io_bytes = batch * length * width * x.element_size() * tensors[direction == "backward"]
     args = (op, f"{batch * length} x {width} {str(STORAGE)[6:]}", direction, functions, leaves)
     run(benchmark, rows, ceilings, *args, 0.0, io_bytes)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(160, 256), (320, 64), (640, 16)] if CUDA else [(160, 64)])
+def test_group_norm_silu(benchmark, rows, ceilings, channels, side):
+    batch = 64 if CUDA else 2
+    x = randn(batch, channels, side, side, dtype=STORAGE).contiguous(memory_format=torch.channels_last)
+    weight, bias, input_bias = randn(3, channels)
+
+    def eager(x, weight, bias, input_bias):
+        x = x + input_bias.to(x.dtype)[:, None, None]  # which a convolution with a bias does on a GPU
+        return F.silu(F.group_norm(x, 32, weight.to(x.dtype), bias.to(x.dtype), 1e-6))
+
+    def ours(x, weight, bias, input_bias):
+        return kernels.group_norm_silu(x, weight, bias, 32, input_bias_C=input_bias)
+
+    functions = {"ours": ours, "eager": eager} | compiled(eager)
+    # Read once, written once; the statistics need a second read where the image does not stay in the L2 cache.
+    shape = f"B{batch} C{channels} {side}x{side} {str(STORAGE)[6:]}"
+    leaves = [x, weight, bias, input_bias]
+    run(benchmark, rows, ceilings, "group_norm_silu", shape, "forward", functions, leaves, 0.0, 2 * x.nbytes)
 
 
 def test_grpo_token_loss(benchmark, rows, ceilings):

@@ -3,10 +3,10 @@
     pytest bench/bench_step.py --benchmark-only
     VARFAST_BENCH_LARGE=1 pytest bench/bench_step.py --benchmark-only     on a CPU: d16 too, in ten minutes
 
-Random weights: times do not depend on their values. On a GPU d16 and d30 in bfloat16; on a CPU the digits' model in
-float32, and d16 in bfloat16 with 4 images. Peers do the same work: `plain` with every op in plain PyTorch, eagerly, in
-the same dtype; `compiled` as plain, with the transformer under torch.compile; `public` in float32, and sampling with
-the guidance half, which the public code always computes. FLOPs and bytes: varfast.roofline.
+Random weights: times do not depend on their values. On a GPU d16 and d30; on a CPU the digits' model, and d16 with 4
+images; in bfloat16 where the device computes in it. Peers do the same work: `plain` with every op in plain PyTorch,
+eagerly, in the same dtype; `compiled` as plain, with the transformer under torch.compile; `public` in float32, sampling
+with the guidance half, which the public code always computes. FLOPs and bytes: varfast.roofline.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from varfast.grpo import group_advantages
 from varfast.kernels.selection import _OPS
 from varfast.policy import Policy
 from varfast.rewards import WeightedSum
-from varfast.roofline import available_bytes, measure_here, planned, stage_counts
+from varfast.roofline import available_bytes, measure_here, planned, stage_counts, with_dtype
 from varfast.train import random_policy
 from varfast.types import ScoredRollout
 from varfast.update import Updater
@@ -54,7 +54,7 @@ def models(name: str) -> dict[str, Policy]:
         twin.forward_scale = torch.compile(twin.forward_scale, dynamic=False)
         twin.forward = torch.compile(twin.forward, dynamic=False)
         policies["compiled"]._sampler._original = twin
-    if dtype == "bfloat16" and not CUDA:
+    if not CUDA:
         policies["public"] = Policy(copy.deepcopy(ours.var), ours.vqvae, DEVICE, "float32", fast=False)
     return policies
 
@@ -69,11 +69,12 @@ def step_config(name: str, images: int) -> Config:
         f"rollout.group_size={images // labels}",
     ]
     overrides += [f"update.minibatch={min(32, images)}", f"run.device={DEVICE.type}"]
+    overrides.append("run.dtype=auto")
     if name == "digits":
-        return planned(load_config(CONFIGS / "digits.yaml", overrides), available_bytes(DEVICE))
+        return planned(with_dtype(load_config(CONFIGS / "digits.yaml", overrides), DEVICE), available_bytes(DEVICE))
     overrides += [f"policy.preset={name}", "policy.vqvae_checkpoint=null", "rollout.micro_batch=null"]
     overrides += ["update.micro_batch=null"]
-    return planned(load_config(CONFIGS / "d30.yaml", overrides), available_bytes(DEVICE))
+    return planned(with_dtype(load_config(CONFIGS / "d30.yaml", overrides), DEVICE), available_bytes(DEVICE))
 
 
 def by(name, call):

@@ -22,6 +22,7 @@ OPS = (
     ("cached_attention", "Triton", "forward"),
     ("gated_residual_norm", "Triton", "forward"),
     ("gated_residual_norm", "Triton", "backward"),
+    ("group_norm_silu", "Triton", "forward"),
     ("grpo_token_loss", "C++/CUDA", "both"),
 )
 

@@ -1,11 +1,10 @@
 // The GRPO token loss on the CPU.
-#include <torch/csrc/stable/c/shim.h>
-#include <torch/headeronly/util/shim_utils.h>
-
 #include <algorithm>
 #include <vector>
 
+#include "cpu.h"
 #include "grpo_loss.h"
+#include "cpu.h"
 
 namespace varfast {
 namespace {
@@ -13,12 +12,6 @@ namespace {
 // Tokens whose sums are one double each. Fixed, and the sums are added in order: the result does not depend on the
 // number of threads.
 constexpr int64_t kChunk = 4096;
-
-template <typename F>
-void parallel_for(int64_t count, int64_t grain, const F& body) {
-  auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, call, const_cast<F*>(&body)));
-}
 
 template <typename T>
 GrpoSums<double> forward_chunk(const GrpoForward<T>& f, int64_t begin, int64_t end) {

@@ -9,7 +9,9 @@
 #include <optional>
 #include <tuple>
 
+#include "group_norm.h"
 #include "grpo_loss.h"
+#include "split_heads.h"
 
 namespace varfast {
 namespace {
@@ -113,6 +115,141 @@ Tensor backward_cpu(const Tensor& grad_BL, const Tensor& grad_loss) {
   return b.out;
 }
 
+Tensor group_norm_cpu(const Tensor& x_BPC, const Tensor& weight_C, const Tensor& bias_C, const Tensor& input_bias_C,
+                      int64_t num_groups, double eps, bool silu) {
+  const Tensor x = torch::stable::contiguous(x_BPC);
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x_BPC: want float32 or bfloat16");
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0, "x_BPC: want three axes and at least one pixel");
+  STD_TORCH_CHECK(num_groups > 0 && x.size(2) % num_groups == 0, "num_groups: want a divisor of the channels");
+  std::array<Tensor, 3> vectors = {weight_C, bias_C, input_bias_C};
+  for (Tensor& vector : vectors) {
+    STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == x.size(2) && vector.scalar_type() == ScalarType::Float,
+                    "weight_C, bias_C and input_bias_C: want one float32 a channel");
+    vector = torch::stable::contiguous(vector);
+  }
+  const Tensor out = new_empty(x, {x.size(0), x.size(1), x.size(2)}, dtype);
+  const GroupNorm norm{vectors[0].const_data_ptr<float>(),
+                       vectors[1].const_data_ptr<float>(),
+                       vectors[2].const_data_ptr<float>(),
+                       x.size(0),
+                       x.size(1),
+                       x.size(2),
+                       num_groups,
+                       eps,
+                       silu};
+  if (dtype == ScalarType::Float) {
+    group_norm_silu_cpu(norm, x.const_data_ptr<float>(), out.mutable_data_ptr<float>());
+  } else {
+    group_norm_silu_cpu(norm, static_cast<const uint16_t*>(x.const_data_ptr()),
+                        static_cast<uint16_t*>(out.mutable_data_ptr()));
+  }
+  return out;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Split of the qkv product into heads, on the CPU
+
+// body(T{}) with the C++ type of a dtype.
+template <typename F>
+void with_float(ScalarType dtype, const F& body) {
+  if (dtype == ScalarType::Float) return body(float{});
+  if (dtype == ScalarType::Double) return body(double{});
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "want float32, float64 or bfloat16");
+  body(BFloat16{});
+}
+
+// Elements of a tensor, whose dtype was checked.
+template <typename T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+template <typename T>
+Heads<T> heads(const Tensor& x, T* data) {
+  return {data, x.stride(0), x.stride(1), x.stride(2)};
+}
+
+HeadSizes head_sizes(const Tensor& product, int64_t num_heads) {
+  STD_TORCH_CHECK(product.dim() == 3 && num_heads > 0 && product.size(2) == 3 * num_heads * kHeadDim,
+                  "want a product (B, L, 3 * H * 64)");
+  return {product.size(0), product.size(1), num_heads};
+}
+
+void check_heads(const Tensor& x, const HeadSizes& sizes, ScalarType dtype) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == sizes.num_images && x.size(1) == sizes.num_heads &&
+                      x.size(2) == sizes.num_tokens && x.size(3) == kHeadDim && (x.stride(3) == 1 || x.numel() == 0) &&
+                      x.scalar_type() == dtype,
+                  "want (B, H, L, 64) of the sizes and dtype of the product, with unit stride in D");
+}
+
+Tensor empty_heads(const Tensor& product, const HeadSizes& sizes) {
+  return new_empty(product, {sizes.num_images, sizes.num_heads, sizes.num_tokens, kHeadDim}, product.scalar_type());
+}
+
+// inverse_q and inverse_k: null, or written.
+void split_into(const Tensor& product, const HeadSizes& sizes, bool l2_norm, const Tensor& q, const Tensor& k,
+                const Tensor& v, const Tensor* inverse_q, const Tensor* inverse_k) {
+  const Tensor x = torch::stable::contiguous(product);
+  with_float(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const auto inverse = [&](const Tensor* y) { return y ? mutable_data<Wide<T>>(*y) : nullptr; };
+    split_heads_cpu(SplitForward<T>{data<T>(x), heads(q, mutable_data<T>(q)), heads(k, mutable_data<T>(k)),
+                                    heads(v, mutable_data<T>(v)), inverse(inverse_q), inverse(inverse_k), sizes,
+                                    l2_norm});
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> split_heads(const Tensor& product, int64_t num_heads, bool l2_norm) {
+  const HeadSizes sizes = head_sizes(product, num_heads);
+  const ScalarType wide = product.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor q = empty_heads(product, sizes), k = empty_heads(product, sizes), v = empty_heads(product, sizes);
+  const auto empty_inverse = [&] {
+    return l2_norm ? new_empty(product, {sizes.num_images, sizes.num_heads, sizes.num_tokens}, wide)
+                   : new_empty(product, {0}, wide);
+  };
+  const Tensor inverse_q = empty_inverse(), inverse_k = empty_inverse();
+  split_into(product, sizes, l2_norm, q, k, v, &inverse_q, &inverse_k);
+  return {q, k, v, inverse_q, inverse_k};
+}
+
+Tensor split_heads_into(const Tensor& product, int64_t num_heads, bool l2_norm, Tensor k_BHlD, Tensor v_BHlD) {
+  const HeadSizes sizes = head_sizes(product, num_heads);
+  for (const Tensor* x : {&k_BHlD, &v_BHlD}) check_heads(*x, sizes, product.scalar_type());
+  const Tensor q = empty_heads(product, sizes);
+  split_into(product, sizes, l2_norm, q, k_BHlD, v_BHlD, nullptr, nullptr);
+  return q;
+}
+
+Tensor split_heads_backward(const Tensor& d_q_BHLD, const Tensor& d_k_BHLD, const Tensor& d_v_BHLD,
+                            const std::optional<Tensor>& q_BHLD, const std::optional<Tensor>& k_BHLD,
+                            const std::optional<Tensor>& q_inverse_BHL, const std::optional<Tensor>& k_inverse_BHL) {
+  const auto unit_stride = [](const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::contiguous(x); };
+  STD_TORCH_CHECK(d_q_BHLD.dim() == 4 && d_k_BHLD.dim() == 4 && d_v_BHLD.dim() == 4, "want gradients (B, H, L, 64)");
+  const Tensor d_q = unit_stride(d_q_BHLD), d_k = unit_stride(d_k_BHLD), d_v = unit_stride(d_v_BHLD);
+  const HeadSizes sizes{d_q.size(0), d_q.size(2), d_q.size(1)};
+  for (const Tensor* x : {&d_q, &d_k, &d_v}) check_heads(*x, sizes, d_q.scalar_type());
+  const bool normalised = q_BHLD && k_BHLD && q_inverse_BHL && k_inverse_BHL;
+  // Contiguous: a saved-tensor hook may have changed their layout. Without normalisation they are not read.
+  const auto kept = [&](const std::optional<Tensor>& x) { return normalised ? torch::stable::contiguous(*x) : d_q; };
+  const Tensor q = kept(q_BHLD), k = kept(k_BHLD), q_inverse = kept(q_inverse_BHL), k_inverse = kept(k_inverse_BHL);
+  for (const Tensor* x : {&q, &k}) check_heads(*x, sizes, d_q.scalar_type());
+  const int64_t width = 3 * sizes.num_heads * kHeadDim;
+  const Tensor out = new_empty(d_q, {sizes.num_images, sizes.num_tokens, width}, d_q.scalar_type());
+  with_float(d_q.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    split_heads_backward_cpu(SplitBackward<T>{
+        heads(d_q, data<T>(d_q)), heads(d_k, data<T>(d_k)), heads(d_v, data<T>(d_v)), data<T>(q), data<T>(k),
+        data<Wide<T>>(q_inverse), data<Wide<T>>(k_inverse), mutable_data<T>(out), sizes, normalised});
+  });
+  return out;
+}
+
 int64_t built_for_cuda() {
 #ifdef VARFAST_CUDA
   return cuda_version();
@@ -131,6 +268,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varfast, m) {
       "grpo_token_loss(Tensor logp_BL, Tensor logp_old_BL, Tensor? logp_ref_BL, Tensor advantages_B, float clip_eps, "
       "float kl_beta) -> (Tensor, Tensor, Tensor)");
   m.def("grpo_token_loss_backward(Tensor grad_BL, Tensor grad_loss) -> Tensor");
+  // P pixels of an image, channels innermost; on the CPU alone, a GPU has Triton.
+  m.def(
+      "group_norm_silu_cpu(Tensor x_BPC, Tensor weight_C, Tensor bias_C, Tensor input_bias_C, int num_groups, "
+      "float eps, bool silu) -> Tensor");
+  // The ops of kernels/qkv.py: q, k, v and the inverse norms of q and k; q, with k and v in place; d product.
+  m.def("split_heads_cpp(Tensor qkv_BLC3, int num_heads, bool l2_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "split_heads_into_cpp(Tensor qkv_BlC3, int num_heads, bool l2_norm, Tensor(a!) k_BHlD, Tensor(b!) v_BHlD) -> "
+      "Tensor");
+  m.def(
+      "split_heads_backward_cpp(Tensor d_q_BHLD, Tensor d_k_BHLD, Tensor d_v_BHLD, Tensor? q_BHLD, Tensor? k_BHLD, "
+      "Tensor? q_inverse_BHL, Tensor? k_inverse_BHL) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(varfast, CompositeExplicitAutograd, m) {
@@ -140,6 +289,10 @@ STABLE_TORCH_LIBRARY_IMPL(varfast, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(varfast, CPU, m) {
   m.impl("grpo_token_loss", TORCH_BOX(&forward_cpu));
   m.impl("grpo_token_loss_backward", TORCH_BOX(&backward_cpu));
+  m.impl("group_norm_silu_cpu", TORCH_BOX(&group_norm_cpu));
+  m.impl("split_heads_cpp", TORCH_BOX(&split_heads));
+  m.impl("split_heads_into_cpp", TORCH_BOX(&split_heads_into));
+  m.impl("split_heads_backward_cpp", TORCH_BOX(&split_heads_backward));
 }
 
 #ifdef VARFAST_CUDA

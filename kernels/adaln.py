@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, select
+from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
@@ -325,42 +325,40 @@ def _backward(ctx: Any, d_new: Tensor | None, d_out: Tensor | None, *_: Any) -> 
 _adaln.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _checked(x_BLC: Tensor) -> Tensor:
-    if x_BLC.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"impl='triton' of adaLN takes float32, bfloat16 or float16, got {x_BLC.dtype}")
+def _refuses(x_BLC: Tensor, *_: Any) -> str | None:
     if x_BLC.shape[-1] > _MAX_WIDTH:
-        raise ValueError(f"impl='triton' of adaLN takes up to {_MAX_WIDTH} channels, got {x_BLC.shape[-1]}")
-    return x_BLC
+        return f"up to {_MAX_WIDTH} channels, got {x_BLC.shape[-1]}"
+    return refused_dtype(x_BLC)
 
 
 def _norm_triton(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float) -> Tensor:
-    return _adaln(_checked(x_BLC), None, None, scale_BC, shift_BC, eps)[1]
+    return _adaln(x_BLC, None, None, scale_BC, shift_BC, eps)[1]
 
 
 def _residual_triton(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor) -> Tensor:
-    return _adaln(_checked(x_BLC), branch_BLC, gate_BC, None, None, 0.0)[0]
+    return _adaln(x_BLC, branch_BLC, gate_BC, None, None, 0.0)[0]
 
 
 def _residual_norm_triton(
     x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    new_BLC, out_BLC, _, _ = _adaln(_checked(x_BLC), branch_BLC, gate_BC, scale_BC, shift_BC, eps)
+    new_BLC, out_BLC, _, _ = _adaln(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps)
     return new_BLC, out_BLC
 
 
 implementations(
     "layer_norm_modulate",
-    Implementation("triton", _norm_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("triton", _norm_triton, cannot_run_triton, ("cuda",), _refuses),
     Implementation("reference", reference.layer_norm_modulate),
 )
 implementations(
     "gated_residual",
-    Implementation("triton", _residual_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("triton", _residual_triton, cannot_run_triton, ("cuda",), _refuses),
     Implementation("reference", reference.gated_residual),
 )
 implementations(
     "gated_residual_norm",
-    Implementation("triton", _residual_norm_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("triton", _residual_norm_triton, cannot_run_triton, ("cuda",), _refuses),
     Implementation("reference", reference.gated_residual_norm),
 )
 
@@ -416,7 +414,7 @@ def layer_norm_modulate(
     Returns: (B, L, C) in the dtype of x_BLC.
     Raises: ValueError for an impl that is unknown or cannot run.
     """
-    out: Tensor = select("layer_norm_modulate", impl, x_BLC.device)(x_BLC, scale_BC, shift_BC, eps)
+    out: Tensor = run("layer_norm_modulate", impl, x_BLC, scale_BC, shift_BC, eps)
     return out
 
 
@@ -430,7 +428,7 @@ def gated_residual(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, impl: str
     Returns: (B, L, C).
     Raises: ValueError for an impl that is unknown or cannot run.
     """
-    out: Tensor = select("gated_residual", impl, x_BLC.device)(x_BLC, branch_BLC, gate_BC)
+    out: Tensor = run("gated_residual", impl, x_BLC, branch_BLC, gate_BC)
     return out
 
 
@@ -453,7 +451,5 @@ def gated_residual_norm(
     Returns: the new residual stream and its normalised, modulated form, (B, L, C) each.
     Raises: ValueError for an impl that is unknown or cannot run.
     """
-    new_BLC, out_BLC = select("gated_residual_norm", impl, x_BLC.device)(
-        x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps
-    )
+    new_BLC, out_BLC = run("gated_residual_norm", impl, x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps)
     return new_BLC, out_BLC

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from varfast.kernels import attention_triton, reference
 from varfast.kernels.attention_triton import ahead_of_time
-from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, select
+from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 
 __all__ = ["ahead_of_time", "block_causal_attention", "cached_attention"]
 
@@ -31,27 +31,21 @@ def _scaled(q_BHLD: Tensor, logit_scale_H: Tensor) -> Tensor:
 # Triton
 
 
-def _check_for_triton(op: str, q_BHLD: Tensor) -> None:
+def _refuses(q_BHLD: Tensor, *_: Any) -> str | None:
     if q_BHLD.shape[-1] != attention_triton.HEAD_DIM:
-        raise ValueError(
-            f"impl='triton' of {op} takes a head dim of {attention_triton.HEAD_DIM}, VAR's, got {q_BHLD.shape[-1]}; "
-            "use impl='reference'"
-        )
-    if q_BHLD.dtype not in attention_triton.DTYPES:
-        raise ValueError(f"impl='triton' of {op} takes float32, bfloat16 or float16, got {q_BHLD.dtype}")
+        return f"a head dim of {attention_triton.HEAD_DIM}, VAR's, got {q_BHLD.shape[-1]}"
+    return refused_dtype(q_BHLD)
 
 
 def _run_triton(
     q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
 ) -> Tensor:
-    _check_for_triton("block_causal_attention", q_BHLD)
     return attention_triton.attention_op(q_BHLD, k_BHLD, v_BHLD, logit_scale_H.float(), scale_ends)[0]
 
 
 def _run_triton_cached(
     q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
 ) -> Tensor:
-    _check_for_triton("cached_attention", q_BHlD)
     tensors = (q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError("impl='triton' of cached_attention has no gradient; use torch.no_grad() or impl='reference'")
@@ -150,7 +144,7 @@ def _cannot_run_flash_attn(device: torch.device) -> str | None:
 
 implementations(
     "block_causal_attention",
-    Implementation("triton", _run_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("triton", _run_triton, cannot_run_triton, ("cuda",), _refuses),
     Implementation("flex", _run_flex, _cannot_run_flex, auto_on=()),
     Implementation("flash_attn", _run_flash_attn, _cannot_run_flash_attn, auto_on=()),
     Implementation("sdpa", _run_sdpa, auto_on=()),
@@ -158,7 +152,7 @@ implementations(
 )
 implementations(
     "cached_attention",
-    Implementation("triton", _run_triton_cached, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("triton", _run_triton_cached, cannot_run_triton, ("cuda",), _refuses),
     Implementation("flash_attn", _run_flash_attn_cached, _cannot_run_flash_attn, auto_on=()),
     Implementation("reference", reference.cached_attention),
 )
@@ -211,7 +205,7 @@ def block_causal_attention(
     _check_shapes(q_BHLD, k_BHLD, v_BHLD, logit_scale_H)
     if k_BHLD.shape != q_BHLD.shape:
         raise ValueError(f"k has {k_BHLD.shape[2]} tokens, q {q_BHLD.shape[2]}: want as many")
-    return select("block_causal_attention", impl, q_BHLD.device)(q_BHLD, k_BHLD, v_BHLD, scale_ends, logit_scale_H)
+    return run("block_causal_attention", impl, q_BHLD, k_BHLD, v_BHLD, scale_ends, logit_scale_H)
 
 
 def cached_attention(
@@ -240,4 +234,4 @@ def cached_attention(
     if num_keys < 1:
         raise ValueError(f"num_keys={num_keys}: there must be a key to attend to")
     _check_shapes(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
-    return select("cached_attention", impl, q_BHlD.device)(q_BHlD, k_cache_BHLD, v_cache_BHLD, num_keys, logit_scale_H)
+    return run("cached_attention", impl, q_BHlD, k_cache_BHLD, v_cache_BHLD, num_keys, logit_scale_H)

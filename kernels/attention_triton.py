@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
 
 HEAD_DIM = 64
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 try:
     import triton.language as tl

@@ -1,59 +1,40 @@
 """The GRPO loss of every token, reduced: clipped ratio and k3 KL.
 
-The kernels are in csrc/; `pip install -e .` builds them into _C.so beside this file (setup.py).
+The kernels are in csrc/.
 
 Axes: B image, L token over all scales.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.selection import Implementation, implementations, select
+from varfast.kernels.extension import HOW, NO_EXTENSION, cannot_run_cpp
+from varfast.kernels.selection import Implementation, implementations, run
 
 GRPO_STATS = ("kl", "clip_fraction", "ratio_mean", "ratio_gap_mean", "ratio_gap_max")
 
-_HOW = "`pip install -v -e .` builds it and says what was missing"
-
-
-def _load() -> str | None:
-    """Load the extension; why there is none, or None where there is one."""
-    library = Path(__file__).with_name("_C.so")
-    if not library.exists():
-        return f"the extension is not built; {_HOW}"
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:  # of a build with CUDA under a torch without, say
-        return f"the extension cannot be loaded: {error}; {_HOW}"
-    return None
-
 
 def _why_no_cuda() -> str | None:
-    if _NO_EXTENSION is not None:
-        return _NO_EXTENSION
+    if NO_EXTENSION is not None:
+        return NO_EXTENSION
     built, runs = torch.ops.varfast.built_for_cuda() // 1000, (torch.version.cuda or "none").split(".")[0]
     if built == 0:
-        return f"the extension is built without CUDA; {_HOW}"
+        return f"the extension is built without CUDA; {HOW}"
     if str(built) != runs:
         return f"the extension is built with CUDA {built}, torch with CUDA {runs}: install again with nvcc {runs}"
     return None
 
 
-_NO_EXTENSION = _load()
 _NO_CUDA = _why_no_cuda()
 
 
 def _cannot_run_cuda(device: torch.device) -> str | None:
     return _NO_CUDA or (None if device.type == "cuda" else "it needs a CUDA device")
-
-
-def _cannot_run_cpp(device: torch.device) -> str | None:
-    return _NO_EXTENSION or (None if device.type == "cpu" else "it runs on the CPU")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +91,7 @@ def _run_extension(
     return loss, stats
 
 
-if _NO_EXTENSION is None:
+if NO_EXTENSION is None:
     torch.library.register_fake("varfast::grpo_token_loss", _fake_forward)
     torch.library.register_fake("varfast::grpo_token_loss_backward", _fake_backward)
     torch.library.register_autograd("varfast::grpo_token_loss", _backward, setup_context=_setup_context)
@@ -118,7 +99,7 @@ if _NO_EXTENSION is None:
 implementations(
     "grpo_token_loss",
     Implementation("cuda", _run_extension, _cannot_run_cuda, auto_on=("cuda",)),
-    Implementation("cpp", _run_extension, _cannot_run_cpp, auto_on=("cpu",)),
+    Implementation("cpp", _run_extension, cannot_run_cpp, auto_on=("cpu",)),
     Implementation("reference", reference.grpo_token_loss),
 )
 
@@ -161,6 +142,4 @@ def grpo_token_loss(
         raise ValueError(
             f"advantages_B is {tuple(advantages_B.shape)}, logp_BL {tuple(logp_BL.shape)}: want one an image"
         )
-    return select("grpo_token_loss", impl, logp_BL.device)(
-        logp_BL, logp_old_BL, logp_ref_BL, advantages_B, clip_eps, kl_beta
-    )
+    return run("grpo_token_loss", impl, logp_BL, logp_old_BL, logp_ref_BL, advantages_B, clip_eps, kl_beta)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, select
+from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
@@ -216,15 +216,15 @@ class _InPlace(torch.autograd.Function):
         return logits, None, None
 
 
+def _refuses(logits_BLV: Tensor, *_: Any) -> str | None:
+    if logits_BLV.shape[-1] > _MAX_VOCAB:
+        return f"up to {_MAX_VOCAB} codes, got {logits_BLV.shape[-1]}"
+    return refused_dtype(logits_BLV)
+
+
 def _run_triton(
     logits_BLV: Tensor, tokens_BL: Tensor, temperature: float, consume_logits: bool
 ) -> tuple[Tensor, Tensor]:
-    if logits_BLV.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"impl='triton' of selective_log_softmax takes float32 or 16-bit, got {logits_BLV.dtype}")
-    if logits_BLV.shape[-1] > _MAX_VOCAB:
-        raise ValueError(
-            f"impl='triton' of selective_log_softmax takes up to {_MAX_VOCAB} codes, got {logits_BLV.shape[-1]}"
-        )
     if consume_logits and logits_BLV.is_contiguous():
         logp_BL, entropy_BL = _InPlace.apply(logits_BLV, tokens_BL, temperature)
         return logp_BL, entropy_BL
@@ -234,7 +234,7 @@ def _run_triton(
 
 implementations(
     "selective_log_softmax",
-    Implementation("triton", _run_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("triton", _run_triton, cannot_run_triton, ("cuda",), _refuses),
     Implementation(
         "reference", lambda logits, tokens, temperature, _: reference.selective_log_softmax(logits, tokens, temperature)
     ),
@@ -301,6 +301,5 @@ def selective_log_softmax(
         raise ValueError(
             f"tokens are {tuple(tokens_BL.shape)}, logits {tuple(logits_BLV.shape)}: want (B, L), (B, L, V)"
         )
-    run = select("selective_log_softmax", impl, logits_BLV.device)
-    logp_BL, entropy_BL = run(logits_BLV, tokens_BL, temperature, consume_logits)
+    logp_BL, entropy_BL = run("selective_log_softmax", impl, logits_BLV, tokens_BL, temperature, consume_logits)
     return logp_BL, entropy_BL

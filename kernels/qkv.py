@@ -10,13 +10,15 @@ order q, k, v.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, select
+from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
+from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
@@ -31,7 +33,6 @@ except ImportError:  # never launched then: cannot_run_triton says why
 
 
 _HEAD_DIM = 64
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A program takes 16 tokens of one head. In bfloat16, of each of q, k and v: 16 segments of 128 bytes, whole cache
 # lines, one 128-bit load for each of 128 threads; written as runs of 2 KB where the tokens are of one image. The
 # programs of the same tokens follow each other, so what the device reads at a time is whole rows of 3 C. The other way
@@ -201,7 +202,8 @@ def _empty_heads(qkv_BLC3: Tensor, num_heads: int) -> Tensor:
 
 def _outputs(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, k, v = (_empty_heads(qkv_BLC3, num_heads) for _ in range(3))
-    q_inverse, k_inverse = (q.new_empty(q.shape[:3] if l2_norm else 0, dtype=torch.float32) for _ in range(2))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_inverse, k_inverse = (q.new_empty(q.shape[:3] if l2_norm else 0, dtype=wide) for _ in range(2))
     return q, k, v, q_inverse, k_inverse
 
 
@@ -213,9 +215,7 @@ def _split_op(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, 
     return q, k, v, inverse[0], inverse[1]
 
 
-@_split_op.register_fake
-def _(qkv_BLC3, num_heads, l2_norm):
-    return _outputs(qkv_BLC3, num_heads, l2_norm)
+_split_op.register_fake(_outputs)
 
 
 @torch.library.custom_op("varfast::split_heads_into", mutates_args=("k_BHlD", "v_BHlD"))
@@ -227,7 +227,7 @@ def _split_into_op(qkv_BlC3: Tensor, num_heads: int, l2_norm: bool, k_BHlD: Tens
 
 
 @_split_into_op.register_fake
-def _(qkv_BlC3, num_heads, l2_norm, k_BHlD, v_BHlD):
+def _fake_into(qkv_BlC3, num_heads, l2_norm, k_BHlD, v_BHlD):
     return _empty_heads(qkv_BlC3, num_heads)
 
 
@@ -277,7 +277,7 @@ def _empty_product(d_q_BHLD: Tensor) -> Tensor:
 
 
 @_split_backward_op.register_fake
-def _(d_q_BHLD, d_k_BHLD, d_v_BHLD, q_BHLD, k_BHLD, q_inverse_BHL, k_inverse_BHL):
+def _fake_backward(d_q_BHLD, d_k_BHLD, d_v_BHLD, q_BHLD, k_BHLD, q_inverse_BHL, k_inverse_BHL):
     return _empty_product(d_q_BHLD)
 
 
@@ -290,28 +290,42 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.shape = q.shape
 
 
-def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+def _backward(op: Any, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
     given = next((d for d in gradients[:3] if d is not None), None)
     if given is None:
         return None, None, None
     d_qkv = (given.new_zeros(ctx.shape) if d is None else d for d in gradients[:3])
-    return _split_backward_op(*d_qkv, *(ctx.saved_tensors if ctx.l2_norm else (None,) * 4)), None, None
+    return op(*d_qkv, *(ctx.saved_tensors if ctx.l2_norm else (None,) * 4)), None, None
 
 
-_split_op.register_autograd(_backward, setup_context=_setup_context)
+_split_op.register_autograd(functools.partial(_backward, _split_backward_op), setup_context=_setup_context)
+
+# The same ops in C++, csrc/split_heads_cpu.cpp, in float64 too.
+if NO_EXTENSION is None:
+    torch.library.register_fake("varfast::split_heads_cpp", _outputs)
+    torch.library.register_fake("varfast::split_heads_into_cpp", _fake_into)
+    torch.library.register_fake("varfast::split_heads_backward_cpp", _fake_backward)
+    torch.library.register_autograd(
+        "varfast::split_heads_cpp",
+        functools.partial(_backward, torch.ops.varfast.split_heads_backward_cpp),
+        setup_context=_setup_context,
+    )
 
 
-def _check_for_triton(op: str, qkv_BLC3: Tensor, num_heads: int) -> None:
-    if qkv_BLC3.dtype not in _DTYPES:
-        raise ValueError(f"impl='triton' of {op} takes float32, bfloat16 or float16, got {qkv_BLC3.dtype}")
-    if qkv_BLC3.shape[-1] != 3 * num_heads * _HEAD_DIM:
-        raise ValueError(
-            f"impl='triton' of {op} takes a head dim of {_HEAD_DIM}, VAR's, got {qkv_BLC3.shape[-1] // 3 // num_heads}"
-        )
+def _refused_head_dim(qkv_BLC3: Tensor, num_heads: int) -> str | None:
+    dim = qkv_BLC3.shape[-1] // 3 // num_heads
+    return None if dim == _HEAD_DIM else f"a head dim of {_HEAD_DIM}, VAR's, got {dim}"
+
+
+def _refuses(qkv_BLC3: Tensor, num_heads: int, *_: Any) -> str | None:
+    return _refused_head_dim(qkv_BLC3, num_heads) or refused_dtype(qkv_BLC3)
+
+
+def _refuses_cpp(qkv_BLC3: Tensor, num_heads: int, *_: Any) -> str | None:
+    return _refused_head_dim(qkv_BLC3, num_heads) or refused_by_cpp(qkv_BLC3)
 
 
 def _split_triton(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
-    _check_for_triton("split_heads", qkv_BLC3, num_heads)
     q, k, v, _, _ = _split_op(qkv_BLC3, num_heads, l2_norm)
     return q, k, v
 
@@ -319,19 +333,34 @@ def _split_triton(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tens
 def _split_to_cache_triton(
     qkv_BlC3: Tensor, num_heads: int, l2_norm: bool, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, start: int
 ) -> Tensor:
-    _check_for_triton("split_heads_to_cache", qkv_BlC3, num_heads)
     rows = slice(start, start + qkv_BlC3.shape[1])
     return _split_into_op(qkv_BlC3, num_heads, l2_norm, k_cache_BHLD[:, :, rows], v_cache_BHLD[:, :, rows])
 
 
+def _split_cpp(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, _, _ = torch.ops.varfast.split_heads_cpp(qkv_BLC3, num_heads, l2_norm)
+    return q, k, v
+
+
+def _split_to_cache_cpp(
+    qkv_BlC3: Tensor, num_heads: int, l2_norm: bool, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, start: int
+) -> Tensor:
+    rows = slice(start, start + qkv_BlC3.shape[1])
+    return torch.ops.varfast.split_heads_into_cpp(
+        qkv_BlC3, num_heads, l2_norm, k_cache_BHLD[:, :, rows], v_cache_BHLD[:, :, rows]
+    )
+
+
 implementations(
     "split_heads",
-    Implementation("triton", _split_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("triton", _split_triton, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("cpp", _split_cpp, cannot_run_cpp, ("cpu",), _refuses_cpp),
     Implementation("reference", reference.split_heads),
 )
 implementations(
     "split_heads_to_cache",
-    Implementation("triton", _split_to_cache_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("triton", _split_to_cache_triton, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("cpp", _split_to_cache_cpp, cannot_run_cpp, ("cpu",), _refuses_cpp),
     Implementation("reference", reference.split_heads_to_cache),
 )
 
@@ -388,12 +417,12 @@ def split_heads(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool, impl: str = "au
         qkv_BLC3: (B, L, 3 * H * D): q, k, v, and in each the heads one after the other. Differentiable.
         num_heads: H.
         l2_norm: normalise q and k.
-        impl: "auto", "triton" (D = 64, float32 or 16 bits) or "reference".
+        impl: "auto"; "triton" (float32 or 16 bits) and "cpp" (float32, float64, bfloat16), both D = 64; "reference".
     Returns: q, k and v, (B, H, L, D) each in the dtype of qkv, contiguous but from "reference".
     Raises: ValueError for a shape that does not divide into heads, or for an impl that is unknown or cannot run.
     """
     _check_product(qkv_BLC3, num_heads)
-    q_BHLD, k_BHLD, v_BHLD = select("split_heads", impl, qkv_BLC3.device)(qkv_BLC3, num_heads, l2_norm)
+    q_BHLD, k_BHLD, v_BHLD = run("split_heads", impl, qkv_BLC3, num_heads, l2_norm)
     return q_BHLD, k_BHLD, v_BHLD
 
 
@@ -414,7 +443,7 @@ def split_heads_to_cache(
         l2_norm: normalise q and k.
         k_cache_BHLD, v_cache_BHLD: (B, H, L, D) of the dtype of qkv, unit stride in D; written in place.
         start: tokens before this scale.
-        impl: "auto", "triton" (D = 64, float32 or 16 bits) or "reference".
+        impl: "auto"; "triton" (float32 or 16 bits) and "cpp" (float32, float64, bfloat16), both D = 64; "reference".
     Returns: q, (B, H, l, D).
     Raises: ValueError for shapes or dtypes that do not fit, rows outside the cache, an impl that is unknown or cannot
         run, or if a gradient is wanted: there is none.
@@ -437,7 +466,5 @@ def split_heads_to_cache(
             raise ValueError(f"rows {start} to {start + length} are outside {name}, which has {cache.shape[2]}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (qkv_BlC3, *caches)):
         raise ValueError("split_heads_to_cache has no gradient; use torch.no_grad(), or split_heads")
-    q_BHlD: Tensor = select("split_heads_to_cache", impl, qkv_BlC3.device)(
-        qkv_BlC3, num_heads, l2_norm, k_cache_BHLD, v_cache_BHLD, start
-    )
+    q_BHlD: Tensor = run("split_heads_to_cache", impl, qkv_BlC3, num_heads, l2_norm, k_cache_BHLD, v_cache_BHLD, start)
     return q_BHlD

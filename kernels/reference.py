@@ -121,12 +121,10 @@ def sample_tokens(
     prob_BlV = logp_BlV.double().exp()
     cdf_BlV = prob_BlV.cumsum(dim=-1)
     target_Bl1 = uniform_Bl(key, scale, logits.shape[0], logits.shape[1]).unsqueeze(-1) * cdf_BlV[..., -1:]
-    # The first token whose cumulated probability exceeds the target has itself a positive probability; the last such
-    # token is the bound where the product above was rounded up to the whole sum.
+    # The first token whose cumulated probability exceeds the target has itself a positive probability. Where the
+    # product above was rounded up to the whole sum there is none: the token that completes the sum stands in.
     token_Bl1 = torch.searchsorted(cdf_BlV, target_Bl1, right=True)
-    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
-    last_possible_Bl1 = torch.where(prob_BlV > 0, vocabulary, 0).amax(dim=-1, keepdim=True)
-    token_Bl1 = torch.minimum(token_Bl1, last_possible_Bl1)
+    token_Bl1 = torch.minimum(token_Bl1, torch.searchsorted(cdf_BlV, cdf_BlV[..., -1:].contiguous()))
     entropy_Bl = -(prob_BlV.to(logits.dtype) * logp_BlV.masked_fill(prob_BlV == 0, 0.0)).sum(dim=-1)
     return token_Bl1.squeeze(-1), logp_BlV.gather(-1, token_Bl1).squeeze(-1), entropy_Bl
 

@@ -5,13 +5,13 @@ Axes: B image, l token of one scale, V vocabulary, N = B * l rows.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, select
+from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
@@ -183,26 +183,15 @@ def _empty_outputs(logits_BlV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _run_triton(
-    logits_BlV: Tensor,
-    key: Tensor,
-    scale: int,
-    temperature: float,
-    uncond_logits_BlV: Tensor | None,
-    guidance: float,
-    top_k: int,
-    top_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if logits_BlV.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"impl='triton' of sample_tokens takes float32, bfloat16 or float16, got {logits_BlV.dtype}")
+def _refuses(logits_BlV: Tensor, *_: Any) -> str | None:
     if logits_BlV.shape[-1] > _MAX_VOCAB:
-        raise ValueError(f"impl='triton' of sample_tokens takes up to {_MAX_VOCAB} codes, got {logits_BlV.shape[-1]}")
-    return _sample_triton(logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p)
+        return f"up to {_MAX_VOCAB} codes, got {logits_BlV.shape[-1]}"
+    return refused_dtype(logits_BlV)
 
 
 implementations(
     "sample_tokens",
-    Implementation("triton", _run_triton, cannot_run_triton, auto_on=("cuda",)),
+    Implementation("triton", _sample_triton, cannot_run_triton, ("cuda",), _refuses),
     Implementation("reference", reference.sample_tokens),
 )
 
@@ -291,6 +280,6 @@ def sample_tokens(
     if key.shape != (3,) or key.dtype != torch.int64:
         raise ValueError(f"key: got {key.dtype} {tuple(key.shape)}, want int64 (3,): seed, step, first sample")
     with torch.no_grad():
-        return select("sample_tokens", impl, logits_BlV.device)(
-            logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p
+        return run(
+            "sample_tokens", impl, logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p
         )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,14 @@ class Implementation:
         run: takes the op's arguments, checked, without impl.
         cannot: why it cannot run on a device, or None where it can.
         auto_on: device types on which impl="auto" may pick it; none for paths that are there to be compared with.
+        refuses: what it takes instead, for arguments of the op that it does not take (float64, say); else None.
     """
 
     name: str
     run: Callable[..., Any]
     cannot: Callable[[torch.device], str | None] = lambda device: None
     auto_on: tuple[str, ...] = ("cuda", "cpu")
+    refuses: Callable[..., str | None] = lambda *arguments: None
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,43 @@ def select(op: str, impl: str, device: torch.device) -> Callable[..., Any]:
 
     Raises: ValueError if `impl` is neither "auto" nor an implementation of this op, or cannot run on this device.
     """
+    return _runnable(op, impl, device).run
+
+
+def run(op: str, impl: str, *arguments: Any) -> Any:
+    """Compute an op on the device of its first argument, a tensor.
+
+    impl="auto" passes over an implementation that refuses these arguments, and says so once.
+    Raises: ValueError as select, and if an implementation refuses that was asked for, here or in the config.
+    """
+    device = arguments[0].device
+    chosen = _runnable(op, impl, device)
+    refusal = chosen.refuses(*arguments)
+    if refusal is None:
+        return chosen.run(*arguments)
+    if impl != "auto" or op in _CONFIGURED:
+        raise ValueError(f"impl={chosen.name!r} of {op} takes {refusal}; use impl='reference'")
+    slower = _OPS[op][_OPS[op].index(chosen) + 1 :]
+    able = (
+        i for i in slower if device.type in i.auto_on and i.cannot(device) is None and i.refuses(*arguments) is None
+    )
+    instead = next(able)
+    _say_once(f"{op}: impl={chosen.name!r} takes {refusal}; {instead.name!r} runs instead")
+    return instead.run(*arguments)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def _runnable(op: str, impl: str, device: torch.device) -> Implementation:
     name = choose(op, device).impl if impl == "auto" else impl
     implementation = _named(op, name)
     reason = implementation.cannot(device)
     if reason is not None:
         raise ValueError(f"impl={name!r} of {op} cannot run on {device}: {reason}")
-    return implementation.run
+    return implementation
 
 
 def choices(device: torch.device) -> list[Choice]:
@@ -115,6 +150,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what Triton kernels take
+
+
+def refused_dtype(x: Tensor) -> str | None:
+    """Why a Triton kernel refuses a tensor, by its dtype."""
+    return None if x.dtype in FLOATS else f"float32, bfloat16 or float16, got {x.dtype}"
 
 
 def cannot_run_triton(device: torch.device) -> str | None:

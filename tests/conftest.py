@@ -74,6 +74,16 @@ def make_models():
     return tiny_models
 
 
+@pytest.fixture
+def make_vqvae():
+    def make(**sizes) -> VQVAE:
+        vqvae = VQVAE(VQVAEConfig(**({"vocab_size": 32, "code_width": 8} | sizes)))
+        golden_weights(vqvae, "vae.")
+        return vqvae
+
+    return make
+
+
 @pytest.fixture(params=["tiny", "tiny_saln", "tiny_nol2"])
 def golden(request) -> SimpleNamespace:
     """Models with the golden weights, and the arrays as tensors by name."""

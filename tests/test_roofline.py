@@ -486,3 +486,13 @@ def test_command_names_the_devices_it_knows():
         roofline.main([str(ROOT / "configs" / "digits.yaml"), "device=H300"])
     with pytest.raises(InputError, match="usage: python -m varfast.roofline"):
         roofline.main(["device=H200"])
+
+
+def test_dtype_auto_means_what_the_device_computes_in(monkeypatch):
+    automatic = config(dtype="auto")
+    assert roofline.with_dtype(automatic, torch.device("cuda")).run.dtype == "bfloat16"
+    for bf16, amx, expected in ((True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=bf16: answer)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer)
+        assert roofline.with_dtype(automatic, torch.device("cpu")).run.dtype == expected
+    assert roofline.with_dtype(config(dtype="float32"), torch.device("cuda")).run.dtype == "float32"

@@ -428,7 +428,14 @@ class RunConfig(_Section):
     steps: int = Field(ge=1, description="rollouts; each is followed by images / minibatch optimizer steps")
     seed: int = Field(0, ge=0, lt=2**63, description="fixes labels, samples and minibatches")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations; weights stay float32")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32",
+        description="of activations; weights stay float32. auto: bfloat16 where the device computes in it (a CPU with "
+        "AVX512-BF16 or AMX), else float32",
+    )
+    fast: bool = Field(
+        True, description="false: sample eagerly, decode plainly: what the fast path is compared with; see also kernels"
+    )
 
 
 class LogConfig(_Section):
@@ -454,14 +461,14 @@ class KernelsConfig(_Section):
 
     sample_tokens: str = Field("auto", description="auto, triton or reference")
     selective_log_softmax: str = Field("auto", description="auto, triton or reference")
-    split_heads: str = Field("auto", description="auto, triton or reference")
-    split_heads_to_cache: str = Field("auto", description="auto, triton or reference")
+    split_heads: str = Field("auto", description="auto, triton, cpp or reference")
+    split_heads_to_cache: str = Field("auto", description="auto, triton, cpp or reference")
     block_causal_attention: str = Field("auto", description="auto, triton, flex, flash_attn, sdpa or reference")
     cached_attention: str = Field("auto", description="auto, triton, flash_attn or reference")
     layer_norm_modulate: str = Field("auto", description="auto, triton or reference")
     gated_residual: str = Field("auto", description="auto, triton or reference")
     gated_residual_norm: str = Field("auto", description="auto, triton or reference")
-    group_norm_silu: str = Field("auto", description="auto or reference")
+    group_norm_silu: str = Field("auto", description="auto, triton, cpp or reference")
     grpo_token_loss: str = Field("auto", description="auto, cuda, cpp or reference")
 
     @model_validator(mode="after")

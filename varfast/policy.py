@@ -256,6 +256,7 @@ def load_policy(
     dtype: str = "float32",
     var_config: VARConfig | None = None,
     vqvae_config: VQVAEConfig | None = None,
+    fast: bool = True,
 ) -> Policy:
     """A policy from checkpoints, whose sizes are read from the files.
 
@@ -265,7 +266,8 @@ def load_policy(
         device: "cpu", "cuda", "cuda:1".
         dtype: of activations, "float32" or "bfloat16".
         var_config, vqvae_config: sizes the files must have.
+        fast: False samples eagerly and decodes plainly: what the fast path is compared with.
     Raises: InputError if a file cannot be read or does not fit.
     """
     transformer = load_var(var, var_config)
-    return Policy(transformer, load_vqvae(vqvae, transformer.config.patch_nums, vqvae_config), device, dtype)
+    return Policy(transformer, load_vqvae(vqvae, transformer.config.patch_nums, vqvae_config), device, dtype, fast)

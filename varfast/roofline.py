@@ -491,7 +491,7 @@ def rollout_activation_bytes(config: Config) -> int:
 
     In a block the scale's input, the block's and its normalised form, the stream, its normalised form, a branch, and
     the MLP's hidden layer before and after GELU exist at once (6 C + 2 x 4 C); in the head the input, the stream, two
-    float32 forms of it, and the logits of this scale and of the one before. Beside them the 6 C constants of each block.
+    float32 forms of it, and the logits of this scale and of the one before. Beside them each block's 6 C constants.
     """
     sizes = config.policy.sizes
     C, item = sizes.width, _ITEM[config.run.dtype]
@@ -673,6 +673,22 @@ def _median_s(call: Callable[[], object], device: torch.device) -> float:
     return statistics.median(times[1:])  # the first warms up
 
 
+def with_dtype(config: Config, device: torch.device) -> Config:
+    """The config with run.dtype auto replaced by what it means on a device."""
+    if config.run.dtype != "auto":
+        return config
+    run = config.run.model_copy(update={"dtype": _fastest_dtype(device)})
+    return config.model_copy(update={"run": run})
+
+
+def _fastest_dtype(device: torch.device) -> str:
+    if device.type == "cuda":  # every GPU since 2020
+        return "bfloat16"
+    # Other CPUs compute in bfloat16 too, many times slower than in float32.
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory of a device that is free now, in bytes."""
     if device.type == "cuda":
@@ -680,10 +696,14 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def _here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _find_ceilings(name: str, dtype: str) -> tuple[Ceilings, str]:
     """Ceilings of a device by name, and where they come from. Raises: InputError for a name that is not known."""
     if name == "here":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = _here()
         what = f"CPU, torch threads: {torch.get_num_threads()}"
         if device.type == "cuda":
             what = torch.cuda.get_device_name(device)
@@ -877,6 +897,7 @@ def main(arguments: list[str]) -> int:
     path, overrides = split_arguments(others, "python -m varfast.roofline config.yaml [device=H200] [a.b=c ...]")
     config = load_config(path, overrides)
     name = device[-1] if device else "H200"
+    config = with_dtype(config, _here() if name == "here" else torch.device("cuda"))
     ceilings, source = _find_ceilings(name, config.run.dtype)
     print(report(config, ceilings, f"{path} on {name} ({source})"))
     return 0

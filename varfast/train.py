@@ -32,7 +32,7 @@ from varfast.policy import Policy, load_policy, pick_device
 from varfast.pretrain import pretrained
 from varfast.randomness import GRID_STEP
 from varfast.rewards import WeightedSum
-from varfast.roofline import available_bytes, planned
+from varfast.roofline import available_bytes, planned, with_dtype
 from varfast.stages import StageClock, stage
 from varfast.types import InputError, Rewards, Rollout, ScoredRollout, StepStats
 from varfast.update import Updater
@@ -49,6 +49,7 @@ def train(config: Config, profile: bool = False) -> int:
     Raises: InputError for anything in the config, the files or the reward that cannot be used.
     """
     device = pick_device(config.run.device)
+    config = with_dtype(config, device)
     try:
         kernels.configure(config.kernels.model_dump(), device)
     except ValueError as error:
@@ -146,7 +147,9 @@ def load_base(config: Config, folder: RunFolder, resume: bool) -> Policy:
     else:
         assert config.policy.vqvae_checkpoint is not None
         var, vqvae = config.policy.checkpoint, config.policy.vqvae_checkpoint
-    policy = load_policy(var, vqvae, device, config.run.dtype, config.policy.sizes, config.policy.vqvae)
+    policy = load_policy(
+        var, vqvae, device, config.run.dtype, config.policy.sizes, config.policy.vqvae, config.run.fast
+    )
     if noted is None:
         folder.save_base(var, vqvae)
     return policy
@@ -167,7 +170,7 @@ def random_policy(config: Config, device: torch.device) -> Policy:
         torch.manual_seed(config.run.seed)
         vqvae = VQVAE(config.policy.vqvae)
         var = VAR(config.policy.sizes).init_weights(config.run.seed)
-    return Policy(var, vqvae, device, config.run.dtype)
+    return Policy(var, vqvae, device, config.run.dtype, config.run.fast)
 
 
 def _evaluate(policy: Policy, reward: WeightedSum, labels: list[int], config: Config) -> dict[str, float]:

@@ -1,10 +1,12 @@
-"""Where an implementation runs in a test: reference on the CPU, Triton interpreted on the CPU, Triton on a GPU."""
+"""Where an implementation runs in a test: reference or C++ on the CPU, Triton interpreted there, Triton on a GPU."""
 
 import os
 from dataclasses import dataclass
 
 import pytest
 import torch
+
+from varfast.kernels.extension import NO_EXTENSION
 
 
 @dataclass(frozen=True)
@@ -13,15 +15,25 @@ class Path:
     device: str
 
 
-@pytest.fixture(
-    params=[
-        Path("reference", "cpu"),
-        Path("triton", "cpu"),
-        pytest.param(Path("triton", "cuda"), marks=pytest.mark.gpu),
-    ],
-    ids=["reference", "interpreted", "cuda"],
-)
+PATHS = {
+    "reference": Path("reference", "cpu"),
+    "interpreted": Path("triton", "cpu"),
+    "cuda": pytest.param(Path("triton", "cuda"), marks=pytest.mark.gpu),
+}
+
+
+def pytest_generate_tests(metafunc):
+    """Every path of a test that takes `path`; C++ on the CPU too in the files that say HAS_CPP."""
+    if "path" in metafunc.fixturenames:
+        cpp = {"cpp": Path("cpp", "cpu")} if getattr(metafunc.module, "HAS_CPP", False) else {}
+        paths = PATHS | cpp
+        metafunc.parametrize("path", paths.values(), ids=paths, indirect=True)
+
+
+@pytest.fixture
 def path(request):
+    if request.param.impl == "cpp" and NO_EXTENSION:
+        pytest.skip(NO_EXTENSION)
     if request.param == Path("triton", "cpu") and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs TRITON_INTERPRET=1; the kernel runs on the GPU here")
     return request.param

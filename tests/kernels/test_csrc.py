@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from varfast.kernels import choices
+from varfast.kernels.extension import why_no_op
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -27,14 +28,22 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 HOW = "run `pip install -v -e .` again: it says why the extension was not built"
 
 
-def availability(device):
-    return next(c for c in choices(torch.device(device)) if c.op == "grpo_token_loss")
+def availability(device, op="grpo_token_loss"):
+    return next(c for c in choices(torch.device(device)) if c.op == op)
 
 
 @needs_cxx
-def test_extension_is_built_where_there_is_a_compiler():
-    assert "cpp" in availability("cpu").available, f"{availability('cpu').why}; {HOW}"
-    assert availability("cpu").impl == "cpp"
+@pytest.mark.parametrize("op", ["grpo_token_loss", "group_norm_silu"])
+def test_extension_is_built_where_there_is_a_compiler(op):
+    found = availability("cpu", op)
+    assert "cpp" in found.available, f"{found.why}; {HOW}"
+    assert found.impl == "cpp"
+
+
+@needs_cxx
+def test_an_op_that_the_extension_does_not_have_yet_says_so():
+    assert why_no_op("group_norm_silu_cpu") is None
+    assert "built before it had an_op_of_tomorrow; `pip install" in why_no_op("an_op_of_tomorrow")
 
 
 @needs_nvcc
@@ -169,7 +178,7 @@ def build(folder, **environment):
     shutil.copytree(folder / "kernels", folder / "installed/varfast/kernels")
     code = (
         "import torch, varfast; from varfast.kernels import grpo_loss as g; print(g.__file__); "
-        "print(g._cannot_run_cuda(torch.device('cuda'))); print(g._cannot_run_cpp(torch.device('cpu')))"
+        "print(g._cannot_run_cuda(torch.device('cuda'))); print(g.cannot_run_cpp(torch.device('cpu')))"
     )
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=folder / "installed", capture_output=True, text=True, check=True

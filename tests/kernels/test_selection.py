@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from varfast.kernels import choices, configure
+from varfast import kernels
+from varfast.kernels import choices, configure, selection
 from varfast.kernels.selection import select
 
 CPU = torch.device("cpu")
@@ -36,3 +39,60 @@ def test_configure_says_what_auto_means(restore):
         configure({"softmax": "reference"})
     with pytest.raises(ValueError, match="impl='fast': gated_residual has"):
         configure({"gated_residual": "fast"})
+
+
+def arguments(op, dtype, head_dim=64, vocab=10, width=8):
+    """Of an op with a Triton kernel, the tensor that decides first."""
+    heads = [torch.randn(1, 2, 3, head_dim, dtype=dtype) for _ in range(3)]
+    logits, x, vector = (
+        torch.randn(1, 3, vocab, dtype=dtype),
+        torch.randn(1, 3, width, dtype=dtype),
+        torch.ones(1, width),
+    )
+    product = torch.randn(1, 3, 3 * 2 * head_dim, dtype=dtype)
+    return {
+        "sample_tokens": (logits, torch.tensor([0, 0, 0]), 0),
+        "selective_log_softmax": (logits, torch.zeros(1, 3, dtype=torch.int64)),
+        "split_heads": (product, 2, True),
+        "split_heads_to_cache": (product, 2, True, *(torch.zeros_like(h) for h in heads[1:]), 0),
+        "block_causal_attention": (*heads, (1, 3), torch.ones(2, dtype=dtype)),
+        "cached_attention": (*heads, 3, torch.ones(2, dtype=dtype)),
+        "layer_norm_modulate": (x, vector, vector),
+        "gated_residual": (x, x, vector),
+        "group_norm_silu": (torch.randn(1, 32, 2, 2, dtype=dtype), torch.ones(32), torch.zeros(32), 8),
+        "gated_residual_norm": (x, x, vector, vector, vector),
+    }[op]
+
+
+def first_of(outputs):
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+REFUSED = [
+    *((op, {"dtype": torch.float64}) for op in selection._OPS if op != "grpo_token_loss"),
+    *((op, {"head_dim": 32}) for op in selection._OPS if "attention" in op or "heads" in op),
+    *((op, {"vocab": 32769}) for op in ("sample_tokens", "selective_log_softmax")),
+    *((op, {"width": 8200}) for op in ("layer_norm_modulate", "gated_residual", "gated_residual_norm")),
+]
+
+
+@pytest.mark.skipif(not selection.INTERPRETED, reason="interpreted, Triton can run where auto picks it in this test")
+@pytest.mark.parametrize(("op", "what"), REFUSED, ids=lambda x: x if isinstance(x, str) else next(iter(x)))
+def test_auto_passes_over_a_kernel_that_refuses_and_says_so_once(op, what, monkeypatch, restore):
+    ways = (replace(selection._OPS[op][0], auto_on=("cpu",)), selection._OPS[op][-1])
+    monkeypatch.setitem(selection._OPS, op, ways)
+    assert selection.choose(op, CPU).impl == "triton"
+    selection._say_once.cache_clear()
+    given = arguments(op, **{"dtype": torch.float32} | what)
+    function = getattr(kernels, op)
+    with pytest.warns(UserWarning, match=f"{op}: impl='triton' takes .*; 'reference' runs instead") as record:
+        outputs = [first_of(function(*given)) for _ in range(2)]
+    assert len(record) == 1
+    assert record[0].filename == __file__
+    wanted = first_of(function(*given, impl="reference"))
+    assert all(torch.equal(output, wanted) for output in outputs)
+    with pytest.raises(ValueError, match=f"impl='triton' of {op} takes .*; use impl='reference'"):
+        function(*given, impl="triton")
+    configure({op: "triton"})
+    with pytest.raises(ValueError, match=f"impl='triton' of {op} takes"):
+        function(*given)

@@ -20,8 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varfast.kernels import group_norm_silu
-from varfast.models.vqvae import VQVAE, AttnBlock, ResnetBlock, Upsample
+from varfast.models.vqvae import VQVAE, AttnBlock, Level, ResnetBlock, Upsample
 from varfast.types import InputError
+
+# On a CPU images go on in parts from where they are larger than this together: glibc gives larger blocks back to the
+# system and pages them in anew each time, which was 5 % of the decode (docs/measured.md).
+_CPU_BYTES = 2**25
 
 
 class FastDecoder:
@@ -42,11 +46,10 @@ class FastDecoder:
         decoder = vqvae.decoder
         modules: list[nn.Module] = [decoder.mid.block_1, decoder.mid.attn_1, decoder.mid.block_2]
         for level in reversed(decoder.up):
-            assert isinstance(level, nn.Module)
+            assert isinstance(level, Level)
             for index, block in enumerate(level.block):
                 modules += [block, *level.attn[index : index + 1]]
-            if hasattr(level, "upsample"):
-                modules.append(level.upsample)
+            modules += [upsample for name, upsample in level.named_children() if name == "upsample"]
 
         self.dtype = dtype
         self._post_quant_conv = _Conv(vqvae.post_quant_conv, dtype, with_bias=True)
@@ -69,9 +72,15 @@ class FastDecoder:
         Returns: (B, 3, H, W) float32, channels_last; within [-1, 1] but for what the model overshoots: not clamped.
         """
         x = f_hat.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        x = self._conv_in(self._post_quant_conv(x))
-        for step in self._steps:
-            x = step(x)
+        return self._run(self._conv_in(self._post_quant_conv(x)), 0)
+
+    def _run(self, x: Tensor, first: int) -> Tensor:
+        """The steps from `first` on."""
+        for index in range(first, len(self._steps)):
+            x = self._steps[index](x)
+            if x.device.type == "cpu" and x.nbytes > _CPU_BYTES and len(x) > 1:
+                parts = x.split(max(1, _CPU_BYTES * len(x) // x.nbytes))
+                return torch.cat([self._run(part, index + 1) for part in parts])
         return self._conv_out(self._norm_out(x)).float()
 
 

@@ -1,0 +1,49 @@
+// What the CPU kernels share: torch's threads, sums in a fixed order, and numbers as they are stored.
+#pragma once
+
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <type_traits>
+
+// Before a function with the loops: compiled for AVX-512, AVX2 and any x86-64, and picked when the library is loaded
+// (glibc's ifunc). What it calls must be inlined into it.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+#define VARFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VARFAST_CLONES
+#endif
+#define VARFAST_ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace varfast {
+
+using c10::BFloat16;
+
+// What is computed in: float32, or float64 for float64.
+template <typename T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// body(begin, end) for parts of 0 ... count of at least `grain`, on torch's threads.
+template <typename F>
+void parallel_for(int64_t count, int64_t grain, const F& body) {
+  auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, call, const_cast<F*>(&body)));
+}
+
+// Sum of x[i] * y[i], always in the same order: 8 sums side by side, then these in pairs. The compiler may not reorder
+// a sum of floats by itself, so it could not use vectors. count: a multiple of 8.
+template <typename W>
+VARFAST_ALWAYS_INLINE W dot(const W* x, const W* y, int64_t count) {
+  W lane[8] = {};
+  for (int64_t i = 0; i < count; i += 8) {
+    for (int j = 0; j < 8; ++j) lane[j] += x[i + j] * y[i + j];
+  }
+  W half[4];
+  for (int j = 0; j < 4; ++j) half[j] = lane[j] + lane[j + 4];
+  return (half[0] + half[2]) + (half[1] + half[3]);
+}
+
+}  // namespace varfast

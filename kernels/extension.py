@@ -1,0 +1,40 @@
+"""The extension that csrc/ is built into: _C.so beside this file, by `pip install -e .` (setup.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HOW = "`pip install -v -e .` builds it and says what was missing"
+
+
+def _load() -> str | None:
+    """Load the extension; why there is none, or None where there is one."""
+    library = Path(__file__).with_name("_C.so")
+    if not library.exists():
+        return f"the extension is not built; {HOW}"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:  # of a build with CUDA under a torch without, say
+        return f"the extension cannot be loaded: {error}; {HOW}"
+    newest = ("grpo_token_loss", "group_norm_silu_cpu", "split_heads_cpp")
+    missing = [op for op in newest if not hasattr(torch.ops.varfast, op)]
+    return f"the extension was built before it had {', '.join(missing)}; {HOW}" if missing else None
+
+
+NO_EXTENSION = _load()
+
+
+def cannot_run_cpp(device: torch.device) -> str | None:
+    """Why the extension's CPU part cannot run, or None where it can."""
+    return NO_EXTENSION or (None if device.type == "cpu" else "it runs on the CPU")
+
+
+def refused_by_cpp(x: Tensor, *_: Any) -> str | None:
+    """What the extension's kernels take instead of a tensor, by its dtype."""
+    if x.dtype in (torch.float32, torch.float64, torch.bfloat16):
+        return None
+    return f"float32, float64 or bfloat16, got {x.dtype}"
