@@ -190,8 +190,9 @@ def test_resolved_takes_what_is_left_open_from_the_run(make_config, make_models,
     assert rows == same
     assert [row.name for row in rows] == ["score/luma", "top1", "top5"]
     assert (Path(config.run.dir) / "base.json").stat().st_mtime_ns == noted  # several processes read it
+    assert found.out == f"{config.run.dir}/evaluation"
     plain = EvaluateConfig(**models)
-    assert resolved(plain) == plain
+    assert resolved(plain) == plain.model_copy(update={"out": "evaluation"})
 
 
 def test_seen_and_unseen_labels_are_told_apart(make_config, tmp_path):

@@ -32,6 +32,8 @@ ORDER = [
     "train",
     "sample",
     "evaluate",
+    "export",
+    "report",
     "env",
 ]
 

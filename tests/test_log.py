@@ -1,4 +1,6 @@
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from PIL import Image
 
 from varfast import InputError
 from varfast.log import RunLog, image_grid, save_png, table
+from varfast.types import Rewards
 
 METRICS = {"reward_mean": 0.5, "kl": 0.1, "images_per_s": 3.0}
 
@@ -42,6 +45,20 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
     assert [(line["step"], line["kl"]) for line in lines] == [(1, 0.1), (2, 0.1), (3, 9.0)]
 
 
+def test_samples_are_the_best_and_the_worst_of_the_step(tmp_path):
+    rewards = Rewards(torch.tensor([0.5, 2.0, 0.5, -1.0]), {"a": torch.tensor([1.0, 4.0, 1.0, -2.0])})
+    images = torch.tensor([0.0, 0.2, 0.4, 0.6]).view(4, 1, 1, 1).expand(4, 3, 48, 48)
+    with RunLog(tmp_path, 0, 1, tensorboard=False) as log:
+        log.samples(1, images, torch.tensor([5, 6, 7, 8]), rewards)
+    noted = json.loads((tmp_path / "samples" / "step_000001.json").read_text())
+    assert [sample["label"] for sample in noted["best"]] == [6, 5, 7, 8]
+    assert [sample["label"] for sample in noted["worst"]] == [8, 7, 5, 6]
+    assert noted["best"][0] == {"label": 6, "reward": 2.0, "rewards": {"a": 4.0}}
+    picture = np.asarray(Image.open(tmp_path / "samples" / "step_000001.png"))
+    assert picture.shape == (100, 204, 3)
+    assert picture[[0, 0, 0, 0, 99, 99], [0, 60, 120, 203, 0, 203], 0].tolist() == [51, 0, 102, 153, 153, 51]
+
+
 def test_tensorboard_events_hold_the_metrics(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -53,6 +70,81 @@ def test_tensorboard_events_hold_the_metrics(tmp_path):
     assert events.Scalars("kl")[0].value == pytest.approx(0.1)
     assert events.Tags()["images"] == ["samples"]
     assert (tmp_path / "grids" / "step_000001.png").exists()
+
+
+class FakeWandb(SimpleNamespace):
+    """What varfast uses of wandb 0.17 and later: init, run.log, run.finish, Image, Error."""
+
+    Error = type("Error", (Exception,), {})
+
+    def __init__(self, refusal=None):
+        super().__init__(started=[], logged=[], finished=[], refusal=refusal)
+
+    def init(self, **settings):
+        if self.refusal:
+            raise self.Error(self.refusal)
+        self.started.append(settings)
+        log = lambda values, step: self.logged.append((step, values))  # noqa: E731
+        return SimpleNamespace(log=log, finish=lambda exit_code: self.finished.append(exit_code))
+
+    def Image(self, picture):
+        return ("image", picture.size)
+
+
+@pytest.fixture
+def install_wandb(monkeypatch):
+    def install(package):
+        monkeypatch.setitem(sys.modules, "wandb", package)
+        return package
+
+    return install
+
+
+def test_wandb_gets_metrics_grids_and_config_and_goes_on_with_the_same_run(make_config, install_wandb, tmp_path):
+    wandb = install_wandb(FakeWandb())
+    config = make_config(log__wandb="digits")
+    with RunLog(tmp_path, 0, 2, False, config) as log:
+        log.grid(0, torch.zeros(2, 3, 48, 48), 2)
+        log.step(1, METRICS)
+    log = RunLog(tmp_path, 1, 2, False, config)
+    log.step(2, METRICS)
+    log.__exit__(KeyError, KeyError(), None)
+    first, second = wandb.started
+    assert first == second
+    assert first["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
+    assert (first["project"], first["resume"], first["dir"]) == ("digits", "allow", str(tmp_path))
+    assert first["config"] == json.loads(config.model_dump_json())
+    assert wandb.logged == [(0, {"samples": ("image", (100, 48))}), (1, METRICS), (2, METRICS)]
+    assert wandb.finished == [0, 1]
+
+
+def test_runs_have_ids_of_their_own(make_config, install_wandb, tmp_path):
+    wandb = install_wandb(FakeWandb())
+    for name in ("a", "b"):
+        RunLog(tmp_path / name, 0, 2, False, make_config(log__wandb="digits")).__exit__(None, None, None)
+    assert wandb.started[0]["id"] != wandb.started[1]["id"]
+
+
+@pytest.mark.parametrize("package", [None, SimpleNamespace()], ids=["not installed", "a folder of that name"])
+def test_wandb_that_is_not_installed_is_named_before_models_are_loaded(make_config, install_wandb, package):
+    from varfast.train import train
+
+    install_wandb(package)
+    config = make_config(log__wandb="digits", policy__checkpoint="nowhere.pth", policy__vqvae_checkpoint="nowhere.pth")
+    with pytest.raises(InputError, match=r"log.wandb: the package wandb .* pip install 'varfast\[wandb\]'"):
+        train(config)
+
+
+def test_wandb_that_cannot_start_is_named(make_config, install_wandb, tmp_path):
+    install_wandb(FakeWandb("api_key not configured"))
+    with pytest.raises(InputError, match=r"log.wandb=digits: api_key not configured(.|\n)*WANDB_MODE=offline"):
+        RunLog(tmp_path, 0, 2, False, make_config(log__wandb="digits"))
+
+
+def test_wandb_is_not_imported_unless_asked(make_config, install_wandb, tmp_path):
+    install_wandb(None)
+    with RunLog(tmp_path, 0, 1, False, make_config()) as log:
+        log.step(1, METRICS)
 
 
 def test_metrics_that_cannot_be_written_are_named(tmp_path):

@@ -175,12 +175,23 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
-def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    def leaves(node: Any, prefix: str) -> dict[str, Any]:
-        if not isinstance(node, dict):
-            return {prefix: node}
-        return {k: v for name, child in node.items() for k, v in leaves(child, f"{prefix}.{name}".strip(".")).items()}
+def read_leaves(path: Path) -> dict[str, Any]:
+    """The leaves of a JSON file; empty if it is not there or cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return leaves(content) if isinstance(content, dict) else {}
 
-    before, after = leaves(old.model_dump(mode="json"), ""), leaves(new.model_dump(mode="json"), "")
+
+def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    """What a nested dictionary holds, by key, as update.lr."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for name, child in node.items() for k, v in leaves(child, f"{prefix}.{name}".strip(".")).items()}
+
+
+def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     keys = [*before, *(k for k in after if k not in before)]
     return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}

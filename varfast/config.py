@@ -442,6 +442,9 @@ class LogConfig(_Section):
     """What is written into the run folder beside metrics.jsonl."""
 
     tensorboard: bool = Field(True, description="write TensorBoard events")
+    wandb: str | None = Field(
+        None, min_length=1, description="project of Weights & Biases to log to as well; WANDB_MODE=offline: no upload"
+    )
     grid_every: int = Field(10, ge=1, description="steps between sample grids (one at start and end in any case)")
     grid_labels: int = Field(8, ge=1, description="rows of the grid: the first labels trained on")
     grid_samples: int = Field(8, ge=1, description="columns of the grid; the seeds are the same in every grid")
@@ -529,7 +532,11 @@ class EvaluateConfig(_Section):
         "from, which is the default for a run folder; null: nothing",
     )
     vqvae: str | None = Field(None, description="the VQ-VAE's weights, for a transformer's weights")
-    out: str = Field("evaluation", description="folder of results; an unfinished evaluation in it goes on")
+    out: str | None = Field(
+        None,
+        description="folder of results; an unfinished evaluation in it goes on. Default: evaluation, in the run folder "
+        "if checkpoint is one",
+    )
     labels: Literal["all"] | list[int] = Field("all", description="to sample")
     samples_per_label: int = Field(10, ge=1, description="images a label")
     temperature: float = Field(1.0, gt=0, description="of the draw")
@@ -582,6 +589,22 @@ class EvaluateConfig(_Section):
         return self.features
 
 
+class ExportConfig(_Section):
+    """Arguments of `python -m varfast.export`."""
+
+    checkpoint: str = Field(description="a run folder")
+    out: str = Field(description="the file to write, .safetensors or .pth; a model card is written beside it as .md")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights in the file")
+    overwrite: bool = Field(False, description="replace files that exist")
+
+    @field_validator("out")
+    @classmethod
+    def _known_format(cls, out: str) -> str:
+        if Path(out).suffix not in (".safetensors", ".pth"):
+            raise ValueError(f"got {out}, want a name that ends with .safetensors or .pth")
+        return out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -619,7 +642,7 @@ def parse_config(data: dict[str, Any], source: str = "config") -> Config:
 
 
 def parse_arguments(arguments: list[str], model: type[_Model]) -> _Model:
-    """Arguments of the form a.b=c, for SampleConfig or EvaluateConfig. Raises: InputError, as load_config."""
+    """Arguments of the form a.b=c, as a `model`. Raises: InputError, as load_config."""
     data: dict[str, Any] = {}
     for argument in arguments:
         _apply_override(data, argument)

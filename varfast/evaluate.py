@@ -455,11 +455,15 @@ def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan) -> di
 
 
 def resolved(config: EvaluateConfig) -> EvaluateConfig:
-    """What the arguments leave open is taken from the run folder: its base, its rewards, its classifier.
+    """What the arguments leave open: the out folder, and from the run folder its base, its rewards, its classifier.
 
     Raises: InputError if there is no such checkpoint.
     """
-    if not Path(config.checkpoint).expanduser().is_dir():
+    checkpoint = Path(config.checkpoint).expanduser()
+    if config.out is None:
+        out = checkpoint / "evaluation" if checkpoint.is_dir() else Path("evaluation")
+        config = config.model_copy(update={"out": str(out)})
+    if not checkpoint.is_dir():
         if config.reference == BASE:
             raise InputError(
                 f"reference={BASE}: checkpoint={config.checkpoint} is not a run folder; name the base's weights"
@@ -492,6 +496,7 @@ def evaluate(config: EvaluateConfig, rank: int = 0, world: int = 1) -> list[Row]
     """
     config = resolved(config)
     device = pick_device(config.device)
+    assert config.out is not None
     folder = EvaluationFolder(config.out)
     sides = {"reference": config.reference} if config.reference is not None else {}
     sides["checkpoint"] = config.checkpoint
@@ -596,7 +601,7 @@ def _load(side: str, address: str, config: EvaluateConfig, device: torch.device)
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.evaluate checkpoint=... [reference=...] [key=value ...]"""
-    config = parse_arguments(arguments, EvaluateConfig)
+    config = resolved(parse_arguments(arguments, EvaluateConfig))
     rank, world, local_rank = (
         int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
@@ -604,6 +609,7 @@ def main(arguments: list[str]) -> int:
         config = config.model_copy(update={"device": f"cuda:{local_rank}"})
     rows = evaluate(config, rank, world)
     if rank == 0:
+        assert config.out is not None
         result = json.loads((Path(config.out).expanduser() / "evaluation.json").read_text(encoding="utf-8"))
         print(f"\n{table(rows)}\n\n{_about(result)}\n{config.out}: evaluation.json, pictures.png")
     return 0

@@ -1,14 +1,16 @@
-"""What a run shows while it goes on: metrics.jsonl, TensorBoard, progress bar, sample grids.
+"""What a run shows while it goes on: metrics.jsonl, TensorBoard, Weights & Biases, progress bar, sample grids.
 
-Axes: N image; H, W pixels.
+Axes: N, B image; H, W pixels.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import platform
 import subprocess
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,14 +27,16 @@ from tqdm import tqdm
 from varfast.checkpoint import save_text, write_atomically
 from varfast.config import Config
 from varfast.roofline import measure_here, speed_of_light_s, stage_counts
-from varfast.types import InputError
+from varfast.types import InputError, Rewards
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 # Small images are enlarged by repetition, so that a grid of digits can be looked at.
 _SMALLEST_CELL_PX = 48
-_GAP_PX = 4
+GAP_PX = 4
+# Best and worst samples kept a grid step: at 256 pixels two rows of 8 are a PNG of 2 MB.
+_EXTREMES = 8
 
 
 class RunLog:
@@ -43,13 +47,17 @@ class RunLog:
         start_step, total_steps: steps done already, and in all. Metrics of later steps than `start_step`, which a
             killed run left behind, are dropped: those steps are done again.
         tensorboard: write events too.
+        config: of the run; with log.wandb, Weights & Biases follows it.
     """
 
-    def __init__(self, folder: Path, start_step: int, total_steps: int, tensorboard: bool) -> None:
+    def __init__(
+        self, folder: Path, start_step: int, total_steps: int, tensorboard: bool, config: Config | None = None
+    ) -> None:
         self._folder = folder
         self._metrics = folder / "metrics.jsonl"
         kept = [line for line in _lines(self._metrics) if json.loads(line)["step"] <= start_step]
         save_text(self._metrics, "".join(line + "\n" for line in kept))
+        self._wandb = _start_wandb(folder, config) if config is not None and config.log.wandb else None
         self._writer: SummaryWriter | None = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -66,6 +74,8 @@ class RunLog:
         self._bar.close()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of a step, counted from 1. Raises: InputError if the disk is full."""
@@ -77,6 +87,8 @@ class RunLog:
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
         self._bar.update()
         self._bar.set_postfix_str(
             f"reward={metrics['reward_mean']:.3f} kl={metrics['kl']:.3f} {metrics['images_per_s']:.0f} img/s"
@@ -88,10 +100,71 @@ class RunLog:
         save_png(self._folder / "grids" / f"step_{step:06d}.png", picture)
         if self._writer is not None:
             self._writer.add_image("samples", picture, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.log({"samples": import_wandb().Image(Image.fromarray(picture))}, step=step)
+
+    def samples(self, step: int, images: Tensor, labels_B: Tensor, rewards: Rewards) -> None:
+        """Save the best and the worst of a step's (B, 3, H, W) images, with their rewards.
+
+        samples/step_N.png: two rows, best first and worst first. samples/step_N.json: {"best": [...], "worst": [...]},
+        in the order of the rows, {"label", "reward", "rewards": {component: before its weight}} an image.
+        """
+        order_B = rewards.total_B.argsort(descending=True, stable=True)
+        shown = min(_EXTREMES, len(order_B))
+        rows = {"best": order_B[:shown], "worst": order_B.flip(0)[:shown]}
+        noted = {
+            name: [
+                {
+                    "label": int(labels_B[i]),
+                    "reward": float(rewards.total_B[i]),
+                    "rewards": {component: float(score_B[i]) for component, score_B in rewards.components.items()},
+                }
+                for i in row.tolist()
+            ]
+            for name, row in rows.items()
+        }
+        path = self._folder / "samples" / f"step_{step:06d}.png"
+        save_png(path, image_grid(images[torch.cat(list(rows.values())).to(images.device)], shown))
+        save_text(path.with_suffix(".json"), json.dumps(noted, indent=1) + "\n")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         self._bar.write(text)
+
+
+def import_wandb() -> Any:
+    """The package of Weights & Biases. Raises: InputError if it is not installed."""
+    try:
+        package: Any = importlib.import_module("wandb")
+    except ImportError:
+        package = None
+    if not hasattr(package, "init"):  # a folder wandb/, which the package makes where it runs, can be imported too
+        raise InputError(
+            "log.wandb: the package wandb cannot be imported; pip install 'varfast[wandb]', or log.wandb=null"
+        )
+    return package
+
+
+def _start_wandb(folder: Path, config: Config) -> Any:
+    """The run of Weights & Biases that belongs to a run folder, and again the same one after a stop."""
+    wandb = import_wandb()
+    noted = folder / "wandb_id.txt"
+    if not noted.exists():
+        save_text(noted, uuid.uuid4().hex[:8] + "\n")
+    try:
+        return wandb.init(
+            project=config.log.wandb,
+            id=noted.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(folder),
+            name=folder.resolve().name,
+            config=config.model_dump(mode="json"),
+        )
+    except wandb.Error as error:
+        raise InputError(
+            f"log.wandb={config.log.wandb}: {error}\n  log in with `wandb login`, set WANDB_MODE=offline to write into "
+            "the run folder alone, or log.wandb=null"
+        ) from error
 
 
 class StageLimits:
@@ -157,13 +230,13 @@ def image_grid(images: Tensor, columns: int) -> np.ndarray:
     """(N, 3, H, W) in [0, 1] -> one (rows, columns) picture, (height, width, 3) uint8, row by row, with white gaps."""
     enlarge = max(1, math.ceil(_SMALLEST_CELL_PX / images.shape[-1]))
     images = images.detach().float().cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
-    images = F.pad(images, (0, _GAP_PX, 0, _GAP_PX), value=1.0)
+    images = F.pad(images, (0, GAP_PX, 0, GAP_PX), value=1.0)
     num, _, height, width = images.shape
     rows = math.ceil(num / columns)
     cells = torch.ones(rows * columns, 3, height, width)
     cells[:num] = images
     picture = cells.view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2).reshape(rows * height, -1, 3)
-    pixels: np.ndarray = picture[:-_GAP_PX, :-_GAP_PX].mul(255.0).round().clamp(0, 255).to(torch.uint8).numpy()
+    pixels: np.ndarray = picture[:-GAP_PX, :-GAP_PX].mul(255.0).round().clamp(0, 255).to(torch.uint8).numpy()
     return pixels
 
 

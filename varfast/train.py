@@ -26,7 +26,7 @@ from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
 from varfast.grpo import combined_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
-from varfast.log import RunLog, StageLimits, environment, profiled, table
+from varfast.log import RunLog, StageLimits, environment, import_wandb, profiled, table
 from varfast.models import VAR, VQVAE
 from varfast.policy import Policy, load_policy, pick_device
 from varfast.pretrain import pretrained
@@ -54,6 +54,8 @@ def train(config: Config, profile: bool = False) -> int:
         kernels.configure(config.kernels.model_dump(), device)
     except ValueError as error:
         raise InputError(f"kernels: {error}") from error
+    if config.log.wandb:
+        import_wandb()  # what cannot start is said before models are loaded
     fitted = planned(config, available_bytes(device))
     folder = RunFolder(config.run.dir)
     state = folder.prepare(config)
@@ -76,7 +78,7 @@ def train(config: Config, profile: bool = False) -> int:
     sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
     limits = StageLimits(fitted, device)
     with (
-        RunLog(folder.path, start, config.run.steps, config.log.tensorboard) as log,
+        RunLog(folder.path, start, config.run.steps, config.log.tensorboard, config) as log,
         StageClock(device) as clock,
         _catch_signals() as received,
     ):
@@ -117,6 +119,7 @@ def train(config: Config, profile: bool = False) -> int:
             log.step(done, metrics | limits.metrics(stages_ms, step_s))
             if done % config.log.grid_every == 0 or done == config.run.steps:
                 _save_grid(log, done, policy, labels, config)
+                log.samples(done, images, rollout.labels_B, rewards)
             if done % config.log.checkpoint_every == 0 or done == config.run.steps or received:
                 save(done)
             if received and done < config.run.steps:

@@ -1,0 +1,208 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from varfast import InputError
+from varfast.checkpoint import RunFolder, TrainState, save_tensors
+from varfast.config import ExportConfig, parse_arguments
+from varfast.export import main
+from varfast.models import VAR
+from varfast.models.weights import load_var
+from varfast.train import train
+
+NAMES = json.loads((Path(__file__).parent / "data" / "names.json").read_text())
+
+
+@pytest.fixture
+def make_run(make_config, tmp_path):
+    """A run folder after 2 of 3 steps, and its weights."""
+
+    def make(**overrides):
+        config = make_config(**overrides)
+        folder = RunFolder(config.run.dir)
+        folder.prepare(config)
+        state = VAR(config.policy.sizes).init_weights(1).state_dict()
+        folder.save_state(TrainState(2, state, {"state": {}}, {"reward": 0.25}))
+        return folder, state
+
+    return make
+
+
+def read(path):
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_export_round_trip_is_bit_for_bit(make_run, tmp_path, name, capsys):
+    folder, state = make_run()
+    out = tmp_path / "deep" / name
+    assert main([f"checkpoint={folder.path}", f"out={out}"]) == 0
+    assert same(read(out), state)
+    assert same(load_var(str(out)).state_dict(), state)
+    assert {p.name for p in out.parent.iterdir()} == {name, "model.md"}
+    assert f"Model card: {out.with_suffix('.md')}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_names_shapes_and_dtypes_are_those_of_the_public_code(make_run, golden, request, tmp_path, name):
+    tag = request.node.callspec.params["golden"]
+    folder, _ = make_run(policy__var=golden.var.config.model_dump(mode="json"))
+    main([f"checkpoint={folder.path}", f"out={tmp_path / name}"])
+    written = read(tmp_path / name)
+    found = {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in written.items()}
+    assert found == NAMES[tag]
+    if name.endswith("pth"):  # safetensors sorts by size
+        assert list(found) == list(NAMES[tag])
+        assert type(written) is dict
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_bfloat16_is_rounded_once_and_loads_as_float32(make_run, tmp_path, name):
+    folder, state = make_run()
+    main([f"checkpoint={folder.path}", f"out={tmp_path / name}", "dtype=bfloat16"])
+    written = read(tmp_path / name)
+    rounded = {n: t.bfloat16() if t.is_floating_point() else t for n, t in state.items()}
+    assert same(written, rounded)
+    assert same(load_var(str(tmp_path / name)).state_dict(), {n: rounded[n].to(t.dtype) for n, t in state.items()})
+
+
+def test_files_that_exist_are_kept_unless_overwrite(make_run, tmp_path):
+    folder, state = make_run()
+    out = tmp_path / "model.pth"
+    arguments = [f"checkpoint={folder.path}", f"out={out}"]
+    for kept in (out, out.with_suffix(".md")):
+        kept.write_text("mine")
+        with pytest.raises(InputError, match=rf"{kept.name} exists; choose another out, or overwrite=true"):
+            main(arguments)
+        assert kept.read_text() == "mine"
+        assert len([p for p in tmp_path.iterdir() if p.name.startswith("model")]) == 1
+        kept.unlink()
+    out.write_text("mine")
+    assert main([*arguments, "overwrite=true"]) == 0
+    assert same(read(out), state)
+
+
+def test_weights_alone_are_enough(make_run, tmp_path):
+    folder, state = make_run()
+    folder.checkpoint.unlink()
+    with pytest.raises(InputError, match="no checkpoint yet"):
+        main([f"checkpoint={folder.path}", f"out={tmp_path / 'a.pth'}"])
+    save_tensors(folder.weights, state)
+    assert main([f"checkpoint={folder.path}", f"out={tmp_path / 'a.pth'}"]) == 0
+    assert same(read(tmp_path / "a.pth"), state)
+
+
+def test_weights_of_other_sizes_are_refused(make_run, tmp_path):
+    folder, state = make_run()
+    del state["head.bias"]
+    folder.save_state(TrainState(2, state, {}, {}))
+    with pytest.raises(InputError, match="holds a transformer of other sizes than"):
+        main([f"checkpoint={folder.path}", f"out={tmp_path / 'a.pth'}"])
+    assert not (tmp_path / "a.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["out=a.pth"], "checkpoint: Field required"),
+        (["checkpoint=runs/x", "out=a.bin"], "got a.bin, want a name that ends with .safetensors or .pth"),
+        (["checkpoint=runs/x", "out=a.pth", "dtype=float16"], "'float32' or 'bfloat16'"),
+        (["checkpoint=nowhere", "out=a.pth"], "nowhere is no run folder"),
+    ],
+)
+def test_export_refuses(arguments, message):
+    with pytest.raises(InputError, match=message):
+        main(arguments)
+
+
+def test_a_write_that_fails_leaves_nothing(make_run, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def fail(tensors, filename, metadata):
+        Path(filename).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    folder, _ = make_run()
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(InputError, match=r"cannot write .*model.safetensors: No space left on device"):
+        main([f"checkpoint={folder.path}", f"out={tmp_path / 'model.safetensors'}"])
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith("model")]
+
+
+def card_of(folder, tmp_path, name="model.pth"):
+    main([f"checkpoint={folder.path}", f"out={tmp_path / name}", "overwrite=true"])
+    return (tmp_path / "model.md").read_text()
+
+
+def test_card_says_what_the_model_is(make_run, tmp_path):
+    folder, _ = make_run(reward={"a|b": {"type": "brightness", "mode": "dark", "weight": 2.0}}, grpo__kl_beta=0.15)
+    card = card_of(folder, tmp_path)
+    for said in ("random weights", "2 of 3, 8 images each (2 labels x 4 samples)", "0.15, 0.2, 0.0001", "mode: dark",
+                 "not complete", "| float32 |", "varfast.load_policy(var='model.pth'"):  # fmt: skip
+        assert said in card
+    settings = card.partition("## All settings")[2].partition("```yaml\n")[2].partition("```")[0]
+    assert yaml.safe_load(settings) == yaml.safe_load(folder.config.read_text())
+    assert "makes no model of these sizes" in card  # a VQ-VAE of one level
+
+
+def test_card_has_the_numbers_of_a_complete_run(make_run, tmp_path):
+    folder, state = make_run(reward={"a|b": {"type": "brightness", "mode": "raw"}})
+    summary = {"before": {"reward/a|b": 0.25}, "after": {"reward/a|b": 0.75, "accuracy": 0.5}}
+    (folder.path / "summary.json").write_text(json.dumps(summary))
+    assert "0.75" not in card_of(folder, tmp_path)  # 2 of 3 steps: other weights than those that were measured
+    folder.save_state(TrainState(3, state, {}, {}))
+    (folder.path / "evaluation.json").write_text(json.dumps({"fid": 12.345678}))
+    card = card_of(folder, tmp_path)
+    assert "| reward/a\\|b | 0.25 | 0.75 |\n| accuracy |  | 0.5 |" in card
+    assert "| fid | 12.35 |" in card
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_card_loads_with_the_public_code_where_that_has_the_sizes(make_config, tmp_path, name):
+    """Runs the snippet with a stand-in for build_vae_var, which takes the public one's arguments."""
+    sizes = {"depth": 1, "patch_nums": [1, 2], "vocab_size": 16, "code_width": 4, "num_classes": 5}
+    config = make_config(policy__var=sizes, policy__vqvae={"base_channels": 32, "num_phi": 1})
+    folder = RunFolder(config.run.dir)
+    folder.prepare(config)
+    state = VAR(config.policy.sizes).init_weights(1).state_dict()
+    folder.save_state(TrainState(3, state, {}, {}))
+    card = card_of(folder, tmp_path, name)
+    snippet = card.partition("With the public code")[2].partition("```python\n")[2].partition("```")[0]
+    built = {}
+
+    def build_vae_var(device, patch_nums, V, Cvae, ch, share_quant_resi, num_classes, depth, shared_aln, attn_l2_norm):
+        built.update(
+            patch_nums=patch_nums, V=V, Cvae=Cvae, ch=ch, phi=share_quant_resi, saln=shared_aln, l2=attn_l2_norm
+        )
+        return torch.nn.Identity(), VAR(config.policy.sizes)
+
+    snippet = snippet.replace("from models import build_vae_var\n", "").replace(f"'{name}'", f"'{tmp_path / name}'")
+    snippet = "\n".join(line for line in snippet.splitlines() if not line.startswith("vae.load"))
+    scope = {"build_vae_var": build_vae_var}
+    exec(snippet, scope)
+    assert built == {"patch_nums": (1, 2), "V": 16, "Cvae": 4, "ch": 32, "phi": 1, "saln": False, "l2": True}
+    assert same(scope["var"].state_dict(), state)
+
+
+def test_export_of_a_real_run_holds_its_weights(make_config, tmp_path):
+    config = make_config(run__steps=1)
+    train(config)
+    out = tmp_path / "model.safetensors"
+    main([f"checkpoint={config.run.dir}", f"out={out}"])
+    assert "before | after" in out.with_suffix(".md").read_text()
+    assert same(read(out), torch.load(RunFolder(config.run.dir).weights, weights_only=True))
+
+
+def test_arguments_of_export():
+    config = parse_arguments(["checkpoint=a", "out=b.pth"], ExportConfig)
+    assert (config.dtype, config.overwrite) == ("float32", False)
+    with pytest.raises(InputError, match="overwrit: unknown key; did you mean overwrite"):
+        parse_arguments(["checkpoint=a", "out=b.pth", "overwrit=true"], ExportConfig)

@@ -1,0 +1,388 @@
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from varfast import InputError
+from varfast.log import RunLog, save_png
+from varfast.report import HEALTHY, charts, curve, load_run, main, page, ticks
+from varfast.train import train
+from varfast.types import Rewards
+
+VOID = {"meta", "link", "img", "br", "input"}
+EVIL = '<img src=x onerror="document.title=1">&amp;'
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and the text outside of scripts and styles. Refuses what does not balance."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.elements, self.text, self._open = [], "", []
+        self.spans, self.scripts, self.styles = [], [], []
+        self.feed(source)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):  # SVG's
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        inside = self._open[-1] if self._open else ""
+        if inside in ("script", "style"):
+            (self.scripts if inside == "script" else self.styles).append(data)
+        else:
+            self.text += data
+            if inside == "span":
+                self.spans.append((self.elements[-1][1], data))
+
+    def all(self, tag, **attributes):
+        return [a for t, a in self.elements if t == tag and attributes.items() <= a.items()]
+
+    @property
+    def numbers(self):
+        return json.loads(self.scripts[0])
+
+
+def assert_self_contained(parsed):
+    for _, attributes in parsed.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "srcset", "action", "data", "poster"):
+                assert value.startswith(("data:", "#"))
+    styles = "".join(parsed.styles + [a["style"] for _, a in parsed.elements if "style" in a])
+    assert "url(" not in styles
+    assert "@import" not in styles
+    assert len(parsed.scripts) == 2
+
+
+def metrics(step, **values):
+    return {"step": step, "reward_mean": 0.1 * step, "kl": 0.01 * step, "rollout_ms": 5.0, **values}
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A run folder written by hand."""
+
+    def make(name="x", rows=None, config="run: {steps: 3}\n", **files):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(config)
+        rows = [metrics(step) for step in (1, 2, 3)] if rows is None else rows
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for file, content in files.items():
+            (folder / f"{file}.json").write_text(json.dumps(content))
+        return folder
+
+    return make
+
+
+def report(*folders):
+    return Page(page([load_run(folder, folder.name) for folder in folders]))
+
+
+def test_report_of_a_real_run(make_config, tmp_path, capsys):
+    config = make_config(log__grid_every=2)
+    train(config)
+    out = tmp_path / "deep" / "report.html"
+    assert main([config.run.dir, f"out={out}"]) == 0
+    assert f"{out}: 1 run" in capsys.readouterr().out
+    parsed = Page(out.read_text())
+    assert_self_contained(parsed)
+    logged = json.loads((Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()[0])
+    titles = re.findall(r"<figcaption><b>(.*?)</b>", out.read_text())
+    stages = {name for name in logged if name.endswith(("_ms", "_share"))}
+    assert set(titles) == set(logged) - {"step"} - stages | {"stages, *_ms", "stages, *_share"}
+    assert {line["name"] for chart in parsed.numbers for line in chart["curves"]} == stages | {"run"}
+    assert [a["data-step"] for a in parsed.all("img") if "data-step" in a] == ["0", "2", "3"]
+    assert len(parsed.all("img", alt="")) == 16  # 8 best, 8 worst
+    for shown in ("kl_beta: 0.2", "before", "after", "torch", "reward/luma"):
+        assert shown in parsed.text
+
+
+def test_report_draws_the_numbers_where_they_are(make_run):
+    rows = [metrics(step, reward_mean=value) for step, value in ((1, 2.0), (2, 4.0), (5, 3.0))]
+    parsed = report(make_run(rows=rows))
+    assert parsed.numbers[0] == {"x": [1, 5], "curves": [{"name": "x", "points": [[1, 2.0, 2.0, 2.0],
+                                 [2, 4.0, 4.0, 4.0], [5, 3.0, 3.0, 3.0]]}]}  # fmt: skip
+    line = next(a["d"] for a in parsed.all("path") if a["class"].startswith("line"))
+    points = [tuple(map(float, pair.split(","))) for pair in line.removeprefix("M").split()]
+    assert [x for x, _ in points] == [0.0, 250.0, 1000.0]
+    (_, low), (_, high), (_, middle) = points
+    assert 0 < high < middle < low < 1000
+    assert middle == pytest.approx((low + high) / 2, abs=0.1)
+    # The label "3" stands where the curve is 3.
+    place = next(a["style"] for a, label in parsed.spans if label == "3")
+    assert float(re.search(r"top:([\d.]+)%", place)[1]) == pytest.approx(middle / 10, abs=0.1)
+
+
+def test_several_runs_share_charts_and_show_what_differs(make_run):
+    first = make_run("a", config="run: {dir: r/a, steps: 3}\nupdate: {lr: 0.1, minibatch: 4}\n", environment={"t": 1})
+    rows = [metrics(1), metrics(2, extra=1.0)]
+    second = make_run("b", rows, "run: {dir: r/b, steps: 9}\nupdate: {lr: 0.2, minibatch: 4}\n", environment={"t": 2})
+    parsed = report(first, second)
+    assert [line["name"] for line in parsed.numbers[0]["curves"]] == ["a", "b"]
+    table = parsed.text[parsed.text.index("Settings") : parsed.text.index("config.yaml")]
+    assert "update.lr0.10.2" in table
+    assert "run.steps39" in table
+    assert "minibatch" not in table
+    assert "run.dir" not in table
+    # A run keeps its colour where the other one has no curve.
+    only_b = charts([load_run(first, "a"), load_run(second, "b")])["Other metrics"][0]
+    assert [(line.name, line.style) for line in only_b.curves] == [("b", 1)]
+
+
+def test_html_in_names_and_values_is_text(make_run):
+    rows = [metrics(1, **{f"reward/{EVIL}": 1.0, f"</script>{EVIL}_ms": 2.0})]
+    config = json.dumps({"run": {"steps": 1}, "reward": {EVIL: {"type": EVIL}}})  # JSON is YAML
+    folder = make_run(EVIL, rows, config, environment={EVIL: EVIL}, summary={"before": {EVIL: EVIL}})
+    other = make_run("b", config=config.replace("type", "kind"))
+    noted = {"label": EVIL, "reward": 1.0, "rewards": {EVIL: 1.0, "b": 2.0}}
+    save_png(folder / "samples" / "step_000001.png", np.zeros((20, 8, 3), np.uint8))
+    (folder / "samples" / "step_000001.json").write_text(json.dumps({"best": [noted], "worst": [noted]}))
+    for folders in ([folder], [folder, other]):
+        parsed = report(*folders)
+        assert_self_contained(parsed)
+        assert all(a["src"].startswith("data:image/") for a in parsed.all("img"))
+        assert parsed.text.count(EVIL) > 10
+    names = [line["name"] for chart in report(folder).numbers for line in chart["curves"]]
+    assert f"</script>{EVIL}_ms" in names
+
+
+def test_the_policy_lets_only_this_script_run(make_run):
+    parsed = report(make_run())
+    allowed = parsed.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
+    digest = base64.b64encode(hashlib.sha256(parsed.scripts[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in allowed
+    assert allowed.startswith("default-src 'none'; img-src data:;")
+
+
+def test_a_run_killed_while_it_wrote_is_shown(make_run):
+    folder = make_run()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')
+    parsed = report(folder)
+    assert parsed.numbers[0]["x"] == [1, 3]
+    assert "x: left out: 1 lines of metrics.jsonl, cut off or damaged." in parsed.text
+    assert "No sample grids" in parsed.text
+    assert "No summary.json yet" in parsed.text
+
+
+def test_values_that_are_not_finite_are_left_out(make_run):
+    parsed = report(make_run(rows=[metrics(1), metrics(2, kl=math.nan), metrics(3, kl=math.inf), metrics(4)]))
+    assert "NaN" not in parsed.scripts[0]
+    kl = next(chart for chart in parsed.numbers if chart["curves"][0]["points"][-1][1] == 0.04)
+    assert [point[0] for point in kl["curves"][0]["points"]] == [1, 4]
+    assert "x: left out: 2 values of kl that are no finite number." in parsed.text
+
+
+def test_a_run_without_a_step_is_shown(make_run):
+    assert "No step is complete yet" in report(make_run(rows=[])).text
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path, make_run):
+    folder = make_run()
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match=r"x is no run folder, or its run has no step yet: metrics.jsonl missing"):
+        load_run(folder, "x")
+    (folder / "config.yaml").unlink()
+    with pytest.raises(InputError, match="config.yaml and metrics.jsonl missing"):
+        load_run(folder, "x")
+    with pytest.raises(InputError, match="nowhere is no run folder: it does not exist"):
+        main([str(tmp_path / "nowhere")])
+    with pytest.raises(InputError, match=r"usage: python -m varfast.report runs/x"):
+        main(["out=x.html"])
+
+
+def test_config_that_is_no_yaml_is_refused(make_run):
+    with pytest.raises(InputError, match="x cannot be read"):
+        load_run(make_run(config="a: [1"), "x")
+
+
+def test_folders_of_one_name_are_told_apart(make_run, tmp_path):
+    make_run("a")
+    (tmp_path / "deep").mkdir()
+    shutil.copytree(tmp_path / "a", tmp_path / "deep" / "a")
+    main([str(tmp_path / "a"), str(tmp_path / "deep" / "a"), f"out={tmp_path / 'r.html'}"])
+    assert [line["name"] for line in Page((tmp_path / "r.html").read_text()).numbers[0]["curves"]] == [
+        str(tmp_path / "a"),
+        str(tmp_path / "deep" / "a"),
+    ]
+
+
+def test_curve_keeps_short_runs_as_they_are():
+    assert curve("x", 0, [1, 3], [5.0, 4.0]).points == [(1, 5.0, 5.0, 5.0), (3, 4.0, 4.0, 4.0)]
+
+
+def test_curve_smooths_long_runs_and_keeps_the_extremes():
+    steps = list(range(1, 4001))
+    values = np.random.RandomState(0).standard_normal(4000)
+    values[1234] = 50.0
+    found = curve("x", 0, steps, values.tolist()).points
+    assert len(found) == 200
+    for step, value, low, high in found[5:-5]:
+        window = values[step - 1 - 100 : step - 1 + 101]  # a twentieth of the run
+        assert value == pytest.approx(window.mean(), abs=1e-9)
+        assert low < value < high
+    assert max(point[3] for point in found) == 50.0
+    assert min(point[2] for point in found) == values.min()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.137, 0.9), (-3e-7, 2e-6), (1, 40000), (99.9, 100.1), (5, 5)])
+def test_ticks_are_round_and_inside(low, high):
+    found = ticks(low, high)
+    assert 1 <= len(found) <= 6
+    assert all(low - 1e-9 * abs(low) <= t <= high + 1e-9 * abs(high) for t in found)
+    apart = {float(f"{b - a:.6g}") for a, b in pairwise(found)}
+    assert len(apart) <= 1
+    assert all(f"{d:e}"[0] in "125" for d in apart)
+
+
+def test_a_first_step_that_compiles_does_not_flatten_the_rest(make_run):
+    rows = [
+        metrics(step, rollout_ms=9000.0 if step == 1 else 10.0, kl=9.0 if step == 1 else 1e-3) for step in range(1, 13)
+    ]
+    parsed = report(make_run(rows=rows))
+    assert parsed.text.count("Cut off at the top; the highest is 9000.") == 1
+    lines = [a["d"] for a in parsed.all("path") if a["class"].startswith("line") and "," in a["d"]]
+    heights = [[float(pair.split(",")[1]) for pair in line.removeprefix("M").split()] for line in lines]
+    kl, rollout_ms = heights[1], heights[2]
+    assert rollout_ms[0] < 0  # above the top
+    assert 300 < rollout_ms[1] < 400  # 10 of 15
+    assert kl[0] > 0
+
+
+def test_log_scale_has_powers_of_ten(make_run):
+    rows = [metrics(1, ratio_gap_max=2e-6), metrics(2, ratio_gap_max=0.0), metrics(3, ratio_gap_max=3e-3)]
+    text = report(make_run(rows=rows)).text
+    for label in ("1e-6", "1e-5", "1e-4", "1e-3", "1e-2"):
+        assert label in text
+
+
+def test_healthy_values_are_those_of_the_readme():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", readme.partition("## Read the numbers")[2], re.MULTILINE)
+    said = {name: tuple(text.replace("`", "") for text in texts) for name, *texts in rows}
+    assert len(HEALTHY) == 4
+    assert {name: said[name] for name in HEALTHY} == HEALTHY
+
+
+def picture(uri):
+    kind, _, content = uri.partition(";base64,")
+    return kind, np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
+
+
+def test_best_and_worst_samples_are_shown_with_their_rewards(make_run, tmp_path):
+    folder = make_run()
+    images = torch.linspace(0, 1, 20).view(20, 1, 1, 1).expand(20, 3, 8, 8)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    scores_B = torch.arange(20.0)[order]
+    rewards = Rewards(10 * scores_B, {"luma": scores_B, "other": -scores_B})
+    with RunLog(folder, 3, 3, tensorboard=False) as log:
+        log.samples(3, images[order], torch.arange(20)[order], rewards)
+    parsed = report(folder)
+    shown = [picture(a["src"]) for a in parsed.all("img")]
+    wanted = [round(255 * i / 19) for i in [*range(19, 11, -1), *range(8)]]
+    assert [kind for kind, _ in shown] == ["data:image/png"] * 16
+    assert all(
+        pixels.shape == (48, 48, 3) and (pixels == grey).all() for (_, pixels), grey in zip(shown, wanted, strict=True)
+    )
+    assert re.findall(r"label (\d+)(\d{3})luma", parsed.text)[:2] == [("19", "190"), ("18", "180")]
+    assert re.findall(r"luma (-?\d+?)other", parsed.text)[-1] == "7"
+
+
+def test_half_of_a_pair_falls_back_to_the_earlier_samples(make_run):
+    folder = make_run()
+    rewards = Rewards(torch.arange(4.0), {"luma": torch.arange(4.0)})
+    with RunLog(folder, 3, 3, tensorboard=False) as log:
+        for step in (1, 2):
+            log.samples(step, torch.zeros(4, 3, 8, 8), torch.arange(4), rewards)
+    (folder / "samples" / "step_000002.png").unlink()
+    assert "x, step 1" in report(folder).text
+
+
+def test_grids_of_a_long_run_are_few_and_small(make_run):
+    folder = make_run()
+    noise = np.random.RandomState(0).randint(0, 256, (300, 1300, 3)).astype(np.uint8)
+    for step in range(0, 100):
+        save_png(folder / "grids" / f"step_{step:06d}.png", noise if step == 99 else noise[:8, :8])
+    (folder / "grids" / "step_000000.png").write_bytes(b"no picture")
+    grids = [a for a in report(folder).all("img") if "data-step" in a]
+    steps = [int(a["data-step"]) for a in grids]
+    assert len(steps) == 23
+    assert steps[-1] == 99
+    assert "hidden" not in grids[-1]
+    assert all("hidden" in a for a in grids[:-1])
+    kind, pixels = picture(grids[-1]["src"])
+    assert kind == "data:image/jpeg"
+    assert pixels.shape == (236, 1024, 3)
+    assert picture(grids[0]["src"])[0] == "data:image/png"
+
+
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+ACT = """
+const texts = [...document.querySelectorAll(".plot")].slice(0, 2).map((plot, i) => {
+  const box = plot.getBoundingClientRect();
+  plot.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + [0.57, 0.19][i] * box.width}));
+  return plot.querySelector("output").innerText;
+});
+const slider = document.querySelector(".grids input");
+slider.value = 0;
+slider.dispatchEvent(new Event("input"));
+const images = [...document.querySelectorAll(".grids img")];
+const seen = images.filter(image => !image.hidden).map(image => image.dataset.step);
+const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+document.body.dataset.seen = JSON.stringify([texts, seen, wide]);
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome here to open the page in")
+@pytest.mark.parametrize("width", [390, 1300])
+def test_page_in_a_browser(make_run, tmp_path, width):
+    """No error on the console, values under the pointer, the slider turns, nothing is wider than the screen."""
+    rows = [metrics(step, kl=1e-6 * step) for step in range(1, 12)]
+    folder = make_run(rows=rows, environment={"platform": "x" * 200})
+    shorter = make_run("y")
+    for step in (0, 10):
+        save_png(folder / "grids" / f"step_{step:06d}.png", np.zeros((1040, 1040, 3), np.uint8))
+    source = page([load_run(folder, "x"), load_run(shorter, "y")])
+    acted = re.sub(r"'sha256-[^']*'", "'unsafe-inline'", source).replace("</body>", f"<script>{ACT}</script></body>")
+    results = []
+    for name, content in (("plain", source), ("acted", acted)):
+        (tmp_path / f"{name}.html").write_text(content)
+        done = subprocess.run(
+            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic",
+             f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", "--enable-logging=stderr",
+             "--v=0", "--dump-dom", (tmp_path / f"{name}.html").as_uri()],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        assert "CONSOLE" not in done.stderr, done.stderr
+        results.append(Page(done.stdout))
+    assert json.loads(results[1].all("body")[0]["data-seen"]) == [
+        ["step 7\nx: 0.7", "step 3\nx: 3e-6\ny: 0.03"],
+        ["0"],
+        False,
+    ]
