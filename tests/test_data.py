@@ -30,6 +30,24 @@ def test_digits_at_a_multiple_of_their_size():
         digits(20)
 
 
+def test_classifier_ranks_labels_and_agrees_with_its_accuracy():
+    images, labels = digits(8)
+    images = torch.cat([images[:300], torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))])
+    labels = torch.cat([labels[:300], torch.arange(300) % 10])
+    classifier = DigitsClassifier()
+    ranks = torch.stack([classifier.ranks(images, torch.full_like(labels, digit)) for digit in range(10)], dim=1)
+    assert torch.equal(ranks.gather(1, labels.unsqueeze(1)).squeeze(1), classifier.ranks(images, labels))
+    assert ((ranks == 0).sum(dim=1) == 1).all()  # read as one digit
+    assert ranks.min() == 0
+    assert ranks.max() == 9
+    assert float((classifier.ranks(images, labels) == 0).float().mean()) == pytest.approx(
+        classifier.accuracy(images, labels)
+    )
+    likely = classifier.probabilities(images[:300]).argsort(dim=1, descending=True)
+    second = ranks[:300].gather(1, likely[:, 1:2])
+    assert (second <= 2).float().mean() > 0.8  # margins and calibrated probabilities agree on the runner-up
+
+
 def test_classifier_reads_digits_of_any_shade_and_not_noise():
     images, labels = digits(16)
     classifier = DigitsClassifier()

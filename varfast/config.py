@@ -365,11 +365,9 @@ class HPSv2Reward(_ClipModel, _Text):
     )
 
 
-class ClassifierReward(_Section):
-    """Probability that a classifier gives to the label."""
+class ClassifierConfig(_Section):
+    """A classifier whose classes are the labels."""
 
-    type: Literal["classifier"]
-    weight: float = Field(1.0, description="factor in the sum")
     model: str = Field(
         "resnet50", description="a classifier of torchvision.models.list_models(), or 'digits' for the handwritten ones"
     )
@@ -380,6 +378,13 @@ class ClassifierReward(_Section):
         "of the public name must have its SHA-256",
     )
     batch_size: int = Field(64, ge=1, description="images at a time")
+
+
+class ClassifierReward(ClassifierConfig):
+    """Probability that a classifier gives to the label."""
+
+    type: Literal["classifier"]
+    weight: float = Field(1.0, description="factor in the sum")
 
 
 class HttpReward(_Section):
@@ -517,6 +522,73 @@ class SampleConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations")
 
 
+class EvaluateConfig(_Section):
+    """Arguments of `python -m varfast.evaluate`. Sampling defaults to the settings of VAR's FID numbers."""
+
+    checkpoint: str = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
+    reference: str | None = Field(
+        None,
+        description="what it is compared with: as checkpoint, or 'base' for the model that the run folder started "
+        "from, which is the default for a run folder; null: nothing",
+    )
+    vqvae: str | None = Field(None, description="the VQ-VAE's weights, for a transformer's weights")
+    out: str | None = Field(
+        None,
+        description="folder of results; an unfinished evaluation in it goes on. Default: evaluation, in the run folder "
+        "if checkpoint is one",
+    )
+    labels: Literal["all"] | list[int] = Field("all", description="to sample")
+    samples_per_label: int = Field(10, ge=1, description="images a label")
+    temperature: float = Field(1.0, gt=0, description="of the draw")
+    cfg: float = Field(1.5, ge=0, description="classifier-free guidance; 0: off")
+    top_k: int = Field(900, ge=0, description="0: off; no filter either for a model with no more codes than this")
+    top_p: float = Field(0.96, ge=0, le=1, description="0: off")
+    seed: int = Field(0, ge=0, lt=2**63, description="an image is a function of seed, label and number alone")
+    micro_batch: int = Field(32, ge=1, description="images sampled and decoded at a time")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one; each process its own"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations")
+    save: Literal["none", "png", "npz"] = Field(
+        "none", description="keep the images: a PNG each, or one .npz of uint8 (N, H, W, 3) a model, as ADM's evaluator"
+    )
+    scores: dict[str, RewardConfig] = Field(
+        default_factory=dict,
+        description="means to report, by names of your choice, as scores.aes.type=aesthetic; weights do not count. "
+        "Default for a run folder: its rewards",
+    )
+    classifier: ClassifierConfig | None = Field(
+        None,
+        description="whose top-1 and top-5 accuracy on the samples is reported: digits, resnet50 or another of "
+        "torchvision. Default for a run folder: its eval.classifier",
+    )
+    fid_reference: str | None = Field(
+        None,
+        description="real images for FID, precision, recall, density and coverage: a folder, 'digits', or an .npz with "
+        "arr_0, uint8 (N, H, W, 3), or with mu and sigma, which are enough for FID",
+    )
+    features: Literal["inception", "digits"] | None = Field(
+        None,
+        description="what FID compares: Inception-v3's 2048, or 8 x 8 grey levels. Default: digits for "
+        "fid_reference=digits, inception for another one, none without",
+    )
+    inception_weights: str | None = Field(
+        None, description="path, hf:// or https address; default: torch-fidelity's public file"
+    )
+
+    @field_validator("classifier", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    @property
+    def feature_network(self) -> Literal["inception", "digits"] | None:
+        """What computes the features."""
+        if self.features is None and self.fid_reference is not None:
+            return "digits" if self.fid_reference == "digits" else "inception"
+        return self.features
+
+
 class ExportConfig(_Section):
     """Arguments of `python -m varfast.export`."""
 
@@ -595,7 +667,7 @@ def parse_config(data: dict[str, Any], source: str = "config") -> Config:
 
 
 def parse_arguments(arguments: list[str], model: type[_Model]) -> _Model:
-    """Arguments of the form a=b, as a `model`. Raises: InputError, as load_config."""
+    """Arguments of the form a.b=c, as a `model`. Raises: InputError, as load_config."""
     data: dict[str, Any] = {}
     for argument in arguments:
         _apply_override(data, argument)
@@ -643,7 +715,7 @@ def _explain(root: type[BaseModel], problem: dict[str, Any]) -> str:
 
 def _shown(location: list[str]) -> list[str]:
     # pydantic names the chosen member of a union too: reward.bright.brightness.mode
-    return [p for i, p in enumerate(location) if not (i == 2 and location[0] == "reward")]
+    return [p for i, p in enumerate(location) if not (i == 2 and location[0] in ("reward", "scores"))]
 
 
 def _known_keys(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

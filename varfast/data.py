@@ -134,8 +134,20 @@ class DigitsClassifier:
 
     def confidence(self, images: Tensor, labels_N: Tensor) -> Tensor:
         """(N, 3, H, W) images in [0, 1] -> (N,) float32, probability of each one's label, on the CPU."""
-        probabilities = self._calibrated.predict_proba(self._image_features(images))
-        return torch.from_numpy(probabilities[np.arange(len(images)), labels_N.cpu().numpy()]).float()
+        return self.probabilities(images).gather(1, labels_N.cpu().unsqueeze(1)).squeeze(1).float()
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) images in [0, 1] -> (N, 10) float64, on the CPU."""
+        return torch.from_numpy(self._calibrated.predict_proba(self._image_features(images)))
+
+    def ranks(self, images: Tensor, labels_N: Tensor) -> Tensor:
+        """(N, 3, H, W) images in [0, 1] -> (N,) int64, how many digits come before the label; 0: read as it."""
+        features, labels_N = self._image_features(images), labels_N.cpu()
+        margins = torch.from_numpy(self._model.decision_function(features))
+        ranks_N = (margins > margins.gather(1, labels_N.unsqueeze(1))).sum(dim=1)
+        # Ten digits play 45 pairs; the machine breaks ties of won pairs by order, its margins by distance.
+        read_N = torch.from_numpy(self._model.predict(features)) == labels_N
+        return torch.where(read_N, 0, ranks_N.clamp_min(1))
 
     @functools.cached_property
     def _calibrated(self) -> Any:

@@ -1,57 +1,619 @@
-"""Score a policy on fresh samples, and read them with a classifier.
+"""Measure a model, and what fine-tuning changed: scores, accuracy, FID and its kin, pictures side by side.
 
-Axes: B image.
+    python -m varfast.evaluate checkpoint=runs/digits fid_reference=digits
+    python -m varfast.evaluate checkpoint=runs/aesthetic classifier=resnet50 fid_reference=imagenet/val save=png
+    torchrun --nproc-per-node 8 -m varfast.evaluate checkpoint=...
+
+Every image is a function of (seed, label, number of the sample): the same whatever else is sampled, and with the same
+random numbers for both models. Images are measured in chunks, each a file of the out folder; processes share them out,
+and what is there is not sampled again.
+
+Axes: B image of a chunk, N image, D feature, K class; H, W pixels.
 """
 
 from __future__ import annotations
 
-import torch
+import hashlib
+import json
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
-from varfast.config import EvalConfig
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from varfast.checkpoint import RunFolder, save_text, write_atomically
+from varfast.command import run_command
+from varfast.config import ClassifierConfig, EvaluateConfig, check_labels, parse_arguments
 from varfast.data import DigitsClassifier
-from varfast.policy import Policy
+from varfast.features import Network, RealImages, load_network, load_real_images, to_levels
+from varfast.labels import label_pool
+from varfast.log import environment, image_grid, save_png
+from varfast.metrics import (
+    NEIGHBOUR_IMAGES,
+    NEIGHBOURS,
+    Estimate,
+    difference_interval,
+    diversity,
+    fid,
+    inception_score,
+    mean_interval,
+    neighbours,
+    statistics,
+)
+from varfast.models.weights import resolve
+from varfast.policy import Policy, pick_device
 from varfast.randomness import EVAL_STEP
 from varfast.rewards import WeightedSum
+from varfast.rewards.classifier import Confidence
+from varfast.sample import load
+from varfast.train import load_base
+from varfast.types import InputError
 
-_CHUNK_IMAGES = 256
+Numbers = dict[str, np.ndarray]
+
+BASE = "base"
+_CHUNK_IMAGES = 128
+_PICTURE_LABELS, _PICTURE_SAMPLES = 8, 4
+# Arguments that the chunks do not depend on.
+_FREE_TO_CHANGE = ("out", "micro_batch", "device", "fid_reference", "inception_weights")
+# A process that has written nothing for so long is taken for dead.
+_PATIENCE_S = 1800.0
+_INTERVALS = (
+    "95 %: normal over images, Wilson's for shares; of a difference, normal over images paired by label and seed; of "
+    "diversity, over labels; none for FID, inception score and what compares neighbours"
+)
 
 
-def evaluate(
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        name: of the number.
+        labels: "all", or those that the run was trained on ("seen"), or the others ("unseen").
+        reference, checkpoint: of the two models; None without a reference.
+        difference: checkpoint - reference.
+    """
+
+    name: str
+    labels: str
+    reference: Estimate | None
+    checkpoint: Estimate
+    difference: Estimate | None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured of each image
+
+
+class Judge:
+    """Scores, ranks of the label and features of images.
+
+    Raises: InputError for weights that cannot be had and libraries that are missing.
+    """
+
+    def __init__(self, config: EvaluateConfig, num_classes: int, device: torch.device) -> None:
+        self._scores = WeightedSum(config.scores, device, num_classes, "scores") if config.scores else None
+        self._ranks = _classifier(config.classifier, num_classes, device) if config.classifier else None
+        self.network: Network | None = None
+        if config.feature_network:
+            self.network = load_network(config.feature_network, config.inception_weights, device)
+
+    def __call__(self, images: Tensor, labels_B: Tensor) -> Numbers:
+        """(B, 3, H, W) in [0, 1] -> arrays of B rows by name: score/<name>, top1, top5, features, logits."""
+        numbers: Numbers = {}
+        if self._scores is not None:
+            components = self._scores(images, labels_B).components
+            numbers |= {f"score/{name}": score_B.cpu().numpy() for name, score_B in components.items()}
+        if self._ranks is not None:
+            ranks_B = self._ranks(images, labels_B).cpu().numpy()
+            numbers |= {"top1": ranks_B < 1, "top5": ranks_B < 5}
+        if self.network is not None:
+            numbers["features"], numbers["logits"] = self.network(to_levels(images))
+        return numbers
+
+
+def _classifier(config: ClassifierConfig, num_classes: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    if config.model == "digits":
+        if num_classes != 10:
+            raise InputError(f"classifier=digits tells 10 classes apart, the policy has {num_classes} labels")
+        return DigitsClassifier().ranks
+    return Confidence(
+        config.model, config.weights, config.file, device, config.batch_size, num_classes, "classifier"
+    ).ranks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling in chunks
+
+
+class Plan:
+    """Which images are sampled, in which chunks.
+
+    Image number s of label l has the index s * num_classes + l: a function of the two alone, and consecutive for all
+    labels, so that they fill batches.
+
+    Attributes:
+        chunks: indices of each chunk.
+        picture_labels, picture_samples: of the images that are shown.
+    """
+
+    def __init__(self, labels: list[int], samples_per_label: int, num_classes: int) -> None:
+        self._num_classes = num_classes
+        indices = [self.index(label, sample) for sample in range(samples_per_label) for label in labels]
+        self.chunks = [indices[i : i + _CHUNK_IMAGES] for i in range(0, len(indices), _CHUNK_IMAGES)]
+        shown = min(_PICTURE_LABELS, len(labels))
+        self.picture_labels = [labels[i * len(labels) // shown] for i in range(shown)]
+        self.picture_samples = list(range(min(_PICTURE_SAMPLES, samples_per_label)))
+
+    def index(self, label: int, sample: int) -> int:
+        return sample * self._num_classes + label
+
+    def label(self, index: int) -> int:
+        return index % self._num_classes
+
+    def sample(self, index: int) -> int:
+        return index // self._num_classes
+
+    def shown(self, index: int) -> bool:
+        return self.label(index) in self.picture_labels and self.sample(index) in self.picture_samples
+
+    def runs(self, chunk: list[int], most: int) -> Iterator[list[int]]:
+        """Consecutive indices, at most so many at a time."""
+        breaks = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(chunk)) if b != a + 1), len(chunk)]
+        for first, end in pairwise(breaks):
+            for start in range(first, end, most):
+                yield chunk[start : min(start + most, end)]
+
+
+def sample_chunk(policy: Policy, plan: Plan, chunk: list[int], config: EvaluateConfig) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) in [0, 1] and labels (B,) of a chunk."""
+    parts = []
+    for run in plan.runs(chunk, config.micro_batch):
+        _, images = policy.sample_images(
+            [plan.label(index) for index in run],
+            config.temperature,
+            seed=config.seed,
+            cfg=config.cfg,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            step=EVAL_STEP,
+            first_sample=run[0],
+        )
+        parts.append(images)
+    return torch.cat(parts), torch.tensor([plan.label(index) for index in chunk], device=policy.device)
+
+
+class EvaluationFolder:
+    """The files of an evaluation.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+
+    def prepare(self, settings: dict[str, Any], rank: int) -> None:
+        """Note the settings, a file a process. Raises: InputError if others are noted there, or something else is."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            names = sorted(p.name for p in self.path.iterdir())
+        except OSError as error:
+            raise InputError(f"out={self.path} cannot be used: {error.strerror}; choose another folder") from error
+        noted = [name for name in names if name.startswith("settings_")]
+        if names and not noted:
+            raise InputError(f"out={self.path} holds other files and no evaluation; choose another folder")
+        for name in noted:
+            if name.endswith(".json"):
+                _refuse_other_settings(self.path, json.loads((self.path / name).read_text(encoding="utf-8")), settings)
+        save_text(self.path / f"settings_{rank}.json", json.dumps(settings, indent=2) + "\n")
+
+    def chunk(self, side: str, number: int) -> Path:
+        return self.path / "chunks" / f"{side}_{number:05d}.npz"
+
+    def read(self, side: str, number: int) -> Any:
+        """The arrays of a chunk. Raises: InputError if it cannot be read."""
+        path = self.chunk(side, number)
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} cannot be read ({error}); delete it and run the command again") from error
+
+    def gather(self, side: str, plan: Plan) -> Numbers:
+        """The arrays of all chunks but the images, in the order of the plan."""
+        parts: list[Numbers] = []
+        for number in range(len(plan.chunks)):
+            arrays = self.read(side, number)
+            per_image = [n for n in arrays.files if n not in ("levels", "weights")]
+            parts.append({name: arrays[name] for name in per_image})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    names = [*there, *(name for name in here if name not in there)]
+    differences = [
+        f"  {name}: {there.get(name)} there, {here.get(name)} here"
+        for name in names
+        if there.get(name) != here.get(name)
+    ]
+    if differences:
+        raise InputError(
+            "\n".join([f"out={folder} holds an evaluation with other settings:", *differences])
+            + "\n  choose another folder, or take these back"
+        )
+
+
+def sample_side(
+    side: str,
     policy: Policy,
-    reward: WeightedSum,
-    labels: list[int],
-    config: EvalConfig,
-    temperature: float,
-    seed: int,
-    micro_batch: int | None = None,
-) -> dict[str, float]:
-    """Mean reward, each of its components, entropy, and the classifier's accuracy, over samples of each label.
+    judge: Judge,
+    plan: Plan,
+    config: EvaluateConfig,
+    folder: EvaluationFolder,
+    rank: int,
+    world: int,
+) -> None:
+    """Sample and measure this process's share of the chunks that are not there yet.
 
-    The same seed draws with the same random numbers before and after training.
+    Raises: InputError if chunks of other weights are there.
+    """
+    weights = _weights_hash(policy)
+    todo = []
+    for number in range(rank, len(plan.chunks), world):
+        if not folder.chunk(side, number).exists():
+            todo.append(number)
+        elif str(folder.read(side, number)["weights"]) != weights:
+            raise InputError(
+                f"{folder.chunk(side, number)} holds images of other weights than {side} has now; choose another out "
+                "folder, or delete this one"
+            )
+    for number in tqdm(todo, desc=side, unit="chunk", disable=None if rank == 0 else True):
+        chunk = plan.chunks[number]
+        images, labels_B = sample_chunk(policy, plan, chunk, config)
+        numbers = judge(images, labels_B)
+        levels = to_levels(images).permute(0, 2, 3, 1).cpu().numpy()
+        if config.save == "png":
+            _save_pngs(folder.path / "images" / side, levels, plan, chunk)
+        kept = [row for row, index in enumerate(chunk) if config.save == "npz" or plan.shown(index)]
+        arrays = {**numbers, "levels": levels[kept], "weights": np.array(weights)}
+        write_atomically(folder.chunk(side, number), lambda file, arrays=arrays: np.savez(file, **arrays))  # type: ignore[misc]
+
+
+def _weights_hash(policy: Policy) -> str:
+    digest = hashlib.sha256()
+    for model in (policy.var, policy.vqvae):
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _save_pngs(folder: Path, levels: np.ndarray, plan: Plan, chunk: list[int]) -> None:
+    # Not atomically: until the chunk is written, after them, all of them count as missing.
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture, index in zip(levels, chunk, strict=True):
+            Image.fromarray(picture).save(folder / f"{plan.label(index):04d}_{plan.sample(index):04d}.png")
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; free space there and go on") from error
+
+
+def _save_npz(folder: EvaluationFolder, side: str, plan: Plan) -> None:
+    """images_<side>.npz: arr_0 and labels, chunk by chunk, since all images at once may not fit in memory."""
+    images = sum(len(chunk) for chunk in plan.chunks)
+
+    def write(file: Any) -> None:
+        with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                for number in range(len(plan.chunks)):
+                    levels = folder.read(side, number)["levels"]
+                    if number == 0:
+                        header = {"descr": "|u1", "fortran_order": False, "shape": (images, *levels.shape[1:])}
+                        np.lib.format.write_array_header_1_0(member, header)
+                    member.write(levels.tobytes())
+            with archive.open("labels.npy", "w") as member:
+                np.lib.format.write_array(member, np.array([plan.label(i) for chunk in plan.chunks for i in chunk]))
+
+    write_atomically(folder.path / f"images_{side}.npz", write)
+
+
+def _wait(folder: EvaluationFolder, sides: list[str], plan: Plan) -> None:
+    """Until the other processes' chunks are there. Raises: InputError if none has come for half an hour."""
+    all_chunks = [folder.chunk(side, number) for side in sides for number in range(len(plan.chunks))]
+    missing, since = len(all_chunks) + 1, time.monotonic()
+    while left := [path for path in all_chunks if not path.exists()]:
+        if len(left) < missing:
+            print(f"waiting for {len(left)} chunks of other processes")
+            missing, since = len(left), time.monotonic()
+        if time.monotonic() - since > _PATIENCE_S:
+            raise InputError(
+                f"{len(left)} chunks of other processes are missing, {left[0].name} first, and none has come for "
+                f"{_PATIENCE_S:.0f} s. Run the same command again: what is there is kept"
+            )
+        time.sleep(0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From numbers to the table
+
+
+def tabulate(
+    reference: Numbers | None, checkpoint: Numbers, labels_N: np.ndarray, seen: set[int] | None, real: RealImages | None
+) -> list[Row]:
+    """The table of two models' numbers, or of one's.
 
     Args:
-        labels: to sample, samples_per_label images each, the first max_labels of them.
-        temperature, seed: of the samples: the rollout's.
-        micro_batch: images at a time; default 256.
-    Returns: numbers by name; empty with samples_per_label = 0.
+        reference, checkpoint: arrays of N rows by name, as Judge names them, image by image the same label and seed.
+        labels_N: of the images.
+        seen: labels that the run was trained on, where it was not all: their rows are given apart.
+        real: what features are compared with.
     """
-    labels_B = torch.tensor(labels[: config.max_labels]).repeat_interleave(config.samples_per_label)
-    if not len(labels_B):
-        return {}
-    classifier = DigitsClassifier() if config.classifier == "digits" else None
-    sums: dict[str, float] = {}
-    chunk = micro_batch or _CHUNK_IMAGES
-    for first in range(0, len(labels_B), chunk):
-        rollout = policy.sample(
-            labels_B[first : first + chunk], temperature, seed=seed, step=EVAL_STEP, first_sample=first
+    groups = {"all": np.ones(len(labels_N), dtype=bool)}
+    if seen is not None:
+        is_seen_N = np.isin(labels_N, sorted(seen))
+        groups |= {name: rows_N for name, rows_N in (("seen", is_seen_N), ("unseen", ~is_seen_N)) if rows_N.any()}
+    rows = []
+    for name in [n for n in checkpoint if n.startswith("score/") or n in ("top1", "top5")]:
+        for group, rows_N in groups.items():
+            values = [None if side is None else side[name][rows_N] for side in (reference, checkpoint)]
+            rows.append(_paired_row(name, group, *values))
+    if "features" in checkpoint:
+        spread = [None if side is None else diversity(side["features"], labels_N) for side in (reference, checkpoint)]
+        if spread[1] is not None and len(spread[1]):
+            rows.append(_paired_row("diversity", "all", *spread))
+        before = _of_the_set(reference, real) if reference is not None else None
+        for name, value in _of_the_set(checkpoint, real).items():
+            old = None if before is None else Estimate(before[name])
+            rows.append(Row(name, "all", old, Estimate(value), old and Estimate(value - old.value)))
+    return rows
+
+
+def _paired_row(name: str, group: str, before: np.ndarray | None, after: np.ndarray | None) -> Row:
+    assert after is not None
+    if before is None:
+        return Row(name, group, None, mean_interval(after), None)
+    return Row(name, group, mean_interval(before), mean_interval(after), difference_interval(before, after))
+
+
+def _of_the_set(numbers: Numbers, real: RealImages | None) -> dict[str, float]:
+    found = {"inception_score": inception_score(numbers["logits"])}
+    if real is not None:
+        found["fid"] = fid(real.statistics, statistics(numbers["features"]))
+        if real.features_MD is not None:
+            found |= neighbours(real.features_MD, numbers["features"])
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    """Text: name, reference, checkpoint, difference, with intervals."""
+    names = [row.name if row.labels == "all" else f"{row.name}, {row.labels} labels" for row in rows]
+    columns = [("", names), ("checkpoint", [_shown(row.checkpoint) for row in rows])]
+    if any(row.reference for row in rows):
+        columns.insert(1, ("reference", [_shown(row.reference) for row in rows]))
+        columns.append(("difference", [_shown(row.difference, "+") for row in rows]))
+    widths = [max(map(len, [heading, *cells])) for heading, cells in columns]
+    lines = [[heading for heading, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _shown(estimate: Estimate | None, sign: str = "") -> str:
+    if estimate is None:
+        return ""
+    text = f"{estimate.value:{sign}.4g}"
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} [{estimate.low:{sign}.4g}, {estimate.high:{sign}.4g}]"
+
+
+def _about(result: dict[str, Any]) -> str:
+    """What the table is of, in a few lines, from the content of evaluation.json."""
+    lines = [f"{result['images']} images a model, of {result['labels']} labels."]
+    if result["features"]:
+        lines.append(
+            f"Features: {result['features']}. FID falls as samples grow in number: compare equal numbers alone."
         )
-        images = policy.decode(rollout.tokens_BL)
-        rewards = reward(images, rollout.labels_B)
-        means = {"reward": float(rewards.total_B.mean())}
-        means |= {f"reward/{name}": float(score_B.mean()) for name, score_B in rewards.components.items()}
-        means["entropy"] = float(rollout.entropy_BL.mean())
-        if classifier is not None:
-            means["accuracy"] = classifier.accuracy(images, rollout.labels_B)
-        for name, mean in means.items():
-            sums[name] = sums.get(name, 0.0) + mean * len(images)
-    return {name: total / len(labels_B) for name, total in sums.items()}
+    if result["real_images"]:
+        lines.append(f"{result['real_images']} real images; {NEIGHBOURS} nearest neighbours.")
+    return "\n".join([*lines, f"Intervals: {result['intervals']}."])
+
+
+def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan) -> dict[str, Any]:
+    """pictures.png: a row a label; the two models' images of a seed side by side, reference first."""
+    images: dict[tuple[str, int], np.ndarray] = {}
+    for side in sides:
+        for number, chunk in enumerate(plan.chunks):
+            if not any(plan.shown(index) for index in chunk):
+                continue
+            levels = folder.read(side, number)["levels"]
+            kept = chunk if len(levels) == len(chunk) else [index for index in chunk if plan.shown(index)]
+            images |= {(side, index): levels[row] for row, index in enumerate(kept) if plan.shown(index)}
+    columns = [(side, sample) for sample in plan.picture_samples for side in sides]
+    cells = [images[side, plan.index(label, sample)] for label in plan.picture_labels for side, sample in columns]
+    pixels = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255.0
+    save_png(folder.path / "pictures.png", image_grid(pixels, len(columns)))
+    return {
+        "file": "pictures.png",
+        "rows": plan.picture_labels,
+        "columns": [{"of": side, "sample": sample} for side, sample in columns],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def resolved(config: EvaluateConfig) -> EvaluateConfig:
+    """What the arguments leave open: the out folder, and from the run folder its base, its rewards, its classifier.
+
+    Raises: InputError if there is no such checkpoint.
+    """
+    checkpoint = Path(config.checkpoint).expanduser()
+    if config.out is None:
+        out = checkpoint / "evaluation" if checkpoint.is_dir() else Path("evaluation")
+        config = config.model_copy(update={"out": str(out)})
+    if not checkpoint.is_dir():
+        if config.reference == BASE:
+            raise InputError(
+                f"reference={BASE}: checkpoint={config.checkpoint} is not a run folder; name the base's weights"
+            )
+        resolve(config.checkpoint)
+    else:
+        folder = RunFolder(config.checkpoint)
+        run, noted, given = folder.load_config(), folder.load_base(), config.model_fields_set
+        found: dict[str, Any] = {} if "reference" in given else {"reference": BASE}
+        if "scores" not in given:
+            found["scores"] = run.reward
+        if "classifier" not in given and run.eval.classifier is not None:
+            found["classifier"] = ClassifierConfig(model=run.eval.classifier)
+        if config.vqvae is None and noted is not None:
+            found["vqvae"] = noted[1]
+        config = config.model_copy(update=found)
+    if config.reference not in (None, BASE) and not Path(config.reference).expanduser().is_dir():
+        resolve(config.reference)
+    return config
+
+
+def evaluate(config: EvaluateConfig, rank: int = 0, world: int = 1) -> list[Row]:
+    """Sample, measure, and write evaluation.json, pictures.png and what `save` asks for into the out folder.
+
+    Args:
+        rank, world: this process among how many; each samples its share, process 0 waits for the others and makes the
+            table.
+    Returns: the table; empty for another process than 0.
+    Raises: InputError for whatever cannot be used; what was sampled so far stays in the folder.
+    """
+    config = resolved(config)
+    device = pick_device(config.device)
+    assert config.out is not None
+    folder = EvaluationFolder(config.out)
+    sides = {"reference": config.reference} if config.reference is not None else {}
+    sides["checkpoint"] = config.checkpoint
+    judge: Judge | None = None
+    plan: Plan | None = None
+    real: RealImages | None = None
+    first_sizes: dict[str, int] = {}
+    for side, address in sides.items():
+        policy = _load(side, address, config, device)
+        sizes = {"labels": policy.num_classes, "pixels a side": policy.vqvae.config.image_size}
+        if judge is None or plan is None:
+            first_sizes = sizes
+            plan = Plan(_labels(config, policy.num_classes), config.samples_per_label, policy.num_classes)
+            judge = Judge(config, policy.num_classes, device)
+            if config.fid_reference is not None and judge.network is not None and rank == 0:
+                real = load_real_images(config.fid_reference, judge.network, sizes["pixels a side"])
+                _check_enough(plan, real)
+            folder.prepare(_settings(config), rank)
+        elif sizes != first_sizes:
+            raise InputError(
+                f"the models cannot be compared: {first_sizes} in the reference, {sizes} in the checkpoint"
+            )
+        sample_side(side, policy, judge, plan, config, folder, rank, world)
+        del policy  # before the next one is loaded
+    assert plan is not None
+    if rank != 0:
+        return []
+    _wait(folder, list(sides), plan)
+    return _finish(config, folder, list(sides), plan, real)
+
+
+def _finish(
+    config: EvaluateConfig, folder: EvaluationFolder, sides: list[str], plan: Plan, real: RealImages | None
+) -> list[Row]:
+    numbers = {side: folder.gather(side, plan) for side in sides}
+    labels_N = np.array([plan.label(index) for chunk in plan.chunks for index in chunk])
+    rows = tabulate(numbers.get("reference"), numbers["checkpoint"], labels_N, _seen_labels(config), real)
+    pictures = _save_pictures(folder, sides, plan)
+    if config.save == "npz":
+        for side in sides:
+            _save_npz(folder, side, plan)
+    result = {
+        "checkpoint": config.checkpoint,
+        "reference": config.reference,
+        "settings": _settings(config),
+        "fid_reference": config.fid_reference,
+        "images": len(labels_N),
+        "labels": len(set(labels_N.tolist())),
+        "real_images": real.count if real else None,
+        "intervals": _INTERVALS,
+        "features": config.feature_network,
+        "neighbours": {"nearest": NEIGHBOURS, "images_at_most": NEIGHBOUR_IMAGES},
+        "rows": [asdict(row) for row in rows],
+        "pictures": pictures,
+        "environment": environment(),
+    }
+    save_text(folder.path / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    return rows
+
+
+def _seen_labels(config: EvaluateConfig) -> set[int] | None:
+    """Labels that the run was trained on; None where it was all, or nobody knows."""
+    if not Path(config.checkpoint).expanduser().is_dir():
+        return None
+    run = RunFolder(config.checkpoint).load_config()
+    pool = label_pool(run.rollout, run.policy.sizes.num_classes, run.run.seed)
+    return set(pool) if len(pool) < run.policy.sizes.num_classes else None
+
+
+def _labels(config: EvaluateConfig, num_classes: int) -> list[int]:
+    if config.labels == "all":
+        return list(range(num_classes))
+    check_labels("labels", config.labels, num_classes)
+    return sorted(set(config.labels))
+
+
+def _settings(config: EvaluateConfig) -> dict[str, Any]:
+    """What the chunks depend on, beside the weights."""
+    settings = config.model_dump(mode="json", exclude=set(_FREE_TO_CHANGE))
+    return settings | {"features": config.feature_network}
+
+
+def _check_enough(plan: Plan, real: RealImages) -> None:
+    images = sum(len(chunk) for chunk in plan.chunks)
+    if real.features_MD is None and images < 2:
+        raise InputError("FID of one image: raise samples_per_label, or name more labels")
+    if real.features_MD is not None and min(images, len(real.features_MD)) <= NEIGHBOURS + 1:
+        raise InputError(
+            f"{images} samples against {len(real.features_MD)} real images: precision and recall look at {NEIGHBOURS} "
+            f"neighbours and need {NEIGHBOURS + 2} images of each; raise samples_per_label, or give more real images"
+        )
+
+
+def _load(side: str, address: str, config: EvaluateConfig, device: torch.device) -> Policy:
+    if address != BASE or side == "checkpoint":
+        return load(address, config.vqvae, device, config.dtype, side)
+    folder = RunFolder(config.checkpoint)
+    run = folder.load_config()
+    run = run.model_copy(update={"run": run.run.model_copy(update={"device": str(device), "dtype": config.dtype})})
+    return load_base(run, folder, resume=True)
+
+
+def main(arguments: list[str]) -> int:
+    """python -m varfast.evaluate checkpoint=... [reference=...] [key=value ...]"""
+    config = resolved(parse_arguments(arguments, EvaluateConfig))
+    rank, world, local_rank = (
+        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if config.device == "auto" and torch.cuda.is_available():
+        config = config.model_copy(update={"device": f"cuda:{local_rank}"})
+    rows = evaluate(config, rank, world)
+    if rank == 0:
+        assert config.out is not None
+        result = json.loads((Path(config.out).expanduser() / "evaluation.json").read_text(encoding="utf-8"))
+        print(f"\n{table(rows)}\n\n{_about(result)}\n{config.out}: evaluation.json, pictures.png")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -20,20 +20,19 @@ from varfast.train import load_run
 from varfast.types import InputError
 
 
-def load(config: SampleConfig) -> Policy:
-    """The policy of a run folder, or of a transformer's and a VQ-VAE's weights."""
-    device = pick_device(config.device)
-    if Path(config.checkpoint).expanduser().is_dir():
-        return load_run(RunFolder(config.checkpoint), device, config.dtype)
-    if config.vqvae is None:
-        raise InputError(f"checkpoint={config.checkpoint} is not a run folder, so vqvae=... is needed too")
-    return load_policy(config.checkpoint, config.vqvae, device, config.dtype)
+def load(checkpoint: str, vqvae: str | None, device: torch.device, dtype: str, key: str = "checkpoint") -> Policy:
+    """The policy of a run folder, or of a transformer's and a VQ-VAE's weights; `key` is its argument, for errors."""
+    if Path(checkpoint).expanduser().is_dir():
+        return load_run(RunFolder(checkpoint), device, dtype)
+    if vqvae is None:
+        raise InputError(f"{key}={checkpoint} is not a run folder, so vqvae=... is needed too")
+    return load_policy(checkpoint, vqvae, device, dtype)
 
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.sample checkpoint=... [key=value ...]"""
     config = parse_arguments(arguments, SampleConfig)
-    policy = load(config)
+    policy = load(config.checkpoint, config.vqvae, pick_device(config.device), config.dtype)
     labels = config.labels if config.labels is not None else list(range(min(8, policy.num_classes)))
     labels_B = torch.tensor(labels).repeat_interleave(config.samples_per_label)
     check_micro_batch("micro_batch", config.micro_batch, len(labels_B))

@@ -21,10 +21,10 @@ from dataclasses import asdict
 import torch
 
 from varfast import kernels
+from varfast.before_after import evaluate
 from varfast.checkpoint import RunFolder, TrainState, save_tensors, save_text
 from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
-from varfast.evaluate import evaluate
 from varfast.grpo import combined_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
 from varfast.log import RunLog, StageLimits, environment, import_wandb, profiled, table
@@ -154,7 +154,8 @@ def load_base(config: Config, folder: RunFolder, resume: bool) -> Policy:
     policy = load_policy(
         var, vqvae, device, config.run.dtype, config.policy.sizes, config.policy.vqvae, config.run.fast
     )
-    folder.save_base(var, vqvae)
+    if noted is None:
+        folder.save_base(var, vqvae)
     return policy
 
 

@@ -12,6 +12,7 @@ from varfast import InputError
 from varfast.config import ClassifierReward
 from varfast.data import DigitsClassifier, digits
 from varfast.rewards import WeightedSum
+from varfast.rewards.classifier import Confidence
 
 LABELS = torch.tensor([0, 7, 999, 1, 2, 3])
 MODEL = {"model": "squeezenet1_1", "weights": "IMAGENET1K_V1"}
@@ -39,6 +40,16 @@ def test_confidence_equals_torchvision_on_pictures(weights, images):
         table = network.eval()(torch.stack([transform(Image.fromarray(p)) for p in pixels])).softmax(dim=1)
     torch.testing.assert_close(scored.total_B, table[torch.arange(6), LABELS], rtol=1e-4, atol=0)
     assert table[torch.arange(6), LABELS].std() > 1e-6
+
+
+def test_ranks_count_the_classes_that_are_likelier(weights, images):
+    confidence = Confidence("squeezenet1_1", "IMAGENET1K_V1", weights, torch.device("cpu"), 64, 1000, "classifier")
+    network = confidence._network
+    best = network(confidence._preprocess(images)).argsort(dim=1, descending=True)
+    assert confidence.ranks(images, best[:, 0]).tolist() == [0] * 6
+    assert confidence.ranks(images, best[:, 4]).tolist() == [4] * 6
+    confidence._network = lambda pixels: torch.full((len(pixels), 1000), torch.nan)
+    assert confidence.ranks(images, LABELS).tolist() == [1000] * 6  # a broken classifier obeys no label
 
 
 def test_weights_come_from_the_cache_of_torchvision(weights, images, tmp_path, monkeypatch):

@@ -60,6 +60,7 @@ class WeightedSum:
         components: settings by name.
         device: of the images.
         num_classes: number of labels, to check texts and classifiers against; None: not checked.
+        section: where the components stand in the config, for errors.
     Raises: InputError if a user's function cannot be imported, or weights cannot be had or used.
     """
 
@@ -68,9 +69,12 @@ class WeightedSum:
         components: dict[str, RewardConfig],
         device: torch.device | str = "cpu",
         num_classes: int | None = None,
+        section: str = "reward",
     ) -> None:
         backbones = _Backbones(torch.device(device))
-        self._components = {name: _build(name, config, backbones, num_classes) for name, config in components.items()}
+        self._components = {
+            name: _build(f"{section}.{name}", config, backbones, num_classes) for name, config in components.items()
+        }
         backbones.drop_text_towers()
 
     @property
@@ -116,12 +120,11 @@ class _Backbones:
             backbone.drop_text_tower()
 
 
-def _build(name: str, config: RewardConfig, backbones: _Backbones, num_classes: int | None) -> _Component:
-    key = f"reward.{name}"
+def _build(key: str, config: RewardConfig, backbones: _Backbones, num_classes: int | None) -> _Component:
     if isinstance(config, BrightnessReward):
         return _Component(config.weight, Brightness(config.mode, config.threshold))
     if isinstance(config, FunctionReward):
-        return _Component(config.weight, _import(name, config))
+        return _Component(config.weight, _import(key, config))
     if isinstance(config, AestheticReward):
         head = aesthetic.Aesthetic(config.head, backbones.device, f"{key}.head")
         spec = backbone_spec(aesthetic.CLIP_MODEL, config.pretrained, config.dtype, key)
@@ -148,8 +151,8 @@ def _build(name: str, config: RewardConfig, backbones: _Backbones, num_classes: 
     return _Component(config.weight, TextSimilarity(texts_ND, config.label_prompt is not None), backbone)
 
 
-def _import(name: str, config: FunctionReward) -> Reward:
-    where = f"reward.{name}.function={config.function}"
+def _import(key: str, config: FunctionReward) -> Reward:
+    where = f"{key}.function={config.function}"
     module_name, _, attribute = config.function.partition(":")
     try:
         module = importlib.import_module(module_name)

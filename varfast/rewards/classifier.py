@@ -80,8 +80,19 @@ class Confidence:
     @torch.no_grad()
     def __call__(self, images: Tensor, labels_B: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], (B,) labels -> (B,) in [0, 1]."""
-        parts = [self._network(self._preprocess(part.to(self._device))) for part in images.split(self._batch_size)]
-        return torch.cat(parts).softmax(dim=1).gather(1, labels_B.to(self._device).unsqueeze(1)).squeeze(1)
+        return self._logits(images).softmax(dim=1).gather(1, labels_B.to(self._device).unsqueeze(1)).squeeze(1)
+
+    @torch.no_grad()
+    def ranks(self, images: Tensor, labels_B: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1], (B,) labels -> (B,) int64, how many classes it finds likelier than the label."""
+        logits_BN = self._logits(images)
+        own_B1 = logits_BN.gather(1, labels_B.to(self._device).unsqueeze(1))
+        return (~(logits_BN <= own_B1)).sum(dim=1)  # not >: logits that are not numbers would put every label first
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return torch.cat(
+            [self._network(self._preprocess(part.to(self._device))) for part in images.split(self._batch_size)]
+        )
 
 
 def _weights_entry(model: str, weights: str, key: str) -> Any:

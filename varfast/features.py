@@ -1,0 +1,208 @@
+"""Features of images, and the set of real images that samples are compared with.
+
+Axes: B image of a batch, M image of the set, D feature, K class; H, W pixels. Levels are uint8 (., 3, H, W).
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from varfast.data import DigitsClassifier, digits
+from varfast.metrics import Statistics, check_installed, statistics, thinned
+from varfast.models.weights import read_checkpoint
+from varfast.rewards.files import fetch, file_name
+from varfast.types import InputError
+
+_BATCH_IMAGES = 64
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_INCEPTION_SHA256 = "6726825d"  # torch-fidelity names the file by its first digits
+
+
+def to_levels(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> uint8, as a PNG keeps them."""
+    return images.float().clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
+
+
+class Inception:
+    """Inception-v3 of the FID paper, by torch-fidelity: TensorFlow's weights and its way to resize.
+
+    Args:
+        weights: path, hf:// or https address; None: torch-fidelity's public file.
+        device: where it runs.
+    Raises: InputError if the library is missing, or the weights cannot be had or do not fit.
+    """
+
+    width = 2048
+
+    def __init__(self, weights: str | None, device: torch.device) -> None:
+        check_installed()
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+        address = weights or URL_INCEPTION_V3
+        public = file_name(address) == file_name(URL_INCEPTION_V3)
+        path = fetch(address, "inception_weights", _INCEPTION_SHA256 if public else "")
+        read_checkpoint(path)  # the library would run code in it
+        try:
+            network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+            )
+        except (RuntimeError, TypeError) as error:
+            raise InputError(
+                f"inception_weights={address} does not hold torch-fidelity's Inception-v3: {str(error)[:300]}"
+            ) from error
+        self._network: Any = network.to(device)
+        self._device = device
+
+    @torch.no_grad()
+    def __call__(self, levels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """(B, 3, H, W) uint8 -> features (B, 2048) and logits (B, 1008), float32."""
+        features_BD, logits_BK = self._network(levels.to(self._device))
+        return features_BD.cpu().numpy(), logits_BK.cpu().numpy()
+
+
+class DigitsPixels:
+    """8 x 8 grey levels, and what the classifier of handwritten digits reads: for tiny models, without weights.
+
+    Raises: InputError if a library is missing.
+    """
+
+    width = 64
+
+    def __init__(self) -> None:
+        check_installed()
+        self._classifier = DigitsClassifier()
+
+    def __call__(self, levels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """(B, 3, H, W) uint8 -> features (B, 64) and logits (B, 10), float64."""
+        images = levels.cpu().double() / 255.0
+        grey_BHW = torch.nn.functional.interpolate(images, size=(8, 8), mode="area").mean(dim=1)
+        logits_BK = self._classifier.probabilities(images).clamp_min(1e-12).log()
+        return grey_BHW.flatten(1).numpy(), logits_BK.numpy()
+
+
+Network = Inception | DigitsPixels
+
+
+def load_network(name: Literal["inception", "digits"], weights: str | None, device: torch.device) -> Network:
+    """Raises: InputError as the networks."""
+    return DigitsPixels() if name == "digits" else Inception(weights, device)
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The set that samples are compared with.
+
+    Attributes:
+        statistics: of the features of all its images.
+        features_MD: of at most 10 000 of them; None where only statistics are known.
+        count: number of images; None where only statistics are known.
+    """
+
+    statistics: Statistics
+    features_MD: np.ndarray | None
+    count: int | None
+
+
+def load_real_images(address: str, network: Network, image_size: int) -> RealImages:
+    """Features of real images.
+
+    Args:
+        address: 'digits'; a folder of images at any depth, brought to image_size (shorter side, Lanczos, and the centre
+            cropped); or an .npz with arr_0, uint8 (M, image_size, image_size, 3), with mu and sigma, or both: then FID
+            takes mu and sigma, and the rest arr_0, as the reference batches of ADM are meant.
+        network: computes the features.
+    Raises: InputError if there are none, a file is broken, or the statistics are of other features.
+    """
+    path = Path(address).expanduser()
+    known = None
+    if address == "digits":
+        batches = iter(to_levels(digits(image_size)[0]).split(_BATCH_IMAGES))
+    elif path.is_dir():
+        batches = _folder(path, image_size)
+    elif path.is_file():
+        known, batches = _archive(path, network.width, image_size)
+    else:
+        raise InputError(f"fid_reference={address}: no such file or folder; want a folder of images, an .npz or digits")
+    features = [network(levels)[0] for levels in batches]
+    if not features:
+        assert known is not None
+        return RealImages(known, None, None)
+    features_MD = np.concatenate(features)
+    return RealImages(known or statistics(features_MD), thinned(features_MD), len(features_MD))
+
+
+def _folder(folder: Path, image_size: int) -> Iterator[Tensor]:
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    if not paths:
+        raise InputError(f"fid_reference={folder}: no images in it; want {', '.join(_SUFFIXES)} files, at any depth")
+    if len(paths) < 2:
+        raise InputError(f"fid_reference={folder}: one image in it; a covariance needs two at least")
+    with ThreadPoolExecutor(8) as pool:
+        for first in range(0, len(paths), _BATCH_IMAGES):
+            part = paths[first : first + _BATCH_IMAGES]
+            yield torch.stack(list(pool.map(lambda path: _read_image(path, image_size), part)))
+
+
+def _read_image(path: Path, image_size: int) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"fid_reference: {path} is broken or no image ({error}); delete it or replace it, and run the command again"
+        ) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _archive(path: Path, width: int, image_size: int) -> tuple[Statistics | None, Iterator[Tensor]]:
+    where = f"fid_reference={path}"
+    try:
+        arrays = np.load(path, allow_pickle=False)
+        names = set(getattr(arrays, "files", ()))
+        known = None
+        if {"mu", "sigma"} <= names:
+            known = Statistics(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{where} is truncated or no .npz ({error}); fetch it again") from error
+    if known is None and "arr_0" not in names:
+        raise InputError(f"{where} holds {', '.join(sorted(names)) or 'nothing named'}; want arr_0, or mu and sigma")
+    if known is not None and (known.mu_D.shape, known.sigma_DD.shape) != ((width,), (width, width)):
+        raise InputError(
+            f"{where}: mu {known.mu_D.shape} and sigma {known.sigma_DD.shape} are statistics of other features; these "
+            f"are {width} wide. Choose other features, or give the images"
+        )
+    return known, _stored_images(path, image_size) if "arr_0" in names else iter(())
+
+
+def _stored_images(path: Path, image_size: int) -> Iterator[Tensor]:
+    """The rows of arr_0, a batch at a time: 50 000 images of 512 pixels would take 39 GB."""
+    shape_wanted = f"uint8 (images, {image_size}, {image_size}, 3)"
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran_order, dtype = read(file)
+            if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[1:] != (image_size, image_size, 3):
+                raise InputError(f"fid_reference={path}: arr_0 is {dtype} {shape}, want {shape_wanted}, or a folder of "
+                                 "images, which are resized")  # fmt: skip
+            if shape[0] < 2:
+                raise InputError(f"fid_reference={path}: {shape[0]} images in it; a covariance needs two at least")
+            for first in range(0, shape[0], _BATCH_IMAGES):
+                count = min(_BATCH_IMAGES, shape[0] - first)
+                content = file.read(count * image_size * image_size * 3)
+                pixels = np.frombuffer(content, np.uint8).reshape(count, image_size, image_size, 3)
+                yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"fid_reference={path} is truncated or damaged ({error}); fetch it again") from error

@@ -1,0 +1,152 @@
+"""Numbers over many images: means with intervals, and distances between sets of features.
+
+FID and inception score are torch-fidelity's; precision, recall, density and coverage are those of prdc. Everything is
+computed in float64.
+
+Axes: N image, M image of the reference set, D feature, K class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from varfast.types import InputError
+
+# Neighbours that span the manifold of a set, and images of each set that are compared: prdc holds N x M distances,
+# 0.8 GB for 10 000 of each, several times over.
+NEIGHBOURS = 5
+NEIGHBOUR_IMAGES = 10_000
+# Images a split of the inception score, as in ADM's evaluator: ten splits of 50 000 images.
+_SPLIT_IMAGES = 5000
+_Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, with the bounds of its 95 % interval where there is one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean (D,) and covariance (D, D) of a set of features, float64."""
+
+    mu_D: np.ndarray
+    sigma_DD: np.ndarray
+
+
+def check_installed() -> None:
+    """Raises: InputError if a library is missing."""
+    try:
+        import prdc  # noqa: F401
+        import torch_fidelity  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"FID and its kin need two libraries; pip install 'varfast[eval]' ({error})") from error
+
+
+def mean_interval(values_N: np.ndarray) -> Estimate:
+    """Mean with its 95 % interval: normal, or Wilson's where every value is 0 or 1 (a share).
+
+    Args:
+        values_N: (N,), N >= 1; no interval at N = 1, unless it is a share.
+    """
+    if np.isin(values_N, (0, 1)).all():
+        return _share_interval(int(values_N.sum()), len(values_N))
+    return _normal_interval(values_N)
+
+
+def difference_interval(before_N: np.ndarray, after_N: np.ndarray) -> Estimate:
+    """Mean of after - before with its 95 % interval, normal; the two belong together image by image.
+
+    Two images of one label and seed share their random numbers, so the interval is that of the differences.
+    """
+    return _normal_interval(after_N.astype(np.float64) - before_N)
+
+
+def _normal_interval(values_N: np.ndarray) -> Estimate:
+    values_N = values_N.astype(np.float64)
+    mean = float(values_N.mean())
+    if len(values_N) < 2:
+        return Estimate(mean)
+    half = _Z * float(values_N.std(ddof=1)) / math.sqrt(len(values_N))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def _share_interval(hits: int, total: int) -> Estimate:
+    # Wilson's interval has a width where no image, or every image, is a hit; the normal one has none there.
+    share, z2 = hits / total, _Z * _Z
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = _Z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
+    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def statistics(features_ND: np.ndarray) -> Statistics:
+    """Mean and covariance (over N - 1) of two images or more."""
+    assert len(features_ND) > 1
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    found = fid_features_to_statistics(torch.from_numpy(features_ND).double())
+    return Statistics(found["mu"], found["sigma"])
+
+
+def fid(a: Statistics, b: Statistics) -> float:
+    """Fréchet distance of two normal distributions: |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^1/2).
+
+    Source: FID, arXiv:1706.08500.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    stats = [{"mu": s.mu_D, "sigma": s.sigma_DD} for s in (a, b)]
+    return max(0.0, float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID]))  # equal ones: -1e-8
+
+
+def inception_score(logits_NK: np.ndarray) -> float:
+    """exp(mean KL(p(k|image) || p(k))), averaged over splits of 5000 images, shuffled.
+
+    Source: arXiv:1606.03498.
+    """
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+
+    splits = max(1, len(logits_NK) // _SPLIT_IMAGES)
+    return float(isc_features_to_metric(torch.from_numpy(logits_NK), splits)[KEY_METRIC_ISC_MEAN])
+
+
+def neighbours(reference_MD: np.ndarray, features_ND: np.ndarray) -> dict[str, float]:
+    """Precision, recall, density and coverage, with the 5 nearest neighbours, on at most 10 000 images of each set.
+
+    Args:
+        reference_MD, features_ND: seven images of each at least; larger sets are thinned evenly.
+    Source: arXiv:1904.06991 and arXiv:2002.09797.
+    """
+    assert min(len(reference_MD), len(features_ND)) > NEIGHBOURS + 1
+    from prdc import compute_prdc
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the sizes
+        found = compute_prdc(
+            thinned(reference_MD).astype(np.float64), thinned(features_ND).astype(np.float64), NEIGHBOURS
+        )
+    return {name: float(found[name]) for name in ("precision", "recall", "density", "coverage")}
+
+
+def thinned(features_ND: np.ndarray) -> np.ndarray:
+    """At most 10 000 rows, evenly spaced."""
+    if len(features_ND) <= NEIGHBOUR_IMAGES:
+        return features_ND
+    return features_ND[np.arange(NEIGHBOUR_IMAGES) * len(features_ND) // NEIGHBOUR_IMAGES]
+
+
+def diversity(features_ND: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
+    """(labels,) mean distance of two images of a label, of each label with two images or more, ascending by label."""
+    groups = [features_ND[labels_N == label] for label in np.unique(labels_N)]
+    return np.array(
+        [float(torch.pdist(torch.from_numpy(rows_ND).double()).mean()) for rows_ND in groups if len(rows_ND) > 1]
+    )
