@@ -83,7 +83,7 @@ class BuildExtension(build_ext):
     """Compiles with g++ and nvcc directly.
 
     torch.utils.cpp_extension takes the toolkit's root from where nvcc lies, which is wrong where that is a wrapper;
-    and only ops.cpp needs torch's headers, so each file takes 3 s or less.
+    and only ops.cpp needs many of torch's headers, so each file takes 3 s or less.
     """
 
     def get_ext_filename(self, fullname: str) -> str:
