@@ -33,17 +33,34 @@ void parallel_for(int64_t count, int64_t grain, const F& body) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, call, const_cast<F*>(&body)));
 }
 
-// Sum of x[i] * y[i], always in the same order: 8 sums side by side, then these in pairs. The compiler may not reorder
-// a sum of floats by itself, so it could not use vectors. count: a multiple of 8.
+// Sums in an order that is always the same: 16 side by side, then these in pairs. The compiler may not reorder a sum of
+// floats by itself, so it could not use vectors. count: a multiple of kLanes.
+constexpr int kLanes = 16;
+
+template <typename W>
+VARFAST_ALWAYS_INLINE W fold(const W* lane) {
+  W half[8], quarter[4];
+  for (int j = 0; j < 8; ++j) half[j] = lane[j] + lane[j + 8];
+  for (int j = 0; j < 4; ++j) quarter[j] = half[j] + half[j + 4];
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
 template <typename W>
 VARFAST_ALWAYS_INLINE W dot(const W* x, const W* y, int64_t count) {
-  W lane[8] = {};
-  for (int64_t i = 0; i < count; i += 8) {
-    for (int j = 0; j < 8; ++j) lane[j] += x[i + j] * y[i + j];
+  W lane[kLanes] = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lane[j] += x[i + j] * y[i + j];
   }
-  W half[4];
-  for (int j = 0; j < 4; ++j) half[j] = lane[j] + lane[j + 4];
-  return (half[0] + half[2]) + (half[1] + half[3]);
+  return fold(lane);
+}
+
+template <typename W>
+VARFAST_ALWAYS_INLINE W sum_of(const W* x, int64_t count) {
+  W lane[kLanes] = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lane[j] += x[i + j];
+  }
+  return fold(lane);
 }
 
 }  // namespace varfast

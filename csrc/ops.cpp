@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "group_norm.h"
+#include "adaln.h"
 #include "grpo_loss.h"
 #include "split_heads.h"
 
@@ -159,6 +160,8 @@ void with_float(ScalarType dtype, const F& body) {
   body(BFloat16{});
 }
 
+ScalarType wide_of(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
+
 // Elements of a tensor, whose dtype was checked.
 template <typename T>
 const T* data(const Tensor& x) {
@@ -207,7 +210,7 @@ void split_into(const Tensor& product, const HeadSizes& sizes, bool l2_norm, con
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> split_heads(const Tensor& product, int64_t num_heads, bool l2_norm) {
   const HeadSizes sizes = head_sizes(product, num_heads);
-  const ScalarType wide = product.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType wide = wide_of(product.scalar_type());
   const Tensor q = empty_heads(product, sizes), k = empty_heads(product, sizes), v = empty_heads(product, sizes);
   const auto empty_inverse = [&] {
     return l2_norm ? new_empty(product, {sizes.num_images, sizes.num_heads, sizes.num_tokens}, wide)
@@ -250,6 +253,107 @@ Tensor split_heads_backward(const Tensor& d_q_BHLD, const Tensor& d_k_BHLD, cons
   return out;
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// adaLN, on the CPU
+
+using MaybeTensor = std::optional<Tensor>;
+
+AdalnSizes adaln_sizes(const Tensor& x) { return {x.size(0), x.size(1), x.size(2)}; }
+
+Tensor empty_rows(const Tensor& x) { return new_empty(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type()); }
+
+// A large array, contiguous, or nothing.
+MaybeTensor rows_like(const Tensor& x, const MaybeTensor& other) {
+  if (!other) return other;
+  STD_TORCH_CHECK(other->dim() == 3 && other->size(0) == x.size(0) && other->size(1) == x.size(1) &&
+                      other->size(2) == x.size(2) && other->scalar_type() == x.scalar_type(),
+                  "want arrays of one shape (B, L, C) and one dtype");
+  return torch::stable::contiguous(*other);
+}
+
+// (B, C) with unit stride, in the dtype of the arithmetic, or nothing.
+MaybeTensor vectors_of(const Tensor& x, const MaybeTensor& vectors) {
+  if (!vectors) return vectors;
+  STD_TORCH_CHECK(vectors->dim() == 2 && vectors->size(0) == x.size(0) && vectors->size(1) == x.size(2) &&
+                      vectors->scalar_type() == wide_of(x.scalar_type()),
+                  "want gate, scale and shift (B, C) in float32, or in float64 for float64; kernels/adaln.py converts");
+  return vectors->stride(1) == 1 ? vectors : torch::stable::contiguous(*vectors);
+}
+
+template <typename T>
+const T* data(const MaybeTensor& x) {
+  return x ? data<T>(*x) : nullptr;
+}
+
+template <typename T>
+T* mutable_data(const MaybeTensor& x) {
+  return x ? mutable_data<T>(*x) : nullptr;
+}
+
+template <typename W>
+Vectors<W> vectors(const MaybeTensor& x) {
+  return {data<W>(x), x ? x->stride(0) : 0};
+}
+
+using AdalnResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+AdalnResult adaln(const Tensor& x_BLC, const MaybeTensor& branch_BLC, const MaybeTensor& gate_BC,
+                  const Tensor& scale_BC, const Tensor& shift_BC, double eps) {
+  STD_TORCH_CHECK(x_BLC.dim() == 3 && x_BLC.size(2) > 0, "want (B, L, C) with channels");
+  STD_TORCH_CHECK(branch_BLC.has_value() == gate_BC.has_value(), "want branch and gate together");
+  const AdalnSizes sizes = adaln_sizes(x_BLC);
+  const ScalarType dtype = x_BLC.scalar_type(), wide = wide_of(dtype);
+  const Tensor x = torch::stable::contiguous(x_BLC);
+  const MaybeTensor branch = rows_like(x, branch_BLC), gate = vectors_of(x, gate_BC), scale = vectors_of(x, scale_BC),
+                    shift = vectors_of(x, shift_BC);
+  const Tensor sum = branch ? empty_rows(x) : new_empty(x, {0}, dtype), out = empty_rows(x),
+               mean = new_empty(x, {sizes.num_images, sizes.num_tokens}, wide),
+               rstd = new_empty(x, {sizes.num_images, sizes.num_tokens}, wide);
+  with_float(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using W = Wide<T>;
+    adaln_cpu(AdalnForward<T>{data<T>(x), data<T>(branch), vectors<W>(gate), vectors<W>(scale), vectors<W>(shift),
+                              mutable_data<T>(sum), mutable_data<T>(out), mutable_data<W>(mean), mutable_data<W>(rstd),
+                              sizes, eps});
+  });
+  return {sum, out, mean, rstd};
+}
+
+using AdalnGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+AdalnGradients adaln_backward(const MaybeTensor& d_new_BLC, const MaybeTensor& d_out_BLC, const Tensor& new_BLC,
+                              const MaybeTensor& branch_BLC, const MaybeTensor& gate_BC, const Tensor& scale_BC,
+                              const Tensor& mean_BL, const Tensor& rstd_BL) {
+  STD_TORCH_CHECK(new_BLC.dim() == 3 && new_BLC.size(2) > 0, "want (B, L, C) with channels");
+  STD_TORCH_CHECK(d_new_BLC || d_out_BLC, "want a gradient");
+  STD_TORCH_CHECK(branch_BLC.has_value() == gate_BC.has_value(), "want branch and gate together");
+  const AdalnSizes sizes = adaln_sizes(new_BLC);
+  const ScalarType dtype = new_BLC.scalar_type(), wide = wide_of(dtype);
+  const Tensor sum = torch::stable::contiguous(new_BLC), mean = torch::stable::contiguous(mean_BL),
+               rstd = torch::stable::contiguous(rstd_BL);
+  for (const Tensor* x : {&mean, &rstd}) {
+    STD_TORCH_CHECK(x->numel() == sizes.num_images * sizes.num_tokens && x->scalar_type() == wide,
+                    "want mean and 1 / deviation as the forward pass returned them");
+  }
+  const MaybeTensor d_sum = rows_like(sum, d_new_BLC), d_out = rows_like(sum, d_out_BLC),
+                    branch = rows_like(sum, branch_BLC), gate = vectors_of(sum, gate_BC),
+                    scale = vectors_of(sum, scale_BC);
+  const Tensor d_x = empty_rows(sum), d_scale = new_empty(sum, {sizes.num_images, sizes.width}, wide),
+               d_shift = new_empty(sum, {sizes.num_images, sizes.width}, wide);
+  MaybeTensor d_branch, d_gate;
+  if (branch) d_branch = empty_rows(sum), d_gate = new_empty(sum, {sizes.num_images, sizes.width}, wide);
+  with_float(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using W = Wide<T>;
+    adaln_backward_cpu(AdalnBackward<T>{data<T>(d_sum), data<T>(d_out), data<T>(sum), data<T>(branch),
+                                        vectors<W>(gate), vectors<W>(scale), data<W>(mean), data<W>(rstd),
+                                        mutable_data<T>(d_x), mutable_data<T>(d_branch), mutable_data<W>(d_gate),
+                                        mutable_data<W>(d_scale), mutable_data<W>(d_shift), sizes});
+  });
+  const Tensor nothing = new_empty(sum, {0}, dtype), no_vectors = new_empty(sum, {0}, wide);
+  return {d_x, d_branch.value_or(nothing), d_gate.value_or(no_vectors), d_scale, d_shift};
+}
+
 int64_t built_for_cuda() {
 #ifdef VARFAST_CUDA
   return cuda_version();
@@ -272,6 +376,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varfast, m) {
   m.def(
       "group_norm_silu_cpu(Tensor x_BPC, Tensor weight_C, Tensor bias_C, Tensor input_bias_C, int num_groups, "
       "float eps, bool silu) -> Tensor");
+  // The ops of kernels/adaln.py: new stream, normalised form, mean, 1 / deviation; d x, branch, gate, scale, shift.
+  m.def(
+      "adaln_cpp(Tensor x_BLC, Tensor? branch_BLC, Tensor? gate_BC, Tensor scale_BC, Tensor shift_BC, float eps) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "adaln_backward_cpp(Tensor? d_new_BLC, Tensor? d_out_BLC, Tensor new_BLC, Tensor? branch_BLC, Tensor? gate_BC, "
+      "Tensor scale_BC, Tensor mean_BL, Tensor rstd_BL) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The ops of kernels/qkv.py: q, k, v and the inverse norms of q and k; q, with k and v in place; d product.
   m.def("split_heads_cpp(Tensor qkv_BLC3, int num_heads, bool l2_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -290,6 +401,8 @@ STABLE_TORCH_LIBRARY_IMPL(varfast, CPU, m) {
   m.impl("grpo_token_loss", TORCH_BOX(&forward_cpu));
   m.impl("grpo_token_loss_backward", TORCH_BOX(&backward_cpu));
   m.impl("group_norm_silu_cpu", TORCH_BOX(&group_norm_cpu));
+  m.impl("adaln_cpp", TORCH_BOX(&adaln));
+  m.impl("adaln_backward_cpp", TORCH_BOX(&adaln_backward));
   m.impl("split_heads_cpp", TORCH_BOX(&split_heads));
   m.impl("split_heads_into_cpp", TORCH_BOX(&split_heads_into));
   m.impl("split_heads_backward_cpp", TORCH_BOX(&split_heads_backward));

@@ -8,12 +8,14 @@ Axes: B image, L token, C channel.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from varfast.kernels import reference
+from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 
 if TYPE_CHECKING:
@@ -207,12 +209,13 @@ def _outputs(
     new = x_BLC.new_empty(0 if branch_BLC is None else x_BLC.shape)
     normed = scale_BC is not None
     out = x_BLC.new_empty(x_BLC.shape if normed else 0)
-    mean, rstd = (x_BLC.new_empty(x_BLC.shape[:2] if normed else 0, dtype=torch.float32) for _ in range(2))
+    wide = torch.promote_types(x_BLC.dtype, torch.float32)
+    mean, rstd = (x_BLC.new_empty(x_BLC.shape[:2] if normed else 0, dtype=wide) for _ in range(2))
     return new, out, mean, rstd
 
 
 @_adaln.register_fake
-def _(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps):
+def _fake(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps):
     return _outputs(x_BLC, branch_BLC, scale_BC)
 
 
@@ -280,15 +283,15 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     d_x = new_BLC.new_empty(new_BLC.shape)
     d_branch = new_BLC.new_empty(0) if branch_BLC is None else branch_BLC.new_empty(branch_BLC.shape)
+    wide = torch.promote_types(new_BLC.dtype, torch.float32)
     d_gate, d_scale, d_shift = (
-        new_BLC.new_empty(0, dtype=torch.float32) if v is None else v.new_empty(v.shape)
-        for v in (gate_BC, scale_BC, scale_BC)
+        new_BLC.new_empty(0, dtype=wide) if v is None else v.new_empty(v.shape) for v in (gate_BC, scale_BC, scale_BC)
     )
     return d_x, d_branch, d_gate, d_scale, d_shift
 
 
 @_adaln_backward.register_fake
-def _(d_new_BLC, d_out_BLC, new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL):
+def _fake_backward(d_new_BLC, d_out_BLC, new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL):
     return _gradients(new_BLC, branch_BLC, gate_BC, scale_BC)
 
 
@@ -300,7 +303,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_new: Tensor | None, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(op: Any, ctx: Any, d_new: Tensor | None, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL = ctx.saved_tensors
     if branch_BLC is None:
         d_new = None
@@ -308,9 +311,7 @@ def _backward(ctx: Any, d_new: Tensor | None, d_out: Tensor | None, *_: Any) -> 
         d_out = None
     if d_new is None and d_out is None:
         return None, None, None, None, None, None
-    d_x, d_branch, d_gate, d_scale, d_shift = _adaln_backward(
-        d_new, d_out, new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL
-    )
+    d_x, d_branch, d_gate, d_scale, d_shift = op(d_new, d_out, new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL)
     with_branch, with_norm = branch_BLC is not None, scale_BC is not None
     return (
         d_x,
@@ -322,7 +323,18 @@ def _backward(ctx: Any, d_new: Tensor | None, d_out: Tensor | None, *_: Any) -> 
     )
 
 
-_adaln.register_autograd(_backward, setup_context=_setup_context)
+_adaln.register_autograd(functools.partial(_backward, _adaln_backward), setup_context=_setup_context)
+
+# The same in C++, csrc/adaln_cpu.cpp, but always with the norm: the residual alone is 0.9 times as fast as PyTorch's at
+# 960 x 128. In float64 too; gate, scale and shift come in the dtype of the arithmetic.
+if NO_EXTENSION is None:
+    torch.library.register_fake("varfast::adaln_cpp", _fake)
+    torch.library.register_fake("varfast::adaln_backward_cpp", _fake_backward)
+    torch.library.register_autograd(
+        "varfast::adaln_cpp",
+        functools.partial(_backward, torch.ops.varfast.adaln_backward_cpp),
+        setup_context=_setup_context,
+    )
 
 
 def _refuses(x_BLC: Tensor, *_: Any) -> str | None:
@@ -346,9 +358,29 @@ def _residual_norm_triton(
     return new_BLC, out_BLC
 
 
+def _refuses_residual_cpp(x_BLC: Tensor, branch_BLC: Tensor, *_: Any) -> str | None:
+    if branch_BLC.dtype != x_BLC.dtype:
+        return f"stream and branch of one dtype, got {x_BLC.dtype} and {branch_BLC.dtype}"
+    return refused_by_cpp(x_BLC)
+
+
+def _norm_cpp(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float) -> Tensor:
+    scale, shift = (v.to(torch.promote_types(x_BLC.dtype, torch.float32)) for v in (scale_BC, shift_BC))
+    return torch.ops.varfast.adaln_cpp(x_BLC, None, None, scale, shift, eps)[1]
+
+
+def _residual_norm_cpp(
+    x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    vectors = (v.to(torch.promote_types(x_BLC.dtype, torch.float32)) for v in (gate_BC, scale_BC, shift_BC))
+    new_BLC, out_BLC, _, _ = torch.ops.varfast.adaln_cpp(x_BLC, branch_BLC, *vectors, eps)
+    return new_BLC, out_BLC
+
+
 implementations(
     "layer_norm_modulate",
     Implementation("triton", _norm_triton, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("cpp", _norm_cpp, cannot_run_cpp, ("cpu",), refused_by_cpp),
     Implementation("reference", reference.layer_norm_modulate),
 )
 implementations(
@@ -359,6 +391,7 @@ implementations(
 implementations(
     "gated_residual_norm",
     Implementation("triton", _residual_norm_triton, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("cpp", _residual_norm_cpp, cannot_run_cpp, ("cpu",), _refuses_residual_cpp),
     Implementation("reference", reference.gated_residual_norm),
 )
 
@@ -410,7 +443,7 @@ def layer_norm_modulate(
         x_BLC: (B, L, C); statistics in float32 (float64 for float64).
         scale_BC, shift_BC: (B, C).
         eps: added to the variance.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "cpp" or "reference".
     Returns: (B, L, C) in the dtype of x_BLC.
     Raises: ValueError for an impl that is unknown or cannot run.
     """
@@ -447,7 +480,7 @@ def gated_residual_norm(
         x_BLC, branch_BLC: (B, L, C).
         gate_BC, scale_BC, shift_BC: (B, C).
         eps: added to the variance.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "cpp" or "reference".
     Returns: the new residual stream and its normalised, modulated form, (B, L, C) each.
     Raises: ValueError for an impl that is unknown or cannot run.
     """

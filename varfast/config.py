@@ -468,9 +468,9 @@ class KernelsConfig(_Section):
     split_heads_to_cache: str = Field("auto", description="auto, triton, cpp or reference")
     block_causal_attention: str = Field("auto", description="auto, triton, flex, flash_attn, sdpa or reference")
     cached_attention: str = Field("auto", description="auto, triton, flash_attn or reference")
-    layer_norm_modulate: str = Field("auto", description="auto, triton or reference")
+    layer_norm_modulate: str = Field("auto", description="auto, triton, cpp or reference")
     gated_residual: str = Field("auto", description="auto, triton or reference")
-    gated_residual_norm: str = Field("auto", description="auto, triton or reference")
+    gated_residual_norm: str = Field("auto", description="auto, triton, cpp or reference")
     group_norm_silu: str = Field("auto", description="auto, triton, cpp or reference")
     grpo_token_loss: str = Field("auto", description="auto, cuda, cpp or reference")
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from varfast.kernels import choices
-from varfast.kernels.extension import why_no_op
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -33,17 +32,11 @@ def availability(device, op="grpo_token_loss"):
 
 
 @needs_cxx
-@pytest.mark.parametrize("op", ["grpo_token_loss", "group_norm_silu"])
-def test_extension_is_built_where_there_is_a_compiler(op):
-    found = availability("cpu", op)
-    assert "cpp" in found.available, f"{found.why}; {HOW}"
-    assert found.impl == "cpp"
-
-
-@needs_cxx
-def test_an_op_that_the_extension_does_not_have_yet_says_so():
-    assert why_no_op("group_norm_silu_cpu") is None
-    assert "built before it had an_op_of_tomorrow; `pip install" in why_no_op("an_op_of_tomorrow")
+def test_extension_is_built_where_there_is_a_compiler():
+    assert "cpp" in availability("cpu").available, f"{availability('cpu').why}; {HOW}"
+    picked = {choice.op for choice in choices(torch.device("cpu")) if choice.impl == "cpp"}
+    split, adaln = {"split_heads", "split_heads_to_cache"}, {"layer_norm_modulate", "gated_residual_norm"}
+    assert picked == {"grpo_token_loss", "group_norm_silu"} | split | adaln
 
 
 @needs_nvcc
