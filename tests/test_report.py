@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import varfast.evaluate
 from varfast import InputError
 from varfast.log import RunLog, save_png
 from varfast.report import HEALTHY, charts, curve, load_run, main, page, ticks
@@ -386,3 +387,20 @@ def test_page_in_a_browser(make_run, tmp_path, width):
         ["0"],
         False,
     ]
+
+
+def test_page_shows_what_evaluate_measured(make_config, tmp_path):
+    config = make_config(log__tensorboard=False)
+    train(config)
+    folder = Path(config.run.dir)
+    arguments = [f"checkpoint={folder}", "samples_per_label=4", "cfg=0", "top_k=0", "top_p=0", "device=cpu"]
+    assert varfast.evaluate.main(arguments) == 0
+    measured = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    shown = page([load_run(folder, "run")])
+    assert "varfast.evaluate" in shown
+    row = measured["rows"][0]
+    for side in ("reference", "checkpoint", "difference"):
+        assert f"{row[side]['value']:.4g} [{row[side]['low']:.4g}, {row[side]['high']:.4g}]" in shown
+    (folder / "evaluation" / "evaluation.json").write_text('{"rows": [{"name": "<b>x</b>"}]}')
+    broken = page([load_run(folder, "run")])
+    assert "evaluation left out, it cannot be read (KeyError)" in broken

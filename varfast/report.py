@@ -497,10 +497,41 @@ def _evaluation(runs: Sequence[Run]) -> str:
         rows = [(name, [summary.get(f"{time}.{name}") for summary in summaries for time in when]) for name in names]
         title = "<h3>summary.json: fresh samples of each label, the same random numbers before and after</h3>"
         parts.append(title + _table(columns, rows))
-    evaluations = [run.note("evaluation.json") for run in runs]
-    if any(evaluations):
-        parts.append(f"<h3>evaluation.json</h3>{_notes_table(runs, evaluations)}")
+    parts += [_measured(run) for run in runs]
     return "".join(parts) or "<p>No summary.json yet: it is written when a run is complete.</p>"
+
+
+def _measured(run: Run) -> str:
+    """The table and the pictures of `python -m varfast.evaluate`, whose folder lies in the run's; empty without one."""
+    folder = run.path / "evaluation"
+    try:
+        found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        rows = [
+            (row["name"] if row["labels"] == "all" else f"{row['name']}, {row['labels']} labels", row)
+            for row in found["rows"]
+        ]
+        sides = [side for side in ("reference", "checkpoint", "difference") if any(row[side] for _, row in rows)]
+        table = _table(sides, [(name, [_estimate(row[side]) for side in sides]) for name, row in rows])
+        about = f"{found['images']} images a model, of {found['labels']} labels. Intervals: {found['intervals']}."
+        with Image.open(folder / "pictures.png") as picture:
+            uri = _data_uri(picture.convert("RGB"), (folder / "pictures.png").read_bytes())
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"<p>{_text(run.name)}: evaluation left out, it cannot be read ({_text(type(error).__name__)}).</p>"
+    columns = " | ".join(dict.fromkeys(column["of"] for column in found["pictures"]["columns"]))
+    caption = f"<figcaption>A row a label; of each seed {_text(columns)}.</figcaption>"
+    return (
+        f"<h3>{_text(run.name)}: varfast.evaluate</h3>{table}<p>{_text(about)}</p>"
+        f'<figure><img src="{uri}" alt="">{caption}</figure>'
+    )
+
+
+def _estimate(found: dict[str, float | None] | None) -> str:
+    if found is None or found["value"] is None:
+        return ""
+    value, low, high = found["value"], found["low"], found["high"]
+    return f"{value:.4g}" if low is None or high is None else f"{value:.4g} [{low:.4g}, {high:.4g}]"
 
 
 def page(runs: Sequence[Run]) -> str:
