@@ -471,7 +471,8 @@ def test_command_needs_no_network_and_no_weights(name, capsys, monkeypatch):
 
 
 def test_command_prints_the_numbers_it_counted(capsys):
-    roofline.main([str(ROOT / "configs" / "d16_brightness.yaml")])
+    sizes = ["rollout.micro_batch=64", "update.micro_batch=16"]
+    roofline.main([str(ROOT / "configs" / "d16_brightness.yaml"), *sizes])
     text = capsys.readouterr().out
     row = next(line for line in text.splitlines() if line.startswith("decode")).split()
     assert row[1:3] == ["393.8", "201.6"]
