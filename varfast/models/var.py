@@ -59,7 +59,7 @@ class Head(nn.Linear):
     """Logits in float32 from activations of any dtype: operands in that dtype, sums in float32.
 
     bf16 logits would put a floor of 1e-4 under k3. bf16 operands add 2 % to the error that the log-probabilities of a
-    bf16 transformer of 16 blocks have in any case, 7 % after 4 blocks (tests/models/test_var.py).
+    bf16 transformer of 16 blocks have in any case, 7 to 9 % after 4 blocks (tests/models/test_var.py).
     """
 
     def forward(self, input: Tensor) -> Tensor:
