@@ -148,10 +148,6 @@ def test_two_processes_train_as_one(make_config, on_two, case, way):
     config = on_two["done"][case, way]
     lr = config.update.lr
     assert_equal_runs(folder / case, config.run.dir, lr * (10 if case == "bfloat16" else 1))
-    moved = (weights(folder / case) - weights(config.run.dir)).abs()
-    assert moved.isfinite().all()
-    first = torch.load(Path(config.run.dir) / "checkpoint.pt", weights_only=True)
-    assert {v.shape for s in first["optimizer"]["state"].values() for v in s.values()} > {torch.Size()}
 
 
 @pytest.mark.slow
@@ -204,17 +200,17 @@ def test_an_error_in_one_process_ends_all_of_them_soon(make_config, tmp_path):
         return make_config(run__dir=str(tmp_path / function), run__steps=9, eval__samples_per_label=0,
                            reward={"mine": {"type": "function", "function": f"failing:{function}"}})  # fmt: skip
 
-    begin_s = time.monotonic()
-    (code,), (out,) = ends([torchrun(config("reward"), tmp_path, PYTHONPATH=paths)], 100)
-    assert code not in (0, None), out
-    assert "KILLED" not in out
-    assert "what I look for" in out
-    assert "holds step 2; the same command goes on" in out
-    assert "the reward failed in another process" in out
-    (code,), (out,) = ends([torchrun(config("crash"), tmp_path, PYTHONPATH=paths)], 100)
-    assert code not in (0, None), out
-    assert "KILLED" not in out
-    assert time.monotonic() - begin_s < 100
+    path = tmp_path / "reward.yaml"
+    path.write_text(dump_config(config("reward")))
+    codes, outputs = ends(processes(2, "-m", "varfast.train", str(path), PYTHONPATH=paths))
+    assert codes == [2, 1]
+    assert "what I look for" in outputs[1]
+    assert "holds step 2; the same command goes on" in outputs[1]
+    assert outputs[0].endswith("error: the reward failed in another process, which says why\n")
+    assert metrics(tmp_path / "reward")[-1]["step"] == 2
+    (code,), (out,) = ends([torchrun(config("crash"), tmp_path, PYTHONPATH=paths)], timeout_s=60)
+    assert code == 1, out  # not killed here
+    assert "exitcode  : 7" in out
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])

@@ -28,7 +28,8 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.empty_cache()  # the graph's own memory pool cannot take what the first call left in the common one
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # thread_local: NCCL's watchdog asks for its events from a thread of its own, also while this one captures.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._outputs = function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
