@@ -11,6 +11,7 @@ ORDER = [
     "types",
     "stages",
     "graphs",
+    "distributed",
     "command",
     "config",
     "randomness",

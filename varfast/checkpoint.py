@@ -24,6 +24,8 @@ _FORMAT = 1
 _FREE_TO_CHANGE = (
     "run.dir",
     "run.steps",
+    "run.parallel",
+    "run.timeout_s",
     "log",
     "eval",
     "kernels",

@@ -436,6 +436,17 @@ class RunConfig(_Section):
     fast: bool = Field(
         True, description="false: sample eagerly, decode plainly: what the fast path is compared with; see also kernels"
     )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="under torchrun: ddp, every process holds everything; fsdp: weights in training, gradients and "
+        "moments are spread over processes; auto: ddp",
+    )
+    timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        description="under torchrun: a process waits so long for the others, which wait while the first "
+        "one pre-trains, evaluates or writes a checkpoint",
+    )
 
 
 class LogConfig(_Section):
@@ -498,6 +509,8 @@ class Config(_Section):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         _check_divides("update.minibatch", self.update.minibatch, self.rollout.images, "images a step")
+        if self.run.parallel == "fsdp" and self.update.optimizer == "apex":
+            raise ValueError("update.optimizer=apex does not take sharded weights; use adamw, or run.parallel=ddp")
         num_classes = self.policy.sizes.num_classes
         if self.rollout.labels != "all":
             check_labels("rollout.labels", self.rollout.labels, num_classes)

@@ -28,7 +28,7 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.empty_cache()  # the graph's own memory pool cannot take what the first call left in the common one
         self._graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread, which saves a checkpoint say, may use the device meanwhile.
+        # thread_local: other threads use the device meanwhile, NCCL's watchdog and one that saves a checkpoint.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._outputs = function(*self._inputs)
 

@@ -174,9 +174,9 @@ class StageLimits:
     device was measured to reach when the run began.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        """config: with the micro-batches and the checkpointing in use."""
-        self._images = config.rollout.images
+    def __init__(self, config: Config, device: torch.device, images: int) -> None:
+        """config: of this process' share, with micro-batches and checkpointing in use; images: of all processes."""
+        self._images = images
         counts = stage_counts(config)
         ceilings = measure_here(device, getattr(torch, config.run.dtype))
         self._limit_ms = {name: speed_of_light_s(count, ceilings) * 1e3 for name, count in counts.items()}

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from varfast import kernels
 from varfast.config import VARConfig, VQVAEConfig, check_labels, check_micro_batch
+from varfast.distributed import World, replicate, shard
 from varfast.models import VAR, VQVAE
 from varfast.models.decoder import FastDecoder
 from varfast.models.var import Checkpointing
@@ -69,6 +73,8 @@ class Policy:
         self._fast = fast
         self._sampler = Sampler(self.var, self.vqvae, fast)
         self._decoder: FastDecoder | None = None
+        self._replica: DistributedDataParallel | None = None
+        self._gathered: VAR | None = None
 
     @property
     def num_classes(self) -> int:
@@ -82,7 +88,36 @@ class Policy:
         twin = copy.copy(self)
         twin.var = self.var.compute_twin(shared=False)
         twin._sampler = Sampler(twin.var, self.vqvae, self._fast)
+        twin._replica = twin._gathered = None
         return twin
+
+    def distribute(self, world: World, parallel: Literal["auto", "ddp", "fsdp"]) -> None:
+        """Train with the other processes, all of which hold the same weights now. Once, before an optimizer is made.
+
+        ddp, auto: all processes keep all weights and average gradients. fsdp: they spread the weights in training, and
+        each samples from a copy in the compute dtype, which `gather` brings up to date.
+        """
+        if world.size == 1:
+            return
+        if parallel == "fsdp":
+            self._gathered = self.var.compute_twin(shared=False)
+            self._sampler = Sampler(self._gathered, self.vqvae, self._fast)
+            shard(self.var, self.var.large_modules(), world, self.device, self.var.compute_dtype)
+        else:
+            self._replica = replicate(self.var)
+
+    def gather(self) -> None:
+        """Bring the copy that is sampled from up to date with sharded weights: of all processes, when weights moved."""
+        if self._gathered is not None:
+            self._gathered.refresh(self.var)
+
+    def backward(self, reduce: bool) -> AbstractContextManager[object]:
+        """Around forward and backward of a micro-batch. reduce: the last one of an optimizer step.
+
+        Replicas average their gradients in that one alone. Sharded ones do in each: whole gradients would cost what
+        sharding saves.
+        """
+        return nullcontext() if reduce or self._replica is None else self._replica.no_sync()
 
     def sample(
         self,
@@ -206,7 +241,7 @@ class Policy:
         tokens_BL = self._tokens(tokens_BL)
         if var_input_BLC is None:
             var_input_BLC = self.teacher_input(tokens_BL)
-        logits_BLV = self.var(labels_B, var_input_BLC, checkpointing=checkpointing)
+        logits_BLV = (self._replica or self.var)(labels_B, var_input_BLC, checkpointing=checkpointing)
         logp_BL, _ = kernels.selective_log_softmax(logits_BLV, tokens_BL, temperature, consume_logits=True)
         return logp_BL
 

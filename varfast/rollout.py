@@ -85,7 +85,7 @@ class Sampler:
             yield self._run(var, part_B, key, settings)
 
     def _up_to_date(self) -> VAR:
-        if not self._fast or self._original.compute_dtype == torch.float32:
+        if not self._fast or self._original.stored_in_compute_dtype:
             return self._original
         if self._twin is None:
             self._twin = self._original.compute_twin(shared=True)

@@ -397,11 +397,11 @@ _ENOUGH_IMAGES = 8
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device; one process, nothing sharded.
+    """Bytes on one device.
 
     Attributes:
         weights: of the transformer, float32.
-        compute_copy: its blocks' matrices in 16 bits; 0 in float32.
+        compute_copy: its blocks' matrices in 16 bits; 0 in float32. Where weights are sharded, all of it as it samples.
         gradients, moments: float32; Adam has two moments.
         reference: the base model of the KL term, matrices in run.dtype; 0 with kl_beta = 0.
         vqvae, reward: their weights, float32.
@@ -447,8 +447,10 @@ class Memory:
         return self.peak - self.states <= _USABLE * (device_bytes - self.states)
 
 
-def memory(config: Config) -> Memory:
+def memory(config: Config, shards: int = 1) -> Memory:
     """What a step needs with the config's micro-batches and checkpointing.
+
+    shards: processes that weights, gradients and moments are spread over; 1: each holds them all.
 
     rollout.micro_batch null counts as all images, update.micro_batch null as a minibatch, update.checkpointing auto as
     none: what `planned` fills in for a device is what counts there.
@@ -457,11 +459,14 @@ def memory(config: Config) -> Memory:
     parameters, matrices = num_parameters(sizes), num_matrix_parameters(sizes)
     sampled = config.rollout.micro_batch or images
     trained = config.update.micro_batch or config.update.minibatch
+    copy = _ITEM[dtype] * matrices if dtype != "float32" else 0
+    if shards > 1:
+        copy = round(_weight_bytes(sizes, dtype))
     return Memory(
-        weights=_FLOAT32 * parameters,
-        compute_copy=_ITEM[dtype] * matrices if dtype != "float32" else 0,
-        gradients=_FLOAT32 * parameters,
-        moments=2 * _FLOAT32 * parameters,
+        weights=_FLOAT32 * parameters // shards,
+        compute_copy=copy,
+        gradients=_FLOAT32 * parameters // shards,
+        moments=2 * _FLOAT32 * parameters // shards,
         reference=round(_weight_bytes(sizes, dtype)) if config.grpo.kl_beta > 0.0 else 0,
         vqvae=_FLOAT32 * num_vqvae_parameters(config.policy.vqvae),
         reward=_FLOAT32 * sum(network.parameters for network in _reward_networks(config)),
@@ -470,7 +475,7 @@ def memory(config: Config) -> Memory:
         rollout_activations=sampled * rollout_activation_bytes(config),
         decode=sampled * decode_activation_bytes(config),
         update=trained * update_activation_bytes(config, _checkpointing(config)),
-        optimizer=_FLOAT32 * parameters,
+        optimizer=_FLOAT32 * parameters // shards,
     )
 
 
@@ -582,9 +587,27 @@ def _largest_divisor(total: int, limit: float) -> int:
     return max((d for d in range(1, total + 1) if total % d == 0 and d <= limit), default=1)
 
 
-def planned(config: Config, device_bytes: int | None) -> Config:
-    """The config with both micro-batches and update.checkpointing filled in for a device; None: memory is no limit."""
-    free = math.inf if device_bytes is None else device_bytes - memory(config).states
+def share(config: Config, images: int, minibatch: int) -> Config:
+    """What one of several processes does of a step, as a config: for plans and limits, not to be run.
+
+    Args:
+        images: of the step, its part of rollout.images.
+        minibatch: the part of update.minibatch of the process that has the most.
+    """
+    sampled, trained = config.rollout.micro_batch, config.update.micro_batch
+    sampled = sampled and _largest_divisor(images, sampled)
+    of_rollout = {"labels_per_step": images, "group_size": 1, "micro_batch": sampled}
+    of_update = {"minibatch": minibatch, "micro_batch": trained and min(trained, minibatch)}
+    rollout, update = config.rollout.model_copy(update=of_rollout), config.update.model_copy(update=of_update)
+    return config.model_copy(update={"rollout": rollout, "update": update})
+
+
+def planned(config: Config, device_bytes: int | None, shards: int = 1) -> Config:
+    """The config with both micro-batches and update.checkpointing filled in for a device; None: memory is no limit.
+
+    shards: as in `memory`.
+    """
+    free = math.inf if device_bytes is None else device_bytes - memory(config, shards).states
     micro_batch, checkpointing = update_plan(config, free)
     rollout = config.rollout.model_copy(update={"micro_batch": rollout_micro_batch(config, free)})
     update = config.update.model_copy(update={"micro_batch": micro_batch, "checkpointing": checkpointing})

@@ -15,8 +15,8 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, replace
 
 import torch
 
@@ -25,6 +25,7 @@ from varfast.before_after import evaluate
 from varfast.checkpoint import RunFolder, TrainState, save_tensors, save_text
 from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
+from varfast.distributed import World, gathered, joined, load_optimizer, local_device, processes_here
 from varfast.grpo import combined_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
 from varfast.log import RunLog, StageLimits, environment, import_wandb, profiled, table
@@ -33,7 +34,7 @@ from varfast.policy import Policy, load_policy, pick_device
 from varfast.pretrain import pretrained
 from varfast.randomness import GRID_STEP
 from varfast.rewards import WeightedSum
-from varfast.roofline import available_bytes, planned, with_dtype
+from varfast.roofline import available_bytes, planned, share, with_dtype
 from varfast.stages import StageClock, stage
 from varfast.types import InputError, Rewards, Rollout, ScoredRollout, StepStats
 from varfast.update import Updater
@@ -49,7 +50,14 @@ def train(config: Config, profile: bool = False) -> int:
     Returns: 0 when the run is complete, 130 or 143 when a signal ended it after a checkpoint.
     Raises: InputError for anything in the config, the files or the reward that cannot be used.
     """
-    device = pick_device(config.run.device)
+    device = pick_device(local_device(config.run.device))
+    with joined(device, config.run.timeout_s) as world:
+        return _train(config, device, world, profile)
+
+
+def _train(config: Config, device: torch.device, world: World, profile: bool) -> int:
+    if world.size > config.rollout.images:
+        raise InputError(f"{world.size} processes for {config.rollout.images} images a step; start fewer")
     config = with_dtype(config, device)
     try:
         kernels.configure(config.kernels.model_dump(), device)
@@ -57,56 +65,84 @@ def train(config: Config, profile: bool = False) -> int:
         raise InputError(f"kernels: {error}") from error
     if config.log.wandb:
         import_wandb()  # what cannot start is said before models are loaded
-    fitted = planned(config, available_bytes(device))
+    mine = world.share(config.rollout.images)  # the images of a step that this process samples and scores
+    fitted = _fitted(config, device, world, mine.stop - mine.start)
     folder = RunFolder(config.run.dir)
-    state = folder.prepare(config)
-    reward = WeightedSum(config.reward, device, config.policy.sizes.num_classes)
-    policy = load_base(config, folder, resume=state is not None)
+    with world.leader_first():  # it writes the folder, pre-trains and downloads
+        state = None
+        if world.leads:
+            state = folder.prepare(config)
+        elif folder.checkpoint.exists():
+            state = folder.load_state()
+        reward = WeightedSum(config.reward, device, config.policy.sizes.num_classes)
+        on_device = config.run.model_copy(update={"device": str(device)})
+        policy = load_base(config.model_copy(update={"run": on_device}), folder, state is not None or not world.leads)
     reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
-    updater = Updater(policy, reference, config.grpo, fitted.update, config.run.steps, config.run.seed)
+    if state is not None:
+        policy.var.load_state_dict(state.var)
+    policy.distribute(world, config.run.parallel)
+    fits = {name: getattr(fitted.update, name) for name in ("micro_batch", "checkpointing")}
+    update = config.update.model_copy(update=fits)
+    updater = Updater(policy, reference, config.grpo, update, config.run.steps, config.run.seed, world)
     labels = label_pool(config.rollout, policy.num_classes, config.run.seed)
     if state is None:
-        save_text(folder.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        state = TrainState(0, {}, {}, _evaluate(policy, reward, labels, fitted))
+        before: dict[str, float] = {}
+        if world.leads:
+            facts = environment() | {"processes": world.size}
+            save_text(folder.path / "environment.json", json.dumps(facts, indent=2) + "\n")
+            before = _evaluate(policy, reward, labels, fitted)
+        start = 0
     else:
-        policy.var.load_state_dict(state.var)
-        updater.optimizer.load_state_dict(state.optimizer)
-    start, before = state.step, state.before
+        load_optimizer(updater.optimizer, state.optimizer)
+        start, before = state.step, state.before
 
     def save(steps_done: int) -> None:
-        folder.save_state(TrainState(steps_done, policy.var.state_dict(), updater.optimizer.state_dict(), before))
+        var, optimizer = gathered(policy.var.state_dict(), world), gathered(updater.optimizer.state_dict(), world)
+        if world.leads:
+            folder.save_state(TrainState(steps_done, var, optimizer, before))
 
     sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
-    limits = StageLimits(fitted, device)
+    limits = StageLimits(fitted, device, config.rollout.images) if world.leads else None
     with (
-        RunLog(folder.path, start, config.run.steps, config.log.tensorboard, config) as log,
+        _log(world, folder, start, config) as log,
         StageClock(device) as clock,
         _catch_signals() as received,
     ):
-        if start:
+        if log and start:
             log.say(f"going on after step {start} of {config.run.steps} in {folder.path}")
-        else:
+        elif log:
             _save_grid(log, 0, policy, labels, config)
         for step in range(start, config.run.steps):
-            steady = step == min(start + 2, config.run.steps - 1)
-            with profiled(folder.path / "profile", device) if profile and steady else nullcontext():
+            steady = profile and world.leads and step == min(start + 2, config.run.steps - 1)
+            with profiled(folder.path / "profile", device) if steady else nullcontext():
                 clock.read()
                 begin_s = time.perf_counter()
                 # A step: draw labels, sample a group of images for each, ...
-                labels_B = draw_labels(labels, sampling.labels_per_step, seed, step).repeat_interleave(group_size)
-                rollout, images = policy.sample_images(
-                    labels_B, sampling.temperature, seed=seed, step=step, micro_batch=sampling.micro_batch
+                labels_B = draw_labels(labels, config.rollout.labels_per_step, seed, step)
+                labels_b = labels_B.repeat_interleave(group_size)[mine]
+                drawn, images = policy.sample_images(
+                    labels_b,
+                    sampling.temperature,
+                    seed=seed,
+                    step=step,
+                    first_sample=mine.start,
+                    micro_batch=sampling.micro_batch,
                 )
                 # ... score them against one another, ...
                 try:
                     with stage("reward"):
-                        rewards = reward(images, rollout.labels_B)
+                        scores = reward(images, drawn.labels_B)
                 except Exception as error:
+                    world.any(True)
                     save(step)
                     error.add_note(
                         f"  nothing is lost: {folder.path} holds step {step}; the same command goes on from there"
                     )
                     raise
+                if world.any(False):
+                    save(step)
+                    raise InputError("the reward failed in another process, which says why")
+                rollout, rewards = _gather(world, drawn, scores, config.rollout.images)
                 advantages_B = combined_advantages(
                     rewards, reward.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
                 )
@@ -116,23 +152,59 @@ def train(config: Config, profile: bool = False) -> int:
                 step_s = time.perf_counter() - begin_s
 
             done = step + 1
-            metrics = _metrics(rollout, rewards, advantages_B, group_size, stats)
-            log.step(done, metrics | limits.metrics(stages_ms, step_s))
-            if done % config.log.grid_every == 0 or done == config.run.steps:
-                _save_grid(log, done, policy, labels, config)
-                log.samples(done, images, rollout.labels_B, rewards)
-            if done % config.log.checkpoint_every == 0 or done == config.run.steps or received:
+            if log and limits:
+                metrics = _metrics(rollout, rewards, advantages_B, group_size, stats)
+                log.step(done, metrics | limits.metrics(stages_ms, step_s))
+                if done % config.log.grid_every == 0 or done == config.run.steps:
+                    _save_grid(log, done, policy, labels, config)
+                    log.samples(done, images, drawn.labels_B, scores)
+            stopped = int(world.largest(max(received, default=0)))  # one process is told to stop: all of them do
+            if done % config.log.checkpoint_every == 0 or done == config.run.steps or stopped:
                 save(done)
-            if received and done < config.run.steps:
-                log.say(f"stopped; {folder.path} holds step {done} of {config.run.steps}. The same command goes on.")
-                return _INTERRUPTED[received[0]]
+            if stopped and done < config.run.steps:
+                if log:
+                    log.say(
+                        f"stopped; {folder.path} holds step {done} of {config.run.steps}. The same command goes on."
+                    )
+                return _INTERRUPTED[signal.Signals(stopped)]
 
-    save_tensors(folder.weights, policy.var.state_dict())
-    after = _evaluate(policy, reward, labels, fitted)
-    save_text(folder.path / "summary.json", json.dumps({"before": before, "after": after}, indent=2) + "\n")
-    print(f"\n{table(before, after)}\n" if after else "")
-    print(f"run complete: {config.run.steps} steps. Weights {folder.weights}, curves and grids in {folder.path}")
+    weights = gathered(policy.var.state_dict(), world)
+    if world.leads:
+        save_tensors(folder.weights, weights)
+        after = _evaluate(policy, reward, labels, fitted)
+        save_text(folder.path / "summary.json", json.dumps({"before": before, "after": after}, indent=2) + "\n")
+        print(f"\n{table(before, after)}\n" if after else "")
+        print(f"run complete: {config.run.steps} steps. Weights {folder.weights}, curves and grids in {folder.path}")
+    world.wait()
     return 0
+
+
+def _fitted(config: Config, device: torch.device, world: World, images: int) -> Config:
+    """The config of what this process does of a step, with micro-batches and checkpointing that fit every process."""
+    free_bytes = available_bytes(device) // (processes_here() if device.type == "cpu" else 1)
+    if world.size > 1:
+        config = share(config, images, -(-config.update.minibatch // world.size))
+    shards = world.size if config.run.parallel == "fsdp" else 1
+    return planned(config, -int(world.largest(-free_bytes)), shards)
+
+
+def _log(world: World, folder: RunFolder, start: int, config: Config) -> AbstractContextManager[RunLog | None]:
+    if not world.leads:
+        return nullcontext()
+    return RunLog(folder.path, start, config.run.steps, config.log.tensorboard, config)
+
+
+def _gather(world: World, rollout: Rollout, rewards: Rewards, images: int) -> tuple[Rollout, Rewards]:
+    """What all processes have drawn and scored of a step's images."""
+    of_all = replace(
+        rollout,
+        labels_B=world.gather(rollout.labels_B, images),
+        tokens_BL=world.gather(rollout.tokens_BL, images),
+        logp_BL=world.gather(rollout.logp_BL, images),
+        entropy_BL=world.gather(rollout.entropy_BL, images),
+    )
+    components = {name: world.gather(score_B, images) for name, score_B in rewards.components.items()}
+    return of_all, Rewards(world.gather(rewards.total_B, images), components)
 
 
 def load_base(config: Config, folder: RunFolder, resume: bool) -> Policy:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from varfast import kernels
 from varfast.config import GRPOConfig, UpdateConfig
+from varfast.distributed import ALONE, World, whole
 from varfast.models.var import Checkpointing
 from varfast.policy import Policy
 from varfast.randomness import Purpose, keyed_generator
@@ -48,6 +49,8 @@ class Updater:
         grpo, update: settings; of `update`, micro_batch and checkpointing as they are to be used.
         total_steps: of the run, for the schedule.
         seed: of the run, for the order of the images.
+        world: the processes that share the work. Each gets the whole scored rollout and takes its part of every
+            minibatch; gradients, and so weights and statistics, are those of one process, up to the order of sums.
     """
 
     def __init__(
@@ -58,9 +61,10 @@ class Updater:
         update: UpdateConfig,
         total_steps: int,
         seed: int,
+        world: World = ALONE,
     ) -> None:
         assert (reference is None) == (grpo.kl_beta == 0.0)
-        self.policy, self.reference = policy, reference
+        self.policy, self.reference, self.world = policy, reference, world
         self.grpo, self.config, self.total_steps, self.seed = grpo, update, total_steps, seed
         self._checkpointing: Checkpointing = "none" if update.checkpointing == "auto" else update.checkpointing
         self._parameters = list(policy.var.parameters())
@@ -84,7 +88,7 @@ class Updater:
         lr = learning_rate(self.config, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        logp_ref_BL = None if self.reference is None else torch.empty_like(scored.rollout.logp_BL)
+        logp_ref_BL = None if self.reference is None else torch.zeros_like(scored.rollout.logp_BL)
         with_signal_B = None if self.reference is not None else (scored.advantages_B != 0).cpu()
         measured, norms, skipped = [], [], []
         for epoch in range(self.config.epochs):
@@ -98,10 +102,15 @@ class Updater:
                     measured.append(torch.where(not_finite, math.nan, stats))
                 norms.append(norm)
                 skipped.append(not_finite)
+            if logp_ref_BL is not None and epoch == 0 and self.config.epochs > 1:
+                self.world.sum(logp_ref_BL)  # other epochs split the images another way
+        self.policy.gather()
         if not measured:  # no image had a gradient
-            measured.append(torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0], device=self.policy.device))
-        means = torch.stack(measured).nanmean(dim=0)
-        gap = measured[0][4:]  # before the first optimizer step the policy is still the one that was sampled
+            measured_N6 = torch.tensor([[0.0, 0.0, 0.0, 1.0, 0.0, 0.0]], device=self.policy.device)
+        else:
+            measured_N6 = self._of_all_processes(torch.stack(measured))
+        means = measured_N6.nanmean(dim=0)
+        gap = measured_N6[0, 4:]  # before the first optimizer step the policy is still the one that was sampled
         norm = torch.stack(norms).nanmean()
         loss, kl, clip, ratio, gap_mean, gap_max, grad_norm = torch.cat([means[:4], gap, norm.unsqueeze(0)]).tolist()
         flags = torch.stack(skipped).tolist()
@@ -111,43 +120,65 @@ class Updater:
     def _gradient(
         self, scored: ScoredRollout, rows: Tensor, minibatch: int, logp_ref_BL: Tensor | None, first_epoch: bool
     ) -> Tensor:
-        """Set the gradient of a minibatch, of whose images `rows` have one; (6,) loss and GRPO_STATS if any do."""
+        """Set the gradient of a minibatch, of whose images `rows` have one.
+
+        Returns: (6,) this process' part of loss and GRPO_STATS, if any have one.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        measured = []
-        for part in rows.split(self.config.micro_batch or minibatch) if len(rows) else ():
-            rollout = scored.rollout.rows(part)
-            inputs = (rollout.labels_B, rollout.tokens_BL, rollout.temperature)
-            var_input_BLC = self.policy.teacher_input(rollout.tokens_BL)
-            if self.reference is not None and logp_ref_BL is not None and first_epoch:
-                with stage("reference"), torch.no_grad():
-                    logp_ref_BL[part] = self.reference.token_logp(*inputs, var_input_BLC=var_input_BLC)
-            with stage("update"):
-                logp_BL = self.policy.token_logp(
-                    *inputs, var_input_BLC=var_input_BLC, checkpointing=self._checkpointing
-                )
-                loss, stats = kernels.grpo_token_loss(
-                    logp_BL,
-                    rollout.logp_BL,
-                    None if logp_ref_BL is None else logp_ref_BL[part],
-                    scored.advantages_B[part],
-                    clip_eps=self.grpo.clip_eps,
-                    kl_beta=self.grpo.kl_beta,
-                )
-                loss = loss * (len(part) / minibatch)
-                loss.backward()
-                share = len(part) / len(rows)
-                measured.append(torch.cat([loss.detach().unsqueeze(0), stats[:-1] * share, stats[-1:]]))
-        if not measured:  # the gradient is 0, and Adam's moments still move the weights
+        if not len(rows):  # the gradient is 0, and Adam's moments still move the weights
             for parameter in self._parameters:
                 parameter.grad = torch.zeros_like(parameter)
             return torch.empty(0)
+        size = self.config.micro_batch or minibatch
+        own = rows[self.world.rank :: self.world.size]
+        parts = own.split(size) if len(own) else ()
+        measured = [torch.zeros(1 + len(kernels.GRPO_STATS), device=rows.device)]
+        # As many passes in every process as in process 0, which has the most images: each pass may be a collective.
+        passes = -(-len(rows[:: self.world.size]) // size)
+        for index in range(passes):
+            with self.policy.backward(reduce=index == passes - 1):
+                if index < len(parts):
+                    stats = self._backward(scored, parts[index], minibatch, logp_ref_BL, first_epoch)
+                    share = len(parts[index]) / len(rows)
+                    measured.append(torch.cat([stats[:1], stats[1:-1] * share, stats[-1:]]))
+                else:  # no image left: a gradient of 0
+                    image = scored.rollout.rows(rows[:1])
+                    (0.0 * self.policy.token_logp(image.labels_B, image.tokens_BL, image.temperature).sum()).backward()
         of_parts = torch.stack(measured)
         return torch.cat([of_parts[:, :-1].sum(dim=0), of_parts[:, -1:].amax(dim=0)])
+
+    def _backward(
+        self, scored: ScoredRollout, rows: Tensor, minibatch: int, logp_ref_BL: Tensor | None, first_epoch: bool
+    ) -> Tensor:
+        """Add the gradient of a micro-batch; (6,) its part of the minibatch's loss, and GRPO_STATS of its images."""
+        rollout = scored.rollout.rows(rows)
+        inputs = (rollout.labels_B, rollout.tokens_BL, rollout.temperature)
+        var_input_BLC = self.policy.teacher_input(rollout.tokens_BL)
+        if self.reference is not None and logp_ref_BL is not None and first_epoch:
+            with stage("reference"), torch.no_grad():
+                logp_ref_BL[rows] = self.reference.token_logp(*inputs, var_input_BLC=var_input_BLC)
+        with stage("update"):
+            logp_BL = self.policy.token_logp(*inputs, var_input_BLC=var_input_BLC, checkpointing=self._checkpointing)
+            loss, stats = kernels.grpo_token_loss(
+                logp_BL,
+                rollout.logp_BL,
+                None if logp_ref_BL is None else logp_ref_BL[rows],
+                scored.advantages_B[rows],
+                clip_eps=self.grpo.clip_eps,
+                kl_beta=self.grpo.kl_beta,
+            )
+            loss = loss * (len(rows) / minibatch)
+            (loss * self.world.size).backward()  # of the processes' gradients the mean is taken
+            return torch.cat([loss.detach().unsqueeze(0), stats])
+
+    def _of_all_processes(self, stats_N6: Tensor) -> Tensor:
+        """Sums of the processes' parts; of the last, ratio_gap_max, the largest."""
+        return torch.cat([self.world.sum(stats_N6[:, :-1].clone()), self.world.max(stats_N6[:, -1:].clone())], dim=1)
 
     def _clipped_step(self) -> tuple[Tensor, Tensor]:
         """Clip and step, unless the gradient is not finite; its norm, and whether it was not."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         not_finite = ~norm.isfinite()
         too_long = ((norm + 1e-6) / self.config.grad_clip).clamp_min(1.0)
         if isinstance(self.optimizer, torch.optim.AdamW):

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from varfast import kernels
 from varfast.config import HEAD_DIM, VARConfig
+from varfast.distributed import whole
 
 MAX_LOGIT_SCALE = 100.0
 
@@ -29,8 +32,10 @@ MAX_LOGIT_SCALE = 100.0
 class Linear(nn.Linear):
     """The one place of the model's precision: weights stay as they are stored, the product is in the input's dtype."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(input.dtype)
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        """bias: in place of one of its own."""
+        if self.bias is not None:
+            bias = self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
 
@@ -132,7 +137,7 @@ class SelfAttention(nn.Module):
             )
         else:
             self.scale_mul_1H11 = None
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mat_qkv = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width))
@@ -157,7 +162,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """All scales under the mask; or, with a cache (k_BHLD, v_BHLD, tokens before), one scale after the others."""
         batch, length, width = x_BLC.shape
-        qkv = F.linear(x_BLC, self.mat_qkv.weight.to(x_BLC.dtype), qkv_bias)
+        qkv = self.mat_qkv(x_BLC, qkv_bias)
         l2_norm = self.scale_mul_1H11 is not None
         if cache is None:
             q, k, v = kernels.split_heads(qkv, self.num_heads, l2_norm)
@@ -424,10 +429,28 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def refresh(self, original: VAR) -> None:
-        """Copy the weights that this twin does not share with the original, in place."""
-        pairs = zip(self._cast_modules(), original._cast_modules(), strict=True)
-        own, theirs = zip(*((mine.weight, other.weight) for mine, other in pairs), strict=True)
-        torch._foreach_copy_(list(own), list(theirs))
+        """Copy the weights that this twin does not share with the original, in place; of all processes, if sharded."""
+        pairs = [(p, q) for p, q in zip(self.parameters(), original.parameters(), strict=True) if p is not q]
+        if any(isinstance(theirs, DTensor) for _, theirs in pairs):
+            for own, theirs in pairs:  # one at a time, and in 16 bits: little memory, half the traffic
+                own.copy_(whole(theirs.to(own.dtype)))
+        else:
+            own_all, their_all = zip(*pairs, strict=True)
+            torch._foreach_copy_(list(own_all), list(their_all))
+
+    @property
+    def stored_in_compute_dtype(self) -> bool:
+        """Nothing is cast when it is used: float32 throughout, or a twin."""
+        return self.head.weight.dtype == self.compute_dtype
+
+    def large_modules(self) -> Iterator[nn.Module]:
+        """Those with the large matrices, in the order in which forward calls them; what is left is read anywhere."""
+        if self.shared_ada_lin is not None:
+            yield self.shared_ada_lin
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        yield from (block.ada_lin for block in blocks if block.ada_gss is None)
+        for block in blocks:
+            yield from (block.attn.mat_qkv, block.attn.proj, block.ffn)
 
     def _cast_modules(self) -> list[nn.Linear]:
         """Those whose weight is cast to the compute dtype when it is used: all but what turns a condition or codes into

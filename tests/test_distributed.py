@@ -1,0 +1,265 @@
+"""Real processes, over gloo: what several of them compute is what one computes, up to the order of sums."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from varfast import InputError
+from varfast.checkpoint import dump_config
+from varfast.distributed import World, _share, local_device
+from varfast.roofline import memory, planned, share
+from varfast.train import train
+
+TIMES = ("step_s", "images_per_s", "mfu")
+# A process that trains every config of the file it is given, one after the other, each at a port of its own.
+TRAIN_ALL = """
+import json, os, sys
+from varfast.config import parse_config
+from varfast.train import train
+for port, data in json.load(open(sys.argv[1])):
+    os.environ["MASTER_PORT"] = str(port)
+    assert train(parse_config(data)) == 0
+"""
+
+
+def processes(count, *command, **environment):
+    """The command as so many processes that torchrun would start, without torchrun's own second of work."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    of_all = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+              "OMP_NUM_THREADS": 1} | environment  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=os.environ | {k: str(v) for k, v in (of_all | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def ends(started, timeout_s=120):
+    """Exit codes and output of processes; those that have not ended by then are killed."""
+    deadline, outputs = time.monotonic() + timeout_s, []
+    for process in started:
+        try:
+            outputs.append(process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0])
+        except subprocess.TimeoutExpired:
+            process.kill()
+            outputs.append("KILLED\n" + process.communicate()[0])
+    return [process.returncode for process in started], outputs
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k not in TIMES and not k.endswith(("_ms", "_share"))} for x in lines]
+
+
+def weights(folder):
+    state = torch.load(Path(folder) / "var.pth", weights_only=True)
+    return torch.cat([t.flatten() for name, t in state.items() if name != "attn_bias_for_masking"])
+
+
+# Name -> settings beside those of make_config. Each is run by one process and by several.
+CASES = {
+    # 20 steps in which the brightness counts.
+    "raw": {"run__steps": 20, "update__lr": 1e-3},
+    # 6 images on 4 processes, in two epochs of one minibatch: shares of 2, 2, 1, 1 that differ between the epochs.
+    "uneven": {"rollout__labels_per_step": 3, "rollout__group_size": 2, "update__minibatch": 6, "update__epochs": 2},
+    # One image in eight or none at all has a gradient: most processes, and at times all, have nothing to add.
+    "no_signal": {
+        "grpo__kl_beta": 0.0, "update__minibatch": 2, "update__lr": 1e-3, "run__steps": 6,
+        "reward": {"luma": {"type": "brightness", "mode": "bright", "threshold": 0.56}},
+    },
+    # Several passes for a gradient, blocks computed again in the backward pass, projections shared by the blocks.
+    "passes": {
+        "update__minibatch": 8, "update__micro_batch": 1, "update__checkpointing": "full",
+        "policy__var": {"depth": 2, "patch_nums": [1, 2], "vocab_size": 16, "code_width": 4, "num_classes": 5,
+                        "shared_adaln": True},
+    },
+    # The same in 16 bits, attention alone computed again.
+    "bfloat16": {"run__dtype": "bfloat16", "update__checkpointing": "attention"},
+}  # fmt: skip
+
+
+def run_all(make_config, folder, count, cases, ways):
+    """Train the cases in one process each, and in `count` processes the given ways; the folder of each run."""
+    configs = {}
+    for name in cases:
+        alone = make_config(**CASES[name], run__dir=str(folder / name))
+        if not Path(alone.run.dir).exists():
+            train(alone)
+        for way in ways:
+            configs[name, way] = make_config(
+                **CASES[name], run__dir=str(folder / f"{name}.{way}.{count}"), run__parallel=way
+            )
+    ports = free_ports(len(configs))
+    work = [(p, json.loads(c.model_dump_json(exclude_none=True))) for p, c in zip(ports, configs.values(), strict=True)]
+    (folder / "work.json").write_text(json.dumps(work))
+    codes, outputs = ends(processes(count, "-c", TRAIN_ALL, str(folder / "work.json")))
+    assert codes == [0] * count, "\n".join(outputs)
+    return configs
+
+
+def assert_equal_runs(alone, spread, lr):
+    for one, several in zip(metrics(alone), metrics(spread), strict=True):
+        assert one.keys() == several.keys()
+        for name, value in one.items():
+            assert several[name] == pytest.approx(value, rel=1e-3, abs=2e-5), (name, one["step"])
+    apart = (weights(alone) - weights(spread)).abs()
+    # Adam's step has the size of lr even where a gradient is all rounding.
+    assert float(apart.max()) < lr
+    assert float(apart.mean()) < 1e-3 * lr
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    """All cases, once, by one process and by two."""
+    return {"folder": tmp_path_factory.mktemp("runs"), "done": None}
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(make_config, on_two, case, way):
+    folder = on_two["folder"]
+    if on_two["done"] is None:
+        on_two["done"] = run_all(make_config, folder, 2, list(CASES), ["ddp", "fsdp"])
+    config = on_two["done"][case, way]
+    lr = config.update.lr
+    assert_equal_runs(folder / case, config.run.dir, lr * (10 if case == "bfloat16" else 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [3, 4])
+def test_more_processes_train_as_one(make_config, tmp_path, count):
+    configs = run_all(make_config, tmp_path, count, ["uneven", "no_signal", "passes"], ["ddp", "fsdp"])
+    for (case, _), config in configs.items():
+        assert_equal_runs(tmp_path / case, config.run.dir, config.update.lr)
+
+
+def torchrun(config, tmp_path, *arguments, count=2, **environment):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.Popen(
+        [*command, "-m", "varfast.train", str(path), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_torchrun_goes_on_with_what_one_process_began_and_back(make_config, tmp_path):
+    whole = make_config(run__dir=str(tmp_path / "whole"), run__steps=5)
+    train(whole)
+    parts = {"run__dir": str(tmp_path / "parts")}
+    train(make_config(run__steps=1, **parts))
+    (code,), (out,) = ends([torchrun(make_config(run__steps=3, run__parallel="fsdp", **parts), tmp_path)])
+    assert code == 0, out
+    assert out.count("run complete: 3 steps") == 1
+    train(make_config(run__steps=5, **parts))
+    assert_equal_runs(whole.run.dir, parts["run__dir"], whole.update.lr)
+
+
+def test_an_error_in_one_process_ends_all_of_them_soon(make_config, tmp_path):
+    (tmp_path / "failing.py").write_text(
+        "import os, torch\ncalls = [0]\n"
+        "def reward(images, labels):\n"
+        "    calls[0] += 1\n"
+        "    if os.environ['RANK'] == '1' and calls[0] == 3: raise KeyError('what I look for')\n"
+        "    return images.mean(dim=(1, 2, 3))\n"
+        "def crash(images, labels):\n"
+        "    if os.environ['RANK'] == '1': os._exit(7)\n"
+        "    return images.mean(dim=(1, 2, 3))\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+    def config(function):
+        return make_config(run__dir=str(tmp_path / function), run__steps=9, eval__samples_per_label=0,
+                           reward={"mine": {"type": "function", "function": f"failing:{function}"}})  # fmt: skip
+
+    path = tmp_path / "reward.yaml"
+    path.write_text(dump_config(config("reward")))
+    codes, outputs = ends(processes(2, "-m", "varfast.train", str(path), PYTHONPATH=paths))
+    assert codes == [2, 1]
+    assert "what I look for" in outputs[1]
+    assert "holds step 2; the same command goes on" in outputs[1]
+    assert outputs[0].endswith("error: the reward failed in another process, which says why\n")
+    assert metrics(tmp_path / "reward")[-1]["step"] == 2
+    (code,), (out,) = ends([torchrun(config("crash"), tmp_path, PYTHONPATH=paths)], timeout_s=60)
+    assert code == 1, out  # not killed here
+    assert "exitcode  : 7" in out
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("count", [0, 1, 6, 8])
+def test_shares_are_consecutive_whole_and_even(size, count):
+    shares = [_share(rank, size, count) for rank in range(size)]
+    assert [i for s in shares for i in range(count)[s]] == list(range(count))
+    sizes = [len(range(count)[s]) for s in shares]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) == math.ceil(count / size)
+
+
+def test_a_world_of_one_process_changes_nothing():
+    world, x = World(), torch.arange(3.0)
+    assert world.leads
+    assert world.gather(x, 3) is x
+    assert torch.equal(world.sum(x.clone()), x)
+    assert world.largest(-2.5) == -2.5
+    assert world.any(True)
+    assert not world.any(False)
+    with world.leader_first():
+        pass
+
+
+def test_local_device_is_one_gpu_a_process(monkeypatch):
+    assert local_device("cuda:1") == "cuda:1"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert local_device("auto") == local_device("cuda") == "cuda:2"
+    assert local_device("cpu") == "cpu"
+    with pytest.raises(InputError, match="names one GPU for all processes"):
+        local_device("cuda:1")
+
+
+def test_sharded_weights_do_not_go_with_apex(make_config):
+    with pytest.raises(InputError, match="apex does not take sharded weights"):
+        make_config(run__parallel="fsdp", update__optimizer="apex")
+
+
+def test_plan_of_a_share_fits_the_share(make_config):
+    config = make_config(rollout__labels_per_step=6, rollout__micro_batch=8, update__minibatch=12,
+                         update__micro_batch=6)  # fmt: skip
+    part = share(config, 6, 3)
+    assert (part.rollout.images, part.rollout.micro_batch) == (6, 6)
+    assert (part.update.minibatch, part.update.micro_batch) == (3, 3)
+    assert planned(share(make_config(), 4, 2), None).update.micro_batch == 2
+    alone, sharded = memory(config), memory(config, 4)
+    for name in ("weights", "gradients", "moments", "optimizer"):
+        assert getattr(sharded, name) == getattr(alone, name) // 4
+    assert sharded.compute_copy == alone.weights  # float32: the whole of it
+    assert sharded.reference == alone.reference

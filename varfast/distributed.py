@@ -1,0 +1,221 @@
+"""Several processes that train one policy: who they are, what they exchange, how weights are spread over them.
+
+torchrun starts them and says by environment variables (RANK, WORLD_SIZE, LOCAL_RANK) which one this is. Tensors on GPUs
+travel by NCCL, those on the CPU, and all waiting, by gloo: a process that waits keeps no GPU busy.
+
+Axes: B image of a step, b image of this process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from varfast.types import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run. Of one process all methods do nothing.
+
+    Attributes:
+        rank: number of this process; 0 writes files.
+        size: number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """This is the process that writes files."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """The rows of this process, of `count`: consecutive, and as many as others have, or one more or less."""
+        return _share(self.rank, self.size, count)
+
+    def gather(self, rows_b: Tensor, count: int) -> Tensor:
+        """All `count` rows, in every process, of which each brings its share."""
+        if self.size == 1:
+            return rows_b
+        most = -(-count // self.size)  # the collective wants equal parts
+        padded = rows_b.new_zeros(most, *rows_b.shape[1:])
+        padded[: len(rows_b)] = rows_b
+        everything = rows_b.new_empty(self.size * most, *rows_b.shape[1:])
+        dist.all_gather_into_tensor(everything, padded)
+        shares = [_share(rank, self.size, count) for rank in range(self.size)]
+        parts = [part[: s.stop - s.start] for part, s in zip(everything.split(most), shares, strict=True)]
+        return torch.cat(parts)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """Largest over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
+    def largest(self, number: float) -> float:
+        """Largest number over processes. Waits for all of them, but not for the device."""
+        return float(self.max(torch.tensor(number, dtype=torch.float64)))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in some process. Waits for all of them, but not for the device."""
+        return self.largest(float(flag)) > 0.0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.largest(0.0)
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """The body runs in process 0, and when it is done there in the others: they find the files that it made."""
+        if not self.leads:
+            self.wait()
+        yield
+        if self.leads:
+            self.wait()
+
+
+ALONE = World()
+
+
+def _share(rank: int, size: int, count: int) -> slice:
+    rows, more = divmod(count, size)
+    start = rank * rows + min(rank, more)
+    return slice(start, start + rows + (rank < more))
+
+
+def local_device(name: str) -> str:
+    """run.device as it is meant for this process: auto and cuda are a GPU for each process of a machine.
+
+    Raises: InputError for one GPU named for several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or name == "cpu" or not torch.cuda.is_available():
+        return name
+    if name not in ("auto", "cuda"):
+        raise InputError(f"run.device={name} names one GPU for all processes of torchrun; use auto or cuda")
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+def processes_here() -> int:
+    """Processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+@contextmanager
+def joined(device: torch.device, timeout_s: float) -> Iterator[World]:
+    """Join the processes that torchrun started; without torchrun, a world of one process.
+
+    An error in the body ends the connections before it goes on, so that no other process waits for this one.
+
+    Args:
+        device: of this process.
+        timeout_s: how long to wait for another process before it counts as lost.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield World()
+        return
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    except BaseException:
+        if on_gpu:  # to destroy it would wait for collectives that others never join
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
+        raise
+    # gloo's thread drops the last tensor it sent when Python lets it. Were Python at its end by then, it would abort
+    # the process (3 of 12 runs of 4 processes with FSDP): sleeping lets it.
+    time.sleep(0.05)
+    dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How weights are spread
+
+
+def replicate(model: nn.Module) -> DistributedDataParallel:
+    """The model, called through a wrapper that averages gradients over processes while the backward pass runs."""
+    with warnings.catch_warnings():
+        # torch 2.15 has another name for broadcast_buffers, which 2.11 does not know.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers")
+        # Buffers are constants. Views: gradients exist once, not once more in the buckets that travel (8 GB for d30).
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def shard(model: nn.Module, parts: Iterable[nn.Module], world: World, device: torch.device, dtype: torch.dtype) -> None:
+    """Spread weights, gradients and with them the optimizer's state over processes, in place (FSDP).
+
+    Args:
+        model: all of it that is not in `parts` is gathered in float32 for the whole of a step.
+        parts: modules whose weights are gathered in `dtype` when they are called and dropped behind it.
+    """
+    mesh = init_device_mesh(device.type, (world.size,))
+    compute = None if dtype == torch.float32 else dtype
+    for part in parts:
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    # The 16-bit head returns its logits as a view. Nothing writes on them before their backward pass.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as one process has it. Of a sharded one all processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(state: Any, world: World) -> Any:
+    """A state_dict with whole tensors in process 0; those that were sharded are on the CPU there, and None elsewhere.
+
+    All processes must ask.
+    """
+    if isinstance(state, dict):
+        return {name: gathered(value, world) for name, value in state.items()}
+    if isinstance(state, list):
+        return [gathered(value, world) for value in state]
+    if isinstance(state, DTensor):
+        tensor = whole(state.detach())
+        return tensor.cpu() if world.leads else None
+    return state
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """load_state_dict with whole tensors, for parameters that may be sharded: each process keeps its part."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def part_of(parameter: Tensor, value: Any) -> Any:
+        if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.ndim):
+            return value
+        device = parameter.device
+        # No source: every process has the whole tensor, and takes its part without a word to the others.
+        return distribute_tensor(value.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+    moments = {
+        index: {name: part_of(parameters[index], value) for name, value in of_parameter.items()}
+        for index, of_parameter in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": moments})
