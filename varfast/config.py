@@ -428,6 +428,9 @@ class RunConfig(_Section):
         description="of activations; weights stay float32. auto: bfloat16 where the device computes in it (a CPU with "
         "AVX512-BF16 or AMX), else float32",
     )
+    max_bad_rollouts: int = Field(
+        3, ge=1, description="rollouts in a row left out for a reward that is not finite, before the run stops"
+    )
     fast: bool = Field(
         True, description="false: sample eagerly, decode plainly: what the fast path is compared with; see also kernels"
     )
@@ -441,6 +444,9 @@ class LogConfig(_Section):
     grid_labels: int = Field(8, ge=1, description="rows of the grid: the first labels trained on")
     grid_samples: int = Field(8, ge=1, description="columns of the grid; the seeds are the same in every grid")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints (one at the end in any case)")
+    checkpoint_minutes: float = Field(30.0, gt=0, description="minutes after which one is due in any case")
+    keep_last: int = Field(2, ge=1, description="checkpoints kept; the one before serves where the last is damaged")
+    keep_best: bool = Field(False, description="keep the one with the highest reward_mean too")
 
 
 class EvalConfig(_Section):

@@ -20,7 +20,7 @@ from dataclasses import asdict
 import torch
 
 from varfast import kernels
-from varfast.checkpoint import RunFolder, TrainState, save_tensors, save_text
+from varfast.checkpoint import Checkpoints, RunFolder, save_tensors, save_text
 from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
 from varfast.evaluate import evaluate
@@ -32,9 +32,9 @@ from varfast.policy import Policy, load_policy, pick_device
 from varfast.pretrain import pretrained
 from varfast.randomness import GRID_STEP
 from varfast.rewards import WeightedSum
-from varfast.roofline import available_bytes, planned, with_dtype
+from varfast.roofline import available_bytes, lower_memory, planned, with_dtype
 from varfast.stages import StageClock, stage
-from varfast.types import InputError, Rewards, Rollout, ScoredRollout, StepStats
+from varfast.types import InputError, NotFiniteReward, Rewards, Rollout, ScoredRollout, StepStats
 from varfast.update import Updater
 
 _INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -56,27 +56,26 @@ def train(config: Config, profile: bool = False) -> int:
         raise InputError(f"kernels: {error}") from error
     fitted = planned(config, available_bytes(device))
     folder = RunFolder(config.run.dir)
-    state = folder.prepare(config)
+    found = folder.prepare(config)
     reward = WeightedSum(config.reward, device, config.policy.sizes.num_classes)
-    policy = load_base(config, folder, resume=state is not None)
+    policy = load_base(config, folder, resume=found is not None)
     reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
     updater = Updater(policy, reference, config.grpo, fitted.update, config.run.steps, config.run.seed)
     labels = label_pool(config.rollout, policy.num_classes, config.run.seed)
-    if state is None:
-        save_text(folder.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        state = TrainState(0, {}, {}, _evaluate(policy, reward, labels, fitted))
+    here = environment()
+    if found is None:
+        save_text(folder.path / "environment.json", json.dumps(here, indent=2) + "\n")
+        start, before = 0, _evaluate(policy, reward, labels, fitted)
     else:
-        policy.var.load_state_dict(state.var)
-        updater.optimizer.load_state_dict(state.optimizer)
-    start, before = state.step, state.before
-
-    def save(steps_done: int) -> None:
-        folder.save_state(TrainState(steps_done, policy.var.state_dict(), updater.optimizer.state_dict(), before))
+        found.load(policy.var, updater.optimizer)
+        start, before = found.step, found.before
+    bad_rollouts = 0  # in a row
 
     sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
     limits = StageLimits(fitted, device)
     with (
         RunLog(folder.path, start, config.run.steps, config.log.tensorboard) as log,
+        Checkpoints(folder.checkpoints, config, here, log.say) as checkpoints,
         StageClock(device) as clock,
         _catch_signals() as received,
     ):
@@ -91,36 +90,49 @@ def train(config: Config, profile: bool = False) -> int:
                 begin_s = time.perf_counter()
                 # A step: draw labels, sample a group of images for each, ...
                 labels_B = draw_labels(labels, sampling.labels_per_step, seed, step).repeat_interleave(group_size)
-                rollout, images = policy.sample_images(
-                    labels_B, sampling.temperature, seed=seed, step=step, micro_batch=sampling.micro_batch
-                )
+                with _advised("rollout", fitted):
+                    rollout, images = policy.sample_images(
+                        labels_B, sampling.temperature, seed=seed, step=step, micro_batch=sampling.micro_batch
+                    )
                 # ... score them against one another, ...
                 try:
-                    with stage("reward"):
-                        rewards = reward(images, rollout.labels_B)
+                    with stage("reward"), _advised("reward", fitted):
+                        rewards, bad_rollouts = reward(images, rollout.labels_B), 0
                 except Exception as error:
-                    save(step)
-                    error.add_note(
-                        f"  nothing is lost: {folder.path} holds step {step}; the same command goes on from there"
+                    if isinstance(error, NotFiniteReward) and bad_rollouts + 1 < config.run.max_bad_rollouts:
+                        rewards, bad_rollouts = None, bad_rollouts + 1
+                        log.say(f"step {step + 1} is left out: {error}")
+                    else:
+                        held = step - bad_rollouts
+                        checkpoints.save(held, policy.var, updater.optimizer, before)
+                        checkpoints.wait()
+                        error.add_note(
+                            f"  nothing is lost: {folder.path} holds step {held}; the same command goes on from there"
+                        )
+                        raise
+                if rewards is not None:
+                    advantages_B = combined_advantages(
+                        rewards, reward.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
                     )
-                    raise
-                advantages_B = combined_advantages(
-                    rewards, reward.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
-                )
-                # ... and make the better ones more likely.
-                stats = updater.step(ScoredRollout(rollout, advantages_B), step)
+                    # ... and make the better ones more likely.
+                    with _advised("update", fitted):
+                        stats = updater.step(ScoredRollout(rollout, advantages_B), step)
                 stages_ms = clock.read()
                 step_s = time.perf_counter() - begin_s
 
-            done = step + 1
-            metrics = _metrics(rollout, rewards, advantages_B, group_size, stats)
+            done, metrics = step + 1, {"skipped_rollouts": float(rewards is None)}
+            if rewards is not None:
+                metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats)
             log.step(done, metrics | limits.metrics(stages_ms, step_s))
             if done % config.log.grid_every == 0 or done == config.run.steps:
                 _save_grid(log, done, policy, labels, config)
-            if done % config.log.checkpoint_every == 0 or done == config.run.steps or received:
-                save(done)
+            # A rollout that was left out changed nothing: when the run is taken up again, it is tried again.
+            held = done if done == config.run.steps else done - bad_rollouts
+            if checkpoints.due(done) or done == config.run.steps or received:
+                checkpoints.save(held, policy.var, updater.optimizer, before, metrics.get("reward_mean"))
             if received and done < config.run.steps:
-                log.say(f"stopped; {folder.path} holds step {done} of {config.run.steps}. The same command goes on.")
+                checkpoints.wait()
+                log.say(f"stopped; {folder.path} holds step {held} of {config.run.steps}. The same command goes on.")
                 return _INTERRUPTED[received[0]]
 
     save_tensors(folder.weights, policy.var.state_dict())
@@ -159,7 +171,7 @@ def load_run(folder: RunFolder, device: torch.device, dtype: str) -> Policy:
     config = folder.load_config()
     config = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device), "dtype": dtype})})
     policy = load_base(config, folder, resume=True)
-    policy.var.load_state_dict(folder.load_state().var)
+    folder.newest().load(policy.var)
     return policy
 
 
@@ -199,6 +211,16 @@ def _metrics(
     values = torch.stack(list(measured.values())).tolist()  # one copy from the device
     without_signal = groups_without_signal(advantages_B, group_size)
     return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal, **asdict(stats)}
+
+
+@contextmanager
+def _advised(part: str, config: Config) -> Iterator[None]:
+    """Say which setting to change where the device's memory does not suffice for a part of the step."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"out of memory in the {part}: {reason}\n  {lower_memory(config, part)}") from error
 
 
 @contextmanager
