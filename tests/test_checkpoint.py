@@ -1,14 +1,17 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
 from varfast import InputError
-from varfast.checkpoint import Checkpoints, RunFolder, save_text, write_atomically
+from varfast.checkpoint import Checkpoints, RunFolder, newest_checkpoint, save_text, write_atomically
 
 
 def networks(seed=0, steps=2):
@@ -144,3 +147,65 @@ def test_base_is_noted(tmp_path):
     folder.save_base("a.pth", "b.pth")
     assert folder.load_base() == ("a.pth", "b.pth")
     assert json.loads(folder.base.read_text()) == {"var": "a.pth", "vqvae": "b.pth"}
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """A run folder with checkpoints of steps 2 and 4, and what they hold."""
+    return tmp_path_factory.mktemp("run") / "run", {}
+
+
+def damaged(draw, content):
+    if not content:
+        return b"x"
+    at = draw(st.integers(0, len(content) - 1))
+    how = draw(st.sampled_from(["flip", "truncate", "insert", "cut"]))
+    if how == "flip":
+        return content[:at] + bytes([content[at] ^ draw(st.integers(1, 255))]) + content[at + 1 :]
+    if how == "truncate":
+        return content[:at]
+    if how == "insert":
+        return content[:at] + draw(st.binary(min_size=1, max_size=9)) + content[at:]
+    return content[:at] + content[at + draw(st.integers(1, 9)) :]
+
+
+# The same examples every time, so that a failure is a failure of the change at hand.
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_damage_gives_a_whole_checkpoint_or_an_input_error(make_config, tmp_path, two_checkpoints, data):
+    run, held = two_checkpoints
+    if not held:
+        for step in (2, 4):
+            held[step] = tensors(*networks(seed=step))
+            save(RunFolder(run), make_config(), step, lambda step=step: networks(seed=step))
+    path = tmp_path / "checkpoints"
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(run / "checkpoints", path)
+    files = sorted(str(file.relative_to(path)) for file in path.glob("*/*"))
+    hit = set()
+    for name in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=2, unique=True)):
+        file = path / name
+        before = file.read_bytes()
+        after = damaged(data.draw, before)
+        if data.draw(st.integers(0, 9)) == 0:
+            file.unlink()
+        else:
+            file.write_bytes(after)
+        hit |= {int(name[5:11])} if after != before or not file.exists() else set()
+    said = []
+    try:
+        found = newest_checkpoint(path, said.append)
+    except InputError:
+        assert hit == {2, 4}
+        return
+    assert found.step == max({2, 4} - hit)
+    assert (4 in hit) == bool(said)
+    model, optimizer = networks(seed=9, steps=0)
+    found.load(model, optimizer)
+    assert equal(tensors(model, optimizer), held[found.step])

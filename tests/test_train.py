@@ -1,10 +1,8 @@
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -224,30 +222,6 @@ def test_a_reward_that_raises_keeps_its_own_error(make_config, failing_reward):
     reward = {"mine": {"type": "function", "function": "failing:crash"}}
     with pytest.raises(KeyError, match="what I look for"):
         train(make_config(reward=reward, eval__samples_per_label=0))
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(make_config, tmp_path):
-    config = make_config(run__steps=100_000, log__checkpoint_every=100_000, eval__samples_per_label=0)
-    path = tmp_path / "config.yaml"
-    path.write_text(dump_config(config))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "varfast.train", str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    log = Path(config.run.dir) / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 2):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, out
-    step = metrics(config.run.dir)[-1]["step"]
-    assert RunFolder(config.run.dir).newest().step == step >= 2
-    assert f"holds step {step} of 100000. The same command goes on." in out
 
 
 def test_a_finished_run_says_so_and_changes_nothing(make_config, capsys):
