@@ -216,6 +216,9 @@ class Checkpoints:
                 self.wait()
         finally:
             self._thread.shutdown()
+            if self._group is not None:  # its threads must not outlive the interpreter
+                dist.destroy_process_group(self._group)
+                self._group = None
 
     def due(self, step: int) -> bool:
         """Whether `step` steps, or the minutes since the last one, ask for a checkpoint."""
