@@ -1,10 +1,14 @@
 import copy
+from contextlib import suppress
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
 
 from varfast import InputError
+from varfast.checkpoint import dump_config
 from varfast.config import Config, SampleConfig, VARConfig, load_config, parse_arguments, parse_config
 from varfast.train import train
 
@@ -196,3 +200,64 @@ def test_every_digits_experiment_runs(path, tmp_path):
     overrides = ["policy.checkpoint=random", f"run.dir={tmp_path}/run", "run.steps=1", "run.device=cpu"]
     overrides += ["rollout.labels_per_step=2", "rollout.group_size=2", "update.minibatch=4", "eval.samples_per_label=1"]
     assert train(load_config(path, [*overrides, "log.tensorboard=false"])) == 0
+
+
+# The same examples every time, so that a failure is a failure of the change at hand.
+def fuzz(max_examples):
+    fixtures = [HealthCheck.function_scoped_fixture]
+    return settings(
+        max_examples=max_examples, deadline=None, derandomize=True, database=None, suppress_health_check=fixtures
+    )
+
+
+def keys(data, prefix=""):
+    for name, value in data.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from keys(value, f"{prefix}{name}.")
+
+
+NUMBERS = st.one_of(
+    st.integers().map(str), st.floats().map(str), st.sampled_from(["1e400", "0x_", "10" * 3000, "0x" + "f" * 9000])
+)
+# What YAML makes something else of than it seems.
+ODD = ["null", "~", "=", "<<", "*a", "&a b", "!!python/object:os.system x", "2001-13-45", "1:99", "{[1]: 2}", "{1: 2}",
+       "!!bool x", "!!int ''", "!!timestamp x", "- a", "a: b: c", "'", "\\x00", "\ufeff", "yes", "[1, 2]",
+       "{type: brightness}", "{type: [1]}"]  # fmt: skip
+VALUES = st.one_of(NUMBERS, st.sampled_from(ODD), st.text(max_size=20), st.lists(NUMBERS, max_size=4).map(str))
+
+
+@fuzz(300)
+@given(data=st.data())
+def test_any_override_gives_a_config_or_an_input_error(make_config, tmp_path, data):
+    config = make_config()
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    known = [
+        *keys(config.model_dump()),
+        "policy.preset",
+        "rollout.micro_batch",
+        "update.micro_batch",
+        "reward.new.type",
+    ]
+    words = st.one_of(st.sampled_from(known), st.text(max_size=8), st.sampled_from(known).map(lambda k: k + ".x"))
+    overrides = data.draw(st.lists(st.builds("{}={}".format, words, VALUES), max_size=3))
+    with suppress(InputError):
+        assert isinstance(load_config(path, overrides), Config)
+
+
+@pytest.mark.parametrize("value", ["[" * 1000, "{a: " * 1000])
+def test_yaml_that_is_too_deep_is_refused(value):
+    with pytest.raises(InputError, match="the value is no YAML: maximum recursion depth"):
+        parse_arguments([f"labels={value}"])
+
+
+@fuzz(100)
+@given(
+    content=st.one_of(st.binary(max_size=60), st.sampled_from(ODD).map(str.encode), VALUES.map(lambda t: t.encode()))
+)
+def test_any_file_gives_a_config_or_an_input_error(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError):
+        load_config(path)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,14 +8,21 @@ import yaml
 from safetensors.torch import load_file
 
 from varfast import InputError
-from varfast.checkpoint import RunFolder, TrainState, save_tensors
+from varfast.checkpoint import Checkpoints, RunFolder, save_tensors
 from varfast.config import ExportConfig, parse_arguments
 from varfast.export import main
+from varfast.log import environment
 from varfast.models import VAR
 from varfast.models.weights import load_var
 from varfast.train import train
 
 NAMES = json.loads((Path(__file__).parent / "data" / "names.json").read_text())
+
+
+def save(folder, var, step):
+    """A checkpoint of `step` steps, without an optimizer's state."""
+    with Checkpoints(folder.checkpoints, folder.load_config(), environment(), print) as checkpoints:
+        checkpoints.save(step, var, torch.optim.AdamW(var.parameters()), {"reward": 0.25})
 
 
 @pytest.fixture
@@ -25,9 +33,9 @@ def make_run(make_config, tmp_path):
         config = make_config(**overrides)
         folder = RunFolder(config.run.dir)
         folder.prepare(config)
-        state = VAR(config.policy.sizes).init_weights(1).state_dict()
-        folder.save_state(TrainState(2, state, {"state": {}}, {"reward": 0.25}))
-        return folder, state
+        var = VAR(config.policy.sizes).init_weights(1)
+        save(folder, var, 2)
+        return folder, var.state_dict()
 
     return make
 
@@ -92,7 +100,7 @@ def test_files_that_exist_are_kept_unless_overwrite(make_run, tmp_path):
 
 def test_weights_alone_are_enough(make_run, tmp_path):
     folder, state = make_run()
-    folder.checkpoint.unlink()
+    shutil.rmtree(folder.checkpoints)
     with pytest.raises(InputError, match="no checkpoint yet"):
         main([f"checkpoint={folder.path}", f"out={tmp_path / 'a.pth'}"])
     save_tensors(folder.weights, state)
@@ -102,9 +110,9 @@ def test_weights_alone_are_enough(make_run, tmp_path):
 
 def test_weights_of_other_sizes_are_refused(make_run, tmp_path):
     folder, state = make_run()
-    del state["head.bias"]
-    folder.save_state(TrainState(2, state, {}, {}))
-    with pytest.raises(InputError, match="holds a transformer of other sizes than"):
+    other = VAR(folder.load_config().policy.sizes.model_copy(update={"num_classes": 7})).init_weights(1)
+    save(folder, other, 3)
+    with pytest.raises(InputError, match="does not fit the configured model: model.class_emb.weight"):
         main([f"checkpoint={folder.path}", f"out={tmp_path / 'a.pth'}"])
     assert not (tmp_path / "a.pth").exists()
 
@@ -158,11 +166,16 @@ def test_card_has_the_numbers_of_a_complete_run(make_run, tmp_path):
     summary = {"before": {"reward/a|b": 0.25}, "after": {"reward/a|b": 0.75, "accuracy": 0.5}}
     (folder.path / "summary.json").write_text(json.dumps(summary))
     assert "0.75" not in card_of(folder, tmp_path)  # 2 of 3 steps: other weights than those that were measured
-    folder.save_state(TrainState(3, state, {}, {}))
-    (folder.path / "evaluation.json").write_text(json.dumps({"fid": 12.345678}))
+    var = VAR(folder.load_config().policy.sizes)
+    var.load_state_dict(state)
+    save(folder, var, 3)
+    row = {"name": "fid", "labels": "all", "reference": None, "checkpoint": {"value": 12.345678}, "difference": None}
+    (folder.path / "evaluation").mkdir()
+    (folder.path / "evaluation" / "evaluation.json").write_text(json.dumps({"rows": [row]}))
     card = card_of(folder, tmp_path)
     assert "| reward/a\\|b | 0.25 | 0.75 |\n| accuracy |  | 0.5 |" in card
-    assert "| fid | 12.35 |" in card
+    assert "|  | checkpoint |" in card
+    assert "| fid, all | 12.35 |" in card
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
@@ -172,8 +185,9 @@ def test_card_loads_with_the_public_code_where_that_has_the_sizes(make_config, t
     config = make_config(policy__var=sizes, policy__vqvae={"base_channels": 32, "num_phi": 1})
     folder = RunFolder(config.run.dir)
     folder.prepare(config)
-    state = VAR(config.policy.sizes).init_weights(1).state_dict()
-    folder.save_state(TrainState(3, state, {}, {}))
+    var = VAR(config.policy.sizes).init_weights(1)
+    state = var.state_dict()
+    save(folder, var, 3)
     card = card_of(folder, tmp_path, name)
     snippet = card.partition("With the public code")[2].partition("```python\n")[2].partition("```")[0]
     built = {}

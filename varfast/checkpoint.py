@@ -1,39 +1,71 @@
-"""Atomic save and load of everything a run is, and the folder it lives in.
+"""Everything a run is, on disk: checkpoints that are whole or absent, and the folder they live in.
 
-A run's randomness is a function of seed and step (varfast.randomness), so weights, optimizer, step and config are all.
+A checkpoint is a folder of safetensors, one set a process, written and read through torch.distributed.checkpoint, so
+that another number of processes can go on from it. Beside them stands manifest.json: step, config, environment and
+the SHA-256 of each file. Nothing in it is unpickled: PyTorch's own format keeps its metadata as a pickle, which would
+run code from a folder that somebody handed on.
+
+A run's randomness is a function of seed and step (varfast.randomness), so there are no generator states to keep.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import shutil
+import time
+import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import IO, Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from varfast.config import Config, parse_config
-from varfast.models.weights import read_checkpoint
 from varfast.types import InputError
 
-_FORMAT = 1
+_FORMAT = 2
+# The writer holds one more copy of the file at hand: smaller files, less memory.
+_FILE_BYTES = 2**30
 # Settings that do not change what the run computes, or only how far it goes.
 _FREE_TO_CHANGE = (
     "run.dir",
     "run.steps",
     "run.parallel",
     "run.timeout_s",
+    "run.max_bad_rollouts",
     "log",
     "eval",
     "kernels",
     "rollout.micro_batch",
     "update.micro_batch",
+    "update.checkpointing",
     "pretrain.cache_dir",
     "pretrain.num_workers",
 )
+_T = TypeVar("_T")
+
+# One process is what we mean then, and the warning comes from a thread, where it cannot be caught.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -52,11 +84,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync(path.parent)
     except (OSError, RuntimeError) as error:
         # torch reports a failed write as a RuntimeError that carries no errno.
         beside.unlink(missing_ok=True) if beside.parent.is_dir() else None
@@ -75,20 +103,388 @@ def save_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    bytes: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """manifest.json of a checkpoint. `optimizer` holds the settings of its groups; None: it has not stepped yet."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: Literal[2]
+    varfast: str
+    step: int
+    config_sha256: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    before: dict[str, float]
+    reward_mean: float | None
+    optimizer: list[dict[str, Any]] | None
+    files: dict[str, _File]
+
+
 @dataclass(frozen=True)
-class TrainState:
-    """Everything a run is.
+class Checkpoint:
+    """A checkpoint whose files were found whole.
 
     Attributes:
+        path: its folder.
         step: steps done.
-        var, optimizer: state_dicts.
         before: evaluation of the base model.
+        reward_mean: of the last step; None if there is none.
     """
 
+    path: Path
     step: int
-    var: dict[str, Any]
-    optimizer: dict[str, Any]
     before: dict[str, float]
+    reward_mean: float | None
+    _optimizer: list[dict[str, Any]] | None
+
+    def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Put the saved weights into `model`, and the saved state into `optimizer`, sharded or not.
+
+        Raises: InputError if they do not fit; the model may then hold some of the saved weights.
+        """
+        if optimizer is not None and self._optimizer is not None:
+            state: Any = get_optimizer_state_dict(model, optimizer)
+            if len(state["param_groups"]) != len(self._optimizer):
+                raise InputError(f"{self.path} is of another optimizer; take the settings under update back")
+            self._read(_named("optimizer", state["state"]), "optimizer.")
+            for group, saved in zip(state["param_groups"], self._optimizer, strict=True):
+                group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+            set_optimizer_state_dict(model, optimizer, state)
+        weights = get_model_state_dict(model)
+        self._read(_named("model", weights), "model.")
+        set_model_state_dict(model, weights)
+
+    def _read(self, tensors: dict[str, Any], prefix: str) -> None:
+        reader = HuggingFaceStorageReader(str(self.path))
+        saved = {
+            name: (tuple(entry.size), entry.properties.dtype)
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+        wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        if saved != wanted:
+            name = next(n for n in [*wanted, *saved] if saved.get(n) != wanted.get(n))
+            raise InputError(
+                f"{self.path} does not fit the configured model: {name} is {saved.get(name, 'missing')} there, "
+                f"{wanted.get(name, 'missing')} here"
+            )
+        try:
+            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        except CheckpointException as error:
+            raise InputError(f"{self.path} cannot be read: {_cause(error)}") from error
+
+
+class Checkpoints:
+    """The checkpoints of a run: checkpoints/step_000050 and so on. A context manager; leaving it waits for the last.
+
+    A save copies the state and returns; a thread writes the copy. At most one is in flight. It is written beside, as
+    step_000050.part, and renamed when all of it is on the disk, so that a run killed at any moment leaves whole ones.
+
+    A disk that is full costs that checkpoint and no more: the run says so and tries again when the next one is due.
+    Only `wait`, at the end of a run, raises.
+
+    All processes of a run make and call it alike; they see one file system.
+
+    Args:
+        path: the folder "checkpoints" of a run.
+        config: the run's; log.checkpoint_every, checkpoint_minutes, keep_last and keep_best are read here.
+        environment: versions and hardware, for the manifest.
+        say: prints a line.
+    """
+
+    def __init__(self, path: Path, config: Config, environment: dict[str, Any], say: Callable[[str], None]) -> None:
+        self._path, self._config, self._environment, self._say = path, config, environment, say
+        self._first = not dist.is_initialized() or dist.get_rank() == 0
+        # A group of its own: the thread's messages must not meet those of the step.
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[str | None] | None = None
+        self._last_step = -1
+        self._last_s = time.monotonic()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._group is not None:  # its threads must not outlive the interpreter
+                dist.destroy_process_group(self._group)
+                self._group = None
+
+    def due(self, step: int) -> bool:
+        """Whether `step` steps, or the minutes since the last one, ask for a checkpoint."""
+        log = self._config.log
+        late = _of_first(lambda: time.monotonic() - self._last_s >= 60.0 * log.checkpoint_minutes)
+        return late or step % log.checkpoint_every == 0
+
+    def save(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        before: dict[str, float],
+        reward_mean: float | None = None,
+    ) -> None:
+        """Save the state after `step` steps, unless the last save was of that step.
+
+        Returns when the state is copied; what comes after may change it. Raises: whatever but a failing disk ended the
+        save before this one.
+        """
+        if step == self._last_step:
+            return
+        if self._pending is not None:
+            self._pending.result()
+        tensors = _named("model", get_model_state_dict(model))
+        groups = None
+        # Before the first step there is no state, and asking for it would take a step.
+        if optimizer.state:
+            state: Any = get_optimizer_state_dict(model, optimizer)
+            tensors |= _named("optimizer", state["state"])
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+        part = self._path / f"step_{step:06d}.part"
+        writer = HuggingFaceStorageWriter(str(part), fqn_to_index_mapping=_files(tensors), save_distributed=True)
+        written = async_save(
+            tensors, storage_writer=writer, process_group=self._group, no_dist=not dist.is_initialized()
+        )
+        assert isinstance(written, Future)
+        notes = {"step": step, "before": before, "reward_mean": reward_mean, "optimizer": groups}
+        self._pending = self._thread.submit(self._finish, written, part, notes)
+        self._last_step, self._last_s = step, time.monotonic()
+
+    def wait(self) -> None:
+        """Return when the last save is on the disk. Raises: InputError if it could not be written."""
+        failure = None if self._pending is None else self._pending.result()
+        if failure is not None:
+            self._last_step = -1
+            raise InputError(failure)
+
+    def _finish(self, written: Future[Any], part: Path, notes: dict[str, Any]) -> str | None:
+        """Wait for the tensors, seal the folder and drop old ones. What stopped it, if the disk did."""
+        try:
+            try:
+                written.result()
+                if self._first:
+                    self._seal(part, notes)
+                    self._drop_old()
+            except CheckpointException as error:
+                cause = _cause(error)
+                if not isinstance(cause, OSError):
+                    raise
+                raise cause from error
+        except OSError as error:
+            if self._first:
+                shutil.rmtree(part, ignore_errors=True)
+            whole = [folder.name for folder in _folders(self._path)]
+            earlier = f"{whole[-1]} is whole" if whole else "there is no earlier one"
+            failure = (
+                f"checkpoint {part.stem} could not be written: {error.strerror}, {_disk(self._path)}; {earlier}. "
+                "Free space there"
+            )
+            if self._first:
+                self._say(f"{failure}; the run goes on and tries again when the next one is due")
+            return failure
+        return None
+
+    def _seal(self, part: Path, notes: dict[str, Any]) -> None:
+        config = dump_config(self._config)
+        manifest = _Manifest(
+            format=_FORMAT,
+            varfast=self._environment["varfast"],
+            config_sha256=hashlib.sha256(config.encode()).hexdigest(),
+            config=yaml.safe_load(config),
+            environment=self._environment,
+            files={
+                file.name: _File(bytes=file.stat().st_size, sha256=_sha256(file)) for file in sorted(part.iterdir())
+            },
+            **notes,
+        )
+        text = json.dumps(manifest.model_dump(), indent=1).encode() + b"\n"
+        for name, content in (("manifest.json", text), ("manifest.sha256", _sum_of(text))):
+            with (part / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync(part)
+        final = part.with_suffix("")
+        if final.exists():
+            _remove(final)
+        os.rename(part, final)
+        _sync(self._path)
+
+    def _drop_old(self) -> None:
+        """Keep the last ones, and the one with the highest reward."""
+        log = self._config.log
+        folders = _folders(self._path)
+        kept = folders[-log.keep_last :]
+        if log.keep_best:
+            rewards = {}
+            for folder in folders:
+                try:
+                    rewards[folder] = _manifest(folder).reward_mean
+                except InputError:  # damaged meanwhile: not the best
+                    continue
+            kept += sorted((f for f, r in rewards.items() if r is not None), key=lambda f: rewards[f] or 0.0)[-1:]
+        for folder in folders:
+            if folder not in kept:
+                _remove(folder)
+
+
+def newest_checkpoint(path: Path, say: Callable[[str], object] = print) -> Checkpoint | None:
+    """The newest checkpoint in a folder whose files are all as they were written; None if there is none at all.
+
+    Args:
+        say: told which damaged ones were passed over.
+    Raises: InputError if there are some and all are damaged.
+    """
+    damaged: list[str] = []
+    for folder in reversed(_folders(path)):
+        try:
+            found = _verified(folder)
+        except InputError as error:
+            damaged.append(f"{folder.name}: {error}")
+            continue
+        if damaged:
+            say(f"{'; '.join(damaged)}. Using {folder.name}, the one before")
+        return found
+    if damaged:
+        raise InputError(
+            "\n  ".join([f"no checkpoint in {path} is whole:", *damaged])
+            + f"\n  bring one back from a copy, or delete {path} to start again from step 0"
+        )
+    return None
+
+
+def _verified(folder: Path) -> Checkpoint:
+    manifest = _manifest(folder)
+    found = {file.name for file in folder.iterdir() if file.suffix == ".safetensors"}
+    if strange := found - manifest.files.keys():
+        raise InputError(f"{min(strange)} does not belong to it")
+    for name, noted in manifest.files.items():
+        file = folder / name
+        try:
+            size = file.stat().st_size
+            if size != noted.bytes:
+                raise InputError(f"{name} has {size} of {noted.bytes} bytes")
+            if _sha256(file) != noted.sha256:
+                raise InputError(f"{name} is damaged: its SHA-256 is another one")
+        except OSError as error:
+            raise InputError(f"{name}: {error.strerror}") from error
+    return Checkpoint(folder, manifest.step, manifest.before, manifest.reward_mean, manifest.optimizer)
+
+
+def _manifest(folder: Path) -> _Manifest:
+    try:
+        text = (folder / "manifest.json").read_bytes()
+        noted = (folder / "manifest.sha256").read_bytes()
+    except OSError as error:
+        raise InputError(f"{Path(error.filename).name}: {error.strerror}") from error
+    if noted != _sum_of(text):
+        raise InputError("manifest.json is damaged: its SHA-256 is another one")
+    try:
+        manifest = _Manifest.model_validate(json.loads(text))
+    except (ValidationError, ValueError, RecursionError) as error:
+        raise InputError(f"manifest.json is not of this version of varfast (format {_FORMAT})") from error
+    if manifest.step != _step(folder):
+        raise InputError(f"it is of step {manifest.step}; somebody renamed it")
+    return manifest
+
+
+def _folders(path: Path) -> list[Path]:
+    """Those of checkpoints, whole or damaged, by step."""
+    if not path.is_dir():
+        return []
+    return sorted((f for f in path.iterdir() if re.fullmatch(r"step_\d{6,}", f.name)), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: killed half-way, it is no checkpoint any more.
+    half = folder.with_name(folder.name + ".part")
+    os.rename(folder, half)
+    shutil.rmtree(half)
+
+
+def _named(kind: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    """One flat dictionary: model.NAME, or optimizer.NAME.exp_avg."""
+    flat: dict[str, Any] = {}
+    for name, entry in tensors.items():
+        if isinstance(entry, dict):
+            flat |= _named(f"{kind}.{name}", entry)
+        else:
+            flat[f"{kind}.{name}"] = entry
+    return flat
+
+
+def _files(tensors: dict[str, Any]) -> dict[str, int]:
+    """Which file each tensor goes into, from 1; the same on every process, as it goes by whole sizes."""
+    number, size, files = 1, 0, {}
+    for name, tensor in tensors.items():
+        grown = size + tensor.numel() * tensor.element_size()
+        if size and grown > _FILE_BYTES:
+            number, grown = number + 1, grown - size
+        files[name], size = number, grown
+    return files
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """What failed on the first process that failed."""
+    return min(error.failures.items())[1][0]
+
+
+def _of_first(decide: Callable[[], _T]) -> _T:
+    """What the first process finds, on all of them; its InputError too."""
+    if not dist.is_initialized():
+        return decide()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = decide()
+        except InputError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise InputError(box[1])
+    return box[0]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sum_of(manifest: bytes) -> bytes:
+    """What manifest.sha256 holds; `sha256sum -c manifest.sha256` reads it."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  manifest.json\n".encode()
+
+
+def _sync(folder: Path) -> None:
+    """Bring what was created and renamed in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _disk(path: Path) -> str:
+    mount = path.resolve()
+    while not mount.exists() or not os.path.ismount(mount):
+        mount = mount.parent
+    return f"{shutil.disk_usage(mount).free / 2**20:.0f} MiB free on the disk at {mount}"
 
 
 class RunFolder:
@@ -100,16 +496,22 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
-        self.checkpoint = self.path / "checkpoint.pt"
+        self.checkpoints = self.path / "checkpoints"
         self.weights = self.path / "var.pth"
         self.config = self.path / "config.yaml"
         self.base = self.path / "base.json"
 
-    def prepare(self, config: Config) -> TrainState | None:
-        """Make the folder ready for this config; the state to go on from, if there is one.
+    def prepare(self, config: Config) -> Checkpoint | None:
+        """Make the folder ready for this config; the checkpoint to go on from, if there is one.
 
-        Raises: InputError if the folder cannot be written, holds something else, or holds a run with another config.
+        What killed saves left behind is removed; a damaged checkpoint is set aside as step_000050.damaged.
+
+        Raises: InputError if the folder cannot be written, holds something else, or holds a run with another config,
+            or checkpoints of which none is whole.
         """
+        return _of_first(lambda: self._prepare(config))
+
+    def _prepare(self, config: Config) -> Checkpoint | None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             occupied = any(self.path.iterdir())
@@ -117,12 +519,13 @@ class RunFolder:
             raise InputError(f"run.dir={self.path} cannot be used: {error.strerror}; choose another run.dir") from error
         if occupied and not self.config.exists():
             raise InputError(f"run.dir={self.path} holds other files and no run; choose another run.dir")
-        state = None
-        if self.checkpoint.exists():
+        self._refuse_old_format()
+        found = newest_checkpoint(self.checkpoints)
+        if found is not None:
             self._refuse_other_config(config)
-            state = self.load_state()
+        self._tidy(found)
         save_text(self.config, dump_config(config))
-        return state
+        return found
 
     def load_config(self) -> Config:
         """The resolved config of the run in this folder."""
@@ -132,19 +535,13 @@ class RunFolder:
             raise InputError(f"{self.path} is no run folder: {self.config.name}: {error.strerror}") from error
         return parse_config(data, str(self.config))
 
-    def load_state(self) -> TrainState:
-        """Raises: InputError if there is no checkpoint yet, or if it is damaged or of a later version."""
-        if not self.checkpoint.exists():
+    def newest(self) -> Checkpoint:
+        """The newest whole checkpoint. Raises: InputError if there is none yet, or if all are damaged."""
+        self._refuse_old_format()
+        found = newest_checkpoint(self.checkpoints)
+        if found is None:
             raise InputError(f"{self.path} holds no checkpoint yet; its run has not reached log.checkpoint_every steps")
-        content = read_checkpoint(self.checkpoint)
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise InputError(f"{self.checkpoint} is no checkpoint of this version of varfast (format {_FORMAT})")
-        return TrainState(content["step"], content["var"], content["optimizer"], content["before"])
-
-    def save_state(self, state: TrainState) -> None:
-        """Replace the checkpoint. Raises: InputError as write_atomically."""
-        content = {"format": _FORMAT, **vars(state)}
-        save_tensors(self.checkpoint, content)
+        return found
 
     def save_base(self, var: str, vqvae: str) -> None:
         """Note the files that the run started from: a resumed run must find the same reference."""
@@ -156,6 +553,25 @@ class RunFolder:
             return None
         noted = json.loads(self.base.read_text(encoding="utf-8"))
         return noted["var"], noted["vqvae"]
+
+    def _refuse_old_format(self) -> None:
+        if (self.path / "checkpoint.pt").exists():
+            raise InputError(
+                f"{self.path} holds checkpoint.pt, as varfast wrote it before checkpoints/; choose another run.dir, or "
+                "go on with the commit in its environment.json"
+            )
+
+    def _tidy(self, found: Checkpoint | None) -> None:
+        try:
+            for part in self.checkpoints.glob("step_*.part"):
+                shutil.rmtree(part)
+            for folder in _folders(self.checkpoints) if found is not None else ():
+                if found is not None and _step(folder) > found.step:
+                    aside = folder.with_name(folder.name + ".damaged")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.rename(folder, aside)
+        except OSError as error:
+            raise InputError(f"{self.checkpoints} cannot be written: {error.strerror}; mend its rights") from error
 
     def _refuse_other_config(self, config: Config) -> None:
         differences = [

@@ -6,6 +6,7 @@ A config is a YAML file and overrides `a.b=c` from the command line. An unknown 
 from __future__ import annotations
 
 import difflib
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
@@ -42,7 +43,8 @@ def check_micro_batch(what: str, size: int | None, total: int) -> None:
 
 def _check_divides(what: str, part: int | None, whole: int, of: str) -> None:
     if part is not None and (part < 1 or whole % part):
-        nearest = min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: abs(d - part))
+        small = [d for d in range(1, math.isqrt(whole) + 1) if whole % d == 0]
+        nearest = min(sorted({*small, *(whole // d for d in small)}), key=lambda d: abs(d - part))
         raise InputError(f"{what}={part} does not divide {whole} {of}; use {nearest}")
 
 
@@ -216,8 +218,10 @@ class PretrainConfig(_Section):
 class RolloutConfig(_Section):
     """What is sampled in a step: labels_per_step * group_size images."""
 
-    labels_per_step: int = Field(32, ge=1, description="P, labels drawn a step")
-    group_size: int = Field(16, ge=2, description="G, images a label; the group within which advantages are relative")
+    labels_per_step: int = Field(32, ge=1, le=1_000_000, description="P, labels drawn a step")
+    group_size: int = Field(
+        16, ge=2, le=1_000_000, description="G, images a label; the group within which advantages are relative"
+    )
     temperature: float = Field(0.7, gt=0, description="of the plain multinomial draw; no guidance, no filters")
     labels: Literal["all"] | list[int] = Field("all", description="labels to draw from, uniformly")
     label_share: float = Field(1.0, gt=0, le=1, description="train on this share of the labels, chosen by run.seed")
@@ -433,6 +437,9 @@ class RunConfig(_Section):
         description="of activations; weights stay float32. auto: bfloat16 where the device computes in it (a CPU with "
         "AVX512-BF16 or AMX), else float32",
     )
+    max_bad_rollouts: int = Field(
+        3, ge=1, description="rollouts in a row left out for a reward that is not finite, before the run stops"
+    )
     fast: bool = Field(
         True, description="false: sample eagerly, decode plainly: what the fast path is compared with; see also kernels"
     )
@@ -460,6 +467,9 @@ class LogConfig(_Section):
     grid_labels: int = Field(8, ge=1, description="rows of the grid: the first labels trained on")
     grid_samples: int = Field(8, ge=1, description="columns of the grid; the seeds are the same in every grid")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints (one at the end in any case)")
+    checkpoint_minutes: float = Field(30.0, gt=0, description="minutes after which one is due in any case")
+    keep_last: int = Field(2, ge=1, description="checkpoints kept; the one before serves where the last is damaged")
+    keep_best: bool = Field(False, description="keep the one with the highest reward_mean too")
 
 
 class EvalConfig(_Section):
@@ -642,14 +652,12 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     """A YAML file over the one that its key `base` names, by a path from its folder, over that one's base, ..."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text"
+    except OSError as error:
         named = f" (the base of {readers[-1]})" if readers else ""
-        raise InputError(f"config {path}{named}: {why}; the examples are in configs/") from error
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"config {path} is no YAML: {error}") from error
+        raise InputError(f"config {path}{named}: {error.strerror}; the examples are in configs/") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"config {path} is no text in UTF-8: {error}; the examples are in configs/") from error
+    data = _read_yaml(text, f"config {path}")
     if not isinstance(data, dict):
         raise InputError(
             f"config {path}: got {type(data).__name__} at the top, want sections as in configs/digits.yaml"
@@ -707,10 +715,18 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         node = node[parent]
         if not isinstance(node, dict):
             raise InputError(f"argument {override!r}: {parent} is a value, not a section")
+    node[last] = _read_yaml(text, f"argument {override!r}: the value")
+
+
+# PyYAML lets what int(), datetime() and its own tables raise through: `2001-13-45`, `0x_`, `!!bool x`, `!!timestamp x`.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+
+
+def _read_yaml(text: str, what: str) -> Any:
     try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"argument {override!r}: the value is no YAML: {error}") from error
+        return yaml.safe_load(text)
+    except _YAML_ERRORS as error:
+        raise InputError(f"{what} is no YAML: {error}") from error
 
 
 def _explain(root: type[BaseModel], problem: dict[str, Any]) -> str:
@@ -723,7 +739,15 @@ def _explain(root: type[BaseModel], problem: dict[str, Any]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("value_error", "missing"):
         return ": ".join([*filter(None, [".".join(_shown(location))]), message])
-    return f"{'.'.join(_shown(location))}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"
+    return f"{'.'.join(_shown(location))}: got {_repr(problem['input'])}; {message[0].lower()}{message[1:]}"
+
+
+def _repr(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more than 4300 digits
+        return "a number that is too long to show"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _shown(location: list[str]) -> list[str]:

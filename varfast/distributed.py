@@ -201,21 +201,3 @@ def gathered(state: Any, world: World) -> Any:
         tensor = whole(state.detach())
         return tensor.cpu() if world.leads else None
     return state
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """load_state_dict with whole tensors, for parameters that may be sharded: each process keeps its part."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def part_of(parameter: Tensor, value: Any) -> Any:
-        if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.ndim):
-            return value
-        device = parameter.device
-        # No source: every process has the whole tensor, and takes its part without a word to the others.
-        return distribute_tensor(value.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-    moments = {
-        index: {name: part_of(parameters[index], value) for name, value in of_parameter.items()}
-        for index, of_parameter in state["state"].items()
-    }
-    optimizer.load_state_dict(state | {"state": moments})

@@ -6,6 +6,7 @@ python -m varfast.export checkpoint=runs/x out=model.pth dtype=bfloat16
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,15 +31,14 @@ def public_state(folder: RunFolder, sizes: VARConfig, dtype: torch.dtype) -> tup
     Raises: InputError if the folder holds no weights, or others than its config says.
     """
     step = None
-    if folder.weights.exists() and not folder.checkpoint.exists():
+    if folder.weights.exists() and not folder.checkpoints.exists():
         found: dict[str, Tensor] = load_var(str(folder.weights), sizes).state_dict()
     else:
-        run = folder.load_state()
-        found, step = run.var, run.step
+        checkpoint, var = folder.newest(), VAR(sizes)
+        checkpoint.load(var)
+        found, step = var.state_dict(), checkpoint.step
     with torch.device("meta"):
         wanted = VAR(sizes).state_dict()
-    if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in wanted.items()}:
-        raise InputError(f"{folder.checkpoint} holds a transformer of other sizes than {folder.config} says")
     return {n: found[n].to(dtype if t.is_floating_point() else t.dtype).contiguous() for n, t in wanted.items()}, step
 
 
@@ -126,10 +126,13 @@ def _evaluation(folder: RunFolder, complete: bool) -> str:
         rows = [[name, *(summary.get(f"{when}.{name}") for when in ("before", "after"))] for name in names]
         parts.append("Fresh samples, the same labels and random numbers before and after:")
         parts.append(_table(["", "before", "after"], rows))
-    evaluation = read_leaves(folder.path / "evaluation.json")
-    if evaluation:
-        parts.append("From evaluation.json in the run folder:")
-        parts.append(_table(["", ""], [[name, value] for name, value in evaluation.items()]))
+    measured = folder.path / "evaluation" / "evaluation.json"
+    if measured.exists():
+        rows = json.loads(measured.read_text(encoding="utf-8"))["rows"]
+        sides = [side for side in ("reference", "checkpoint", "difference") if any(row[side] for row in rows)]
+        cells = [[f"{row['name']}, {row['labels']}", *((row[side] or {}).get("value") for side in sides)] for row in rows]
+        parts.append("By `varfast.evaluate`, with the labels it is of:")
+        parts.append(_table(["", *sides], cells))
     return "\n\n".join(parts) or "None: the run was not complete, or had no evaluation."
 
 

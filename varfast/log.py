@@ -90,9 +90,10 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
         self._bar.update()
-        self._bar.set_postfix_str(
-            f"reward={metrics['reward_mean']:.3f} kl={metrics['kl']:.3f} {metrics['images_per_s']:.0f} img/s"
-        )
+        if "reward_mean" in metrics:  # else the rollout was left out
+            self._bar.set_postfix_str(
+                f"reward={metrics['reward_mean']:.3f} kl={metrics['kl']:.3f} {metrics['images_per_s']:.0f} img/s"
+            )
 
     def grid(self, step: int, images: Tensor, columns: int) -> None:
         """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png."""

@@ -614,6 +614,38 @@ def planned(config: Config, device_bytes: int | None, shards: int = 1) -> Config
     return config.model_copy(update={"rollout": rollout, "update": update})
 
 
+def lower_memory(config: Config, part: str) -> str:
+    """What to change where memory ran out: the next smaller setting, with the one in use.
+
+    Args:
+        config: as `planned` filled it in.
+        part: "rollout", "reward" or "update".
+    """
+    update = config.update
+    now = update.micro_batch or update.minibatch
+    advice: str | None = None
+    if part == "rollout":
+        now = config.rollout.micro_batch or config.rollout.images
+        advice = _halved("rollout.micro_batch", now, config.rollout.images)
+    elif part == "reward":
+        sizes = {f"reward.{n}.batch_size": r.batch_size for n, r in config.reward.items() if hasattr(r, "batch_size")}
+        advice = "; ".join(f"use {key}={size // 2}, now {size}" for key, size in sizes.items() if size > 1)
+    else:
+        if now < 2 * _ENOUGH_IMAGES and update.checkpointing != "full":
+            more = "attention" if update.checkpointing == "none" else "full"
+            advice = f"use update.checkpointing={more}, now {update.checkpointing} with update.micro_batch={now}"
+        else:
+            advice = _halved("update.micro_batch", now, update.minibatch)
+    return advice or (
+        "nothing smaller can be set there: try run.dtype=bfloat16, grpo.kl_beta=0 (no reference is held), a smaller "
+        "model or a device with more memory; see what else runs on this one"
+    )
+
+
+def _halved(key: str, now: int, total: int) -> str | None:
+    return f"use {key}={_largest_divisor(total, now / 2)}, now {now}" if now > 1 else None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices
 

@@ -22,10 +22,10 @@ import torch
 
 from varfast import kernels
 from varfast.before_after import evaluate
-from varfast.checkpoint import RunFolder, TrainState, save_tensors, save_text
+from varfast.checkpoint import Checkpoints, RunFolder, save_tensors, save_text
 from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
-from varfast.distributed import World, gathered, joined, load_optimizer, local_device, processes_here
+from varfast.distributed import World, gathered, joined, local_device, processes_here
 from varfast.grpo import combined_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
 from varfast.log import RunLog, StageLimits, environment, import_wandb, profiled, table
@@ -34,9 +34,9 @@ from varfast.policy import Policy, load_policy, pick_device
 from varfast.pretrain import pretrained
 from varfast.randomness import GRID_STEP
 from varfast.rewards import WeightedSum
-from varfast.roofline import available_bytes, planned, share, with_dtype
+from varfast.roofline import available_bytes, lower_memory, planned, share, with_dtype
 from varfast.stages import StageClock, stage
-from varfast.types import InputError, Rewards, Rollout, ScoredRollout, StepStats
+from varfast.types import InputError, NotFiniteReward, Rewards, Rollout, ScoredRollout, StepStats
 from varfast.update import Updater
 
 _INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -68,43 +68,32 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
     mine = world.share(config.rollout.images)  # the images of a step that this process samples and scores
     fitted = _fitted(config, device, world, mine.stop - mine.start)
     folder = RunFolder(config.run.dir)
-    with world.leader_first():  # it writes the folder, pre-trains and downloads
-        state = None
-        if world.leads:
-            state = folder.prepare(config)
-        elif folder.checkpoint.exists():
-            state = folder.load_state()
+    found = folder.prepare(config)
+    with world.leader_first():  # it pre-trains and downloads
         reward = WeightedSum(config.reward, device, config.policy.sizes.num_classes)
         on_device = config.run.model_copy(update={"device": str(device)})
-        policy = load_base(config.model_copy(update={"run": on_device}), folder, state is not None or not world.leads)
+        noted = found is not None or not world.leads
+        policy = load_base(config.model_copy(update={"run": on_device}), folder, resume=noted)
     reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
-    if state is not None:
-        policy.var.load_state_dict(state.var)
     policy.distribute(world, config.run.parallel)
     fits = {name: getattr(fitted.update, name) for name in ("micro_batch", "checkpointing")}
     update = config.update.model_copy(update=fits)
     updater = Updater(policy, reference, config.grpo, update, config.run.steps, config.run.seed, world)
     labels = label_pool(config.rollout, policy.num_classes, config.run.seed)
-    if state is None:
-        before: dict[str, float] = {}
-        if world.leads:
-            facts = environment() | {"processes": world.size}
-            save_text(folder.path / "environment.json", json.dumps(facts, indent=2) + "\n")
-            before = _evaluate(policy, reward, labels, fitted)
-        start = 0
-    else:
-        load_optimizer(updater.optimizer, state.optimizer)
-        start, before = state.step, state.before
-
-    def save(steps_done: int) -> None:
-        var, optimizer = gathered(policy.var.state_dict(), world), gathered(updater.optimizer.state_dict(), world)
-        if world.leads:
-            folder.save_state(TrainState(steps_done, var, optimizer, before))
+    start, before, bad_rollouts = 0, {}, 0  # bad ones in a row
+    here = environment() | {"processes": world.size}
+    if found is not None:
+        found.load(policy.var, updater.optimizer)
+        start, before = found.step, found.before
+    elif world.leads:
+        save_text(folder.path / "environment.json", json.dumps(here, indent=2) + "\n")
+        before = _evaluate(policy, reward, labels, fitted)
 
     sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
     limits = StageLimits(fitted, device, config.rollout.images) if world.leads else None
     with (
         _log(world, folder, start, config) as log,
+        Checkpoints(folder.checkpoints, config, here, log.say if log else lambda text: None) as checkpoints,
         StageClock(device) as clock,
         _catch_signals() as received,
     ):
@@ -120,51 +109,60 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
                 # A step: draw labels, sample a group of images for each, ...
                 labels_B = draw_labels(labels, config.rollout.labels_per_step, seed, step)
                 labels_b = labels_B.repeat_interleave(group_size)[mine]
-                drawn, images = policy.sample_images(
-                    labels_b,
-                    sampling.temperature,
-                    seed=seed,
-                    step=step,
-                    first_sample=mine.start,
-                    micro_batch=sampling.micro_batch,
-                )
-                # ... score them against one another, ...
-                try:
-                    with stage("reward"):
-                        scores = reward(images, drawn.labels_B)
-                except Exception as error:
-                    world.any(True)
-                    save(step)
-                    error.add_note(
-                        f"  nothing is lost: {folder.path} holds step {step}; the same command goes on from there"
+                with _advised("rollout", fitted):
+                    drawn, images = policy.sample_images(
+                        labels_b,
+                        sampling.temperature,
+                        seed=seed,
+                        step=step,
+                        first_sample=mine.start,
+                        micro_batch=sampling.micro_batch,
                     )
-                    raise
-                if world.any(False):
-                    save(step)
-                    raise InputError("the reward failed in another process, which says why")
-                rollout, rewards = _gather(world, drawn, scores, config.rollout.images)
-                advantages_B = combined_advantages(
-                    rewards, reward.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
-                )
-                # ... and make the better ones more likely.
-                stats = updater.step(ScoredRollout(rollout, advantages_B), step)
+                # ... score them against one another, ...
+                scores = _score(reward, images, drawn, world, fitted)
+                if isinstance(scores, Rewards):
+                    bad_rollouts = 0
+                    rollout, rewards = _gather(world, drawn, scores, config.rollout.images)
+                    advantages_B = combined_advantages(
+                        rewards, reward.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
+                    )
+                    # ... and make the better ones more likely.
+                    with _advised("update", fitted):
+                        stats = updater.step(ScoredRollout(rollout, advantages_B), step)
+                elif isinstance(scores, NotFiniteReward) and bad_rollouts + 1 < config.run.max_bad_rollouts:
+                    bad_rollouts += 1
+                    if log:
+                        log.say(f"step {step + 1} is left out: {scores}")
+                else:
+                    held = step - bad_rollouts
+                    checkpoints.save(held, policy.var, updater.optimizer, before)
+                    checkpoints.wait()
+                    scores.add_note(
+                        f"  nothing is lost: {folder.path} holds step {held}; the same command goes on from there"
+                    )
+                    raise scores
                 stages_ms = clock.read()
                 step_s = time.perf_counter() - begin_s
 
-            done = step + 1
+            done, metrics = step + 1, {"skipped_rollouts": float(bad_rollouts > 0)}
+            if not bad_rollouts:
+                metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats)
             if log and limits:
-                metrics = _metrics(rollout, rewards, advantages_B, group_size, stats)
                 log.step(done, metrics | limits.metrics(stages_ms, step_s))
                 if done % config.log.grid_every == 0 or done == config.run.steps:
                     _save_grid(log, done, policy, labels, config)
-                    log.samples(done, images, drawn.labels_B, scores)
+                    if isinstance(scores, Rewards):
+                        log.samples(done, images, drawn.labels_B, scores)
+            # A rollout that was left out changed nothing: when the run is taken up again, it is tried again.
+            held = done if done == config.run.steps else done - bad_rollouts
             stopped = int(world.largest(max(received, default=0)))  # one process is told to stop: all of them do
-            if done % config.log.checkpoint_every == 0 or done == config.run.steps or stopped:
-                save(done)
+            if checkpoints.due(done) or done == config.run.steps or stopped:
+                checkpoints.save(held, policy.var, updater.optimizer, before, metrics.get("reward_mean"))
             if stopped and done < config.run.steps:
+                checkpoints.wait()
                 if log:
                     log.say(
-                        f"stopped; {folder.path} holds step {done} of {config.run.steps}. The same command goes on."
+                        f"stopped; {folder.path} holds step {held} of {config.run.steps}. The same command goes on."
                     )
                 return _INTERRUPTED[signal.Signals(stopped)]
 
@@ -192,6 +190,23 @@ def _log(world: World, folder: RunFolder, start: int, config: Config) -> Abstrac
     if not world.leads:
         return nullcontext()
     return RunLog(folder.path, start, config.run.steps, config.log.tensorboard, config)
+
+
+def _score(
+    reward: WeightedSum, images: torch.Tensor, drawn: Rollout, world: World, config: Config
+) -> Rewards | Exception:
+    """The rewards of this process's images, or what kept this process, or another one, from them."""
+    found: Rewards | Exception
+    try:
+        with stage("reward"), _advised("reward", config):
+            found = reward(images, drawn.labels_B)
+    except Exception as error:  # noqa: BLE001 - whatever a user's reward raises is raised once all processes know
+        found = error
+    worst = world.largest(isinstance(found, Exception) + (not isinstance(found, Rewards | NotFiniteReward)))
+    if not isinstance(found, Rewards) or worst == 0:
+        return found
+    elsewhere = "the reward failed in another process, which says why"
+    return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
 
 
 def _gather(world: World, rollout: Rollout, rewards: Rewards, images: int) -> tuple[Rollout, Rewards]:
@@ -236,7 +251,7 @@ def load_run(folder: RunFolder, device: torch.device, dtype: str) -> Policy:
     config = folder.load_config()
     config = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device), "dtype": dtype})})
     policy = load_base(config, folder, resume=True)
-    policy.var.load_state_dict(folder.load_state().var)
+    folder.newest().load(policy.var)
     return policy
 
 
@@ -276,6 +291,16 @@ def _metrics(
     values = torch.stack(list(measured.values())).tolist()  # one copy from the device
     without_signal = groups_without_signal(advantages_B, group_size)
     return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal, **asdict(stats)}
+
+
+@contextmanager
+def _advised(part: str, config: Config) -> Iterator[None]:
+    """Say which setting to change where the device's memory does not suffice for a part of the step."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"out of memory in the {part}: {reason}\n  {lower_memory(config, part)}") from error
 
 
 @contextmanager

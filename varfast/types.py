@@ -14,6 +14,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used. Commands print its message alone, without a traceback."""
 
 
+class NotFiniteReward(InputError):
+    """A reward gave NaN or Inf. A run leaves such a rollout out; run.max_bad_rollouts of them in a row end it."""
+
+
 @dataclass(frozen=True)
 class Rollout:
     """Sampled images as tokens, with what the policy thought of them when it drew them.

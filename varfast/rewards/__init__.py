@@ -37,7 +37,7 @@ from varfast.rewards.classifier import Confidence, DigitsConfidence
 from varfast.rewards.clip import TextSimilarity, prompts
 from varfast.rewards.hpsv2 import hpsv2_spec
 from varfast.rewards.http import Http
-from varfast.types import InputError, Rewards
+from varfast.types import InputError, NotFiniteReward, Rewards
 
 Reward = Callable[[Tensor, Tensor], Any]
 
@@ -86,7 +86,8 @@ class WeightedSum:
     def __call__(self, images: Tensor, labels_B: Tensor) -> Rewards:
         """Score (B, 3, H, W) images in [0, 1].
 
-        Raises: InputError if a component returns another shape than (B,), or a number that is not finite.
+        Raises: InputError if a component returns another shape than (B,); NotFiniteReward, which is one too, if it
+            or the sum holds a number that is not finite.
         """
         embeddings: dict[Backbone, Tensor] = {}
         scores = {}
@@ -98,7 +99,7 @@ class WeightedSum:
                 seen = embeddings[part.backbone]
             scores[name] = _checked(name, part.reward(seen, labels_B), images)
         total_B = torch.stack([weight * scores[name] for name, weight in self.weights.items()]).sum(dim=0)
-        return Rewards(total_B, scores)
+        return Rewards(_checked("(their weighted sum)", total_B, images), scores)
 
 
 class _Backbones:
@@ -178,7 +179,7 @@ def _checked(name: str, scores: Any, images: Tensor) -> Tensor:
         )
     bad = (~scores_B.isfinite()).nonzero().flatten().tolist()
     if bad:
-        raise InputError(
+        raise NotFiniteReward(
             f"reward {name} returned {float(scores_B[bad[0]])} for image {bad[0]} ({len(bad)} of {len(images)} are not "
             "finite); mend the reward, or clamp it"
         )

@@ -1,0 +1,349 @@
+"""Each fault is injected for real: signals to a process, bytes flipped on the disk, a disk that is full, NaN."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from varfast import InputError, Policy
+from varfast.checkpoint import Checkpoints, RunFolder, dump_config, newest_checkpoint
+from varfast.train import train
+
+TIMES = ("step_s", "images_per_s", "mfu")
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES and not k.endswith(("_ms", "_share"))} for line in lines]
+
+
+def weights(folder):
+    return torch.load(Path(folder) / "var.pth", weights_only=True)
+
+
+def assert_same_run(a, b):
+    assert metrics(a) == metrics(b)
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def names(config):
+    return sorted(p.name for p in (Path(config.run.dir) / "checkpoints").iterdir())
+
+
+def flip(path, at=-1):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start `train` of a config in another process, after some lines of Python; wait for a file to appear."""
+    processes = []
+
+    def start(config, wait_for, before=""):
+        path = tmp_path / "config.yaml"
+        path.write_text(dump_config(config))
+        script = (
+            f"import sys, time\nfrom varfast.train import main\n{textwrap.dedent(before)}\nsys.exit(main(sys.argv[1:]))"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        processes.append(process)
+        deadline = time.monotonic() + 120
+        while not wait_for.exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_sigkill_in_the_middle_of_a_save_loses_the_steps_since_the_last_one(make_config, tmp_path, start):
+    few = {"run__steps": 20, "log__checkpoint_every": 5, "eval__samples_per_label": 1}
+    whole = make_config(run__dir=str(tmp_path / "whole"), **few)
+    train(whole)
+    killed = make_config(run__dir=str(tmp_path / "killed"), **few)
+    reached = tmp_path / "reached"
+    slow = f"""
+        from pathlib import Path
+        from varfast import checkpoint
+        sha256 = checkpoint._sha256
+        def slow(path):
+            if path.parent.name == "step_000010.part":  # the tensors are written, the manifest is not
+                Path({str(reached)!r}).touch()
+                time.sleep(600)
+            return sha256(path)
+        checkpoint._sha256 = slow
+        """
+    process = start(killed, reached, slow)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert names(killed) == ["step_000005", "step_000010.part"]
+    assert newest_checkpoint(Path(killed.run.dir) / "checkpoints").step == 5
+    train(killed)
+    assert names(killed) == ["step_000015", "step_000020"]
+    assert_same_run(whole.run.dir, killed.run.dir)
+
+
+class Killed(BaseException):
+    """Stands for the moment of a SIGKILL, where a process for each would take too long."""
+
+
+def test_a_save_killed_at_any_moment_leaves_a_whole_checkpoint(make_config, tmp_path, monkeypatch):
+    """Every call that changes what is on the disk after the tensors, one after the other."""
+    config = make_config(log__keep_last=1)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def save(path, step):
+        with torch.no_grad():
+            model.weight.fill_(step)
+        with Checkpoints(path, config, {"varfast": "0"}, print) as checkpoints:
+            checkpoints.save(step, model, optimizer, {})
+
+    moments = 0
+    for moment in range(100):
+        path = tmp_path / str(moment) / "checkpoints"
+        save(path, 1)
+        calls = [0]
+
+        def dying(call, calls=calls, moment=moment):
+            def wrapped(*args, **kwargs):
+                calls[0] += 1
+                if calls[0] == moment + 1:
+                    raise Killed
+                return call(*args, **kwargs)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "fsync"), (os, "rename"), (shutil, "rmtree")):
+                patch.setattr(module, name, dying(getattr(module, name)))
+            try:
+                save(path, 2)
+            except (Killed, CheckpointException):  # torch wraps what is raised while it writes
+                moments += 1
+            else:
+                break
+        found = newest_checkpoint(path)
+        with torch.no_grad():
+            model.weight.fill_(0)
+        found.load(model, optimizer)
+        assert torch.equal(model.weight, torch.full((2, 2), float(found.step)))
+    assert found.step == 2
+    assert moments > 6
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_with_its_code(make_config, tmp_path, start, number, code):
+    config = make_config(run__steps=100_000, log__checkpoint_every=100_000, eval__samples_per_label=0)
+    process = start(config, Path(config.run.dir) / "metrics.jsonl")
+    time.sleep(0.5)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code, out
+    step = metrics(config.run.dir)[-1]["step"]
+    assert RunFolder(config.run.dir).newest().step == step >= 1
+    assert f"holds step {step} of 100000. The same command goes on." in out
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(make_config, tmp_path, capsys, damage):
+    whole = make_config(run__dir=str(tmp_path / "whole"), run__steps=4)
+    train(whole)
+    config = make_config(run__steps=4)
+    shutil.copytree(whole.run.dir, config.run.dir)
+    folder = Path(config.run.dir) / "checkpoints" / "step_000004"
+    (tensors,) = folder.glob("*.safetensors")
+    if damage == "flipped":
+        flip(tensors)
+        reason = f"{tensors.name} is damaged: its SHA-256 is another one"
+    elif damage == "truncated":
+        size = tensors.stat().st_size
+        os.truncate(tensors, size // 2)
+        reason = f"{tensors.name} has {size // 2} of {size} bytes"
+    elif damage == "missing":
+        tensors.unlink()
+        reason = f"{tensors.name}: No such file or directory"
+    else:
+        flip(folder / "manifest.json", 30)
+        reason = "manifest.json is damaged: its SHA-256 is another one"
+    capsys.readouterr()
+    train(config)
+    assert f"step_000004: {reason}. Using step_000002, the one before" in capsys.readouterr().out
+    assert names(config) == ["step_000002", "step_000004", "step_000004.damaged"]
+    assert_same_run(whole.run.dir, config.run.dir)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_what_to_do(make_config):
+    config = make_config(run__steps=4)
+    train(config)
+    for folder in (Path(config.run.dir) / "checkpoints").iterdir():
+        flip(next(folder.glob("*.safetensors")))
+    wanted = (
+        r"no checkpoint in .* is whole:\n  step_000004: .*\n  step_000002: .*\n  bring one back .* delete .*checkpoints"
+    )
+    with pytest.raises(InputError, match=wanted):
+        train(config)
+    assert names(config) == ["step_000002", "step_000004"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 8 MiB of its own."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(path)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"this machine refuses to mount: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_full_disk_costs_that_checkpoint_and_no_more(make_config, small_disk):
+    config, model, said = make_config(), torch.nn.Linear(512, 512), []
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    path, filler = small_disk / "checkpoints", small_disk / "filler"
+    with Checkpoints(path, config, {"varfast": "0"}, said.append) as checkpoints:
+        checkpoints.save(1, model, optimizer, {})
+        checkpoints.wait()
+        filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 500_000))
+        checkpoints.save(2, model, optimizer, {})
+        with pytest.raises(InputError, match="step_000002 could not be written: No space left on device"):
+            checkpoints.wait()
+        assert f"MiB free on the disk at {small_disk}; step_000001 is whole. Free space there" in said[0]
+        assert [p.name for p in path.iterdir()] == ["step_000001"]
+        filler.unlink()
+        checkpoints.save(3, model, optimizer, {})
+    assert len(said) == 1
+    assert newest_checkpoint(path).step == 3
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may grow beyond 64 KiB: a limit of the operating system that needs no rights."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_run_that_cannot_save_goes_on_and_says_so_at_its_end(make_config, small_files, capsys):
+    config = make_config(log__checkpoint_every=1)
+    with pytest.raises(InputError, match="checkpoint step_000003 could not be written: File too large"):
+        train(config)
+    assert [line["step"] for line in metrics(config.run.dir)] == [1, 2, 3]
+    out = capsys.readouterr().out
+    assert out.count("there is no earlier one. Free space there; the run goes on and tries again") == 3
+    assert names(config) == []
+
+
+@pytest.fixture
+def moody_reward(tmp_path, monkeypatch):
+    """Brightness; not finite on the calls that `bad` names, counted from 1."""
+    (tmp_path / "moody.py").write_text(
+        "calls, bad, value = [0], [], float('nan')\n"
+        "def reward(images, labels):\n"
+        "    calls[0] += 1\n"
+        "    scores = images.mean(dim=(1, 2, 3))\n"
+        "    if calls[0] in bad:\n"
+        "        scores[1] = value\n"
+        "    return scores\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import moody
+
+    yield moody
+    sys.modules.pop("moody")
+
+
+MOODY = {
+    "reward": {"mine": {"type": "function", "function": "moody:reward"}},
+    "eval__samples_per_label": 0,  # an evaluation would ask the reward too
+    "log__checkpoint_every": 1,
+    "log__keep_last": 9,
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_rollout_whose_reward_is_not_finite_is_left_out(make_config, moody_reward, capsys, value):
+    moody_reward.bad, moody_reward.value = [2], value
+    config = make_config(run__steps=4, **MOODY)
+    assert train(config) == 0
+    lines = metrics(config.run.dir)
+    assert [line["skipped_rollouts"] for line in lines] == [0, 1, 0, 0]
+    assert lines[1] == {"step": 2, "skipped_rollouts": 1}
+    assert f"step 2 is left out: reward mine returned {value} for image 1" in capsys.readouterr().out
+    # The second step changed nothing, so there is nothing to hold of it.
+    assert names(config) == ["step_000001", "step_000003", "step_000004"]
+
+
+def test_rewards_that_are_not_finite_in_a_row_stop_the_run_and_lose_nothing(make_config, moody_reward, tmp_path):
+    whole = make_config(run__steps=6, run__dir=str(tmp_path / "whole"), **MOODY)
+    train(whole)
+    moody_reward.calls[0], moody_reward.bad = 0, [3, 4, 5]
+    config = make_config(run__steps=6, **MOODY)
+    with pytest.raises(InputError, match="reward mine returned nan") as caught:
+        train(config)
+    assert "holds step 2; the same command goes on" in caught.value.__notes__[0]
+    assert [line["step"] for line in metrics(config.run.dir)] == [1, 2, 3, 4]
+    moody_reward.bad = []
+    train(config)
+    assert_same_run(whole.run.dir, config.run.dir)
+
+
+def test_bad_rollouts_with_good_ones_between_do_not_stop_the_run(make_config, moody_reward):
+    moody_reward.bad = [1, 2, 4, 5]
+    config = make_config(run__steps=5, **MOODY)
+    assert train(config) == 0
+    assert sum(line["skipped_rollouts"] for line in metrics(config.run.dir)) == 4
+    assert train(config) == 0  # complete, though its last rollout was left out
+    assert len(metrics(config.run.dir)) == 5
+
+
+def test_a_sum_of_rewards_that_is_not_finite_is_left_out(make_config):
+    # 0.5 * 3e38 * 2 is beyond float32.
+    huge = {n: {"type": "brightness", "mode": "raw", "weight": 3e38} for n in ("a", "b", "c")}
+    with pytest.raises(InputError, match=r"reward \(their weighted sum\) returned inf"):
+        train(make_config(reward=huge, run__max_bad_rollouts=1, eval__samples_per_label=0))
+
+
+@pytest.mark.parametrize(
+    ("where", "settings", "advice"),
+    [
+        ("rollout", {"rollout__micro_batch": 4}, "use rollout.micro_batch=2, now 4"),
+        ("rollout", {}, "use rollout.micro_batch=4, now 8"),
+        ("rollout", {"rollout__micro_batch": 1}, "nothing smaller can be set there: try run.dtype=bfloat16"),
+        ("update", {"update__checkpointing": "none"}, "use update.checkpointing=attention, now none with"),
+        ("update", {"update__checkpointing": "full"}, "use update.micro_batch=2, now 4"),
+        ("update", {"update__checkpointing": "full", "update__micro_batch": 1}, "nothing smaller can be set there"),
+    ],
+)
+def test_memory_that_runs_out_names_the_setting_to_lower(make_config, monkeypatch, where, settings, advice):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    monkeypatch.setattr(Policy, "sample_images" if where == "rollout" else "token_logp", fail)
+    with pytest.raises(InputError, match=f"out of memory in the {where}: CUDA out of memory. Tried to") as caught:
+        train(make_config(eval__samples_per_label=0, **settings))
+    assert f"\n  {advice}" in str(caught.value)
