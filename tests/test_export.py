@@ -109,7 +109,7 @@ def test_weights_alone_are_enough(make_run, tmp_path):
 
 
 def test_weights_of_other_sizes_are_refused(make_run, tmp_path):
-    folder, state = make_run()
+    folder, _ = make_run()
     other = VAR(folder.load_config().policy.sizes.model_copy(update={"num_classes": 7})).init_weights(1)
     save(folder, other, 3)
     with pytest.raises(InputError, match="does not fit the configured model: model.class_emb.weight"):

@@ -130,7 +130,9 @@ def _evaluation(folder: RunFolder, complete: bool) -> str:
     if measured.exists():
         rows = json.loads(measured.read_text(encoding="utf-8"))["rows"]
         sides = [side for side in ("reference", "checkpoint", "difference") if any(row[side] for row in rows)]
-        cells = [[f"{row['name']}, {row['labels']}", *((row[side] or {}).get("value") for side in sides)] for row in rows]
+        cells = [
+            [f"{row['name']}, {row['labels']}", *((row[side] or {}).get("value") for side in sides)] for row in rows
+        ]
         parts.append("By `varfast.evaluate`, with the labels it is of:")
         parts.append(_table(["", *sides], cells))
     return "\n\n".join(parts) or "None: the run was not complete, or had no evaluation."
