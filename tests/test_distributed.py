@@ -92,9 +92,11 @@ CASES = {
         "grpo__kl_beta": 0.0, "update__minibatch": 2, "update__lr": 1e-3, "run__steps": 6,
         "reward": {"luma": {"type": "brightness", "mode": "bright", "threshold": 0.56}},
     },
-    # Several passes for a gradient, blocks computed again in the backward pass, projections shared by the blocks.
+    # Two passes for a gradient, the second without an image in process 1; blocks computed again in the backward pass;
+    # projections shared by the blocks.
     "passes": {
-        "update__minibatch": 8, "update__micro_batch": 1, "update__checkpointing": "full",
+        "rollout__labels_per_step": 3, "rollout__group_size": 2,
+        "update__minibatch": 3, "update__micro_batch": 1, "update__checkpointing": "full",
         "policy__var": {"depth": 2, "patch_nums": [1, 2], "vocab_size": 16, "code_width": 4, "num_classes": 5,
                         "shared_adaln": True},
     },

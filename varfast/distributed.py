@@ -149,7 +149,7 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[World]:
         raise
     # gloo's thread drops the last tensor it sent when Python lets it. Were Python at its end by then, it would abort
     # the process (3 of 12 runs of 4 processes with FSDP): sleeping lets it.
-    time.sleep(0.05)
+    time.sleep(0.2)
     dist.destroy_process_group()
 
 

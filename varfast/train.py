@@ -84,6 +84,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
     here = environment() | {"processes": world.size}
     if found is not None:
         found.load(policy.var, updater.optimizer)
+        policy.gather()
         start, before = found.step, found.before
     elif world.leads:
         save_text(folder.path / "environment.json", json.dumps(here, indent=2) + "\n")

@@ -141,9 +141,12 @@ class Updater:
                     stats = self._backward(scored, parts[index], minibatch, logp_ref_BL, first_epoch)
                     share = len(parts[index]) / len(rows)
                     measured.append(torch.cat([stats[:1], stats[1:-1] * share, stats[-1:]]))
-                else:  # no image left: a gradient of 0
+                else:  # no image left: a gradient of 0, by the same collectives: what is computed again counts
                     image = scored.rollout.rows(rows[:1])
-                    (0.0 * self.policy.token_logp(image.labels_B, image.tokens_BL, image.temperature).sum()).backward()
+                    logp_BL = self.policy.token_logp(
+                        image.labels_B, image.tokens_BL, image.temperature, checkpointing=self._checkpointing
+                    )
+                    (0.0 * logp_BL.sum()).backward()
         of_parts = torch.stack(measured)
         return torch.cat([of_parts[:, :-1].sum(dim=0), of_parts[:, -1:].amax(dim=0)])
 
