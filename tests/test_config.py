@@ -249,7 +249,7 @@ def test_any_override_gives_a_config_or_an_input_error(make_config, tmp_path, da
 @pytest.mark.parametrize("value", ["[" * 1000, "{a: " * 1000])
 def test_yaml_that_is_too_deep_is_refused(value):
     with pytest.raises(InputError, match="the value is no YAML: maximum recursion depth"):
-        parse_arguments([f"labels={value}"])
+        parse_arguments([f"labels={value}"], SampleConfig)
 
 
 @fuzz(100)
