@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import varfast.evaluate
+import varfast.report
 from varfast.config import KernelsConfig, load_config
 from varfast.train import train
 
@@ -34,6 +36,14 @@ def test_digits_become_bright_and_stay_digits(tmp_path, cache):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rounding = 1e-4 if load_config(tmp_path / "run" / "config.yaml").run.dtype == "float32" else 0.1
     assert max(line["ratio_gap_max"] for line in lines) < rounding
+
+    evaluate = [f"checkpoint={tmp_path}/run", "samples_per_label=10", "cfg=0", "top_k=0", "top_p=0", "temperature=0.7"]
+    assert varfast.evaluate.main([*evaluate, "fid_reference=digits", "device=cpu"]) == 0
+    measured = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+    bright = next(row for row in measured["rows"] if row["name"] == "score/bright")
+    assert bright["difference"]["low"] > 0.5
+    assert varfast.report.main([f"{tmp_path}/run", f"out={tmp_path}/report.html"]) == 0
+    assert "varfast.evaluate" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow
