@@ -16,7 +16,7 @@ import harness
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_kernels import compiled, measure
+from bench_kernels import compiled
 from torch.utils.flop_counter import FlopCounterMode
 
 from varfast.models import VQVAE, VQVAEConfig
@@ -58,7 +58,7 @@ def test_decode(benchmark, rows, ceilings, vqvae, dtype):
     # The ceiling of a CPU is that of a float32 product: no share of it for bfloat16.
     flop = BATCH * counter.get_total_flops() if CUDA or dtype == torch.float32 else 0.0
     shape = f"B{BATCH} {config.image_size}px {str(dtype)[6:]}"
-    measure(benchmark, rows, ceilings, harness.Row("decode", shape, "forward", 0.0, flop=flop), calls)
+    harness.measure(benchmark, rows, ceilings, harness.Row("decode", shape, "forward", 0.0, flop=flop), calls)
 
 
 @pytest.mark.parametrize(("channels", "side"), [(160, 128), (320, 64), (640, 16)] if CUDA else [(160, 32)])
@@ -90,4 +90,4 @@ def test_upsample(benchmark, rows, ceilings, channels, side):
     calls |= compiled(plain)
     flop = 2 * batch * (2 * side) ** 2 * 4 * channels**2 if CUDA else 0.0
     shape = f"B{batch} C{channels} {side} to {2 * side} bfloat16"
-    measure(benchmark, rows, ceilings, harness.Row("upsample", shape, "forward", 0.0, flop=flop), calls)
+    harness.measure(benchmark, rows, ceilings, harness.Row("upsample", shape, "forward", 0.0, flop=flop), calls)
