@@ -54,6 +54,25 @@ def test_train_writes_a_whole_run_folder(make_config, capsys):
     assert "run complete: 3 steps" in out
 
 
+def test_deterministic_runs_agree_in_every_bit_whatever_memory_is_free(make_config, tmp_path, monkeypatch):
+    def trained(name, free_bytes, wanted):
+        monkeypatch.setattr("varfast.train.available_bytes", lambda device: free_bytes)
+        config = make_config(run__dir=str(tmp_path / name), run__deterministic=wanted)
+        assert train(config) == 0
+        return config.run.dir
+
+    first, second = trained("little", 0, True), trained("much", 2**40, True)
+    assert metrics(first) == metrics(second)
+    assert equal(weights(first), weights(second))
+    little, much = trained("free_little", 0, False), trained("free_much", 2**40, False)
+    assert not equal(weights(little), weights(much))  # other micro-batches: sums of another order
+    torch.use_deterministic_algorithms(True)  # as the user may, which fills empty memory with NaN
+    try:
+        assert equal(weights(trained("filled", 2**40, False)), weights(much))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_train_twice_gives_the_same_numbers(make_config, tmp_path):
     first, second = make_config(), make_config(run__dir=str(tmp_path / "second"))
     train(first)

@@ -437,6 +437,12 @@ class RunConfig(_Section):
         description="of activations; weights stay float32. auto: bfloat16 where the device computes in it (a CPU with "
         "AVX512-BF16 or AMX), else float32",
     )
+    deterministic: bool = Field(
+        False,
+        description="equal runs on one machine give equal bits: PyTorch takes algorithms that sum in one order, and "
+        "refuses to run an operation that has none; micro-batches are chosen from the memory that there is, not from "
+        "what is free. On a CPU no cost was seen (docs/measured.md); not measured on a GPU",
+    )
     max_bad_rollouts: int = Field(
         3, ge=1, description="rollouts in a row left out for a reward that is not finite, before the run stops"
     )

@@ -1,4 +1,4 @@
-"""Random choices that are a function of what they are for, not of what was drawn before.
+"""Random choices that are a function of what they are for, not of what was drawn before; and sums of one order.
 
 So a resumed run, and a run on another number of processes, draws the same numbers, and no generator state is saved.
 Tokens are drawn by the same rule in `varfast.kernels.sample_tokens`.
@@ -6,6 +6,9 @@ Tokens are drawn by the same rule in `varfast.kernels.sample_tokens`.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -29,3 +32,23 @@ def keyed_generator(seed: int, purpose: Purpose, *key: int) -> torch.Generator:
     """A CPU generator that depends on its arguments alone."""
     state = np.random.SeedSequence([seed, int(purpose), *key]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside, if `wanted`, PyTorch's operations give equal bits for equal inputs on one machine and number of threads.
+
+    Raises: RuntimeError, by PyTorch, at an operation that cannot; it names the operation.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS: one workspace a stream
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]

@@ -751,6 +751,13 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def usual_bytes(device: torch.device) -> int:
+    """Memory of a device that a run may count on whatever else is there now: the same at every start."""
+    if device.type == "cuda":
+        return int(0.9 * torch.cuda.mem_get_info(device)[1])
+    return int(psutil.virtual_memory().total) // 2
+
+
 def _here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

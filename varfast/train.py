@@ -32,9 +32,9 @@ from varfast.log import RunLog, StageLimits, environment, import_wandb, profiled
 from varfast.models import VAR, VQVAE
 from varfast.policy import Policy, load_policy, pick_device
 from varfast.pretrain import pretrained
-from varfast.randomness import GRID_STEP
+from varfast.randomness import GRID_STEP, deterministic
 from varfast.rewards import WeightedSum
-from varfast.roofline import available_bytes, lower_memory, planned, share, with_dtype
+from varfast.roofline import available_bytes, lower_memory, planned, share, usual_bytes, with_dtype
 from varfast.stages import StageClock, stage
 from varfast.types import InputError, NotFiniteReward, Rewards, Rollout, ScoredRollout, StepStats
 from varfast.update import Updater
@@ -51,7 +51,7 @@ def train(config: Config, profile: bool = False) -> int:
     Raises: InputError for anything in the config, the files or the reward that cannot be used.
     """
     device = pick_device(local_device(config.run.device))
-    with joined(device, config.run.timeout_s) as world:
+    with deterministic(config.run.deterministic), joined(device, config.run.timeout_s) as world:
         return _train(config, device, world, profile)
 
 
@@ -180,7 +180,8 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
 
 def _fitted(config: Config, device: torch.device, world: World, images: int) -> Config:
     """The config of what this process does of a step, with micro-batches and checkpointing that fit every process."""
-    free_bytes = available_bytes(device) // (processes_here() if device.type == "cpu" else 1)
+    free_bytes = usual_bytes(device) if config.run.deterministic else available_bytes(device)
+    free_bytes //= processes_here() if device.type == "cpu" else 1
     if world.size > 1:
         config = share(config, images, -(-config.update.minibatch // world.size))
     shards = world.size if config.run.parallel == "fsdp" else 1

@@ -1,0 +1,33 @@
+import os
+
+import pytest
+import torch
+
+from varfast.randomness import Purpose, deterministic, keyed_generator
+
+
+def draw(*key):
+    return torch.rand(8, generator=keyed_generator(*key))
+
+
+def test_a_generator_depends_on_every_part_of_its_key():
+    first = draw(3, Purpose.LABELS, 5)
+    assert torch.equal(first, draw(3, Purpose.LABELS, 5))
+    others = ((4, Purpose.LABELS, 5), (3, Purpose.MINIBATCHES, 5), (3, Purpose.LABELS, 6), (3, Purpose.LABELS, 5, 1))
+    for other in others:
+        assert not torch.equal(first, draw(*other))
+
+
+def test_deterministic_refuses_what_has_no_fixed_order_and_leaves_no_trace():
+    def unordered():
+        return torch.zeros(2).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+
+    with pytest.raises(ZeroDivisionError), deterministic(True):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+        with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
+            unordered()
+        assert torch.empty(2**20).isnan().sum() == 0  # empty memory is not filled: that would cost a write of it
+        raise ZeroDivisionError
+    with deterministic(False):
+        unordered()
+    assert torch.utils.deterministic.fill_uninitialized_memory
