@@ -1,6 +1,7 @@
 """Each fault is injected for real: signals to a process, bytes flipped on the disk, a disk that is full, NaN."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from varfast import InputError, Policy
+from varfast import InputError, Policy, kernels
 from varfast.checkpoint import Checkpoints, RunFolder, dump_config, newest_checkpoint
 from varfast.train import train
 
@@ -326,6 +327,44 @@ def test_a_sum_of_rewards_that_is_not_finite_is_left_out(make_config):
     huge = {n: {"type": "brightness", "mode": "raw", "weight": 3e38} for n in ("a", "b", "c")}
     with pytest.raises(InputError, match=r"reward \(their weighted sum\) returned inf"):
         train(make_config(reward=huge, run__max_bad_rollouts=1, eval__samples_per_label=0))
+
+
+@pytest.fixture
+def loss_that_fails(monkeypatch):
+    """The GRPO loss, with NaN in place of the numbers on the calls that the list names, counted from 1."""
+    bad, calls, loss_of = [], [0], kernels.grpo_token_loss
+
+    def grpo_token_loss(*args, **settings):
+        calls[0] += 1
+        loss, stats = loss_of(*args, **settings)
+        return (loss * math.nan, stats * math.nan) if calls[0] in bad else (loss, stats)
+
+    monkeypatch.setattr(kernels, "grpo_token_loss", grpo_token_loss)
+    return bad
+
+
+def test_a_loss_that_is_not_finite_costs_its_optimizer_step(make_config, loss_that_fails):
+    loss_that_fails += [3]  # two minibatches a step
+    config = make_config()
+    assert train(config) == 0
+    lines = metrics(config.run.dir)
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 0]
+    assert lines[0].keys() == lines[1].keys()
+    assert lines[1]["ratio_gap_max"] < 1e-4
+    assert all(tensor.isfinite().all() for name, tensor in weights(config.run.dir).items() if "bias_for_mask" not in name)
+
+
+def test_losses_that_are_not_finite_in_a_row_stop_the_run_with_a_diagnosis(make_config, loss_that_fails, tmp_path):
+    few = {"run__steps": 5, "log__checkpoint_every": 1, "update__max_skipped_steps": 2}
+    whole = make_config(run__dir=str(tmp_path / "whole"), **few)
+    train(whole)
+    loss_that_fails += range(10 + 3, 10 + 99)  # after 10 calls of the first run, from its second step on
+    config = make_config(**few)
+    with pytest.raises(InputError, match="2 gradients in a row were not finite.* goes on from the last checkpoint"):
+        train(config)
+    loss_that_fails.clear()
+    train(config)
+    assert_same_run(whole.run.dir, config.run.dir)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,11 @@ class RunLog:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the metrics of a step, counted from 1. Raises: InputError if the disk is full."""
+        """Record the metrics of a step, counted from 1, but for those that are not finite: JSON has no NaN.
+
+        Raises: InputError if the disk is full.
+        """
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         try:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -90,7 +94,7 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
         self._bar.update()
-        if "reward_mean" in metrics:  # else the rollout was left out
+        if "kl" in metrics:  # else the rollout, or all of its gradients, were left out
             self._bar.set_postfix_str(
                 f"reward={metrics['reward_mean']:.3f} kl={metrics['kl']:.3f} {metrics['images_per_s']:.0f} img/s"
             )

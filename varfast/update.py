@@ -80,8 +80,8 @@ class Updater:
 
         Raises:
             InputError: for a rollout drawn with guidance or filters, whose log-probabilities are not the policy's.
-            RuntimeError: after update.max_skipped_steps gradients in a row that were not finite. None of them has
-                reached a weight.
+            InputError: after update.max_skipped_steps gradients in a row that were not finite. None of them has reached
+                a weight.
         """
         if not scored.rollout.on_policy:
             raise InputError("this rollout was drawn with cfg, top_k or top_p; GRPO needs the plain tempered policy")
@@ -110,7 +110,8 @@ class Updater:
         else:
             measured_N6 = self._of_all_processes(torch.stack(measured))
         means = measured_N6.nanmean(dim=0)
-        gap = measured_N6[0, 4:]  # before the first optimizer step the policy is still the one that was sampled
+        # Before the first optimizer step that is not left out, the policy is still the one that was sampled.
+        gap = measured_N6[measured_N6[:, 0].isfinite().int().argmax(), 4:]
         norm = torch.stack(norms).nanmean()
         loss, kl, clip, ratio, gap_mean, gap_max, grad_norm = torch.cat([means[:4], gap, norm.unsqueeze(0)]).tolist()
         flags = torch.stack(skipped).tolist()
@@ -197,9 +198,10 @@ class Updater:
         for flag in skipped:
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if flag else 0
             if self._skipped_in_a_row >= self.config.max_skipped_steps:
-                raise RuntimeError(
-                    f"{self._skipped_in_a_row} gradients in a row were not finite; none reached a weight. Lower "
-                    "update.lr or update.grad_clip, or go back to a checkpoint; with run.dtype=bfloat16 try float32"
+                raise InputError(
+                    f"{self._skipped_in_a_row} gradients in a row were not finite; none of them reached a weight. The "
+                    "same command goes on from the last checkpoint; if it stops again, lower update.lr or "
+                    "update.grad_clip, in another run.dir; with run.dtype=bfloat16 try float32"
                 )
 
 
