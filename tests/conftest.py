@@ -61,6 +61,12 @@ def tiny_models(
     return var, vqvae
 
 
+@pytest.fixture(scope="session")
+def digits_cache(tmp_path_factory):
+    """Where the digits' base model is kept once a test has pre-trained it."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
 def make_policy():
     def make(**sizes) -> Policy:

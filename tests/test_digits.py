@@ -15,18 +15,13 @@ from varfast.train import train
 CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-def digits(tmp_path, cache, *overrides):
-    return load_config(CONFIG, [f"run.dir={tmp_path}", f"pretrain.cache_dir={cache}", "run.device=cpu", *overrides])
+def digits(tmp_path, digits_cache, *overrides):
+    return load_config(CONFIG, [f"run.dir={tmp_path}", f"pretrain.cache_dir={digits_cache}", "run.device=cpu", *overrides])
 
 
 @pytest.mark.slow
-def test_digits_become_bright_and_stay_digits(tmp_path, cache):
-    assert train(digits(tmp_path / "run", cache)) == 0
+def test_digits_become_bright_and_stay_digits(tmp_path, digits_cache):
+    assert train(digits(tmp_path / "run", digits_cache)) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     before, after = summary["before"], summary["after"]
     assert before["reward/bright"] < 0.3
@@ -47,14 +42,14 @@ def test_digits_become_bright_and_stay_digits(tmp_path, cache):
 
 
 @pytest.mark.slow
-def test_twenty_steps_of_the_fast_path_follow_the_plain_one(tmp_path, cache):
+def test_twenty_steps_of_the_fast_path_follow_the_plain_one(tmp_path, digits_cache):
     """Every op plain, eager sampling and the plain decoder, against what runs by default: the same rewards, until
     rounding, which every step feeds back, has grown to a token of some images."""
     curves = []
     plain = ["run.fast=false", *(f"kernels.{op}=reference" for op in KernelsConfig.model_fields)]
     for name, overrides in (("fast", []), ("plain", plain)):
         settings = ["run.steps=20", "run.dtype=float32", "eval.samples_per_label=0", *overrides]
-        config = digits(tmp_path / name, cache, *settings)
+        config = digits(tmp_path / name, digits_cache, *settings)
         assert train(config) == 0
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         curves.append(torch.tensor([[line["reward_mean"], line["kl"], line["entropy"]] for line in lines]))

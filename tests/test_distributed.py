@@ -3,10 +3,13 @@
 import json
 import math
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,12 @@ import torch
 
 from varfast import InputError
 from varfast.checkpoint import dump_config
+from varfast.config import load_config
 from varfast.distributed import World, _share, local_device
 from varfast.roofline import memory, planned, share
 from varfast.train import train
 
+DIGITS = Path(__file__).parent.parent / "configs" / "digits.yaml"
 TIMES = ("step_s", "images_per_s", "mfu")
 # A process that trains every config of the file it is given, one after the other, each at a port of its own.
 TRAIN_ALL = """
@@ -56,6 +61,9 @@ def ends(started, timeout_s=120):
         try:
             outputs.append(process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0])
         except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends the processes that it started
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=40)
             process.kill()
             outputs.append("KILLED\n" + process.communicate()[0])
     return [process.returncode for process in started], outputs
@@ -116,12 +124,17 @@ def run_all(make_config, folder, count, cases, ways):
             configs[name, way] = make_config(
                 **CASES[name], run__dir=str(folder / f"{name}.{way}.{count}"), run__parallel=way
             )
-    ports = free_ports(len(configs))
-    work = [(p, json.loads(c.model_dump_json(exclude_none=True))) for p, c in zip(ports, configs.values(), strict=True)]
+    train_on(count, configs.values(), folder)
+    return configs
+
+
+def train_on(count, configs, folder):
+    """Train the configs, one after the other, in `count` processes."""
+    work = [(port, json.loads(config.model_dump_json(exclude_none=True)))
+            for port, config in zip(free_ports(len(configs)), configs, strict=True)]  # fmt: skip
     (folder / "work.json").write_text(json.dumps(work))
     codes, outputs = ends(processes(count, "-c", TRAIN_ALL, str(folder / "work.json")))
     assert codes == [0] * count, "\n".join(outputs)
-    return configs
 
 
 def assert_equal_runs(alone, spread, lr):
@@ -160,12 +173,71 @@ def test_more_processes_train_as_one(make_config, tmp_path, count):
         assert_equal_runs(tmp_path / case, config.run.dir, config.update.lr)
 
 
-def torchrun(config, tmp_path, *arguments, count=2, **environment):
+@pytest.mark.slow
+def test_the_digits_run_is_the_same_on_one_two_and_four_processes(tmp_path, digits_cache):
+    """20 steps, of 32 images to keep it short; the tolerance leaves room for rounding alone, not for another token."""
+    settings = ["run.device=cpu", "run.dtype=float32", f"pretrain.cache_dir={digits_cache}", "run.steps=20",
+                "rollout.labels_per_step=4", "rollout.group_size=8", "update.minibatch=16", "eval.samples_per_label=0",
+                "log.tensorboard=false", "log.checkpoint_every=20", "log.grid_labels=1"]  # fmt: skip
+
+    def config(*more):
+        return load_config(DIGITS, [*settings, *more])
+
+    train(config(f"run.dir={tmp_path}/alone"))
+    rewards = [line["reward_mean"] for line in metrics(tmp_path / "alone")]
+    assert max(rewards) > rewards[0] + 0.2
+    for count in (2, 4):
+        spread = [config(f"run.dir={tmp_path}/{way}.{count}", f"run.parallel={way}") for way in ("ddp", "fsdp")]
+        train_on(count, spread, tmp_path)
+        for each in spread:
+            assert_equal_runs(tmp_path / "alone", each.run.dir, each.update.lr)
+
+
+def test_processes_killed_in_the_middle_of_a_save_go_on_as_many_or_as_one(make_config, tmp_path):
+    few = {"run__steps": 20, "log__checkpoint_every": 5, "eval__samples_per_label": 0, "run__parallel": "fsdp"}
+    whole, killed, alone = (make_config(run__dir=str(tmp_path / name), **few) for name in ("whole", "killed", "alone"))
+    train_on(2, [whole], tmp_path)
+    reached = tmp_path / "reached"
+    dying = f"""
+import sys, time
+from pathlib import Path
+from varfast import checkpoint
+from varfast.train import main
+sha256 = checkpoint._sha256
+def slow(path):
+    if path.parent.name == "step_000010.part":  # the tensors of both are written, the manifest is not
+        Path({str(reached)!r}).touch()
+        time.sleep(600)
+    return sha256(path)
+checkpoint._sha256 = slow
+main(sys.argv[1:])
+"""
+    (tmp_path / "config.yaml").write_text(dump_config(killed))
+    started = processes(2, "-c", dying, str(tmp_path / "config.yaml"))
+    deadline = time.monotonic() + 120
+    while not reached.exists() and time.monotonic() < deadline and all(p.poll() is None for p in started):
+        time.sleep(0.02)
+    for process in started:
+        process.kill()
+    codes, outputs = ends(started)
+    assert reached.exists(), "\n".join(outputs)
+    assert codes == [-signal.SIGKILL] * 2
+    assert {f.name for f in (tmp_path / "killed" / "checkpoints").iterdir()} == {"step_000005", "step_000010.part"}
+    shutil.copytree(killed.run.dir, alone.run.dir)
+    train_on(2, [killed], tmp_path)
+    assert metrics(killed.run.dir) == metrics(whole.run.dir)
+    assert torch.equal(weights(killed.run.dir), weights(whole.run.dir))
+    train(alone)
+    assert metrics(alone.run.dir)[:5] == metrics(whole.run.dir)[:5]
+    assert_equal_runs(whole.run.dir, alone.run.dir, whole.update.lr)
+
+
+def torchrun(config, tmp_path, *options, count=2, **environment):
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.Popen(
-        [*command, "-m", "varfast.train", str(path), *arguments],
+        [*command, *options, "-m", "varfast.train", str(path)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -213,6 +285,30 @@ def test_an_error_in_one_process_ends_all_of_them_soon(make_config, tmp_path):
     (code,), (out,) = ends([torchrun(config("crash"), tmp_path, PYTHONPATH=paths)], timeout_s=60)
     assert code == 1, out  # not killed here
     assert "exitcode  : 7" in out
+
+
+def test_torchrun_restarts_a_job_whose_rank_was_killed_and_it_goes_on(make_config, tmp_path):
+    (tmp_path / "mortal.py").write_text(
+        "import os, signal\ncalls = [0]\n"
+        "def reward(images, labels):\n"
+        "    calls[0] += 1\n"
+        "    first = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0'\n"
+        "    if os.environ.get('MORTAL') and os.environ['RANK'] == '1' and first and calls[0] == 6:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return images.mean(dim=(1, 2, 3))\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    few = {"run__steps": 8, "eval__samples_per_label": 0,
+           "reward": {"mine": {"type": "function", "function": "mortal:reward"}}}  # fmt: skip
+    runs = {}
+    for name, mortal in (("whole", ""), ("mortal", "1")):
+        runs[name] = config = make_config(run__dir=str(tmp_path / name), **few)
+        started = torchrun(config, tmp_path, "--max-restarts", "1", PYTHONPATH=paths, MORTAL=mortal)
+        (code,), (out,) = ends([started], timeout_s=90)
+        assert code == 0, out
+        assert ("going on after step 4" in out) == bool(mortal)
+    assert metrics(runs["mortal"].run.dir) == metrics(runs["whole"].run.dir)
+    assert torch.equal(weights(runs["mortal"].run.dir), weights(runs["whole"].run.dir))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])

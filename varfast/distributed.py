@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -138,7 +140,10 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[World]:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, size = _met(timeout)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     except BaseException:
@@ -151,6 +156,33 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[World]:
     # the process (3 of 12 runs of 4 processes with FSDP): sleeping lets it.
     time.sleep(0.2)
     dist.destroy_process_group()
+
+
+def _met(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store in which processes find one another's addresses, under a name that no earlier attempt used; rank, size.
+
+    torchrun --max-restarts starts processes anew but keeps its store, in which the addresses of the dead still stand:
+    torch 2.15 then connects to them, fails or waits for ever. So process 0 draws a name, and tells it to whoever asks
+    by a number drawn now. What is left of an earlier attempt asks by other numbers; nobody reads those answers.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    drawn = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", drawn)
+        name = store.get(f"answer/{drawn}").decode()
+        store.set(f"{name}/{rank}", "knows")
+        return dist.PrefixStore(name, store), rank, size
+    waiting_for, deadline_s = set(range(1, size)), time.monotonic() + timeout.total_seconds()
+    while waiting_for:
+        for other in sorted(waiting_for):
+            if store.check([f"{drawn}/{other}"]):
+                waiting_for.remove(other)
+            elif store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", drawn)
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"processes {sorted(waiting_for)} did not come within run.timeout_s={timeout.total_seconds():g}")
+        time.sleep(0.01)
+    return dist.PrefixStore(drawn, store), rank, size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
