@@ -281,6 +281,29 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, make_config):
         folder.newest().load(deeper)
 
 
+def test_further_tensors_come_back_in_place_by_kind_and_name(tmp_path, make_config):
+    folder, model = RunFolder(tmp_path), networks()[0]
+    average = {"0.weight": torch.rand(4, 3)}  # of some weights alone
+    save(folder, make_config(), further={"ema": average, "reference": {"1.bias": torch.arange(4).bfloat16()}})
+    found, into = folder.newest(), {"1.bias": torch.zeros(4, dtype=torch.bfloat16)}
+    other = networks(seed=1)[0]
+    found.load(other, further={"reference": into})
+    assert into["1.bias"].tolist() == [0, 1, 2, 3]
+    assert equal(dict(other.state_dict()), dict(model.state_dict()))
+    found.load_result(other)
+    assert equal(dict(other.state_dict()), dict(model.state_dict()) | average)
+    with pytest.raises(InputError, match=r"reference.2.bias is missing there, \(\(4,\), torch.float32\) here"):
+        found.load(other, further={"reference": {"2.bias": torch.zeros(4)}})
+
+
+def test_the_result_of_a_run_without_an_average_is_its_weights(tmp_path, make_config):
+    folder = RunFolder(tmp_path)
+    save(folder, make_config())
+    other = networks(seed=1)[0]
+    folder.newest().load_result(other)
+    assert equal(dict(other.state_dict()), dict(networks()[0].state_dict()))
+
+
 def test_a_checkpoint_file_of_before_is_refused(tmp_path, make_config):
     folder = RunFolder(tmp_path / "run")
     folder.prepare(make_config())

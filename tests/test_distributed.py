@@ -110,6 +110,8 @@ CASES = {
     },
     # The same in 16 bits, attention alone computed again.
     "bfloat16": {"run__dtype": "bfloat16", "update__checkpointing": "attention"},
+    # var.pth is the average; the KL of the third step is to the policy after two.
+    "average": {"update__ema_decay": 0.8, "update__lr": 1e-3, "grpo__reference_every": 2},
 }  # fmt: skip
 
 
@@ -142,6 +144,8 @@ def assert_equal_runs(alone, spread, lr, rel=1e-3):
         assert one.keys() == several.keys()
         for name, value in one.items():
             assert several[name] == pytest.approx(value, rel=rel, abs=2e-5), (name, one["step"])
+    after = [json.loads((Path(d) / "summary.json").read_text())["after"] for d in (alone, spread)]
+    assert after[1] == pytest.approx(after[0], rel=rel)
     apart = (weights(alone) - weights(spread)).abs()
     # Adam's step has the size of lr even where a gradient is all rounding.
     assert float(apart.max()) < lr
@@ -246,9 +250,10 @@ def torchrun(config, tmp_path, *options, count=2, **environment):
 
 
 def test_torchrun_goes_on_with_what_one_process_began_and_back(make_config, tmp_path):
-    whole = make_config(run__dir=str(tmp_path / "whole"), run__steps=5)
+    both = {"update__ema_decay": 0.8, "grpo__reference_every": 2}
+    whole = make_config(run__dir=str(tmp_path / "whole"), run__steps=5, **both)
     train(whole)
-    parts = {"run__dir": str(tmp_path / "parts")}
+    parts = {"run__dir": str(tmp_path / "parts"), **both}
     train(make_config(run__steps=1, **parts))
     (code,), (out,) = ends([torchrun(make_config(run__steps=3, run__parallel="fsdp", **parts), tmp_path)])
     assert code == 0, out

@@ -342,6 +342,19 @@ def test_memory_of_the_states():
     assert roofline.memory(config("d30", grpo={"kl_beta": 0.0})).reference == 0
 
 
+def test_an_average_of_the_weights_is_counted():
+    parameters = 2_010_020_356
+    plain, averaged = config("d30"), config("d30", update={"ema_decay": 0.999})
+    held, more = roofline.memory(plain), roofline.memory(averaged)
+    assert (held.average, more.average, roofline.memory(averaged, 8).average) == (0, 4 * parameters, parameters // 2)
+    assert more.states - held.states == 4 * parameters
+    h200 = roofline.DEVICES["H200"].ceilings("bfloat16")
+    assert f"\naverage{'7.49':>23}\n" in roofline.report(averaged, h200, "x")
+    # Read weight and average, write the average: 12 bytes in each of 16 optimizer steps.
+    costs = [roofline.stage_counts(c)["optimizer"].io_bytes for c in (plain, averaged)]
+    assert costs[1] - costs[0] == 16 * 12 * parameters
+
+
 def test_memory_scales_with_the_micro_batches():
     small = roofline.memory(config(rollout={"micro_batch": 64}, update={"micro_batch": 8}))
     whole = roofline.memory(config())

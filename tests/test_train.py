@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 import shutil
@@ -7,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import varfast.env
+import varfast.export
 import varfast.sample
 from varfast import InputError, kernels
 from varfast.checkpoint import Checkpoints, RunFolder, dump_config
-from varfast.train import main, train
+from varfast.train import load_run, main, random_policy, train
+from varfast.update import Updater
 
 STAGES = ("rollout", "decode", "reward", "reference", "update", "optimizer")
 TIMES = ("step_s", "images_per_s", "mfu", *(f"{stage}_{what}" for stage in STAGES for what in ("ms", "share")))
@@ -91,6 +95,95 @@ def test_resumed_run_equals_the_uninterrupted_one(make_config, tmp_path):
     assert equal(weights(whole.run.dir), weights(parts["run__dir"]))
     before = [json.loads((Path(d) / "summary.json").read_text())["before"] for d in (whole.run.dir, parts["run__dir"])]
     assert before[0] == before[1]
+
+
+def held(folder):
+    """All tensors of the newest checkpoint, by name."""
+    files = sorted(RunFolder(folder).newest().path.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_resume_keeps_average_and_reference_bit_for_bit(make_config, tmp_path):
+    """Stopped after 3 steps, between the refreshed references of steps 2 and 4; the policy of step 2 is gone then."""
+    both = {"update__ema_decay": 0.9, "grpo__reference_every": 2, "update__lr": 1e-3}
+    whole, parts = {"run__dir": str(tmp_path / "whole"), **both}, {"run__dir": str(tmp_path / "parts"), **both}
+    train(make_config(run__steps=5, **whole))
+    train(make_config(run__steps=3, **parts))
+    train(make_config(run__steps=5, **parts))
+    a, b = (metrics(folder["run__dir"]) for folder in (whole, parts))
+    assert a == b
+    assert [line["reference_step"] for line in a] == [0, 0, 2, 2, 4]
+    a, b = (held(folder["run__dir"]) for folder in (whole, parts))
+    assert equal(a, b)
+    names = [name for name, _ in random_policy(make_config(**whole), torch.device("cpu")).var.named_parameters()]
+    for kind in ("ema", "reference"):
+        assert {n for n in a if n.startswith(f"{kind}.")} == {f"{kind}.{n}" for n in names}
+    assert equal(weights(whole["run__dir"]), weights(parts["run__dir"]))
+
+
+def test_a_run_with_an_average_delivers_it_and_goes_on_with_its_own_weights(make_config, tmp_path):
+    config = make_config(update__ema_decay=0.9, update__lr=1e-2)
+    train(config)
+    plain = make_config(run__dir=str(tmp_path / "plain"), update__lr=1e-2)
+    train(plain)
+    assert metrics(config.run.dir) == metrics(plain.run.dir)  # the average touches nothing that is trained or sampled
+    saved, delivered = held(config.run.dir), weights(config.run.dir)
+    averaged = {n.removeprefix("ema."): t for n, t in saved.items() if n.startswith("ema.")}
+    assert averaged
+    for name, average in averaged.items():
+        assert torch.equal(delivered[name], average)
+        assert torch.equal(saved[f"model.{name}"], weights(plain.run.dir)[name])
+    assert not torch.equal(delivered["head.weight"], saved["model.head.weight"])
+    loaded = load_run(RunFolder(config.run.dir), torch.device("cpu"), "float32").var.state_dict()
+    assert equal(loaded, delivered)
+    varfast.export.main([f"checkpoint={config.run.dir}", f"out={tmp_path / 'model.pth'}"])
+    assert equal(torch.load(tmp_path / "model.pth", weights_only=True), delivered)
+    assert "averaged over optimizer steps, decay 0.9" in (tmp_path / "model.md").read_text()
+    after = [json.loads((Path(c.run.dir) / "summary.json").read_text())["after"] for c in (config, plain)]
+    assert after[0] != after[1]
+    assert not any(n.startswith(("ema.", "reference.")) for n in held(plain.run.dir))
+
+
+@pytest.mark.parametrize(("every", "references"), [(1, [0, 1, 2, 3, 4]), (2, [0, 0, 2, 2, 4])])
+def test_reported_kl_is_to_the_policy_of_the_last_refresh(make_config, monkeypatch, every, references):
+    """One optimizer step a rollout: the KL of a step is between two sets of weights; in float64, written out."""
+    policies, rollouts = [], []
+
+    def record(self, scored, step, step_of=Updater.step):
+        policies.append(copy.deepcopy(self.policy.var).double())
+        policies[-1].compute_dtype = torch.float64
+        rollouts.append(scored.rollout)
+        return step_of(self, scored, step)
+
+    monkeypatch.setattr(Updater, "step", record)
+    config = make_config(run__steps=5, update__minibatch=8, update__lr=1e-2, grpo__reference_every=every)
+    train(config)
+    vqvae = random_policy(config, torch.device("cpu")).vqvae
+
+    @torch.no_grad()
+    def logp(model, rollout):
+        logits = model(rollout.labels_B, vqvae.var_input(rollout.tokens_BL).double())
+        return (logits / 0.7).log_softmax(-1).gather(-1, rollout.tokens_BL[..., None])[..., 0]
+
+    for step, line in enumerate(metrics(config.run.dir)):
+        assert line["reference_step"] == references[step]
+        q = logp(policies[references[step]], rollouts[step]) - logp(policies[step], rollouts[step])
+        expected = float((q.exp() - q - 1).mean())
+        assert (expected == 0.0) == (references[step] == step)
+        assert expected == 0.0 or expected > 1e-5
+        assert line["kl"] == pytest.approx(expected, rel=1e-3, abs=1e-11)
+
+
+def test_a_rollout_left_out_does_not_put_the_reference_off(make_config, failing_reward):
+    """The reward of the third step is NaN: the fourth call, after the evaluation of the base and two steps."""
+    config = make_config(run__steps=4, reward=failing_reward, grpo__reference_every=2, eval__samples_per_label=1,
+                         update__minibatch=8)  # fmt: skip
+    train(config)
+    steps = metrics(config.run.dir)
+    assert [line["skipped_rollouts"] for line in steps] == [0, 0, 1, 0]
+    assert [line.get("reference_step") for line in steps] == [0, 0, None, 2]
+    assert steps[1]["kl"] > 1e-6
+    assert steps[3]["kl"] == pytest.approx(0.0, abs=1e-11)
 
 
 def test_a_run_killed_between_checkpoints_does_the_lost_steps_again(make_config, tmp_path, monkeypatch):

@@ -270,6 +270,48 @@ def test_apex_is_used_where_it_can_be_imported_and_named_where_not(make_policy, 
     assert torch.equal(weights(policy), before)
 
 
+@pytest.mark.parametrize("decay", [0.5, 0.99])
+def test_average_is_that_of_the_weights_after_every_optimizer_step(make_policy, decay):
+    """Against the sum written out in float64; a step left out counts once more for the weights that stay."""
+    policy = make_policy(depth=2)
+    maker = updater(policy, lr=1e-2, ema_decay=decay)
+    recorded = [weights(policy).double()]
+    clipped_step = maker._clipped_step
+
+    def record():
+        measured = clipped_step()
+        recorded.append(weights(policy).double())
+        return measured
+
+    maker._clipped_step = record
+    good = scored_rollout(policy)
+    for step, scored in enumerate((good, ScoredRollout(good.rollout, torch.full((8,), float("nan"))), good)):
+        stats = maker.step(scored, step)
+        assert stats.skipped_steps == (2 if step == 1 else 0)
+    assert len(recorded) == 1 + 3 * 2
+    expected = decay**6 * recorded[0]
+    for age, moved in enumerate(reversed(recorded[1:])):
+        expected += decay**age * (1 - decay) * moved
+    averages = maker.further_state()["ema"]
+    assert list(averages) == [name for name, _ in policy.var.named_parameters()]
+    found = torch.cat([t.flatten() for t in averages.values()])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    assert float((found.double() - recorded[-1]).abs().max()) > 1e-3
+    maker.deliver()
+    assert torch.equal(weights(policy), found)
+
+
+def test_without_the_options_there_is_no_further_state(make_policy):
+    policy = make_policy()
+    maker = updater(policy)
+    maker.step(scored_rollout(policy), 0)
+    before = weights(policy)
+    maker.deliver()
+    assert torch.equal(weights(policy), before)
+    assert maker.further_state() == {}
+
+
 def test_learning_rate_schedules():
     def rates(**settings):
         return [learning_rate(UpdateConfig(lr=1.0, **settings), step, 10) for step in (0, 1, 4, 9)]

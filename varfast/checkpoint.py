@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,9 +142,15 @@ class Checkpoint:
     reward_mean: float | None
     _optimizer: list[dict[str, Any]] | None
 
-    def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Put the saved weights into `model`, and the saved state into `optimizer`, sharded or not.
+    def load(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        further: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    ) -> None:
+        """Put the saved weights into `model`, the saved state into `optimizer` and `further` tensors, sharded or not.
 
+        further: by kind and name, as they were saved; written in place.
         Raises: InputError if they do not fit; the model may then hold some of the saved weights.
         """
         if optimizer is not None and self._optimizer is not None:
@@ -158,14 +164,21 @@ class Checkpoint:
         weights = get_model_state_dict(model)
         self._read(_named("model", weights), "model.")
         set_model_state_dict(model, weights)
+        for kind, tensors in (further or {}).items():
+            self._read(_named(kind, dict(tensors)), f"{kind}.")
+
+    def load_result(self, model: torch.nn.Module) -> None:
+        """Put into `model` what the run delivers: the average of the weights where it keeps one, else the weights.
+
+        Raises: InputError as load.
+        """
+        self.load(model)
+        if averaged := self._saved("ema."):
+            parameters = {f"ema.{name}": p.detach() for name, p in model.named_parameters()}
+            self._read({name: p for name, p in parameters.items() if name in averaged}, "ema.")
 
     def _read(self, tensors: dict[str, Any], prefix: str) -> None:
-        reader = HuggingFaceStorageReader(str(self.path))
-        saved = {
-            name: (tuple(entry.size), entry.properties.dtype)
-            for name, entry in reader.read_metadata().state_dict_metadata.items()
-            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-        }
+        saved = self._saved(prefix)
         wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         if saved != wanted:
             name = next(n for n in [*wanted, *saved] if saved.get(n) != wanted.get(n))
@@ -174,9 +187,17 @@ class Checkpoint:
                 f"{wanted.get(name, 'missing')} here"
             )
         try:
-            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(self.path)), no_dist=not dist.is_initialized())
         except CheckpointException as error:
             raise InputError(f"{self.path} cannot be read: {_cause(error)}") from error
+
+    def _saved(self, prefix: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the tensors whose names begin so."""
+        return {
+            name: (tuple(entry.size), entry.properties.dtype)
+            for name, entry in HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
 
 
 class Checkpoints:
@@ -235,8 +256,11 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         before: dict[str, float],
         reward_mean: float | None = None,
+        further: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     ) -> None:
         """Save the state after `step` steps, unless the last save was of that step.
+
+        further: tensors by kind and name, saved as KIND.NAME beside model.NAME; kinds are not "model" or "optimizer".
 
         Returns when the state is copied; what comes after may change it. Raises: whatever but a failing disk ended the
         save before this one.
@@ -252,6 +276,8 @@ class Checkpoints:
             state: Any = get_optimizer_state_dict(model, optimizer)
             tensors |= _named("optimizer", state["state"])
             groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+        for kind, more in (further or {}).items():
+            tensors |= _named(kind, dict(more))
         part = self._path / f"step_{step:06d}.part"
         writer = HuggingFaceStorageWriter(str(part), fqn_to_index_mapping=_files(tensors), save_distributed=True)
         written = async_save(
@@ -419,7 +445,7 @@ def _remove(folder: Path) -> None:
 
 
 def _named(kind: str, tensors: dict[str, Any]) -> dict[str, Any]:
-    """One flat dictionary: model.NAME, or optimizer.NAME.exp_avg."""
+    """One flat dictionary: model.NAME, optimizer.NAME.exp_avg, ema.NAME."""
     flat: dict[str, Any] = {}
     for name, entry in tensors.items():
         if isinstance(entry, dict):

@@ -245,11 +245,26 @@ class GRPOConfig(_Section):
 
     clip_eps: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped to 1 +- this")
     kl_beta: float = Field(0.2, ge=0, description="weight of the KL to the base model; 0: no reference is held")
+    reference_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps (rollouts) after which, again and again, the policy becomes the reference of the KL; "
+        "default: the base model stays it",
+    )
     advantage_eps: float = Field(1e-6, gt=0, description="added to a group's standard deviation")
     combine: Literal["sum_then_normalise", "normalise_then_sum"] = Field(
         "sum_then_normalise",
         description="several rewards: advantages of their weighted sum, or the weighted sum of each one's advantages",
     )
+
+    @model_validator(mode="after")
+    def _has_reference(self) -> GRPOConfig:
+        if self.reference_every is not None and self.kl_beta == 0.0:
+            raise ValueError(
+                f"reference_every={self.reference_every} with kl_beta=0, which holds no reference; set kl_beta > 0, or "
+                "leave reference_every out"
+            )
+        return self
 
 
 class UpdateConfig(_Section):
@@ -274,6 +289,14 @@ class UpdateConfig(_Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW, for matrices; the KL already holds the weights")
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="the run delivers an average of the weights, which begins with the base model and becomes decay * "
+        "average + (1 - decay) * weights after every optimizer step: the last 1 / (1 - decay) steps or so. Default: "
+        "the weights themselves",
+    )
     max_skipped_steps: int = Field(
         10,
         ge=1,

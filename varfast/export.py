@@ -26,8 +26,8 @@ from varfast.types import InputError
 def public_state(folder: RunFolder, sizes: VARConfig, dtype: torch.dtype) -> tuple[dict[str, Tensor], int | None]:
     """Names, shapes and order of the public checkpoints, buffers included; what is no integer in `dtype`.
 
-    Returns: the weights of the last checkpoint, or of var.pth where that alone is left, and the steps that made them
-        (None for var.pth).
+    Returns: what the run delivers as of the last checkpoint (with update.ema_decay, the average), or var.pth where that
+        alone is left, and the steps that made it (None for var.pth).
     Raises: InputError if the folder holds no weights, or others than its config says.
     """
     step = None
@@ -35,7 +35,7 @@ def public_state(folder: RunFolder, sizes: VARConfig, dtype: torch.dtype) -> tup
         found: dict[str, Tensor] = load_var(str(folder.weights), sizes).state_dict()
     else:
         checkpoint, var = folder.newest(), VAR(sizes)
-        checkpoint.load(var)
+        checkpoint.load_result(var)
         found, step = var.state_dict(), checkpoint.step
     with torch.device("meta"):
         wanted = VAR(sizes).state_dict()
@@ -76,6 +76,7 @@ def _save_safetensors(state: dict[str, Tensor], file: IO[bytes]) -> None:
 def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: int | None) -> str:
     """Markdown: base model, reward, settings, evaluation, how to load it. `step`: steps done; None: all."""
     sizes, sampling, done = config.policy.sizes, config.rollout, config.run.steps if step is None else step
+    decay = config.update.ema_decay
     here = environment()
     rows = {
         "sizes": f"{config.policy.preset or f'depth {sizes.depth}'}, images of {config.policy.vqvae.image_size} x "
@@ -86,7 +87,7 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
         f"{sampling.group_size} samples)",
         "KL weight, clip, learning rate": f"{config.grpo.kl_beta}, {config.grpo.clip_eps}, {config.update.lr}",
         "temperature of the samples": f"{sampling.temperature}, no guidance and no filters",
-        "numbers in the file": dtype,
+        "numbers in the file": dtype if decay is None else f"{dtype}, averaged over optimizer steps, decay {decay}",
         "written by": f"varfast {here['varfast']}, commit {here['commit'] or 'unknown'}",
     }
     reward = yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)["reward"], sort_keys=False)

@@ -365,9 +365,11 @@ def stage_counts(config: Config, checkpointing: Checkpointing | None = None) -> 
     update += Count(0.0, parameters * _FLOAT32 * (2 * micro_batches - 1)) * optimizer_steps
 
     # AdamW reads weight, gradient and two moments, writes weight and moments, in float32; and the matrices' copy in
-    # 16 bits. The norm for clipping is taken to be summed up where the gradient is made.
+    # 16 bits. The norm for clipping is taken to be summed up where the gradient is made. The average of the weights is
+    # a pass of its own: it reads weight and average and writes the average.
     copied = matrices * _ITEM[dtype] if dtype != "float32" else 0
-    optimizer = Count(0.0, 7 * _FLOAT32 * parameters + copied) * optimizer_steps
+    numbers = 7 if config.update.ema_decay is None else 10
+    optimizer = Count(0.0, numbers * _FLOAT32 * parameters + copied) * optimizer_steps
 
     return dict(zip(STAGES, (rollout, decode, reward * images, reference, update, optimizer), strict=True))
 
@@ -403,6 +405,7 @@ class Memory:
         weights: of the transformer, float32.
         compute_copy: its blocks' matrices in 16 bits; 0 in float32. Where weights are sharded, all of it as it samples.
         gradients, moments: float32; Adam has two moments.
+        average: of the weights, float32; 0 without update.ema_decay.
         reference: the base model of the KL term, matrices in run.dtype; 0 with kl_beta = 0.
         vqvae, reward: their weights, float32.
         images: of a step, float32 pixels, twice while micro-batches are put together.
@@ -417,6 +420,7 @@ class Memory:
     compute_copy: int
     gradients: int
     moments: int
+    average: int
     reference: int
     vqvae: int
     reward: int
@@ -431,7 +435,7 @@ class Memory:
     def states(self) -> int:
         """What is there all the time."""
         trained = self.weights + self.compute_copy + self.gradients + self.moments
-        return trained + self.reference + self.vqvae + self.reward
+        return trained + self.average + self.reference + self.vqvae + self.reward
 
     @property
     def rollout(self) -> int:
@@ -450,7 +454,7 @@ class Memory:
 def memory(config: Config, shards: int = 1) -> Memory:
     """What a step needs with the config's micro-batches and checkpointing.
 
-    shards: processes that weights, gradients and moments are spread over; 1: each holds them all.
+    shards: processes that weights, gradients, moments and average are spread over; 1: each holds them all.
 
     rollout.micro_batch null counts as all images, update.micro_batch null as a minibatch, update.checkpointing auto as
     none: what `planned` fills in for a device is what counts there.
@@ -467,6 +471,7 @@ def memory(config: Config, shards: int = 1) -> Memory:
         compute_copy=copy,
         gradients=_FLOAT32 * parameters // shards,
         moments=2 * _FLOAT32 * parameters // shards,
+        average=_FLOAT32 * parameters // shards if config.update.ema_decay is not None else 0,
         reference=round(_weight_bytes(sizes, dtype)) if config.grpo.kl_beta > 0.0 else 0,
         vqvae=_FLOAT32 * num_vqvae_parameters(config.policy.vqvae),
         reward=_FLOAT32 * sum(network.parameters for network in _reward_networks(config)),

@@ -80,16 +80,18 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
     update = config.update.model_copy(update=fits)
     updater = Updater(policy, reference, config.grpo, update, config.run.steps, config.run.seed, world)
     labels = label_pool(config.rollout, policy.num_classes, config.run.seed)
+    further = updater.further_state()
     start, before, bad_rollouts = 0, {}, 0  # bad ones in a row
     here = environment() | {"processes": world.size}
     if found is not None:
-        found.load(policy.var, updater.optimizer)
+        found.load(policy.var, updater.optimizer, further)
         policy.gather()
         start, before = found.step, found.before
     elif world.leads:
         save_text(folder.path / "environment.json", json.dumps(here, indent=2) + "\n")
         before = _evaluate(policy, reward, labels, fitted)
 
+    every = config.grpo.reference_every
     sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
     limits = StageLimits(fitted, device, config.rollout.images) if world.leads else None
     with (
@@ -122,6 +124,9 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
                 # ... score them against one another, ...
                 scores = _score(reward, images, drawn, world, fitted)
                 if isinstance(scores, Rewards):
+                    # A refresh that a left-out rollout kept from its step is made up for here.
+                    if reference and every and step // every > (step - bad_rollouts - 1) // every:
+                        reference.var.refresh(policy.var)
                     bad_rollouts = 0
                     rollout, rewards = _gather(world, drawn, scores, config.rollout.images)
                     advantages_B = combined_advantages(
@@ -136,7 +141,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
                         log.say(f"step {step + 1} is left out: {scores}")
                 else:
                     held = step - bad_rollouts
-                    checkpoints.save(held, policy.var, updater.optimizer, before)
+                    checkpoints.save(held, policy.var, updater.optimizer, before, None, further)
                     checkpoints.wait()
                     scores.add_note(
                         f"  nothing is lost: {folder.path} holds step {held}; the same command goes on from there"
@@ -148,6 +153,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
             done, metrics = step + 1, {"skipped_rollouts": float(bad_rollouts > 0)}
             if not bad_rollouts:
                 metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats)
+                metrics |= {"reference_step": float(step // every * every)} if every else {}
             if log and limits:
                 log.step(done, metrics | limits.metrics(stages_ms, step_s))
                 if done % config.log.grid_every == 0 or done == config.run.steps:
@@ -158,7 +164,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
             held = done if done == config.run.steps else done - bad_rollouts
             stopped = int(world.largest(max(received, default=0)))  # one process is told to stop: all of them do
             if checkpoints.due(done) or done == config.run.steps or stopped:
-                checkpoints.save(held, policy.var, updater.optimizer, before, metrics.get("reward_mean"))
+                checkpoints.save(held, policy.var, updater.optimizer, before, metrics.get("reward_mean"), further)
             if stopped and done < config.run.steps:
                 checkpoints.wait()
                 if log:
@@ -167,6 +173,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
                     )
                 return _INTERRUPTED[signal.Signals(stopped)]
 
+    updater.deliver()  # the average of the weights, where the config asks for one
     weights = gathered(policy.var.state_dict(), world)
     if world.leads:
         save_tensors(folder.weights, weights)
@@ -249,11 +256,11 @@ def load_base(config: Config, folder: RunFolder, resume: bool) -> Policy:
 
 
 def load_run(folder: RunFolder, device: torch.device, dtype: str) -> Policy:
-    """The policy of a run folder, as of its last checkpoint."""
+    """What a run folder's run delivers, as of its last checkpoint: with update.ema_decay, the averaged policy."""
     config = folder.load_config()
     config = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device), "dtype": dtype})})
     policy = load_base(config, folder, resume=True)
-    folder.newest().load(policy.var)
+    folder.newest().load_result(policy.var)
     return policy
 
 

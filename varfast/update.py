@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from varfast import kernels
 from varfast.config import GRPOConfig, UpdateConfig
@@ -35,7 +37,7 @@ def learning_rate(config: UpdateConfig, step: int, total_steps: int) -> float:
 
 
 class Updater:
-    """Owns the optimizer and the frozen reference.
+    """Owns the optimizer, the frozen reference and the average of the weights.
 
     Nothing here waits for the device before the whole rollout is used up: gradients are clipped, and steps whose
     gradient is not finite left out, on the device.
@@ -73,6 +75,10 @@ class Updater:
             {"params": [p for p in self._parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizer = _optimizer(groups, update)
+        self._averaged = {}  # weights by name, and their averages: float32, sharded as the weights are
+        if update.ema_decay is not None:
+            self._averaged = {name: p for name, p in policy.var.named_parameters() if p.requires_grad}
+        self._averages = {name: p.detach().clone() for name, p in self._averaged.items()}
         self._skipped_in_a_row = 0
 
     def step(self, scored: ScoredRollout, step: int) -> StepStats:
@@ -98,6 +104,7 @@ class Updater:
                 stats = self._gradient(scored, used.to(self.policy.device), len(rows), logp_ref_BL, epoch == 0)
                 with stage("optimizer"):
                     norm, not_finite = self._clipped_step()
+                    self._average()
                 if len(used):
                     measured.append(torch.where(not_finite, math.nan, stats))
                 norms.append(norm)
@@ -117,6 +124,28 @@ class Updater:
         flags = torch.stack(skipped).tolist()
         self._count_skipped(flags)
         return StepStats(loss, kl, clip, ratio, gap_mean, gap_max, grad_norm, lr, sum(flags))
+
+    def further_state(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """What a run is beside weights and optimizer, by kind and name: to save, or to load into, in place.
+
+        ema: the averages, with update.ema_decay. reference: its weights, where grpo.reference_every replaces them: the
+        policy that they were is gone.
+        """
+        state: dict[str, dict[str, Tensor]] = {"ema": self._averages} if self._averages else {}
+        if self.reference is not None and self.grpo.reference_every is not None:
+            state["reference"] = {name: p.detach() for name, p in self.reference.var.named_parameters()}
+        return state
+
+    def deliver(self) -> None:
+        """With update.ema_decay: make the average the policy's weights, of all processes. The run is over then."""
+        if self._averages:
+            torch._foreach_copy_(_local(self._averaged), _local(self._averages))
+            self.policy.gather()
+
+    def _average(self) -> None:
+        """Move the averages after an optimizer step, taken or left out: towards weights that stayed, if left out."""
+        if self.config.ema_decay is not None:
+            torch._foreach_lerp_(_local(self._averages), _local(self._averaged), 1.0 - self.config.ema_decay)
 
     def _gradient(
         self, scored: ScoredRollout, rows: Tensor, minibatch: int, logp_ref_BL: Tensor | None, first_epoch: bool
@@ -203,6 +232,12 @@ class Updater:
                     "same command goes on from the last checkpoint; if it stops again, lower update.lr or "
                     "update.grad_clip, in another run.dir; with run.dtype=bfloat16 try float32"
                 )
+
+
+@torch.no_grad()
+def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """What this process holds of them; writing there writes them."""
+    return [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors.values()]
 
 
 def _optimizer(groups: list[dict[str, Any]], config: UpdateConfig) -> torch.optim.Optimizer:
