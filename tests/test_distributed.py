@@ -248,9 +248,10 @@ def test_local_device_is_one_gpu_a_process(monkeypatch):
         local_device("cuda:1")
 
 
-def test_sharded_weights_do_not_go_with_apex(make_config):
-    with pytest.raises(InputError, match="apex does not take sharded weights"):
-        make_config(run__parallel="fsdp", update__optimizer="apex")
+@pytest.mark.parametrize("optimizer", ["apex", "adamw8bit"])
+def test_sharded_weights_go_with_adamw_alone(make_config, optimizer):
+    with pytest.raises(InputError, match=f"{optimizer} does not take sharded weights; use adamw"):
+        make_config(run__parallel="fsdp", update__optimizer=optimizer)
 
 
 def test_plan_of_a_share_fits_the_share(make_config):

@@ -278,3 +278,19 @@ def test_learning_rate_schedules():
     assert rates(warmup_steps=4) == [0.25, 0.5, 1.0, 1.0]
     assert rates(lr_schedule="linear") == pytest.approx([1.0, 0.9, 0.6, 0.1])
     assert rates(lr_schedule="cosine") == pytest.approx([1.0, 0.97553, 0.65451, 0.02447], abs=1e-5)
+
+
+def test_adamw8bit_follows_adamw(make_policy):
+    """20 minibatches beside torch's AdamW in float32: the weights go the same way, not to the bit."""
+    ends, starts = [], []
+    for optimizer in ("adamw", "adamw8bit"):
+        policy = make_policy(depth=2)
+        starts.append(weights(policy))
+        maker = updater(policy, optimizer=optimizer, lr=1e-3, grad_clip=1e-3)
+        for step in range(10):
+            maker.step(scored_rollout(policy, seed=step), step)
+        ends.append(weights(policy))
+    moved = [end - start for start, end in zip(starts, ends, strict=True)]
+    assert not torch.equal(*ends)
+    print((moved[0] - moved[1]).norm() / moved[0].norm())
+    assert float((moved[0] - moved[1]).norm()) < 0.3 * float(moved[0].norm())

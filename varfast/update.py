@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varfast import kernels
 from varfast.config import GRPOConfig, UpdateConfig
@@ -72,7 +72,8 @@ class Updater:
             {"params": [p for p in self._parameters if p.ndim >= 2], "weight_decay": update.weight_decay},
             {"params": [p for p in self._parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.optimizer = _optimizer(groups, update)
+        embeddings = [m.weight for m in policy.var.modules() if isinstance(m, nn.Embedding)]
+        self.optimizer = _optimizer(groups, update, embeddings)
         self._skipped_in_a_row = 0
 
     def step(self, scored: ScoredRollout, step: int) -> StepStats:
@@ -188,7 +189,9 @@ class Updater:
             # The hooks of torch.amp.GradScaler: the kernel divides by the one, and does nothing where the other is 1.
             self.optimizer.grad_scale, self.optimizer.found_inf = too_long, not_finite.float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif not bool(not_finite):  # apex has no such hooks: this waits for the device, once an optimizer step
+        # apex and bitsandbytes have no such hooks: this waits for the device, once an optimizer step.
+        elif not bool(not_finite) and not (self.config.optimizer == "adamw8bit" and norm == 0.0):
+            # A gradient of 0 everywhere (no image has one) is left out with 8 bits: see adamw8bit, float32.
             torch._foreach_div_(gradients, too_long)
             self.optimizer.step()
         return norm, not_finite
@@ -203,9 +206,18 @@ class Updater:
                 )
 
 
-def _optimizer(groups: list[dict[str, Any]], config: UpdateConfig) -> torch.optim.Optimizer:
+def _optimizer(groups: list[dict[str, Any]], config: UpdateConfig, embeddings: list[Tensor]) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    if config.optimizer == "adamw8bit":
+        try:
+            from varfast.adamw8bit import AdamW8bit
+        except ImportError as error:
+            raise InputError(
+                "update.optimizer=adamw8bit: bitsandbytes cannot be imported; pip install 'varfast[adamw8bit]', or use "
+                f"adamw ({error})"
+            ) from error
+        return AdamW8bit(groups, config.lr, config.betas, float32=embeddings)
     try:
         fused_adam = importlib.import_module("apex.optimizers").FusedAdam
     except (ImportError, AttributeError) as error:
