@@ -1,5 +1,6 @@
 """Counts against torch's own counter and the real modules on the meta device, and against tables counted by hand."""
 
+import math
 import socket
 from pathlib import Path
 
@@ -340,6 +341,23 @@ def test_memory_of_the_states():
     wide = roofline.memory(config("d30", "float32"))
     assert (wide.compute_copy, wide.reference) == (0, 4 * parameters)
     assert roofline.memory(config("d30", grpo={"kl_beta": 0.0})).reference == 0
+
+
+@pytest.mark.parametrize("sizes", [PRESETS["d16"], PRESETS["d36"], ODD])
+def test_moment_bytes_with_8_bits_are_counted_by_tensor(sizes):
+    """The optimizer's own state: tests/test_update.py."""
+    expected = 0
+    for name, parameter in meta(lambda: VAR(sizes)).named_parameters():
+        n = parameter.numel()
+        float32 = n < 4096 or name in ("class_emb.weight", "lvl_embed.weight")
+        expected += 2 * (4 * n if float32 else n + 4 * math.ceil(n / 256))
+    assert roofline.moment_bytes(sizes, "adamw8bit") == expected
+    eight_bits = config("d30", update={"optimizer": "adamw8bit"})
+    assert roofline.memory(eight_bits).moments == roofline.moment_bytes(PRESETS["d30"], "adamw8bit")
+    apart = roofline.stage_counts(config("d30"))["optimizer"].io_bytes
+    apart -= roofline.stage_counts(eight_bits)["optimizer"].io_bytes
+    saved = roofline.memory(config("d30")).moments - roofline.memory(eight_bits).moments
+    assert apart == 16 * 2 * saved  # each of 16 steps reads and writes them
 
 
 def test_memory_scales_with_the_micro_batches():

@@ -78,13 +78,13 @@ def _tensors(sizes: VARConfig) -> tuple[list[int], list[int]]:
     return [(sizes.num_classes + 1) * C, len(sizes.patch_nums) * C], before + block * sizes.depth + shared + head
 
 
-def moment_bytes(config: Config) -> int:
+def moment_bytes(sizes: VARConfig, optimizer: str) -> int:
     """Adam's two moments: float32, or with adamw8bit (varfast.adamw8bit) 8 bits and a float32 a block of 256.
 
     There embeddings and tensors of fewer than 4096 numbers stay float32.
     """
-    embeddings, others = _tensors(config.policy.sizes)
-    eight_bits = config.update.optimizer == "adamw8bit"
+    embeddings, others = _tensors(sizes)
+    eight_bits = optimizer == "adamw8bit"
     small = [n for n in others if n < 4096 or not eight_bits]
     large = [n for n in others if n >= 4096 and eight_bits]
     return 2 * (_FLOAT32 * sum(embeddings + small) + sum(n + _FLOAT32 * -(-n // 256) for n in large))
@@ -386,7 +386,8 @@ def stage_counts(config: Config, checkpointing: Checkpointing | None = None) -> 
     # AdamW reads weight, gradient and two moments, writes weight and moments; and the matrices' copy in 16 bits. The
     # norm for clipping is taken to be summed up where the gradient is made.
     copied = matrices * _ITEM[dtype] if dtype != "float32" else 0
-    optimizer = Count(0.0, 3 * _FLOAT32 * parameters + 2 * moment_bytes(config) + copied) * optimizer_steps
+    moments = moment_bytes(sizes, config.update.optimizer)
+    optimizer = Count(0.0, 3 * _FLOAT32 * parameters + 2 * moments + copied) * optimizer_steps
 
     return dict(zip(STAGES, (rollout, decode, reward * images, reference, update, optimizer), strict=True))
 
@@ -486,7 +487,7 @@ def memory(config: Config, shards: int = 1) -> Memory:
         weights=_FLOAT32 * parameters // shards,
         compute_copy=copy,
         gradients=_FLOAT32 * parameters // shards,
-        moments=moment_bytes(config) // shards,
+        moments=moment_bytes(sizes, config.update.optimizer) // shards,
         reference=round(_weight_bytes(sizes, dtype)) if config.grpo.kl_beta > 0.0 else 0,
         vqvae=_FLOAT32 * num_vqvae_parameters(config.policy.vqvae),
         reward=_FLOAT32 * sum(network.parameters for network in _reward_networks(config)),
@@ -656,9 +657,14 @@ def lower_memory(config: Config, part: str) -> str:
             advice = f"use update.checkpointing={more}, now {update.checkpointing} with update.micro_batch={now}"
         else:
             advice = _halved("update.micro_batch", now, update.minibatch)
+    others = ["run.dtype=bfloat16", "grpo.kl_beta=0 (no reference is held)"]
+    if update.optimizer != "adamw8bit" and config.run.parallel != "fsdp":
+        now_bytes, then_bytes = (moment_bytes(config.policy.sizes, o) for o in (update.optimizer, "adamw8bit"))
+        saved = f"moments of {_number(then_bytes / 2**30)} instead of {_number(now_bytes / 2**30)} GiB"
+        others.insert(1, f"update.optimizer=adamw8bit ({saved})")
     return advice or (
-        "nothing smaller can be set there: try run.dtype=bfloat16, grpo.kl_beta=0 (no reference is held), a smaller "
-        "model or a device with more memory; see what else runs on this one"
+        f"nothing smaller can be set there: try {', '.join(others)}, a smaller model or a device with more memory; see "
+        "what else runs on this one"
     )
 
 
@@ -707,8 +713,10 @@ DEVICES = {
     ),
     "H100": Device(989e12, 67e12, 3.35e12, int(80e9), f"H100 SXM 80 GB, {_DATASHEET}"),
     "A100": Device(312e12, 19.5e12, 2.039e12, int(80e9), f"A100 SXM 80 GB, {_DATASHEET}"),
+    "A100-40GB": Device(312e12, 19.5e12, 1.555e12, int(40e9), f"A100 SXM 40 GB, {_DATASHEET}"),
     "L40S": Device(362e12, 91.6e12, 0.864e12, int(48e9), _DATASHEET),
     "RTX4090": Device(165e12, 82.6e12, 1.008e12, int(24e9), f"GeForce RTX 4090, {_DATASHEET}"),
+    "RTX4080": Device(97.5e12, 48.7e12, 0.717e12, int(16e9), f"GeForce RTX 4080, {_DATASHEET}"),
 }  # fmt: skip
 
 

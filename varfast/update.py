@@ -126,7 +126,7 @@ class Updater:
         Returns: (6,) this process' part of loss and GRPO_STATS, if any have one.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        if not len(rows):  # the gradient is 0, and Adam's moments still move the weights
+        if not len(rows):  # the gradient is 0, and Adam's moments still move the weights, those of 8 bits apart
             for parameter in self._parameters:
                 parameter.grad = torch.zeros_like(parameter)
             return torch.empty(0)
@@ -216,6 +216,16 @@ def _optimizer(groups: list[dict[str, Any]], config: UpdateConfig, embeddings: l
             raise InputError(
                 "update.optimizer=adamw8bit: bitsandbytes cannot be imported; pip install 'varfast[adamw8bit]', or use "
                 f"adamw ({error})"
+            ) from error
+        device = groups[0]["params"][0].device
+        probe = torch.nn.Parameter(torch.zeros(4096, device=device))
+        probe.grad = torch.zeros_like(probe)
+        try:
+            AdamW8bit([{"params": [probe]}], config.lr, config.betas, float32=()).step()
+        except RuntimeError as error:  # no kernel for this device or this version of CUDA
+            raise InputError(
+                f"update.optimizer=adamw8bit: bitsandbytes cannot step on {device}: {str(error).splitlines()[0]}; "
+                "python -m bitsandbytes says what it found, or use adamw"
             ) from error
         return AdamW8bit(groups, config.lr, config.betas, float32=embeddings)
     try:
