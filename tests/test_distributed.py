@@ -103,7 +103,7 @@ CASES = {
     # The same in 16 bits, attention alone computed again.
     "bfloat16": {"run__dtype": "bfloat16", "update__checkpointing": "attention"},
     # Moments of 8 bits: the order of a sum tips one in 1e5 or so to the next of 256 steps.
-    "adamw8bit": {"update__optimizer": "adamw8bit", "update__lr": 1e-3, "run__steps": 6},
+    "adamw8bit": {"update__optimizer": "adamw8bit", "update__lr": 1e-3},
 }  # fmt: skip
 
 

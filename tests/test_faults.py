@@ -336,7 +336,11 @@ def test_a_sum_of_rewards_that_is_not_finite_is_left_out(make_config):
         ("rollout", {"rollout__micro_batch": 1}, "nothing smaller can be set there: try run.dtype=bfloat16"),
         ("update", {"update__checkpointing": "none"}, "use update.checkpointing=attention, now none with"),
         ("update", {"update__checkpointing": "full"}, "use update.micro_batch=2, now 4"),
-        ("update", {"update__checkpointing": "full", "update__micro_batch": 1}, "nothing smaller can be set there"),
+        (
+            "update",
+            {"update__checkpointing": "full", "update__micro_batch": 1},
+            "nothing smaller can be set there: try run.dtype=bfloat16, update.optimizer=adamw8bit (moments of 0.00",
+        ),
     ],
 )
 def test_memory_that_runs_out_names_the_setting_to_lower(make_config, monkeypatch, where, settings, advice):

@@ -28,12 +28,13 @@ class AdamW8bit(_AdamW8bit):
     Args:
         groups: parameter groups.
         lr, betas: as in torch.optim.AdamW.
-        float32: parameters whose moments stay float32: those of which a step may leave parts without a gradient. The
-            smallest step of a second moment is 3e-7 of its block's largest, so that a gradient of less than 4e-4 of
-            the block's largest leaves 0 behind; met by a gradient of exactly 0 next, Adam divides the first moment by
-            eps alone. For an embedding of 1001 x 1024 of which each step meets 16 rows, normal gradients of 1e-3 with
-            log-normal scales of the columns (sigma 1) made steps of 2358 lr within 60 (quantised to the nearest step,
-            as on a GPU), float32 moments of 1.05 lr.
+        float32: parameters whose moments stay float32: those of which a step leaves parts without a gradient, as
+            embeddings. The smallest second moment but 0 is 3e-7 of its block's largest: where gradients are below 4e-4
+            of the block's largest, 0 is kept, and if the next gradient is exactly 0, Adam divides the first moment by
+            eps alone. Simulated with the nearest of the 256 steps, an embedding of 1001 x 1024 of which each step meets
+            16 rows, with normal gradients of 1e-3 and log-normal scales of the columns (sigma 1), made steps of 2358 lr
+            within 60; with float32 moments, of 1.05 lr. (bitsandbytes' kernel for a CPU rounds 0 up to 1.6e-5 of the
+            largest, and does not show it.)
     """
 
     def __init__(
