@@ -16,7 +16,9 @@ CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
 
 
 def digits(tmp_path, digits_cache, *overrides):
-    return load_config(CONFIG, [f"run.dir={tmp_path}", f"pretrain.cache_dir={digits_cache}", "run.device=cpu", *overrides])
+    return load_config(
+        CONFIG, [f"run.dir={tmp_path}", f"pretrain.cache_dir={digits_cache}", "run.device=cpu", *overrides]
+    )
 
 
 @pytest.mark.slow

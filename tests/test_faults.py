@@ -351,7 +351,9 @@ def test_a_loss_that_is_not_finite_costs_its_optimizer_step(make_config, loss_th
     assert [line["skipped_steps"] for line in lines] == [0, 1, 0]
     assert lines[0].keys() == lines[1].keys()
     assert lines[1]["ratio_gap_max"] < 1e-4
-    assert all(tensor.isfinite().all() for name, tensor in weights(config.run.dir).items() if "bias_for_mask" not in name)
+    assert all(
+        tensor.isfinite().all() for name, tensor in weights(config.run.dir).items() if "bias_for_mask" not in name
+    )
 
 
 def test_losses_that_are_not_finite_in_a_row_stop_the_run_with_a_diagnosis(make_config, loss_that_fails, tmp_path):
@@ -375,7 +377,11 @@ def test_losses_that_are_not_finite_in_a_row_stop_the_run_with_a_diagnosis(make_
         ("rollout", {"rollout__micro_batch": 1}, "nothing smaller can be set there: try run.dtype=bfloat16"),
         ("update", {"update__checkpointing": "none"}, "use update.checkpointing=attention, now none with"),
         ("update", {"update__checkpointing": "full"}, "use update.micro_batch=2, now 4"),
-        ("update", {"update__checkpointing": "full", "update__micro_batch": 1}, "nothing smaller can be set there"),
+        (
+            "update",
+            {"update__checkpointing": "full", "update__micro_batch": 1},
+            "nothing smaller can be set there: try run.dtype=bfloat16, update.optimizer=adamw8bit (moments of 0.00",
+        ),
     ],
 )
 def test_memory_that_runs_out_names_the_setting_to_lower(make_config, monkeypatch, where, settings, advice):

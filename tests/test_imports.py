@@ -25,6 +25,7 @@ ORDER = [
     "metrics",
     "features",
     "grpo",
+    "adamw8bit",
     "update",
     "checkpoint",
     "log",

@@ -1,5 +1,6 @@
 """Counts against torch's own counter and the real modules on the meta device, and against tables counted by hand."""
 
+import math
 import socket
 from pathlib import Path
 
@@ -353,6 +354,23 @@ def test_an_average_of_the_weights_is_counted():
     # Read weight and average, write the average: 12 bytes in each of 16 optimizer steps.
     costs = [roofline.stage_counts(c)["optimizer"].io_bytes for c in (plain, averaged)]
     assert costs[1] - costs[0] == 16 * 12 * parameters
+
+
+@pytest.mark.parametrize("sizes", [PRESETS["d16"], PRESETS["d36"], ODD])
+def test_moment_bytes_with_8_bits_are_counted_by_tensor(sizes):
+    """The optimizer's own state: tests/test_update.py."""
+    expected = 0
+    for name, parameter in meta(lambda: VAR(sizes)).named_parameters():
+        n = parameter.numel()
+        float32 = n < 4096 or name in ("class_emb.weight", "lvl_embed.weight")
+        expected += 2 * (4 * n if float32 else n + 4 * math.ceil(n / 256))
+    assert roofline.moment_bytes(sizes, "adamw8bit") == expected
+    eight_bits = config("d30", update={"optimizer": "adamw8bit"})
+    assert roofline.memory(eight_bits).moments == roofline.moment_bytes(PRESETS["d30"], "adamw8bit")
+    apart = roofline.stage_counts(config("d30"))["optimizer"].io_bytes
+    apart -= roofline.stage_counts(eight_bits)["optimizer"].io_bytes
+    saved = roofline.memory(config("d30")).moments - roofline.memory(eight_bits).moments
+    assert apart == 16 * 2 * saved  # each of 16 steps reads and writes them
 
 
 def test_memory_scales_with_the_micro_batches():

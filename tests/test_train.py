@@ -479,3 +479,17 @@ def test_sweep_reads_every_config_before_the_first_runs(make_config, tmp_path):
     with pytest.raises(InputError, match=r"grpo\.kl_beta: got -1"):
         main([str(path), "--sweep", "grpo.kl_beta=0.1,-1"])
     assert not (tmp_path / "run").exists()
+
+
+def test_adamw8bit_goes_on_bit_for_bit(make_config, tmp_path):
+    """Half-way through the moments are read back from a checkpoint, 8 bits, float32, absmax and step."""
+    settings = {"update__optimizer": "adamw8bit", "update__lr": 1e-3, "update__weight_decay": 0.1}
+    train(make_config(**settings, run__steps=5, run__dir=str(tmp_path / "whole")))
+    for steps in (2, 5):
+        train(make_config(**settings, run__steps=steps, run__dir=str(tmp_path / "parts")))
+    ends = [RunFolder(tmp_path / name).newest() for name in ("whole", "parts")]
+    states = []
+    for end in ends:
+        states.append({n: t for f in sorted(end.path.glob("*.safetensors")) for n, t in load_file(f).items()})
+    assert any(t.dtype == torch.uint8 and t.any() for t in states[0].values())
+    assert equal(*states)

@@ -3,6 +3,8 @@ import math
 import sys
 from types import SimpleNamespace
 
+import bitsandbytes.functional
+import bitsandbytes.optim
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from varfast import InputError
 from varfast.config import GRPOConfig, UpdateConfig
 from varfast.grpo import group_advantages
 from varfast.randomness import Purpose, keyed_generator
+from varfast.roofline import moment_bytes
 from varfast.types import ScoredRollout
 from varfast.update import Updater, learning_rate
 
@@ -320,3 +323,74 @@ def test_learning_rate_schedules():
     assert rates(warmup_steps=4) == [0.25, 0.5, 1.0, 1.0]
     assert rates(lr_schedule="linear") == pytest.approx([1.0, 0.9, 0.6, 0.1])
     assert rates(lr_schedule="cosine") == pytest.approx([1.0, 0.97553, 0.65451, 0.02447], abs=1e-5)
+
+
+EIGHT_BITS = {"optimizer": "adamw8bit", "lr": 1e-3, "grad_clip": 1e-3}
+
+
+def test_adamw8bit_follows_adamw_in_float64(make_policy):
+    """20 steps on the same gradients, a direction and as much noise: matrices of 8 bits come 1.4 % of the way apart."""
+    policy = make_policy(depth=2, num_classes=50)
+    maker = updater(policy, **EIGHT_BITS, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    parameters = dict(policy.var.named_parameters())
+    wide = {n: p.detach().double().requires_grad_() for n, p in parameters.items()}
+    start = {n: p.detach().clone() for n, p in wide.items()}
+    decayed, others = ([p for p in wide.values() if (p.ndim >= 2) == flag] for flag in (True, False))
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=1e-3)
+    towards = {n: torch.randn(p.shape, generator=generator) for n, p in parameters.items()}
+    for _ in range(20):
+        for name, parameter in parameters.items():
+            parameter.grad = towards[name] + torch.randn(parameter.shape, generator=generator)
+            wide[name].grad = parameter.grad.double()
+        maker._clipped_step()
+        torch.nn.utils.clip_grad_norm_(wide.values(), 1e-3)
+        reference.step()
+    for name, parameter in parameters.items():
+        state = maker.optimizer.state[parameter]
+        way, own_way = wide[name].detach() - start[name], parameter.detach() - start[name]
+        apart = float((own_way - way).norm() / way.norm())
+        float32 = parameter.numel() < 4096 or name == "class_emb.weight"
+        assert state["state1"].dtype == state["state2"].dtype == (torch.float32 if float32 else torch.uint8), name
+        assert apart < 2e-4 if float32 else 0.005 < apart < 0.03, name
+    assert not bitsandbytes.optim.GlobalOptimManager.get_instance().pid2config  # of the process
+
+
+def test_adamw8bit_s_state_takes_the_bytes_that_roofline_says(make_policy):
+    policy = make_policy(depth=2, num_classes=50)
+    maker = updater(policy, **EIGHT_BITS)
+    maker.step(scored_rollout(policy), 0)
+    states = maker.optimizer.state_dict()["state"].values()
+    held = sum(tensor.nbytes for state in states for name, tensor in state.items() if name != "step")
+    assert held == moment_bytes(policy.var.config, "adamw8bit") < 0.5 * moment_bytes(policy.var.config, "adamw")
+
+
+def test_adamw8bit_is_not_reached_by_a_gradient_that_is_not_finite_or_0(make_policy):
+    policy = make_policy(depth=2)
+    maker = updater(policy, **EIGHT_BITS, kl_beta=0.0, minibatch=4)
+    scored = scored_rollout(policy)
+    maker.step(scored, 0)
+
+    def state():
+        moments = maker.optimizer.state_dict()["state"].values()
+        return torch.cat([weights(policy), *(t.flatten().float() for of_one in moments for t in of_one.values())])
+
+    before = state()
+    assert maker.step(ScoredRollout(scored.rollout, torch.full((8,), float("nan"))), 1).skipped_steps == 2
+    assert maker.step(ScoredRollout(scored.rollout, torch.zeros(8)), 2).skipped_steps == 0
+    assert torch.equal(state(), before)
+
+
+def test_adamw8bit_says_what_it_lacks(make_policy, monkeypatch):
+    def no_kernel(*_, **__):
+        raise NotImplementedError("no kernel for this device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bitsandbytes.functional, "optimizer_update_8bit_blockwise", no_kernel)
+        with pytest.raises(InputError, match="bitsandbytes cannot step on cpu: no kernel for this device"):
+            updater(make_policy(), **EIGHT_BITS)
+    monkeypatch.delitem(sys.modules, "varfast.adamw8bit")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
+    with pytest.raises(InputError, match=r"bitsandbytes cannot be imported; pip install 'varfast\[adamw8bit\]'"):
+        updater(make_policy(), **EIGHT_BITS)

@@ -280,8 +280,10 @@ class UpdateConfig(_Section):
         "or whole blocks; auto: chosen from free memory",
     )
     epochs: int = Field(1, ge=1, description="passes over a rollout")
-    optimizer: Literal["adamw", "apex"] = Field(
-        "adamw", description="PyTorch's fused AdamW, or NVIDIA Apex's FusedAdam"
+    optimizer: Literal["adamw", "apex", "adamw8bit"] = Field(
+        "adamw",
+        description="PyTorch's fused AdamW, NVIDIA Apex's FusedAdam, or bitsandbytes' AdamW with moments of 8 bits: "
+        "a quarter of their memory",
     )
     lr: float = Field(1e-4, gt=0, description="learning rate")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, to 0")
@@ -548,8 +550,11 @@ class Config(_Section):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         _check_divides("update.minibatch", self.update.minibatch, self.rollout.images, "images a step")
-        if self.run.parallel == "fsdp" and self.update.optimizer == "apex":
-            raise ValueError("update.optimizer=apex does not take sharded weights; use adamw, or run.parallel=ddp")
+        if self.run.parallel == "fsdp" and self.update.optimizer != "adamw":
+            raise ValueError(
+                f"update.optimizer={self.update.optimizer} does not take sharded weights; use adamw, or "
+                "run.parallel=ddp"
+            )
         num_classes = self.policy.sizes.num_classes
         if self.rollout.labels != "all":
             check_labels("rollout.labels", self.rollout.labels, num_classes)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -158,7 +159,7 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def _met(timeout: timedelta) -> tuple[dist.Store, int, int]:
+def _met(timeout: timedelta) -> tuple[Store, int, int]:
     """The store in which processes find one another's addresses, under a name that no earlier attempt used; rank, size.
 
     torchrun --max-restarts starts processes anew but keeps its store, in which the addresses of the dead still stand:
@@ -171,7 +172,7 @@ def _met(timeout: timedelta) -> tuple[dist.Store, int, int]:
         store.set(f"asks/{rank}", drawn)
         name = store.get(f"answer/{drawn}").decode()
         store.set(f"{name}/{rank}", "knows")
-        return dist.PrefixStore(name, store), rank, size
+        return PrefixStore(name, store), rank, size
     waiting_for, deadline_s = set(range(1, size)), time.monotonic() + timeout.total_seconds()
     while waiting_for:
         for other in sorted(waiting_for):
@@ -180,9 +181,11 @@ def _met(timeout: timedelta) -> tuple[dist.Store, int, int]:
             elif store.check([f"asks/{other}"]):
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", drawn)
         if time.monotonic() > deadline_s:
-            raise RuntimeError(f"processes {sorted(waiting_for)} did not come within run.timeout_s={timeout.total_seconds():g}")
+            raise RuntimeError(
+                f"processes {sorted(waiting_for)} did not come within run.timeout_s={timeout.total_seconds():g}"
+            )
         time.sleep(0.01)
-    return dist.PrefixStore(drawn, store), rank, size
+    return PrefixStore(drawn, store), rank, size
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ _PACKAGES = (
     "torchvision",
     "open_clip_torch",
     "triton",
+    "bitsandbytes",
     "wandb",
 )
 # Used where they can be imported; the names on PyPI are a source build and another package.

@@ -61,14 +61,33 @@ class Count:
 
 def num_parameters(sizes: VARConfig) -> int:
     """Trainable numbers of VAR: 310 283 520 (d16), 2 010 020 356 (d30)."""
-    C, first = sizes.width, sizes.patch_nums[0] ** 2
-    embeddings = (first + sizes.num_tokens + sizes.num_classes + 1 + len(sizes.patch_nums)) * C
-    embeddings += sizes.code_width * C + C
-    biases = 2 * C + C + _hidden(sizes) + C  # of q and v, proj, fc1, fc2
-    block = biases + (sizes.depth if sizes.qk_l2_norm else 0) + 6 * C  # adaLN: a bias, or what stands in for it
-    head = 2 * C * C + 2 * C + C * sizes.vocab_size + sizes.vocab_size
-    shared = 6 * C if sizes.shared_adaln else 0
-    return embeddings + sizes.depth * block + shared + num_matrix_parameters(sizes) + head
+    embeddings, others = _tensors(sizes)
+    return sum(embeddings) + sum(others)
+
+
+def _tensors(sizes: VARConfig) -> tuple[list[int], list[int]]:
+    """How many numbers each trainable tensor has: embeddings of labels and scales; all others."""
+    C, hidden = sizes.width, _hidden(sizes)
+    adaln = [6 * C * C, 6 * C]
+    block = [3 * C * C, C, C, C * C, C, C * hidden, hidden, hidden * C, C]  # qkv, q and v biases, proj, fc1, fc2
+    block += [sizes.depth] if sizes.qk_l2_norm else []
+    block += [6 * C] if sizes.shared_adaln else adaln
+    before = [sizes.patch_nums[0] ** 2 * C, sizes.num_tokens * C, sizes.code_width * C, C]
+    head = [2 * C * C, 2 * C, C * sizes.vocab_size, sizes.vocab_size]
+    shared = adaln if sizes.shared_adaln else []
+    return [(sizes.num_classes + 1) * C, len(sizes.patch_nums) * C], before + block * sizes.depth + shared + head
+
+
+def moment_bytes(sizes: VARConfig, optimizer: str) -> int:
+    """Adam's two moments: float32, or with adamw8bit (varfast.adamw8bit) 8 bits and a float32 a block of 256.
+
+    There embeddings and tensors of fewer than 4096 numbers stay float32.
+    """
+    embeddings, others = _tensors(sizes)
+    eight_bits = optimizer == "adamw8bit"
+    small = [n for n in others if n < 4096 or not eight_bits]
+    large = [n for n in others if n >= 4096 and eight_bits]
+    return 2 * (_FLOAT32 * sum(embeddings + small) + sum(n + _FLOAT32 * -(-n // 256) for n in large))
 
 
 def num_matrix_parameters(sizes: VARConfig) -> int:
@@ -364,12 +383,13 @@ def stage_counts(config: Config, checkpointing: Checkpointing | None = None) -> 
     update = forward * (3.0 + again) + one_read * (2.0 + again)
     update += Count(0.0, parameters * _FLOAT32 * (2 * micro_batches - 1)) * optimizer_steps
 
-    # AdamW reads weight, gradient and two moments, writes weight and moments, in float32; and the matrices' copy in
-    # 16 bits. The norm for clipping is taken to be summed up where the gradient is made. The average of the weights is
-    # a pass of its own: it reads weight and average and writes the average.
+    # AdamW reads weight, gradient and two moments, writes weight and moments; and the matrices' copy in 16 bits. The
+    # norm for clipping is taken to be summed up where the gradient is made. The average of the weights is a pass of
+    # its own: it reads weight and average and writes the average.
     copied = matrices * _ITEM[dtype] if dtype != "float32" else 0
-    numbers = 7 if config.update.ema_decay is None else 10
-    optimizer = Count(0.0, numbers * _FLOAT32 * parameters + copied) * optimizer_steps
+    moments = moment_bytes(sizes, config.update.optimizer)
+    numbers = 3 if config.update.ema_decay is None else 6
+    optimizer = Count(0.0, numbers * _FLOAT32 * parameters + 2 * moments + copied) * optimizer_steps
 
     return dict(zip(STAGES, (rollout, decode, reward * images, reference, update, optimizer), strict=True))
 
@@ -404,7 +424,8 @@ class Memory:
     Attributes:
         weights: of the transformer, float32.
         compute_copy: its blocks' matrices in 16 bits; 0 in float32. Where weights are sharded, all of it as it samples.
-        gradients, moments: float32; Adam has two moments.
+        gradients: float32.
+        moments: see `moment_bytes`.
         average: of the weights, float32; 0 without update.ema_decay.
         reference: the base model of the KL term, matrices in run.dtype; 0 with kl_beta = 0.
         vqvae, reward: their weights, float32.
@@ -413,7 +434,7 @@ class Memory:
         rollout_activations: of a micro-batch at the last scale, where they are largest.
         decode: of a micro-batch, at the level where most exists at once.
         update: of a micro-batch: what autograd keeps, logits, and the block at work.
-        optimizer: temporary square roots of the second moments.
+        optimizer: temporary square roots of the second moments; adamw8bit makes none on a GPU.
     """
 
     weights: int
@@ -470,7 +491,7 @@ def memory(config: Config, shards: int = 1) -> Memory:
         weights=_FLOAT32 * parameters // shards,
         compute_copy=copy,
         gradients=_FLOAT32 * parameters // shards,
-        moments=2 * _FLOAT32 * parameters // shards,
+        moments=moment_bytes(sizes, config.update.optimizer) // shards,
         average=_FLOAT32 * parameters // shards if config.update.ema_decay is not None else 0,
         reference=round(_weight_bytes(sizes, dtype)) if config.grpo.kl_beta > 0.0 else 0,
         vqvae=_FLOAT32 * num_vqvae_parameters(config.policy.vqvae),
@@ -480,7 +501,7 @@ def memory(config: Config, shards: int = 1) -> Memory:
         rollout_activations=sampled * rollout_activation_bytes(config),
         decode=sampled * decode_activation_bytes(config),
         update=trained * update_activation_bytes(config, _checkpointing(config)),
-        optimizer=_FLOAT32 * parameters // shards,
+        optimizer=0 if config.update.optimizer == "adamw8bit" else _FLOAT32 * parameters // shards,
     )
 
 
@@ -641,9 +662,14 @@ def lower_memory(config: Config, part: str) -> str:
             advice = f"use update.checkpointing={more}, now {update.checkpointing} with update.micro_batch={now}"
         else:
             advice = _halved("update.micro_batch", now, update.minibatch)
+    others = ["run.dtype=bfloat16", "grpo.kl_beta=0 (no reference is held)"]
+    if update.optimizer != "adamw8bit" and config.run.parallel != "fsdp":
+        now_bytes, then_bytes = (moment_bytes(config.policy.sizes, o) for o in (update.optimizer, "adamw8bit"))
+        saved = f"moments of {_number(then_bytes / 2**30)} instead of {_number(now_bytes / 2**30)} GiB"
+        others.insert(1, f"update.optimizer=adamw8bit ({saved})")
     return advice or (
-        "nothing smaller can be set there: try run.dtype=bfloat16, grpo.kl_beta=0 (no reference is held), a smaller "
-        "model or a device with more memory; see what else runs on this one"
+        f"nothing smaller can be set there: try {', '.join(others)}, a smaller model or a device with more memory; see "
+        "what else runs on this one"
     )
 
 
@@ -692,8 +718,10 @@ DEVICES = {
     ),
     "H100": Device(989e12, 67e12, 3.35e12, int(80e9), f"H100 SXM 80 GB, {_DATASHEET}"),
     "A100": Device(312e12, 19.5e12, 2.039e12, int(80e9), f"A100 SXM 80 GB, {_DATASHEET}"),
+    "A100-40GB": Device(312e12, 19.5e12, 1.555e12, int(40e9), f"A100 SXM 40 GB, {_DATASHEET}"),
     "L40S": Device(362e12, 91.6e12, 0.864e12, int(48e9), _DATASHEET),
     "RTX4090": Device(165e12, 82.6e12, 1.008e12, int(24e9), f"GeForce RTX 4090, {_DATASHEET}"),
+    "RTX4080": Device(97.5e12, 48.7e12, 0.717e12, int(16e9), f"GeForce RTX 4080, {_DATASHEET}"),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from varfast import kernels
@@ -74,7 +74,8 @@ class Updater:
             {"params": [p for p in self._parameters if p.ndim >= 2], "weight_decay": update.weight_decay},
             {"params": [p for p in self._parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.optimizer = _optimizer(groups, update)
+        embeddings = [m.weight for m in policy.var.modules() if isinstance(m, nn.Embedding)]
+        self.optimizer = _optimizer(groups, update, embeddings)
         self._averaged = {}  # weights by name, and their averages: float32, sharded as the weights are
         if update.ema_decay is not None:
             self._averaged = {name: p for name, p in policy.var.named_parameters() if p.requires_grad}
@@ -155,7 +156,7 @@ class Updater:
         Returns: (6,) this process' part of loss and GRPO_STATS, if any have one.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        if not len(rows):  # the gradient is 0, and Adam's moments still move the weights
+        if not len(rows):  # the gradient is 0, and Adam's moments still move the weights, those of 8 bits apart
             for parameter in self._parameters:
                 parameter.grad = torch.zeros_like(parameter)
             return torch.empty(0)
@@ -218,7 +219,9 @@ class Updater:
             # The hooks of torch.amp.GradScaler: the kernel divides by the one, and does nothing where the other is 1.
             self.optimizer.grad_scale, self.optimizer.found_inf = too_long, not_finite.float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif not bool(not_finite):  # apex has no such hooks: this waits for the device, once an optimizer step
+        # apex and bitsandbytes have no such hooks: this waits for the device, once an optimizer step.
+        elif not bool(not_finite) and not (self.config.optimizer == "adamw8bit" and norm == 0.0):
+            # A gradient of 0 everywhere (no image has one) is left out with 8 bits: see adamw8bit, float32.
             torch._foreach_div_(gradients, too_long)
             self.optimizer.step()
         return norm, not_finite
@@ -240,9 +243,28 @@ def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     return [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors.values()]
 
 
-def _optimizer(groups: list[dict[str, Any]], config: UpdateConfig) -> torch.optim.Optimizer:
+def _optimizer(groups: list[dict[str, Any]], config: UpdateConfig, embeddings: list[Tensor]) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    if config.optimizer == "adamw8bit":
+        try:
+            from varfast.adamw8bit import AdamW8bit
+        except ImportError as error:
+            raise InputError(
+                "update.optimizer=adamw8bit: bitsandbytes cannot be imported; pip install 'varfast[adamw8bit]', or use "
+                f"adamw ({error})"
+            ) from error
+        device = groups[0]["params"][0].device
+        probe = torch.nn.Parameter(torch.zeros(4096, device=device))
+        probe.grad = torch.zeros_like(probe)
+        try:
+            AdamW8bit([{"params": [probe]}], config.lr, config.betas, float32=()).step()
+        except RuntimeError as error:  # no kernel for this device or this version of CUDA
+            raise InputError(
+                f"update.optimizer=adamw8bit: bitsandbytes cannot step on {device}: {str(error).splitlines()[0]}; "
+                "python -m bitsandbytes says what it found, or use adamw"
+            ) from error
+        return AdamW8bit(groups, config.lr, config.betas, float32=embeddings)
     try:
         fused_adam = importlib.import_module("apex.optimizers").FusedAdam
     except (ImportError, AttributeError) as error:
