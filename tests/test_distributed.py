@@ -1,5 +1,6 @@
 """Real processes, over gloo: what several of them compute is what one computes, up to the order of sums."""
 
+import itertools
 import json
 import math
 import os
@@ -145,17 +146,32 @@ def train_on(count, configs, folder):
     assert codes == [0] * count, "\n".join(outputs)
 
 
-def assert_equal_runs(alone, spread, lr, rel=1e-3):
-    for one, several in zip(metrics(alone), metrics(spread), strict=True):
+def assert_equal_runs(alone, spread, lr):
+    assert_equal_metrics(alone, spread)
+    after = [json.loads((Path(d) / "summary.json").read_text())["after"] for d in (alone, spread)]
+    assert after[1] == pytest.approx(after[0], rel=1e-3)
+    assert_equal_weights(alone, spread, lr)
+
+
+def assert_equal_metrics(alone, spread, steps=None):
+    both = zip(metrics(alone), metrics(spread), strict=True)
+    for one, several in itertools.islice(both, steps):
         assert one.keys() == several.keys()
         for name, value in one.items():
-            assert several[name] == pytest.approx(value, rel=rel, abs=2e-5), (name, one["step"])
-    after = [json.loads((Path(d) / "summary.json").read_text())["after"] for d in (alone, spread)]
-    assert after[1] == pytest.approx(after[0], rel=rel)
+            assert several[name] == pytest.approx(value, rel=1e-3, abs=2e-5), (name, one["step"])
+
+
+def assert_equal_weights(alone, spread, lr):
     apart = (weights(alone) - weights(spread)).abs()
     # Adam's step has the size of lr even where a gradient is all rounding.
     assert float(apart.max()) < lr
     assert float(apart.mean()) < 1e-3 * lr
+
+
+def tokens_agree(alone, spread):
+    """Steps before the first in which the mean entropy of the tokens' distributions differs by more than rounding."""
+    pairs = zip(metrics(alone), metrics(spread), strict=True)
+    return sum(1 for _ in itertools.takewhile(lambda p: math.isclose(*(x["entropy"] for x in p), rel_tol=3e-6), pairs))
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +199,12 @@ def test_four_processes_train_as_one(make_config, tmp_path):
 
 @pytest.mark.slow
 def test_the_digits_run_is_the_same_on_one_two_and_four_processes(tmp_path, digits_cache):
-    """20 steps, of 32 images to keep it short: one image that earns another reward is 0.03 of reward_mean."""
+    """20 steps, of 32 images to keep it short.
+
+    Rounding stays at 1e-6 as long as the same tokens are drawn: they are discrete, and rounding may tip one of the
+    19,200 that stands on an edge (on one base model of two a token tipped, in step 14 or 16). What follows is another
+    run, so the curves are compared up to there, and the weights where none tipped.
+    """
     settings = ["run.device=cpu", "run.dtype=float32", f"pretrain.cache_dir={digits_cache}", "run.steps=20",
                 "rollout.labels_per_step=4", "rollout.group_size=8", "update.minibatch=16", "eval.samples_per_label=0",
                 "log.tensorboard=false", "log.checkpoint_every=20", "log.grid_labels=1"]  # fmt: skip
@@ -198,8 +219,11 @@ def test_the_digits_run_is_the_same_on_one_two_and_four_processes(tmp_path, digi
         spread = [config(f"run.dir={tmp_path}/{way}.{count}", f"run.parallel={way}") for way in ("ddp", "fsdp")]
         train_on(count, spread, tmp_path)
         for each in spread:
-            # Each of 40 optimizer steps feeds rounding back: 1.4e-3 of a gradient norm was seen, and no token differed.
-            assert_equal_runs(tmp_path / "alone", each.run.dir, each.update.lr, rel=5e-3)
+            same = tokens_agree(tmp_path / "alone", each.run.dir)
+            assert same >= 8
+            assert_equal_metrics(tmp_path / "alone", each.run.dir, same)
+            if same == 20:
+                assert_equal_weights(tmp_path / "alone", each.run.dir, each.update.lr)
 
 
 def test_processes_killed_in_the_middle_of_a_save_go_on_as_many_or_as_one(make_config, tmp_path):
