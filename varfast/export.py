@@ -19,7 +19,10 @@ from varfast.command import run_command
 from varfast.config import Config, ExportConfig, VARConfig, VQVAEConfig, parse_arguments
 from varfast.log import environment
 from varfast.models import VAR
+from varfast.models.lora import merged_state, without_lora
 from varfast.models.weights import load_var
+from varfast.policy import pick_device
+from varfast.train import load_run
 from varfast.types import InputError
 
 
@@ -30,9 +33,14 @@ def public_state(folder: RunFolder, sizes: VARConfig, dtype: torch.dtype) -> tup
         (None for var.pth).
     Raises: InputError if the folder holds no weights, or others than its config says.
     """
-    step = None
+    step, config = None, folder.load_config()
     if folder.weights.exists() and not folder.checkpoints.exists():
         found: dict[str, Tensor] = load_var(str(folder.weights), sizes).state_dict()
+    elif config.policy.lora:
+        # Random weights are those of the device that they were drawn on.
+        device = pick_device(config.run.device if config.policy.checkpoint == "random" else "cpu")
+        var, step = load_run(folder, device, "float32").var, folder.newest().step
+        found = merged_state(var, without_lora(var).state_dict())
     else:
         checkpoint, var = folder.newest(), VAR(sizes)
         checkpoint.load(var)
