@@ -105,6 +105,10 @@ CASES = {
 }  # fmt: skip
 
 
+# An adapter beside frozen weights, which are not sharded.
+LORA = CASES["passes"] | {"policy__lora": {"targets": ["mat_qkv", "proj", "fc1", "fc2", "ada_lin"]}, "update__lr": 1e-2}
+
+
 def run_all(make_config, folder, count, cases, ways):
     """Train the cases in one process each, and in `count` processes the given ways; the folder of each run."""
     configs = {}
@@ -150,6 +154,13 @@ def test_two_processes_train_as_one(make_config, on_two, case, way):
     config = on_two["done"][case, way]
     lr = config.update.lr
     assert_equal_runs(folder / case, config.run.dir, lr * (10 if case == "bfloat16" else 1))
+
+
+def test_two_processes_train_an_adapter_as_one(make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(CASES, "lora", LORA)
+    config = run_all(make_config, tmp_path, 2, ["lora"], ["ddp"])["lora", "ddp"]
+    assert_equal_runs(tmp_path / "lora", config.run.dir, config.update.lr)
+    assert metrics(config.run.dir)[-1]["kl"] > 1e-4
 
 
 @pytest.mark.slow
