@@ -120,7 +120,7 @@ def test_train_an_adapter(lora_config, tmp_path, dtype):
 
     run = load_run(RunFolder(folder), torch.device("cpu"), "float32")
     by_peft = load_policy(*(str(tmp_path / name) for name in ("base.pth", "vqvae.pth")))
-    unmoved = by_peft.token_logp([0, 1, 2], torch.arange(15).view(3, 5))
+    unmoved = by_peft.token_logp([0, 1, 2], torch.arange(15).view(3, 5)).detach()
     peft.PeftModel.from_pretrained(by_peft.var, str(folder / "adapter"))
     public = load_policy(str(folder / "var.pth"), str(tmp_path / "vqvae.pth"))
     logp = [p.token_logp([0, 1, 2], torch.arange(15).view(3, 5)).detach() for p in (run, by_peft, public)]

@@ -24,6 +24,7 @@ _PACKAGES = (
     "open_clip_torch",
     "triton",
     "wandb",
+    "peft",
 )
 # Used where they can be imported; the names on PyPI are a source build and another package.
 _OPTIONAL_MODULES = ("flash_attn", "apex")

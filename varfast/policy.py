@@ -87,6 +87,7 @@ class Policy:
         Raises: InputError if peft is not installed.
         """
         add_lora(self.var, config, seed)
+        self._sampler = Sampler(self.var, self.vqvae, self._fast)  # what it captured knows of no adapter
 
     def frozen_copy(self) -> Policy:
         """The same policy with weights that no update reaches: the reference of the KL term. Shares the VQ-VAE.

@@ -151,8 +151,10 @@ class ForwardFlop:
 
 
 def forward_flop(sizes: VARConfig, lora: LoRAConfig | None = None) -> ForwardFlop:
-    """Per image, with the products of an adapter; the same for a rollout with a key-value cache and for a teacher-forced
-    pass."""
+    """Per image; the same for a rollout with a key-value cache and for a teacher-forced pass.
+
+    lora: an adapter, whose products are counted with those of its matrices.
+    """
     C, L, depth = sizes.width, sizes.num_tokens, sizes.depth
     rank, widths = lora.rank if lora else 0, _adapted_widths(sizes, lora)
     in_attention = rank * sum(width for name, width in widths.items() if name in ("mat_qkv", "proj"))

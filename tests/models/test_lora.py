@@ -4,11 +4,13 @@ import sys
 import pytest
 import torch
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from varfast import InputError, Policy
 from varfast.config import GRPOConfig, LoRAConfig, UpdateConfig
 from varfast.grpo import group_advantages
 from varfast.models.lora import lora_layers, merged_state, without_lora
+from varfast.models.var import Head
 from varfast.models.weights import load_var
 from varfast.types import ScoredRollout
 from varfast.update import Updater
@@ -56,8 +58,9 @@ def logp(policy, **keys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_add_lora_starts_as_the_model_it_is_put_into(make_adapted, dtype):
     policy, base = make_adapted(dtype, moved=False)
-    assert torch.equal(logp(policy), logp(plain(policy, base, dtype)))
-    assert torch.equal(policy.sample(LABELS, seed=0).tokens_BL, plain(policy, base, dtype).sample(LABELS, seed=0).tokens_BL)  # fmt: skip
+    before = plain(policy, base, dtype)
+    assert torch.equal(logp(policy), logp(before))
+    assert torch.equal(policy.sample(LABELS, seed=0).tokens_BL, before.sample(LABELS, seed=0).tokens_BL)
     assert all(parameter.dtype == torch.float32 for parameter in adapter(policy).values())
 
 
@@ -222,3 +225,12 @@ def test_without_lora_leaves_the_adapter_where_it_was(make_adapted):
     assert not lora_layers(without_lora(policy.var))
     assert len(lora_layers(policy.var)) == 10
     assert torch.equal(before, logp(policy))
+
+
+@pytest.mark.parametrize(("frozen", "products"), [(True, 1), (False, 2)])
+def test_backward_of_the_16_bit_head_makes_no_gradient_of_frozen_weights(frozen, products):
+    head = Head(64, 32).requires_grad_(not frozen)
+    logits = head(torch.randn(3, 5, 64, dtype=torch.bfloat16, requires_grad=True))
+    with FlopCounterMode(display=False) as counter:
+        logits.sum().backward()
+    assert counter.get_total_flops() == products * 2 * 15 * 64 * 32
