@@ -164,6 +164,26 @@ def test_every_shipped_config_is_valid_and_every_field_documented():
             assert undocumented == [], section
 
 
+def test_lora_is_set_by_one_key_and_refuses_what_it_does_not_take():
+    root = Path(__file__).parent.parent / "configs"
+    assert load_config(root / "digits.yaml").policy.lora is None
+    lora = load_config(root / "digits.yaml", ["policy.lora.rank=8"]).policy.lora
+    assert lora is not None
+    assert (lora.rank, lora.alpha, lora.targets) == (8, 32.0, ("mat_qkv", "proj", "fc1", "fc2"))
+    assert load_config(root / "digits.yaml", ["policy.lora={}"]).policy.lora.rank == 16
+    assert load_config(root / "digits_lora.yaml", ["policy.lora=null"]).policy.lora is None
+    for override, message in {
+        "policy.lora.ranks=8": r"policy.lora.ranks: unknown key; did you mean policy.lora.rank\?",
+        "policy.lora.targets=[head]": "policy.lora.targets.0: got 'head'",
+        "policy.lora.targets=[]": "policy.lora.targets: got",
+        "policy.lora.rank=0": "policy.lora.rank: got 0",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            load_config(root / "digits.yaml", [override])
+    with pytest.raises(InputError, match=r"policy.lora with run.parallel=fsdp: .*; use run.parallel=ddp"):
+        load_config(root / "digits.yaml", ["policy.lora.rank=8", "run.parallel=fsdp"])
+
+
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 

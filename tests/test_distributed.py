@@ -118,8 +118,14 @@ CASES = {
 }  # fmt: skip
 
 
+# An adapter beside frozen weights.
+LORA = {"policy__lora": {"targets": ["mat_qkv", "proj", "fc1", "fc2", "ada_lin"]}, "update__lr": 1e-2}
+CASES["adapter"] = CASES["passes"] | LORA
+WAYS = {"adamw8bit": ["ddp"], "adapter": ["ddp"]}  # the others: ddp and fsdp
+
+
 def ways(case):
-    return ["ddp"] if case == "adamw8bit" else ["ddp", "fsdp"]
+    return WAYS.get(case, ["ddp", "fsdp"])
 
 
 def run_all(make_config, folder, count, cases):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from varfast import Policy
+from varfast.config import LoRAConfig
 from varfast.kernels.selection import _OPS, configure
 from varfast.policy import _DTYPES
 
@@ -20,15 +21,26 @@ def plain_ops():
     configure({})
 
 
-def pair(make_models, sizes, dtype, device="cpu"):
-    return (Policy(*make_models(**sizes), device=device, dtype=dtype, fast=fast) for fast in (True, False))
+def pair(make_models, sizes, dtype, device="cpu", lora=None):
+    for fast in (True, False):
+        policy = Policy(*make_models(**sizes), device=device, dtype=dtype, fast=fast)
+        if lora is not None:
+            policy.add_lora(lora, seed=0)
+            for name, parameter in policy.var.named_parameters():
+                if ".lora_B." in name:  # at first 0: no adapter to be seen
+                    torch.nn.init.constant_(parameter, 0.02)
+        yield policy
+
+
+LORA = [None, LoRAConfig(rank=2, targets=("mat_qkv", "fc1", "ada_lin"))]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("dtype", list(_DTYPES))
 @pytest.mark.parametrize("inference", [{}, {"cfg": 1.5, "top_k": 9, "top_p": 0.9}])
-def test_fast_rollout_equals_the_eager_one(make_models, plain_ops, sizes, dtype, inference):
-    fast, eager = pair(make_models, sizes, dtype)
+@pytest.mark.parametrize("lora", LORA)
+def test_fast_rollout_equals_the_eager_one(make_models, plain_ops, sizes, dtype, inference, lora):
+    fast, eager = pair(make_models, sizes, dtype, lora=lora)
     for step in range(3):
         ours, theirs = (p.sample([0, 1, 2, 3] * 3, 0.8, seed=1, step=step, **inference) for p in (fast, eager))
         assert torch.equal(ours.tokens_BL, theirs.tokens_BL)
@@ -50,9 +62,10 @@ def test_sample_images_are_the_decoded_rollout(make_models):
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("dtype", list(_DTYPES))
-def test_captured_rollout_equals_the_eager_one(make_models, sizes, dtype):
+@pytest.mark.parametrize("lora", LORA)
+def test_captured_rollout_equals_the_eager_one(make_models, sizes, dtype, lora):
     """The first call runs eagerly, the second is captured, the others replayed, with other keys, labels and weights."""
-    fast, eager = pair(make_models, sizes, dtype, "cuda")
+    fast, eager = pair(make_models, sizes, dtype, "cuda", lora)
     seen = []
     for step in range(4):
         labels = [(i + step) % 5 for i in range(12)]

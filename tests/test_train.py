@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 import varfast.env
 import varfast.export
 import varfast.sample
-from varfast import InputError, kernels
+from varfast import InputError, kernels, load_policy
 from varfast.checkpoint import Checkpoints, RunFolder, dump_config
 from varfast.train import load_run, main, random_policy, train
 from varfast.update import Updater
@@ -184,6 +185,75 @@ def test_a_rollout_left_out_does_not_put_the_reference_off(make_config, failing_
     assert [line.get("reference_step") for line in steps] == [0, 0, None, 2]
     assert steps[1]["kl"] > 1e-6
     assert steps[3]["kl"] == pytest.approx(0.0, abs=1e-11)
+
+
+@pytest.fixture
+def lora_config(make_config, make_models, tmp_path):
+    """A run that trains an adapter on a base from files; the base as a state_dict."""
+    var, vqvae = make_models(patch_nums=(1, 2), vocab_size=16, code_width=4)
+    torch.save(var.state_dict(), tmp_path / "base.pth")
+    torch.save(vqvae.state_dict(), tmp_path / "vqvae.pth")
+
+    def make(**overrides):
+        paths = {"checkpoint": str(tmp_path / "base.pth"), "vqvae_checkpoint": str(tmp_path / "vqvae.pth")}
+        lora = {"policy__lora": {"rank": 3, "alpha": 6.0, "targets": ["mat_qkv", "fc2", "ada_lin"]}}
+        return make_config(**{f"policy__{k}": v for k, v in paths.items()}, **(lora | {"update__lr": 1e-2} | overrides))
+
+    return make, var.state_dict()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_train_an_adapter(lora_config, tmp_path, dtype):
+    """Stopped and resumed as without a stop; small checkpoints; var.pth merged; the adapter as peft reads it."""
+    make, base = lora_config
+    whole, parts = make(run__steps=4, run__dtype=dtype), {"run__dir": str(tmp_path / "parts"), "run__dtype": dtype}
+    train(whole)
+    train(make(run__steps=2, **parts))
+    train(make(run__steps=4, **parts))
+    folder = Path(whole.run.dir)
+    assert metrics(folder) == metrics(parts["run__dir"])
+    assert equal(weights(folder), weights(parts["run__dir"]))
+    assert metrics(folder)[-1]["kl"] > 1e-3
+    assert all(line["ratio_gap_max"] < (1e-4 if dtype == "float32" else 0.1) for line in metrics(folder))
+
+    saved = load_file(next((folder / "checkpoints" / "step_000004").glob("*.safetensors")))
+    assert {n.partition(".lora_")[1] for n in saved if n.startswith("optimizer.")} == {".lora_"}
+    buffers = {"model.lvl_1L", "model.attn_bias_for_masking", "model.blocks.0.attn.zero_k_bias"}
+    assert {n for n in saved if n.startswith("model.") and ".lora_" not in n} == buffers
+
+    adapter, merged = load_file(folder / "adapter" / "adapter_model.safetensors"), weights(folder)
+    assert list(merged) == list(base)
+    for name, tensor in base.items():
+        up, down = (adapter.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{k}.weight") for k in "BA")
+        assert torch.equal(merged[name], tensor if up is None else tensor + 2.0 * (up @ down)), name
+    assert len(adapter) == 6
+
+    run = load_run(RunFolder(folder), torch.device("cpu"), "float32")
+    by_peft = load_policy(*(str(tmp_path / name) for name in ("base.pth", "vqvae.pth")))
+    unmoved = by_peft.token_logp([0, 1, 2], torch.arange(15).view(3, 5)).detach()
+    peft.PeftModel.from_pretrained(by_peft.var, str(folder / "adapter"))
+    public = load_policy(str(folder / "var.pth"), str(tmp_path / "vqvae.pth"))
+    logp = [p.token_logp([0, 1, 2], torch.arange(15).view(3, 5)).detach() for p in (run, by_peft, public)]
+    assert float((logp[0] - unmoved).abs().max()) > 0.05
+    torch.testing.assert_close(logp[1], logp[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(logp[2], logp[0], rtol=0, atol=2e-5)
+
+    assert varfast.export.main([f"checkpoint={folder}", f"out={tmp_path / 'out.pth'}"]) == 0
+    assert equal(torch.load(tmp_path / "out.pth", weights_only=True), merged)
+    assert "rank 3" in (tmp_path / "out.md").read_text()
+    assert varfast.sample.main([f"checkpoint={folder}", f"out={tmp_path / 'grid.png'}", "device=cpu"]) == 0
+    with pytest.raises(InputError, match=r"policy.lora.rank: 3 there, 4 here"):
+        train(make(run__steps=4, run__dtype=dtype, policy__lora__rank=4))
+    with pytest.raises(InputError, match=r"policy.lora.rank: 3 there, None here"):
+        train(make(run__steps=4, run__dtype=dtype, policy__lora=None))
+
+
+def test_an_adapter_without_peft_is_refused_before_anything_is_made(lora_config, monkeypatch):
+    config = lora_config[0]()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match=r"policy.lora: the package peft cannot be imported"):
+        train(config)
+    assert not Path(config.run.dir).exists()
 
 
 def test_a_run_killed_between_checkpoints_does_the_lost_steps_again(make_config, tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -62,6 +63,8 @@ _FREE_TO_CHANGE = (
     "pretrain.cache_dir",
     "pretrain.num_workers",
 )
+# Frozen weights are those of the base, which the run has noted: a checkpoint of an adapter holds the adapter.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 _T = TypeVar("_T")
 
 # One process is what we mean then, and the warning comes from a thread, where it cannot be caught.
@@ -161,9 +164,9 @@ class Checkpoint:
             for group, saved in zip(state["param_groups"], self._optimizer, strict=True):
                 group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
             set_optimizer_state_dict(model, optimizer, state)
-        weights = get_model_state_dict(model)
+        weights = get_model_state_dict(model, options=_TRAINED)
         self._read(_named("model", weights), "model.")
-        set_model_state_dict(model, weights)
+        set_model_state_dict(model, weights, options=_TRAINED)
         for kind, tensors in (further or {}).items():
             self._read(_named(kind, dict(tensors)), f"{kind}.")
 
@@ -269,7 +272,7 @@ class Checkpoints:
             return
         if self._pending is not None:
             self._pending.result()
-        tensors = _named("model", get_model_state_dict(model))
+        tensors = _named("model", get_model_state_dict(model, options=_TRAINED))
         groups = None
         # Before the first step there is no state, and asking for it would take a step.
         if optimizer.state:
@@ -526,6 +529,7 @@ class RunFolder:
         self.weights = self.path / "var.pth"
         self.config = self.path / "config.yaml"
         self.base = self.path / "base.json"
+        self.adapter = self.path / "adapter"
 
     def prepare(self, config: Config) -> Checkpoint | None:
         """Make the folder ready for this config; the checkpoint to go on from, if there is one.

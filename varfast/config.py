@@ -135,6 +135,23 @@ PRESETS: dict[str, VARConfig] = {
 }
 
 
+class LoRAConfig(_Section):
+    """Low-rank matrices that are trained beside the frozen ones, by the package peft: y = W x + alpha / rank B A x.
+
+    There is no dropout: a log-probability must describe the policy that was sampled. Embeddings and the head stay as
+    they are: their products are few, and the head's are summed in float32, which peft's layers would not keep.
+    """
+
+    rank: int = Field(16, ge=1, description="rows of A and columns of B")
+    alpha: float = Field(32.0, gt=0, description="B A is multiplied by alpha / rank")
+    targets: tuple[Literal["mat_qkv", "proj", "fc1", "fc2", "ada_lin"], ...] = Field(
+        ("mat_qkv", "proj", "fc1", "fc2"),
+        min_length=1,
+        description="matrices with an adapter: attention's two and the MLP's two of every block; ada_lin is the "
+        "projection of the class, of every block or (d36) the one that all share",
+    )
+
+
 class PolicyConfig(_Section):
     """The model that is trained, and the frozen VQ-VAE that turns its tokens into images."""
 
@@ -150,6 +167,9 @@ class PolicyConfig(_Section):
     )
     vqvae_checkpoint: str | None = Field(
         None, description="weights of the VQ-VAE: a path or hf:// address; not with 'random' and 'pretrain'"
+    )
+    lora: LoRAConfig | None = Field(
+        None, description="train an adapter beside the frozen weights; {} for its defaults; null: train all weights"
     )
 
     @model_validator(mode="before")
@@ -554,6 +574,16 @@ class Config(_Section):
             raise ValueError(
                 f"update.optimizer={self.update.optimizer} does not take sharded weights; use adamw, or "
                 "run.parallel=ddp"
+            )
+        if self.policy.lora is not None and self.run.parallel == "fsdp":
+            raise ValueError(
+                "policy.lora with run.parallel=fsdp: there is little to spread, as the frozen weights have neither "
+                "gradients nor moments; use run.parallel=ddp"
+            )
+        if self.policy.lora is not None and self.grpo.reference_every is not None:
+            raise ValueError(
+                "grpo.reference_every with policy.lora: the reference is the base with the adapter off, which does not "
+                "move; leave one of them out"
             )
         num_classes = self.policy.sizes.num_classes
         if self.rollout.labels != "all":

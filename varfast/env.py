@@ -25,6 +25,7 @@ _PACKAGES = (
     "triton",
     "bitsandbytes",
     "wandb",
+    "peft",
 )
 # Used where they can be imported; the names on PyPI are a source build and another package.
 _OPTIONAL_MODULES = ("flash_attn", "apex")

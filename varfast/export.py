@@ -16,10 +16,13 @@ from torch import Tensor
 
 from varfast.checkpoint import RunFolder, read_leaves, save_tensors, save_text, write_atomically
 from varfast.command import run_command
-from varfast.config import Config, ExportConfig, VARConfig, VQVAEConfig, parse_arguments
+from varfast.config import Config, ExportConfig, LoRAConfig, VARConfig, VQVAEConfig, parse_arguments
 from varfast.log import environment
 from varfast.models import VAR
+from varfast.models.lora import merged_state, without_lora
 from varfast.models.weights import load_var
+from varfast.policy import pick_device
+from varfast.train import load_run
 from varfast.types import InputError
 
 
@@ -30,9 +33,14 @@ def public_state(folder: RunFolder, sizes: VARConfig, dtype: torch.dtype) -> tup
         alone is left, and the steps that made it (None for var.pth).
     Raises: InputError if the folder holds no weights, or others than its config says.
     """
-    step = None
+    step, config = None, folder.load_config()
     if folder.weights.exists() and not folder.checkpoints.exists():
         found: dict[str, Tensor] = load_var(str(folder.weights), sizes).state_dict()
+    elif config.policy.lora:
+        # Random weights are those of the device that they were drawn on.
+        device = pick_device(config.run.device if config.policy.checkpoint == "random" else "cpu")
+        var, step = load_run(folder, device, "float32").var, folder.newest().step
+        found = merged_state(var, without_lora(var).state_dict())
     else:
         checkpoint, var = folder.newest(), VAR(sizes)
         checkpoint.load_result(var)
@@ -83,6 +91,7 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
         f"{config.policy.vqvae.image_size} pixels, {sizes.num_classes} labels",
         "base model": _base(config),
         "VQ-VAE, not in this file": _vqvae(folder, config),
+        **({"trained": _adapter(config.policy.lora)} if config.policy.lora else {}),
         "steps": f"{done} of {config.run.steps}, {sampling.images} images each ({sampling.labels_per_step} labels x "
         f"{sampling.group_size} samples)",
         "KL weight, clip, learning rate": f"{config.grpo.kl_beta}, {config.grpo.clip_eps}, {config.update.lr}",
@@ -112,6 +121,10 @@ def _base(config: Config) -> str:
     if config.policy.checkpoint == "pretrain":
         return f"pre-trained on {config.pretrain.dataset} by varfast"
     return "random weights" if config.policy.checkpoint == "random" else config.policy.checkpoint
+
+
+def _adapter(lora: LoRAConfig) -> str:
+    return f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}; merged into the weights"
 
 
 def _vqvae(folder: RunFolder, config: Config) -> str:

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from varfast import kernels
-from varfast.config import VARConfig, VQVAEConfig, check_labels, check_micro_batch
+from varfast.config import LoRAConfig, VARConfig, VQVAEConfig, check_labels, check_micro_batch
 from varfast.distributed import World, replicate, shard
 from varfast.models import VAR, VQVAE
 from varfast.models.decoder import FastDecoder
+from varfast.models.lora import add_lora, lora_layers, without_lora
 from varfast.models.var import Checkpointing
 from varfast.models.weights import load_var, load_vqvae
 from varfast.rollout import Sampler, SamplingSettings
@@ -80,13 +81,22 @@ class Policy:
     def num_classes(self) -> int:
         return self.var.config.num_classes
 
+    def add_lora(self, config: LoRAConfig, seed: int) -> None:
+        """Train an adapter beside frozen weights from now on. Once, before `frozen_copy` and `distribute`.
+
+        Raises: InputError if peft is not installed.
+        """
+        add_lora(self.var, config, seed)
+        self._sampler = Sampler(self.var, self.vqvae, self._fast)  # what it captured knows of no adapter
+
     def frozen_copy(self) -> Policy:
         """The same policy with weights that no update reaches: the reference of the KL term. Shares the VQ-VAE.
 
-        Its large matrices are stored in the compute dtype: the same numbers in every product.
+        Its large matrices are stored in the compute dtype: the same numbers in every product. With an adapter it is the
+        model without it, on the same frozen weights, and takes no memory.
         """
         twin = copy.copy(self)
-        twin.var = self.var.compute_twin(shared=False)
+        twin.var = without_lora(self.var) if lora_layers(self.var) else self.var.compute_twin(shared=False)
         twin._sampler = Sampler(twin.var, self.vqvae, self._fast)
         twin._replica = twin._gathered = None
         return twin

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     LABEL_POOL = 1
     LABELS = 2
     MINIBATCHES = 3
+    ADAPTER = 4
 
 
 # Values of `step` in the key of token sampling that no training step has (steps are below 2^32 - 2).

@@ -8,7 +8,9 @@ GPUs would lose to communication. Nothing here is measured, save the ceilings of
 How things are counted
 - FLOPs: two for each multiply and add of a matrix product, a convolution or attention; of attention the pairs that the
   mask keeps (0.619 of all at 256 px). Elementwise work counts none. A backward pass is two forward passes. (Attention's
-  is 2.5: the scores are computed again. That is 1 % of d16's update, and left out.)
+  is 2.5: the scores are computed again. That is 1 % of d16's update, and left out.) With an adapter (policy.lora) the
+  frozen matrices get no gradient, so their backward pass is one forward pass. (The first block's qkv product has none
+  at all: 0.5 % of d16's update, and left out.)
 - Bytes, at least: a product or convolution reads its input and writes its output once; a GroupNorm, whose statistics
   need the whole image, reads and writes it once more; everything else (attention, LayerNorm, gates, GELU, residuals)
   is taken to ride along. Weights are read once a pass.
@@ -31,7 +33,16 @@ import psutil
 import torch
 
 from varfast.command import run_command, split_arguments
-from varfast.config import AestheticReward, ClipReward, Config, HPSv2Reward, VARConfig, VQVAEConfig, load_config
+from varfast.config import (
+    AestheticReward,
+    ClipReward,
+    Config,
+    HPSv2Reward,
+    LoRAConfig,
+    VARConfig,
+    VQVAEConfig,
+    load_config,
+)
 from varfast.types import InputError
 
 Checkpointing = Literal["none", "attention", "full"]
@@ -78,12 +89,12 @@ def _tensors(sizes: VARConfig) -> tuple[list[int], list[int]]:
     return [(sizes.num_classes + 1) * C, len(sizes.patch_nums) * C], before + block * sizes.depth + shared + head
 
 
-def moment_bytes(sizes: VARConfig, optimizer: str) -> int:
+def moment_bytes(sizes: VARConfig, optimizer: str, lora: LoRAConfig | None = None) -> int:
     """Adam's two moments: float32, or with adamw8bit (varfast.adamw8bit) 8 bits and a float32 a block of 256.
 
     There embeddings and tensors of fewer than 4096 numbers stay float32.
     """
-    embeddings, others = _tensors(sizes)
+    embeddings, others = ([], _adapter_tensors(sizes, lora)) if lora else _tensors(sizes)
     eight_bits = optimizer == "adamw8bit"
     small = [n for n in others if n < 4096 or not eight_bits]
     large = [n for n in others if n >= 4096 and eight_bits]
@@ -100,6 +111,33 @@ def num_matrix_parameters(sizes: VARConfig) -> int:
 
 def _hidden(sizes: VARConfig) -> int:
     return round(sizes.width * sizes.mlp_ratio)
+
+
+def _adapted(sizes: VARConfig, lora: LoRAConfig | None) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of a matrix of each kind that has an adapter."""
+    C, hidden = sizes.width, _hidden(sizes)
+    sides = {"mat_qkv": (C, 3 * C), "proj": (C, C), "fc1": (C, hidden), "fc2": (hidden, C), "ada_lin": (C, 6 * C)}
+    return {name: side for name, side in sides.items() if lora is not None and name in lora.targets}
+
+
+def _adapter_tensors(sizes: VARConfig, lora: LoRAConfig | None) -> list[int]:
+    """How many numbers each A and each B has."""
+    tensors = []
+    for name, widths in _adapted(sizes, lora).items():
+        times = 1 if name == "ada_lin" and sizes.shared_adaln else sizes.depth
+        tensors += [lora.rank * width for width in widths if lora] * times
+    return tensors
+
+
+def num_adapter_parameters(sizes: VARConfig, lora: LoRAConfig | None) -> int:
+    """Numbers of A and B: 14 745 600 for d30 with rank 16 beside the blocks' four matrices; 0 without an adapter."""
+    return sum(_adapter_tensors(sizes, lora))
+
+
+def num_trained_parameters(config: Config) -> int:
+    """Numbers that have a gradient: the adapter's, or all."""
+    sizes, lora = config.policy.sizes, config.policy.lora
+    return num_adapter_parameters(sizes, lora) if lora else num_parameters(sizes)
 
 
 def num_pairs(sizes: VARConfig) -> int:
@@ -138,41 +176,67 @@ class ForwardFlop:
         return self.linear + self.attention + self.head + self.adaln + self.embed
 
 
-def forward_flop(sizes: VARConfig) -> ForwardFlop:
-    """Per image; the same for a rollout with a key-value cache and for a teacher-forced pass."""
+def forward_flop(sizes: VARConfig, lora: LoRAConfig | None = None) -> ForwardFlop:
+    """Per image; the same for a rollout with a key-value cache and for a teacher-forced pass.
+
+    lora: an adapter, whose products are counted with those of its matrices.
+    """
     C, L, depth = sizes.width, sizes.num_tokens, sizes.depth
+    rank = lora.rank if lora else 0
+    widths = {name: sum(widths) for name, widths in _adapted(sizes, lora).items()}
+    in_attention = rank * sum(width for name, width in widths.items() if name in ("mat_qkv", "proj"))
+    in_mlp = rank * sum(width for name, width in widths.items() if name in ("fc1", "fc2"))
+    in_adaln = rank * widths.get("ada_lin", 0)
     return ForwardFlop(
-        attention_branch=2.0 * depth * L * 4 * C * C,
-        mlp=2.0 * depth * L * 2 * C * _hidden(sizes),
+        attention_branch=2.0 * depth * L * (4 * C * C + in_attention),
+        mlp=2.0 * depth * L * (2 * C * _hidden(sizes) + in_mlp),
         attention=4.0 * depth * num_pairs(sizes) * C,
         attention_dense=4.0 * depth * L * L * C,
         head=2.0 * L * C * sizes.vocab_size,
-        adaln=2.0 * (1 if sizes.shared_adaln else depth) * 6 * C * C + 2.0 * 2 * C * C,
+        adaln=2.0 * (1 if sizes.shared_adaln else depth) * (6 * C * C + in_adaln) + 2.0 * 2 * C * C,
         embed=2.0 * (L - sizes.patch_nums[0] ** 2) * sizes.code_width * C,
     )
 
 
-def forward_bytes(sizes: VARConfig, dtype: str) -> float:
+def forward_bytes(sizes: VARConfig, dtype: str, lora: LoRAConfig | None = None) -> float:
     """Activations that the products of a forward pass read and write, an image; weights are not counted here.
 
     With an MLP of ratio 4, 16 C a block and token: qkv reads C and writes 3 C, proj C and C, fc1 C and 4 C, fc2 4 C and
     C. The head reads C and writes V in float32. Today's kernels also pass over the stream in adaLN (6 C), attention
-    (4 C) and GELU (8 C).
+    (4 C) and GELU (8 C). An adapter reads the input and writes the output of its matrix once more.
     """
     C, L = sizes.width, sizes.num_tokens
     block = (4 + 2 + 2) * C + 2 * _hidden(sizes)
+    if lora is not None:
+        block += sum(sum(widths) + 2 * lora.rank for name, widths in _adapted(sizes, lora).items() if name != "ada_lin")
     return float(L * (sizes.depth * block * _ITEM[dtype] + (C + sizes.vocab_size) * _FLOAT32))
 
 
-def _weight_bytes(sizes: VARConfig, dtype: str) -> float:
-    """What a pass reads of the weights: the blocks' matrices in `dtype`, the rest in float32."""
+def _weight_bytes(sizes: VARConfig, dtype: str, lora: LoRAConfig | None = None) -> float:
+    """What a pass reads of the weights: the blocks' matrices in `dtype`, the rest and an adapter in float32."""
     matrices = num_matrix_parameters(sizes)
-    return float(matrices * _ITEM[dtype] + (num_parameters(sizes) - matrices) * _FLOAT32)
+    rest = num_parameters(sizes) - matrices + num_adapter_parameters(sizes, lora)
+    return float(matrices * _ITEM[dtype] + rest * _FLOAT32)
 
 
-def _recomputed_share(sizes: VARConfig, checkpointing: Checkpointing) -> float:
+def _backward(sizes: VARConfig, dtype: str, lora: LoRAConfig | None) -> Count:
+    """Of one image, without what is recomputed: gradients of weights and of activations, a forward pass each.
+
+    With an adapter its weights alone have gradients; neither the embeddings nor, but for an adapter of its own, adaLN
+    are reached.
+    """
+    flop, io_bytes = forward_flop(sizes, lora).total, forward_bytes(sizes, dtype, lora)
+    if lora is None:
+        return Count(2.0 * flop, 2.0 * io_bytes)
+    base = forward_flop(sizes)
+    frozen_flop, frozen_bytes = base.linear + base.head, forward_bytes(sizes, dtype)
+    twice = Count(base.attention + flop - base.total, io_bytes - frozen_bytes)
+    return Count(frozen_flop, frozen_bytes) + twice * 2.0
+
+
+def _recomputed_share(sizes: VARConfig, checkpointing: Checkpointing, lora: LoRAConfig | None) -> float:
     """Of a forward pass, in FLOPs, computed again in the backward pass."""
-    flop = forward_flop(sizes)
+    flop = forward_flop(sizes, lora)
     again = {
         "none": 0.0,
         "attention": flop.attention_branch + flop.attention,
@@ -353,8 +417,9 @@ def stage_counts(config: Config, checkpointing: Checkpointing | None = None) -> 
     Returns: by the names in STAGES.
     """
     sizes, dtype, images = config.policy.sizes, config.run.dtype, config.rollout.images
-    flop, activations, weights = forward_flop(sizes).total, forward_bytes(sizes, dtype), _weight_bytes(sizes, dtype)
-    parameters, matrices = num_parameters(sizes), num_matrix_parameters(sizes)
+    lora, trained = config.policy.lora, num_trained_parameters(config)
+    flop, activations = forward_flop(sizes, lora).total, forward_bytes(sizes, dtype, lora)
+    weights = _weight_bytes(sizes, dtype, lora)
 
     rollout_passes = images // (config.rollout.micro_batch or images)
     # Keys and values: written once, all but the last scale's; each scale reads those of the scales before it.
@@ -373,23 +438,26 @@ def stage_counts(config: Config, checkpointing: Checkpointing | None = None) -> 
         reward += network.per_image
 
     optimizer_steps, micro_batches = _optimizer_steps(config), _micro_batches(config)
-    forward = Count(flop, activations) * (images * config.update.epochs)
-    one_read = Count(0.0, weights) * (optimizer_steps * micro_batches)
-    reference = forward + one_read if config.grpo.kl_beta > 0.0 else Count(0.0, 0.0)
+    trained_images, passes = images * config.update.epochs, optimizer_steps * micro_batches
+    forward, one_read = Count(flop, activations) * trained_images, Count(0.0, weights) * passes
+    reference = Count(0.0, 0.0)
+    if config.grpo.kl_beta > 0.0:
+        reference = Count(forward_flop(sizes).total, forward_bytes(sizes, dtype)) * trained_images
+        reference += Count(0.0, _weight_bytes(sizes, dtype)) * passes
 
     # Forward and backward read the weights; the gradient, float32, is written, then read and written by each further
     # micro-batch: for d30 with whole minibatches 16 x (8 + 8) GB a step, beside 1.95 TB of activations.
-    again = _recomputed_share(sizes, checkpointing or _checkpointing(config))
-    update = forward * (3.0 + again) + one_read * (2.0 + again)
-    update += Count(0.0, parameters * _FLOAT32 * (2 * micro_batches - 1)) * optimizer_steps
+    again = _recomputed_share(sizes, checkpointing or _checkpointing(config), lora)
+    update = forward * (1.0 + again) + _backward(sizes, dtype, lora) * trained_images + one_read * (2.0 + again)
+    update += Count(0.0, trained * _FLOAT32 * (2 * micro_batches - 1)) * optimizer_steps
 
-    # AdamW reads weight, gradient and two moments, writes weight and moments; and the matrices' copy in 16 bits. The
-    # norm for clipping is taken to be summed up where the gradient is made. The average of the weights is a pass of
-    # its own: it reads weight and average and writes the average.
-    copied = matrices * _ITEM[dtype] if dtype != "float32" else 0
-    moments = moment_bytes(sizes, config.update.optimizer)
+    # AdamW reads weight, gradient and two moments, writes weight and moments; and the matrices' copy in 16 bits, if
+    # they move. The norm for clipping is taken to be summed up where the gradient is made. The average of the weights
+    # is a pass of its own: it reads weight and average and writes the average.
+    copied = num_matrix_parameters(sizes) * _ITEM[dtype] if dtype != "float32" and lora is None else 0
+    moments = moment_bytes(sizes, config.update.optimizer, lora)
     numbers = 3 if config.update.ema_decay is None else 6
-    optimizer = Count(0.0, numbers * _FLOAT32 * parameters + 2 * moments + copied) * optimizer_steps
+    optimizer = Count(0.0, numbers * _FLOAT32 * trained + 2 * moments + copied) * optimizer_steps
 
     return dict(zip(STAGES, (rollout, decode, reward * images, reference, update, optimizer), strict=True))
 
@@ -422,19 +490,22 @@ class Memory:
     """Bytes on one device.
 
     Attributes:
-        weights: of the transformer, float32.
+        weights: of the transformer, float32. With an adapter its blocks' matrices are frozen in run.dtype, and the
+            adapter is float32.
         compute_copy: its blocks' matrices in 16 bits; 0 in float32. Where weights are sharded, all of it as it samples.
-        gradients: float32.
+            0 with an adapter, which is cast where it is used.
+        gradients: float32, of what is trained.
         moments: see `moment_bytes`.
-        average: of the weights, float32; 0 without update.ema_decay.
-        reference: the base model of the KL term, matrices in run.dtype; 0 with kl_beta = 0.
+        average: of what is trained, float32; 0 without update.ema_decay.
+        reference: the base model of the KL term, matrices in run.dtype; 0 with kl_beta = 0, and with an adapter, whose
+            frozen weights are the reference.
         vqvae, reward: their weights, float32.
         images: of a step, float32 pixels, twice while micro-batches are put together.
         kv_cache: of a micro-batch, without the last scale, whose keys and values no later scale needs.
         rollout_activations: of a micro-batch at the last scale, where they are largest.
         decode: of a micro-batch, at the level where most exists at once.
         update: of a micro-batch: what autograd keeps, logits, and the block at work.
-        optimizer: temporary square roots of the second moments; adamw8bit makes none on a GPU.
+        casts: weights in 16 bits, which autograd keeps beside those activations; 0 where weights are sharded.
     """
 
     weights: int
@@ -450,7 +521,7 @@ class Memory:
     rollout_activations: int
     decode: int
     update: int
-    optimizer: int
+    casts: int
 
     @property
     def states(self) -> int:
@@ -465,7 +536,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        return self.states + max(self.rollout, self.update, self.optimizer)
+        return self.states + max(self.rollout, self.update + self.casts)
 
     def fits(self, device_bytes: int) -> bool:
         """Whether the plan's share of what the states leave is enough."""
@@ -481,19 +552,20 @@ def memory(config: Config, shards: int = 1) -> Memory:
     none: what `planned` fills in for a device is what counts there.
     """
     sizes, dtype, images = config.policy.sizes, config.run.dtype, config.rollout.images
-    parameters, matrices = num_parameters(sizes), num_matrix_parameters(sizes)
+    lora, trained_parameters = config.policy.lora, num_trained_parameters(config)
+    weights = round(_weight_bytes(sizes, dtype, lora)) if lora else _FLOAT32 * trained_parameters
     sampled = config.rollout.micro_batch or images
     trained = config.update.micro_batch or config.update.minibatch
-    copy = _ITEM[dtype] * matrices if dtype != "float32" else 0
+    copy = _ITEM[dtype] * num_matrix_parameters(sizes) if dtype != "float32" and not lora else 0
     if shards > 1:
         copy = round(_weight_bytes(sizes, dtype))
     return Memory(
-        weights=_FLOAT32 * parameters // shards,
+        weights=weights // shards,
         compute_copy=copy,
-        gradients=_FLOAT32 * parameters // shards,
-        moments=moment_bytes(sizes, config.update.optimizer) // shards,
-        average=_FLOAT32 * parameters // shards if config.update.ema_decay is not None else 0,
-        reference=round(_weight_bytes(sizes, dtype)) if config.grpo.kl_beta > 0.0 else 0,
+        gradients=_FLOAT32 * trained_parameters // shards,
+        moments=moment_bytes(sizes, config.update.optimizer, lora) // shards,
+        average=_FLOAT32 * trained_parameters // shards if config.update.ema_decay is not None else 0,
+        reference=round(_weight_bytes(sizes, dtype)) if config.grpo.kl_beta > 0.0 and not lora else 0,
         vqvae=_FLOAT32 * num_vqvae_parameters(config.policy.vqvae),
         reward=_FLOAT32 * sum(network.parameters for network in _reward_networks(config)),
         images=2 * images * _image_bytes(config),
@@ -501,7 +573,7 @@ def memory(config: Config, shards: int = 1) -> Memory:
         rollout_activations=sampled * rollout_activation_bytes(config),
         decode=sampled * decode_activation_bytes(config),
         update=trained * update_activation_bytes(config, _checkpointing(config)),
-        optimizer=0 if config.update.optimizer == "adamw8bit" else _FLOAT32 * parameters // shards,
+        casts=cast_bytes(config, _checkpointing(config)) if shards == 1 else 0,
     )
 
 
@@ -523,13 +595,14 @@ def rollout_activation_bytes(config: Config) -> int:
     In a block the scale's input, the block's and its normalised form, the stream, its normalised form, a branch, and
     the MLP's hidden layer before and after GELU exist at once (6 C + 2 x 4 C); in the head the input, the stream, two
     float32 forms of it, and the logits of this scale and of the one before. Beside them each block's 6 C constants.
+    With an adapter the hidden layer exists once more, as base, adapter's part and sum.
     """
     sizes = config.policy.sizes
     C, item = sizes.width, _ITEM[config.run.dtype]
     tokens = sizes.patch_nums[-1] ** 2
     before = sizes.patch_nums[-2] ** 2 if len(sizes.patch_nums) > 1 else 0
     logits = sizes.vocab_size * _FLOAT32
-    block = max(6 * C + 2 * _hidden(sizes), 12 * C) * item
+    block = max(6 * C + (3 if config.policy.lora else 2) * _hidden(sizes), 12 * C) * item
     head = 2 * C * item + 2 * C * _FLOAT32 + logits
     return tokens * max(block, head) + before * logits + 6 * sizes.depth * C * item
 
@@ -554,17 +627,44 @@ def update_activation_bytes(config: Config, checkpointing: Checkpointing) -> int
 
     and float32 numbers: the mean and scale of two norms, a head's softmax (2) and norms of q and k (2). On top comes
     the larger of a block at work (what it recomputes, gradients of hidden layer and stream: 2 h + 2 C) and of the head
-    (logits, whose place their gradient takes, two forms of the stream and their gradients, in float32).
+    (logits, whose place their gradient takes, two forms of the stream and their gradients, in float32). An adapter
+    keeps what lies between A and B, rank numbers a matrix, and has the hidden layer at work once more. (One beside a
+    part of the matrices keeps less than counted: a frozen product without adapter does not need its input.)
     """
     sizes = config.policy.sizes
     C, hidden, item = sizes.width, _hidden(sizes), _ITEM[config.run.dtype]
     statistics_bytes = (4 + 4 * sizes.depth) * _FLOAT32
-    block = (10 * C + 2 * hidden) * item + statistics_bytes
-    kept = {"none": block, "attention": block - 4 * C * item, "full": 2 * C * item}[checkpointing]
+    lora = config.policy.lora
+    adapted = set(lora.targets) - {"ada_lin"} if lora else set()
+    rank = lora.rank if lora else 0
+    block = (10 * C + 2 * hidden + rank * len(adapted)) * item + statistics_bytes
+    in_attention = 4 * C + rank * len(adapted & {"mat_qkv", "proj"})
+    kept = {"none": block, "attention": block - in_attention * item, "full": 2 * C * item}[checkpointing]
     again = block - kept
     head_at_work = (sizes.vocab_size + 4 * C) * _FLOAT32
-    block_at_work = again + max(2 * C + 2 * hidden, 8 * C) * item
+    block_at_work = again + max(2 * C + (3 if lora else 2) * hidden, 8 * C) * item
     return sizes.num_tokens * (sizes.depth * kept + C * item + max(head_at_work, block_at_work))
+
+
+def cast_bytes(config: Config, checkpointing: Checkpointing) -> int:
+    """Weights in 16 bits that autograd keeps until the backward pass, whatever the micro-batch; 0 in float32.
+
+    Those of the matrices that are recomputed come and go with their block. With an adapter the matrices are stored in
+    16 bits, and only A and B are cast.
+    """
+    if config.run.dtype == "float32":
+        return 0
+    sizes, lora = config.policy.sizes, config.policy.lora
+    C, hidden = sizes.width, _hidden(sizes)
+    if lora is None:
+        kept = num_matrix_parameters(sizes) + C * sizes.vocab_size
+        of_block = {"mat_qkv": 3 * C * C, "proj": C * C, "fc1": C * hidden, "fc2": C * hidden}
+    else:
+        kept = num_adapter_parameters(sizes, lora)
+        of_block = {name: lora.rank * sum(widths) for name, widths in _adapted(sizes, lora).items()}
+    recomputed = {"none": (), "attention": ("mat_qkv", "proj"), "full": ("mat_qkv", "proj", "fc1", "fc2")}
+    again = sum(of_block.get(name, 0) for name in recomputed[checkpointing])
+    return _ITEM[config.run.dtype] * (kept - (sizes.depth - 1) * again)
 
 
 def rollout_micro_batch(config: Config, free_bytes: float) -> int:
@@ -603,7 +703,8 @@ def update_plan(config: Config, free_bytes: float) -> tuple[int, Checkpointing]:
     enough = config.update.micro_batch or min(_ENOUGH_IMAGES, minibatch)
     modes: tuple[Checkpointing, ...] = ("none", "attention", "full") if asked == "auto" else (asked,)
     for mode in modes:
-        largest = _largest_divisor(minibatch, _USABLE * free_bytes / update_activation_bytes(config, mode))
+        room = _USABLE * free_bytes - cast_bytes(config, mode)
+        largest = _largest_divisor(minibatch, room / update_activation_bytes(config, mode))
         if largest >= enough:
             break
     return config.update.micro_batch or largest, mode
@@ -664,9 +765,12 @@ def lower_memory(config: Config, part: str) -> str:
             advice = _halved("update.micro_batch", now, update.minibatch)
     others = ["run.dtype=bfloat16", "grpo.kl_beta=0 (no reference is held)"]
     if update.optimizer != "adamw8bit" and config.run.parallel != "fsdp":
-        now_bytes, then_bytes = (moment_bytes(config.policy.sizes, o) for o in (update.optimizer, "adamw8bit"))
+        policy, both = config.policy, (update.optimizer, "adamw8bit")
+        now_bytes, then_bytes = (moment_bytes(policy.sizes, name, policy.lora) for name in both)
         saved = f"moments of {_number(then_bytes / 2**30)} instead of {_number(now_bytes / 2**30)} GiB"
         others.insert(1, f"update.optimizer=adamw8bit ({saved})")
+    if config.policy.lora is None and config.run.parallel != "fsdp":
+        others.append("policy.lora.rank=16 (an adapter is trained in place of all weights)")
     return advice or (
         f"nothing smaller can be set there: try {', '.join(others)}, a smaller model or a device with more memory; see "
         "what else runs on this one"
@@ -857,7 +961,7 @@ def scale_data_parallel(config: Config, ceilings: Ceilings, gpus: int, gradient_
     """
     counts, optimizer_steps = stage_counts(config), _optimizer_steps(config)
     step_s = sum(speed_of_light_s(count, ceilings) for count in counts.values())
-    size = gradient_item * num_parameters(config.policy.sizes)
+    size = gradient_item * num_trained_parameters(config)
     each_s = 2 * all_gather_s(size, gpus)
     backward_s = 2 / 3 * speed_of_light_s(counts["update"], ceilings) / optimizer_steps / _micro_batches(config)
     exposed_s = max(0.0, each_s - backward_s)
@@ -975,8 +1079,9 @@ def _scaling_table(config: Config, ceilings: Ceilings) -> list[str]:
         ways = {
             "data parallel, float32 sums": scale_data_parallel(config, ceilings, gpus, 4),
             "data parallel, bf16 sums": scale_data_parallel(config, ceilings, gpus, 2),
-            "FSDP": scale_fully_sharded(config, ceilings, gpus),
         }
+        if config.policy.lora is None:  # an adapter is not sharded
+            ways["FSDP"] = scale_fully_sharded(config, ceilings, gpus)
         for name, way in ways.items():
             lines.append(
                 f"{name:27}{way.gpus:6}{_number(way.bytes_per_gpu / 1e9):>10}{_number(way.communication_s * 1e3):>10}"

@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 
+import safetensors.torch
 import torch
 
 from varfast import kernels
 from varfast.before_after import evaluate
-from varfast.checkpoint import Checkpoints, RunFolder, save_tensors, save_text
+from varfast.checkpoint import Checkpoints, RunFolder, save_tensors, save_text, write_atomically
 from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
 from varfast.distributed import World, gathered, joined, local_device, processes_here
@@ -30,6 +31,8 @@ from varfast.grpo import combined_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
 from varfast.log import RunLog, StageLimits, environment, import_wandb, profiled, table
 from varfast.models import VAR, VQVAE
+from varfast.models.lora import import_peft, merged_state, peft_adapter
+from varfast.models.weights import load_var
 from varfast.policy import Policy, load_policy, pick_device
 from varfast.pretrain import pretrained
 from varfast.randomness import GRID_STEP, deterministic
@@ -65,6 +68,8 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
         raise InputError(f"kernels: {error}") from error
     if config.log.wandb:
         import_wandb()  # what cannot start is said before models are loaded
+    if config.policy.lora:
+        import_peft()
     mine = world.share(config.rollout.images)  # the images of a step that this process samples and scores
     fitted = _fitted(config, device, world, mine.stop - mine.start)
     folder = RunFolder(config.run.dir)
@@ -74,6 +79,8 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
         on_device = config.run.model_copy(update={"device": str(device)})
         noted = found is not None or not world.leads
         policy = load_base(config.model_copy(update={"run": on_device}), folder, resume=noted)
+    if config.policy.lora:
+        policy.add_lora(config.policy.lora, config.run.seed)
     reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
     policy.distribute(world, config.run.parallel)
     fits = {name: getattr(fitted.update, name) for name in ("micro_batch", "checkpointing")}
@@ -176,6 +183,9 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
     updater.deliver()  # the average of the weights, where the config asks for one
     weights = gathered(policy.var.state_dict(), world)
     if world.leads:
+        if config.policy.lora:
+            weights = merged_state(policy.var, _base_weights(config, folder, device))
+            _save_adapter(folder, policy, config)
         save_tensors(folder.weights, weights)
         after = _evaluate(policy, reward, labels, fitted)
         save_text(folder.path / "summary.json", json.dumps({"before": before, "after": after}, indent=2) + "\n")
@@ -260,8 +270,28 @@ def load_run(folder: RunFolder, device: torch.device, dtype: str) -> Policy:
     config = folder.load_config()
     config = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device), "dtype": dtype})})
     policy = load_base(config, folder, resume=True)
+    if config.policy.lora:
+        policy.add_lora(config.policy.lora, config.run.seed)
     folder.newest().load_result(policy.var)
     return policy
+
+
+def _base_weights(config: Config, folder: RunFolder, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the run started from, in float32: in memory the frozen weights may be rounded to 16 bits."""
+    noted = folder.load_base()
+    if noted is None:
+        return random_policy(config, device).var.state_dict()
+    return load_var(noted[0], config.policy.sizes).state_dict()
+
+
+def _save_adapter(folder: RunFolder, policy: Policy, config: Config) -> None:
+    """The adapter alone, as peft reads it."""
+    assert config.policy.lora is not None
+    base = folder.load_base()
+    settings, tensors = peft_adapter(policy.var, config.policy.lora, base[0] if base else config.policy.checkpoint)
+    save_text(folder.adapter / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
+    content = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    write_atomically(folder.adapter / "adapter_model.safetensors", lambda file: file.write(content))
 
 
 def random_policy(config: Config, device: torch.device) -> Policy:

@@ -69,7 +69,7 @@ class Updater:
         self.policy, self.reference, self.world = policy, reference, world
         self.grpo, self.config, self.total_steps, self.seed = grpo, update, total_steps, seed
         self._checkpointing: Checkpointing = "none" if update.checkpointing == "auto" else update.checkpointing
-        self._parameters = list(policy.var.parameters())
+        self._parameters = [p for p in policy.var.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in self._parameters if p.ndim >= 2], "weight_decay": update.weight_decay},
             {"params": [p for p in self._parameters if p.ndim < 2], "weight_decay": 0.0},

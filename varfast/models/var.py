@@ -48,10 +48,10 @@ class _ProductInFloat32(torch.autograd.Function):
         return _float32_out(x_NC, weight_VC.T)
 
     @staticmethod
-    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor, Tensor | None]:
         x_NC, weight_VC = ctx.saved_tensors
         grad_NV = grad_NV.to(x_NC.dtype)
-        return grad_NV @ weight_VC, grad_NV.T @ x_NC
+        return grad_NV @ weight_VC, grad_NV.T @ x_NC if ctx.needs_input_grad[1] else None
 
 
 def _float32_out(a: Tensor, b: Tensor) -> Tensor:
@@ -437,6 +437,11 @@ class VAR(nn.Module):
         else:
             own_all, their_all = zip(*pairs, strict=True)
             torch._foreach_copy_(list(own_all), list(their_all))
+
+    def store_in_compute_dtype(self) -> None:
+        """Store the large matrices as every product reads them, frozen, in place and one at a time."""
+        for module in self._cast_modules():
+            module.weight = nn.Parameter(module.weight.detach().to(self.compute_dtype), False)
 
     @property
     def stored_in_compute_dtype(self) -> bool:
