@@ -30,6 +30,11 @@ def parse(**overrides) -> Config:
     return parse_config(data)
 
 
+def test_a_moving_reference_does_not_go_with_an_adapter(make_config):
+    with pytest.raises(InputError, match="grpo.reference_every with policy.lora: the reference is the base"):
+        make_config(policy__lora={"rank": 2}, grpo__reference_every=5)
+
+
 def test_defaults_are_the_settings_of_the_paper():
     config = parse()
     assert (config.rollout.labels_per_step, config.rollout.group_size, config.rollout.images) == (32, 16, 512)

@@ -248,6 +248,24 @@ def test_train_an_adapter(lora_config, tmp_path, dtype):
         train(make(run__steps=4, run__dtype=dtype, policy__lora=None))
 
 
+def test_an_adapter_is_averaged_and_then_merged(lora_config):
+    """In 8 bits, and stopped in between."""
+    make, base = lora_config
+    settings = {"update__ema_decay": 0.5, "update__optimizer": "adamw8bit"}
+    train(make(run__steps=2, **settings))
+    config = make(run__steps=4, **settings)
+    train(config)
+    saved, merged = held(config.run.dir), weights(config.run.dir)
+    averages = {name.removeprefix("ema."): tensor for name, tensor in saved.items() if name.startswith("ema.")}
+    assert len(averages) == 6
+    for name, tensor in base.items():
+        of_one = [averages.get(f"{name.removesuffix('.weight')}.lora_{k}.default.weight") for k in "BA"]
+        assert torch.equal(merged[name], tensor if of_one[0] is None else tensor + 2.0 * (of_one[0] @ of_one[1])), name
+    assert not any(torch.equal(tensor, saved[f"model.{name}"]) for name, tensor in averages.items())
+    run = load_run(RunFolder(config.run.dir), torch.device("cpu"), "float32").var
+    assert all(torch.equal(parameter, averages[name]) for name, parameter in run.named_parameters() if name in averages)
+
+
 def test_an_adapter_without_peft_is_refused_before_anything_is_made(lora_config, monkeypatch):
     config = lora_config[0]()
     monkeypatch.setitem(sys.modules, "peft", None)
