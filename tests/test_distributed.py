@@ -175,9 +175,13 @@ def assert_equal_weights(alone, spread, lr):
 
 
 def tokens_agree(alone, spread):
-    """Steps before the first in which the mean entropy of the tokens' distributions differs by more than rounding."""
+    """Steps before the first in which entropy or KL differ by more than rounding, which is below 1e-6 of them.
+
+    One token of the last scale changes the KL alone, by 1e-4 of it.
+    """
     pairs = zip(metrics(alone), metrics(spread), strict=True)
-    return sum(1 for _ in itertools.takewhile(lambda p: math.isclose(*(x["entropy"] for x in p), rel_tol=3e-6), pairs))
+    agree = [all(math.isclose(a[k], b[k], rel_tol=1e-5, abs_tol=1e-9) for k in ("entropy", "kl")) for a, b in pairs]
+    return (*agree, False).index(False)
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +212,8 @@ def test_the_digits_run_is_the_same_on_one_two_and_four_processes(tmp_path, digi
     """20 steps, of 32 images to keep it short.
 
     Rounding stays at 1e-6 as long as the same tokens are drawn: they are discrete, and rounding may tip one of the
-    19,200 that stands on an edge (on one base model of two a token tipped, in step 14 or 16). What follows is another
-    run, so the curves are compared up to there, and the weights where none tipped.
+    19,200 that stands on an edge (seen once in 8 runs, in step 14). What follows is another run, so the curves are
+    compared up to there, and the weights where none tipped.
     """
     settings = ["run.device=cpu", "run.dtype=float32", f"pretrain.cache_dir={digits_cache}", "run.steps=20",
                 "rollout.labels_per_step=4", "rollout.group_size=8", "update.minibatch=16", "eval.samples_per_label=0",
@@ -398,7 +402,7 @@ def test_plan_of_a_share_fits_the_share(make_config):
     assert (part.update.minibatch, part.update.micro_batch) == (3, 3)
     assert planned(share(make_config(), 4, 2), None).update.micro_batch == 2
     alone, sharded = memory(config), memory(config, 4)
-    for name in ("weights", "gradients", "moments", "optimizer"):
+    for name in ("weights", "gradients", "moments"):
         assert getattr(sharded, name) == getattr(alone, name) // 4
     assert sharded.compute_copy == alone.weights  # float32: the whole of it
     assert sharded.reference == alone.reference
