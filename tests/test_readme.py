@@ -5,18 +5,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_kernel_table_is_made_from_the_newest_record():
     assert subprocess.run([sys.executable, "bench/table.py", "--check"], cwd=ROOT, check=False).returncode == 0
 
 
-def test_files_and_links_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-    for config in re.findall(r"configs/\w+\.yaml", README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_links_exist(page):
+    text = page.read_text()
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        assert (page.parent / target).exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", (page.parent / target).read_text(), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+    for config in re.findall(r"configs/\w+\.yaml", text):
         assert (ROOT / config).exists(), config
 
 
@@ -34,7 +42,7 @@ def test_small_cards_are_what_roofline_predicts():
     from varfast.config import load_config
     from varfast.roofline import DEVICES, memory, planned, speed_of_light_s, stage_counts
 
-    table = README.split("<!-- small cards:")[1].split("<!-- end")[0]
+    table = (ROOT / "docs" / "training.md").read_text().split("<!-- small cards:")[1].split("<!-- end")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "configs" in line]
     assert len(rows) >= 8
     for card, config, settings, *shown in rows:
