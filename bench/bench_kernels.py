@@ -3,9 +3,9 @@
     pytest bench/bench_kernels.py --benchmark-only
 
 On a GPU at the shapes of d16 and d30, on a CPU at small ones. `auto` is timed; peers are eager PyTorch (the reference),
-torch.compile of it, SDPA by each of its backends, FlexAttention as it is and autotuned, and Liger where it is installed.
-A peer that does not run here is left out and named in the row's notes. Bytes and FLOPs are what the op needs at least: each input read once,
-each output written once; only the pairs that the mask keeps.
+torch.compile of it, SDPA by each of its backends, FlexAttention as it is and autotuned, and Liger if it is installed.
+A peer that does not run here is left out and named in the row's notes. Bytes and FLOPs are what the op needs at least:
+each input read once, each output written once; only the pairs that the mask keeps.
 """
 
 from __future__ import annotations

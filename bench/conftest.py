@@ -54,7 +54,6 @@ def pytest_runtest_makereport(item, call):
     if report.when == "teardown" and harness.CUDA:
         sys.last_value = sys.last_traceback = None  # they hold the tensors of a test that failed
         gc.collect()
-        torch._dynamo.reset()
         try:
             torch.cuda.empty_cache()
             torch.cuda.synchronize()

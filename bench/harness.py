@@ -154,13 +154,13 @@ def _timed(samples: list[float]) -> Timed:
 
 
 def time_interleaved(calls: dict[str, Callable[[], object]], budget_s: float = 1.0) -> dict[str, Timed]:
-    """Time each call; the calls take turns, so that a drift of the machine meets all of them.
+    """Time each call, which has run before; they take turns, so that a drift of the machine meets all of them.
 
     Rounds go on for budget_s a call: at least 3; 2 where a round takes over 8 s, 1 over 40 s.
     """
     for call in calls.values() if CUDA else ():  # on a CPU the first of three samples is the slow one
-        for _ in range(3):
-            if _seconds(call) > 4.0:  # of a call that long little is start-up, and a compiler's is in this one
+        for _ in range(2):
+            if seconds(call) > 1.0:  # of a call that long little is start-up
                 break
     samples: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
@@ -175,7 +175,7 @@ def time_interleaved(calls: dict[str, Callable[[], object]], budget_s: float = 1
     return {name: _timed(times) for name, times in samples.items()}
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
     call()
     synchronize()
@@ -220,7 +220,7 @@ def measure_ceilings() -> Ceilings:
 
 
 def runnable(calls: dict[str, Callable[[], object]]) -> tuple[dict[str, Callable[[], object]], list[str]]:
-    """Ours and the peers that run here; why the others do not. What ours raises, it raises here."""
+    """Ours and the peers that run here, after one run; why the others do not. What ours raises, it raises here."""
     calls["ours"]()
     synchronize()
     found, notes = {"ours": calls["ours"]}, []
@@ -267,9 +267,8 @@ def measure(
         calls["ours"]()
         synchronize()
 
-    # On a GPU the row above is the measurement; on a CPU pytest-benchmark's own five rounds may take minutes.
-    if CUDA or row.ms > 1000:
-        benchmark.pedantic(once, rounds=1, iterations=1)
+    if row.ms > 1000:  # pytest-benchmark's own five rounds would take minutes
+        benchmark.pedantic(once if not CUDA else lambda: None, rounds=1, iterations=1)
     else:
         benchmark(once)
 

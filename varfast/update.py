@@ -95,7 +95,7 @@ class Updater:
             generator = keyed_generator(self.seed, Purpose.MINIBATCHES, step, epoch)
             for rows in torch.randperm(len(scored.advantages_B), generator=generator).split(self.config.minibatch):
                 used = rows if with_signal_B is None else rows[with_signal_B[rows]]
-                stats = self._gradient(scored, used.to(self.policy.device), len(rows), logp_ref_BL, epoch == 0)
+                stats = self._gradient(scored, self._on_device(used), len(rows), logp_ref_BL, epoch == 0)
                 with stage("optimizer"):
                     norm, not_finite = self._clipped_step()
                 if len(used):
@@ -116,6 +116,12 @@ class Updater:
         flags = torch.stack(skipped).tolist()
         self._count_skipped(flags)
         return StepStats(loss, kl, clip, ratio, gap_mean, gap_max, grad_norm, lr, sum(flags))
+
+    def _on_device(self, rows: Tensor) -> Tensor:
+        """From pinned memory: a copy from other memory waits for all that was launched before."""
+        if self.policy.device.type != "cuda":
+            return rows.to(self.policy.device)
+        return rows.pin_memory().to(self.policy.device, non_blocking=True)
 
     def _gradient(
         self, scored: ScoredRollout, rows: Tensor, minibatch: int, logp_ref_BL: Tensor | None, first_epoch: bool
