@@ -1,6 +1,6 @@
 """Run everything that needs a GPU, in parts: each with a limit, a log and an exit code, none able to stop the others.
 
-    python bench/gpu.py kernels|step|tune [out-dir] [--seconds 530]
+    python bench/gpu.py kernels|d16|d30|tune [out-dir] [--seconds 530]
 
 What is not timed (tests, sanitizers, compilers) runs side by side; what is timed runs alone. A benchmark that loses
 the device or hangs costs itself alone: its process is started again and goes on with the next. Written as they come:
@@ -219,36 +219,50 @@ def kernels(record: Path) -> list[list[Part]]:
                  {"VARFAST_BENCH_COMPILE_ONLY": "1"}),
         ],
         [Part("benchmarks", pytest("bench/bench_kernels.py", "--benchmark-only", "-s"), 280, timed, resumes=True)],
-        [Part("tables", (PYTHON, "bench/table.py", "--print", "--record", str(record)), 20)],
+        [tables(record)],
     ]  # fmt: skip
 
 
-def step(record: Path) -> list[list[Part]]:
-    """Build; then by value: d16, checks at full size, d30, digits, a trace, decoder, reward, rollouts of d30."""
-    timed = {"VARFAST_BENCH_RECORD": str(record), "VARFAST_BENCH_TEST_S": "170"}
-    out = record.parent
+def bench(name: str, record: Path, chosen: str, limit_s: float, file: str = "bench/bench_step.py") -> Part:
+    """Benchmarks that are chosen by name, timed alone."""
+    timed = {"VARFAST_BENCH_RECORD": str(record), "VARFAST_BENCH_TEST_S": "200"}
+    return Part(name, pytest(file, "--benchmark-only", "-s", "-k", chosen), limit_s, timed, resumes=True)
 
-    def bench(name: str, chosen: str, limit_s: float, file: str = "bench/bench_step.py") -> list[Part]:
-        return [Part(name, pytest(file, "--benchmark-only", "-s", "-k", chosen), limit_s, timed, resumes=True)]
 
-    digits = (
-        PYTHON, "-m", "varfast.train", "configs/digits.yaml", f"run.dir={out / 'work' / 'digits'}", "run.steps=50",
-        "run.device=cuda", "log.tensorboard=false",
-    )  # fmt: skip
+def d16(record: Path) -> list[list[Part]]:
+    """Build; checks, digits and compilers side by side; then, alone: stages and step, a trace, decoder, reward."""
     checks = (PYTHON, "bench/full_size.py", "--record", str(record))
+    # Compiles what will be timed, at the same shapes.
+    compile_only, files = {"VARFAST_BENCH_COMPILE_ONLY": "1"}, ("bench/bench_step.py", "bench/bench_decode.py")
+    first = "(test_update and d16) or (test_rollout and d16-16) or (test_decode and bfloat16)"
     return [
         [build()],
-        bench("d16", "d16", 170),
-        [Part("checks d16", (*checks, "d16"), 60)],
-        bench("d30", "d30 and not rollout", 170),
-        # Neither is timed: side by side.
-        [Part("digits", digits, 120), Part("checks d30", (*checks, "d30"), 90)],
-        [Part("trace", (PYTHON, "bench/trace.py", str(out)), 90)],
-        bench("decoder", "decode", 60, "bench/bench_decode.py"),
-        bench("reward", "reward", 40),
-        bench("rollouts of d30", "d30 and rollout", 90),
-        [Part("tables", (PYTHON, "bench/table.py", "--print", "--record", str(record)), 20)],
+        [
+            Part("checks", (*checks, "d16"), 120),
+            Part("digits", (*checks, "run"), 120),
+            Part("compilers", pytest(*files, "--benchmark-disable", *workers(3), "-k", first), 120, compile_only),
+        ],
+        [bench("stages and step", record, "d16", 200)],
+        [Part("trace", (PYTHON, "bench/trace.py", str(record.parent)), 90)],
+        [bench("decoder", record, "(test_decode and bfloat16) or upsample", 60, "bench/bench_decode.py")],
+        [bench("reward", record, "test_reward", 40)],
+        [tables(record)],
     ]
+
+
+def d30(record: Path) -> list[list[Part]]:
+    """Build; then alone and by value: step, update, forward and backward; checks; rollouts."""
+    return [
+        [build()],
+        [bench("stages and step", record, "d30 and not test_rollout", 290)],
+        [Part("checks", (PYTHON, "bench/full_size.py", "--record", str(record), "d30"), 90)],
+        [bench("rollouts", record, "test_rollout and d30", 120)],
+        [tables(record)],
+    ]
+
+
+def tables(record: Path) -> Part:
+    return Part("tables", (PYTHON, "bench/table.py", "--print", "--record", str(record)), 20)
 
 
 def tune(record: Path) -> list[list[Part]]:
@@ -256,7 +270,7 @@ def tune(record: Path) -> list[list[Part]]:
     return [[build()], [Part("tune", (PYTHON, "bench/tune.py", "--seconds", "400", "--out", table), 450)]]
 
 
-WHAT = {"kernels": kernels, "step": step, "tune": tune}
+WHAT = {"kernels": kernels, "d16": d16, "d30": d30, "tune": tune}
 
 
 def gpu_name() -> str:

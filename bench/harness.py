@@ -10,11 +10,13 @@ bench/records/<date>_<gpu>.json, row by row, from which `python bench/table.py` 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,7 +79,7 @@ class Row:
 class Record:
     """What a session measures: hardware, commit, ceilings, rows, checks. On disk, if anywhere, after every row.
 
-    Several processes may write one after the other: the next goes on with what it finds. A benchmark that was begun
+    Several processes may write: each adds to what it finds. A benchmark that was begun
     and neither done nor failed has ended its process.
 
     Args:
@@ -95,33 +97,42 @@ class Record:
             "checks": {},
             "tests": {},
         }
-        if path is not None and path.exists():
-            self.content = json.loads(path.read_text())
+        with self._on_disk():
+            pass
 
     def note(self, section: str, key: str, value: object) -> None:
         """Set an entry of `checks` or `tests`."""
-        self.content[section][key] = value
-        self.write()
+        with self._on_disk():
+            self.content[section][key] = value
 
     def add(self, row: Row) -> None:
-        self.content["rows"].append(asdict(row))
-        self.write()
+        with self._on_disk():
+            self.content["rows"].append(asdict(row))
 
     @property
     def ceilings(self) -> Ceilings:
         """Measured when they are first asked for."""
         if self.content["ceilings"] is None:
-            self.content["ceilings"] = asdict(measure_ceilings())
-            self.write()
+            best = asdict(measure_ceilings())
+            with self._on_disk():
+                self.content["ceilings"] = best
         return Ceilings(**self.content["ceilings"])
 
-    def write(self) -> None:
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        """Around a change: what other processes have written is read before, and all written after."""
         if self.path is None:
+            yield
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
-        partial.replace(self.path)
+        with self.path.parent.joinpath(".record.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.path.exists():
+                self.content = json.loads(self.path.read_text())
+            yield
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.content, indent=1) + "\n")
+            partial.replace(self.path)
 
 
 def record_path() -> Path | None:
