@@ -47,11 +47,12 @@ class Case:
     floor: float = 1e-6
 
 
-def cases(small: bool, dtype: torch.dtype, seed: int, device: torch.device = harness.DEVICE) -> dict[str, Case]:
-    """Every op with inputs drawn from `seed`."""
+def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels: int = 160) -> dict[str, Case]:
+    """Every op with inputs drawn from `seed`; small ones have sizes of their own."""
+    device = harness.DEVICE
     generator = torch.Generator(device=device).manual_seed(seed)
     sizes = VARConfig(patch_nums=(1, 2, 3, 4, 5)) if small else VARConfig()
-    batch, heads, ends = (2, 2, sizes.scale_ends) if small else (3, 16, sizes.scale_ends)
+    batch, heads, ends = (2, 2, sizes.scale_ends) if small else (3, heads, sizes.scale_ends)
     length, width, vocab = ends[-1], 64 * heads, 200 if small else 4096
 
     def randn(*shape: int, of: torch.dtype = dtype, grad: bool = True, times: float = 1.0) -> Tensor:
@@ -73,7 +74,7 @@ def cases(small: bool, dtype: torch.dtype, seed: int, device: torch.device = har
     logp = randn(batch, length, of=torch.float32)
     old, ref = (logp.detach() + randn(batch, length, of=torch.float32, grad=False, times=0.1) for _ in range(2))
     advantages = randn(batch, of=torch.float32, grad=False)
-    channels, side = (64, 9) if small else (160, 64)
+    channels, side = (64, 9) if small else (channels, 64)
     image = randn(2, channels, side, side, grad=False).contiguous(memory_format=torch.channels_last)
     vectors = tuple(randn(channels, of=torch.float32, grad=False) for _ in range(3))
     key = torch.tensor([seed % 2**40, 3, 7], device=device)
@@ -147,12 +148,12 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float(difference.norm() / exact.norm().clamp_min(1e-30))
 
 
-def compare(case: Case) -> list[str]:
+def compare(case: Case, impl: str = "auto") -> list[str]:
     """What is less exact than twice the reference in the same dtype; of 1000 tokens at most one may differ."""
     exact, plain, ours = (
         results(case, "reference", torch.float64),
         results(case, "reference"),
-        results(case, "auto"),
+        results(case, impl),
     )
     wrong = []
     for name in exact:

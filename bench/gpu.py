@@ -243,7 +243,7 @@ def d16(record: Path) -> list[list[Part]]:
             Part("compilers", pytest(*files, "--benchmark-disable", *workers(3), "-k", first), 120, compile_only),
         ],
         [bench("stages and step", record, "d16", 200)],
-        [Part("trace", (PYTHON, "bench/trace.py", str(record.parent)), 90)],
+        [Part("trace", (PYTHON, "bench/step_trace.py", str(record.parent)), 90)],
         [bench("decoder", record, "(test_decode and bfloat16) or upsample", 60, "bench/bench_decode.py")],
         [bench("reward", record, "test_reward", 40)],
         [tables(record)],
