@@ -1,7 +1,7 @@
 """One step of d16 at full size under the profiler, and what the device did in it: busy share, kernels by time, gaps.
 
-python bench/step_trace.py OUT_DIR            # trains 4 steps of random d16 with --profile, writes OUT_DIR/trace.json.gz
-python bench/step_trace.py --read TRACE       # of a trace that is there
+python bench/step_trace.py OUT_DIR        # trains 4 steps of random d16 with --profile; writes OUT_DIR/trace.json.gz
+python bench/step_trace.py --read TRACE   # of a trace that is there
 """
 
 from __future__ import annotations

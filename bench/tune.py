@@ -1,11 +1,11 @@
-"""Measure block shapes, warps and stages of every Triton kernel, offline: the winners are pinned in kernels/settings.py.
+"""Measure block shapes, warps and stages of every Triton kernel, offline: winners are pinned in kernels/settings.py.
 
     python bench/tune.py [--seconds 400] [--out tune.json] [--kernel attention_forward ...]
 
 Every candidate is compared with the reference in float64 first (each_kernel.py: at most twice PyTorch's error), in
 processes side by side, which fill Triton's cache too; then those that pass are timed in turns at the shapes of d16 and
-d30, with a cold cache. Prints a table a kernel, best first, the pinned one marked, and what to write into PINNED. A gain
-within the spread of the two is noise.
+d30, with a cold cache. Prints a table a kernel, best first, the pinned one marked, and what to write into PINNED, where
+the gain is larger than the spread of the two.
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) 
     return torch.randn(shape, device=harness.DEVICE).to(dtype).requires_grad_(grad)
 
 
-def forward_or_backward(
-    function: Callable[[], Any], leaves: list[torch.Tensor], backward: bool
-) -> Callable[[], object]:
+def timed(function: Callable[[], Any], leaves: list[torch.Tensor], backward: bool) -> Callable[[], object]:
     if not backward:
 
         def forward() -> None:
@@ -139,17 +137,17 @@ def sampling() -> Callable[[], object]:
 def log_softmax(backward: bool) -> Callable[[], object]:
     logits = randn(64, 680, 4096, dtype=torch.float32, grad=True)
     tokens = torch.randint(4096, (64, 680), device=harness.DEVICE)
-    return forward_or_backward(lambda: kernels.selective_log_softmax(logits, tokens, 0.7)[0], [logits], backward)
+    return timed(lambda: kernels.selective_log_softmax(logits, tokens, 0.7)[0], [logits], backward)
 
 
 def split_heads(heads: int, backward: bool) -> Callable[[], object]:
     qkv = randn(64, 680, 192 * heads, grad=True)
-    return forward_or_backward(lambda: kernels.split_heads(qkv, heads, True), [qkv], backward)
+    return timed(lambda: kernels.split_heads(qkv, heads, True), [qkv], backward)
 
 
 def adaln(width: int, backward: bool) -> Callable[[], object]:
     leaves = [randn(64, 680, width, grad=True) for _ in range(2)] + [randn(64, width, grad=True) for _ in range(3)]
-    return forward_or_backward(lambda: kernels.gated_residual_norm(*leaves), leaves, backward)
+    return timed(lambda: kernels.gated_residual_norm(*leaves), leaves, backward)
 
 
 def group_norm(channels: int) -> Callable[[], object]:
@@ -162,7 +160,7 @@ def group_norm(channels: int) -> Callable[[], object]:
 def attention(backward: bool) -> Callable[[], object]:
     leaves = [randn(64, 16, 680, 64, grad=True) for _ in range(3)]
     scale, ends = torch.full((16,), 0.125, device=harness.DEVICE), VARConfig().scale_ends
-    return forward_or_backward(lambda: kernels.block_causal_attention(*leaves, ends, scale), leaves, backward)
+    return timed(lambda: kernels.block_causal_attention(*leaves, ends, scale), leaves, backward)
 
 
 def cached_attention(tokens: int, num_keys: int) -> Callable[[], object]:
@@ -280,9 +278,9 @@ def measure(target: Target, candidates: list[Setting], budget_s: float) -> list[
             one.wrong = f"{type(error).__name__}: {error}"[:160]
         else:
             calls[str(setting)] = under(setting)
-    for one, timed in zip((f for f in found if not f.wrong), harness.time_interleaved(calls, budget_s).values(),
+    for one, median in zip((f for f in found if not f.wrong), harness.time_interleaved(calls, budget_s).values(),
                           strict=True):  # fmt: skip
-        one.ms, one.spread = timed.ms, timed.spread
+        one.ms, one.spread = median.ms, median.spread
     return sorted(found, key=lambda one: (bool(one.wrong), one.ms))
 
 

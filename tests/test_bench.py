@@ -1,10 +1,12 @@
 """What the benchmarks' own logic does without a GPU: the driver's parts and limits, records, tables, tuning, traces."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import each_kernel
 import gpu
 import harness
 import pytest
@@ -14,6 +16,7 @@ import torch
 import tune
 
 from varfast.kernels import settings
+from varfast.kernels.aot import all_kernels
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,8 +140,6 @@ def test_a_session_that_died_goes_on_with_the_next_benchmark(tmp_path):
         "import os\ndef test_a(record): os._exit(1)\ndef test_b(record): assert 0\ndef test_c(record): pass\n"
     )
     record = tmp_path / "record.json"
-    import os
-
     environment = os.environ | {"VARFAST_BENCH_RECORD": str(record), "PYTHONPATH": str(ROOT / "bench")}
     command = [
         sys.executable,
@@ -222,9 +223,19 @@ def test_without_a_record_nothing_is_measured(records):
 def test_check_passes_a_right_candidate_and_names_what_is_wrong_with_others():
     sizes = {"heads": 2}
     assert tune.check("adaln_backward", "gated_residual_norm", {"ROWS": 8, "num_warps": 2}, sizes, small=True) == ""
-    # The tokens of a program beyond those that it is launched for stay out: the sums are wrong.
-    assert "TypeError" in tune.check("split_heads_forward", "split_heads", {"NO_SUCH": 8}, sizes, small=True)
+    wrong = tune.check("split_heads_forward", "split_heads", {"TOKENS": 12}, sizes, small=True)
+    assert "must be a power of 2" in wrong
     assert settings._TRIED == {}
+
+
+def test_compare_names_an_output_that_is_less_exact_than_twice_the_reference():
+    def function(impl, x):
+        return x.exp(), (x * (1.0 + 1e-4 * (impl == "triton")))
+
+    case = each_kernel.Case("op", function, (torch.randn(100).requires_grad_(),))
+    assert each_kernel.compare(case, "reference") == []
+    wrong = each_kernel.compare(case, "triton")
+    assert [line.split(":")[0] for line in wrong] == ["output 1", "gradient 0"]
 
 
 def test_setting_prefers_what_is_tried_then_what_is_pinned_then_the_rule(monkeypatch):
@@ -244,7 +255,6 @@ def test_every_target_names_a_kernel_that_asks_for_its_setting(monkeypatch):
         monkeypatch.setattr(
             f"varfast.kernels.{module}.setting", lambda k, *a, **b: asked.add(k) or original(k, *a, **b)
         )
-    from varfast.kernels.aot import all_kernels
 
     all_kernels()
     assert names == asked
