@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
 _DEVICE_LOST = 33  # as in bench/conftest.py
 _RESTARTS = 5
+_SHOWN_LINES = 25  # of the log of a part that was not ok
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ def run_parts(
                 if result is not None:
                     running.remove(one)
                     results.append(result)
-                    _append(out / f"{what}.log", result, one.log)
                     print(f"{result.name}: {result.state}, {result.seconds:.0f} s", flush=True)
+                    _append(out / f"{what}.log", result, one.log)
                     _write_summary(out / f"{what}.json", results, now() - begin)
             time.sleep(0.2)
         _write_summary(out / f"{what}.json", results, now() - begin)
@@ -154,10 +155,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _append(log: Path, result: Result, own: Path) -> None:
+    """Put a part's log behind the others; show its end, if it was not ok."""
     with log.open("ab") as file:
         file.write(f"\n==== {result.name}: {result.state}, {result.seconds} s, exit {result.codes}\n".encode())
-        file.write(own.read_bytes()[-2_000_000:])
+        written = own.read_bytes()[-2_000_000:]
+        file.write(written)
     own.unlink()
+    shown = _SHOWN_LINES if result.state != "ok" else 400 if result.name == "tables" else 0
+    if shown:
+        print(
+            "\n".join(f"  | {line[:300]}" for line in written.decode(errors="replace").splitlines()[-shown:]),
+            flush=True,
+        )
 
 
 def _write_summary(path: Path, results: list[Result], seconds: float) -> None:
@@ -204,7 +213,7 @@ def kernels(record: Path) -> list[list[Part]]:
     exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     timed = {"VARFAST_BENCH_RECORD": str(record), "VARFAST_BENCH_TEST_S": "90"}
     timeout = ("--timeout=120",) if has("pytest_timeout") else ()
-    tests = pytest("-m", "gpu", "tests", *workers(6), *timeout)
+    tests = pytest("-m", "gpu", "tests", "--continue-on-collection-errors", *workers(6), *timeout)
     return [
         [build()],
         [

@@ -259,9 +259,9 @@ class Policy:
     def decode(self, tokens_BL: Tensor, micro_batch: int | None = None) -> Tensor:
         """(B, L) tokens -> (B, 3, H, W) float32 images in [0, 1], `micro_batch` at a time (default all)."""
         tokens_BL = self._tokens(tokens_BL)
-        size = min(micro_batch or len(tokens_BL), self._decodable)
+        size = min(micro_batch or self._decodable, self._decodable)
         with stage("decode"):
-            parts = tokens_BL.tensor_split(-(-len(tokens_BL) // size)) if len(tokens_BL) else (tokens_BL,)
+            parts = tokens_BL.tensor_split(max(1, -(-len(tokens_BL) // size)))
             return torch.cat([self._decode_part(part) for part in parts])
 
     def _decode_part(self, tokens_BL: Tensor) -> Tensor:

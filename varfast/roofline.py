@@ -611,7 +611,7 @@ def planned(config: Config, device_bytes: int | None, shards: int = 1) -> Config
     micro_batch, checkpointing = update_plan(config, free)
     sampled = rollout_micro_batch(config, free)
     # A captured rollout holds on to its cache and activations while the update runs. The update goes first: for d30 on
-    # 78 GiB 128 images sampled at a time would leave room to update 8 at a time instead of 16.
+    # 74 GiB 128 images sampled at a time would leave room to update 8 at a time instead of 16.
     held = kv_cache_bytes(config) + rollout_activation_bytes(config) if config.run.fast else 0
     while (
         config.rollout.micro_batch is None
