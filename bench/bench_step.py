@@ -48,7 +48,7 @@ from varfast.roofline import (
     stage_counts,
     with_dtype,
 )
-from varfast.stages import StageClock
+from varfast.stages import StageClock, stage
 from varfast.train import random_policy
 from varfast.types import ScoredRollout
 from varfast.update import Updater
@@ -272,8 +272,9 @@ def test_step(benchmark, record, name, images):
             def step():
                 updater.policy, updater.config = policy, config.update.model_copy(update={"micro_batch": trained})
                 rollout, pictures = policy.sample_images(labels, TEMPERATURE, seed=0, micro_batch=sampled)
-                advantages = group_advantages(reward(pictures, labels).total_B, config.rollout.group_size)
-                updater.step(ScoredRollout(rollout, advantages), 0)
+                with stage("reward"):
+                    rewards = reward(pictures, labels)
+                updater.step(ScoredRollout(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
 
             return step
 
@@ -291,10 +292,10 @@ def stages(record, config, name, images, step):
         step()
         measured = clock.read()
     best = ceilings_of(getattr(torch, config.run.dtype))
-    for stage, count in stage_counts(config).items():
-        if measured.get(stage):
-            ms = measured[stage]
-            row = harness.Row(f"step: {stage}", f"{name}, {images} images", "forward", ms, samples=1)
+    for name_of_stage, count in stage_counts(config).items():
+        if measured.get(name_of_stage):
+            ms = measured[name_of_stage]
+            row = harness.Row(f"step: {name_of_stage}", f"{name}, {images} images", "forward", ms, samples=1)
             row.flop, row.io_bytes, row.model, row.images = count.flop, count.io_bytes, name, images
             row.share = speed_of_light_s(count, best) * 1e3 / ms
             record.add(row)

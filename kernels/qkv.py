@@ -378,7 +378,7 @@ def ahead_of_time() -> list[AheadOfTime]:
                 ("backward", _split_backward_kernel, {"NORM": True}),
             ):
                 direction = "backward" if name == "backward" else "forward"
-                chosen = setting(f"split_heads_{direction}", heads, **_RULE)
+                chosen = setting(f"split_heads_{direction}", heads, None, **_RULE)
                 constants = {**flags, "TOKENS": chosen["TOKENS"], "HEAD_DIM": _HEAD_DIM}
                 signature = {}
                 for argument in kernel.arg_names:

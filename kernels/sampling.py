@@ -241,7 +241,7 @@ def ahead_of_time() -> list[AheadOfTime]:
                     _sample_kernel,
                     signature,
                     constants,
-                    **_launch_settings(4096),
+                    num_warps=_launch_settings(4096)["num_warps"],
                     attributes={"row_stride": 16, "vocab": 16},
                 )
             )
