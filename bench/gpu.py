@@ -210,7 +210,7 @@ def kernels(record: Path) -> list[list[Part]]:
     each = (PYTHON, "bench/each_kernel.py")
     # Without torch's caching allocator an access beside a tensor is one beside an allocation.
     exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    timed = {"VARFAST_BENCH_RECORD": str(record), "VARFAST_BENCH_TEST_S": "90"}
+    timed = {"VARFAST_BENCH_RECORD": str(record), "VARFAST_BENCH_TEST_S": "150"}
     timeout = ("--timeout=120",) if has("pytest_timeout") else ()
     tests = pytest("-m", "gpu", "tests", "--continue-on-collection-errors", *workers(8), *timeout)
     return [
