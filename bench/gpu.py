@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
 _DEVICE_LOST = 33  # as in bench/conftest.py
 _RESTARTS = 5
-_SHOWN_LINES = 25  # of the log of a part that was not ok
+_SHOWN_LINES = 40  # of the log of a part that was not ok
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def kernels(record: Path) -> list[list[Part]]:
     exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     timed = {"VARFAST_BENCH_RECORD": str(record), "VARFAST_BENCH_TEST_S": "150"}
     timeout = ("--timeout=120",) if has("pytest_timeout") else ()
-    tests = pytest("-m", "gpu", "tests", "--continue-on-collection-errors", *workers(8), *timeout)
+    tests = pytest("-m", "gpu", "tests", "--continue-on-collection-errors", "-rfE", *workers(8), *timeout)
     return [
         [build()],
         [
@@ -252,7 +252,7 @@ def d16(record: Path) -> list[list[Part]]:
         ],
         [bench("stages and step", record, "d16", 200)],
         [Part("trace", (PYTHON, "bench/step_trace.py", str(record.parent)), 90)],
-        [bench("decoder", record, "(test_decode and bfloat16) or upsample", 60, "bench/bench_decode.py")],
+        [bench("decoder", record, "(test_decode and bfloat16) or upsample", 80, "bench/bench_decode.py")],
         [bench("reward", record, "test_reward", 40)],
         [tables(record)],
     ]
