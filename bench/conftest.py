@@ -1,4 +1,5 @@
-"""One record a session, written row by row; a session that died goes on where it was.
+"""One record a session, written row by row; a session that died goes on where it was: the benchmark that it died in is
+tried once more, without its peers, and left out if it dies again.
 
 VARFAST_BENCH_TEST_S   seconds after which a benchmark that hangs ends its process
 """
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 DEVICE_LOST = 33  # exit code: the CUDA context is gone; started again, the session goes on with the next benchmark
+DIED, DIED_TWICE = "ended its process", "ended its process twice"
 _RECORD = harness.Record(harness.record_path())
 
 
@@ -23,8 +25,8 @@ def record():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what an earlier process of this record did, or died of."""
-    done = _RECORD.content["tests"]
+    """Leave out what an earlier process of this record did, or two died of."""
+    done = {name for name, state in _RECORD.content["tests"].items() if state != DIED}
     left_out = [item for item in items if item.nodeid in done]
     if left_out:
         items[:] = [item for item in items if item.nodeid not in done]
@@ -37,12 +39,14 @@ def pytest_runtest_protocol(item):
     if limit:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process even where it waits for the device
         signal.alarm(limit)
+    _RECORD.alone = _RECORD.content["tests"].get(item.nodeid) == DIED
+    begun = DIED_TWICE if _RECORD.alone else DIED  # unless it gets to say otherwise
     if _RECORD.path is not None:
-        _RECORD.note("tests", item.nodeid, "ended its process")
+        _RECORD.note("tests", item.nodeid, begun)
     result = yield
     signal.alarm(0)
-    if _RECORD.path is not None and _RECORD.content["tests"][item.nodeid] == "ended its process":
-        _RECORD.note("tests", item.nodeid, "passed")
+    if _RECORD.path is not None and _RECORD.content["tests"][item.nodeid] == begun:
+        _RECORD.note("tests", item.nodeid, "passed without peers" if _RECORD.alone else "passed")
     return result
 
 

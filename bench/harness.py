@@ -84,10 +84,13 @@ class Record:
 
     Args:
         path: of the file, or None: nothing is written.
+    Attributes:
+        alone: time ours without peers: with them the process ended before.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self.alone = False
         self.content: dict[str, Any] = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": os.environ.get("VARFAST_BENCH_COMMAND", "pytest bench --benchmark-only"),
@@ -259,6 +262,9 @@ def measure(
     Args:
         ceilings: other ones than the record's.
     """
+    if record.alone:
+        calls = {"ours": calls["ours"]}
+        row.notes.append("without peers: with them the process ended")
     calls, notes = runnable(calls)
     if os.environ.get("VARFAST_BENCH_COMPILE_ONLY") == "1":  # for the compilers' caches: nothing is timed
         return

@@ -129,12 +129,17 @@ def test_measure_leaves_out_a_peer_that_does_not_run_and_says_why(tmp_path):
     assert noted["share"] == pytest.approx(1e-3 / noted["ms"])
     assert noted["samples"] >= 3
     assert noted["notes"] == ["cudnn did not run: ValueError: no such backend"]
+    record.alone = True
+    harness.measure(Benchmark(), record, harness.Row("op", "shape", "forward", 0.0), calls)
+    alone = json.loads(record.path.read_text())["rows"][1]
+    assert alone["ratios"] == {}
+    assert alone["notes"] == ["without peers: with them the process ended"]
     with pytest.raises(ValueError, match="no such backend"):  # ours must run
         harness.measure(Benchmark(), record, row, {"ours": refuses})
 
 
 def test_a_session_that_died_goes_on_with_the_next_benchmark(tmp_path):
-    """The first ends its process, the second fails, the third passes: at the second start only the third is left."""
+    """The first ends its process twice, the second fails, the third passes."""
     (tmp_path / "conftest.py").write_text((ROOT / "bench" / "conftest.py").read_text())
     (tmp_path / "test_three.py").write_text(
         "import os\ndef test_a(record): os._exit(1)\ndef test_b(record): assert 0\ndef test_c(record): pass\n"
@@ -152,10 +157,10 @@ def test_a_session_that_died_goes_on_with_the_next_benchmark(tmp_path):
         str(tmp_path),
         str(tmp_path),
     ]
-    codes = [subprocess.run(command, env=environment, capture_output=True, check=False).returncode for _ in range(2)]
-    assert codes == [1, 1]
+    codes = [subprocess.run(command, env=environment, capture_output=True, check=False).returncode for _ in range(3)]
+    assert codes == [1, 1, 1]
     tests = {name.split("::")[1]: state for name, state in json.loads(record.read_text())["tests"].items()}
-    assert tests["test_a"] == "ended its process"
+    assert tests["test_a"] == "ended its process twice"
     assert tests["test_b"].startswith("failed: ")
     assert tests["test_c"] == "passed"
 
