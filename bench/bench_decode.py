@@ -40,7 +40,7 @@ def vqvae():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @torch.no_grad()
-def test_decode(benchmark, rows, ceilings, vqvae, dtype):
+def test_decode(benchmark, record, vqvae, dtype):
     config = vqvae.config
     f_hat = torch.randn(BATCH, config.code_width, config.patch_nums[-1], config.patch_nums[-1], device=DEVICE)
     fast = FastDecoder(vqvae, dtype)
@@ -58,12 +58,12 @@ def test_decode(benchmark, rows, ceilings, vqvae, dtype):
     # The ceiling of a CPU is that of a float32 product: no share of it for bfloat16.
     flop = BATCH * counter.get_total_flops() if CUDA or dtype == torch.float32 else 0.0
     shape = f"B{BATCH} {config.image_size}px {str(dtype)[6:]}"
-    harness.measure(benchmark, rows, ceilings, harness.Row("decode", shape, "forward", 0.0, flop=flop), calls)
+    harness.measure(benchmark, record, harness.Row("decode", shape, "forward", 0.0, flop=flop), calls)
 
 
 @pytest.mark.parametrize(("channels", "side"), [(160, 128), (320, 64), (640, 16)] if CUDA else [(160, 32)])
 @torch.no_grad()
-def test_upsample(benchmark, rows, ceilings, channels, side):
+def test_upsample(benchmark, record, channels, side):
     dtype, batch = torch.bfloat16, 64 if CUDA else 4
     x = torch.randn(batch, channels, side, side, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)
     module = Upsample(channels).to(DEVICE)
@@ -90,4 +90,4 @@ def test_upsample(benchmark, rows, ceilings, channels, side):
     calls |= compiled(plain)
     flop = 2 * batch * (2 * side) ** 2 * 4 * channels**2 if CUDA else 0.0
     shape = f"B{batch} C{channels} {side} to {2 * side} bfloat16"
-    harness.measure(benchmark, rows, ceilings, harness.Row("upsample", shape, "forward", 0.0, flop=flop), calls)
+    harness.measure(benchmark, record, harness.Row("upsample", shape, "forward", 0.0, flop=flop), calls)

@@ -3,12 +3,14 @@
     pytest bench/bench_kernels.py --benchmark-only
 
 On a GPU at the shapes of d16 and d30, on a CPU at small ones. `auto` is timed; peers are eager PyTorch (the reference),
-torch.compile of it, and what else is installed. Bytes and FLOPs are what the op needs at least: each input read once,
-each output written once; only the pairs that the mask keeps.
+torch.compile of it, SDPA by each of its backends, FlexAttention as it is and autotuned, and Liger if it is installed.
+A peer that does not run here is left out and named in the row's notes. Bytes and FLOPs are what the op needs at least:
+each input read once, each output written once; only the pairs that the mask keeps.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import harness
@@ -17,8 +19,11 @@ import torch
 import torch._dynamo
 import torch._functorch.config
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 from varfast import kernels
+from varfast.kernels import attention
 from varfast.kernels.selection import _OPS
 from varfast.models import VARConfig
 
@@ -48,13 +53,17 @@ def forward_of(function, leaves):
 
 
 def backward_of(function, leaves):
-    """The backward pass alone of a function of leaves that need gradients."""
-    outputs = function(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    outputs = tuple(o for o in outputs if o.requires_grad)
-    upstream = [torch.randn_like(o) for o in outputs]
+    """The backward pass alone of a function of leaves that need gradients; forward runs once, at the first call."""
+
+    @functools.cache
+    def forward():
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = tuple(o for o in outputs if o.requires_grad)
+        return outputs, [torch.randn_like(o) for o in outputs]
 
     def backward():
+        outputs, upstream = forward()
         torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
 
     return backward
@@ -69,15 +78,15 @@ def compiled(function):
     return {"torch.compile": torch.compile(function, dynamic=False)}
 
 
-def run(benchmark, rows, ceilings, op, shape, direction, functions, leaves, flop, io_bytes):
+def run(benchmark, record, op, shape, direction, functions, leaves, flop, io_bytes):
     of = forward_of if direction == "forward" else backward_of
     calls = {name: of(function, leaves) for name, function in functions.items()}
     row = harness.Row(op, shape, direction, 0.0, flop=flop, io_bytes=io_bytes)
-    harness.measure(benchmark, rows, ceilings, row, calls)
+    harness.measure(benchmark, record, row, calls)
 
 
 @pytest.mark.parametrize("batch", [16, 64, 512] if CUDA else [2])
-def test_sample_tokens(benchmark, rows, ceilings, batch):
+def test_sample_tokens(benchmark, record, batch):
     side = 16
     logits = randn(batch, side * side, 4096) * 4
     key = torch.tensor([0, 0, 0], device=DEVICE)
@@ -94,11 +103,42 @@ def test_sample_tokens(benchmark, rows, ceilings, batch):
     calls |= {name: lambda f=f: f(logits) for name, f in compiled(eager).items()}
     tokens = batch * side * side  # read 4 V, write 8 + 4 + 4
     row = harness.Row("sample_tokens", f"{tokens} x 4096 fp32", "forward", 0.0, io_bytes=tokens * (4 * 4096 + 16))
-    harness.measure(benchmark, rows, ceilings, row, calls)
+    harness.measure(benchmark, record, row, calls)
+
+
+def by_liger(batch, length, tokens, direction):
+    """Its log-probabilities, which skip the last position of a sequence and have no gradient of their own; the gradient
+    is that of its whole loss of logits, of which the loss itself is a small part."""
+    from liger_kernel.ops.grpo_loss import GrpoLossFunction, fused_selective_log_softmax
+
+    logits = randn(batch, length + 1, 4096) * 4
+    if direction == "forward":
+        return lambda x: fused_selective_log_softmax(logits, tokens, 0.7)
+    advantages = randn(batch)
+
+    class LossOfItsOwnLogits(torch.autograd.Function):
+        """So that it is timed as the others are: gradient of x asked for, that of its own logits computed."""
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.shape = x.shape
+            with torch.enable_grad():
+                ctx.logits = logits.detach().requires_grad_()
+                ctx.loss = GrpoLossFunction.apply(
+                    ctx.logits, None, None, tokens, advantages, None, 0.7, 0.0, 0.2, 0.2, False
+                )[0]
+            return ctx.loss.detach().clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            (gradient,) = torch.autograd.grad(ctx.loss, ctx.logits, upstream, retain_graph=True)
+            return gradient[:, :-1]
+
+    return LossOfItsOwnLogits.apply
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_selective_log_softmax(benchmark, rows, ceilings, direction):
+def test_selective_log_softmax(benchmark, record, direction):
     batch, length = (64, 680) if CUDA else (2, 91)
     logits = (randn(batch, length, 4096) * 4).requires_grad_()
     tokens = torch.randint(4096, (batch, length), device=DEVICE)
@@ -107,20 +147,16 @@ def test_selective_log_softmax(benchmark, rows, ceilings, direction):
         "eager": lambda x: kernels.selective_log_softmax(x, tokens, 0.7, impl="reference")[0],
     }
     functions |= compiled(lambda x: (x / 0.7).log_softmax(-1).gather(-1, tokens[..., None])[..., 0])
-    if CUDA and direction == "forward" and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
-
-        # It skips the last position of a sequence and has no gradient of its own.
-        one_more = randn(batch, length + 1, 4096) * 4
-        functions["liger"] = lambda x: fused_selective_log_softmax(one_more, tokens, 0.7)
+    if CUDA and importlib.util.find_spec("liger_kernel"):
+        functions["liger"] = by_liger(batch, length, tokens, direction)
     passes = 1 if direction == "forward" else 2
     args = ("selective_log_softmax", f"{batch * length} x 4096 fp32", direction, functions, [logits])
-    run(benchmark, rows, ceilings, *args, 0.0, batch * length * 4096 * 4 * passes)
+    run(benchmark, record, *args, 0.0, batch * length * 4096 * 4 * passes)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("heads", [16, 30] if CUDA else [2])
-def test_split_heads(benchmark, rows, ceilings, heads, direction):
+def test_split_heads(benchmark, record, heads, direction):
     batch, length = (64, 680) if CUDA else (32, 30)
     qkv = randn(batch, length, 3 * heads * 64, dtype=STORAGE).requires_grad_()
 
@@ -132,12 +168,36 @@ def test_split_heads(benchmark, rows, ceilings, heads, direction):
     tensors = 6 if direction == "forward" else 8
     io_bytes = batch * heads * length * 64 * qkv.element_size() * tensors
     shape = f"{batch * length} x {3 * heads * 64} {str(STORAGE)[6:]}"
-    run(benchmark, rows, ceilings, "split_heads", shape, direction, functions, [qkv], 0.0, io_bytes)
+    run(benchmark, record, "split_heads", shape, direction, functions, [qkv], 0.0, io_bytes)
+
+
+BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
+
+
+def by_backend(function, name):
+    """SDPA held to one backend; one that does not take these inputs raises, and is left out."""
+
+    def call(*arguments):
+        with sdpa_kernel(getattr(SDPBackend, name)):
+            return function(*arguments)
+
+    return call
+
+
+def tuned_flex(ends, scale):
+    """FlexAttention with block shapes, warps and stages of both directions autotuned."""
+    tuned = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
+
+    def call(q, k, v):
+        q = q * scale.to(q.dtype)[:, None, None]
+        return tuned(q, k, v, block_mask=attention._flex_mask(ends, q.device), scale=1.0)
+
+    return call
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("heads", [16, 30] if CUDA else [2])
-def test_block_causal_attention(benchmark, rows, ceilings, heads, direction):
+def test_block_causal_attention(benchmark, record, heads, direction):
     batch, ends = (64 if CUDA else 2), SCALES.scale_ends
     q, k, v = (randn(batch, heads, ends[-1], 64, dtype=STORAGE).requires_grad_() for _ in range(3))
     scale = torch.full((heads,), 0.125, device=DEVICE)
@@ -147,15 +207,19 @@ def test_block_causal_attention(benchmark, rows, ceilings, heads, direction):
 
     functions = {"ours": by("auto"), "eager": by("reference")}
     functions |= {name: by(name) for name in other_impls("block_causal_attention")}
+    if CUDA:
+        functions |= {f"sdpa {name}, dense mask": by_backend(by("reference"), name) for name in BACKENDS}
+        if heads == 16:  # its autotuning takes a minute
+            functions["flex, tuned"] = tuned_flex(ends, scale)
     # Two products forward, five backward, of the pairs that the mask keeps.
     flop = (4 if direction == "forward" else 10) * batch * heads * PAIRS * 64
     shape = f"B{batch} H{heads} L{ends[-1]} D64"
     args = ("block_causal_attention", shape, direction, functions, [q, k, v])
-    run(benchmark, rows, ceilings, *args, flop, 0.0)
+    run(benchmark, record, *args, flop, 0.0)
 
 
 @pytest.mark.parametrize("scale", range(len(SCALES.patch_nums)))
-def test_cached_attention(benchmark, rows, ceilings, scale):
+def test_cached_attention(benchmark, record, scale):
     batch, heads = (64, 16) if CUDA else (2, 2)
     tokens, end = SCALES.patch_nums[scale] ** 2, SCALES.scale_ends[scale]
     q = randn(batch, heads, tokens, 64, dtype=STORAGE)
@@ -167,18 +231,20 @@ def test_cached_attention(benchmark, rows, ceilings, scale):
 
     calls = {"ours": by("auto"), "eager": by("reference")}
     calls |= {name: by(name) for name in other_impls("cached_attention")}
+    if CUDA:
+        calls |= {f"sdpa {name}": by_backend(by("reference"), name) for name in BACKENDS}
     io_bytes = q.element_size() * batch * heads * 64 * (2 * tokens + 2 * end)
     row = harness.Row(
         "cached_attention", f"B{batch} H{heads} q{tokens} kv{end}", "forward", 0.0,
         flop=4 * batch * heads * tokens * end * 64, io_bytes=io_bytes,
     )  # fmt: skip
-    harness.measure(benchmark, rows, ceilings, row, calls)
+    harness.measure(benchmark, record, row, calls)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("width", [1024, 1920] if CUDA else [128])
 @pytest.mark.parametrize("op", ["layer_norm_modulate", "gated_residual", "gated_residual_norm"])
-def test_adaln(benchmark, rows, ceilings, op, width, direction):
+def test_adaln(benchmark, record, op, width, direction):
     batch, length = (64, 680) if CUDA else (8, 91)
     x, branch = (randn(batch, length, width, dtype=STORAGE).requires_grad_() for _ in range(2))
     gate, scale, shift = (randn(batch, width, dtype=STORAGE).requires_grad_() for _ in range(3))
@@ -196,11 +262,11 @@ def test_adaln(benchmark, rows, ceilings, op, width, direction):
     tensors = {"layer_norm_modulate": (2, 3), "gated_residual": (3, 4), "gated_residual_norm": (4, 6)}[op]
     io_bytes = batch * length * width * x.element_size() * tensors[direction == "backward"]
     args = (op, f"{batch * length} x {width} {str(STORAGE)[6:]}", direction, functions, leaves)
-    run(benchmark, rows, ceilings, *args, 0.0, io_bytes)
+    run(benchmark, record, *args, 0.0, io_bytes)
 
 
 @pytest.mark.parametrize(("channels", "side"), [(160, 256), (320, 64), (640, 16)] if CUDA else [(160, 64)])
-def test_group_norm_silu(benchmark, rows, ceilings, channels, side):
+def test_group_norm_silu(benchmark, record, channels, side):
     batch = 64 if CUDA else 2
     x = randn(batch, channels, side, side, dtype=STORAGE).contiguous(memory_format=torch.channels_last)
     weight, bias, input_bias = randn(3, channels)
@@ -216,10 +282,10 @@ def test_group_norm_silu(benchmark, rows, ceilings, channels, side):
     # Read once, written once; the statistics need a second read where the image does not stay in the L2 cache.
     shape = f"B{batch} C{channels} {side}x{side} {str(STORAGE)[6:]}"
     leaves = [x, weight, bias, input_bias]
-    run(benchmark, rows, ceilings, "group_norm_silu", shape, "forward", functions, leaves, 0.0, 2 * x.nbytes)
+    run(benchmark, record, "group_norm_silu", shape, "forward", functions, leaves, 0.0, 2 * x.nbytes)
 
 
-def test_grpo_token_loss(benchmark, rows, ceilings):
+def test_grpo_token_loss(benchmark, record):
     batch, length = 512, 680
     logp = randn(batch, length).requires_grad_()
     old, ref = (logp.detach() + 0.1 * randn(batch, length) for _ in range(2))
@@ -239,4 +305,4 @@ def test_grpo_token_loss(benchmark, rows, ceilings):
     calls |= {name: by(f) for name, f in compiled(eager).items()}
     # Forward reads three numbers a token, backward writes one.
     row = harness.Row("grpo_token_loss", f"{batch * length} tokens", "both", 0.0, io_bytes=batch * length * 4 * 4)
-    harness.measure(benchmark, rows, ceilings, row, calls)
+    harness.measure(benchmark, record, row, calls)

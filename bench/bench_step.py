@@ -4,29 +4,51 @@
     VARFAST_BENCH_LARGE=1 pytest bench/bench_step.py --benchmark-only     on a CPU: d16 too, in ten minutes
 
 Random weights: times do not depend on their values. On a GPU d16 and d30; on a CPU the digits' model, and d16 with 4
-images; in bfloat16 where the device computes in it. Peers do the same work: `plain` with every op in plain PyTorch,
-eagerly, in the same dtype; `compiled` as plain, with the transformer under torch.compile; `public` in float32, sampling
-with the guidance half, which the public code always computes. FLOPs and bytes: varfast.roofline.
+images; in bfloat16 where the device computes in it. Peers do the same work with the same weights:
+
+- eager: ours without a CUDA graph (rollouts on a GPU);
+- plain: every op in plain PyTorch, eagerly, in the same dtype, tokens drawn by softmax and multinomial;
+- compiled: as plain, with all that lies between products and attention, and the decoder, under torch.compile;
+- public (CPU): float32, sampling with the guidance half, which the public code always computes.
+
+One that runs out of memory goes on with half of its micro-batch, which the row's notes say. FLOPs and bytes:
+varfast.roofline.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import importlib.util
 import os
 from pathlib import Path
 
 import harness
 import pytest
 import torch
+import torch._dynamo
 
 from varfast import kernels
 from varfast.config import Config, load_config
 from varfast.grpo import group_advantages
+from varfast.kernels import reference
 from varfast.kernels.selection import _OPS
+from varfast.models.var import FFN
 from varfast.policy import Policy
 from varfast.rewards import WeightedSum
-from varfast.roofline import available_bytes, measure_here, planned, stage_counts, with_dtype
+from varfast.rollout import sample
+from varfast.roofline import (
+    Ceilings,
+    available_bytes,
+    forward_flop,
+    measure_here,
+    planned,
+    speed_of_light_s,
+    stage_counts,
+    with_dtype,
+)
+from varfast.stages import StageClock, stage
 from varfast.train import random_policy
 from varfast.types import ScoredRollout
 from varfast.update import Updater
@@ -35,10 +57,75 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 CUDA, DEVICE = harness.CUDA, harness.DEVICE
 LARGE = CUDA or os.environ.get("VARFAST_BENCH_LARGE") == "1"
 ROLLOUTS = [("digits", 512)] + ([("d16", 4)] if LARGE else [])
-STEPS = ROLLOUTS
+STEPS = UPDATES = ROLLOUTS
+PASSES = []
 if CUDA:
     ROLLOUTS = [(model, images) for model in ("d16", "d30") for images in (16, 64, 512)]
+    UPDATES = [("d16", 32), ("d30", 32)]
     STEPS = [("d16", 512), ("d30", 512)]
+    PASSES = [("d16", 64), ("d30", 24)]
+FREE_BYTES = available_bytes(DEVICE)  # before there is any model
+TEMPERATURE = 0.7
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Peers
+
+
+def eager_sample_tokens(logits, key, scale, temperature, **inference):
+    """What the public code does: softmax and multinomial. Guided and filtered as the reference does it."""
+    if inference.get("guidance") or inference.get("top_k") or inference.get("top_p"):
+        return kernels.sampling.sample_tokens(logits, key, scale, temperature, **inference, impl="reference")
+    logp = (logits / temperature).log_softmax(dim=-1)
+    tokens = torch.multinomial(logp.exp().flatten(0, 1), 1).view(logits.shape[:2])
+    return tokens, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(dim=-1)
+
+
+def plain_logp(logits, tokens, temperature, consume_logits=False):
+    return reference.selective_log_softmax(logits, tokens, temperature)
+
+
+PLAIN = {
+    "sample_tokens": eager_sample_tokens,
+    "selective_log_softmax": plain_logp,
+    **{
+        op: getattr(reference, op)
+        for op in _OPS
+        if op not in ("sample_tokens", "selective_log_softmax", "group_norm_silu")
+    },
+}
+_NOT_COMPILED = ("block_causal_attention", "cached_attention", "split_heads_to_cache")  # library calls, and a copy
+
+
+@functools.cache
+def compiled_ops(num_tokens):
+    """PLAIN under torch.compile: for the shapes of the update one graph each, for those of the scales a dynamic one."""
+    torch._dynamo.config.recompile_limit = 64
+
+    def choosing(function, takes_tokens_at):
+        static, dynamic = torch.compile(function, dynamic=False), torch.compile(function, dynamic=True)
+
+        def call(*arguments, **keywords):
+            whole = arguments[takes_tokens_at].shape[1] == num_tokens
+            return (static if whole else dynamic)(*arguments, **keywords)
+
+        return call
+
+    found = {op: choosing(f, 0) for op, f in PLAIN.items() if op not in _NOT_COMPILED}
+    return PLAIN | found, choosing(FFN.forward, 1)
+
+
+@contextlib.contextmanager
+def acting_as(who, num_tokens):
+    """Ours as it is; a peer with the ops of its own in place of varfast.kernels'."""
+    if who in ("ours", "eager"):
+        yield
+        return
+    ops, mlp = compiled_ops(num_tokens) if who == "compiled" else (PLAIN, FFN.forward)
+    with pytest.MonkeyPatch.context() as patch:
+        for op, function in ops.items():
+            patch.setattr(kernels, op, function)
+        patch.setattr(FFN, "forward", mlp)
+        yield
 
 
 @functools.lru_cache(maxsize=1)  # one model at a time on the device
@@ -49,14 +136,26 @@ def models(name: str) -> dict[str, Policy]:
     policies = {"ours": ours, "plain": Policy(ours.var, ours.vqvae, DEVICE, dtype, fast=False)}
     if CUDA:
         policies["compiled"] = Policy(ours.var, ours.vqvae, DEVICE, dtype, fast=False)
-        # What a user of torch.compile would do: every scale and the whole forward pass are graphs of their own.
-        twin = policies["compiled"].var = copy.copy(ours.var)
-        twin.forward_scale = torch.compile(twin.forward_scale, dynamic=False)
-        twin.forward = torch.compile(twin.forward, dynamic=False)
-        policies["compiled"]._sampler._original = twin
-    if not CUDA:
+        in_dtype = copy.deepcopy(ours.vqvae).bfloat16().to(memory_format=torch.channels_last)
+        for who in ("plain", "compiled"):
+            policies[who]._decodable = 64  # one shape to compile, that of bench_decode.py
+        policies["plain"]._decode_part = functools.partial(plain_decode, ours.vqvae, in_dtype.decode_f_hat)
+        policies["compiled"]._decode_part = functools.partial(
+            plain_decode, ours.vqvae, torch.compile(in_dtype.decode_f_hat, dynamic=False)
+        )
+    else:
         policies["public"] = Policy(copy.deepcopy(ours.var), ours.vqvae, DEVICE, "float32", fast=False)
     return policies
+
+
+def plain_decode(vqvae, decode_f_hat, tokens):
+    """The plain decoder in bfloat16, channels last."""
+    f_hat = vqvae.f_hat(tokens).bfloat16().contiguous(memory_format=torch.channels_last)
+    return decode_f_hat(f_hat).float().clamp(-1.0, 1.0).add(1.0).mul(0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes and measuring
 
 
 @functools.cache
@@ -71,84 +170,227 @@ def step_config(name: str, images: int) -> Config:
     overrides += [f"update.minibatch={min(32, images)}", f"run.device={DEVICE.type}"]
     overrides.append("run.dtype=auto")
     if name == "digits":
-        return planned(with_dtype(load_config(CONFIGS / "digits.yaml", overrides), DEVICE), available_bytes(DEVICE))
+        return planned(with_dtype(load_config(CONFIGS / "digits.yaml", overrides), DEVICE), FREE_BYTES)
     overrides += [f"policy.preset={name}", "policy.vqvae_checkpoint=null", "rollout.micro_batch=null"]
     overrides += ["update.micro_batch=null", "reward={bright: {type: brightness}}"]
-    return planned(with_dtype(load_config(CONFIGS / "d30.yaml", overrides), DEVICE), available_bytes(DEVICE))
+    return planned(with_dtype(load_config(CONFIGS / "d30.yaml", overrides), DEVICE), FREE_BYTES)
 
 
-def by(name, call):
-    """Ours as it is, a peer with every op in plain PyTorch."""
-
-    def run():
-        if name != "ours":
-            kernels.configure(dict.fromkeys(_OPS, "reference"))
-        call()
-        kernels.configure({})
-
-    return run
+@functools.cache
+def ceilings_of(dtype: torch.dtype) -> Ceilings:
+    return measure_here(DEVICE, dtype)
 
 
-def measure(benchmark, rows, stages, name, images, calls, what):
+def fitting(make, sizes):
+    """make(*sizes) as a call that fits into memory, after one run of it; and a note where it took smaller sizes."""
+    wanted = sizes
+    while True:
+        call = make(*sizes)
+        try:
+            call()
+            harness.synchronize()
+        except RuntimeError as error:
+            if max(sizes) == 1 or not out_of_memory(error):
+                raise
+            sizes = tuple(max(1, size // 2) for size in sizes)
+            torch.cuda.empty_cache()
+        else:
+            return call, [] if sizes == wanted else [f"out of memory at micro-batches of {wanted}, so {sizes}"]
+
+
+def out_of_memory(error):
+    """Itself, or what it was raised from: a capture that runs out ends with an error of its own."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def measure(benchmark, record, stages, name, images, makes, sizes, what, count=None):
+    """One row: ours and its peers, each made for the micro-batches that fit it.
+
+    Args:
+        makes: by who it is, a function of the micro-batches that returns the call.
+        sizes: micro-batches to begin with.
+        count: (FLOPs, bytes) instead of those of the stages.
+    """
     config = step_config(name, images)
-    counts = stage_counts(config)
-    flop, io_bytes = (sum(getattr(counts[s], kind) for s in stages) for kind in ("flop", "io_bytes"))
+    num_tokens = config.policy.sizes.num_tokens
+    counts = stage_counts(config, "none")  # model FLOPs: what checkpointing computes again does not count
+    flop, io_bytes = count or (sum(getattr(counts[s], kind) for s in stages) for kind in ("flop", "io_bytes"))
     row = harness.Row(what, f"{name}, {images} images", "forward", 0.0, flop=flop, io_bytes=io_bytes)
+    row.model, row.images = name, images
+    row.notes.append(f"micro-batches {sizes}, checkpointing {config.update.checkpointing}")
+
+    def by(who, make):
+        made = []
+
+        def call():
+            with acting_as(who, num_tokens):
+                if not made:  # in harness.runnable, where a peer that cannot run is left out
+                    found, notes = fitting(make, sizes)
+                    row.notes.extend(f"{who}: {note}" for note in notes)
+                    made.append(found)
+                else:
+                    made[0]()
+
+        return call
+
+    calls = {who: by(who, make) for who, make in makes.items()}
     if CUDA:
-        torch.cuda.reset_peak_memory_stats()
         calls["ours"]()
+        torch.cuda.reset_peak_memory_stats()
+        if harness.seconds(calls["ours"]) < 1.0:
+            calls["ours"]()  # what is sampled in one piece is captured at its second call and replayed at its third
         row.peak_bytes = torch.cuda.max_memory_allocated()
-    ceilings = measure_here(DEVICE, getattr(torch, config.run.dtype))
-    harness.measure(benchmark, rows, ceilings, row, {who: by(who, call) for who, call in calls.items()})
-    benchmark.extra_info |= {"images_per_s": round(images / row.ms * 1e3, 1), "threads": torch.get_num_threads()}
+    harness.measure(benchmark, record, row, calls, ceilings_of(getattr(torch, config.run.dtype)))
+    if row.ms:
+        benchmark.extra_info |= {"images_per_s": round(images / row.ms * 1e3, 1), "threads": torch.get_num_threads()}
 
 
 def labels_of(images):
     return (torch.arange(images) % 10).sort().values.to(DEVICE)
 
 
-@pytest.mark.parametrize(("name", "images"), ROLLOUTS)
-def test_rollout(benchmark, rows, name, images):
-    micro_batch, labels = step_config(name, images).rollout.micro_batch, labels_of(images)
-
-    def sampling(policy, cfg):
-        return lambda: policy.sample(labels, 0.7, seed=0, cfg=cfg, micro_batch=micro_batch)
-
-    calls = {who: sampling(policy, 1.5 if who == "public" else 0.0) for who, policy in models(name).items()}
-    measure(benchmark, rows, ["rollout"], name, images, calls, "rollout")
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "images"), [("d16", 32), ("d30", 32)] if CUDA else STEPS)
-def test_update(benchmark, rows, name, images):
+@pytest.mark.parametrize(("name", "images"), STEPS)
+def test_step(benchmark, record, name, images):
+    """Rollout, decode, reward, reference, update. The moments of the optimizer are shared, as the weights are."""
+    config, labels = step_config(name, images), labels_of(images)
+    reward = WeightedSum(config.reward, DEVICE)
+    policies = models(name)
+    # Of the public code in float32 the weights are a copy: its reference and moments are too.
+    of_ours = Updater(policies["ours"], policies["ours"].frozen_copy(), config.grpo, config.update, 1, 0)
+
+    def stepping(policy):
+        updater = of_ours
+        if policy.var is not policies["ours"].var:
+            updater = Updater(policy, policy.frozen_copy(), config.grpo, config.update, 1, 0)
+
+        def make(sampled, trained):
+            def step():
+                updater.policy, updater.config = policy, config.update.model_copy(update={"micro_batch": trained})
+                rollout, pictures = policy.sample_images(labels, TEMPERATURE, seed=0, micro_batch=sampled)
+                with stage("reward"):
+                    rewards = reward(pictures, labels)
+                updater.step(ScoredRollout(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
+
+            return step
+
+        return make
+
+    sizes = (config.rollout.micro_batch, config.update.micro_batch)
+    makes = {who: stepping(policy) for who, policy in policies.items()}
+    measure(benchmark, record, list(stage_counts(config)), name, images, makes, sizes, "step")
+    stages(record, config, name, images, makes["ours"](*sizes))
+
+
+def stages(record, config, name, images, step):
+    """A row for every stage of a steady step of ours, from events on the streams where they run."""
+    with StageClock(DEVICE) as clock:
+        step()
+        measured = clock.read()
+    best = ceilings_of(getattr(torch, config.run.dtype))
+    for name_of_stage, count in stage_counts(config).items():
+        if measured.get(name_of_stage):
+            ms = measured[name_of_stage]
+            row = harness.Row(f"step: {name_of_stage}", f"{name}, {images} images", "forward", ms, samples=1)
+            row.flop, row.io_bytes, row.model, row.images = count.flop, count.io_bytes, name, images
+            row.share = speed_of_light_s(count, best) * 1e3 / ms
+            record.add(row)
+            print(row.line(), flush=True)
+
+
+@pytest.mark.parametrize(("name", "images"), UPDATES)
+def test_update(benchmark, record, name, images):
     """Reference, forward, backward and optimizer of so many images."""
     config, labels = step_config(name, images), labels_of(images)
     rewards = torch.randn(images, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     advantages = group_advantages(rewards, config.rollout.group_size)
+    policies = models(name)
+    of_ours = Updater(policies["ours"], policies["ours"].frozen_copy(), config.grpo, config.update, 1, 0)
 
     def updating(policy):
-        updater = Updater(policy, policy.frozen_copy(), config.grpo, config.update, 1, 0)
-        scored = ScoredRollout(policy.sample(labels, 0.7, seed=0, micro_batch=config.rollout.micro_batch), advantages)
-        return lambda: updater.step(scored, 0)
+        updater = of_ours
+        if policy.var is not policies["ours"].var:
+            updater = Updater(policy, policy.frozen_copy(), config.grpo, config.update, 1, 0)
+        drawn = policy.sample(labels, TEMPERATURE, seed=0, micro_batch=config.rollout.micro_batch)
+        scored = ScoredRollout(drawn, advantages)
 
-    calls = {who: updating(policy) for who, policy in models(name).items()}
-    measure(benchmark, rows, ["reference", "update", "optimizer"], name, images, calls, "update")
+        def make(trained):
+            def update():
+                updater.policy, updater.config = policy, config.update.model_copy(update={"micro_batch": trained})
+                updater.step(scored, 0)
+
+            return update
+
+        return make
+
+    makes = {
+        who: functools.partial(lambda policy, trained: updating(policy)(trained), p) for who, p in policies.items()
+    }
+    stages = ["reference", "update", "optimizer"]
+    measure(benchmark, record, stages, name, images, makes, (config.update.micro_batch,), "update")
 
 
-@pytest.mark.parametrize(("name", "images"), STEPS)
-def test_step(benchmark, rows, name, images):
+@pytest.mark.parametrize(("name", "images"), PASSES)
+def test_forward_backward(benchmark, record, name, images):
+    """The policy alone: log-probabilities of given tokens and their gradient in every weight."""
+    policies, config = models(name), step_config(name, 2)
+    labels, length = labels_of(images), config.policy.sizes.num_tokens
+    tokens = torch.randint(config.policy.sizes.vocab_size, (images, length), device=DEVICE)
+
+    def passing(policy):
+        def make(size):
+            def both():
+                for parameter in policy.var.parameters():
+                    parameter.grad = None
+                for part in range(0, images, size):
+                    rows = slice(part, part + size)
+                    policy.token_logp(labels[rows], tokens[rows], TEMPERATURE).sum().backward()
+
+            return both
+
+        return make
+
+    makes = {who: passing(policy) for who, policy in policies.items()}
+    flop = 3.0 * images * forward_flop(config.policy.sizes).total
+    measure(benchmark, record, [], name, images, makes, (images,), "forward and backward", (flop, 0.0))
+
+
+@pytest.mark.parametrize(("name", "images"), ROLLOUTS)
+def test_rollout(benchmark, record, name, images):
     config, labels = step_config(name, images), labels_of(images)
-    reward = WeightedSum(config.reward, DEVICE)
+    policies = dict(models(name))
+    if CUDA:  # ours but for the graph
+        eager = policies["eager"] = Policy(policies["ours"].var, policies["ours"].vqvae, DEVICE, config.run.dtype)
+        eager._sampler._run = lambda var, labels, key, settings: sample(var, eager.vqvae, labels, key, settings)
 
-    def stepping(policy):
-        updater = Updater(policy, policy.frozen_copy(), config.grpo, config.update, 1, 0)
+    def sampling(who, policy):
+        def make(micro_batch):
+            cfg = 1.5 if who == "public" else 0.0
+            return lambda: policy.sample(labels, TEMPERATURE, seed=0, cfg=cfg, micro_batch=micro_batch)
 
-        def step():
-            rollout, pictures = policy.sample_images(labels, 0.7, seed=0, micro_batch=config.rollout.micro_batch)
-            advantages = group_advantages(reward(pictures, labels).total_B, config.rollout.group_size)
-            updater.step(ScoredRollout(rollout, advantages), 0)
+        return make
 
-        return step
+    makes = {who: sampling(who, policy) for who, policy in policies.items()}
+    measure(benchmark, record, ["rollout"], name, images, makes, (config.rollout.micro_batch,), "rollout")
 
-    # The public code has no GRPO step; ours in float32 stands for it.
-    calls = {who: stepping(policy) for who, policy in models(name).items()}
-    measure(benchmark, rows, list(stage_counts(config)), name, images, calls, "step")
+
+@pytest.mark.skipif(not LARGE or not importlib.util.find_spec("open_clip"), reason="needs open_clip and a GPU")
+def test_reward(benchmark, record):
+    """The image tower of CLIP ViT-L/14 with random weights, as the aesthetic and CLIP rewards run it, in bfloat16."""
+    import open_clip
+
+    from varfast.rewards.backbone import Backbone, clip_preprocessing
+
+    images = 512 if CUDA else 2
+    backbone = Backbone.__new__(Backbone)  # its own constructor wants weights
+    backbone._model = open_clip.create_model("ViT-L-14", precision="bf16", device=DEVICE).eval().requires_grad_(False)
+    backbone._device, backbone._dtype, backbone.batch_size = DEVICE, torch.bfloat16, 64
+    backbone._preprocess = clip_preprocessing(open_clip.get_model_preprocess_cfg(backbone._model))
+    pictures = torch.rand(images, 3, 256, 256, device=DEVICE)
+    row = harness.Row("reward: CLIP ViT-L/14", f"{images} images", "forward", 0.0, flop=images * 162e9, images=images)
+    calls = {"ours": lambda: backbone.embed_images(pictures)}
+    harness.measure(benchmark, record, row, calls, ceilings_of(torch.bfloat16))

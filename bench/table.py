@@ -1,18 +1,22 @@
-"""Write the README's kernel table from the newest GPU record.
+"""Write the README's tables from the newest GPU records: kernels, and whole steps.
 
-python bench/table.py            # rewrite README.md
-python bench/table.py --check    # exit 1 if it is not what the record says
+python bench/table.py                      # rewrite README.md
+python bench/table.py --check              # exit 1 if it is not what the records say
+python bench/table.py --print [--record PATH]   # print the tables, of one record
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- kernels: python bench/table.py -->", "<!-- end of kernels -->"
-# What the table shows of each op: implementation, and one row of the record.
+RECORDS = ROOT / "bench" / "records"
+# What the kernel table shows of each op: implementation, and rows of the record.
 OPS = (
     ("sample_tokens", "Triton", "forward"),
     ("selective_log_softmax", "Triton", "forward"),
@@ -25,49 +29,157 @@ OPS = (
     ("group_norm_silu", "Triton", "forward"),
     ("grpo_token_loss", "C++/CUDA", "both"),
 )
+STEP_ROWS = ("rollout", "forward and backward", "update", "step", "decode")
+MODELS = ("d16", "d30")
+# arXiv:2505.23331: 40 000 optimizer steps on 8 GPUs, 32 images a GPU and step: 20 000 steps of 512 images here.
+PAPER_STEPS, PAPER = 20_000, {"d16": "16 h on 8 H100", "d30": "40 h on 8 H100"}
+
+Record = dict[str, Any]
 
 
-def newest_gpu_record() -> dict[str, object] | None:
-    """The newest record of a GPU in bench/records, or None."""
-    for path in sorted((ROOT / "bench" / "records").glob("*.json"), reverse=True):
-        record: dict[str, object] = json.loads(path.read_text())
-        if record["environment"]["gpus"]:  # type: ignore[index]
-            return record | {"path": path.name}
+def newest(wanted: Callable[[Record], bool], record: Path | None = None) -> Record | None:
+    """The newest record of a GPU with a row that is wanted, or None; of `record` alone where it is given."""
+    paths = sorted(RECORDS.glob("*.json"), reverse=True) if record is None else [record]
+    for path in paths:
+        found: Record = json.loads(path.read_text())
+        if (found["environment"]["gpus"] or record) and any(wanted(row) for row in found["rows"]):
+            return found | {"path": path.name}
     return None
 
 
-def table() -> str:
-    """The table, a row an op and direction; "not measured" where there is no GPU record."""
-    record = newest_gpu_record()
+def _source(record: Record | None, none: str) -> list[str]:
+    if record is None:
+        return ["", none]
+    environment, best = record["environment"], record["ceilings"]
+    device = environment["gpus"][0] if environment["gpus"] else "CPU"
+    ceilings = f"{best['flop_per_s'] / 1e12:.0f} TFLOP/s, {best['byte_per_s'] / 1e12:.2f} TB/s" if best else "not noted"
+    return [
+        "",
+        f"Measured on one {device} (product and copy: {ceilings}), torch {environment['torch']}, at commit "
+        f"{environment['commit']}: bench/records/{record['path']}, by `{record['command']}`.",
+    ]
+
+
+def kernel_table(record: Path | None = None) -> list[str]:
+    """A row an op, direction and shape; "not measured" where there is no GPU record."""
+    ops = {op for op, _, _ in OPS}
+    found = newest(lambda row: row["op"] in ops, record)
     lines = ["| op | kernel | shape | time | against | share of the ceiling |", "| --- | --- | --- | --- | --- | --- |"]
     for op, kernel, direction in OPS:
         name = f"`{op}`" + ("" if direction == "both" else f" {direction}")
-        rows = [r for r in record["rows"] if (r["op"], r["direction"]) == (op, direction)] if record else []  # type: ignore[attr-defined]
+        rows = [r for r in found["rows"] if (r["op"], r["direction"]) == (op, direction)] if found else []
         if not rows:
             lines.append(f"| {name} | {kernel} | | not measured | not measured | not measured |")
         for row in rows:
-            ratios = ", ".join(f"{ms / row['ms']:.2f}x {peer}" for peer, ms in row["peers_ms"].items())
-            lines.append(f"| {name} | {kernel} | {row['shape']} | {row['ms']:.4f} ms | {ratios} | {row['share']:.0%} |")
-    if record:
-        gpu, commit = record["environment"]["gpus"][0], record["environment"]["commit"]  # type: ignore[index]
-        lines += [
-            "",
-            f"Measured on one {gpu} at commit {commit}: bench/records/{record['path']}, by `{record['command']}`.",
-        ]
-    else:
-        lines += ["", "No GPU has run these kernels so far: no record in bench/records."]
-    return "\n".join(lines)
+            lines.append(
+                f"| {name} | {kernel} | {row['shape']} | {_time(row)} | {_against(row)} | {row['share']:.0%} |"
+            )
+    return lines + _source(found, "No GPU has run these kernels so far: no record in bench/records.")
+
+
+def step_table(record: Path | None = None) -> list[str]:
+    """d16 and d30 at full size, with random weights."""
+    of = {model: newest(lambda row, model=model: row["model"] == model, record) for model in MODELS}
+    of["decoder"] = newest(lambda row: row["op"] == "decode", record)
+    found = [(r, row) for model, r in of.items() if r for row in r["rows"] if _is_of(row, model)]
+    lines = [
+        "| what | model, images | time | images/s | MFU | against | share of the limit | peak memory |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for what in STEP_ROWS:
+        rows = [(r, row) for r, row in found if row["op"] == what]
+        if not rows:
+            lines.append(f"| {what} | | not measured | | | | | |")
+        for source, row in rows:
+            images = row["images"] or _images_of(row["shape"])
+            per_s = f"{images / row['ms'] * 1e3:.0f}" if images else ""
+            peak = f"{row['peak_bytes'] / 2**30:.0f} GiB" if row["peak_bytes"] else ""
+            against, share = _against(row), f"{row['share']:.0%}"
+            cells = (what, row["shape"], _time(row), per_s, _mfu(row, source), against, share, peak)
+            lines.append(f"| {' | '.join(cells)} |")
+    sources = {r["path"]: r for r in of.values() if r}
+    for source in sources.values():
+        lines += _source(source, "")
+    return lines + (
+        hours(of) if sources else _source(None, "No GPU has run a step so far: no record in bench/records.")
+    )
+
+
+def _is_of(row: Record, model: str) -> bool:
+    return row["op"] == "decode" if model == "decoder" else row["model"] == model
+
+
+def hours(of: dict[str, Record | None]) -> list[str]:
+    """What the paper's runs would take on one device, at the time of a step and of its reward."""
+    lines = []
+    rows = [row for record in of.values() if record for row in record["rows"]]
+    clip = next((r for r in rows if r["op"].startswith("reward: CLIP")), None)
+    for model in MODELS:
+        step = next((r for r in rows if (r["op"], r["model"], r["images"]) == ("step", model, 512)), None)
+        if step is not None:
+            ms = step["ms"] + (clip["ms"] * 512 / clip["images"] if clip else 0.0)
+            reward = "CLIP ViT-L/14 counted in" if clip else "a reward without a network"
+            lines.append(
+                f"- The paper's {model} run, {PAPER_STEPS} steps of 512 images ({PAPER[model]} there), would take "
+                f"{PAPER_STEPS * ms / 3.6e6:.1f} h on this one device ({reward})."
+            )
+    return ["", *lines] if lines else []
+
+
+def _time(row: Record) -> str:
+    ms, spread = row["ms"], row.get("spread", 0.0)
+    return (f"{ms:.4f} ms" if ms < 10 else f"{ms:.1f} ms") + (
+        f" ± {spread / 2:.0%}" if row.get("samples", 0) > 1 else ""
+    )
+
+
+def _against(row: Record) -> str:
+    return ", ".join(f"{ms / row['ms']:.2f}x {peer}" for peer, ms in row["peers_ms"].items())
+
+
+def _mfu(row: Record, record: Record | None) -> str:
+    if not row["flop"] or not record or not record["ceilings"]:
+        return ""
+    return f"{row['flop'] / (row['ms'] * 1e-3 * record['ceilings']['flop_per_s']):.0%}"
+
+
+def _images_of(shape: str) -> int:
+    """Of a shape such as B64 256px bfloat16."""
+    first = shape.split()[0]
+    return int(first[1:]) if first[:1] == "B" and first[1:].isdigit() else 0
+
+
+TABLES = {
+    ("<!-- kernels: python bench/table.py -->", "<!-- end of kernels -->"): kernel_table,
+    ("<!-- steps: python bench/table.py -->", "<!-- end of steps -->"): step_table,
+}
+
+
+def filled(text: str) -> str:
+    """README.md with its tables made anew. Raises: SystemExit where the marks of a table are missing."""
+    for (begin, end), table in TABLES.items():
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            sys.exit(f"README.md has no {begin} ... {end}")
+        text = f"{before}{begin}\n{chr(10).join(table())}\n{end}{after}"
+    return text
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--print", action="store_true")
+    parser.add_argument("--record", type=Path)
+    arguments = parser.parse_args()
+    if arguments.print:
+        for table in TABLES.values():
+            print("\n".join(table(arguments.record)) + "\n")
+        return 0
     readme = ROOT / "README.md"
     text = readme.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        sys.exit(f"README.md has no {BEGIN} ... {END}")
-    wanted = f"{before}{BEGIN}\n{table()}\n{END}{after}"
-    if "--check" in sys.argv:
+    wanted = filled(text)
+    if arguments.check:
         return int(text != wanted)
     readme.write_text(wanted)
     return 0

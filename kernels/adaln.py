@@ -17,6 +17,7 @@ from torch import Tensor
 from varfast.kernels import reference
 from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
+from varfast.kernels.settings import setting
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
@@ -151,10 +152,12 @@ def _backward_kernel(
         tl.store(d_shift_ptr + partial, d_shift, mask=inside)
 
 
-def _launch_settings(width: int) -> tuple[int, int]:
-    """Block and warps: 8 numbers a thread, one 128-bit load in bfloat16."""
+def _launch_settings(direction: str, width: int, device: torch.device | None = None) -> dict[str, int]:
+    """8 numbers a thread, one 128-bit load in bfloat16."""
     block = max(128, 1 << (width - 1).bit_length())
-    return block, min(16, max(4, block // 256))
+    rows = {"ROWS": _ROWS} if direction == "backward" else {}
+    num_warps = min(16, max(4, block // 256))
+    return {"BLOCK": block} | setting(f"adaln_{direction}", width, device, num_warps=num_warps, **rows)
 
 
 def _rows_of(vector_BC: Tensor) -> Tensor:
@@ -177,7 +180,6 @@ def _adaln(
         x = x_BLC.contiguous()
         branch = x if branch_BLC is None else branch_BLC.contiguous()
         gate, scale, shift = (x[:, 0] if v is None else _rows_of(v) for v in (gate_BC, scale_BC, shift_BC))
-        block, num_warps = _launch_settings(width)
         with torch.cuda.device_of(x):
             _forward_kernel[(batch * length,)](
                 x,
@@ -197,8 +199,7 @@ def _adaln(
                 eps,
                 RESIDUAL=branch_BLC is not None,
                 NORM=scale_BC is not None,
-                BLOCK=block,
-                num_warps=num_warps,
+                **_launch_settings("forward", width, x.device),
             )
     return new, out, mean, rstd
 
@@ -232,7 +233,8 @@ def _adaln_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, branch, gate, scale and shift; empty where not asked for."""
     batch, length, width = new_BLC.shape
-    chunks = -(-length // _ROWS)
+    chosen = _launch_settings("backward", width, new_BLC.device)
+    chunks = -(-length // chosen["ROWS"])
     d_x, d_branch, _, _, _ = _gradients(new_BLC, branch_BLC, gate_BC, scale_BC)
     partials = [
         new_BLC.new_empty((batch, chunks, width) if vector is not None else 0, dtype=torch.float32)
@@ -244,7 +246,6 @@ def _adaln_backward(
         d_out = new if d_out_BLC is None else d_out_BLC.contiguous()
         branch = new if branch_BLC is None else branch_BLC.contiguous()
         gate, scale = (new[:, 0] if v is None else _rows_of(v) for v in (gate_BC, scale_BC))
-        block, num_warps = _launch_settings(width)
         with torch.cuda.device_of(new):
             _backward_kernel[(chunks, batch)](
                 d_new,
@@ -265,9 +266,7 @@ def _adaln_backward(
                 RESIDUAL=branch_BLC is not None,
                 NORM=d_out_BLC is not None,
                 NEW_HAS_GRADIENT=d_new_BLC is not None,
-                ROWS=_ROWS,
-                BLOCK=block,
-                num_warps=num_warps,
+                **chosen,
             )
     sums = [
         partial.sum(dim=1).to(vector.dtype) if vector is not None else partial
@@ -403,7 +402,6 @@ def ahead_of_time() -> list[AheadOfTime]:
     items = []
     for dtype in ("bf16", "fp32"):
         for width in (1024, 1920):
-            block, num_warps = _launch_settings(width)
             for residual, norm in ((True, True), (False, True), (True, False)):
                 flags = {"RESIDUAL": residual, "NORM": norm}
                 big = dict.fromkeys(("x_ptr", "branch_ptr", "gate_ptr", "scale_ptr", "shift_ptr", "new_ptr", "out_ptr"))
@@ -415,11 +413,12 @@ def ahead_of_time() -> list[AheadOfTime]:
                 backward |= dict.fromkeys(("d_x_ptr", "d_branch_ptr"), f"*{dtype}")
                 backward |= dict.fromkeys(("d_gate_ptr", "d_scale_ptr", "d_shift_ptr"), "*fp32")
                 backward |= dict.fromkeys(strides[:4], "i32")
-                sums = {**flags, "NEW_HAS_GRADIENT": residual, "ROWS": _ROWS, "BLOCK": block}
-                for name, kernel, signature, constants in (
-                    ("forward", _forward_kernel, forward, {**flags, "BLOCK": block}),
-                    ("backward", _backward_kernel, backward, sums),
+                for name, kernel, signature, more in (
+                    ("forward", _forward_kernel, forward, {}),
+                    ("backward", _backward_kernel, backward, {"NEW_HAS_GRADIENT": residual}),
                 ):
+                    constants = flags | more | _launch_settings(name, width)
+                    num_warps = constants.pop("num_warps")
                     what = "+".join(filter(None, ["residual" * residual, "norm" * norm]))
                     items.append(
                         AheadOfTime(

@@ -63,14 +63,16 @@ def compile_for_hopper(item: AheadOfTime) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = list(item.signature)
+    names = item.kernel.arg_names  # the order of the signature is its own
     divisible = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
         if item.signature[name].startswith("*") or item.attributes.get(name) == 16
     }
     constants = {(names.index(name),): value for name, value in item.constants.items()}
-    source = ASTSource(fn=item.kernel, signature=dict(item.signature), constexprs=constants, attrs=divisible)
+    source = ASTSource(
+        fn=item.kernel, signature={name: item.signature[name] for name in names}, constexprs=constants, attrs=divisible
+    )
     options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return _resources(compiled)

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from varfast.kernels.selection import INTERPRETED
+from varfast.kernels.settings import setting
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
@@ -112,29 +113,13 @@ def key_tiles(scale_ends: tuple[int, ...], block_n: int, block_m: int) -> list[t
     return sorted(tiles, key=lambda tile: tile[2])
 
 
-class _Tables(NamedTuple):
-    """visible_L: (L,) keys that each query sees; the tiles: (T, 4). All int32."""
-
-    visible_L: Tensor
-    forward: Tensor
-    dq: Tensor
-    dkv: Tensor
-
-
-@lru_cache(maxsize=32)
-def _tables(scale_ends: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Tables:
-    """On the device, made once: a CUDA graph may be captured after one call outside it."""
-    setting = _SETTINGS[dtype]
-
-    def tensor(values: Sequence[Any]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    return _Tables(
-        tensor(visible_keys(scale_ends)),
-        tensor(query_tiles(scale_ends, setting.forward.block_m, setting.forward.block_n)),
-        tensor(query_tiles(scale_ends, setting.dq.block_m, setting.dq.block_n)),
-        tensor(key_tiles(scale_ends, setting.dkv.block_n, setting.dkv.block_m)),
-    )
+@lru_cache(maxsize=128)
+def _table(
+    tiles: Callable[..., list[Any]], scale_ends: tuple[int, ...], blocks: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """What `tiles` says, (T, 4), or (L,) of visible_keys, int32. On the device, made once: a CUDA graph may be captured
+    after one call outside it."""
+    return torch.tensor(tiles(scale_ends, *blocks), dtype=torch.int32, device=device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,51 +525,43 @@ def _dkv_kernel(
 # Shipped configurations, for Hopper
 
 
-class _Setting(NamedTuple):
-    """Rows of queries and of keys of a tile, warps, stages of the pipeline of loads."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-class _Settings(NamedTuple):
-    forward: _Setting
-    dq: _Setting
-    dkv: _Setting
-    cached: dict[int, _Setting]  # by block_m
-
-
+# Rows of queries and of keys of a tile, warps, stages of the pipeline of loads; by kernel and the bits of a number.
 # Chosen by what they compile to (`python -m varfast.kernels.aot`): tiles and warps at which two or more programs share
 # a multiprocessor's 65536 registers and 227 KiB, so that one's exponentials hide behind another's products. Not yet
 # measured.
-_HALF = _Settings(
-    forward=_Setting(
-        128, 64, 8, 3
-    ),  # two programs, in 128 registers; 64 rows would read k and v from L2 twice as often
-    dq=_Setting(64, 64, 4, 3),
-    dkv=_Setting(64, 64, 4, 3),
-    # Fewer than 64 rows leave HGMMA for the older instruction, and do not pad 1 to 16 queries to 64.
-    cached={16: _Setting(16, 64, 1, 2), 64: _Setting(64, 64, 4, 3), 128: _Setting(128, 64, 8, 3)},
-)
 # float32 products run on the plain cores ("ieee"): tensor cores would round to 10 bits. The tiles are what fits without
 # spills.
-_SINGLE = _Settings(
-    forward=_Setting(64, 32, 8, 2),
-    dq=_Setting(64, 32, 8, 2),
-    dkv=_Setting(16, 64, 8, 2),
-    cached={16: _Setting(16, 32, 2, 2), 64: _Setting(64, 32, 8, 2)},
-)
-_SETTINGS = {torch.float32: _SINGLE, torch.bfloat16: _HALF, torch.float16: _HALF}
+def _rule(block_m: int, block_n: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def _cached_setting(dtype: torch.dtype, num_queries: int) -> _Setting:
-    """The largest block that pads the queries no more than a smaller one would."""
-    cached = _SETTINGS[dtype].cached
+_RULES = {
+    # two programs, in 128 registers; 64 rows would read k and v from L2 twice as often
+    ("forward", 16): _rule(128, 64, 8, 3),
+    ("dq", 16): _rule(64, 64, 4, 3),
+    ("dkv", 16): _rule(64, 64, 4, 3),
+    # Fewer than 64 rows leave HGMMA for the older instruction, and do not pad 1 to 16 queries to 64.
+    ("cached_16", 16): _rule(16, 64, 1, 2),
+    ("cached_64", 16): _rule(64, 64, 4, 3),
+    ("cached_128", 16): _rule(128, 64, 8, 3),
+    ("forward", 32): _rule(64, 32, 8, 2),
+    ("dq", 32): _rule(64, 32, 8, 2),
+    ("dkv", 32): _rule(16, 64, 8, 2),
+    ("cached_16", 32): _rule(16, 32, 2, 2),
+    ("cached_64", 32): _rule(64, 32, 8, 2),
+}
+
+
+def _setting(kernel: str, dtype: torch.dtype, device: torch.device | None = None) -> dict[str, int]:
+    bits = 8 * dtype.itemsize
+    return setting(f"attention_{kernel}", bits, device, **_RULES[kernel, bits])
+
+
+def _cached_kernel_for(dtype: torch.dtype, num_queries: int) -> str:
+    """The largest block of queries that pads them no more than a smaller one would."""
     if num_queries <= 16:
-        return cached[16]
-    return cached[128] if 128 in cached and -(-num_queries // 64) % 2 == 0 else cached[64]
+        return "cached_16"
+    return "cached_128" if dtype.itemsize == 2 and -(-num_queries // 64) % 2 == 0 else "cached_64"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -620,9 +597,10 @@ def attention_op(
     q, k, v = map(_readable, (q_BHLD, k_BHLD, v_BHLD))
     out, top, share = _empty_BHLD(q), _empty_rows(q), _empty_rows(q)
     batch, heads, length, _ = q.shape
-    setting = _SETTINGS[q_BHLD.dtype].forward
-    tables = _tables(tuple(scale_ends), q_BHLD.dtype, q.device)
-    num_tiles = len(tables.forward)
+    ends = tuple(scale_ends)
+    chosen = _setting("forward", q_BHLD.dtype, q.device)
+    tiles = _table(query_tiles, ends, (chosen["BLOCK_M"], chosen["BLOCK_N"]), q.device)
+    num_tiles = len(tiles)
     if q.numel():
         with torch.cuda.device_of(q):
             _forward_kernel[(batch * heads * num_tiles,)](
@@ -633,8 +611,8 @@ def attention_op(
                 out,
                 top,
                 share,
-                tables.forward,
-                tables.visible_L,
+                tiles,
+                _table(visible_keys, ends, (), q.device),
                 *q.stride()[:3],
                 *k.stride()[:3],
                 *v.stride()[:3],
@@ -642,10 +620,7 @@ def attention_op(
                 length,
                 heads,
                 num_tiles,
-                BLOCK_M=setting.block_m,
-                BLOCK_N=setting.block_n,
-                num_warps=setting.num_warps,
-                num_stages=setting.num_stages,
+                **chosen,
             )
     return out.to(q_BHLD.dtype), top, share
 
@@ -672,10 +647,13 @@ def _backward_op(
     if out.stride() != dq.stride():  # a saved-tensor hook may have changed its layout; the kernel reads it as d q's
         out = torch.empty_like(dq).copy_(out)
     batch, heads, length, _ = q.shape
-    setting = _SETTINGS[q_BHLD.dtype]
-    tables = _tables(tuple(scale_ends), q_BHLD.dtype, q.device)
+    ends = tuple(scale_ends)
+    for_dq, for_dkv = (_setting(kernel, q_BHLD.dtype, q.device) for kernel in ("dq", "dkv"))
+    dq_tiles = _table(query_tiles, ends, (for_dq["BLOCK_M"], for_dq["BLOCK_N"]), q.device)
+    dkv_tiles = _table(key_tiles, ends, (for_dkv["BLOCK_N"], for_dkv["BLOCK_M"]), q.device)
+    visible_L = _table(visible_keys, ends, (), q.device)
     delta_BHL = torch.empty_like(top_BHL)
-    d_scale_BHT = top_BHL.new_empty((batch, heads, len(tables.dq)))
+    d_scale_BHT = top_BHL.new_empty((batch, heads, len(dq_tiles)))
     scale_H = logit_scale_H.contiguous()
     if q.numel():
         with torch.cuda.device_of(q):
@@ -691,8 +669,8 @@ def _backward_op(
                 delta_BHL,
                 d_scale_BHT,
                 dq,
-                tables.dq,
-                tables.visible_L,
+                dq_tiles,
+                visible_L,
                 *grad.stride()[:3],
                 *q.stride()[:3],
                 *k.stride()[:3],
@@ -700,13 +678,10 @@ def _backward_op(
                 *dq.stride()[:3],
                 length,
                 heads,
-                len(tables.dq),
-                BLOCK_M=setting.dq.block_m,
-                BLOCK_N=setting.dq.block_n,
-                num_warps=setting.dq.num_warps,
-                num_stages=setting.dq.num_stages,
+                len(dq_tiles),
+                **for_dq,
             )
-            _dkv_kernel[(batch * heads * len(tables.dkv),)](
+            _dkv_kernel[(batch * heads * len(dkv_tiles),)](
                 grad,
                 q,
                 k,
@@ -717,8 +692,8 @@ def _backward_op(
                 delta_BHL,
                 dk,
                 dv,
-                tables.dkv,
-                tables.visible_L,
+                dkv_tiles,
+                visible_L,
                 *grad.stride()[:3],
                 *q.stride()[:3],
                 *k.stride()[:3],
@@ -726,11 +701,8 @@ def _backward_op(
                 *dq.stride()[:3],
                 length,
                 heads,
-                len(tables.dkv),
-                BLOCK_M=setting.dkv.block_m,
-                BLOCK_N=setting.dkv.block_n,
-                num_warps=setting.dkv.num_warps,
-                num_stages=setting.dkv.num_stages,
+                len(dkv_tiles),
+                **for_dkv,
             )
     dtype = q_BHLD.dtype
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_scale_BHT.sum(dim=(0, 2))
@@ -766,8 +738,8 @@ def cached_attention_op(
     q, k, v = map(_readable, (q_BHlD, k_cache_BHLD, v_cache_BHLD))
     out = _empty_BHLD(q)
     batch, heads, num_queries, _ = q.shape
-    setting = _cached_setting(q_BHlD.dtype, num_queries)
-    num_tiles = -(-num_queries // setting.block_m)
+    chosen = _setting(_cached_kernel_for(q_BHlD.dtype, num_queries), q_BHlD.dtype, q.device)
+    num_tiles = -(-num_queries // chosen["BLOCK_M"])
     if q.numel():
         with torch.cuda.device_of(q):
             _cached_kernel[(batch * heads * num_tiles,)](
@@ -784,10 +756,7 @@ def cached_attention_op(
                 num_queries,
                 num_keys,
                 num_tiles,
-                BLOCK_M=setting.block_m,
-                BLOCK_N=setting.block_n,
-                num_warps=setting.num_warps,
-                num_stages=setting.num_stages,
+                **chosen,
             )
     return out.to(q_BHlD.dtype)
 
@@ -803,8 +772,9 @@ def ahead_of_time() -> list[AheadOfTime]:
 
     items = []
 
-    def add(name: str, kernel: Any, setting: _Setting, dtype: str, floats: str) -> None:
+    def add(name: str, kernel: Any, chosen: dict[str, int], dtype: str, floats: str) -> None:
         signature = {}
+        block_m, block_n = chosen["BLOCK_M"], chosen["BLOCK_N"]
         for argument in kernel.arg_names:
             if argument.startswith("BLOCK_"):
                 signature[argument] = "constexpr"
@@ -816,22 +786,22 @@ def ahead_of_time() -> list[AheadOfTime]:
                 signature[argument] = "i32"
         items.append(
             AheadOfTime(
-                f"{name} {dtype} {setting.block_m}x{setting.block_n}",
+                f"{name} {dtype} {block_m}x{block_n}",
                 kernel,
                 signature,
-                {"BLOCK_M": setting.block_m, "BLOCK_N": setting.block_n},
-                num_warps=setting.num_warps,
-                num_stages=setting.num_stages,
-                matrix=dtype != "fp32" and setting.block_m >= 64,
+                {"BLOCK_M": block_m, "BLOCK_N": block_n},
+                num_warps=chosen["num_warps"],
+                num_stages=chosen["num_stages"],
+                matrix=dtype != "fp32" and block_m >= 64,
                 attributes={a: 16 for a in signature if a.endswith(("_batch", "_head", "_row"))},
             )
         )
 
     floats = "scale_ptr top_ptr share_ptr delta_ptr d_scale_ptr"
-    for dtype, settings in (("bf16", _HALF), ("fp16", _HALF), ("fp32", _SINGLE)):
-        add("attention forward", _forward_kernel, settings.forward, dtype, floats)
-        add("attention dq", _dq_kernel, settings.dq, dtype, floats)
-        add("attention dk, dv", _dkv_kernel, settings.dkv, dtype, floats)
-        for setting in settings.cached.values():
-            add("attention cached", _cached_kernel, setting, dtype, floats)
+    kernels = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        for kernel, bits in _RULES:
+            if bits == 8 * dtype.itemsize:
+                shown = f"attention {kernel.replace('dkv', 'dk, dv').partition('_')[0]}"
+                add(shown, kernels.get(kernel, _cached_kernel), _setting(kernel, dtype), name, floats)
     return items

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from varfast.kernels import reference
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
+from varfast.kernels.settings import setting
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
@@ -93,10 +94,11 @@ def _logp_backward_kernel(
     tl.store(out_ptr + row * row_stride + column, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch_settings(vocab: int) -> tuple[int, int]:
-    """Block and warps: 16 numbers a thread at 4096 codes, loaded 128 bits at a time."""
+def _launch_settings(direction: str, vocab: int, device: torch.device | None = None) -> dict[str, int]:
+    """16 numbers a thread at 4096 codes, loaded 128 bits at a time."""
     block = max(128, 1 << (vocab - 1).bit_length())
-    return block, min(16, max(4, block // 512))
+    kernel = f"selective_log_softmax_{direction}"
+    return {"BLOCK": block} | setting(kernel, vocab, device, num_warps=min(16, max(4, block // 512)))
 
 
 @torch.library.custom_op("varfast::token_logp", mutates_args=())
@@ -108,7 +110,6 @@ def _logp_triton(logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> t
     logp, entropy, largest, log_total = (logits_BLV.new_empty(tokens_BL.shape, dtype=torch.float32) for _ in range(4))
     if tokens_BL.numel():
         logits, vocab = logits_BLV.contiguous(), logits_BLV.shape[-1]
-        block, num_warps = _launch_settings(vocab)
         with torch.cuda.device_of(logits):
             _logp_kernel[(tokens_BL.numel(),)](
                 logits,
@@ -120,8 +121,7 @@ def _logp_triton(logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> t
                 vocab,
                 vocab,
                 *reference.split_float32(1.0 / temperature),
-                BLOCK=block,
-                num_warps=num_warps,
+                **_launch_settings("forward", vocab, logits.device),
             )
     return logp, entropy, largest, log_total
 
@@ -143,7 +143,6 @@ def _launch_backward(
 ) -> None:
     if tokens_BL.numel():
         vocab = logits.shape[-1]
-        block, num_warps = _launch_settings(vocab)
         with torch.cuda.device_of(logits):
             _logp_backward_kernel[(tokens_BL.numel(),)](
                 grad_BL.contiguous(),
@@ -155,8 +154,7 @@ def _launch_backward(
                 vocab,
                 vocab,
                 *reference.split_float32(1.0 / temperature),
-                BLOCK=block,
-                num_warps=num_warps,
+                **_launch_settings("backward", vocab, logits.device),
             )
 
 
@@ -246,7 +244,6 @@ def ahead_of_time() -> list[AheadOfTime]:
     from varfast.kernels.aot import AheadOfTime
 
     items = []
-    block, num_warps = _launch_settings(4096)
     sizes = {
         "row_stride": "i32",
         "vocab": "i32",
@@ -263,13 +260,14 @@ def ahead_of_time() -> list[AheadOfTime]:
             ("forward", _logp_kernel, forward),
             ("backward", _logp_backward_kernel, backward),
         ):
+            chosen = _launch_settings(name, 4096)
             items.append(
                 AheadOfTime(
                     f"selective_log_softmax {name} {dtype}",
                     kernel,
                     signature | sizes,
-                    {"BLOCK": block},
-                    num_warps=num_warps,
+                    {"BLOCK": chosen["BLOCK"]},
+                    num_warps=chosen["num_warps"],
                     attributes={"row_stride": 16, "vocab": 16},
                 )
             )

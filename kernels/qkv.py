@@ -19,6 +19,7 @@ from torch import Tensor
 from varfast.kernels import reference
 from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
+from varfast.kernels.settings import setting
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
@@ -38,8 +39,7 @@ _HEAD_DIM = 64
 # programs of the same tokens follow each other, so what the device reads at a time is whole rows of 3 C. The other way
 # round, all heads of one token a program, would write segments of 128 bytes, L * 128 bytes apart, and the 30 heads of
 # d30 would fill 15/16 of a tile. Tokens are counted over all images: at l = 1 a program is as full as at l = 256.
-_TOKENS = 16
-_WARPS = 4
+_RULE = {"TOKENS": 16, "num_warps": 4}
 
 
 @jit
@@ -165,8 +165,8 @@ def _split_backward_kernel(
     tl.store(target + 2 * heads * HEAD_DIM, d_v.to(dtype), mask=inside)
 
 
-def _programs(batch: int, length: int, heads: int) -> tuple[int]:
-    return (-(-batch * length // _TOKENS) * heads,)
+def _programs(batch: int, length: int, heads: int, tokens: int) -> tuple[int]:
+    return (-(-batch * length // tokens) * heads,)
 
 
 def _launch_split(
@@ -174,8 +174,9 @@ def _launch_split(
 ) -> None:
     batch, heads, length, _ = q.shape
     if q.numel():
+        chosen = setting("split_heads_forward", heads, q.device, **_RULE)
         with torch.cuda.device_of(q):
-            _split_kernel[_programs(batch, length, heads)](
+            _split_kernel[_programs(batch, length, heads, chosen["TOKENS"])](
                 qkv_BLC3.contiguous(),
                 q,
                 k,
@@ -189,9 +190,8 @@ def _launch_split(
                 reference.NORM_EPS,
                 NORM=l2_norm,
                 KEEP_INVERSE=inverse is not None,
-                TOKENS=_TOKENS,
                 HEAD_DIM=_HEAD_DIM,
-                num_warps=_WARPS,
+                **chosen,
             )
 
 
@@ -249,8 +249,9 @@ def _split_backward_op(
         # Contiguous: a saved-tensor hook may have changed their layout.
         saved = (q_BHLD, k_BHLD, q_inverse_BHL, k_inverse_BHL)
         kept = [d_q if x is None else x.contiguous() for x in saved]
+        chosen = setting("split_heads_backward", heads, d_q.device, **_RULE)
         with torch.cuda.device_of(d_q):
-            _split_backward_kernel[_programs(batch, length, heads)](
+            _split_backward_kernel[_programs(batch, length, heads, chosen["TOKENS"])](
                 d_q,
                 d_k,
                 d_v,
@@ -264,9 +265,8 @@ def _split_backward_op(
                 *d_v.stride()[:3],
                 reference.NORM_EPS,
                 NORM=q_BHLD is not None,
-                TOKENS=_TOKENS,
                 HEAD_DIM=_HEAD_DIM,
-                num_warps=_WARPS,
+                **chosen,
             )
     return d_qkv
 
@@ -377,7 +377,9 @@ def ahead_of_time() -> list[AheadOfTime]:
                 ("to cache", _split_kernel, {"NORM": True, "KEEP_INVERSE": False}),
                 ("backward", _split_backward_kernel, {"NORM": True}),
             ):
-                constants = {**flags, "TOKENS": _TOKENS, "HEAD_DIM": _HEAD_DIM}
+                direction = "backward" if name == "backward" else "forward"
+                chosen = setting(f"split_heads_{direction}", heads, None, **_RULE)
+                constants = {**flags, "TOKENS": chosen["TOKENS"], "HEAD_DIM": _HEAD_DIM}
                 signature = {}
                 for argument in kernel.arg_names:
                     if argument in constants:
@@ -393,7 +395,7 @@ def ahead_of_time() -> list[AheadOfTime]:
                         kernel,
                         signature,
                         constants,
-                        num_warps=_WARPS,
+                        num_warps=chosen["num_warps"],
                         # As at run time: Triton looks whether an integer is divisible by 16, as the 16 of d16 is.
                         attributes=dict.fromkeys(strides + ["heads"] * (heads % 16 == 0), 16),
                     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from varfast.kernels import reference
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
+from varfast.kernels.settings import setting
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
@@ -120,10 +121,15 @@ def _sample_kernel(
     tl.store(entropy_ptr + row, log_total - expected)
 
 
-def _launch_settings(vocab: int) -> tuple[int, float, int]:
-    """Block, counts of the most probable token, warps: 16 numbers a thread at 4096 codes, loaded 128 bits at a time."""
+def _block(vocab: int) -> tuple[int, float]:
+    """Numbers of a row, and counts of the most probable token."""
     block = max(128, 1 << (vocab - 1).bit_length())
-    return block, float(2 ** (_COUNT_BITS - (block.bit_length() - 1))), min(16, max(4, block // 512))
+    return block, float(2 ** (_COUNT_BITS - (block.bit_length() - 1)))
+
+
+def _launch_settings(vocab: int, device: torch.device | None = None) -> dict[str, int]:
+    """16 numbers a thread at 4096 codes, loaded 128 bits at a time."""
+    return setting("sample_tokens", vocab, device, num_warps=min(16, max(4, _block(vocab)[0] // 512)))
 
 
 @torch.library.custom_op("varfast::sample_tokens", mutates_args=())
@@ -142,7 +148,7 @@ def _sample_triton(
     uncond = logits if uncond_logits_BlV is None else uncond_logits_BlV.contiguous()
     tokens, logp, entropy = _empty_outputs(logits)
     if tokens.numel():
-        block, count_scale, num_warps = _launch_settings(vocab)
+        block, count_scale = _block(vocab)
         with torch.cuda.device_of(logits):
             _sample_kernel[(batch * length,)](
                 logits,
@@ -164,7 +170,7 @@ def _sample_triton(
                 GUIDED=uncond_logits_BlV is not None,
                 TOP_K=0 < top_k < vocab,
                 TOP_P=0.0 < top_p < 1.0,
-                num_warps=num_warps,
+                **_launch_settings(vocab, logits.device),
             )
     return tokens, logp, entropy
 
@@ -201,7 +207,7 @@ def ahead_of_time() -> list[AheadOfTime]:
     from varfast.kernels.aot import AheadOfTime
 
     items = []
-    block, count_scale, num_warps = _launch_settings(4096)
+    block, count_scale = _block(4096)
     for dtype in ("fp32", "bf16"):
         for filters in (False, True):
             constants = {
@@ -235,7 +241,7 @@ def ahead_of_time() -> list[AheadOfTime]:
                     _sample_kernel,
                     signature,
                     constants,
-                    num_warps=num_warps,
+                    num_warps=_launch_settings(4096)["num_warps"],
                     attributes={"row_stride": 16, "vocab": 16},
                 )
             )

@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,19 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A worker of pytest-xdist that lost its CUDA context ends and is replaced: else its later tests would all fail."""
+    report = yield
+    if report.failed and torch.cuda.is_available() and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"{item.nodeid}: {report.longreprtext}\nthe device is lost: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+    return report
 
 
 def golden_weights(model: torch.nn.Module, prefix: str) -> None:

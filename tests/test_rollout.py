@@ -59,6 +59,14 @@ def test_sample_images_are_the_decoded_rollout(make_models):
     torch.testing.assert_close(images, policy.decode(rollout.tokens_BL), rtol=0, atol=1e-5)
 
 
+def test_decode_in_parts_equals_the_whole(make_models):
+    policy = Policy(*make_models(depth=2))
+    tokens_BL = policy.sample([0, 1, 2, 3, 4], 0.9, seed=3).tokens_BL
+    whole = policy.decode(tokens_BL)
+    policy._decodable = 2
+    torch.testing.assert_close(policy.decode(tokens_BL), whole, rtol=0, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("dtype", list(_DTYPES))

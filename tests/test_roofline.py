@@ -510,6 +510,20 @@ def test_planned_fits_where_the_states_leave_room(preset, device):
     assert not roofline.memory(config(preset)).fits(roofline.memory(config(preset)).peak)
 
 
+def test_planned_samples_fewer_at_a_time_where_the_captured_rollout_would_take_the_update_its_room():
+    size = 74 * 2**30
+    settings = config("d30")
+    free = size - roofline.memory(settings).states
+    alone, plan = roofline.update_plan(settings, free), roofline.planned(settings, size)
+    assert (plan.update.micro_batch, plan.update.checkpointing) == alone == (16, "none")
+    assert plan.rollout.micro_batch == 64 < roofline.rollout_micro_batch(settings, free) == 128
+    run = settings.run.model_copy(update={"fast": False})
+    eager = roofline.planned(settings.model_copy(update={"run": run}), size)
+    assert eager.rollout.micro_batch == 128  # nothing is captured
+    named = roofline.planned(config("d30", rollout={"micro_batch": 128}), size)
+    assert named.rollout.micro_batch == 128
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices, many GPUs, the command
 

@@ -74,6 +74,9 @@ class Policy:
         self._fast = fast
         self._sampler = Sampler(self.var, self.vqvae, fast)
         self._decoder: FastDecoder | None = None
+        self._beside: torch.cuda.Stream | None = None
+        # Images of which the largest map has 2^30 numbers, 102 at 256 px: cuDNN counts in 32 bits.
+        self._decodable = max(1, 2**30 // (vqvae.config.base_channels * vqvae.config.image_size**2))
         self._replica: DistributedDataParallel | None = None
         self._gathered: VAR | None = None
 
@@ -206,7 +209,9 @@ class Policy:
         settings = SamplingSettings(temperature, cfg, top_k, top_p)
         drawn, images = [], []
         parts = self._sampler.parts(labels_B, settings, seed, step, first_sample, micro_batch)
-        beside = torch.cuda.Stream(self.device) if decode and self.device.type == "cuda" else None
+        if decode and self.device.type == "cuda" and self._beside is None:
+            self._beside = torch.cuda.Stream(self.device)  # one for all steps: the allocator keeps memory by stream
+        beside = self._beside if decode else None
         while True:
             with stage("rollout"):
                 part = next(parts, None)
@@ -264,8 +269,9 @@ class Policy:
     def decode(self, tokens_BL: Tensor, micro_batch: int | None = None) -> Tensor:
         """(B, L) tokens -> (B, 3, H, W) float32 images in [0, 1], `micro_batch` at a time (default all)."""
         tokens_BL = self._tokens(tokens_BL)
+        size = min(micro_batch or self._decodable, self._decodable)
         with stage("decode"):
-            parts = tokens_BL.split(micro_batch or len(tokens_BL))
+            parts = tokens_BL.tensor_split(max(1, -(-len(tokens_BL) // size)))
             return torch.cat([self._decode_part(part) for part in parts])
 
     def _decode_part(self, tokens_BL: Tensor) -> Tensor:

@@ -79,9 +79,12 @@ class Sampler:
         Yields: tokens (b, L) int64, log-probability and entropy (b, L) float32, of each micro-batch.
         """
         var = self._up_to_date()
-        keys = [(seed, step, first_sample + i) for i in range(0, len(labels_B), micro_batch or len(labels_B))]
-        keys_N3 = torch.tensor(keys).to(labels_B.device)  # one copy, before the first kernel
-        for key, part_B in zip(keys_N3, labels_B.split(micro_batch or len(labels_B)), strict=True):
+        size = micro_batch or len(labels_B)
+        parts_B = labels_B.split(size)
+        # Made on the device: a copy from the host would wait for all that was launched before.
+        first_N = torch.arange(len(parts_B), device=labels_B.device) * size + first_sample
+        keys_N3 = torch.stack([torch.full_like(first_N, seed), torch.full_like(first_N, step), first_N], dim=1)
+        for key, part_B in zip(keys_N3, parts_B, strict=True):
             yield self._run(var, part_B, key, settings)
 
     def _up_to_date(self) -> VAR:

@@ -736,7 +736,17 @@ def planned(config: Config, device_bytes: int | None, shards: int = 1) -> Config
     """
     free = math.inf if device_bytes is None else device_bytes - memory(config, shards).states
     micro_batch, checkpointing = update_plan(config, free)
-    rollout = config.rollout.model_copy(update={"micro_batch": rollout_micro_batch(config, free)})
+    sampled = rollout_micro_batch(config, free)
+    # A captured rollout holds on to its cache and activations while the update runs. The update goes first: for d30 on
+    # 74 GiB 128 images sampled at a time would leave room to update 8 at a time instead of 16.
+    held = kv_cache_bytes(config) + rollout_activation_bytes(config) if config.run.fast else 0
+    while (
+        config.rollout.micro_batch is None
+        and sampled > 1
+        and update_plan(config, free - sampled * held) != (micro_batch, checkpointing)
+    ):
+        sampled = _largest_divisor(config.rollout.images, sampled - 1)
+    rollout = config.rollout.model_copy(update={"micro_batch": sampled})
     update = config.update.model_copy(update={"micro_batch": micro_batch, "checkpointing": checkpointing})
     return config.model_copy(update={"rollout": rollout, "update": update})
 

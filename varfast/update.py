@@ -102,7 +102,7 @@ class Updater:
             generator = keyed_generator(self.seed, Purpose.MINIBATCHES, step, epoch)
             for rows in torch.randperm(len(scored.advantages_B), generator=generator).split(self.config.minibatch):
                 used = rows if with_signal_B is None else rows[with_signal_B[rows]]
-                stats = self._gradient(scored, used.to(self.policy.device), len(rows), logp_ref_BL, epoch == 0)
+                stats = self._gradient(scored, self._on_device(used), len(rows), logp_ref_BL, epoch == 0)
                 with stage("optimizer"):
                     norm, not_finite = self._clipped_step()
                     self._average()
@@ -147,6 +147,12 @@ class Updater:
         """Move the averages after an optimizer step, taken or left out: towards weights that stayed, if left out."""
         if self.config.ema_decay is not None:
             torch._foreach_lerp_(_local(self._averages), _local(self._averaged), 1.0 - self.config.ema_decay)
+
+    def _on_device(self, rows: Tensor) -> Tensor:
+        """From pinned memory: a copy from other memory waits for all that was launched before."""
+        if self.policy.device.type != "cuda":
+            return rows.to(self.policy.device)
+        return rows.pin_memory().to(self.policy.device, non_blocking=True)
 
     def _gradient(
         self, scored: ScoredRollout, rows: Tensor, minibatch: int, logp_ref_BL: Tensor | None, first_epoch: bool

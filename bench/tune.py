@@ -1,0 +1,339 @@
+"""Measure block shapes, warps and stages of every Triton kernel, offline: winners are pinned in kernels/settings.py.
+
+    python bench/tune.py [--seconds 400] [--out tune.json] [--kernel attention_forward ...]
+
+Every candidate is compared with the reference in float64 first (each_kernel.py: at most twice PyTorch's error), in
+processes side by side, which fill Triton's cache too; then those that pass are timed in turns at the shapes of d16 and
+d30, with a cold cache. Prints a table a kernel, best first, the pinned one marked, and what to write into PINNED, where
+the gain is larger than the spread of the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import each_kernel
+import harness
+import torch
+
+from varfast import kernels
+from varfast.config import VARConfig
+from varfast.kernels import settings
+
+Setting = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kernel at a size.
+
+    Attributes:
+        kernel, size: as kernels/settings.py knows them.
+        case: of each_kernel.py, for the check.
+        candidates: settings beside the pinned one.
+        prepare: makes inputs at full size and returns the call that is timed.
+        sizes: keywords of each_kernel.cases.
+    """
+
+    kernel: str
+    size: int
+    case: str
+    candidates: list[Setting]
+    prepare: Callable[[], Callable[[], object]]
+    sizes: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.size}"
+
+
+@dataclass
+class Found:
+    """A candidate: whether it is right, and how long it takes."""
+
+    setting: Setting
+    pinned: bool = False
+    wrong: str = ""
+    ms: float = 0.0
+    spread: float = 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Candidates
+
+
+def product(**choices: tuple[int, ...]) -> list[Setting]:
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def tiles(*quadruples: tuple[int, int, int, int]) -> list[Setting]:
+    """(BLOCK_M, BLOCK_N, num_warps, num_stages)"""
+    return [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), q, strict=True)) for q in quadruples]
+
+
+FORWARD = tiles(
+    (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 4, 4),
+    (128, 128, 8, 2), (128, 128, 8, 3), (128, 32, 8, 3), (128, 32, 4, 4), (64, 64, 4, 2), (64, 64, 4, 3),
+    (64, 64, 4, 4), (64, 128, 4, 2), (64, 128, 4, 3), (64, 32, 4, 4),
+)  # fmt: skip
+DQ = tiles(
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 4, 3), (64, 128, 4, 2),
+    (64, 128, 8, 2), (128, 32, 8, 3), (128, 128, 8, 2),
+)  # fmt: skip
+# Of 128 queries at a time every shape spills (triton 3.6).
+DKV = tiles(
+    (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 2), (32, 128, 8, 3),
+    (64, 128, 8, 2), (64, 128, 8, 3),
+)  # fmt: skip
+CACHED = {
+    16: tiles((16, 32, 1, 2), (16, 64, 1, 2), (16, 128, 2, 2), (16, 128, 4, 2)),
+    64: tiles((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 64, 8, 3)),
+    128: tiles((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
+}
+
+
+def group_norm_tiles(channels: int) -> list[Setting]:
+    widths = [w for w in (16, 32, 64, 128, 256) if channels % w == 0]
+    shapes = [{"ROWS": numbers // w, "TILE": w} for w in widths for numbers in (4096, 8192)]
+    return [shape | {"num_warps": warps} for shape in shapes for warps in (4, 8)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is timed, at the shapes of bench_kernels.py
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape, device=harness.DEVICE).to(dtype).requires_grad_(grad)
+
+
+def timed(function: Callable[[], Any], leaves: list[torch.Tensor], backward: bool) -> Callable[[], object]:
+    if not backward:
+
+        def forward() -> None:
+            with torch.no_grad():
+                function()
+
+        return forward
+    outputs = function()
+    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad]
+    upstream = [torch.randn_like(y) for y in outputs]
+    return lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+
+
+def sampling() -> Callable[[], object]:
+    logits, key = randn(512, 256, 4096, dtype=torch.float32), torch.tensor([0, 0, 0], device=harness.DEVICE)
+    return lambda: kernels.sample_tokens(logits, key, 9, 0.7)
+
+
+def log_softmax(backward: bool) -> Callable[[], object]:
+    logits = randn(64, 680, 4096, dtype=torch.float32, grad=True)
+    tokens = torch.randint(4096, (64, 680), device=harness.DEVICE)
+    return timed(lambda: kernels.selective_log_softmax(logits, tokens, 0.7)[0], [logits], backward)
+
+
+def split_heads(heads: int, backward: bool) -> Callable[[], object]:
+    qkv = randn(64, 680, 192 * heads, grad=True)
+    return timed(lambda: kernels.split_heads(qkv, heads, True), [qkv], backward)
+
+
+def adaln(width: int, backward: bool) -> Callable[[], object]:
+    leaves = [randn(64, 680, width, grad=True) for _ in range(2)] + [randn(64, width, grad=True) for _ in range(3)]
+    return timed(lambda: kernels.gated_residual_norm(*leaves), leaves, backward)
+
+
+def group_norm(channels: int) -> Callable[[], object]:
+    side = {160: 256, 320: 64, 640: 16}[channels]
+    x = randn(64, channels, side, side).contiguous(memory_format=torch.channels_last)
+    weight, bias, input_bias = (randn(channels, dtype=torch.float32) for _ in range(3))
+    return lambda: kernels.group_norm_silu(x, weight, bias, 32, input_bias_C=input_bias)
+
+
+def attention(backward: bool) -> Callable[[], object]:
+    leaves = [randn(64, 16, 680, 64, grad=True) for _ in range(3)]
+    scale, ends = torch.full((16,), 0.125, device=harness.DEVICE), VARConfig().scale_ends
+    return timed(lambda: kernels.block_causal_attention(*leaves, ends, scale), leaves, backward)
+
+
+def cached_attention(tokens: int, num_keys: int) -> Callable[[], object]:
+    q, k, v = randn(64, 16, tokens, 64), randn(64, 16, 680, 64), randn(64, 16, 680, 64)
+    scale = torch.full((16,), 0.125, device=harness.DEVICE)
+    return lambda: kernels.cached_attention(q, k, v, num_keys, scale)
+
+
+def targets() -> list[Target]:
+    """By what they may gain."""
+    found = [
+        Target("attention_forward", 16, "block_causal_attention", FORWARD, lambda: attention(False), {}),
+        Target("attention_dkv", 16, "block_causal_attention", DKV, lambda: attention(True), {}),
+        Target("attention_dq", 16, "block_causal_attention", DQ, lambda: attention(True), {}),
+        Target("sample_tokens", 4096, "sample_tokens", product(num_warps=(2, 4, 8, 16)), sampling, {}),
+    ]
+    for width, heads in ((1024, 16), (1920, 30)):
+        rows = product(ROWS=(8, 16, 32), num_warps=(2, 4, 8, 16))
+        found += [
+            Target("adaln_forward", width, "gated_residual_norm", product(num_warps=(1, 2, 4, 8)),
+                   lambda width=width: adaln(width, False), {"heads": heads}),
+            Target("adaln_backward", width, "gated_residual_norm", rows,
+                   lambda width=width: adaln(width, True), {"heads": heads}),
+        ]  # fmt: skip
+    for backward in (False, True):
+        direction = "backward" if backward else "forward"
+        found.append(
+            Target(f"selective_log_softmax_{direction}", 4096, "selective_log_softmax",
+                   product(num_warps=(2, 4, 8, 16)), lambda backward=backward: log_softmax(backward), {})
+        )  # fmt: skip
+    for channels in (160, 320, 640):
+        found.append(
+            Target("group_norm_silu", channels, "group_norm_silu", group_norm_tiles(channels),
+                   lambda channels=channels: group_norm(channels), {"channels": channels})
+        )  # fmt: skip
+    for heads, backward in itertools.product((16, 30), (False, True)):
+        found.append(
+            Target(f"split_heads_{'backward' if backward else 'forward'}", heads, "split_heads",
+                   product(TOKENS=(8, 16, 32), num_warps=(2, 4, 8)),
+                   lambda heads=heads, backward=backward: split_heads(heads, backward), {"heads": heads})
+        )  # fmt: skip
+    for block, tokens, num_keys in ((128, 256, 680), (64, 169, 424), (16, 16, 30)):
+        found.append(
+            Target(f"attention_cached_{block}", 16, "cached_attention", CACHED[block],
+                   lambda tokens=tokens, num_keys=num_keys: cached_attention(tokens, num_keys), {})
+        )  # fmt: skip
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def launched_with(kernel: str, setting: Setting) -> Iterator[None]:
+    """With a candidate; with nothing: as pinned."""
+    if not setting:
+        yield
+        return
+    with settings.trying(kernel, **setting):
+        yield
+
+
+def check(kernel: str, case: str, setting: Setting, sizes: dict[str, int], small: bool = False) -> str:
+    """What is wrong with a candidate, or nothing."""
+    dtype = torch.float32 if small else torch.bfloat16
+    try:
+        with launched_with(kernel, setting):
+            wrong = each_kernel.compare(each_kernel.cases(small, dtype, 0, **sizes)[case], "triton")
+    except Exception as error:  # noqa: BLE001 - a candidate may fail in any way, such as for want of shared memory
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:160] if str(error).strip() else ''}"
+    return "; ".join(wrong)
+
+
+def check_all(chosen: list[Target], seconds: float, workers: int) -> dict[tuple[str, int], str]:
+    """What is wrong with each candidate, by the target's name and its index; those not checked in time are left out."""
+    found: dict[tuple[str, int], str] = {}
+    end = time.monotonic() + seconds
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    jobs = {
+        pool.submit(check, t.kernel, t.case, setting, t.sizes): (t.name, i)
+        for t in chosen
+        for i, setting in enumerate(t.candidates)
+    }
+    try:
+        for job in as_completed(jobs, timeout=max(1.0, end - time.monotonic())):
+            error = job.exception()
+            found[jobs[job]] = f"its process died: {error}" if error else job.result()
+    except TimeoutError:
+        print(f"{len(jobs) - len(found)} of {len(jobs)} candidates were not checked in {seconds:.0f} s: left out")
+    for process in list((pool._processes or {}).values()):
+        process.terminate()
+    pool.shutdown(wait=False, cancel_futures=True)
+    return found
+
+
+def measure(target: Target, candidates: list[Setting], budget_s: float) -> list[Found]:
+    """Times of the pinned setting and of candidates that were found right, best first."""
+    call = target.prepare()
+
+    def under(setting: Setting) -> Callable[[], object]:
+        def run() -> None:
+            with launched_with(target.kernel, setting):
+                call()
+
+        return run
+
+    found, calls = [], {}
+    for setting in [{}, *candidates]:
+        one = Found(setting, pinned=not setting)
+        found.append(one)
+        try:
+            under(setting)()
+            harness.synchronize()
+        except Exception as error:  # noqa: BLE001 - as in check, at another batch
+            one.wrong = f"{type(error).__name__}: {error}"[:160]
+        else:
+            calls[str(setting)] = under(setting)
+    for one, median in zip((f for f in found if not f.wrong), harness.time_interleaved(calls, budget_s).values(),
+                          strict=True):  # fmt: skip
+        one.ms, one.spread = median.ms, median.spread
+    return sorted(found, key=lambda one: (bool(one.wrong), one.ms))
+
+
+def table(target: Target, found: list[Found]) -> str:
+    """Best first; the pinned one marked; and what to pin, where something is faster than noise."""
+    lines = [f"{target.name}"]
+    for one in found:
+        time_ms = f"{one.ms:9.4f} ms +- {one.spread / 2:4.0%}" if not one.wrong else f"{'':20}"
+        what = "pinned" if one.pinned else ", ".join(f"{k}={v}" for k, v in one.setting.items())
+        lines.append(f"  {time_ms}  {what}  {one.wrong}".rstrip())
+    right = [one for one in found if not one.wrong]
+    pinned = next((one for one in right if one.pinned), None)
+    if (
+        pinned
+        and not right[0].pinned
+        and pinned.ms - right[0].ms > (pinned.spread * pinned.ms + right[0].spread * right[0].ms) / 2
+    ):
+        gain = pinned.ms / right[0].ms
+        lines.append(f'  -> {gain:.2f}x: (HOPPER, "{target.kernel}", {target.size}): {json.dumps(right[0].setting)},')
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=400.0)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--kernel", nargs="*", default=[])
+    parser.add_argument("--workers", type=int, default=12)
+    arguments = parser.parse_args()
+    if not harness.CUDA:
+        print("tuning needs a GPU")
+        return 1
+    begin = time.monotonic()
+    chosen = [t for t in targets() if not arguments.kernel or t.kernel in arguments.kernel]
+    wrong = check_all(chosen, 0.55 * arguments.seconds, arguments.workers)
+    print(f"checked {len(wrong)} candidates in {time.monotonic() - begin:.0f} s", flush=True)
+    content: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "targets": {}}
+    for target in chosen:
+        if time.monotonic() - begin > arguments.seconds - 10:
+            print(f"no time left for {target.name} and what follows")
+            break
+        states = [(setting, wrong.get((target.name, i), "not checked")) for i, setting in enumerate(target.candidates)]
+        found = measure(target, [setting for setting, state in states if not state], 0.05)
+        found += [Found(setting, wrong=state) for setting, state in states if state]
+        print(table(target, found), flush=True)
+        content["targets"][target.name] = [asdict(one) for one in found]
+        if arguments.out:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,48 @@
+"""How the Triton kernels are launched: block shapes, warps, stages. Pinned: nothing is tuned at run time.
+
+Each kernel's own file has a rule for any size. Where a device was measured to want something else, that is pinned here,
+by compute capability, kernel and size; `bench/tune.py` measures candidates, docs/measured.md says what was found.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+HOPPER = (9, 0)  # of H100 and H200; kernels that are interpreted or compiled without a GPU take its settings
+
+# (compute capability, kernel, size): what differs from the kernel's rule. Empty: nothing has been measured so far.
+PINNED: dict[tuple[tuple[int, int], str, Hashable], dict[str, int]] = {}
+
+_TRIED: dict[str, dict[str, int]] = {}
+
+
+def setting(kernel: str, size: Hashable, device: torch.device | None = None, **rule: int) -> dict[str, int]:
+    """The settings of a launch, as keywords of it.
+
+    Args:
+        kernel: such as "attention_forward".
+        size: what the best setting depends on, such as the width.
+        device: where it runs; None, as a CPU: Hopper's.
+        rule: what holds where nothing is pinned.
+    """
+    found = PINNED.get((_capability(device), kernel, size), {})
+    return rule | found | _TRIED.get(kernel, {})
+
+
+@contextmanager
+def trying(kernel: str, **values: int) -> Iterator[None]:
+    """Launch a kernel with other settings inside, whatever its size: for measuring them."""
+    _TRIED[kernel] = values
+    try:
+        yield
+    finally:
+        del _TRIED[kernel]
+
+
+@functools.cache
+def _capability(device: torch.device | None) -> tuple[int, int]:
+    return HOPPER if device is None or device.type != "cuda" else torch.cuda.get_device_capability(device)
