@@ -37,7 +37,6 @@ from varfast.kernels.selection import _OPS
 from varfast.models.var import FFN
 from varfast.policy import Policy
 from varfast.rewards import WeightedSum
-from varfast.rollout import sample
 from varfast.roofline import (
     Ceilings,
     available_bytes,
@@ -264,6 +263,7 @@ def test_step(benchmark, record, name, images):
     of_ours = Updater(policies["ours"], policies["ours"].frozen_copy(), config.grpo, config.update, 1, 0)
 
     def stepping(policy):
+        policy.cuda_graph = config.rollout.cuda_graph is not False
         updater = of_ours
         if policy.var is not policies["ours"].var:
             updater = Updater(policy, policy.frozen_copy(), config.grpo, config.update, 1, 0)
@@ -363,9 +363,11 @@ def test_forward_backward(benchmark, record, name, images):
 def test_rollout(benchmark, record, name, images):
     config, labels = step_config(name, images), labels_of(images)
     policies = dict(models(name))
+    for policy in policies.values():
+        policy.cuda_graph = True
     if CUDA:  # ours but for the graph
         eager = policies["eager"] = Policy(policies["ours"].var, policies["ours"].vqvae, DEVICE, config.run.dtype)
-        eager._sampler._run = lambda var, labels, key, settings: sample(var, eager.vqvae, labels, key, settings)
+        eager.cuda_graph = False
 
     def sampling(who, policy):
         def make(micro_batch):

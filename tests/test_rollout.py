@@ -91,6 +91,18 @@ def test_captured_rollout_equals_the_eager_one(make_models, sizes, dtype, lora):
 
 
 @pytest.mark.gpu
+def test_a_rollout_without_a_graph_keeps_no_memory(make_models):
+    policy = Policy(*make_models(depth=2), device="cuda", dtype="bfloat16")
+    policy.cuda_graph = False
+    policy.sample([0] * 64, 0.7, seed=0)  # makes the copy in 16 bits, tables and workspaces
+    before = torch.cuda.memory_allocated()
+    for step in range(3):
+        policy.sample([0] * 64, 0.7, seed=0, step=step)
+    assert policy._sampler._graph is None
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
 def test_rollout_waits_for_nothing_on_the_gpu(make_models):
     policy = Policy(*make_models(depth=2), device="cuda", dtype="bfloat16")
     labels = torch.arange(8, device="cuda") % 5

@@ -510,18 +510,22 @@ def test_planned_fits_where_the_states_leave_room(preset, device):
     assert not roofline.memory(config(preset)).fits(roofline.memory(config(preset)).peak)
 
 
-def test_planned_samples_fewer_at_a_time_where_the_captured_rollout_would_take_the_update_its_room():
-    size = 74 * 2**30
-    settings = config("d30")
+def test_planned_captures_the_rollout_where_the_update_keeps_its_room():
+    settings, size = config("d30"), 74 * 2**30
     free = size - roofline.memory(settings).states
-    alone, plan = roofline.update_plan(settings, free), roofline.planned(settings, size)
-    assert (plan.update.micro_batch, plan.update.checkpointing) == alone == (16, "none")
-    assert plan.rollout.micro_batch == 64 < roofline.rollout_micro_batch(settings, free) == 128
-    run = settings.run.model_copy(update={"fast": False})
-    eager = roofline.planned(settings.model_copy(update={"run": run}), size)
-    assert eager.rollout.micro_batch == 128  # nothing is captured
-    named = roofline.planned(config("d30", rollout={"micro_batch": 128}), size)
-    assert named.rollout.micro_batch == 128
+    tight = roofline.planned(settings, size)
+    assert tight.rollout.cuda_graph is False
+    assert roofline.memory(tight).captured == 0
+    assert (tight.update.micro_batch, tight.update.checkpointing) == roofline.update_plan(settings, free)
+    assert tight.rollout.micro_batch == roofline.rollout_micro_batch(settings, free) == 128
+    asked = roofline.planned(config("d30", rollout={"cuda_graph": True, "micro_batch": 64}), size)
+    assert asked.rollout.cuda_graph is True
+    held = roofline.memory(asked)
+    assert held.captured == held.kv_cache + held.rollout_activations
+    assert held.fits(size)
+    whole = roofline.planned(config("d16"), 141 * 10**9)
+    assert (whole.rollout.cuda_graph, whole.rollout.micro_batch, whole.update.micro_batch) == (True, 512, 32)
+    assert roofline.planned(config("d16", rollout={"cuda_graph": False}), None).rollout.cuda_graph is False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -603,7 +607,7 @@ def test_command_prints_the_numbers_it_counted(capsys):
     text = capsys.readouterr().out
     row = next(line for line in text.splitlines() if line.startswith("decode")).split()
     assert row[1:3] == ["393.8", "201.6"]
-    assert "rollout.micro_batch=64, update.micro_batch=16, update.checkpointing=none" in text
+    assert "rollout.micro_batch=64, rollout.cuda_graph=true, update.micro_batch=16, update.checkpointing=none" in text
     assert "fits into 139.0 GiB" in text
     roofline.main([str(ROOT / "configs" / "d30.yaml"), "device=RTX4090"])
     assert "does not fit into 22.4 GiB" in capsys.readouterr().out

@@ -58,6 +58,7 @@ _FREE_TO_CHANGE = (
     "eval",
     "kernels",
     "rollout.micro_batch",
+    "rollout.cuda_graph",
     "update.micro_batch",
     "update.checkpointing",
     "pretrain.cache_dir",

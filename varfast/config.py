@@ -248,6 +248,11 @@ class RolloutConfig(_Section):
     micro_batch: int | None = Field(
         None, ge=1, description="images sampled and decoded at a time; default: chosen from free memory"
     )
+    cuda_graph: bool | None = Field(
+        None,
+        description="on a GPU, replay a captured rollout, which holds on to its memory during the update; default: "
+        "where that leaves the update its room",
+    )
 
     @property
     def images(self) -> int:

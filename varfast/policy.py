@@ -50,6 +50,7 @@ class Policy:
     Attributes:
         var, vqvae: the models, on one device.
         device: where they are.
+        cuda_graph: whether equal rollouts on a GPU are captured and replayed, if the policy is fast.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Policy:
         self.var.compute_dtype = _DTYPES[dtype]
         self.vqvae = vqvae.to(self.device).requires_grad_(False)
         self._fast = fast
+        self.cuda_graph = True
         self._sampler = Sampler(self.var, self.vqvae, fast)
         self._decoder: FastDecoder | None = None
         self._beside: torch.cuda.Stream | None = None
@@ -208,7 +210,7 @@ class Policy:
         check_micro_batch("micro_batch", micro_batch, len(labels_B))
         settings = SamplingSettings(temperature, cfg, top_k, top_p)
         drawn, images = [], []
-        parts = self._sampler.parts(labels_B, settings, seed, step, first_sample, micro_batch)
+        parts = self._sampler.parts(labels_B, settings, seed, step, first_sample, micro_batch, self.cuda_graph)
         if decode and self.device.type == "cuda" and self._beside is None:
             self._beside = torch.cuda.Stream(self.device)  # one for all steps: the allocator keeps memory by stream
         beside = self._beside if decode else None

@@ -66,6 +66,7 @@ class Sampler:
         step: int = 0,
         first_sample: int = 0,
         micro_batch: int | None = None,
+        capture: bool = True,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Sample one image a label, `micro_batch` (default all) at a time.
 
@@ -76,6 +77,7 @@ class Sampler:
             labels_B: (B,) int64 on the models' device.
             settings: how to draw.
             seed, step, first_sample: key of the randomness.
+            capture: False: no CUDA graph, which would hold on to cache and activations until the next call.
         Yields: tokens (b, L) int64, log-probability and entropy (b, L) float32, of each micro-batch.
         """
         var = self._up_to_date()
@@ -85,7 +87,7 @@ class Sampler:
         first_N = torch.arange(len(parts_B), device=labels_B.device) * size + first_sample
         keys_N3 = torch.stack([torch.full_like(first_N, seed), torch.full_like(first_N, step), first_N], dim=1)
         for key, part_B in zip(keys_N3, parts_B, strict=True):
-            yield self._run(var, part_B, key, settings)
+            yield self._run(var, part_B, key, settings, capture)
 
     def _up_to_date(self) -> VAR:
         if not self._fast or self._original.stored_in_compute_dtype:
@@ -97,10 +99,10 @@ class Sampler:
         return self._twin
 
     def _run(
-        self, var: VAR, labels_B: Tensor, key: Tensor, settings: SamplingSettings
+        self, var: VAR, labels_B: Tensor, key: Tensor, settings: SamplingSettings, capture: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape = (len(labels_B), settings)
-        if self._fast and labels_B.device.type == "cuda" and shape in (self._captured, self._last):
+        if self._fast and capture and labels_B.device.type == "cuda" and shape in (self._captured, self._last):
             if shape != self._captured:
                 self._graph = None  # its memory goes first
                 self._graph = CudaGraph(

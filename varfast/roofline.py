@@ -506,6 +506,7 @@ class Memory:
         decode: of a micro-batch, at the level where most exists at once.
         update: of a micro-batch: what autograd keeps, logits, and the block at work.
         casts: weights in 16 bits, which autograd keeps beside those activations; 0 where weights are sharded.
+        captured: what the rollout's CUDA graph holds on to during the update: its cache and activations.
     """
 
     weights: int
@@ -522,6 +523,7 @@ class Memory:
     decode: int
     update: int
     casts: int
+    captured: int
 
     @property
     def states(self) -> int:
@@ -536,7 +538,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        return self.states + max(self.rollout, self.update + self.casts)
+        return self.states + max(self.rollout, self.update + self.casts + self.captured)
 
     def fits(self, device_bytes: int) -> bool:
         """Whether the plan's share of what the states leave is enough."""
@@ -574,6 +576,7 @@ def memory(config: Config, shards: int = 1) -> Memory:
         decode=sampled * decode_activation_bytes(config),
         update=trained * update_activation_bytes(config, _checkpointing(config)),
         casts=cast_bytes(config, _checkpointing(config)) if shards == 1 else 0,
+        captured=sampled * captured_bytes(config),
     )
 
 
@@ -667,6 +670,12 @@ def cast_bytes(config: Config, checkpointing: Checkpointing) -> int:
     return _ITEM[config.run.dtype] * (kept - (sizes.depth - 1) * again)
 
 
+def captured_bytes(config: Config) -> int:
+    """Of one image: what the CUDA graph of a rollout holds on to; 0 where there is none."""
+    captured = config.run.fast and config.rollout.cuda_graph is not False
+    return kv_cache_bytes(config) + rollout_activation_bytes(config) if captured else 0
+
+
 def rollout_micro_batch(config: Config, free_bytes: float) -> int:
     """Images to sample and decode at a time: what the config names, else the most that fits, at least 1.
 
@@ -730,23 +739,21 @@ def share(config: Config, images: int, minibatch: int) -> Config:
 
 
 def planned(config: Config, device_bytes: int | None, shards: int = 1) -> Config:
-    """The config with both micro-batches and update.checkpointing filled in for a device; None: memory is no limit.
+    """The config with both micro-batches, rollout.cuda_graph and update.checkpointing filled in for a device; None:
+    memory is no limit.
 
     shards: as in `memory`.
     """
     free = math.inf if device_bytes is None else device_bytes - memory(config, shards).states
-    micro_batch, checkpointing = update_plan(config, free)
-    sampled = rollout_micro_batch(config, free)
-    # A captured rollout holds on to its cache and activations while the update runs. The update goes first: for d30 on
-    # 74 GiB 128 images sampled at a time would leave room to update 8 at a time instead of 16.
-    held = kv_cache_bytes(config) + rollout_activation_bytes(config) if config.run.fast else 0
-    while (
-        config.rollout.micro_batch is None
-        and sampled > 1
-        and update_plan(config, free - sampled * held) != (micro_batch, checkpointing)
-    ):
-        sampled = _largest_divisor(config.rollout.images, sampled - 1)
-    rollout = config.rollout.model_copy(update={"micro_batch": sampled})
+    sampled, plan = rollout_micro_batch(config, free), update_plan(config, free)
+    # A captured rollout holds on to its memory while the update runs. Where that would cost the update its room, it is
+    # launched kernel by kernel: with images enough to fill the memory, the kernels are longer than their launches.
+    beside_graph = update_plan(config, free - sampled * captured_bytes(config) / _USABLE)
+    graph = config.rollout.cuda_graph
+    if graph is None:
+        graph = beside_graph == plan
+    micro_batch, checkpointing = beside_graph if graph else plan
+    rollout = config.rollout.model_copy(update={"micro_batch": sampled, "cuda_graph": graph})
     update = config.update.model_copy(update={"micro_batch": micro_batch, "checkpointing": checkpointing})
     return config.model_copy(update={"rollout": rollout, "update": update})
 
@@ -1061,6 +1068,7 @@ def _memory_table(config: Config, ceilings: Ceilings) -> list[str]:
     held = memory(config)
     lines = [
         f"memory, GiB: rollout.micro_batch={config.rollout.micro_batch}, "
+        f"rollout.cuda_graph={str(config.rollout.cuda_graph).lower()}, "
         f"update.micro_batch={config.update.micro_batch}, update.checkpointing={config.update.checkpointing}"
     ]
     parts = {field.name: getattr(held, field.name) for field in fields(held)}

@@ -81,6 +81,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
         policy = load_base(config.model_copy(update={"run": on_device}), folder, resume=noted)
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
+    policy.cuda_graph = fitted.rollout.cuda_graph is not False
     reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
     policy.distribute(world, config.run.parallel)
     fits = {name: getattr(fitted.update, name) for name in ("micro_batch", "checkpointing")}
