@@ -369,17 +369,21 @@ def test_losses_that_are_not_finite_in_a_row_stop_the_run_with_a_diagnosis(make_
     assert_same_run(whole.run.dir, config.run.dir)
 
 
+EAGER = {"rollout__cuda_graph": False}
+
+
 @pytest.mark.parametrize(
     ("where", "settings", "advice"),
     [
         ("rollout", {"rollout__micro_batch": 4}, "use rollout.micro_batch=2, now 4"),
         ("rollout", {}, "use rollout.micro_batch=4, now 8"),
         ("rollout", {"rollout__micro_batch": 1}, "nothing smaller can be set there: try run.dtype=bfloat16"),
-        ("update", {"update__checkpointing": "none"}, "use update.checkpointing=attention, now none with"),
-        ("update", {"update__checkpointing": "full"}, "use update.micro_batch=2, now 4"),
+        ("update", {}, "use rollout.cuda_graph=false, now true (its graph holds"),
+        ("update", EAGER | {"update__checkpointing": "none"}, "use update.checkpointing=attention, now none with"),
+        ("update", EAGER | {"update__checkpointing": "full"}, "use update.micro_batch=2, now 4"),
         (
             "update",
-            {"update__checkpointing": "full", "update__micro_batch": 1},
+            EAGER | {"update__checkpointing": "full", "update__micro_batch": 1},
             "nothing smaller can be set there: try run.dtype=bfloat16, update.optimizer=adamw8bit (moments of 0.00",
         ),
     ],

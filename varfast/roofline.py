@@ -774,6 +774,10 @@ def lower_memory(config: Config, part: str) -> str:
     elif part == "reward":
         sizes = {f"reward.{n}.batch_size": r.batch_size for n, r in config.reward.items() if hasattr(r, "batch_size")}
         advice = "; ".join(f"use {key}={size // 2}, now {size}" for key, size in sizes.items() if size > 1)
+    elif captured_bytes(config):
+        sampled = config.rollout.micro_batch or config.rollout.images
+        held = f"its graph holds {_number(sampled * captured_bytes(config) / 2**30)} GiB meanwhile"
+        advice = f"use rollout.cuda_graph=false, now true ({held})"
     else:
         if now < 2 * _ENOUGH_IMAGES and update.checkpointing != "full":
             more = "attention" if update.checkpointing == "none" else "full"
