@@ -7,6 +7,7 @@ import torch
 from varfast import InputError, load_policy
 from varfast.data import digits
 from varfast.pretrain import base_paths, main, pretrain, pretrained
+from varfast.randomness import deterministic
 
 SMALL = {
     "policy__checkpoint": "pretrain",
@@ -24,6 +25,18 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def config(make_config):
     return make_config(**SMALL)
+
+
+def test_a_deterministic_run_may_pretrain_by_operations_without_a_fixed_order(config, monkeypatch):
+    """As the upsamplings' gradients on a GPU are; on a CPU put_ stands for them."""
+
+    def unordered(*args):
+        torch.zeros(2).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("varfast.pretrain.load_images", unordered)
+    with deterministic(True), pytest.warns(UserWarning, match="put_"), pytest.raises(ZeroDivisionError):
+        pretrained(config, CPU)
 
 
 def test_pretrain_learns_and_repeats_itself(make_config):

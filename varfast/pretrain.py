@@ -30,6 +30,7 @@ from varfast.config import Config, load_config
 from varfast.data import Images, fingerprint, load_images
 from varfast.models import VAR, VQVAE
 from varfast.policy import pick_device
+from varfast.randomness import order_may_vary
 from varfast.types import InputError
 
 _GRAD_CLIP = 1.0
@@ -84,7 +85,8 @@ def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
     """The transformer's and the VQ-VAE's checkpoint for this config, trained now if they are not in the cache."""
     var_path, vqvae_path = base_paths(config, device)
     if not (var_path.exists() and vqvae_path.exists()):
-        var, vqvae, report = pretrain(config, device)
+        with order_may_vary():  # on a GPU the gradient of upsampling has no fixed order; the base is made once and kept
+            var, vqvae, report = pretrain(config, device)
         save_tensors(vqvae_path, vqvae.state_dict())
         save_tensors(var_path, var.state_dict())
         save_text(var_path.with_name("report.json"), json.dumps(asdict(report), indent=2) + "\n")

@@ -47,11 +47,28 @@ def deterministic(wanted: bool) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS: one workspace a stream
     settings: Any = torch.utils.deterministic  # whose attribute type checkers do not see
-    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    filled = settings.fill_uninitialized_memory
     settings.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    try:
+        with _algorithms(deterministic=True, warn_only=False):
+            yield
+    finally:
+        settings.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def order_may_vary() -> Iterator[None]:
+    """Inside `deterministic`: an operation that cannot warns in place of raising."""
+    with _algorithms(torch.are_deterministic_algorithms_enabled(), warn_only=True):
+        yield
+
+
+@contextmanager
+def _algorithms(deterministic: bool, warn_only: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        settings.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(before, warn_only=only_warned)
