@@ -526,9 +526,10 @@ def _dkv_kernel(
 
 
 # Rows of queries and of keys of a tile, warps, stages of the pipeline of loads; by kernel and the bits of a number.
-# Chosen by what they compile to (`python -m varfast.kernels.aot`): tiles and warps at which two or more programs share
-# a multiprocessor's 65536 registers and 227 KiB, so that one's exponentials hide behind another's products. Not yet
-# measured.
+# In 16 bits forward, dq and dkv are the fastest of bench/tune.py on an H100 (2026-11-26, torch 2.11, triton 3.6, B 64,
+# H 16, L 680; docs/measured.md). The others are chosen by what they compile to (`python -m varfast.kernels.aot`): tiles
+# and warps at which two or more programs share a multiprocessor's 65536 registers and 227 KiB, so that one's
+# exponentials hide behind another's products.
 # float32 products run on the plain cores ("ieee"): tensor cores would round to 10 bits. The tiles are what fits without
 # spills.
 def _rule(block_m: int, block_n: int, num_warps: int, num_stages: int) -> dict[str, int]:
@@ -536,10 +537,9 @@ def _rule(block_m: int, block_n: int, num_warps: int, num_stages: int) -> dict[s
 
 
 _RULES = {
-    # two programs, in 128 registers; 64 rows would read k and v from L2 twice as often
-    ("forward", 16): _rule(128, 64, 8, 3),
-    ("dq", 16): _rule(64, 64, 4, 3),
-    ("dkv", 16): _rule(64, 64, 4, 3),
+    ("forward", 16): _rule(64, 64, 4, 3),  # 0.275 ms; 128 x 64 on 8 warps 0.295
+    ("dq", 16): _rule(64, 64, 4, 3),  # 64 x 32: 1.01 times as fast, within the spread
+    ("dkv", 16): _rule(32, 64, 4, 3),  # the whole backward pass 0.951 ms; 64 x 64: 1.081
     # Fewer than 64 rows leave HGMMA for the older instruction, and do not pad 1 to 16 queries to 64.
     ("cached_16", 16): _rule(16, 64, 1, 2),
     ("cached_64", 16): _rule(64, 64, 4, 3),

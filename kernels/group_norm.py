@@ -131,7 +131,7 @@ def _join_kernel(
     column = tl.arange(0, BLOCK)
     channel = (program % groups) * WIDTH + column
     input_bias = tl.load(input_bias_ptr + channel, mask=column < WIDTH, other=0.0)
-    count = pixels.to(tl.float32) * WIDTH
+    count = pixels * (WIDTH * 1.0)  # not pixels.to(): of one pixel a launch makes a Python int
     # Means are summed as they differ from one of them: a large common offset costs no digits.
     origin = tl.load(mean_ptr + image * chunks * C + (program % groups) * WIDTH)
     sums = tl.zeros((CHUNKS, BLOCK), tl.float32)

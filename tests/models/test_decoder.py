@@ -57,6 +57,16 @@ def test_bfloat16_images_are_those_of_float32_to_the_eye(make_vqvae):
 
 
 @torch.no_grad()
+def test_channels_of_zeros_leave_the_image_as_it_is(make_vqvae):
+    conv = make_vqvae(**CONFIGS[0]).decoder.conv_out
+    x = torch.randn(2, 32, 5, 6)
+    padded = decoder._Conv(conv, torch.float32, with_bias=True, channels=64)(x)
+    assert padded.shape[1] == 64
+    torch.testing.assert_close(padded[:, :3], conv(x))
+    assert not padded[:, 3:].any()
+
+
+@torch.no_grad()
 def test_decoding_in_parts_gives_the_same_images(make_vqvae, monkeypatch):
     vqvae = make_vqvae(**CONFIGS[1])
     f_hat = f_hat_of(vqvae, 5)
