@@ -2,8 +2,8 @@
 
     python -m varfast.kernels.aot
 
-Gates (see `problems`): no spills, no stack, 128-bit loads, and in matrix kernels the matrix instruction: HGMMA of Hopper,
-UTCMMA of Blackwell.
+Gates (see `problems`): no spills, no stack, 128-bit loads, and in matrix kernels the matrix instruction: HGMMA on
+Hopper, UTCMMA on Blackwell.
 
 A launch specialises the integers that it is given: 1 becomes a Python int, on which `.to()` fails, and multiples of 16
 are known as such. Each kernel is compiled as it is launched at full size, and also with every integer 1 and with none
@@ -153,8 +153,8 @@ def all_kernels() -> list[AheadOfTime]:
 
 
 def everything() -> list[AheadOfTime]:
-    """For sm_90 every kernel at every configuration; and, once a kernel and set of flags, what small launches make of it,
-    and the same for sm_100, in bfloat16."""
+    """For sm_90 every kernel at every configuration, and once a kernel and set of flags what small launches make of it;
+    for sm_100 once a kernel and set of flags, in bfloat16, and every matrix kernel."""
     items, small, for_100 = [], set(), set()
     for item in all_kernels():
         items.append(item)
