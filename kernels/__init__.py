@@ -9,6 +9,7 @@ from varfast.kernels.attention import block_causal_attention, cached_attention
 from varfast.kernels.group_norm import group_norm_silu
 from varfast.kernels.grpo_loss import GRPO_STATS, grpo_token_loss
 from varfast.kernels.logprob import selective_log_softmax
+from varfast.kernels.matmul import invariant_linear
 from varfast.kernels.qkv import split_heads, split_heads_to_cache
 from varfast.kernels.sampling import sample_tokens
 from varfast.kernels.selection import Choice, check_implementation, choices, configure
@@ -24,6 +25,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_norm",
     "group_norm_silu",
+    "invariant_linear",
     "grpo_token_loss",
     "layer_norm_modulate",
     "sample_tokens",
