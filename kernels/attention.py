@@ -83,11 +83,10 @@ def _run_sdpa(
 
 def _alone(q_BHlD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
     """Every image by a call of its own: the library cannot know how many there are."""
-    images = [
-        F.scaled_dot_product_attention(*(x.unsqueeze(0).contiguous() for x in image), scale=1.0)
-        for image in zip(q_BHlD, k_BHLD, v_BHLD, strict=True)
-    ]
-    return torch.cat(images) if images else torch.empty_like(q_BHlD)
+    images = []
+    for q, k, v in zip(q_BHlD.split(1), k_BHLD.split(1), v_BHLD.split(1), strict=True):
+        images.append(F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous(), scale=1.0))
+    return torch.cat(images)
 
 
 def _run_alone(
@@ -189,9 +188,7 @@ implementations(
     Implementation("flash_attn", _run_flash_attn, _cannot_run_flash_attn, auto_on=()),
     Implementation("sdpa", _run_sdpa, auto_on=()),
     # The bits of cached_attention's of the same name, whatever the batch: strict mode.
-    Implementation(
-        "triton_invariant", functools.partial(_run_triton, invariant=True), cannot_run_triton, (), _refuses
-    ),
+    Implementation("triton_invariant", functools.partial(_run_triton, invariant=True), cannot_run_triton, (), _refuses),
     Implementation("sdpa_invariant", _run_alone, auto_on=()),
     Implementation("reference", reference.block_causal_attention),
 )

@@ -201,10 +201,8 @@ def _by_blocks(
     x_NC: Tensor, weight_FC: Tensor, bias_F: Tensor | None, gelu: bool, float32_out: bool, keep_before: bool
 ) -> tuple[Tensor, Tensor]:
     rows, features = len(x_NC), len(weight_FC)
-    if float32_out:
-        x_NC, weight_FC, bias_F = (
-            None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x_NC, weight_FC, bias_F)
-        )
+    dtype = torch.promote_types(x_NC.dtype, torch.float32) if float32_out else x_NC.dtype
+    x_NC, weight_FC, bias_F = x_NC.to(dtype), weight_FC.to(dtype), None if bias_F is None else bias_F.to(dtype)
     blocks = F.pad(x_NC, (0, 0, 0, -rows % _ROWS)).split(_ROWS)
     before = torch.cat([F.linear(block, weight_FC, bias_F) for block in blocks])[:rows]
     if not gelu:
@@ -281,7 +279,7 @@ def _run_by(by: str, x: Tensor, weight_FC: Tensor, bias_F: Tensor | None, gelu: 
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight_FC, bias_F))
     x_NC = x.reshape(-1, x.shape[-1])
     out_NF, _ = _linear_op(x_NC, weight_FC, bias_F, gelu, float32_out, gelu and differentiated, by)
-    return out_NF.view(*x.shape[:-1], -1)
+    return out_NF.view(*x.shape[:-1], len(weight_FC))
 
 
 def _run_triton(*arguments: Any) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +54,9 @@ def must_agree(differing: int, policy: Policy, rollout: Rollout, step: int) -> N
     labels = rollout.labels_B[:_IMAGES].tolist()
     found = difference(policy, labels, rollout.temperature, step) or "three of its images alone agree"
     raise InputError(
-        f"run.strict=true: in step {step + 1} {differing} log-probabilities of the rollout were not those of the update "
-        f"before its first optimizer step: {found}. The step is not in a checkpoint; run.strict=false in another run.dir "
-        "goes on without the promise"
+        f"run.strict=true: in step {step + 1}, before its first optimizer step, {differing} log-probabilities of the "
+        f"rollout were not those of the update: {found}. No checkpoint holds this step; run.strict=false in another "
+        "run.dir goes on without the promise"
     )
 
 
@@ -69,7 +70,7 @@ def difference(policy: Policy, labels: list[int], temperature: float, seed: int)
         policy.cuda_graph = captured
     inputs = [policy.teacher_input(tokens_1L) for tokens_1L in alone.tokens_BL.split(1)]
     if not torch.equal(policy.teacher_input(alone.tokens_BL), torch.cat(inputs)):
-        return "quantize gives the input of several images other bits than that of each"
+        return "the quantizer's sum of several images has other bits than that of each"
     in_rollout: dict[str, list[Tensor]] = {}
     for index, label_1 in enumerate(alone.labels_B.split(1)):
         key = torch.tensor([seed, GRID_STEP, index], device=policy.device)
@@ -82,9 +83,9 @@ def difference(policy: Policy, labels: list[int], temperature: float, seed: int)
         forced_BL = policy.token_logp(alone.labels_B, alone.tokens_BL, temperature).detach()
     for name, (given, *_) in outputs.items():
         if given.shape[0] == len(labels) and not torch.equal(torch.cat(in_rollout[name]), given):
-            return f"{name} gives an image alone, scale by scale, other bits than it gives {len(labels)} at once"
+            return f"{name} of an image alone, scale by scale, has other bits than of {len(labels)} at once"
     if not torch.equal(forced_BL, alone.logp_BL):
-        return "selective_log_softmax gives an image alone, scale by scale, other bits than it gives several at once"
+        return "selective_log_softmax of an image alone, scale by scale, has other bits than of several at once"
     if not (torch.equal(together.tokens_BL, alone.tokens_BL) and torch.equal(together.logp_BL, alone.logp_BL)):
         return "the rollout of several images is not that of each alone"
     return None
@@ -92,19 +93,29 @@ def difference(policy: Policy, labels: list[int], temperature: float, seed: int)
 
 @contextmanager
 def _recorded(var: VAR) -> Iterator[dict[str, list[Tensor]]]:
-    """What every module gives out inside, by name, in the order in which they end."""
-    outputs: dict[str, list[Tensor]] = {}
+    """Inputs and outputs of every module inside, by what they are, in the order in which they come.
 
-    def note(name: str) -> object:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if isinstance(output, Tensor):
-                outputs.setdefault(name, []).append(output.detach().clone())
+    Inputs too: between modules are attention, norms and residuals.
+    """
+    found: dict[str, list[Tensor]] = {}
 
-        return hook
+    def note(what: str, value: object) -> None:
+        if isinstance(value, Tensor):
+            found.setdefault(what, []).append(value.detach().clone())
 
-    hooks = [m.register_forward_hook(note(name)) for name, m in var.named_modules() if name]  # type: ignore[arg-type]
+    def before(name: str, module: nn.Module, inputs: tuple[object, ...]) -> None:
+        note(f"the input of {name}", inputs[0])
+
+    def after(name: str, module: nn.Module, inputs: object, output: object) -> None:
+        note(f"the output of {name}", output)
+
+    hooks = []
+    for name, module in var.named_modules():
+        if name:
+            hooks.append(module.register_forward_pre_hook(partial(before, name)))
+            hooks.append(module.register_forward_hook(partial(after, name)))
     try:
-        yield outputs
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
