@@ -104,6 +104,9 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
     def attention(impl: str, q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return (kernels.block_causal_attention(q, k, v, ends, scale, impl=impl),)
 
+    def linear(impl: str, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return (kernels.invariant_linear(x, weight, bias, gelu=True, impl=impl),)
+
     detached = tuple(y.detach() for y in (q, k, v))
     qkv = randn(batch, length, 3 * width)
     found = [
@@ -119,6 +122,8 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
         Case("gated_residual", by(kernels.gated_residual), (x, branch, gate)),
         Case("gated_residual_norm", by(kernels.gated_residual_norm), (x, branch, gate, scale, shift)),
         Case("group_norm_silu", norm, (image, *vectors)),
+        Case("invariant_linear", linear,
+             (x, randn(4 * width, width, times=width**-0.5), randn(4 * width))),
         Case("grpo_token_loss", loss, (logp,), floor=2e-6),
     ]  # fmt: skip
     return {case.name: case for case in found}

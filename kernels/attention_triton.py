@@ -749,9 +749,9 @@ def cached_attention_op(
 
     invariant: each row has the bits that attention_op gives it among all scales. Both kernels walk the keys from 0 in
     tiles of BLOCK_N, by the same code (_attend_tile) and, here, in the same tile shape; only where the masked tiles
-    begin and end differs. A masked tile that a row sees all of gives it the bits of an unmasked one only because nothing
-    is fused (AS_WRITTEN): else the compiler fuses logit * factor - top in the unmasked loop alone (36 FFMA in each
-    kernel for sm_90, 0 as written). A tile that a row sees nothing of leaves it as it is: weights exp2(-inf) = 0,
+    begin and end differs. A masked tile that a row sees all of gives it the bits of an unmasked one only because
+    nothing is fused (AS_WRITTEN): else the compiler fuses logit * factor - top in the unmasked loop alone (36 FFMA in
+    each kernel for sm_90, 0 as written). A tile that a row sees nothing of leaves it as it is: weights exp2(-inf) = 0,
     shrink exp2(0) = 1.
     """
     q, k, v = map(_readable, (q_BHlD, k_cache_BHLD, v_cache_BHLD))
