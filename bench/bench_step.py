@@ -116,7 +116,7 @@ def compiled_ops(num_tokens):
 @contextlib.contextmanager
 def acting_as(who, num_tokens):
     """Ours as it is; a peer with the ops of its own in place of varfast.kernels'."""
-    if who in ("ours", "eager"):
+    if who not in ("plain", "compiled", "public"):
         yield
         return
     ops, mlp = compiled_ops(num_tokens) if who == "compiled" else (PLAIN, FFN.forward)
@@ -284,6 +284,44 @@ def test_step(benchmark, record, name, images):
     makes = {who: stepping(policy) for who, policy in policies.items()}
     measure(benchmark, record, list(stage_counts(config)), name, images, makes, sizes, "step")
     stages(record, config, name, images, makes["ours"](*sizes))
+
+
+def in_strict_mode(policy):
+    """A policy on the same weights whose rollout and update have the same bits."""
+    memo = {id(t): t for model in (policy.var, policy.vqvae) for t in (*model.parameters(), *model.buffers())}
+    var, vqvae = copy.deepcopy(policy.var, memo), copy.deepcopy(policy.vqvae, memo)
+    return Policy(var, vqvae, DEVICE, str(policy.var.compute_dtype).removeprefix("torch."), strict=True)
+
+
+@pytest.mark.parametrize(("name", "images"), STEPS)
+def test_strict_step(benchmark, record, name, images):
+    """The step of run.strict=true beside the ordinary one: what strict mode costs. Weights and moments are shared."""
+    config, labels = step_config(name, images), labels_of(images)
+    reward = WeightedSum(config.reward, DEVICE)
+    ordinary = models(name)["ours"]
+    policies = {"ours": in_strict_mode(ordinary), "without strict": ordinary}
+    references = {who: policy.frozen_copy() for who, policy in policies.items()}
+    updater = Updater(ordinary, references["without strict"], config.grpo, config.update, 1, 0)
+
+    def stepping(who):
+        policy = policies[who]
+        policy.cuda_graph = config.rollout.cuda_graph is not False
+
+        def make(sampled, trained):
+            def step():
+                updater.policy, updater.reference = policy, references[who]
+                updater.config = config.update.model_copy(update={"micro_batch": trained})
+                rollout, pictures = policy.sample_images(labels, TEMPERATURE, seed=0, micro_batch=sampled)
+                rewards = reward(pictures, labels)
+                updater.step(ScoredRollout(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
+
+            return step
+
+        return make
+
+    sizes = (config.rollout.micro_batch, config.update.micro_batch)
+    makes = {who: stepping(who) for who in policies}
+    measure(benchmark, record, list(stage_counts(config)), name, images, makes, sizes, "strict step")
 
 
 def stages(record, config, name, images, step):

@@ -38,18 +38,30 @@ def _refuses(q_BHLD: Tensor, *_: Any) -> str | None:
 
 
 def _run_triton(
-    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
+    q_BHLD: Tensor,
+    k_BHLD: Tensor,
+    v_BHLD: Tensor,
+    scale_ends: tuple[int, ...],
+    logit_scale_H: Tensor,
+    invariant: bool = False,
 ) -> Tensor:
-    return attention_triton.attention_op(q_BHLD, k_BHLD, v_BHLD, logit_scale_H.float(), scale_ends)[0]
+    return attention_triton.attention_op(q_BHLD, k_BHLD, v_BHLD, logit_scale_H.float(), scale_ends, invariant)[0]
 
 
 def _run_triton_cached(
-    q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
+    q_BHlD: Tensor,
+    k_cache_BHLD: Tensor,
+    v_cache_BHLD: Tensor,
+    num_keys: int,
+    logit_scale_H: Tensor,
+    invariant: bool = False,
 ) -> Tensor:
     tensors = (q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError("impl='triton' of cached_attention has no gradient; use torch.no_grad() or impl='reference'")
-    return attention_triton.cached_attention_op(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H.float(), num_keys)
+    return attention_triton.cached_attention_op(
+        q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H.float(), num_keys, invariant
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,6 +79,33 @@ def _run_sdpa(
         for start, end in zip(starts, scale_ends, strict=True)
     ]
     return torch.cat(parts, dim=2)
+
+
+def _alone(q_BHlD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
+    """Every image by a call of its own: the library cannot know how many there are."""
+    images = []
+    for q, k, v in zip(q_BHlD.split(1), k_BHLD.split(1), v_BHLD.split(1), strict=True):
+        images.append(F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous(), scale=1.0))
+    return torch.cat(images)
+
+
+def _run_alone(
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
+) -> Tensor:
+    """The very calls of _run_alone_cached."""
+    q_BHLD = _scaled(q_BHLD, logit_scale_H)
+    starts = (0, *scale_ends[:-1])
+    parts = [
+        _alone(q_BHLD[:, :, start:end], k_BHLD[:, :, :end], v_BHLD[:, :, :end])
+        for start, end in zip(starts, scale_ends, strict=True)
+    ]
+    return torch.cat(parts, dim=2)
+
+
+def _run_alone_cached(
+    q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
+) -> Tensor:
+    return _alone(_scaled(q_BHlD, logit_scale_H), k_cache_BHLD[:, :, :num_keys], v_cache_BHLD[:, :, :num_keys])
 
 
 @functools.lru_cache(maxsize=32)
@@ -148,12 +187,19 @@ implementations(
     Implementation("flex", _run_flex, _cannot_run_flex, auto_on=()),
     Implementation("flash_attn", _run_flash_attn, _cannot_run_flash_attn, auto_on=()),
     Implementation("sdpa", _run_sdpa, auto_on=()),
+    # The bits of cached_attention's of the same name, whatever the batch: strict mode.
+    Implementation("triton_invariant", functools.partial(_run_triton, invariant=True), cannot_run_triton, (), _refuses),
+    Implementation("sdpa_invariant", _run_alone, auto_on=()),
     Implementation("reference", reference.block_causal_attention),
 )
 implementations(
     "cached_attention",
     Implementation("triton", _run_triton_cached, cannot_run_triton, ("cuda",), _refuses),
     Implementation("flash_attn", _run_flash_attn_cached, _cannot_run_flash_attn, auto_on=()),
+    Implementation(
+        "triton_invariant", functools.partial(_run_triton_cached, invariant=True), cannot_run_triton, (), _refuses
+    ),
+    Implementation("sdpa_invariant", _run_alone_cached, auto_on=()),
     Implementation("reference", reference.cached_attention),
 )
 
@@ -193,7 +239,8 @@ def block_causal_attention(
         scale_ends: cumulated number of tokens after each scale; the last is L.
         logit_scale_H: (H,) factor of each head's logits, differentiable.
         impl: "auto", "triton" (D = 64, float32 or 16 bits), "flex" (CUDA), "flash_attn" (CUDA, the package, 16 bits),
-            "sdpa" (a call a scale, no mask) or "reference".
+            "sdpa" (a call a scale, no mask), or "reference". "triton_invariant" and "sdpa_invariant" give every row the
+            bits that cached_attention's of the same name gives it, in any batch.
     Returns: (B, H, L, D).
     Raises: ValueError if scale_ends does not increase up to L, for other shapes or dtypes, or for an impl that is
         unknown or cannot run.
@@ -224,7 +271,8 @@ def cached_attention(
             own keys and values among them.
         num_keys: number of valid rows, in [1, L].
         logit_scale_H: (H,) factor of each head's logits.
-        impl: "auto", "triton" (D = 64, no gradient), "flash_attn" (CUDA, the package, 16 bits) or "reference".
+        impl: "auto", "triton" (D = 64, no gradient), "flash_attn" (CUDA, the package, 16 bits), "triton_invariant",
+            "sdpa_invariant" (see block_causal_attention) or "reference".
     Returns: (B, H, l, D).
     Raises: ValueError if num_keys is not within the cache, for other shapes or dtypes, for an impl that is unknown or
         cannot run, or if impl "triton" is to be differentiated.

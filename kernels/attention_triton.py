@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from varfast.kernels.selection import INTERPRETED
-from varfast.kernels.settings import setting
+from varfast.kernels.settings import AS_WRITTEN, setting
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
@@ -588,18 +588,24 @@ def _empty_rows(like: Tensor) -> Tensor:
 
 @torch.library.custom_op("varfast::block_causal_attention", mutates_args=())
 def attention_op(
-    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, logit_scale_H: Tensor, scale_ends: Sequence[int]
+    q_BHLD: Tensor,
+    k_BHLD: Tensor,
+    v_BHLD: Tensor,
+    logit_scale_H: Tensor,
+    scale_ends: Sequence[int],
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, (B, H, L, D); of each row the largest logit, in powers of two, and 1 / sum of weights, (B, H, L) float32.
 
     Not their sum, the log of the sum of weights: of a logit of 1000 float32 keeps 4 decimals, which the weights of the
-    backward pass would inherit (tests/kernels/test_attention.py). logit_scale_H: float32.
+    backward pass would inherit (tests/kernels/test_attention.py). logit_scale_H: float32. invariant: the bits of
+    cached_attention_op's: see there.
     """
     q, k, v = map(_readable, (q_BHLD, k_BHLD, v_BHLD))
     out, top, share = _empty_BHLD(q), _empty_rows(q), _empty_rows(q)
     batch, heads, length, _ = q.shape
     ends = tuple(scale_ends)
-    chosen = _setting("forward", q_BHLD.dtype, q.device)
+    chosen = _setting("forward", q_BHLD.dtype, q.device) | (AS_WRITTEN if invariant else {})
     tiles = _table(query_tiles, ends, (chosen["BLOCK_M"], chosen["BLOCK_N"]), q.device)
     num_tiles = len(tiles)
     if q.numel():
@@ -627,7 +633,7 @@ def attention_op(
 
 
 @attention_op.register_fake
-def _(q_BHLD, k_BHLD, v_BHLD, logit_scale_H, scale_ends):
+def _(q_BHLD, k_BHLD, v_BHLD, logit_scale_H, scale_ends, invariant=False):
     return _empty_BHLD(q_BHLD), _empty_rows(q_BHLD), _empty_rows(q_BHLD)
 
 
@@ -716,7 +722,7 @@ def _(grad_BHLD, q_BHLD, k_BHLD, v_BHLD, logit_scale_H, out_BHLD, top_BHL, share
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, logit_scale, ctx.scale_ends = inputs
+    q, k, v, logit_scale, ctx.scale_ends, _ = inputs
     ctx.save_for_backward(q, k, v, logit_scale, *output)
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
@@ -724,8 +730,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_BHLD: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_BHLD is None:
-        return (None,) * 5
-    return (*_backward_op(grad_BHLD, *ctx.saved_tensors, ctx.scale_ends), None)
+        return (None,) * 6
+    return (*_backward_op(grad_BHLD, *ctx.saved_tensors, ctx.scale_ends), None, None)
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
@@ -733,13 +739,27 @@ attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("varfast::cached_attention", mutates_args=())
 def cached_attention_op(
-    q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, logit_scale_H: Tensor, num_keys: int
+    q_BHlD: Tensor,
+    k_cache_BHLD: Tensor,
+    v_cache_BHLD: Tensor,
+    logit_scale_H: Tensor,
+    num_keys: int,
+    invariant: bool = False,
 ) -> Tensor:
-    """Output, (B, H, l, D). logit_scale_H: float32."""
+    """Output, (B, H, l, D). logit_scale_H: float32.
+
+    invariant: each row has the bits that attention_op gives it among all scales. Both kernels walk the keys from 0 in
+    tiles of BLOCK_N, by the same code (_attend_tile) and, here, in the same tile shape; only where the masked tiles
+    begin and end differs. A masked tile that a row sees all of gives it the bits of an unmasked one only because
+    nothing is fused (AS_WRITTEN): else the compiler fuses logit * factor - top in the unmasked loop alone (36 FFMA in
+    each kernel for sm_90, 0 as written). A tile that a row sees nothing of leaves it as it is: weights exp2(-inf) = 0,
+    shrink exp2(0) = 1.
+    """
     q, k, v = map(_readable, (q_BHlD, k_cache_BHLD, v_cache_BHLD))
     out = _empty_BHLD(q)
     batch, heads, num_queries, _ = q.shape
-    chosen = _setting(_cached_kernel_for(q_BHlD.dtype, num_queries), q_BHlD.dtype, q.device)
+    kernel = "forward" if invariant else _cached_kernel_for(q_BHlD.dtype, num_queries)
+    chosen = _setting(kernel, q_BHlD.dtype, q.device) | (AS_WRITTEN if invariant else {})
     num_tiles = -(-num_queries // chosen["BLOCK_M"])
     if q.numel():
         with torch.cuda.device_of(q):
@@ -763,7 +783,7 @@ def cached_attention_op(
 
 
 @cached_attention_op.register_fake
-def _(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H, num_keys):
+def _(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H, num_keys, invariant=False):
     return _empty_BHLD(q_BHlD)
 
 

@@ -137,6 +137,17 @@ def selective_log_softmax(logits_BLV: Tensor, tokens_BL: Tensor, temperature: fl
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Linear layer
+
+
+def invariant_linear(x: Tensor, weight_FC: Tensor, bias_F: Tensor | None, gelu: bool, float32_out: bool) -> Tensor:
+    """The device's own product, whose bits may depend on the number of rows."""
+    dtype = torch.promote_types(x.dtype, torch.float32) if float32_out else x.dtype
+    out = F.linear(x.to(dtype), weight_FC.to(dtype), None if bias_F is None else bias_F.to(dtype))
+    return F.gelu(out, approximate="tanh") if gelu else out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Heads
 
 NORM_EPS = 1e-12

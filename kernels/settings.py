@@ -17,6 +17,10 @@ HOPPER = (9, 0)  # of H100 and H200; kernels that are interpreted or compiled wi
 # (compute capability, kernel, size): what differs from the kernel's rule. Empty: nothing has been measured so far.
 PINNED: dict[tuple[tuple[int, int], str, Hashable], dict[str, int]] = {}
 
+# A launch of which every multiplication and addition is rounded by itself. Else the compiler fuses pairs of them where
+# it sees fit, in one loop or variant of a kernel and not in the next: strict mode wants the bits of both equal.
+AS_WRITTEN = {"enable_fp_fusion": False}
+
 _TRIED: dict[str, dict[str, int]] = {}
 
 

@@ -19,6 +19,7 @@ ORDER = [
     "models",
     "rollout",
     "policy",
+    "strict",
     "data",
     "labels",
     "rewards",

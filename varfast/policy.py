@@ -51,15 +51,26 @@ class Policy:
         var, vqvae: the models, on one device.
         device: where they are.
         cuda_graph: whether equal rollouts on a GPU are captured and replayed, if the policy is fast.
+        strict: see __init__.
     """
 
     def __init__(
-        self, var: VAR, vqvae: VQVAE, device: torch.device | str = "cpu", dtype: str = "float32", fast: bool = True
+        self,
+        var: VAR,
+        vqvae: VQVAE,
+        device: torch.device | str = "cpu",
+        dtype: str = "float32",
+        fast: bool = True,
+        strict: bool = False,
     ) -> None:
         """
         Args:
             dtype: of activations, "float32" or "bfloat16"; the weights stay float32.
             fast: False samples eagerly and decodes in float32 with the plain decoder: what fast is tested against.
+            strict: tokens do not depend on the batch split, and `sample` gives the log-probabilities of `token_logp`
+                bit for bit, in any dtype. varfast.strict.check says whether that holds here.
+        Raises: InputError for models that do not belong together, another dtype, or strict where its kernels cannot
+            run.
         """
         for name in ("vocab_size", "code_width", "patch_nums"):
             of_var, of_vqvae = getattr(var.config, name), getattr(vqvae.config, name)
@@ -72,7 +83,9 @@ class Policy:
         self.var = var.to(self.device)
         self.var.compute_dtype = _DTYPES[dtype]
         self.vqvae = vqvae.to(self.device).requires_grad_(False)
-        self._fast = fast
+        self._fast, self.strict = fast, strict
+        if strict:
+            self._make_strict()
         self.cuda_graph = True
         self._sampler = Sampler(self.var, self.vqvae, fast)
         self._decoder: FastDecoder | None = None
@@ -83,8 +96,20 @@ class Policy:
         self._gathered: VAR | None = None
 
     @property
+    def sampled_var(self) -> VAR:
+        """The transformer that `sample` reads: the trained one, or its copy in the compute dtype."""
+        return self._sampler.up_to_date()
+
+    @property
     def num_classes(self) -> int:
         return self.var.config.num_classes
+
+    def _make_strict(self) -> None:
+        product = kernels.selection.choose("invariant_linear", self.device)
+        if product.impl == "reference":
+            raise InputError(f"run.strict=true cannot run on {self.device}: {product.why}; use run.strict=false")
+        self.var.make_strict()
+        self.vqvae.quantize.make_strict()
 
     def add_lora(self, config: LoRAConfig, seed: int) -> None:
         """Train an adapter beside frozen weights from now on. Once, before `frozen_copy` and `distribute`.
@@ -92,6 +117,8 @@ class Policy:
         Raises: InputError if peft is not installed.
         """
         add_lora(self.var, config, seed)
+        if self.strict:
+            self._make_strict()  # its own matrices too
         self._sampler = Sampler(self.var, self.vqvae, self._fast)  # what it captured knows of no adapter
 
     def frozen_copy(self) -> Policy:
@@ -310,6 +337,7 @@ def load_policy(
     var_config: VARConfig | None = None,
     vqvae_config: VQVAEConfig | None = None,
     fast: bool = True,
+    strict: bool = False,
 ) -> Policy:
     """A policy from checkpoints, whose sizes are read from the files.
 
@@ -320,7 +348,9 @@ def load_policy(
         dtype: of activations, "float32" or "bfloat16".
         var_config, vqvae_config: sizes the files must have.
         fast: False samples eagerly and decodes plainly: what the fast path is compared with.
+        strict: the same bits in sampling and in teacher forcing, whatever the batch: see Policy.
     Raises: InputError if a file cannot be read or does not fit.
     """
     transformer = load_var(var, var_config)
-    return Policy(transformer, load_vqvae(vqvae, transformer.config.patch_nums, vqvae_config), device, dtype, fast)
+    tokenizer = load_vqvae(vqvae, transformer.config.patch_nums, vqvae_config)
+    return Policy(transformer, tokenizer, device, dtype, fast, strict)

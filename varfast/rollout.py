@@ -80,7 +80,7 @@ class Sampler:
             capture: False: no CUDA graph, which would hold on to cache and activations until the next call.
         Yields: tokens (b, L) int64, log-probability and entropy (b, L) float32, of each micro-batch.
         """
-        var = self._up_to_date()
+        var = self.up_to_date()
         size = micro_batch or len(labels_B)
         parts_B = labels_B.split(size)
         # Made on the device: a copy from the host would wait for all that was launched before.
@@ -89,7 +89,8 @@ class Sampler:
         for key, part_B in zip(keys_N3, parts_B, strict=True):
             yield self._run(var, part_B, key, settings, capture)
 
-    def _up_to_date(self) -> VAR:
+    def up_to_date(self) -> VAR:
+        """The transformer that is sampled from: the original, or its copy in the compute dtype."""
         if not self._fast or self._original.stored_in_compute_dtype:
             return self._original
         if self._twin is None:
@@ -140,18 +141,19 @@ def sample(
     for scale in range(last + 1):
         with span(f"scale {scale}"):
             logits_BlV = var.forward_scale(x_BlC, constants, scale, cache)
-            drawn.append(
-                kernels.sample_tokens(
-                    logits_BlV[:batch],
-                    key,
-                    scale,
-                    settings.temperature,
-                    uncond_logits_BlV=logits_BlV[batch:] if guided else None,
-                    guidance=settings.cfg * scale / max(1, last),
-                    top_k=settings.top_k,
-                    top_p=settings.top_p,
-                )
+            tokens_Bl, logp_Bl, entropy_Bl = kernels.sample_tokens(
+                logits_BlV[:batch],
+                key,
+                scale,
+                settings.temperature,
+                uncond_logits_BlV=logits_BlV[batch:] if guided else None,
+                guidance=settings.cfg * scale / max(1, last),
+                top_k=settings.top_k,
+                top_p=settings.top_p,
             )
+            if var.strict and settings.on_policy:  # by the kernel of the update: sampling adds in another order
+                logp_Bl, entropy_Bl = kernels.selective_log_softmax(logits_BlV, tokens_Bl, settings.temperature)
+            drawn.append((tokens_Bl, logp_Bl, entropy_Bl))
             if scale < last:
                 f_hat = f_hat + vqvae.quantize.contribution(drawn[-1][0], scale)
                 x_BlC = var.embed_scale(vqvae.quantize.next_input(f_hat, scale + 1), scale + 1)

@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 import safetensors.torch
 import torch
 
-from varfast import kernels
+from varfast import kernels, strict
 from varfast.before_after import evaluate
 from varfast.checkpoint import Checkpoints, RunFolder, save_tensors, save_text, write_atomically
 from varfast.command import run_command, split_arguments
@@ -81,6 +81,8 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
         policy = load_base(config.model_copy(update={"run": on_device}), folder, resume=noted)
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
+    if config.run.strict:
+        strict.check(policy, config.rollout.temperature, config.run.seed)
     policy.cuda_graph = fitted.rollout.cuda_graph is not False
     reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
     policy.distribute(world, config.run.parallel)
@@ -259,7 +261,14 @@ def load_base(config: Config, folder: RunFolder, resume: bool) -> Policy:
         assert config.policy.vqvae_checkpoint is not None
         var, vqvae = config.policy.checkpoint, config.policy.vqvae_checkpoint
     policy = load_policy(
-        var, vqvae, device, config.run.dtype, config.policy.sizes, config.policy.vqvae, config.run.fast
+        var,
+        vqvae,
+        device,
+        config.run.dtype,
+        config.policy.sizes,
+        config.policy.vqvae,
+        config.run.fast,
+        config.run.strict,
     )
     if noted is None:
         folder.save_base(var, vqvae)
@@ -301,7 +310,7 @@ def random_policy(config: Config, device: torch.device) -> Policy:
         torch.manual_seed(config.run.seed)
         vqvae = VQVAE(config.policy.vqvae)
         var = VAR(config.policy.sizes).init_weights(config.run.seed)
-    return Policy(var, vqvae, device, config.run.dtype, config.run.fast)
+    return Policy(var, vqvae, device, config.run.dtype, config.run.fast, config.run.strict)
 
 
 def _evaluate(policy: Policy, reward: WeightedSum, labels: list[int], config: Config) -> dict[str, float]:

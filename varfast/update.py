@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from varfast import kernels
+from varfast import kernels, strict
 from varfast.config import GRPOConfig, UpdateConfig
 from varfast.distributed import ALONE, World, whole
 from varfast.models.var import Checkpointing
@@ -80,6 +80,7 @@ class Updater:
         if update.ema_decay is not None:
             self._averaged = {name: p for name, p in policy.var.named_parameters() if p.requires_grad}
         self._averages = {name: p.detach().clone() for name, p in self._averaged.items()}
+        self._differing: Tensor | None = None  # log-probabilities that are not the rollout's, while they should be
         self._skipped_in_a_row = 0
 
     def step(self, scored: ScoredRollout, step: int) -> StepStats:
@@ -87,6 +88,7 @@ class Updater:
 
         Raises:
             InputError: for a rollout drawn with guidance or filters, whose log-probabilities are not the policy's.
+            InputError: in strict mode, for a log-probability before the first optimizer step that is not the rollout's.
             InputError: after update.max_skipped_steps gradients in a row that were not finite. None of them has reached
                 a weight.
         """
@@ -98,11 +100,14 @@ class Updater:
         logp_ref_BL = None if self.reference is None else torch.zeros_like(scored.rollout.logp_BL)
         with_signal_B = None if self.reference is not None else (scored.advantages_B != 0).cpu()
         measured, norms, skipped = [], [], []
+        differing = torch.zeros((), dtype=torch.int64, device=self.policy.device)
+        self._differing = differing if self.policy.strict else None
         for epoch in range(self.config.epochs):
             generator = keyed_generator(self.seed, Purpose.MINIBATCHES, step, epoch)
             for rows in torch.randperm(len(scored.advantages_B), generator=generator).split(self.config.minibatch):
                 used = rows if with_signal_B is None else rows[with_signal_B[rows]]
                 stats = self._gradient(scored, self._on_device(used), len(rows), logp_ref_BL, epoch == 0)
+                self._differing = None  # from here on the weights have moved
                 with stage("optimizer"):
                     norm, not_finite = self._clipped_step()
                     self._average()
@@ -113,6 +118,8 @@ class Updater:
             if logp_ref_BL is not None and epoch == 0 and self.config.epochs > 1:
                 self.world.sum(logp_ref_BL)  # other epochs split the images another way
         self.policy.gather()
+        if self.policy.strict:
+            strict.must_agree(int(self.world.sum(differing)), self.policy, scored.rollout, step)
         if not measured:  # no image had a gradient
             measured_N6 = torch.tensor([[0.0, 0.0, 0.0, 1.0, 0.0, 0.0]], device=self.policy.device)
         else:
@@ -199,6 +206,8 @@ class Updater:
                 logp_ref_BL[rows] = self.reference.token_logp(*inputs, var_input_BLC=var_input_BLC)
         with stage("update"):
             logp_BL = self.policy.token_logp(*inputs, var_input_BLC=var_input_BLC, checkpointing=self._checkpointing)
+            if self._differing is not None:
+                self._differing += (logp_BL.detach() != rollout.logp_BL).sum()
             loss, stats = kernels.grpo_token_loss(
                 logp_BL,
                 rollout.logp_BL,

@@ -30,13 +30,26 @@ MAX_LOGIT_SCALE = 100.0
 
 
 class Linear(nn.Linear):
-    """The one place of the model's precision: weights stay as they are stored, the product is in the input's dtype."""
+    """The one place of the model's precision: weights stay as they are stored, the product is in the input's dtype.
+
+    Attributes:
+        strict: a row's bits do not depend on the other rows: see varfast/strict.py.
+    """
+
+    strict = False
 
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         """bias: in place of one of its own."""
         if self.bias is not None:
             bias = self.bias.to(input.dtype)
+        if self.strict:
+            return kernels.invariant_linear(input, self.weight.to(input.dtype), bias)
         return F.linear(input, self.weight.to(input.dtype), bias)
+
+    def with_gelu(self, input: Tensor) -> Tensor:
+        """Strict forward, through tanh GELU in the product's own kernel."""
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return kernels.invariant_linear(input, self.weight.to(input.dtype), bias, gelu=True)
 
 
 class _ProductInFloat32(torch.autograd.Function):
@@ -65,9 +78,16 @@ class Head(nn.Linear):
 
     bf16 logits would put a floor of 1e-4 under k3. bf16 operands add 2 % to the error that the log-probabilities of a
     bf16 transformer of 16 blocks have in any case, 7 to 9 % after 4 blocks (tests/models/test_var.py).
+
+    Attributes:
+        strict: as of Linear.
     """
 
+    strict = False
+
     def forward(self, input: Tensor) -> Tensor:
+        if self.strict:
+            return kernels.invariant_linear(input, self.weight.to(input.dtype), self.bias, float32_out=True)
         if input.dtype not in (torch.bfloat16, torch.float16):
             return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
         logits_NV = _ProductInFloat32.apply(input.flatten(0, -2), self.weight.to(input.dtype))
@@ -122,11 +142,20 @@ class Constants:
     head: tuple[Tensor, Tensor]
 
 
+# Attention of strict mode, by device: a row's bits among all scales are those of its scale alone.
+STRICT_ATTENTION = {"cuda": "triton_invariant", "cpu": "sdpa_invariant"}
+
 Checkpointing = Literal["none", "attention", "full"]
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention under the scale mask, with L2-normalised queries and keys where the config says so."""
+    """Multi-head attention under the scale mask, with L2-normalised queries and keys where the config says so.
+
+    Attributes:
+        strict: as of Linear.
+    """
+
+    strict = False
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
@@ -164,13 +193,14 @@ class SelfAttention(nn.Module):
         batch, length, width = x_BLC.shape
         qkv = self.mat_qkv(x_BLC, qkv_bias)
         l2_norm = self.scale_mul_1H11 is not None
+        impl = {"impl": STRICT_ATTENTION[x_BLC.device.type]} if self.strict else {}
         if cache is None:
             q, k, v = kernels.split_heads(qkv, self.num_heads, l2_norm)
-            out = kernels.block_causal_attention(q, k, v, scale_ends, logit_scale_H)
+            out = kernels.block_causal_attention(q, k, v, scale_ends, logit_scale_H, **impl)
         else:
             k_cache, v_cache, start = cache
             q = kernels.split_heads_to_cache(qkv, self.num_heads, l2_norm, k_cache, v_cache, start)
-            out = kernels.cached_attention(q, k_cache, v_cache, start + length, logit_scale_H)
+            out = kernels.cached_attention(q, k_cache, v_cache, start + length, logit_scale_H, **impl)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -184,6 +214,8 @@ class FFN(nn.Module):
         self.fc2 = Linear(hidden, config.width)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
+        if getattr(self.fc1, "strict", False):  # a layer of peft has no such attribute: its sum comes before GELU
+            return self.fc2(self.fc1.with_gelu(x_BLC))
         return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
 
 
@@ -271,7 +303,7 @@ class VAR(nn.Module):
         width, num_tokens, first = config.width, config.num_tokens, config.patch_nums[0] ** 2
         self.pos_start = nn.Parameter(torch.empty(1, first, width))
         self.pos_1LC = nn.Parameter(torch.empty(1, num_tokens, width))
-        self.word_embed = nn.Linear(config.code_width, width)
+        self.word_embed = Linear(config.code_width, width)
         self.class_emb = nn.Embedding(config.num_classes + 1, width)
         self.lvl_embed = nn.Embedding(len(config.patch_nums), width)
         if config.shared_adaln:
@@ -286,6 +318,16 @@ class VAR(nn.Module):
         self.register_buffer("lvl_1L", level_L.unsqueeze(0))
         mask_LL = torch.where(level_L.unsqueeze(1) >= level_L.unsqueeze(0), 0.0, -torch.inf)
         self.register_buffer("attn_bias_for_masking", mask_LL.reshape(1, 1, num_tokens, num_tokens))
+
+    def make_strict(self) -> None:
+        """From now on a token's bits do not depend on the batch, nor on whether its scale came alone."""
+        for module in self.modules():
+            if isinstance(module, Linear | Head | SelfAttention):
+                module.strict = True
+
+    @property
+    def strict(self) -> bool:
+        return self.head.strict
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> VAR:
