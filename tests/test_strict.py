@@ -177,7 +177,7 @@ def test_strict_is_refused_where_its_product_cannot_run(make_models, monkeypatch
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"run__parallel": "fsdp"}, "run.strict=true with run.parallel=fsdp"),
+        ({"kernels__block_causal_attention": "sdpa"}, "leave kernels.block_causal_attention=sdpa out"),
         ({"kernels__cached_attention": "reference"}, "leave kernels.cached_attention=reference out"),
     ],
 )

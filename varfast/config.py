@@ -611,10 +611,6 @@ class Config(_Section):
     def _check_strict(self) -> None:
         if not self.run.strict:
             return
-        if self.run.parallel == "fsdp":
-            raise ValueError(
-                "run.strict=true with run.parallel=fsdp was not tried on a GPU; use ddp, or run.strict=false"
-            )
         for op in ("block_causal_attention", "cached_attention"):
             impl = getattr(self.kernels, op)
             if impl != "auto":
