@@ -101,7 +101,7 @@ class Policy:
         model without it, on the same frozen weights, and takes no memory.
         """
         twin = copy.copy(self)
-        twin.var = without_lora(self.var) if lora_layers(self.var) else self.var.compute_twin(shared=False)
+        twin.var = without_lora(self.var) if lora_layers(self.var) else self.var.frozen_copy()
         twin._sampler = Sampler(twin.var, self.vqvae, self._fast)
         twin._replica = twin._gathered = None
         return twin
@@ -115,8 +115,9 @@ class Policy:
         if world.size == 1:
             return
         if parallel == "fsdp":
-            self._gathered = self.var.compute_twin(shared=False)
+            self._gathered = self.var.frozen_copy()
             self._sampler = Sampler(self._gathered, self.vqvae, self._fast)
+            self.var.drop_copies()
             shard(self.var, self.var.large_modules(), world, self.device, self.var.compute_dtype)
         else:
             self._replica = replicate(self.var)

@@ -105,6 +105,7 @@ class Updater:
                 stats = self._gradient(scored, self._on_device(used), len(rows), logp_ref_BL, epoch == 0)
                 with stage("optimizer"):
                     norm, not_finite = self._clipped_step()
+                    self.policy.var.refresh_copies()
                     self._average()
                 if len(used):
                     measured.append(torch.where(not_finite, math.nan, stats))

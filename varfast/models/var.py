@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from varfast import kernels
@@ -29,29 +31,128 @@ from varfast.distributed import whole
 MAX_LOGIT_SCALE = 100.0
 
 
-class Linear(nn.Linear):
-    """The one place of the model's precision: weights stay as they are stored, the product is in the input's dtype."""
+_Copied = Literal["weight", "bias"]
+_optimizer_steps = 0  # of all optimizers of this process: fused ones write weights without telling autograd
 
-    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        """bias: in place of one of its own."""
-        if self.bias is not None:
-            bias = self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+
+def _count_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+class Linear(nn.Linear):
+    """The one place of the model's precision: weights stay as they are stored, the product is in the input's dtype.
+
+    Where the two differ, a copy of weight and bias in the input's dtype is kept and read, by rollout, update and
+    reference alike, and written anew when the weights have changed: after a step of any torch.optim.Optimizer, after
+    any in-place operation of PyTorch, after the tensor was replaced. What changes weights in another way (a kernel of
+    its own, a replayed CUDA graph) must call VAR.refresh_copies() afterwards. The gradient of the weight goes from the
+    product into the weight's own dtype, not through a 16-bit tensor.
+
+    Attributes:
+        keeps_copies: False casts at each use: FSDP exchanges the weights behind PyTorch's back.
+    """
+
+    _low_weight: Tensor | None
+    _low_bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.keeps_copies = True
+        # Buffers, so that they move with the module; not persistent, so that checkpoints do not have them.
+        self.register_buffer("_low_weight", None, persistent=False)
+        self.register_buffer("_low_bias", None, persistent=False)
+        self._copied: dict[str, tuple[Any, ...]] = {}
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.product(input, with_bias=True)
+
+    def product(self, input: Tensor, with_bias: bool = False) -> Tensor:
+        dtype = input.dtype
+        bias: Tensor | None = self.bias if with_bias else None
+        if self.keeps_copies and self.weight.dtype != dtype:
+            low_bias = None if bias is None else self.low_precision("bias", dtype)
+            return _Product.apply(input, self.weight, self.low_precision("weight", dtype), bias, low_bias)
+        if self.keeps_copies and bias is not None and bias.dtype != dtype and not bias.requires_grad:
+            bias = self.low_precision("bias", dtype)  # of a frozen copy
+        return F.linear(input, self.weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    def low_precision(self, name: _Copied, dtype: torch.dtype) -> Tensor:
+        """The copy of a parameter in `dtype`, up to date."""
+        parameter, copied = self.get_parameter(name), self._buffers[f"_low_{name}"]
+        if copied is None or copied.dtype != dtype or copied.device != parameter.device:
+            copied = self._buffers[f"_low_{name}"] = parameter.detach().to(dtype, copy=True)
+            self.mark_copied(name)
+        elif not self._is_copied(name):
+            copied.copy_(parameter.detach())
+            self.mark_copied(name)
+        return copied
+
+    def mark_copied(self, name: _Copied) -> None:
+        """The copy of a parameter is what the parameter is now."""
+        parameter = self.get_parameter(name)
+        self._copied[name] = (weakref.ref(parameter), parameter._version, parameter.data_ptr(), _optimizer_steps)
+
+    def _is_copied(self, name: _Copied) -> bool:
+        parameter, (of, *state) = self.get_parameter(name), self._copied[name]
+        return of() is parameter and state == [parameter._version, parameter.data_ptr(), _optimizer_steps]
+
+    def drop_copies(self) -> None:
+        """Cast at each use from here on."""
+        self.keeps_copies = False
+        self._low_weight = self._low_bias = None
+
+
+class _Product(torch.autograd.Function):
+    """x @ low^T + low_bias, with the gradients of the float32 weight and bias that these are copies of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, low: Tensor, bias: Tensor | None, low_bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, low)
+        ctx.dtype = weight.dtype
+        return F.linear(x, low, low_bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, low = ctx.saved_tensors
+        wants_x, wants_weight, _, wants_bias, _ = ctx.needs_input_grad
+        grad_NM = grad.flatten(0, -2)
+        d_weight = _weight_gradient(grad_NM, x.flatten(0, -2), ctx.dtype) if wants_weight else None
+        d_bias = grad_NM.sum(dim=0, dtype=ctx.dtype) if wants_bias else None
+        return grad @ low if wants_x else None, d_weight, None, d_bias, None
+
+
+def _weight_gradient(grad_NM: Tensor, x_NC: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad^T @ x of 16-bit operands, in the weight's dtype."""
+    if grad_NM.device.type == "cuda" and dtype == torch.float32:
+        return torch.mm(grad_NM.T, x_NC, out_dtype=torch.float32)  # not rounded to 16 bits, and no pass that casts
+    return (grad_NM.T @ x_NC).to(dtype)  # CPUs have no such product; one of float32 operands takes 7 times as long
 
 
 class _ProductInFloat32(torch.autograd.Function):
-    """x @ weight^T of 16-bit operands with sum and result in float32; the gradient is rounded to 16 bits first."""
+    """x @ low^T of 16-bit operands with sum and result in float32; the gradient is rounded to 16 bits first.
+
+    `low` is the copy of the float32 weight that has the gradient, or the 16-bit weight itself.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor) -> Tensor:
-        ctx.save_for_backward(x_NC, weight_VC)
-        return _float32_out(x_NC, weight_VC.T)
+    def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor, low_VC: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NC, low_VC)
+        ctx.dtype = weight_VC.dtype
+        return _float32_out(x_NC, low_VC.T)
 
     @staticmethod
-    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor, Tensor | None]:
-        x_NC, weight_VC = ctx.saved_tensors
+    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_NC, low_VC = ctx.saved_tensors
+        wants_x, wants_weight, _ = ctx.needs_input_grad
         grad_NV = grad_NV.to(x_NC.dtype)
-        return grad_NV @ weight_VC, grad_NV.T @ x_NC if ctx.needs_input_grad[1] else None
+        d_weight = _weight_gradient(grad_NV, x_NC, ctx.dtype) if wants_weight else None
+        return grad_NV @ low_VC if wants_x else None, d_weight, None
 
 
 def _float32_out(a: Tensor, b: Tensor) -> Tensor:
@@ -60,7 +161,7 @@ def _float32_out(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()  # CPUs have no such product; 16-bit logits would cost far more than it
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """Logits in float32 from activations of any dtype: operands in that dtype, sums in float32.
 
     bf16 logits would put a floor of 1e-4 under k3. bf16 operands add 2 % to the error that the log-probabilities of a
@@ -70,7 +171,11 @@ class Head(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.dtype not in (torch.bfloat16, torch.float16):
             return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
-        logits_NV = _ProductInFloat32.apply(input.flatten(0, -2), self.weight.to(input.dtype))
+        if self.keeps_copies and self.weight.dtype != input.dtype:
+            low_VC = self.low_precision("weight", input.dtype)
+        else:
+            low_VC = self.weight.detach().to(input.dtype)
+        logits_NV = _ProductInFloat32.apply(input.flatten(0, -2), self.weight, low_VC)
         return logits_NV.add_(self.bias.float()).unflatten(0, input.shape[:-1])
 
 
@@ -162,7 +267,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """All scales under the mask; or, with a cache (k_BHLD, v_BHLD, tokens before), one scale after the others."""
         batch, length, width = x_BLC.shape
-        qkv = self.mat_qkv(x_BLC, qkv_bias)
+        qkv = self.mat_qkv(x_BLC) + qkv_bias
         l2_norm = self.scale_mul_1H11 is not None
         if cache is None:
             q, k, v = kernels.split_heads(qkv, self.num_heads, l2_norm)
@@ -411,26 +516,64 @@ class VAR(nn.Module):
         start = self.config.scale_ends[scale] - x_BlC.shape[1]
         return self.logits(self._run_blocks(x_BlC, constants, (cache, start)), constants)
 
-    def compute_twin(self, shared: bool) -> VAR:
-        """A twin without gradient that stores its large matrices in the compute dtype: nothing is cast when it is used.
+    def low_precision_copies(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each weight that is stored in float32 and read in the compute dtype, and the copy that is read, up to date.
 
-        Args:
-            shared: all other tensors are the original's own, for sampling; `refresh` brings the matrices up to date.
-                Else they are copies: a frozen model.
+        None where nothing is cast: compute_dtype float32, a frozen copy, sharded weights.
         """
-        matrices = {id(module.weight) for module in self._cast_modules()}
+        return [
+            (m.get_parameter(name), m.low_precision(name, self.compute_dtype)) for m, name in self._copied_parameters()
+        ]
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Write all low-precision copies anew, in one go: after whatever has changed the weights.
+
+        Forward does so by itself, copy by copy, after changes that PyTorch knows of (see Linear).
+        """
+        copied = self._copied_parameters()
+        if not copied:
+            return
+        targets = [m._buffers[f"_low_{name}"] for m, name in copied]
+        if any(target is None for target in targets):  # the first time
+            self.low_precision_copies()
+            return
+        torch._foreach_copy_(targets, [m.get_parameter(name).detach() for m, name in copied])  # type: ignore[arg-type]
+        self.mark_copies_fresh()
+
+    def mark_copies_fresh(self) -> None:
+        """What has changed the weights has written the copies too (see low_precision_copies)."""
+        for module, name in self._copied_parameters():
+            module.mark_copied(name)
+
+    def _copied_parameters(self) -> list[tuple[Linear, _Copied]]:
+        """Modules and names of the parameters that have a low-precision copy."""
+        found: list[tuple[Linear, _Copied]] = []
+        for module in self._cast_modules():
+            if isinstance(module, Linear) and module.keeps_copies and module.weight.dtype != self.compute_dtype:
+                found.append((module, "weight"))
+                if module.bias is not None and not isinstance(module, Head):
+                    found.append((module, "bias"))
+        return found
+
+    def drop_copies(self) -> None:
+        """Cast weights at each use from here on: before they are sharded."""
+        for module in self._cast_modules():
+            if isinstance(module, Linear):
+                module.drop_copies()
+
+    def frozen_copy(self) -> VAR:
+        """A copy without gradient that stores its large matrices in the compute dtype: no update reaches it."""
         memo: dict[int, Any] = {}
-        if shared:
-            memo = {id(t): t for t in (*self.parameters(), *self.buffers()) if id(t) not in matrices}
         for module in self._cast_modules():  # no float32 copy of them on the way
             memo[id(module.weight)] = nn.Parameter(module.weight.detach().to(self.compute_dtype, copy=True), False)
-        twin = copy.deepcopy(self, memo)
-        return twin if shared else twin.requires_grad_(False)
+            memo |= {id(t): None for t in module.buffers()}
+        return copy.deepcopy(self, memo).requires_grad_(False)
 
     @torch.no_grad()
     def refresh(self, original: VAR) -> None:
-        """Copy the weights that this twin does not share with the original, in place; of all processes, if sharded."""
-        pairs = [(p, q) for p, q in zip(self.parameters(), original.parameters(), strict=True) if p is not q]
+        """Copy the weights of the original into this frozen copy, in place; of all processes, if they are sharded."""
+        pairs = list(zip(self.parameters(), original.parameters(), strict=True))
         if any(isinstance(theirs, DTensor) for _, theirs in pairs):
             for own, theirs in pairs:  # one at a time, and in 16 bits: little memory, half the traffic
                 own.copy_(whole(theirs.to(own.dtype)))
@@ -445,7 +588,7 @@ class VAR(nn.Module):
 
     @property
     def stored_in_compute_dtype(self) -> bool:
-        """Nothing is cast when it is used: float32 throughout, or a twin."""
+        """No weight has a copy: float32 throughout, or a frozen copy."""
         return self.head.weight.dtype == self.compute_dtype
 
     def large_modules(self) -> Iterator[nn.Module]:
