@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODULES = ("sampling", "logprob", "attention", "qkv", "adaln", "group_norm")
+MODULES = ("sampling", "logprob", "attention", "qkv", "adaln", "gelu", "group_norm")
 _MAX_REGISTERS = 255
 
 

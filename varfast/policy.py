@@ -117,7 +117,8 @@ class Policy:
         if parallel == "fsdp":
             self._gathered = self.var.frozen_copy()
             self._sampler = Sampler(self._gathered, self.vqvae, self._fast)
-            self.var.drop_copies()
+            for var in (self.var, self._gathered):  # both, for one arithmetic: see BranchLinear
+                var.drop_copies()
             shard(self.var, self.var.large_modules(), world, self.device, self.var.compute_dtype)
         else:
             self._replica = replicate(self.var)

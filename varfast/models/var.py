@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from varfast import kernels
 from varfast.config import HEAD_DIM, VARConfig
 from varfast.distributed import whole
+from varfast.kernels.linear import LowPrecisionLinear, weight_gradient
 
 MAX_LOGIT_SCALE = 100.0
 
@@ -75,7 +76,7 @@ class Linear(nn.Linear):
         bias: Tensor | None = self.bias if with_bias else None
         if self.keeps_copies and self.weight.dtype != dtype:
             low_bias = None if bias is None else self.low_precision("bias", dtype)
-            return _Product.apply(input, self.weight, self.low_precision("weight", dtype), bias, low_bias)
+            return LowPrecisionLinear.apply(input, self.weight, self.low_precision("weight", dtype), bias, low_bias)
         if self.keeps_copies and bias is not None and bias.dtype != dtype and not bias.requires_grad:
             bias = self.low_precision("bias", dtype)  # of a frozen copy
         return F.linear(input, self.weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -83,6 +84,8 @@ class Linear(nn.Linear):
     def low_precision(self, name: _Copied, dtype: torch.dtype) -> Tensor:
         """The copy of a parameter in `dtype`, up to date."""
         parameter, copied = self.get_parameter(name), self._buffers[f"_low_{name}"]
+        if parameter.dtype == dtype:
+            return parameter.detach()
         if copied is None or copied.dtype != dtype or copied.device != parameter.device:
             copied = self._buffers[f"_low_{name}"] = parameter.detach().to(dtype, copy=True)
             self.mark_copied(name)
@@ -106,32 +109,26 @@ class Linear(nn.Linear):
         self._low_weight = self._low_bias = None
 
 
-class _Product(torch.autograd.Function):
-    """x @ low^T + low_bias, with the gradients of the float32 weight and bias that these are copies of."""
+class BranchLinear(Linear):
+    """A Linear whose bias is added by the op that reads its product: there the bias's gradient costs no extra pass.
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, low: Tensor, bias: Tensor | None, low_bias: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, low)
-        ctx.dtype = weight.dtype
-        return F.linear(x, low, low_bias)
+    Sharded (keeps_copies False) it adds the bias itself: outside of its forward the bias is spread over processes.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, low = ctx.saved_tensors
-        wants_x, wants_weight, _, wants_bias, _ = ctx.needs_input_grad
-        grad_NM = grad.flatten(0, -2)
-        d_weight = _weight_gradient(grad_NM, x.flatten(0, -2), ctx.dtype) if wants_weight else None
-        d_bias = grad_NM.sum(dim=0, dtype=ctx.dtype) if wants_bias else None
-        return grad @ low if wants_x else None, d_weight, None, d_bias, None
+    def forward(self, input: Tensor) -> Tensor:
+        return self.product(input, with_bias=not self.keeps_copies)
+
+    @property
+    def bias_left(self) -> Tensor | None:
+        """What is still to be added to the result of forward."""
+        return self.bias if self.keeps_copies else None
 
 
-def _weight_gradient(grad_NM: Tensor, x_NC: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad^T @ x of 16-bit operands, in the weight's dtype."""
-    if grad_NM.device.type == "cuda" and dtype == torch.float32:
-        return torch.mm(grad_NM.T, x_NC, out_dtype=torch.float32)  # not rounded to 16 bits, and no pass that casts
-    return (grad_NM.T @ x_NC).to(dtype)  # CPUs have no such product; one of float32 operands takes 7 times as long
+def _bias_left(module: nn.Module) -> Tensor | None:
+    """Of a BranchLinear, or of the one beneath an adapter."""
+    layer = module if isinstance(module, BranchLinear) else module.base_layer
+    assert isinstance(layer, BranchLinear)
+    return layer.bias_left
 
 
 class _ProductInFloat32(torch.autograd.Function):
@@ -151,7 +148,7 @@ class _ProductInFloat32(torch.autograd.Function):
         x_NC, low_VC = ctx.saved_tensors
         wants_x, wants_weight, _ = ctx.needs_input_grad
         grad_NV = grad_NV.to(x_NC.dtype)
-        d_weight = _weight_gradient(grad_NV, x_NC, ctx.dtype) if wants_weight else None
+        d_weight = weight_gradient(grad_NV, x_NC, ctx.dtype) if wants_weight else None
         return grad_NV @ low_VC if wants_x else None, d_weight, None
 
 
@@ -206,7 +203,8 @@ class KVCache:
 class BlockConstants(NamedTuple):
     """What a block needs that is the same for all tokens: computed once a rollout, not once a scale.
 
-    gate1 ... shift2: (B, C), of attention (1) and MLP (2). qkv_bias: (3 C,). logit_scale_H: (H,) float32.
+    gate1 ... shift2: (B, C), of attention (1) and MLP (2). qkv_bias: (3 C,) and
+    logit_scale_H: (H,), both float32.
     """
 
     gate1: Tensor
@@ -246,7 +244,7 @@ class SelfAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width))
-        self.proj = Linear(width, width)
+        self.proj = BranchLinear(width, width)
 
     def logit_scale_H(self) -> Tensor:
         if self.scale_mul_1H11 is None:
@@ -265,16 +263,19 @@ class SelfAttention(nn.Module):
         scale_ends: tuple[int, ...],
         cache: tuple[Tensor, Tensor, int] | None,
     ) -> Tensor:
-        """All scales under the mask; or, with a cache (k_BHLD, v_BHLD, tokens before), one scale after the others."""
+        """All scales under the mask; or, with a cache (k_BHLD, v_BHLD, tokens before), one scale after the others.
+
+        The bias of `proj` is left to the op that reads the result.
+        """
         batch, length, width = x_BLC.shape
-        qkv = self.mat_qkv(x_BLC) + qkv_bias
+        qkv = self.mat_qkv(x_BLC)
         l2_norm = self.scale_mul_1H11 is not None
         if cache is None:
-            q, k, v = kernels.split_heads(qkv, self.num_heads, l2_norm)
+            q, k, v = kernels.split_heads(qkv, self.num_heads, l2_norm, qkv_bias)
             out = kernels.block_causal_attention(q, k, v, scale_ends, logit_scale_H)
         else:
             k_cache, v_cache, start = cache
-            q = kernels.split_heads_to_cache(qkv, self.num_heads, l2_norm, k_cache, v_cache, start)
+            q = kernels.split_heads_to_cache(qkv, self.num_heads, l2_norm, k_cache, v_cache, start, qkv_bias)
             out = kernels.cached_attention(q, k_cache, v_cache, start + length, logit_scale_H)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 
@@ -285,11 +286,18 @@ class FFN(nn.Module):
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
         hidden = round(config.width * config.mlp_ratio)
-        self.fc1 = Linear(config.width, hidden)
-        self.fc2 = Linear(hidden, config.width)
+        self.fc1 = BranchLinear(config.width, hidden)
+        self.fc2 = BranchLinear(hidden, config.width)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
+        """The bias of `fc2` is left to the op that reads the result."""
+        if type(self.fc1) is BranchLinear and self.fc1.keeps_copies:
+            low_MC = self.fc1.low_precision("weight", x_BLC.dtype)
+            hidden = kernels.linear_gelu(x_BLC, self.fc1.weight, self.fc1.get_parameter("bias"), low_MC)
+        else:  # an adapter's part of the product comes before GELU; a sharded layer adds its bias itself
+            product, bias_C = self.fc1(x_BLC), _bias_left(self.fc1)
+            hidden = kernels.gelu_bias(product, product.new_zeros(product.shape[-1]) if bias_C is None else bias_C)
+        return self.fc2(hidden)
 
 
 class Block(nn.Module):
@@ -310,8 +318,9 @@ class Block(nn.Module):
         """From the class condition, in the condition's dtype."""
         six = self.ada_lin(cond) if self.ada_gss is None else self.ada_gss.to(cond.dtype) + cond
         gate1, gate2, scale1, scale2, shift1, shift2 = six.view(-1, 6, self.width).unbind(1)
-        bias, logit_scale_H = self.attn.qkv_bias().to(cond.dtype), self.attn.logit_scale_H()
-        return BlockConstants(gate1, gate2, scale1, scale2, shift1, shift2, bias, logit_scale_H)
+        return BlockConstants(
+            gate1, gate2, scale1, scale2, shift1, shift2, self.attn.qkv_bias(), self.attn.logit_scale_H()
+        )
 
     def forward(
         self,
@@ -329,12 +338,16 @@ class Block(nn.Module):
         """
         arguments = (normed_BLC, own.qkv_bias, own.logit_scale_H, scale_ends, cache)
         branch = _recomputed(self.attn, *arguments) if recompute_attention else self.attn(*arguments)
-        x_BLC, normed_BLC = kernels.gated_residual_norm(x_BLC, branch, own.gate1, own.scale2, own.shift2, self.eps)
-        branch = self.ffn(normed_BLC)
+        x_BLC, normed_BLC = kernels.gated_residual_norm(
+            x_BLC, branch, own.gate1, own.scale2, own.shift2, self.eps, _bias_left(self.attn.proj)
+        )
+        branch, bias_C = self.ffn(normed_BLC), _bias_left(self.ffn.fc2)
         if following is None:
-            x_BLC = kernels.gated_residual(x_BLC, branch, own.gate2)
+            x_BLC = kernels.gated_residual(x_BLC, branch, own.gate2, bias_C)
             return x_BLC, x_BLC
-        return kernels.gated_residual_norm(x_BLC, branch, own.gate2, following.scale1, following.shift1, self.eps)
+        return kernels.gated_residual_norm(
+            x_BLC, branch, own.gate2, following.scale1, following.shift1, self.eps, bias_C
+        )
 
 
 def _recomputed(function: nn.Module, *arguments: Any) -> Any:
@@ -552,7 +565,7 @@ class VAR(nn.Module):
         for module in self._cast_modules():
             if isinstance(module, Linear) and module.keeps_copies and module.weight.dtype != self.compute_dtype:
                 found.append((module, "weight"))
-                if module.bias is not None and not isinstance(module, Head):
+                if module.bias is not None and not isinstance(module, (Head, BranchLinear)):
                     found.append((module, "bias"))
         return found
 
