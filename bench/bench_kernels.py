@@ -186,16 +186,17 @@ def test_selective_log_softmax(benchmark, record, direction):
 def test_split_heads(benchmark, record, heads, direction):
     batch, length = (64, 680) if CUDA else (32, 30)
     qkv = randn(batch, length, 3 * heads * 64, dtype=STORAGE).requires_grad_()
+    bias = randn(3 * heads * 64).requires_grad_()
 
     def by(impl):  # contiguous, as attention's kernels read them best
-        return lambda x: tuple(y.contiguous() for y in kernels.split_heads(x, heads, True, impl=impl))
+        return lambda x, bias: tuple(y.contiguous() for y in kernels.split_heads(x, heads, True, bias, impl=impl))
 
     functions = {"ours": by("auto"), "eager": by("reference")} | compiled(by("reference"))
     # Forward reads and writes q, k, v; backward reads their gradients and q, k, and writes three again.
     tensors = 6 if direction == "forward" else 8
     io_bytes = batch * heads * length * 64 * qkv.element_size() * tensors
     shape = f"{batch * length} x {3 * heads * 64} {str(STORAGE)[6:]}"
-    run(benchmark, record, "split_heads", shape, direction, functions, [qkv], 0.0, io_bytes)
+    run(benchmark, record, "split_heads", shape, direction, functions, [qkv, bias], 0.0, io_bytes)
 
 
 BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
@@ -275,13 +276,16 @@ def test_adaln(benchmark, record, op, width, direction):
     batch, length = (64, 680) if CUDA else (8, 91)
     x, branch = (randn(batch, length, width, dtype=STORAGE).requires_grad_() for _ in range(2))
     gate, scale, shift = (randn(batch, width, dtype=STORAGE).requires_grad_() for _ in range(3))
+    bias = randn(width).requires_grad_()
     leaves = {
         "layer_norm_modulate": [x, scale, shift],
-        "gated_residual": [x, branch, gate],
-        "gated_residual_norm": [x, branch, gate, scale, shift],
+        "gated_residual": [x, branch, gate, bias],
+        "gated_residual_norm": [x, branch, gate, scale, shift, bias],
     }[op]
 
     def by(impl):
+        if op == "gated_residual_norm":
+            return lambda *a: kernels.gated_residual_norm(*a[:-1], bias_C=a[-1], impl=impl)
         return lambda *a: getattr(kernels, op)(*a, impl=impl)
 
     functions = {"ours": by("auto"), "eager": by("reference")} | compiled(by("reference"))
@@ -290,6 +294,43 @@ def test_adaln(benchmark, record, op, width, direction):
     io_bytes = batch * length * width * x.element_size() * tensors[direction == "backward"]
     args = (op, f"{batch * length} x {width} {str(STORAGE)[6:]}", direction, functions, leaves)
     run(benchmark, record, *args, 0.0, io_bytes)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("width", [4096, 7680] if CUDA else [512])
+def test_gelu_bias(benchmark, record, width, direction):
+    rows = 32 * 680 if CUDA else 8 * 91
+    x, bias = randn(rows, width, dtype=STORAGE).requires_grad_(), randn(width).requires_grad_()
+
+    def by(impl):
+        return lambda x, bias: kernels.gelu_bias(x, bias, impl=impl)
+
+    functions = {"ours": by("auto"), "eager": by("reference")} | compiled(by("reference"))
+    # Forward reads and writes one tensor; backward reads two and writes one, and sums the bias's gradient on the way.
+    io_bytes = rows * width * x.element_size() * (2 if direction == "forward" else 3)
+    shape = f"{rows} x {width} {str(STORAGE)[6:]}"
+    run(benchmark, record, "gelu_bias", shape, direction, functions, [x, bias], 0.0, io_bytes)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("width", [1024, 1920] if CUDA else [128])
+def test_linear_gelu(benchmark, record, width, direction):
+    """Beside cuBLASLt's epilogue (forward alone) and quack-kernels."""
+    rows = 32 * 680 if CUDA else 8 * 91
+    x, weight = randn(rows, width, dtype=STORAGE), randn(4 * width, width) / width**0.5
+    bias, low = randn(4 * width), weight.to(STORAGE)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def by(impl):
+        return lambda x, weight, bias: kernels.linear_gelu(x, weight, bias, low, impl=impl)
+
+    functions = {"ours": by("auto"), "eager": by("reference")}
+    functions |= {
+        name: by(name) for name in other_impls("linear_gelu") if (name, direction) != ("epilogue", "backward")
+    }
+    flop = 2 * rows * width * 4 * width * (1 if direction == "forward" else 2)
+    shape = f"{rows} x {width} -> {4 * width} {str(STORAGE)[6:]}"
+    run(benchmark, record, "linear_gelu", shape, direction, functions, leaves, flop, 0.0)
 
 
 @pytest.mark.parametrize(("channels", "side"), [(160, 256), (320, 64), (640, 16)] if CUDA else [(160, 64)])

@@ -157,13 +157,19 @@ def log_softmax(backward: bool) -> Callable[[], object]:
 
 
 def split_heads(heads: int, backward: bool) -> Callable[[], object]:
-    qkv = randn(64, 680, 192 * heads, grad=True)
-    return timed(lambda: kernels.split_heads(qkv, heads, True), [qkv], backward)
+    leaves = [randn(64, 680, 192 * heads, grad=True), randn(192 * heads, dtype=torch.float32, grad=True)]
+    return timed(lambda: kernels.split_heads(leaves[0], heads, True, leaves[1]), leaves, backward)
 
 
 def adaln(width: int, backward: bool) -> Callable[[], object]:
     leaves = [randn(64, 680, width, grad=True) for _ in range(2)] + [randn(64, width, grad=True) for _ in range(3)]
-    return timed(lambda: kernels.gated_residual_norm(*leaves), leaves, backward)
+    bias = randn(width, dtype=torch.float32, grad=True)
+    return timed(lambda: kernels.gated_residual_norm(*leaves, bias_C=bias), [*leaves, bias], backward)
+
+
+def gelu(width: int, backward: bool) -> Callable[[], object]:
+    leaves = [randn(21760, width, grad=True), randn(width, dtype=torch.float32, grad=True)]
+    return timed(lambda: kernels.gelu_bias(*leaves), leaves, backward)
 
 
 def group_norm(channels: int) -> Callable[[], object]:
@@ -208,7 +214,13 @@ def targets() -> list[Target]:
         Target("sample_tokens", 4096, "sample_tokens", product(num_warps=(2, 4, 8, 16)), sampling, {}),
     ]
     for width, heads in ((1024, 16), (1920, 30)):
-        rows = product(ROWS=(8, 16, 32), num_warps=(2, 4, 8, 16))
+        # Chains of at most 16 rows, and what keeps its registers: of 1920 channels two rows want 8 warps or 16.
+        tiles_of = [(1, 16, 4), (1, 16, 8), (2, 16, 8), (2, 32, 4), (2, 32, 8), (2, 32, 16), (4, 64, 8), (4, 64, 16)]
+        rows = [
+            {"TILE": tile, "ROWS": rows, "num_warps": warps, "STAGES": stages}
+            for tile, rows, warps in tiles_of
+            for stages in (1, 2, 3, 4)
+        ]
         found += [
             Target("adaln_forward", width, "gated_residual_norm", product(num_warps=(1, 2, 4, 8)),
                    lambda width=width: adaln(width, False), {"heads": heads}),
@@ -238,9 +250,19 @@ def targets() -> list[Target]:
         for channels in (160, 320)
     ]  # fmt: skip
     for heads, backward in itertools.product((16, 30), (False, True)):
+        candidates = product(ROWS=(4, 8, 16), COLUMNS=(256, 512), num_warps=(4, 8))
+        if backward:
+            candidates = [s | {"TILES": t} for s in candidates for t in (4, 8, 16)]
         found.append(
-            Target(f"split_heads_{'backward' if backward else 'forward'}", heads, "split_heads",
-                   product(TOKENS=(8, 16, 32), num_warps=(2, 4, 8)),
+            Target(f"gelu_bias_{'backward' if backward else 'forward'}", 256 * heads, "gelu_bias", candidates,
+                   lambda heads=heads, backward=backward: gelu(256 * heads, backward), {"heads": heads})
+        )  # fmt: skip
+    for heads, backward in itertools.product((16, 30), (False, True)):
+        candidates = product(TOKENS=(8, 16, 32), num_warps=(2, 4, 8))
+        if backward:
+            candidates = [s | {"TILES": t} for s in candidates for t in (1, 2, 4, 8)]
+        found.append(
+            Target(f"split_heads_{'backward' if backward else 'forward'}", heads, "split_heads", candidates,
                    lambda heads=heads, backward=backward: split_heads(heads, backward), {"heads": heads})
         )  # fmt: skip
     for block, tokens, num_keys in ((128, 256, 680), (64, 169, 424), (16, 16, 30)):

@@ -18,12 +18,13 @@ struct AdalnSizes {
   int64_t num_images, num_tokens, width;
 };
 
-// sum = x + branch * gate; out = LayerNorm(sum) * (1 + scale) + shift. Without a branch (null) sum is x and not written.
-// Large arrays are (B, L, C), mean and rstd (B, L).
+// sum = x + (branch + bias) * gate; out = LayerNorm(sum) * (1 + scale) + shift. Without a branch (null) sum is x and not written.
+// Large arrays are (B, L, C), mean and rstd (B, L), bias (C,) or null.
 template <typename T>
 struct AdalnForward {
   const T* x;
   const T* branch;
+  const Wide<T>* bias;
   Vectors<Wide<T>> gate, scale, shift;
   T* sum;
   T* out;
@@ -41,6 +42,7 @@ struct AdalnBackward {
   const T* d_out;
   const T* sum;
   const T* branch;
+  const Wide<T>* bias;
   Vectors<Wide<T>> gate, scale;
   const Wide<T>* mean;
   const Wide<T>* rstd;

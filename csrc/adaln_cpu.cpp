@@ -26,7 +26,11 @@ VARFAST_CLONES void forward_row(const AdalnForward<T>& f, int64_t index, Wide<T>
     const T* __restrict branch = f.branch + at;
     const W* __restrict gate = f.gate.data + image * f.gate.stride;
     T* __restrict sum = f.sum + at;
-    for (int64_t i = 0; i < width; ++i) row[i] = W(x[i]) + W(branch[i]) * gate[i];
+    for (int64_t i = 0; i < width; ++i) row[i] = W(branch[i]);
+    if (f.bias) {
+      for (int64_t i = 0; i < width; ++i) row[i] += f.bias[i];
+    }
+    for (int64_t i = 0; i < width; ++i) row[i] = W(x[i]) + row[i] * gate[i];
     for (int64_t i = 0; i < width; ++i) sum[i] = T(row[i]);
     for (int64_t i = 0; i < width; ++i) row[i] = W(sum[i]);  // the stream is normalised as it is stored
   } else {
@@ -76,7 +80,7 @@ VARFAST_CLONES void backward_row(const AdalnBackward<T>& f, int64_t image, int64
     T* __restrict d_branch = f.d_branch + at;
     for (int64_t i = 0; i < width; ++i) {
       d_x[i] = T(d[i]);
-      d_gate[i] += d[i] * W(branch[i]);
+      d_gate[i] += d[i] * (W(branch[i]) + (f.bias ? f.bias[i] : W(0)));
       d_branch[i] = T(d[i] * gate[i]);
     }
   } else {

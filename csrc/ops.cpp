@@ -11,6 +11,7 @@
 
 #include "group_norm.h"
 #include "adaln.h"
+#include "gelu.h"
 #include "grpo_loss.h"
 #include "split_heads.h"
 
@@ -173,6 +174,26 @@ T* mutable_data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
+using MaybeTensor = std::optional<Tensor>;
+
+// (C,) in the dtype of the arithmetic, or nothing.
+MaybeTensor bias_of(const Tensor& x, const MaybeTensor& bias) {
+  if (!bias) return bias;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == x.size(-1) && bias->scalar_type() == wide_of(x.scalar_type()),
+                  "want a bias of one float32 a channel, or float64 for float64");
+  return torch::stable::contiguous(*bias);
+}
+
+template <typename T>
+const T* data(const MaybeTensor& x) {
+  return x ? data<T>(*x) : nullptr;
+}
+
+template <typename T>
+T* mutable_data(const MaybeTensor& x) {
+  return x ? mutable_data<T>(*x) : nullptr;
+}
+
 template <typename T>
 Heads<T> heads(const Tensor& x, T* data) {
   return {data, x.stride(0), x.stride(1), x.stride(2)};
@@ -196,19 +217,21 @@ Tensor empty_heads(const Tensor& product, const HeadSizes& sizes) {
 }
 
 // inverse_q and inverse_k: null, or written.
-void split_into(const Tensor& product, const HeadSizes& sizes, bool l2_norm, const Tensor& q, const Tensor& k,
-                const Tensor& v, const Tensor* inverse_q, const Tensor* inverse_k) {
+void split_into(const Tensor& product, const MaybeTensor& bias_C3, const HeadSizes& sizes, bool l2_norm, const Tensor& q,
+                const Tensor& k, const Tensor& v, const Tensor* inverse_q, const Tensor* inverse_k) {
   const Tensor x = torch::stable::contiguous(product);
+  const MaybeTensor bias = bias_of(x, bias_C3);
   with_float(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto inverse = [&](const Tensor* y) { return y ? mutable_data<Wide<T>>(*y) : nullptr; };
-    split_heads_cpu(SplitForward<T>{data<T>(x), heads(q, mutable_data<T>(q)), heads(k, mutable_data<T>(k)),
+    split_heads_cpu(SplitForward<T>{data<T>(x), data<Wide<T>>(bias), heads(q, mutable_data<T>(q)), heads(k, mutable_data<T>(k)),
                                     heads(v, mutable_data<T>(v)), inverse(inverse_q), inverse(inverse_k), sizes,
                                     l2_norm});
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> split_heads(const Tensor& product, int64_t num_heads, bool l2_norm) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> split_heads(const Tensor& product, const MaybeTensor& bias_C3,
+                                                               int64_t num_heads, bool l2_norm) {
   const HeadSizes sizes = head_sizes(product, num_heads);
   const ScalarType wide = wide_of(product.scalar_type());
   const Tensor q = empty_heads(product, sizes), k = empty_heads(product, sizes), v = empty_heads(product, sizes);
@@ -217,21 +240,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> split_heads(const Tensor& pro
                    : new_empty(product, {0}, wide);
   };
   const Tensor inverse_q = empty_inverse(), inverse_k = empty_inverse();
-  split_into(product, sizes, l2_norm, q, k, v, &inverse_q, &inverse_k);
+  split_into(product, bias_C3, sizes, l2_norm, q, k, v, &inverse_q, &inverse_k);
   return {q, k, v, inverse_q, inverse_k};
 }
 
-Tensor split_heads_into(const Tensor& product, int64_t num_heads, bool l2_norm, Tensor k_BHlD, Tensor v_BHlD) {
+Tensor split_heads_into(const Tensor& product, const MaybeTensor& bias_C3, int64_t num_heads, bool l2_norm,
+                        Tensor k_BHlD, Tensor v_BHlD) {
   const HeadSizes sizes = head_sizes(product, num_heads);
   for (const Tensor* x : {&k_BHlD, &v_BHlD}) check_heads(*x, sizes, product.scalar_type());
   const Tensor q = empty_heads(product, sizes);
-  split_into(product, sizes, l2_norm, q, k_BHlD, v_BHlD, nullptr, nullptr);
+  split_into(product, bias_C3, sizes, l2_norm, q, k_BHlD, v_BHlD, nullptr, nullptr);
   return q;
 }
 
-Tensor split_heads_backward(const Tensor& d_q_BHLD, const Tensor& d_k_BHLD, const Tensor& d_v_BHLD,
+std::tuple<Tensor, Tensor> split_heads_backward(const Tensor& d_q_BHLD, const Tensor& d_k_BHLD, const Tensor& d_v_BHLD,
                             const std::optional<Tensor>& q_BHLD, const std::optional<Tensor>& k_BHLD,
-                            const std::optional<Tensor>& q_inverse_BHL, const std::optional<Tensor>& k_inverse_BHL) {
+                            const std::optional<Tensor>& q_inverse_BHL, const std::optional<Tensor>& k_inverse_BHL,
+                            bool with_bias) {
   const auto unit_stride = [](const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::contiguous(x); };
   STD_TORCH_CHECK(d_q_BHLD.dim() == 4 && d_k_BHLD.dim() == 4 && d_v_BHLD.dim() == 4, "want gradients (B, H, L, 64)");
   const Tensor d_q = unit_stride(d_q_BHLD), d_k = unit_stride(d_k_BHLD), d_v = unit_stride(d_v_BHLD);
@@ -244,19 +269,23 @@ Tensor split_heads_backward(const Tensor& d_q_BHLD, const Tensor& d_k_BHLD, cons
   for (const Tensor* x : {&q, &k}) check_heads(*x, sizes, d_q.scalar_type());
   const int64_t width = 3 * sizes.num_heads * kHeadDim;
   const Tensor out = new_empty(d_q, {sizes.num_images, sizes.num_tokens, width}, d_q.scalar_type());
+  const int64_t tiles = sizes.num_images * head_tiles(sizes);
+  const ScalarType wide = wide_of(d_q.scalar_type());
+  const Tensor partial = new_empty(d_q, {with_bias ? tiles : 0, width}, wide),
+               d_bias = new_empty(d_q, {with_bias ? width : 0}, wide);
   with_float(d_q.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     split_heads_backward_cpu(SplitBackward<T>{
         heads(d_q, data<T>(d_q)), heads(d_k, data<T>(d_k)), heads(d_v, data<T>(d_v)), data<T>(q), data<T>(k),
-        data<Wide<T>>(q_inverse), data<Wide<T>>(k_inverse), mutable_data<T>(out), sizes, normalised});
+        data<Wide<T>>(q_inverse), data<Wide<T>>(k_inverse), mutable_data<T>(out),
+        with_bias ? mutable_data<Wide<T>>(partial) : nullptr, sizes, normalised});
+    if (with_bias) column_sums_cpu(data<Wide<T>>(partial), tiles, width, mutable_data<Wide<T>>(d_bias));
   });
-  return out;
+  return {out, d_bias};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // adaLN, on the CPU
-
-using MaybeTensor = std::optional<Tensor>;
 
 AdalnSizes adaln_sizes(const Tensor& x) { return {x.size(0), x.size(1), x.size(2)}; }
 
@@ -280,16 +309,6 @@ MaybeTensor vectors_of(const Tensor& x, const MaybeTensor& vectors) {
   return vectors->stride(1) == 1 ? vectors : torch::stable::contiguous(*vectors);
 }
 
-template <typename T>
-const T* data(const MaybeTensor& x) {
-  return x ? data<T>(*x) : nullptr;
-}
-
-template <typename T>
-T* mutable_data(const MaybeTensor& x) {
-  return x ? mutable_data<T>(*x) : nullptr;
-}
-
 template <typename W>
 Vectors<W> vectors(const MaybeTensor& x) {
   return {data<W>(x), x ? x->stride(0) : 0};
@@ -297,14 +316,14 @@ Vectors<W> vectors(const MaybeTensor& x) {
 
 using AdalnResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-AdalnResult adaln(const Tensor& x_BLC, const MaybeTensor& branch_BLC, const MaybeTensor& gate_BC,
-                  const Tensor& scale_BC, const Tensor& shift_BC, double eps) {
+AdalnResult adaln(const Tensor& x_BLC, const MaybeTensor& branch_BLC, const MaybeTensor& bias_C,
+                  const MaybeTensor& gate_BC, const Tensor& scale_BC, const Tensor& shift_BC, double eps) {
   STD_TORCH_CHECK(x_BLC.dim() == 3 && x_BLC.size(2) > 0, "want (B, L, C) with channels");
   STD_TORCH_CHECK(branch_BLC.has_value() == gate_BC.has_value(), "want branch and gate together");
   const AdalnSizes sizes = adaln_sizes(x_BLC);
   const ScalarType dtype = x_BLC.scalar_type(), wide = wide_of(dtype);
   const Tensor x = torch::stable::contiguous(x_BLC);
-  const MaybeTensor branch = rows_like(x, branch_BLC), gate = vectors_of(x, gate_BC), scale = vectors_of(x, scale_BC),
+  const MaybeTensor branch = rows_like(x, branch_BLC), bias = bias_of(x, bias_C), gate = vectors_of(x, gate_BC), scale = vectors_of(x, scale_BC),
                     shift = vectors_of(x, shift_BC);
   const Tensor sum = branch ? empty_rows(x) : new_empty(x, {0}, dtype), out = empty_rows(x),
                mean = new_empty(x, {sizes.num_images, sizes.num_tokens}, wide),
@@ -312,18 +331,18 @@ AdalnResult adaln(const Tensor& x_BLC, const MaybeTensor& branch_BLC, const Mayb
   with_float(dtype, [&](auto zero) {
     using T = decltype(zero);
     using W = Wide<T>;
-    adaln_cpu(AdalnForward<T>{data<T>(x), data<T>(branch), vectors<W>(gate), vectors<W>(scale), vectors<W>(shift),
+    adaln_cpu(AdalnForward<T>{data<T>(x), data<T>(branch), data<W>(bias), vectors<W>(gate), vectors<W>(scale), vectors<W>(shift),
                               mutable_data<T>(sum), mutable_data<T>(out), mutable_data<W>(mean), mutable_data<W>(rstd),
                               sizes, eps});
   });
   return {sum, out, mean, rstd};
 }
 
-using AdalnGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using AdalnGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 AdalnGradients adaln_backward(const MaybeTensor& d_new_BLC, const MaybeTensor& d_out_BLC, const Tensor& new_BLC,
-                              const MaybeTensor& branch_BLC, const MaybeTensor& gate_BC, const Tensor& scale_BC,
-                              const Tensor& mean_BL, const Tensor& rstd_BL) {
+                              const MaybeTensor& branch_BLC, const MaybeTensor& bias_C, const MaybeTensor& gate_BC,
+                              const Tensor& scale_BC, const Tensor& mean_BL, const Tensor& rstd_BL) {
   STD_TORCH_CHECK(new_BLC.dim() == 3 && new_BLC.size(2) > 0, "want (B, L, C) with channels");
   STD_TORCH_CHECK(d_new_BLC || d_out_BLC, "want a gradient");
   STD_TORCH_CHECK(branch_BLC.has_value() == gate_BC.has_value(), "want branch and gate together");
@@ -336,7 +355,7 @@ AdalnGradients adaln_backward(const MaybeTensor& d_new_BLC, const MaybeTensor& d
                     "want mean and 1 / deviation as the forward pass returned them");
   }
   const MaybeTensor d_sum = rows_like(sum, d_new_BLC), d_out = rows_like(sum, d_out_BLC),
-                    branch = rows_like(sum, branch_BLC), gate = vectors_of(sum, gate_BC),
+                    branch = rows_like(sum, branch_BLC), bias = bias_of(sum, bias_C), gate = vectors_of(sum, gate_BC),
                     scale = vectors_of(sum, scale_BC);
   const Tensor d_x = empty_rows(sum), d_scale = new_empty(sum, {sizes.num_images, sizes.width}, wide),
                d_shift = new_empty(sum, {sizes.num_images, sizes.width}, wide);
@@ -346,12 +365,68 @@ AdalnGradients adaln_backward(const MaybeTensor& d_new_BLC, const MaybeTensor& d
     using T = decltype(zero);
     using W = Wide<T>;
     adaln_backward_cpu(AdalnBackward<T>{data<T>(d_sum), data<T>(d_out), data<T>(sum), data<T>(branch),
-                                        vectors<W>(gate), vectors<W>(scale), data<W>(mean), data<W>(rstd),
+                                        data<W>(bias), vectors<W>(gate), vectors<W>(scale), data<W>(mean), data<W>(rstd),
                                         mutable_data<T>(d_x), mutable_data<T>(d_branch), mutable_data<W>(d_gate),
                                         mutable_data<W>(d_scale), mutable_data<W>(d_shift), sizes});
   });
   const Tensor nothing = new_empty(sum, {0}, dtype), no_vectors = new_empty(sum, {0}, wide);
-  return {d_x, d_branch.value_or(nothing), d_gate.value_or(no_vectors), d_scale, d_shift};
+  // d bias = the sum over images of gate * sum d_x: from the rows of d_branch as they are stored.
+  Tensor d_bias = no_vectors;
+  if (bias) {
+    d_bias = new_empty(sum, {sizes.width}, wide);
+    with_float(dtype, [&](auto zero) {
+      using T = decltype(zero);
+      column_sums_cpu(data<T>(*d_branch), sizes.num_images * sizes.num_tokens, sizes.width,
+                      mutable_data<Wide<T>>(d_bias));
+    });
+  }
+  return {d_x, d_branch.value_or(nothing), d_bias, d_gate.value_or(no_vectors), d_scale, d_shift};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// GELU, on the CPU
+
+struct GeluInput {
+  Tensor x;
+  MaybeTensor bias;
+
+  GeluInput(const Tensor& x_NC, const Tensor& bias_C) : x(torch::stable::contiguous(x_NC)), bias(bias_of(x_NC, bias_C)) {
+    const ScalarType dtype = x.scalar_type();
+    STD_TORCH_CHECK(x.dim() == 2 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16),
+                    "x_NC: want two axes, float32 or bfloat16");
+  }
+};
+
+Tensor gelu_bias(const Tensor& x_NC, const Tensor& bias_C) {
+  const GeluInput in(x_NC, bias_C);
+  const int64_t rows = in.x.size(0), width = in.x.size(1);
+  const Tensor out = new_empty(in.x, {rows, width}, in.x.scalar_type());
+  const float* bias = data<float>(in.bias);
+  if (in.x.scalar_type() == ScalarType::Float) {
+    gelu_bias_cpu(data<float>(in.x), bias, mutable_data<float>(out), rows, width);
+  } else {
+    gelu_bias_cpu(data<uint16_t>(in.x), bias, mutable_data<uint16_t>(out), rows, width);
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor> gelu_bias_backward(const Tensor& d_out_NC, const Tensor& x_NC, const Tensor& bias_C) {
+  const GeluInput in(x_NC, bias_C);
+  const Tensor d_out = torch::stable::contiguous(d_out_NC);
+  const int64_t rows = in.x.size(0), width = in.x.size(1);
+  STD_TORCH_CHECK(d_out.dim() == 2 && d_out.size(0) == rows && d_out.size(1) == width &&
+                      d_out.scalar_type() == in.x.scalar_type(),
+                  "d_out_NC: want the shape and dtype of x_NC");
+  const Tensor d_x = new_empty(in.x, {rows, width}, in.x.scalar_type()), d_bias = new_empty(in.x, {width}, ScalarType::Float);
+  const float* bias = data<float>(in.bias);
+  float* sums = mutable_data<float>(d_bias);
+  if (in.x.scalar_type() == ScalarType::Float) {
+    gelu_bias_backward_cpu(data<float>(d_out), data<float>(in.x), bias, mutable_data<float>(d_x), sums, rows, width);
+  } else {
+    gelu_bias_backward_cpu(data<uint16_t>(d_out), data<uint16_t>(in.x), bias, mutable_data<uint16_t>(d_x), sums, rows,
+                           width);
+  }
+  return {d_x, d_bias};
 }
 
 int64_t built_for_cuda() {
@@ -376,21 +451,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varfast, m) {
   m.def(
       "group_norm_silu_cpu(Tensor x_BPC, Tensor weight_C, Tensor bias_C, Tensor input_bias_C, int num_groups, "
       "float eps, bool silu) -> Tensor");
-  // The ops of kernels/adaln.py: new stream, normalised form, mean, 1 / deviation; d x, branch, gate, scale, shift.
+  // The ops of kernels/adaln.py: new stream, normalised form, mean, 1 / deviation; d x, branch, bias, gate, scale, shift.
   m.def(
-      "adaln_cpp(Tensor x_BLC, Tensor? branch_BLC, Tensor? gate_BC, Tensor scale_BC, Tensor shift_BC, float eps) -> "
+      "adaln_cpp(Tensor x_BLC, Tensor? branch_BLC, Tensor? bias_C, Tensor? gate_BC, Tensor scale_BC, Tensor shift_BC, float eps) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "adaln_backward_cpp(Tensor? d_new_BLC, Tensor? d_out_BLC, Tensor new_BLC, Tensor? branch_BLC, Tensor? gate_BC, "
-      "Tensor scale_BC, Tensor mean_BL, Tensor rstd_BL) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The ops of kernels/qkv.py: q, k, v and the inverse norms of q and k; q, with k and v in place; d product.
-  m.def("split_heads_cpp(Tensor qkv_BLC3, int num_heads, bool l2_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "adaln_backward_cpp(Tensor? d_new_BLC, Tensor? d_out_BLC, Tensor new_BLC, Tensor? branch_BLC, Tensor? bias_C, "
+      "Tensor? gate_BC, Tensor scale_BC, Tensor mean_BL, Tensor rstd_BL) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The op of kernels/gelu.py: gelu(x + bias); d x, d bias.
+  m.def("gelu_bias_cpp(Tensor x_NC, Tensor bias_C) -> Tensor");
+  m.def("gelu_bias_backward_cpp(Tensor d_out_NC, Tensor x_NC, Tensor bias_C) -> (Tensor, Tensor)");
+  // The ops of kernels/qkv.py: q, k, v and the inverse norms of q and k; q, with k and v in place; d product, d bias.
+  m.def("split_heads_cpp(Tensor qkv_BLC3, Tensor? bias_C3, int num_heads, bool l2_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "split_heads_into_cpp(Tensor qkv_BlC3, int num_heads, bool l2_norm, Tensor(a!) k_BHlD, Tensor(b!) v_BHlD) -> "
+      "split_heads_into_cpp(Tensor qkv_BlC3, Tensor? bias_C3, int num_heads, bool l2_norm, Tensor(a!) k_BHlD, Tensor(b!) v_BHlD) -> "
       "Tensor");
   m.def(
       "split_heads_backward_cpp(Tensor d_q_BHLD, Tensor d_k_BHLD, Tensor d_v_BHLD, Tensor? q_BHLD, Tensor? k_BHLD, "
-      "Tensor? q_inverse_BHL, Tensor? k_inverse_BHL) -> Tensor");
+      "Tensor? q_inverse_BHL, Tensor? k_inverse_BHL, bool with_bias) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(varfast, CompositeExplicitAutograd, m) {
@@ -403,6 +482,8 @@ STABLE_TORCH_LIBRARY_IMPL(varfast, CPU, m) {
   m.impl("group_norm_silu_cpu", TORCH_BOX(&group_norm_cpu));
   m.impl("adaln_cpp", TORCH_BOX(&adaln));
   m.impl("adaln_backward_cpp", TORCH_BOX(&adaln_backward));
+  m.impl("gelu_bias_cpp", TORCH_BOX(&gelu_bias));
+  m.impl("gelu_bias_backward_cpp", TORCH_BOX(&gelu_bias_backward));
   m.impl("split_heads_cpp", TORCH_BOX(&split_heads));
   m.impl("split_heads_into_cpp", TORCH_BOX(&split_heads_into));
   m.impl("split_heads_backward_cpp", TORCH_BOX(&split_heads_backward));

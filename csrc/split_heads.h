@@ -23,11 +23,16 @@ struct HeadSizes {
   int64_t num_images, num_tokens, num_heads;
 };
 
-// product (B, L, 3 H D) -> q, k, v; q and k normalised where `normalise` says so. inverse_q and inverse_k, (B, H, L):
+// Tokens of one image that a thread takes at a time, and how many such tiles an image has.
+constexpr int64_t kTile = 16;
+inline int64_t head_tiles(const HeadSizes& sizes) { return (sizes.num_tokens + kTile - 1) / kTile; }
+
+// product (B, L, 3 H D) + bias (3 H D, or null) -> q, k, v; q and k normalised where `normalise` says so. inverse_q and inverse_k, (B, H, L):
 // 1 / max(norm, eps), not written where null.
 template <typename T>
 struct SplitForward {
   const T* product;
+  const Wide<T>* bias;
   Heads<T> q, k, v;
   Wide<T>* inverse_q;
   Wide<T>* inverse_k;
@@ -36,6 +41,7 @@ struct SplitForward {
 };
 
 // Gradients of q, k, v -> of the product. q, k, contiguous, and the inverse norms are what the forward pass returned.
+// partial (tiles, 3 H D), or null: sums of d_product over the tokens of each tile, before it is rounded.
 template <typename T>
 struct SplitBackward {
   Heads<const T> d_q, d_k, d_v;
@@ -44,6 +50,7 @@ struct SplitBackward {
   const Wide<T>* inverse_q;
   const Wide<T>* inverse_k;
   T* d_product;
+  Wide<T>* partial;
   HeadSizes sizes;
   bool normalise;
 };

@@ -7,6 +7,7 @@ Imports torch, triton and the extension, never the rest of varfast.
 from varfast.kernels.adaln import gated_residual, gated_residual_norm, layer_norm_modulate
 from varfast.kernels.attention import block_causal_attention, cached_attention
 from varfast.kernels.conv import conv3x3
+from varfast.kernels.gelu import gelu_bias, linear_gelu
 from varfast.kernels.group_norm import ChannelMoments, channel_moments, group_norm_silu
 from varfast.kernels.grpo_loss import GRPO_STATS, grpo_token_loss
 from varfast.kernels.logprob import selective_log_softmax
@@ -28,10 +29,12 @@ __all__ = [
     "conv3x3",
     "gated_residual",
     "gated_residual_norm",
+    "gelu_bias",
     "group_norm_silu",
     "grpo_token_loss",
     "invariant_linear",
     "layer_norm_modulate",
+    "linear_gelu",
     "sample_tokens",
     "selective_log_softmax",
     "split_heads",

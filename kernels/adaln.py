@@ -31,8 +31,11 @@ except ImportError:  # never launched then: cannot_run_triton says why
         return function
 
 
-# Rows of one image that a program of the backward pass adds up: its partial sums are 1/16 of a tensor that it reads.
-_ROWS = 16
+# A program of the backward pass adds up two chains of 16 rows of one image. With one, writing and reading the partial
+# sums of gate, bias, scale and shift was 17 % of the bytes of the op's large tensors; a chain of 32 had an error of
+# 6.2e-6 where PyTorch has 2.4e-6.
+_STAGES = 3
+_FINISH = {"CHUNKS": 32, "COLUMNS": 64}
 _MAX_WIDTH = 8192
 
 
@@ -40,6 +43,7 @@ _MAX_WIDTH = 8192
 def _forward_kernel(
     x_ptr,
     branch_ptr,
+    bias_ptr,
     gate_ptr,
     scale_ptr,
     shift_ptr,
@@ -54,6 +58,7 @@ def _forward_kernel(
     shift_stride,
     eps,
     RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -65,6 +70,8 @@ def _forward_kernel(
     x = tl.load(x_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         branch = tl.load(branch_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        if BIAS:
+            branch += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(gate_ptr + image * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
         stored = (x + branch * gate).to(new_ptr.dtype.element_ty)
         tl.store(new_ptr + row * width + column, stored, mask=inside)
@@ -83,6 +90,11 @@ def _forward_kernel(
 
 
 @jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@jit
 def _backward_kernel(
     d_new_ptr,
     d_out_ptr,
@@ -94,70 +106,144 @@ def _backward_kernel(
     rstd_ptr,
     d_x_ptr,
     d_branch_ptr,
-    d_gate_ptr,
-    d_scale_ptr,
-    d_shift_ptr,
+    partial_ptr,
     length,
     width,
     gate_stride,
     scale_stride,
+    plane,
     RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
     NORM: tl.constexpr,
     NEW_HAS_GRADIENT: tl.constexpr,
     ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS tokens of one image a program, one after the other; sums over them stay in registers, in a fixed order."""
+    """ROWS tokens of one image a program, TILE at a time, with the loads of STAGES - 1 later tiles in flight.
+
+    Sums over the tokens stay in registers, TILE chains side by side, in a fixed order. They are written as planes of
+    (B, chunks, C): of d_x * branch, of d_x (with a bias), and those of scale and shift.
+    """
     chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     share = tl.div_rn(1.0, width * 1.0)  # once: divided correctly in the loop, it took 114 registers for 80 at C = 1920
-    d_gate = tl.zeros((BLOCK,), tl.float32)
-    d_scale = tl.zeros((BLOCK,), tl.float32)
-    d_shift = tl.zeros((BLOCK,), tl.float32)
+    d_gate = tl.zeros((TILE, BLOCK), tl.float32)
+    d_sum = tl.zeros((TILE, BLOCK), tl.float32)
+    d_scale = tl.zeros((TILE, BLOCK), tl.float32)
+    d_shift = tl.zeros((TILE, BLOCK), tl.float32)
     if RESIDUAL:
         gate = tl.load(gate_ptr + image * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         scale = tl.load(scale_ptr + image * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
-    for index in range(ROWS):
-        token = chunk * ROWS + index
+    for first in tl.range(0, ROWS, TILE, num_stages=STAGES):
+        token = chunk * ROWS + first + tl.arange(0, TILE)
         row = image * length + token
-        here = inside & (token + column * 0 < length)  # the interpreter wants a mask of one shape
-        at = row * width + column
-        d_x = tl.zeros((BLOCK,), tl.float32)
+        here = (token < length)[:, None] & inside[None, :]
+        at = row[:, None] * width + column[None, :]
+        d_x = tl.zeros((TILE, BLOCK), tl.float32)
         if NEW_HAS_GRADIENT:
             d_x += tl.load(d_new_ptr + at, mask=here, other=0.0).to(tl.float32)
         if NORM:
             d_out = tl.load(d_out_ptr + at, mask=here, other=0.0).to(tl.float32)
             new = tl.load(new_ptr + at, mask=here, other=0.0).to(tl.float32)
-            mean = tl.load(mean_ptr + row, mask=token < length, other=0.0)
-            rstd = tl.load(rstd_ptr + row, mask=token < length, other=0.0)
+            mean = tl.load(mean_ptr + row, mask=token < length, other=0.0)[:, None]
+            rstd = tl.load(rstd_ptr + row, mask=token < length, other=0.0)[:, None]
             normed = tl.where(here, (new - mean) * rstd, 0.0)
             d_scale += d_out * normed
             d_shift += d_out
-            d_normed = d_out * (1.0 + scale)
-            along = tl.sum(d_normed * normed, axis=0) * share
-            average = tl.sum(d_normed, axis=0) * share
-            d_x += (d_normed - average - normed * along) * rstd
+            d_normed = d_out * (1.0 + scale)[None, :]
+            # Both sums at once: their threads meet once a tile, not twice.
+            along, average = tl.reduce((d_normed * normed, d_normed), 1, _add_pairs)
+            d_x += (d_normed - (average * share)[:, None] - normed * (along * share)[:, None]) * rstd
         tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=here)
         if RESIDUAL:
             branch = tl.load(branch_ptr + at, mask=here, other=0.0).to(tl.float32)
+            d_x = tl.where(here, d_x, 0.0)
             d_gate += d_x * branch
-            tl.store(d_branch_ptr + at, (d_x * gate).to(d_branch_ptr.dtype.element_ty), mask=here)
-    partial = (image * tl.num_programs(0) + chunk) * width + column
+            if BIAS:
+                d_sum += d_x
+            tl.store(d_branch_ptr + at, (d_x * gate[None, :]).to(d_branch_ptr.dtype.element_ty), mask=here)
+    partial = partial_ptr + (image * tl.num_programs(0) + chunk) * width + column
     if RESIDUAL:
-        tl.store(d_gate_ptr + partial, d_gate, mask=inside)
+        tl.store(partial, tl.sum(d_gate, axis=0), mask=inside)
+        partial += plane
+        if BIAS:
+            tl.store(partial, tl.sum(d_sum, axis=0), mask=inside)
+            partial += plane
     if NORM:
-        tl.store(d_scale_ptr + partial, d_scale, mask=inside)
-        tl.store(d_shift_ptr + partial, d_shift, mask=inside)
+        tl.store(partial, tl.sum(d_scale, axis=0), mask=inside)
+        tl.store(partial + plane, tl.sum(d_shift, axis=0), mask=inside)
+
+
+@jit
+def _sum_of_chunks(partial_ptr, chunks, width, column, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr):
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        here = (chunk < chunks)[:, None] & (column < width)[None, :]
+        total += tl.sum(tl.load(partial_ptr + chunk[:, None] * width + column[None, :], mask=here, other=0.0), axis=0)
+    return total
+
+
+@jit
+def _finish_kernel(
+    partial_ptr,
+    bias_ptr,
+    gate_ptr,
+    d_gate_ptr,
+    d_scale_ptr,
+    d_shift_ptr,
+    d_bias_ptr,
+    chunks,
+    width,
+    gate_stride,
+    plane,
+    RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The gradients of COLUMNS channels of one image's gate, scale and shift; its part of the bias's, in float32.
+
+    With branch + bias in the place of branch, d gate = sum d_x * branch + bias * sum d_x, and d bias = gate * sum d_x.
+    """
+    image = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    at = image * width + column
+    partial = partial_ptr + image * chunks * width
+    if RESIDUAL:
+        d_gate = _sum_of_chunks(partial, chunks, width, column, CHUNKS, COLUMNS)
+        partial += plane
+        if BIAS:
+            d_sum = _sum_of_chunks(partial, chunks, width, column, CHUNKS, COLUMNS)
+            partial += plane
+            d_gate += d_sum * tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(gate_ptr + image * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+            tl.store(d_bias_ptr + at, d_sum * gate, mask=inside)
+        tl.store(d_gate_ptr + at, d_gate.to(d_gate_ptr.dtype.element_ty), mask=inside)
+    if NORM:
+        d_scale = _sum_of_chunks(partial, chunks, width, column, CHUNKS, COLUMNS)
+        d_shift = _sum_of_chunks(partial + plane, chunks, width, column, CHUNKS, COLUMNS)
+        tl.store(d_scale_ptr + at, d_scale.to(d_scale_ptr.dtype.element_ty), mask=inside)
+        tl.store(d_shift_ptr + at, d_shift.to(d_shift_ptr.dtype.element_ty), mask=inside)
 
 
 def _launch_settings(direction: str, width: int, device: torch.device | None = None) -> dict[str, int]:
-    """8 numbers a thread, one 128-bit load in bfloat16."""
+    """8 numbers of a row a thread, one 128-bit load in bfloat16."""
     block = max(128, 1 << (width - 1).bit_length())
-    rows = {"ROWS": _ROWS} if direction == "backward" else {}
     num_warps = min(16, max(4, block // 256))
-    return {"BLOCK": block} | setting(f"adaln_{direction}", width, device, num_warps=num_warps, **rows)
+    if direction == "forward":
+        return {"BLOCK": block} | setting("adaln_forward", width, device, num_warps=num_warps)
+    # Registers allow, of C = 1024: 3 programs of 4 warps an SM (triton 3.6: 168), of 1920 one of 16 (119; with 8 warps
+    # one of 8). Their loads in flight, 98 and 66 KB, are 3 times what 3 TB/s at 800 ns needs of an SM.
+    tile, warps = (2 if block <= 2048 else 1), (4 if block <= 1024 else 16)
+    rule = {"ROWS": 16 * tile, "TILE": tile, "STAGES": _STAGES, "num_warps": warps}
+    return {"BLOCK": block} | setting("adaln_backward", width, device, **rule)
 
 
 def _rows_of(vector_BC: Tensor) -> Tensor:
@@ -168,6 +254,7 @@ def _rows_of(vector_BC: Tensor) -> Tensor:
 def _adaln(
     x_BLC: Tensor,
     branch_BLC: Tensor | None,
+    bias_C: Tensor | None,
     gate_BC: Tensor | None,
     scale_BC: Tensor | None,
     shift_BC: Tensor | None,
@@ -184,6 +271,7 @@ def _adaln(
             _forward_kernel[(batch * length,)](
                 x,
                 branch,
+                x if bias_C is None else bias_C.contiguous(),
                 gate,
                 scale,
                 shift,
@@ -198,6 +286,7 @@ def _adaln(
                 shift.stride(0),
                 eps,
                 RESIDUAL=branch_BLC is not None,
+                BIAS=bias_C is not None,
                 NORM=scale_BC is not None,
                 **_launch_settings("forward", width, x.device),
             )
@@ -216,7 +305,7 @@ def _outputs(
 
 
 @_adaln.register_fake
-def _fake(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps):
+def _fake(x_BLC, branch_BLC, bias_C, gate_BC, scale_BC, shift_BC, eps):
     return _outputs(x_BLC, branch_BLC, scale_BC)
 
 
@@ -226,106 +315,121 @@ def _adaln_backward(
     d_out_BLC: Tensor | None,
     new_BLC: Tensor,
     branch_BLC: Tensor | None,
+    bias_C: Tensor | None,
     gate_BC: Tensor | None,
     scale_BC: Tensor | None,
     mean_BL: Tensor,
     rstd_BL: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch, gate, scale and shift; empty where not asked for."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, branch, bias, gate, scale and shift; empty where not asked for."""
     batch, length, width = new_BLC.shape
     chosen = _launch_settings("backward", width, new_BLC.device)
     chunks = -(-length // chosen["ROWS"])
-    d_x, d_branch, _, _, _ = _gradients(new_BLC, branch_BLC, gate_BC, scale_BC)
-    partials = [
-        new_BLC.new_empty((batch, chunks, width) if vector is not None else 0, dtype=torch.float32)
-        for vector in (gate_BC, scale_BC, scale_BC)
-    ]
-    if new_BLC.numel():
-        new = new_BLC.contiguous()
-        d_new = new if d_new_BLC is None else d_new_BLC.contiguous()
-        d_out = new if d_out_BLC is None else d_out_BLC.contiguous()
-        branch = new if branch_BLC is None else branch_BLC.contiguous()
-        gate, scale = (new[:, 0] if v is None else _rows_of(v) for v in (gate_BC, scale_BC))
-        with torch.cuda.device_of(new):
-            _backward_kernel[(chunks, batch)](
-                d_new,
-                d_out,
-                new,
-                branch,
-                gate,
-                scale,
-                mean_BL,
-                rstd_BL,
-                d_x,
-                d_branch,
-                *partials,
-                length,
-                width,
-                gate.stride(0),
-                scale.stride(0),
-                RESIDUAL=branch_BLC is not None,
-                NORM=d_out_BLC is not None,
-                NEW_HAS_GRADIENT=d_new_BLC is not None,
-                **chosen,
-            )
-    sums = [
-        partial.sum(dim=1).to(vector.dtype) if vector is not None else partial
-        for partial, vector in zip(partials, (gate_BC, scale_BC, scale_BC), strict=True)
-    ]
-    if d_out_BLC is None and scale_BC is not None:  # the normalised stream had no gradient
-        sums[1], sums[2] = torch.zeros_like(scale_BC), torch.zeros_like(scale_BC)
-    return d_x, d_branch, sums[0], sums[1], sums[2]
+    d_x, d_branch, d_bias, d_gate, d_scale, d_shift = _gradients(new_BLC, branch_BLC, bias_C, gate_BC, scale_BC)
+    residual, bias, norm = branch_BLC is not None, bias_C is not None, d_out_BLC is not None
+    if not norm or not new_BLC.numel():  # not normalised, or that had no gradient
+        for vector in (d_scale, d_shift):
+            vector.zero_()
+    if not new_BLC.numel():
+        return d_x, d_branch, d_bias.zero_(), d_gate.zero_(), d_scale, d_shift
+    planes = residual + (residual and bias) + 2 * norm
+    partial = new_BLC.new_empty((planes, batch, chunks, width), dtype=torch.float32)
+    d_bias_BC = new_BLC.new_empty((batch, width) if bias else 0, dtype=torch.float32)
+    new = new_BLC.contiguous()
+    d_new = new if d_new_BLC is None else d_new_BLC.contiguous()
+    d_out = new if d_out_BLC is None else d_out_BLC.contiguous()
+    branch = new if branch_BLC is None else branch_BLC.contiguous()
+    gate, scale = (new[:, 0] if v is None else _rows_of(v) for v in (gate_BC, scale_BC))
+    with torch.cuda.device_of(new):
+        _backward_kernel[(chunks, batch)](
+            d_new,
+            d_out,
+            new,
+            branch,
+            gate,
+            scale,
+            mean_BL,
+            rstd_BL,
+            d_x,
+            d_branch,
+            partial,
+            length,
+            width,
+            gate.stride(0),
+            scale.stride(0),
+            partial.stride(0),
+            RESIDUAL=residual,
+            BIAS=bias,
+            NORM=norm,
+            NEW_HAS_GRADIENT=d_new_BLC is not None,
+            **chosen,
+        )
+        _finish_kernel[(-(-width // _FINISH["COLUMNS"]), batch)](
+            partial,
+            partial if bias_C is None else bias_C.contiguous(),
+            gate,
+            d_gate,
+            d_scale,
+            d_shift,
+            d_bias_BC,
+            chunks,
+            width,
+            gate.stride(0),
+            partial.stride(0),
+            RESIDUAL=residual,
+            BIAS=bias,
+            NORM=norm,
+            **_FINISH,
+        )
+    if bias:
+        d_bias = d_bias_BC.sum(dim=0).to(d_bias.dtype)
+    return d_x, d_branch, d_bias, d_gate, d_scale, d_shift
 
 
 def _gradients(
-    new_BLC: Tensor, branch_BLC: Tensor | None, gate_BC: Tensor | None, scale_BC: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    new_BLC: Tensor, branch_BLC: Tensor | None, bias_C: Tensor | None, gate_BC: Tensor | None, scale_BC: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     d_x = new_BLC.new_empty(new_BLC.shape)
     d_branch = new_BLC.new_empty(0) if branch_BLC is None else branch_BLC.new_empty(branch_BLC.shape)
     wide = torch.promote_types(new_BLC.dtype, torch.float32)
-    d_gate, d_scale, d_shift = (
-        new_BLC.new_empty(0, dtype=wide) if v is None else v.new_empty(v.shape) for v in (gate_BC, scale_BC, scale_BC)
+    d_bias, d_gate, d_scale, d_shift = (
+        new_BLC.new_empty(0, dtype=wide) if v is None else v.new_empty(v.shape)
+        for v in (bias_C, gate_BC, scale_BC, scale_BC)
     )
-    return d_x, d_branch, d_gate, d_scale, d_shift
+    return d_x, d_branch, d_bias, d_gate, d_scale, d_shift
 
 
 @_adaln_backward.register_fake
-def _fake_backward(d_new_BLC, d_out_BLC, new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL):
-    return _gradients(new_BLC, branch_BLC, gate_BC, scale_BC)
+def _fake_backward(d_new_BLC, d_out_BLC, new_BLC, branch_BLC, bias_C, gate_BC, scale_BC, mean_BL, rstd_BL):
+    return _gradients(new_BLC, branch_BLC, bias_C, gate_BC, scale_BC)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_BLC, branch_BLC, gate_BC, scale_BC, _, _ = inputs
+    x_BLC, branch_BLC, bias_C, gate_BC, scale_BC, _, _ = inputs
     new_BLC, _, mean_BL, rstd_BL = output
-    ctx.save_for_backward(x_BLC if branch_BLC is None else new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL)
+    stream_BLC = x_BLC if branch_BLC is None else new_BLC
+    ctx.save_for_backward(stream_BLC, branch_BLC, bias_C, gate_BC, scale_BC, mean_BL, rstd_BL)
     ctx.mark_non_differentiable(mean_BL, rstd_BL)
     ctx.set_materialize_grads(False)
 
 
 def _backward(op: Any, ctx: Any, d_new: Tensor | None, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL = ctx.saved_tensors
+    new_BLC, branch_BLC, bias_C, gate_BC, scale_BC, mean_BL, rstd_BL = ctx.saved_tensors
     if branch_BLC is None:
         d_new = None
     if scale_BC is None:
         d_out = None
     if d_new is None and d_out is None:
-        return None, None, None, None, None, None
-    d_x, d_branch, d_gate, d_scale, d_shift = op(d_new, d_out, new_BLC, branch_BLC, gate_BC, scale_BC, mean_BL, rstd_BL)
-    with_branch, with_norm = branch_BLC is not None, scale_BC is not None
-    return (
-        d_x,
-        d_branch if with_branch else None,
-        d_gate if with_branch else None,
-        d_scale if with_norm else None,
-        d_shift if with_norm else None,
-        None,
-    )
+        return (None,) * 7
+    d_x, *others = op(d_new, d_out, new_BLC, branch_BLC, bias_C, gate_BC, scale_BC, mean_BL, rstd_BL)
+    given = (branch_BLC, bias_C, gate_BC, scale_BC, scale_BC)
+    return d_x, *(d if x is not None else None for d, x in zip(others, given, strict=True)), None
 
 
 _adaln.register_autograd(functools.partial(_backward, _adaln_backward), setup_context=_setup_context)
 
 # The same in C++, csrc/adaln_cpu.cpp, but always with the norm: the residual alone is 0.9 times as fast as PyTorch's at
-# 960 x 128. In float64 too; gate, scale and shift come in the dtype of the arithmetic.
+# 960 x 128. In float64 too; bias, gate, scale and shift come in the dtype of the arithmetic.
 if NO_EXTENSION is None:
     torch.library.register_fake("varfast::adaln_cpp", _fake)
     torch.library.register_fake("varfast::adaln_backward_cpp", _fake_backward)
@@ -343,17 +447,23 @@ def _refuses(x_BLC: Tensor, *_: Any) -> str | None:
 
 
 def _norm_triton(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float) -> Tensor:
-    return _adaln(x_BLC, None, None, scale_BC, shift_BC, eps)[1]
+    return _adaln(x_BLC, None, None, None, scale_BC, shift_BC, eps)[1]
 
 
-def _residual_triton(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor) -> Tensor:
-    return _adaln(x_BLC, branch_BLC, gate_BC, None, None, 0.0)[0]
+def _residual_triton(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, bias_C: Tensor | None) -> Tensor:
+    return _adaln(x_BLC, branch_BLC, bias_C, gate_BC, None, None, 0.0)[0]
 
 
 def _residual_norm_triton(
-    x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float
+    x_BLC: Tensor,
+    branch_BLC: Tensor,
+    gate_BC: Tensor,
+    scale_BC: Tensor,
+    shift_BC: Tensor,
+    eps: float,
+    bias_C: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    new_BLC, out_BLC, _, _ = _adaln(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps)
+    new_BLC, out_BLC, _, _ = _adaln(x_BLC, branch_BLC, bias_C, gate_BC, scale_BC, shift_BC, eps)
     return new_BLC, out_BLC
 
 
@@ -365,13 +475,20 @@ def _refuses_residual_cpp(x_BLC: Tensor, branch_BLC: Tensor, *_: Any) -> str | N
 
 def _norm_cpp(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float) -> Tensor:
     scale, shift = (v.to(torch.promote_types(x_BLC.dtype, torch.float32)) for v in (scale_BC, shift_BC))
-    return torch.ops.varfast.adaln_cpp(x_BLC, None, None, scale, shift, eps)[1]
+    return torch.ops.varfast.adaln_cpp(x_BLC, None, None, None, scale, shift, eps)[1]
 
 
 def _residual_norm_cpp(
-    x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float
+    x_BLC: Tensor,
+    branch_BLC: Tensor,
+    gate_BC: Tensor,
+    scale_BC: Tensor,
+    shift_BC: Tensor,
+    eps: float,
+    bias_C: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    vectors = (v.to(torch.promote_types(x_BLC.dtype, torch.float32)) for v in (gate_BC, scale_BC, shift_BC))
+    wide = torch.promote_types(x_BLC.dtype, torch.float32)
+    vectors = (None if v is None else v.to(wide) for v in (bias_C, gate_BC, scale_BC, shift_BC))
     new_BLC, out_BLC, _, _ = torch.ops.varfast.adaln_cpp(x_BLC, branch_BLC, *vectors, eps)
     return new_BLC, out_BLC
 
@@ -395,6 +512,17 @@ implementations(
 )
 
 
+_FLOAT32 = ("mean_ptr", "rstd_ptr", "partial_ptr", "bias_ptr", "d_bias_ptr")
+
+
+def _type_of(argument: str, dtype: str, constants: dict[str, Any]) -> str:
+    if argument in constants:
+        return "constexpr"
+    if argument.endswith("_ptr"):
+        return "*fp32" if argument in _FLOAT32 else f"*{dtype}"
+    return "fp32" if argument == "eps" else "i32"
+
+
 def ahead_of_time() -> list[AheadOfTime]:
     """The fused op, and the two alone, at the widths of d16 and d30."""
     from varfast.kernels.aot import AheadOfTime
@@ -403,31 +531,28 @@ def ahead_of_time() -> list[AheadOfTime]:
     for dtype in ("bf16", "fp32"):
         for width in (1024, 1920):
             for residual, norm in ((True, True), (False, True), (True, False)):
-                flags = {"RESIDUAL": residual, "NORM": norm}
-                big = dict.fromkeys(("x_ptr", "branch_ptr", "gate_ptr", "scale_ptr", "shift_ptr", "new_ptr", "out_ptr"))
-                forward = dict.fromkeys(big, f"*{dtype}") | dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32")
-                strides = ("length", "width", "gate_stride", "scale_stride", "shift_stride")
-                forward |= dict.fromkeys(strides, "i32") | {"eps": "fp32"}
-                names = ("d_new_ptr", "d_out_ptr", "new_ptr", "branch_ptr", "gate_ptr", "scale_ptr")
-                backward = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32")
-                backward |= dict.fromkeys(("d_x_ptr", "d_branch_ptr"), f"*{dtype}")
-                backward |= dict.fromkeys(("d_gate_ptr", "d_scale_ptr", "d_shift_ptr"), "*fp32")
-                backward |= dict.fromkeys(strides[:4], "i32")
-                for name, kernel, signature, more in (
-                    ("forward", _forward_kernel, forward, {}),
-                    ("backward", _backward_kernel, backward, {"NEW_HAS_GRADIENT": residual}),
+                what = "+".join(filter(None, ["residual" * residual, "norm" * norm]))
+                flags = {"RESIDUAL": residual, "BIAS": residual, "NORM": norm}
+                for name, kernel, constants in (
+                    ("forward", _forward_kernel, flags | _launch_settings("forward", width)),
+                    (
+                        "backward",
+                        _backward_kernel,
+                        flags | {"NEW_HAS_GRADIENT": residual} | _launch_settings("backward", width),
+                    ),
+                    ("finish", _finish_kernel, flags | _FINISH),
                 ):
-                    constants = flags | more | _launch_settings(name, width)
-                    num_warps = constants.pop("num_warps")
-                    what = "+".join(filter(None, ["residual" * residual, "norm" * norm]))
+                    num_warps = constants.pop("num_warps", 4)
+                    signature = {a: _type_of(a, dtype, constants) for a in kernel.arg_names}
+                    divisible = [a for a in signature if a in ("width", "plane") or a.endswith("_stride")]
                     items.append(
                         AheadOfTime(
                             f"adaln {what} {name} {dtype} C={width}",
                             kernel,
-                            signature | dict.fromkeys(constants, "constexpr"),
+                            signature,
                             constants,
                             num_warps=num_warps,
-                            attributes=dict.fromkeys(("width", "gate_stride", "scale_stride", "shift_stride"), 16),
+                            attributes=dict.fromkeys(divisible, 16),
                         )
                     )
     return items
@@ -450,17 +575,21 @@ def layer_norm_modulate(
     return out
 
 
-def gated_residual(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, impl: str = "auto") -> Tensor:
-    """x + gate * branch, one gate an image and channel.
+def gated_residual(
+    x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, bias_C: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
+    """x + gate * (branch + bias), one gate an image and channel.
 
     Args:
         x_BLC, branch_BLC: (B, L, C).
         gate_BC: (B, C).
+        bias_C: (C,), that of the product that made the branch, added in float32; its gradient is summed where the
+            branch's is made.
         impl: "auto", "triton" or "reference".
     Returns: (B, L, C).
     Raises: ValueError for an impl that is unknown or cannot run.
     """
-    out: Tensor = run("gated_residual", impl, x_BLC, branch_BLC, gate_BC)
+    out: Tensor = run("gated_residual", impl, x_BLC, branch_BLC, gate_BC, bias_C)
     return out
 
 
@@ -471,6 +600,7 @@ def gated_residual_norm(
     scale_BC: Tensor,
     shift_BC: Tensor,
     eps: float = 1e-6,
+    bias_C: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """gated_residual, and layer_norm_modulate of its result, in one pass.
@@ -479,9 +609,10 @@ def gated_residual_norm(
         x_BLC, branch_BLC: (B, L, C).
         gate_BC, scale_BC, shift_BC: (B, C).
         eps: added to the variance.
+        bias_C: (C,), added to the branch, or None.
         impl: "auto", "triton", "cpp" or "reference".
     Returns: the new residual stream and its normalised, modulated form, (B, L, C) each.
     Raises: ValueError for an impl that is unknown or cannot run.
     """
-    new_BLC, out_BLC = run("gated_residual_norm", impl, x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps)
+    new_BLC, out_BLC = run("gated_residual_norm", impl, x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps, bias_C)
     return new_BLC, out_BLC

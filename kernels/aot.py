@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-MODULES = ("sampling", "logprob", "attention", "qkv", "adaln", "group_norm", "conv", "matmul")
+MODULES = ("sampling", "logprob", "attention", "qkv", "adaln", "gelu", "group_norm", "conv", "matmul")
 _MAX_REGISTERS = 255
 SM_90, SM_100 = 90, 100
 

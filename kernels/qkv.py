@@ -40,11 +40,15 @@ _HEAD_DIM = 64
 # round, all heads of one token a program, would write segments of 128 bytes, L * 128 bytes apart, and the 30 heads of
 # d30 would fill 15/16 of a tile. Tokens are counted over all images: at l = 1 a program is as full as at l = 256.
 _RULE = {"TOKENS": 16, "num_warps": 4}
+# Of the backward pass, TILES times 16 tokens a program: its partial sums of the bias's gradient, written and read, are
+# 1.2 % of the bytes of the op; with one tile they would be 4.7 %.
+_BACKWARD_RULE = {"TOKENS": 16, "TILES": 4, "num_warps": 4}
 
 
 @jit
 def _split_kernel(
     qkv_ptr,
+    bias_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -60,6 +64,7 @@ def _split_kernel(
     v_head,
     v_row,
     eps,
+    BIAS: tl.constexpr,
     NORM: tl.constexpr,
     KEEP_INVERSE: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -78,6 +83,11 @@ def _split_kernel(
     q = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     k = tl.load(source + heads * HEAD_DIM, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(source + 2 * heads * HEAD_DIM, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        bias = bias_ptr + head * HEAD_DIM + dim
+        q += tl.load(bias).to(tl.float32)[None, :]
+        k += tl.load(bias + heads * HEAD_DIM).to(tl.float32)[None, :]
+        v += tl.load(bias + 2 * heads * HEAD_DIM).to(tl.float32)[None, :]
     flat = (image * heads + head) * length + row  # of q, which is contiguous, and of the inverse norms
     if NORM:
         q_norm = tl.sqrt_rn(tl.sum(q * q, axis=1))
@@ -120,6 +130,7 @@ def _split_backward_kernel(
     q_inverse_ptr,
     k_inverse_ptr,
     d_qkv_ptr,
+    partial_ptr,
     num_tokens,
     length,
     heads,
@@ -133,36 +144,51 @@ def _split_backward_kernel(
     v_head,
     v_row,
     eps,
+    BIAS: tl.constexpr,
     NORM: tl.constexpr,
     TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
     """The tiles of the forward kernel, the other way; strides are those of the gradients."""
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
-    index = (program // heads) * TOKENS + tl.arange(0, TOKENS)
     dim = tl.arange(0, HEAD_DIM)
-    here = index < num_tokens
-    inside = here[:, None] & (dim[None, :] < HEAD_DIM)
-    token, image, row = index.to(tl.int64), (index // length).to(tl.int64), (index % length).to(tl.int64)
-    q_at = (image * q_image + head * q_head + row * q_row)[:, None] + dim[None, :]
-    k_at = (image * k_image + head * k_head + row * k_row)[:, None] + dim[None, :]
-    v_at = (image * v_image + head * v_head + row * v_row)[:, None] + dim[None, :]
-    d_q = tl.load(d_q_ptr + q_at, mask=inside, other=0.0).to(tl.float32)
-    d_k = tl.load(d_k_ptr + k_at, mask=inside, other=0.0).to(tl.float32)
-    d_v = tl.load(d_v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
-    if NORM:
-        flat = (image * heads + head) * length + row
-        at = (flat * HEAD_DIM)[:, None] + dim[None, :]
-        q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        d_q = _through_norm(d_q, q, tl.load(q_inverse_ptr + flat, mask=here, other=0.0), eps)
-        d_k = _through_norm(d_k, k, tl.load(k_inverse_ptr + flat, mask=here, other=0.0), eps)
-    target = d_qkv_ptr + (token * (3 * heads * HEAD_DIM) + head * HEAD_DIM)[:, None] + dim[None, :]
+    q_sum = tl.zeros((TOKENS, HEAD_DIM), tl.float32)
+    k_sum = tl.zeros((TOKENS, HEAD_DIM), tl.float32)
+    v_sum = tl.zeros((TOKENS, HEAD_DIM), tl.float32)
     dtype = d_qkv_ptr.dtype.element_ty
-    tl.store(target, d_q.to(dtype), mask=inside)
-    tl.store(target + heads * HEAD_DIM, d_k.to(dtype), mask=inside)
-    tl.store(target + 2 * heads * HEAD_DIM, d_v.to(dtype), mask=inside)
+    for tile in range(TILES):
+        index = ((program // heads) * TILES + tile) * TOKENS + tl.arange(0, TOKENS)
+        here = index < num_tokens
+        inside = here[:, None] & (dim[None, :] < HEAD_DIM)
+        token, image, row = index.to(tl.int64), (index // length).to(tl.int64), (index % length).to(tl.int64)
+        q_at = (image * q_image + head * q_head + row * q_row)[:, None] + dim[None, :]
+        k_at = (image * k_image + head * k_head + row * k_row)[:, None] + dim[None, :]
+        v_at = (image * v_image + head * v_head + row * v_row)[:, None] + dim[None, :]
+        d_q = tl.load(d_q_ptr + q_at, mask=inside, other=0.0).to(tl.float32)
+        d_k = tl.load(d_k_ptr + k_at, mask=inside, other=0.0).to(tl.float32)
+        d_v = tl.load(d_v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            flat = (image * heads + head) * length + row
+            at = (flat * HEAD_DIM)[:, None] + dim[None, :]
+            q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            d_q = _through_norm(d_q, q, tl.load(q_inverse_ptr + flat, mask=here, other=0.0), eps)
+            d_k = _through_norm(d_k, k, tl.load(k_inverse_ptr + flat, mask=here, other=0.0), eps)
+        target = d_qkv_ptr + (token * (3 * heads * HEAD_DIM) + head * HEAD_DIM)[:, None] + dim[None, :]
+        tl.store(target, d_q.to(dtype), mask=inside)
+        tl.store(target + heads * HEAD_DIM, d_k.to(dtype), mask=inside)
+        tl.store(target + 2 * heads * HEAD_DIM, d_v.to(dtype), mask=inside)
+        if BIAS:
+            q_sum += d_q
+            k_sum += d_k
+            v_sum += d_v
+    if BIAS:
+        partial = partial_ptr + ((program // heads).to(tl.int64) * 3 * heads + head) * HEAD_DIM + dim
+        tl.store(partial, tl.sum(q_sum, axis=0))
+        tl.store(partial + heads * HEAD_DIM, tl.sum(k_sum, axis=0))
+        tl.store(partial + 2 * heads * HEAD_DIM, tl.sum(v_sum, axis=0))
 
 
 def _programs(batch: int, length: int, heads: int, tokens: int) -> tuple[int]:
@@ -170,7 +196,13 @@ def _programs(batch: int, length: int, heads: int, tokens: int) -> tuple[int]:
 
 
 def _launch_split(
-    qkv_BLC3: Tensor, l2_norm: bool, q: Tensor, k: Tensor, v: Tensor, inverse: tuple[Tensor, Tensor] | None
+    qkv_BLC3: Tensor,
+    bias_C3: Tensor | None,
+    l2_norm: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inverse: tuple[Tensor, Tensor] | None,
 ) -> None:
     batch, heads, length, _ = q.shape
     if q.numel():
@@ -178,6 +210,7 @@ def _launch_split(
         with torch.cuda.device_of(q):
             _split_kernel[_programs(batch, length, heads, chosen["TOKENS"])](
                 qkv_BLC3.contiguous(),
+                q if bias_C3 is None else bias_C3.contiguous(),
                 q,
                 k,
                 v,
@@ -188,6 +221,7 @@ def _launch_split(
                 *k.stride()[:3],
                 *v.stride()[:3],
                 reference.NORM_EPS,
+                BIAS=bias_C3 is not None,
                 NORM=l2_norm,
                 KEEP_INVERSE=inverse is not None,
                 HEAD_DIM=_HEAD_DIM,
@@ -200,7 +234,9 @@ def _empty_heads(qkv_BLC3: Tensor, num_heads: int) -> Tensor:
     return qkv_BLC3.new_empty((batch, num_heads, length, width // (3 * num_heads)))
 
 
-def _outputs(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _outputs(
+    qkv_BLC3: Tensor, bias_C3: Tensor | None, num_heads: int, l2_norm: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, k, v = (_empty_heads(qkv_BLC3, num_heads) for _ in range(3))
     wide = torch.promote_types(q.dtype, torch.float32)
     q_inverse, k_inverse = (q.new_empty(q.shape[:3] if l2_norm else 0, dtype=wide) for _ in range(2))
@@ -208,10 +244,12 @@ def _outputs(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, T
 
 
 @torch.library.custom_op("varfast::split_heads", mutates_args=())
-def _split_op(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _split_op(
+    qkv_BLC3: Tensor, bias_C3: Tensor | None, num_heads: int, l2_norm: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q, k, v (B, H, L, D), and 1 / max(norm, eps) of q and k, (B, H, L) float32; empty without normalisation."""
-    q, k, v, *inverse = _outputs(qkv_BLC3, num_heads, l2_norm)
-    _launch_split(qkv_BLC3, l2_norm, q, k, v, (inverse[0], inverse[1]))
+    q, k, v, *inverse = _outputs(qkv_BLC3, bias_C3, num_heads, l2_norm)
+    _launch_split(qkv_BLC3, bias_C3, l2_norm, q, k, v, (inverse[0], inverse[1]))
     return q, k, v, inverse[0], inverse[1]
 
 
@@ -219,15 +257,17 @@ _split_op.register_fake(_outputs)
 
 
 @torch.library.custom_op("varfast::split_heads_into", mutates_args=("k_BHlD", "v_BHlD"))
-def _split_into_op(qkv_BlC3: Tensor, num_heads: int, l2_norm: bool, k_BHlD: Tensor, v_BHlD: Tensor) -> Tensor:
+def _split_into_op(
+    qkv_BlC3: Tensor, bias_C3: Tensor | None, num_heads: int, l2_norm: bool, k_BHlD: Tensor, v_BHlD: Tensor
+) -> Tensor:
     """q (B, H, l, D); k and v are written where they belong."""
     q = _empty_heads(qkv_BlC3, num_heads)
-    _launch_split(qkv_BlC3, l2_norm, q, k_BHlD, v_BHlD, None)
+    _launch_split(qkv_BlC3, bias_C3, l2_norm, q, k_BHlD, v_BHlD, None)
     return q
 
 
 @_split_into_op.register_fake
-def _fake_into(qkv_BlC3, num_heads, l2_norm, k_BHlD, v_BHlD):
+def _fake_into(qkv_BlC3, bias_C3, num_heads, l2_norm, k_BHlD, v_BHlD):
     return _empty_heads(qkv_BlC3, num_heads)
 
 
@@ -240,23 +280,28 @@ def _split_backward_op(
     k_BHLD: Tensor | None,
     q_inverse_BHL: Tensor | None,
     k_inverse_BHL: Tensor | None,
-) -> Tensor:
-    """d qkv (B, L, 3 C); the last four are None without normalisation."""
+    with_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """d qkv (B, L, 3 C) and, if asked for, d bias (3 C,); the last four are None without normalisation."""
     d_q, d_k, d_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (d_q_BHLD, d_k_BHLD, d_v_BHLD))
     d_qkv = _empty_product(d_q)
-    batch, heads, length, _ = d_q.shape
+    batch, heads, length, dim = d_q.shape
+    d_bias = d_q.new_zeros(3 * heads * dim if with_bias else 0, dtype=torch.float32)
     if d_q.numel():
         # Contiguous: a saved-tensor hook may have changed their layout.
         saved = (q_BHLD, k_BHLD, q_inverse_BHL, k_inverse_BHL)
         kept = [d_q if x is None else x.contiguous() for x in saved]
-        chosen = setting("split_heads_backward", heads, d_q.device, **_RULE)
+        chosen = setting("split_heads_backward", heads, d_q.device, **_BACKWARD_RULE)
+        programs = _programs(batch, length, heads, chosen["TOKENS"] * chosen["TILES"])
+        partial = d_bias.new_empty((programs[0] // heads, 3 * heads * dim) if with_bias else 0)
         with torch.cuda.device_of(d_q):
-            _split_backward_kernel[_programs(batch, length, heads, chosen["TOKENS"])](
+            _split_backward_kernel[programs](
                 d_q,
                 d_k,
                 d_v,
                 *kept,
                 d_qkv,
+                partial,
                 batch * length,
                 length,
                 heads,
@@ -264,11 +309,14 @@ def _split_backward_op(
                 *d_k.stride()[:3],
                 *d_v.stride()[:3],
                 reference.NORM_EPS,
+                BIAS=with_bias,
                 NORM=q_BHLD is not None,
                 HEAD_DIM=_HEAD_DIM,
                 **chosen,
             )
-    return d_qkv
+        if with_bias:
+            d_bias = partial.sum(dim=0)
+    return d_qkv, d_bias
 
 
 def _empty_product(d_q_BHLD: Tensor) -> Tensor:
@@ -277,25 +325,30 @@ def _empty_product(d_q_BHLD: Tensor) -> Tensor:
 
 
 @_split_backward_op.register_fake
-def _fake_backward(d_q_BHLD, d_k_BHLD, d_v_BHLD, q_BHLD, k_BHLD, q_inverse_BHL, k_inverse_BHL):
-    return _empty_product(d_q_BHLD)
+def _fake_backward(d_q_BHLD, d_k_BHLD, d_v_BHLD, q_BHLD, k_BHLD, q_inverse_BHL, k_inverse_BHL, with_bias):
+    d_qkv = _empty_product(d_q_BHLD)
+    wide = torch.promote_types(d_qkv.dtype, torch.float32)
+    return d_qkv, d_qkv.new_empty(d_qkv.shape[2] if with_bias else 0, dtype=wide)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, _, q_inverse, k_inverse = output
-    ctx.l2_norm = inputs[2]
+    _, bias_C3, _, ctx.l2_norm = inputs
+    ctx.bias_dtype = None if bias_C3 is None else bias_C3.dtype
     ctx.save_for_backward(*((q, k, q_inverse, k_inverse) if ctx.l2_norm else ()))
     ctx.mark_non_differentiable(q_inverse, k_inverse)
     ctx.set_materialize_grads(False)  # no zeros for the inverse norms
     ctx.shape = q.shape
 
 
-def _backward(op: Any, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+def _backward(op: Any, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
     given = next((d for d in gradients[:3] if d is not None), None)
     if given is None:
-        return None, None, None
-    d_qkv = (given.new_zeros(ctx.shape) if d is None else d for d in gradients[:3])
-    return op(*d_qkv, *(ctx.saved_tensors if ctx.l2_norm else (None,) * 4)), None, None
+        return None, None, None, None
+    d_heads = (given.new_zeros(ctx.shape) if d is None else d for d in gradients[:3])
+    with_bias = ctx.bias_dtype is not None
+    d_qkv, d_bias = op(*d_heads, *(ctx.saved_tensors if ctx.l2_norm else (None,) * 4), with_bias)
+    return d_qkv, d_bias.to(ctx.bias_dtype) if with_bias else None, None, None
 
 
 _split_op.register_autograd(functools.partial(_backward, _split_backward_op), setup_context=_setup_context)
@@ -325,29 +378,50 @@ def _refuses_cpp(qkv_BLC3: Tensor, num_heads: int, *_: Any) -> str | None:
     return _refused_head_dim(qkv_BLC3, num_heads) or refused_by_cpp(qkv_BLC3)
 
 
-def _split_triton(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, _, _ = _split_op(qkv_BLC3, num_heads, l2_norm)
+def _split_triton(
+    qkv_BLC3: Tensor, num_heads: int, l2_norm: bool, bias_C3: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, _, _ = _split_op(qkv_BLC3, bias_C3, num_heads, l2_norm)
     return q, k, v
 
 
 def _split_to_cache_triton(
-    qkv_BlC3: Tensor, num_heads: int, l2_norm: bool, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, start: int
+    qkv_BlC3: Tensor,
+    num_heads: int,
+    l2_norm: bool,
+    k_cache_BHLD: Tensor,
+    v_cache_BHLD: Tensor,
+    start: int,
+    bias_C3: Tensor | None,
 ) -> Tensor:
     rows = slice(start, start + qkv_BlC3.shape[1])
-    return _split_into_op(qkv_BlC3, num_heads, l2_norm, k_cache_BHLD[:, :, rows], v_cache_BHLD[:, :, rows])
+    return _split_into_op(qkv_BlC3, bias_C3, num_heads, l2_norm, k_cache_BHLD[:, :, rows], v_cache_BHLD[:, :, rows])
 
 
-def _split_cpp(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, _, _ = torch.ops.varfast.split_heads_cpp(qkv_BLC3, num_heads, l2_norm)
+def _wide_bias(qkv: Tensor, bias_C3: Tensor | None) -> Tensor | None:
+    return None if bias_C3 is None else bias_C3.to(torch.promote_types(qkv.dtype, torch.float32))
+
+
+def _split_cpp(
+    qkv_BLC3: Tensor, num_heads: int, l2_norm: bool, bias_C3: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, _, _ = torch.ops.varfast.split_heads_cpp(qkv_BLC3, _wide_bias(qkv_BLC3, bias_C3), num_heads, l2_norm)
     return q, k, v
 
 
 def _split_to_cache_cpp(
-    qkv_BlC3: Tensor, num_heads: int, l2_norm: bool, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, start: int
+    qkv_BlC3: Tensor,
+    num_heads: int,
+    l2_norm: bool,
+    k_cache_BHLD: Tensor,
+    v_cache_BHLD: Tensor,
+    start: int,
+    bias_C3: Tensor | None,
 ) -> Tensor:
     rows = slice(start, start + qkv_BlC3.shape[1])
+    bias = _wide_bias(qkv_BlC3, bias_C3)
     return torch.ops.varfast.split_heads_into_cpp(
-        qkv_BlC3, num_heads, l2_norm, k_cache_BHLD[:, :, rows], v_cache_BHLD[:, :, rows]
+        qkv_BlC3, bias, num_heads, l2_norm, k_cache_BHLD[:, :, rows], v_cache_BHLD[:, :, rows]
     )
 
 
@@ -365,6 +439,9 @@ implementations(
 )
 
 
+_FLOAT32 = ("bias_ptr", "partial_ptr", "q_inverse_ptr", "k_inverse_ptr")
+
+
 def ahead_of_time() -> list[AheadOfTime]:
     """Both directions, and the one into a cache, with the heads of d16 and d30."""
     from varfast.kernels.aot import AheadOfTime
@@ -373,19 +450,21 @@ def ahead_of_time() -> list[AheadOfTime]:
     for dtype in ("bf16", "fp32"):
         for heads in (16, 30):
             for name, kernel, flags in (
-                ("forward", _split_kernel, {"NORM": True, "KEEP_INVERSE": True}),
-                ("to cache", _split_kernel, {"NORM": True, "KEEP_INVERSE": False}),
-                ("backward", _split_backward_kernel, {"NORM": True}),
+                ("forward", _split_kernel, {"BIAS": True, "NORM": True, "KEEP_INVERSE": True}),
+                ("to cache", _split_kernel, {"BIAS": True, "NORM": True, "KEEP_INVERSE": False}),
+                ("backward", _split_backward_kernel, {"BIAS": True, "NORM": True}),
             ):
                 direction = "backward" if name == "backward" else "forward"
-                chosen = setting(f"split_heads_{direction}", heads, None, **_RULE)
-                constants = {**flags, "TOKENS": chosen["TOKENS"], "HEAD_DIM": _HEAD_DIM}
+                rule = _BACKWARD_RULE if name == "backward" else _RULE
+                chosen = setting(f"split_heads_{direction}", heads, None, **rule)
+                constants = flags | chosen | {"HEAD_DIM": _HEAD_DIM}
+                num_warps = constants.pop("num_warps")
                 signature = {}
                 for argument in kernel.arg_names:
                     if argument in constants:
                         signature[argument] = "constexpr"
                     elif argument.endswith("_ptr"):
-                        signature[argument] = "*fp32" if "inverse" in argument else f"*{dtype}"
+                        signature[argument] = "*fp32" if argument in _FLOAT32 else f"*{dtype}"
                     else:
                         signature[argument] = "fp32" if argument == "eps" else "i32"
                 strides = [a for a in signature if a.endswith(("_image", "_head", "_row"))]
@@ -395,7 +474,7 @@ def ahead_of_time() -> list[AheadOfTime]:
                         kernel,
                         signature,
                         constants,
-                        num_warps=chosen["num_warps"],
+                        num_warps=num_warps,
                         # As at run time: Triton looks whether an integer is divisible by 16, as the 16 of d16 is.
                         attributes=dict.fromkeys(strides + ["heads"] * (heads % 16 == 0), 16),
                     )
@@ -403,14 +482,18 @@ def ahead_of_time() -> list[AheadOfTime]:
     return items
 
 
-def _check_product(qkv_BLC3: Tensor, num_heads: int) -> None:
+def _check_product(qkv_BLC3: Tensor, num_heads: int, bias_C3: Tensor | None) -> None:
     if num_heads < 1:
         raise ValueError(f"num_heads={num_heads}: there must be a head")
     if qkv_BLC3.ndim != 3 or qkv_BLC3.shape[-1] % (3 * num_heads):
         raise ValueError(f"qkv is {tuple(qkv_BLC3.shape)}: want (B, L, 3 * C), C a multiple of the {num_heads} heads")
+    if bias_C3 is not None and bias_C3.shape != qkv_BLC3.shape[-1:]:
+        raise ValueError(f"bias is {tuple(bias_C3.shape)}: want ({qkv_BLC3.shape[-1]},), one a column of the product")
 
 
-def split_heads(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(
+    qkv_BLC3: Tensor, num_heads: int, l2_norm: bool, bias_C3: Tensor | None = None, impl: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of each head from the product of the qkv layer; queries and keys of length 1 if asked.
 
     Normalised is x / max(|x|, 1e-12) along D, in at least float32, rounded once.
@@ -419,12 +502,14 @@ def split_heads(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool, impl: str = "au
         qkv_BLC3: (B, L, 3 * H * D): q, k, v, and in each the heads one after the other. Differentiable.
         num_heads: H.
         l2_norm: normalise q and k.
+        bias_C3: (3 * H * D,), that of the product, added in at least float32. Differentiable; its gradient is summed
+            where that of the product is made.
         impl: "auto"; "triton" (float32 or 16 bits) and "cpp" (float32, float64, bfloat16), both D = 64; "reference".
     Returns: q, k and v, (B, H, L, D) each in the dtype of qkv, contiguous but from "reference".
     Raises: ValueError for a shape that does not divide into heads, or for an impl that is unknown or cannot run.
     """
-    _check_product(qkv_BLC3, num_heads)
-    q_BHLD, k_BHLD, v_BHLD = run("split_heads", impl, qkv_BLC3, num_heads, l2_norm)
+    _check_product(qkv_BLC3, num_heads, bias_C3)
+    q_BHLD, k_BHLD, v_BHLD = run("split_heads", impl, qkv_BLC3, num_heads, l2_norm, bias_C3)
     return q_BHLD, k_BHLD, v_BHLD
 
 
@@ -435,6 +520,7 @@ def split_heads_to_cache(
     k_cache_BHLD: Tensor,
     v_cache_BHLD: Tensor,
     start: int,
+    bias_C3: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """split_heads of the tokens of one scale; keys and values go into rows start ... start + l of a static cache.
@@ -445,12 +531,13 @@ def split_heads_to_cache(
         l2_norm: normalise q and k.
         k_cache_BHLD, v_cache_BHLD: (B, H, L, D) of the dtype of qkv, unit stride in D; written in place.
         start: tokens before this scale.
+        bias_C3: (3 * H * D,) or None.
         impl: "auto"; "triton" (float32 or 16 bits) and "cpp" (float32, float64, bfloat16), both D = 64; "reference".
     Returns: q, (B, H, l, D).
     Raises: ValueError for shapes or dtypes that do not fit, rows outside the cache, an impl that is unknown or cannot
         run, or if a gradient is wanted: there is none.
     """
-    _check_product(qkv_BlC3, num_heads)
+    _check_product(qkv_BlC3, num_heads, bias_C3)
     batch, length, width = qkv_BlC3.shape
     dim = width // (3 * num_heads)
     caches = (k_cache_BHLD, v_cache_BHLD)
@@ -468,5 +555,7 @@ def split_heads_to_cache(
             raise ValueError(f"rows {start} to {start + length} are outside {name}, which has {cache.shape[2]}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (qkv_BlC3, *caches)):
         raise ValueError("split_heads_to_cache has no gradient; use torch.no_grad(), or split_heads")
-    q_BHlD: Tensor = run("split_heads_to_cache", impl, qkv_BlC3, num_heads, l2_norm, k_cache_BHLD, v_cache_BHLD, start)
+    q_BHlD: Tensor = run(
+        "split_heads_to_cache", impl, qkv_BlC3, num_heads, l2_norm, k_cache_BHLD, v_cache_BHLD, start, bias_C3
+    )
     return q_BHlD

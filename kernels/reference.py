@@ -157,17 +157,29 @@ def _l2_normalize(x: Tensor) -> Tensor:
     return F.normalize(_at_least_float32(x), dim=-1, eps=NORM_EPS).to(x.dtype)
 
 
-def split_heads(qkv_BLC3: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(
+    qkv_BLC3: Tensor, num_heads: int, l2_norm: bool, bias_C3: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = qkv_BLC3.shape
-    heads_3BHLD = qkv_BLC3.reshape(batch, length, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
+    dtype = qkv_BLC3.dtype
+    wide = qkv_BLC3 if bias_C3 is None else _at_least_float32(qkv_BLC3) + _at_least_float32(bias_C3)
+    heads_3BHLD = wide.reshape(batch, length, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
     q, k, v = heads_3BHLD.unbind()
-    return (_l2_normalize(q), _l2_normalize(k), v) if l2_norm else (q, k, v)
+    if l2_norm:
+        q, k = _l2_normalize(q), _l2_normalize(k)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def split_heads_to_cache(
-    qkv_BlC3: Tensor, num_heads: int, l2_norm: bool, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, start: int
+    qkv_BlC3: Tensor,
+    num_heads: int,
+    l2_norm: bool,
+    k_cache_BHLD: Tensor,
+    v_cache_BHLD: Tensor,
+    start: int,
+    bias_C3: Tensor | None = None,
 ) -> Tensor:
-    q, k, v = split_heads(qkv_BlC3, num_heads, l2_norm)
+    q, k, v = split_heads(qkv_BlC3, num_heads, l2_norm, bias_C3)
     k_cache_BHLD[:, :, start : start + k.shape[2]] = k
     v_cache_BHLD[:, :, start : start + v.shape[2]] = v
     return q
@@ -226,16 +238,37 @@ def layer_norm_modulate(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: 
     return (normed * (1.0 + scale) + shift).to(x_BLC.dtype)
 
 
-def gated_residual(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor) -> Tensor:
-    wide = _at_least_float32(branch_BLC) * _at_least_float32(gate_BC).unsqueeze(1)
+def gated_residual(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, bias_C: Tensor | None = None) -> Tensor:
+    branch = _at_least_float32(branch_BLC)
+    if bias_C is not None:
+        branch = branch + _at_least_float32(bias_C)
+    wide = branch * _at_least_float32(gate_BC).unsqueeze(1)
     return (_at_least_float32(x_BLC) + wide).to(x_BLC.dtype)
 
 
 def gated_residual_norm(
-    x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float
+    x_BLC: Tensor,
+    branch_BLC: Tensor,
+    gate_BC: Tensor,
+    scale_BC: Tensor,
+    shift_BC: Tensor,
+    eps: float,
+    bias_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    new_BLC = gated_residual(x_BLC, branch_BLC, gate_BC)
+    new_BLC = gated_residual(x_BLC, branch_BLC, gate_BC, bias_C)
     return new_BLC, layer_norm_modulate(new_BLC, scale_BC, shift_BC, eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MLP
+
+
+def gelu_bias(x_BLC: Tensor, bias_C: Tensor) -> Tensor:
+    return F.gelu(_at_least_float32(x_BLC) + _at_least_float32(bias_C), approximate="tanh").to(x_BLC.dtype)
+
+
+def linear_gelu(x_BLC: Tensor, weight_MC: Tensor, low_MC: Tensor, bias_M: Tensor) -> Tensor:
+    return gelu_bias(F.linear(x_BLC, weight_MC.to(x_BLC.dtype)), bias_M)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ MODULES = {
     "blocks.0.attn": "input of blocks.0.attn.proj",  # attention itself
     "blocks.0.attn.mat_qkv": "output of blocks.0.attn.mat_qkv",
     "blocks.1.attn.proj": "output of blocks.1.attn.proj",
-    "blocks.1.ffn.fc1": "output of blocks.1.ffn.fc1",
+    "blocks.1.ffn.fc1": "input of blocks.1.ffn.fc2",  # with GELU it is one op, not the module
     "blocks.1.ffn.fc2": "output of blocks.1.ffn.fc2",
     "head_nm.ada_lin.1": "output of head_nm.ada_lin.1",
     "head": "output of head",

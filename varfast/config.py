@@ -559,6 +559,8 @@ class KernelsConfig(_Section):
     layer_norm_modulate: str = Field("auto", description="auto, triton, cpp or reference")
     gated_residual: str = Field("auto", description="auto, triton or reference")
     gated_residual_norm: str = Field("auto", description="auto, triton, cpp or reference")
+    gelu_bias: str = Field("auto", description="auto, triton, cpp or reference")
+    linear_gelu: str = Field("auto", description="auto, library, quack or reference; epilogue is for sampling alone")
     group_norm_silu: str = Field("auto", description="auto, triton, cpp or reference")
     channel_moments: str = Field("auto", description="auto, triton or reference")
     conv3x3: str = Field("auto", description="auto, triton, library or reference")
@@ -588,6 +590,11 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
+        if self.kernels.linear_gelu == "epilogue":
+            raise ValueError(
+                "kernels.linear_gelu=epilogue has no gradient, and rollout, reference and update must have the same "
+                "arithmetic; use auto, or quack where it is installed"
+            )
         _check_divides("update.minibatch", self.update.minibatch, self.rollout.images, "images a step")
         if self.run.parallel == "fsdp" and self.update.optimizer != "adamw":
             raise ValueError(

@@ -97,8 +97,8 @@ class Policy:
 
     @property
     def sampled_var(self) -> VAR:
-        """The transformer that `sample` reads: the trained one, or its copy in the compute dtype."""
-        return self._sampler.up_to_date()
+        """The transformer that `sample` reads: the trained one, or, sharded, the copy that all of it is gathered in."""
+        return self._sampler.var
 
     @property
     def num_classes(self) -> int:
@@ -128,7 +128,7 @@ class Policy:
         model without it, on the same frozen weights, and takes no memory.
         """
         twin = copy.copy(self)
-        twin.var = without_lora(self.var) if lora_layers(self.var) else self.var.compute_twin(shared=False)
+        twin.var = without_lora(self.var) if lora_layers(self.var) else self.var.frozen_copy()
         twin._sampler = Sampler(twin.var, self.vqvae, self._fast)
         twin._replica = twin._gathered = None
         return twin
@@ -142,8 +142,10 @@ class Policy:
         if world.size == 1:
             return
         if parallel == "fsdp":
-            self._gathered = self.var.compute_twin(shared=False)
+            self._gathered = self.var.frozen_copy()
             self._sampler = Sampler(self._gathered, self.vqvae, self._fast)
+            for var in (self.var, self._gathered):  # both, for one arithmetic: see BranchLinear
+                var.drop_copies()
             shard(self.var, self.var.large_modules(), world, self.device, self.var.compute_dtype)
         else:
             self._replica = replicate(self.var)

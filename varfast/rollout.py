@@ -41,9 +41,9 @@ class SamplingSettings:
 class Sampler:
     """Draws tokens from a transformer.
 
-    Fast: the large matrices are read in the compute dtype, from a copy brought up to date at every call; on a GPU, a
-    batch size met twice in a row is captured as one CUDA graph and replayed from then on. Else every call runs eagerly
-    on the transformer itself: the path that the fast one is tested against. Both draw the same tokens.
+    Fast: on a GPU, a batch size met twice in a row is captured as one CUDA graph and replayed from then on. Else every
+    call runs eagerly: the path that the fast one is tested against. Both read the weights that the update reads, and
+    draw the same tokens.
 
     Args:
         var, vqvae: on one device.
@@ -51,8 +51,7 @@ class Sampler:
     """
 
     def __init__(self, var: VAR, vqvae: VQVAE, fast: bool = True) -> None:
-        self._original, self._vqvae, self._fast = var, vqvae, fast
-        self._twin: VAR | None = None
+        self.var, self._vqvae, self._fast = var, vqvae, fast
         self._graph: CudaGraph | None = None
         self._captured: tuple[int, SamplingSettings] | None = None
         self._last: tuple[int, SamplingSettings] | None = None
@@ -80,41 +79,31 @@ class Sampler:
             capture: False: no CUDA graph, which would hold on to cache and activations until the next call.
         Yields: tokens (b, L) int64, log-probability and entropy (b, L) float32, of each micro-batch.
         """
-        var = self.up_to_date()
+        self.var.low_precision_copies()  # up to date: a replayed graph does not look
         size = micro_batch or len(labels_B)
         parts_B = labels_B.split(size)
         # Made on the device: a copy from the host would wait for all that was launched before.
         first_N = torch.arange(len(parts_B), device=labels_B.device) * size + first_sample
         keys_N3 = torch.stack([torch.full_like(first_N, seed), torch.full_like(first_N, step), first_N], dim=1)
         for key, part_B in zip(keys_N3, parts_B, strict=True):
-            yield self._run(var, part_B, key, settings, capture)
-
-    def up_to_date(self) -> VAR:
-        """The transformer that is sampled from: the original, or its copy in the compute dtype."""
-        if not self._fast or self._original.stored_in_compute_dtype:
-            return self._original
-        if self._twin is None:
-            self._twin = self._original.compute_twin(shared=True)
-        else:
-            self._twin.refresh(self._original)
-        return self._twin
+            yield self._run(part_B, key, settings, capture)
 
     def _run(
-        self, var: VAR, labels_B: Tensor, key: Tensor, settings: SamplingSettings, capture: bool
+        self, labels_B: Tensor, key: Tensor, settings: SamplingSettings, capture: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape = (len(labels_B), settings)
         if self._fast and capture and labels_B.device.type == "cuda" and shape in (self._captured, self._last):
             if shape != self._captured:
                 self._graph = None  # its memory goes first
                 self._graph = CudaGraph(
-                    lambda labels, key: sample(var, self._vqvae, labels, key, settings), labels_B, key
+                    lambda labels, key: sample(self.var, self._vqvae, labels, key, settings), labels_B, key
                 )
                 self._captured = shape
             assert self._graph is not None
             tokens_BL, logp_BL, entropy_BL = self._graph(labels_B, key)
             return tokens_BL, logp_BL, entropy_BL
         self._last = shape
-        return sample(var, self._vqvae, labels_B, key, settings)
+        return sample(self.var, self._vqvae, labels_B, key, settings)
 
 
 @torch.no_grad()

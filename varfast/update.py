@@ -110,6 +110,7 @@ class Updater:
                 self._differing = None  # from here on the weights have moved
                 with stage("optimizer"):
                     norm, not_finite = self._clipped_step()
+                    self.policy.var.refresh_copies()
                     self._average()
                 if len(used):
                     measured.append(torch.where(not_finite, math.nan, stats))

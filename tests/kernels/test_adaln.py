@@ -17,9 +17,19 @@ def inputs(batch, length, width, dtype, offset=1.0):
     return x, branch, six, upstream
 
 
-def run(op, x, branch, six, upstream, **how):
+def bias_of(branch):
+    """In float32 beside 16 bits, as the model has it."""
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(branch.shape[-1], generator=generator, dtype=torch.float64)
+    return bias.to(branch.device, torch.promote_types(branch.dtype, torch.float32))
+
+
+def run(op, x, branch, six, upstream, with_bias=True, **how):
+    bias = bias_of(branch) if with_bias and op != "norm" else None
     x, branch, six = (t.detach().clone().requires_grad_() for t in (x, branch, six))
     gate, scale, shift = six.unbind(1)[1:4]
+    if bias is not None:
+        how["bias_C"] = bias.requires_grad_()
     if op == "norm":
         outputs = (layer_norm_modulate(x, scale, shift, EPS, **how),)
     elif op == "residual":
@@ -29,20 +39,22 @@ def run(op, x, branch, six, upstream, **how):
     torch.autograd.backward(outputs, [u.to(o) for u, o in zip(upstream, outputs, strict=False)])
     found = {f"output {i}": o for i, o in enumerate(outputs)} | {"x": x.grad}
     # One gradient holds those of gate, scale and shift.
-    return found | {"six": six.grad} | ({} if op == "norm" else {"branch": branch.grad})
+    found |= {"six": six.grad} | ({} if op == "norm" else {"branch": branch.grad})
+    return found | ({} if bias is None else {"bias": bias.grad})
 
 
 @pytest.mark.parametrize("op", ["norm", "residual", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 33, 192), (1, 1, 64), (3, 5, 100), (1, 70, 130)])
 def test_adaln_and_every_gradient_are_as_exact_as_pytorch(path, assert_as_exact, op, dtype, shape):
+    with_bias = shape != (3, 5, 100)
     if (path.impl, op) == ("cpp", "residual"):
         pytest.skip("in C++ with the norm alone")
     x, branch, six, upstream = inputs(*shape, dtype)
-    exact = run(op, *(t.double() for t in (x, branch, six)), upstream, impl="reference")
-    plain = run(op, x, branch, six, upstream, impl="reference")
+    exact = run(op, *(t.double() for t in (x, branch, six)), upstream, with_bias, impl="reference")
+    plain = run(op, x, branch, six, upstream, with_bias, impl="reference")
     there = [t.to(path.device) for t in (x, branch, six)]
-    got = run(op, *there, [u.to(path.device) for u in upstream], impl=path.impl)
+    got = run(op, *there, [u.to(path.device) for u in upstream], with_bias, impl=path.impl)
     # Interpreted, a bfloat16 is truncated rather than rounded: one unit in the last place, not half of one.
     truncates = dtype == torch.bfloat16 and (path.impl, path.device) == ("triton", "cpu")
     assert_as_exact(got, plain, exact, floor=2e-2 if truncates else 1e-6)
@@ -59,12 +71,12 @@ def test_layer_norm_modulate_equals_numpy(dtype, tolerance):
 
 @pytest.mark.parametrize("op", ["norm", "residual", "both"])
 def test_reference_gradcheck(op):
-    sizes = ((2, 3, 6), (2, 3, 6), (2, 6), (2, 6), (2, 6))
-    x, branch, gate, scale, shift = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in sizes)
+    sizes = ((2, 3, 6), (2, 3, 6), (2, 6), (2, 6), (2, 6), (6,))
+    x, branch, gate, scale, shift, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in sizes)
     function, arguments = {
         "norm": (lambda *a: layer_norm_modulate(*a, EPS), (x, scale, shift)),
-        "residual": (gated_residual, (x, branch, gate)),
-        "both": (lambda *a: gated_residual_norm(*a, EPS), (x, branch, gate, scale, shift)),
+        "residual": (gated_residual, (x, branch, gate, bias)),
+        "both": (lambda *a: gated_residual_norm(*a[:-1], EPS, a[-1]), (x, branch, gate, scale, shift, bias)),
     }[op]
     assert torch.autograd.gradcheck(function, arguments)
 
@@ -169,12 +181,13 @@ def test_adaln_in_cpp_opcheck(path):
         pytest.skip("of the extension")
     x, branch = (torch.randn(2, 3, 8, requires_grad=True) for _ in range(2))
     gate, scale, shift = (torch.randn(2, 8, requires_grad=True) for _ in range(3))
-    torch.library.opcheck(torch.ops.varfast.adaln_cpp, (x, branch, gate, scale, shift, EPS))
-    torch.library.opcheck(torch.ops.varfast.adaln_cpp, (x, None, None, scale, shift, EPS))
+    bias = torch.randn(8, requires_grad=True)
+    torch.library.opcheck(torch.ops.varfast.adaln_cpp, (x, branch, bias, gate, scale, shift, EPS))
+    torch.library.opcheck(torch.ops.varfast.adaln_cpp, (x, None, None, None, scale, shift, EPS))
     mean, rstd = torch.randn(2, 3), torch.rand(2, 3)
-    x, branch, gate, scale = (t.detach() for t in (x, branch, gate, scale))
-    torch.library.opcheck(torch.ops.varfast.adaln_backward_cpp, (x, x, x, branch, gate, scale, mean, rstd))
-    torch.library.opcheck(torch.ops.varfast.adaln_backward_cpp, (None, x, x, None, None, scale, mean, rstd))
+    x, branch, bias, gate, scale = (t.detach() for t in (x, branch, bias, gate, scale))
+    torch.library.opcheck(torch.ops.varfast.adaln_backward_cpp, (x, x, x, branch, bias, gate, scale, mean, rstd))
+    torch.library.opcheck(torch.ops.varfast.adaln_backward_cpp, (None, x, x, None, None, None, scale, mean, rstd))
 
 
 def test_adaln_opcheck():
@@ -183,6 +196,8 @@ def test_adaln_opcheck():
     how = {"device": "cuda" if torch.cuda.is_available() else "cpu", "requires_grad": True}
     x, branch = (torch.randn(2, 3, 8, **how) for _ in range(2))
     gate, scale, shift = (torch.randn(2, 8, **how) for _ in range(3))
-    torch.library.opcheck(_adaln, (x, branch, gate, scale, shift, EPS))
-    torch.library.opcheck(_adaln, (x, None, None, scale, shift, EPS))
-    torch.library.opcheck(_adaln, (x, branch, gate, None, None, 0.0))
+    bias = torch.randn(8, **how)
+    torch.library.opcheck(_adaln, (x, branch, bias, gate, scale, shift, EPS))
+    torch.library.opcheck(_adaln, (x, branch, None, gate, scale, shift, EPS))
+    torch.library.opcheck(_adaln, (x, None, None, None, scale, shift, EPS))
+    torch.library.opcheck(_adaln, (x, branch, bias, gate, None, None, 0.0))

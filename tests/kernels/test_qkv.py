@@ -18,9 +18,16 @@ def upstream(batch, length, heads, dim=64):
     return [torch.randn(batch, heads, length, dim, generator=generator) for _ in range(3)]
 
 
-def truth(x, heads, l2_norm, gradients):
-    """Heads, and the gradient of the product, in numpy float64, image by image and head by head."""
-    x = x.detach().double().numpy()
+def bias_of(x):
+    """In float32 beside 16 bits, as the model has it."""
+    generator = torch.Generator().manual_seed(2)
+    bias = torch.randn(x.shape[-1], generator=generator, dtype=torch.float64)
+    return bias.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def truth(x, heads, l2_norm, gradients, bias=None):
+    """Heads, and the gradients of product and bias, in numpy float64, image by image and head by head."""
+    x = x.detach().double().numpy() + (0.0 if bias is None else bias.double().numpy())
     batch, length, width = x.shape
     dim = width // 3 // heads
     out = np.zeros((3, batch, heads, length, dim))
@@ -38,15 +45,19 @@ def truth(x, heads, l2_norm, gradients):
             else:
                 out[part, :, head] = segment
                 d_x[:, :, columns] = d
-    return dict(zip("qkv", map(torch.from_numpy, out), strict=True)) | {"d qkv": torch.from_numpy(d_x)}
+    found = dict(zip("qkv", map(torch.from_numpy, out), strict=True)) | {"d qkv": torch.from_numpy(d_x)}
+    return found if bias is None else found | {"d bias": torch.from_numpy(d_x.sum((0, 1)))}
 
 
-def run(x, heads, l2_norm, gradients, impl, device="cpu"):
+def run(x, heads, l2_norm, gradients, impl, device="cpu", bias=None):
     leaf = x.detach().to(device, copy=True).requires_grad_()
-    outputs = split_heads(leaf, heads, l2_norm, impl=impl)
+    if bias is not None:
+        bias = bias.to(device, copy=True).requires_grad_()
+    outputs = split_heads(leaf, heads, l2_norm, bias, impl=impl)
     assert all(o.dtype == x.dtype for o in outputs)
     torch.autograd.backward(outputs, [g.to(device, x.dtype) for g in gradients])
-    return dict(zip("qkv", (o.detach() for o in outputs), strict=True)) | {"d qkv": leaf.grad}
+    found = dict(zip("qkv", (o.detach() for o in outputs), strict=True)) | {"d qkv": leaf.grad}
+    return found if bias is None else found | {"d bias": bias.grad}
 
 
 @pytest.mark.parametrize("l2_norm", [True, False])
@@ -63,6 +74,36 @@ def test_split_heads_and_its_gradient_are_as_exact_as_pytorch(path, assert_as_ex
     truncates = dtype == torch.bfloat16 and (path.impl, path.device) == ("triton", "cpu")
     assert_as_exact(got, plain, exact, floor=2e-2 if truncates else 1e-15 if dtype == torch.float64 else 1e-7)
     assert torch.equal(got["v"].cpu().double(), exact["v"])
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 9, 2), (1, 1, 1), (3, 47, 3)])
+def test_split_heads_with_a_bias_is_as_exact_as_pytorch(path, assert_as_exact, shape, dtype, l2_norm):
+    """Its gradient too, over more tokens than one program adds up."""
+    if (path.impl, dtype) == ("triton", torch.float64):
+        pytest.skip("refused")
+    x, gradients = product(*shape, dtype=dtype), upstream(*shape)
+    bias = bias_of(x)
+    exact = truth(x, shape[-1], l2_norm, [g.to(dtype) for g in gradients], bias)
+    plain = run(x, shape[-1], l2_norm, gradients, "reference", bias=bias)
+    if dtype == torch.bfloat16:  # a linear layer of PyTorch sums the gradient of its product as it is stored
+        plain["d bias"] = plain["d qkv"].double().sum((0, 1))
+    got = run(x, shape[-1], l2_norm, gradients, path.impl, path.device, bias)
+    truncates = dtype == torch.bfloat16 and (path.impl, path.device) == ("triton", "cpu")
+    assert_as_exact(got, plain, exact, floor=3e-2 if truncates else 1e-15 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_split_heads_to_cache_with_a_bias_is_split_heads_with_it(path, l2_norm):
+    x = product(2, 4, 3)
+    bias, x = bias_of(x).to(path.device), x.to(path.device)
+    caches = [torch.zeros(2, 3, 9, 64, device=path.device) for _ in range(2)]
+    q = split_heads_to_cache(x, 3, l2_norm, *caches, 2, bias, impl=path.impl)
+    wanted = split_heads(x, 3, l2_norm, bias, impl=path.impl)
+    assert all(torch.equal(a, b) for a, b in zip((q, *(c[:, :, 2:6] for c in caches)), wanted, strict=True))
+    with pytest.raises(ValueError, match=r"bias is \(64,\): want \(576,\)"):
+        split_heads(x, 3, l2_norm, bias[:64], impl=path.impl)
 
 
 @pytest.mark.parametrize("cosine", [0.0, 0.8, 0.95, 0.99, 1.0])
@@ -269,12 +310,15 @@ def test_split_heads_opcheck(path, l2_norm):
     if path.impl == "cpp":
         split, into, backward = ops.split_heads_cpp, ops.split_heads_into_cpp, ops.split_heads_backward_cpp
     x = product(2, 3, 2).to(path.device)
-    torch.library.opcheck(split, (x.clone().requires_grad_(), 2, l2_norm))
+    bias = bias_of(x.cpu()).to(path.device)
+    torch.library.opcheck(split, (x.clone().requires_grad_(), None, 2, l2_norm))
+    torch.library.opcheck(split, (x.clone().requires_grad_(), bias.clone().requires_grad_(), 2, l2_norm))
     caches = [torch.zeros(2, 2, 5, 64, device=path.device) for _ in range(2)]
-    torch.library.opcheck(into, (x, 2, l2_norm, *(c[:, :, 1:4] for c in caches)))
-    q, k, _, *inverse = split(x, 2, l2_norm)
+    torch.library.opcheck(into, (x, bias, 2, l2_norm, *(c[:, :, 1:4] for c in caches)))
+    q, k, _, *inverse = split(x, None, 2, l2_norm)
     saved = (q, k, *inverse) if l2_norm else (None,) * 4
-    torch.library.opcheck(backward, (*(g.to(path.device) for g in upstream(2, 3, 2)), *saved))
+    for with_bias in (False, True):
+        torch.library.opcheck(backward, (*(g.to(path.device) for g in upstream(2, 3, 2)), *saved, with_bias))
 
 
 def test_split_heads_refuses_bad_input(path):

@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import layer_norm
 
 from varfast import Policy
 from varfast.models import KVCache
+from varfast.models.var import Linear
 
 
 def logits_of(policy, tokens, labels, dtype):
@@ -84,20 +87,130 @@ def spans(config, scale):
 
 
 @torch.no_grad()
-def test_compute_twin_shares_or_copies_and_refreshes(make_models):
+def test_frozen_copy_has_16_bit_matrices_and_follows_refresh_alone(make_models):
     policy = Policy(*make_models(depth=2), dtype="bfloat16")
     tokens, labels = torch.arange(28).view(2, 14), torch.tensor([0, 1])
     inputs = policy.vqvae.var_input(tokens)
-    shared, frozen = policy.var.compute_twin(shared=True), policy.var.compute_twin(shared=False)
     before = policy.var(labels, inputs)
-    assert torch.equal(shared(labels, inputs), before)
+    frozen = policy.var.frozen_copy()
     assert torch.equal(frozen(labels, inputs), before)
-    assert shared.blocks[0].ffn.fc1.weight.dtype == torch.bfloat16
-    assert shared.pos_1LC is policy.var.pos_1LC
+    assert frozen.blocks[0].ffn.fc1.weight.dtype == frozen.head.weight.dtype == torch.bfloat16
+    assert frozen.pos_1LC is not policy.var.pos_1LC
+    assert frozen.low_precision_copies() == []
+    assert frozen.blocks[0].ffn.fc1._low_weight is None
+    assert not any(p.requires_grad for p in frozen.parameters())
     for parameter in policy.var.parameters():
         parameter.mul_(1.1)
-    assert not torch.equal(shared(labels, inputs), policy.var(labels, inputs))
-    shared.refresh(policy.var)
-    assert torch.equal(shared(labels, inputs), policy.var(labels, inputs))
     assert torch.equal(frozen(labels, inputs), before)
-    assert list(shared.state_dict()) == list(policy.var.state_dict())
+    frozen.refresh(policy.var)
+    assert torch.equal(frozen(labels, inputs), policy.var(labels, inputs))
+    assert list(frozen.state_dict()) == list(policy.var.state_dict())
+
+
+def by_hand(parameters):
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(1.5)
+
+
+def by_fused_adamw(parameters):
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+class Halving(torch.optim.Optimizer):
+    """Writes behind autograd's back, as bitsandbytes and apex do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.mul_(0.5)
+
+
+def doubled(var):
+    return {name: 2 * tensor if tensor.is_floating_point() else tensor for name, tensor in var.state_dict().items()}
+
+
+CHANGES = {
+    "in place": lambda var: by_hand(list(var.parameters())),
+    "fused AdamW": lambda var: by_fused_adamw(list(var.parameters())),
+    "an optimizer of someone else": lambda var: Halving(list(var.parameters())).step(),
+    "load_state_dict": lambda var: var.load_state_dict(doubled(var)),
+    "load_state_dict, assigned": lambda var: var.load_state_dict(doubled(var), assign=True),
+    "data replaced": lambda var: [setattr(p, "data", p.data * 2) for p in var.parameters()],
+    "foreach": lambda var: torch._foreach_mul_([p.detach() for p in var.parameters()], 2.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_low_precision_copies_follow_every_change_of_the_weights(make_models, change):
+    """Forward reads what was changed, without being told: as a model without copies, which casts at each use."""
+    var, vqvae = make_models(depth=2)
+    var.compute_dtype = torch.bfloat16
+    labels, inputs = torch.tensor([0, 1]), vqvae.var_input(torch.arange(28).view(2, 14))
+    with torch.no_grad():
+        before = var(labels, inputs)
+    CHANGES[change](var)
+    after = var(labels, inputs)
+    fresh = type(var)(var.config)
+    fresh.load_state_dict(var.state_dict())
+    fresh.compute_dtype = torch.bfloat16
+    fresh.drop_copies()
+    assert torch.equal(after, fresh(labels, inputs))
+    assert not torch.equal(after, before)
+
+
+def test_low_precision_copies_are_no_part_of_a_checkpoint_and_follow_a_deep_copy(make_models):
+    var, vqvae = make_models(depth=1)
+    names, labels, inputs = list(var.state_dict()), torch.tensor([0]), vqvae.var_input(torch.arange(14)[None])
+    var.compute_dtype = torch.bfloat16
+    var(labels, inputs)
+    pairs = var.low_precision_copies()
+    assert len(pairs) == 7  # of qkv, proj, fc1, fc2, ada_lin with its bias, and head
+    assert all(c.dtype == torch.bfloat16 and torch.equal(c, p.bfloat16()) for p, c in pairs)
+    assert all(a is b for (_, a), (_, b) in zip(pairs, var.low_precision_copies(), strict=True))  # kept, not made anew
+    assert list(var.state_dict()) == names
+    other = copy.deepcopy(var)
+    by_hand(list(other.parameters()))
+    assert all(torch.equal(c, p.bfloat16()) for p, c in other.low_precision_copies())
+    assert all(torch.equal(c, p.bfloat16()) for p, c in var.low_precision_copies())
+    var.compute_dtype = torch.float32
+    assert var.low_precision_copies() == []
+
+
+def test_refresh_copies_writes_all_in_place(make_models):
+    var, _ = make_models(depth=2)
+    var.compute_dtype = torch.bfloat16
+    pairs = var.low_precision_copies()
+    for parameter in var.parameters():
+        numpy_view = parameter.detach().numpy()  # nothing tells PyTorch of this change
+        numpy_view *= 1.5
+    assert not any(torch.equal(c, p.bfloat16()) for p, c in pairs if p.any())
+    var.refresh_copies()
+    assert all(torch.equal(c, p.bfloat16()) for p, c in pairs)
+    assert all(a is b for (_, a), (_, b) in zip(pairs, var.low_precision_copies(), strict=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_linear_gradients_in_bfloat16_equal_float64(bias, frozen):
+    generator = torch.Generator().manual_seed(0)
+    linear = Linear(64, 48, bias)
+    linear.weight.requires_grad_(not frozen)
+    x = torch.randn(3, 10, 64, generator=generator).bfloat16().requires_grad_()
+    upstream = torch.randn(3, 10, 48, generator=generator).bfloat16()
+    linear(x).backward(upstream)
+    wide_x, weight = x.detach().double().requires_grad_(), linear.weight.detach().bfloat16().double().requires_grad_()
+    (wide_x @ weight.T).backward(upstream.double())
+    torch.testing.assert_close(x.grad.double(), wide_x.grad, rtol=2**-7, atol=0.02)
+    if frozen:
+        assert linear.weight.grad is None
+    else:
+        assert linear.weight.grad.dtype == torch.float32
+        torch.testing.assert_close(linear.weight.grad.double(), weight.grad, rtol=2**-7, atol=0.03)
+    if bias:
+        torch.testing.assert_close(linear.bias.grad.double(), upstream.double().sum((0, 1)), rtol=1e-6, atol=1e-6)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -20,51 +21,150 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from varfast import kernels
 from varfast.config import HEAD_DIM, VARConfig
 from varfast.distributed import whole
+from varfast.kernels.linear import LowPrecisionLinear, weight_gradient
 
 MAX_LOGIT_SCALE = 100.0
+
+
+_Copied = Literal["weight", "bias"]
+_optimizer_steps = 0  # of all optimizers of this process: fused ones write weights without telling autograd
+
+
+def _count_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 class Linear(nn.Linear):
     """The one place of the model's precision: weights stay as they are stored, the product is in the input's dtype.
 
+    Where the two differ, a copy of weight and bias in the input's dtype is kept and read, by rollout, update and
+    reference alike, and written anew when the weights have changed: after a step of any torch.optim.Optimizer, after
+    any in-place operation of PyTorch, after the tensor was replaced. What changes weights in another way (a kernel of
+    its own, a replayed CUDA graph) must call VAR.refresh_copies() afterwards. The gradient of the weight goes from the
+    product into the weight's own dtype, not through a 16-bit tensor.
+
     Attributes:
         strict: a row's bits do not depend on the other rows: see varfast/strict.py.
+        keeps_copies: False casts at each use: FSDP exchanges the weights behind PyTorch's back.
     """
 
     strict = False
+    _low_weight: Tensor | None
+    _low_bias: Tensor | None
 
-    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        """bias: in place of one of its own."""
-        if self.bias is not None:
-            bias = self.bias.to(input.dtype)
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.keeps_copies = True
+        # Buffers, so that they move with the module; not persistent, so that checkpoints do not have them.
+        self.register_buffer("_low_weight", None, persistent=False)
+        self.register_buffer("_low_bias", None, persistent=False)
+        self._copied: dict[str, tuple[Any, ...]] = {}
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.product(input, with_bias=True)
+
+    def product(self, input: Tensor, with_bias: bool = False) -> Tensor:
+        dtype = input.dtype
+        bias: Tensor | None = self.bias if with_bias else None
         if self.strict:
-            return kernels.invariant_linear(input, self.weight.to(input.dtype), bias)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+            return kernels.invariant_linear(input, self.strict_weight(dtype), None if bias is None else bias.to(dtype))
+        if self.keeps_copies and self.weight.dtype != dtype:
+            low_bias = None if bias is None else self.low_precision("bias", dtype)
+            return LowPrecisionLinear.apply(input, self.weight, self.low_precision("weight", dtype), bias, low_bias)
+        if self.keeps_copies and bias is not None and bias.dtype != dtype and not bias.requires_grad:
+            bias = self.low_precision("bias", dtype)  # of a frozen copy
+        return F.linear(input, self.weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    def strict_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight as strict products read it: through autograd where it is wanted, else the copy."""
+        if self.keeps_copies and not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return self.low_precision("weight", dtype)
+        return self.weight.to(dtype)
+
+    def low_precision(self, name: _Copied, dtype: torch.dtype) -> Tensor:
+        """The copy of a parameter in `dtype`, up to date."""
+        parameter, copied = self.get_parameter(name), self._buffers[f"_low_{name}"]
+        if parameter.dtype == dtype:
+            return parameter.detach()
+        if copied is None or copied.dtype != dtype or copied.device != parameter.device:
+            copied = self._buffers[f"_low_{name}"] = parameter.detach().to(dtype, copy=True)
+            self.mark_copied(name)
+        elif not self._is_copied(name):
+            copied.copy_(parameter.detach())
+            self.mark_copied(name)
+        return copied
+
+    def mark_copied(self, name: _Copied) -> None:
+        """The copy of a parameter is what the parameter is now."""
+        parameter = self.get_parameter(name)
+        self._copied[name] = (weakref.ref(parameter), parameter._version, parameter.data_ptr(), _optimizer_steps)
+
+    def _is_copied(self, name: _Copied) -> bool:
+        parameter, (of, *state) = self.get_parameter(name), self._copied[name]
+        return of() is parameter and state == [parameter._version, parameter.data_ptr(), _optimizer_steps]
+
+    def drop_copies(self) -> None:
+        """Cast at each use from here on."""
+        self.keeps_copies = False
+        self._low_weight = self._low_bias = None
+
+
+class BranchLinear(Linear):
+    """A Linear whose bias is added by the op that reads its product: there the bias's gradient costs no extra pass.
+
+    Sharded (keeps_copies False) it adds the bias itself: outside of its forward the bias is spread over processes.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.product(input, with_bias=not self.keeps_copies)
 
     def with_gelu(self, input: Tensor) -> Tensor:
-        """Strict forward, through tanh GELU in the product's own kernel."""
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return kernels.invariant_linear(input, self.weight.to(input.dtype), bias, gelu=True)
+        """Strict forward with its bias, through tanh GELU in the product's own kernel."""
+        bias_M = self.get_parameter("bias").to(input.dtype)
+        return kernels.invariant_linear(input, self.strict_weight(input.dtype), bias_M, gelu=True)
+
+    @property
+    def bias_left(self) -> Tensor | None:
+        """What is still to be added to the result of forward."""
+        return self.bias if self.keeps_copies else None
+
+
+def _bias_left(module: nn.Module) -> Tensor | None:
+    """Of a BranchLinear, or of the one beneath an adapter."""
+    layer = module if isinstance(module, BranchLinear) else module.base_layer
+    assert isinstance(layer, BranchLinear)
+    return layer.bias_left
 
 
 class _ProductInFloat32(torch.autograd.Function):
-    """x @ weight^T of 16-bit operands with sum and result in float32; the gradient is rounded to 16 bits first."""
+    """x @ low^T of 16-bit operands with sum and result in float32; the gradient is rounded to 16 bits first.
+
+    `low` is the copy of the float32 weight that has the gradient, or the 16-bit weight itself.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor) -> Tensor:
-        ctx.save_for_backward(x_NC, weight_VC)
-        return _float32_out(x_NC, weight_VC.T)
+    def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor, low_VC: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NC, low_VC)
+        ctx.dtype = weight_VC.dtype
+        return _float32_out(x_NC, low_VC.T)
 
     @staticmethod
-    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor, Tensor | None]:
-        x_NC, weight_VC = ctx.saved_tensors
+    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_NC, low_VC = ctx.saved_tensors
+        wants_x, wants_weight, _ = ctx.needs_input_grad
         grad_NV = grad_NV.to(x_NC.dtype)
-        return grad_NV @ weight_VC, grad_NV.T @ x_NC if ctx.needs_input_grad[1] else None
+        d_weight = weight_gradient(grad_NV, x_NC, ctx.dtype) if wants_weight else None
+        return grad_NV @ low_VC if wants_x else None, d_weight, None
 
 
 def _float32_out(a: Tensor, b: Tensor) -> Tensor:
@@ -73,7 +173,7 @@ def _float32_out(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()  # CPUs have no such product; 16-bit logits would cost far more than it
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """Logits in float32 from activations of any dtype: operands in that dtype, sums in float32.
 
     bf16 logits would put a floor of 1e-4 under k3. bf16 operands add 2 % to the error that the log-probabilities of a
@@ -87,10 +187,14 @@ class Head(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.strict:
-            return kernels.invariant_linear(input, self.weight.to(input.dtype), self.bias, float32_out=True)
+            return kernels.invariant_linear(input, self.strict_weight(input.dtype), self.bias, float32_out=True)
         if input.dtype not in (torch.bfloat16, torch.float16):
             return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
-        logits_NV = _ProductInFloat32.apply(input.flatten(0, -2), self.weight.to(input.dtype))
+        if self.keeps_copies and self.weight.dtype != input.dtype:
+            low_VC = self.low_precision("weight", input.dtype)
+        else:
+            low_VC = self.weight.detach().to(input.dtype)
+        logits_NV = _ProductInFloat32.apply(input.flatten(0, -2), self.weight, low_VC)
         return logits_NV.add_(self.bias.float()).unflatten(0, input.shape[:-1])
 
 
@@ -121,7 +225,8 @@ class KVCache:
 class BlockConstants(NamedTuple):
     """What a block needs that is the same for all tokens: computed once a rollout, not once a scale.
 
-    gate1 ... shift2: (B, C), of attention (1) and MLP (2). qkv_bias: (3 C,). logit_scale_H: (H,) float32.
+    gate1 ... shift2: (B, C), of attention (1) and MLP (2). qkv_bias: (3 C,) and
+    logit_scale_H: (H,), both float32.
     """
 
     gate1: Tensor
@@ -170,7 +275,7 @@ class SelfAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width))
-        self.proj = Linear(width, width)
+        self.proj = BranchLinear(width, width)
 
     def logit_scale_H(self) -> Tensor:
         if self.scale_mul_1H11 is None:
@@ -189,17 +294,20 @@ class SelfAttention(nn.Module):
         scale_ends: tuple[int, ...],
         cache: tuple[Tensor, Tensor, int] | None,
     ) -> Tensor:
-        """All scales under the mask; or, with a cache (k_BHLD, v_BHLD, tokens before), one scale after the others."""
+        """All scales under the mask; or, with a cache (k_BHLD, v_BHLD, tokens before), one scale after the others.
+
+        The bias of `proj` is left to the op that reads the result.
+        """
         batch, length, width = x_BLC.shape
-        qkv = self.mat_qkv(x_BLC, qkv_bias)
+        qkv = self.mat_qkv(x_BLC)
         l2_norm = self.scale_mul_1H11 is not None
         impl = {"impl": STRICT_ATTENTION[x_BLC.device.type]} if self.strict else {}
         if cache is None:
-            q, k, v = kernels.split_heads(qkv, self.num_heads, l2_norm)
+            q, k, v = kernels.split_heads(qkv, self.num_heads, l2_norm, qkv_bias)
             out = kernels.block_causal_attention(q, k, v, scale_ends, logit_scale_H, **impl)
         else:
             k_cache, v_cache, start = cache
-            q = kernels.split_heads_to_cache(qkv, self.num_heads, l2_norm, k_cache, v_cache, start)
+            q = kernels.split_heads_to_cache(qkv, self.num_heads, l2_norm, k_cache, v_cache, start, qkv_bias)
             out = kernels.cached_attention(q, k_cache, v_cache, start + length, logit_scale_H, **impl)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 
@@ -210,13 +318,20 @@ class FFN(nn.Module):
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
         hidden = round(config.width * config.mlp_ratio)
-        self.fc1 = Linear(config.width, hidden)
-        self.fc2 = Linear(hidden, config.width)
+        self.fc1 = BranchLinear(config.width, hidden)
+        self.fc2 = BranchLinear(hidden, config.width)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        if getattr(self.fc1, "strict", False):  # a layer of peft has no such attribute: its sum comes before GELU
+        """The bias of `fc2` is left to the op that reads the result."""
+        if isinstance(self.fc1, BranchLinear) and self.fc1.strict:
             return self.fc2(self.fc1.with_gelu(x_BLC))
-        return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
+        if type(self.fc1) is BranchLinear and self.fc1.keeps_copies:
+            low_MC = self.fc1.low_precision("weight", x_BLC.dtype)
+            hidden = kernels.linear_gelu(x_BLC, self.fc1.weight, self.fc1.get_parameter("bias"), low_MC)
+        else:  # an adapter's part of the product comes before GELU; a sharded layer adds its bias itself
+            product, bias_C = self.fc1(x_BLC), _bias_left(self.fc1)
+            hidden = kernels.gelu_bias(product, product.new_zeros(product.shape[-1]) if bias_C is None else bias_C)
+        return self.fc2(hidden)
 
 
 class Block(nn.Module):
@@ -237,8 +352,9 @@ class Block(nn.Module):
         """From the class condition, in the condition's dtype."""
         six = self.ada_lin(cond) if self.ada_gss is None else self.ada_gss.to(cond.dtype) + cond
         gate1, gate2, scale1, scale2, shift1, shift2 = six.view(-1, 6, self.width).unbind(1)
-        bias, logit_scale_H = self.attn.qkv_bias().to(cond.dtype), self.attn.logit_scale_H()
-        return BlockConstants(gate1, gate2, scale1, scale2, shift1, shift2, bias, logit_scale_H)
+        return BlockConstants(
+            gate1, gate2, scale1, scale2, shift1, shift2, self.attn.qkv_bias(), self.attn.logit_scale_H()
+        )
 
     def forward(
         self,
@@ -256,12 +372,16 @@ class Block(nn.Module):
         """
         arguments = (normed_BLC, own.qkv_bias, own.logit_scale_H, scale_ends, cache)
         branch = _recomputed(self.attn, *arguments) if recompute_attention else self.attn(*arguments)
-        x_BLC, normed_BLC = kernels.gated_residual_norm(x_BLC, branch, own.gate1, own.scale2, own.shift2, self.eps)
-        branch = self.ffn(normed_BLC)
+        x_BLC, normed_BLC = kernels.gated_residual_norm(
+            x_BLC, branch, own.gate1, own.scale2, own.shift2, self.eps, _bias_left(self.attn.proj)
+        )
+        branch, bias_C = self.ffn(normed_BLC), _bias_left(self.ffn.fc2)
         if following is None:
-            x_BLC = kernels.gated_residual(x_BLC, branch, own.gate2)
+            x_BLC = kernels.gated_residual(x_BLC, branch, own.gate2, bias_C)
             return x_BLC, x_BLC
-        return kernels.gated_residual_norm(x_BLC, branch, own.gate2, following.scale1, following.shift1, self.eps)
+        return kernels.gated_residual_norm(
+            x_BLC, branch, own.gate2, following.scale1, following.shift1, self.eps, bias_C
+        )
 
 
 def _recomputed(function: nn.Module, *arguments: Any) -> Any:
@@ -453,26 +573,64 @@ class VAR(nn.Module):
         start = self.config.scale_ends[scale] - x_BlC.shape[1]
         return self.logits(self._run_blocks(x_BlC, constants, (cache, start)), constants)
 
-    def compute_twin(self, shared: bool) -> VAR:
-        """A twin without gradient that stores its large matrices in the compute dtype: nothing is cast when it is used.
+    def low_precision_copies(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each weight that is stored in float32 and read in the compute dtype, and the copy that is read, up to date.
 
-        Args:
-            shared: all other tensors are the original's own, for sampling; `refresh` brings the matrices up to date.
-                Else they are copies: a frozen model.
+        None where nothing is cast: compute_dtype float32, a frozen copy, sharded weights.
         """
-        matrices = {id(module.weight) for module in self._cast_modules()}
+        return [
+            (m.get_parameter(name), m.low_precision(name, self.compute_dtype)) for m, name in self._copied_parameters()
+        ]
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Write all low-precision copies anew, in one go: after whatever has changed the weights.
+
+        Forward does so by itself, copy by copy, after changes that PyTorch knows of (see Linear).
+        """
+        copied = self._copied_parameters()
+        if not copied:
+            return
+        targets = [m._buffers[f"_low_{name}"] for m, name in copied]
+        if any(target is None for target in targets):  # the first time
+            self.low_precision_copies()
+            return
+        torch._foreach_copy_(targets, [m.get_parameter(name).detach() for m, name in copied])  # type: ignore[arg-type]
+        self.mark_copies_fresh()
+
+    def mark_copies_fresh(self) -> None:
+        """What has changed the weights has written the copies too (see low_precision_copies)."""
+        for module, name in self._copied_parameters():
+            module.mark_copied(name)
+
+    def _copied_parameters(self) -> list[tuple[Linear, _Copied]]:
+        """Modules and names of the parameters that have a low-precision copy."""
+        found: list[tuple[Linear, _Copied]] = []
+        for module in self._cast_modules():
+            if isinstance(module, Linear) and module.keeps_copies and module.weight.dtype != self.compute_dtype:
+                found.append((module, "weight"))
+                if module.bias is not None and not isinstance(module, (Head, BranchLinear)):
+                    found.append((module, "bias"))
+        return found
+
+    def drop_copies(self) -> None:
+        """Cast weights at each use from here on: before they are sharded."""
+        for module in self._cast_modules():
+            if isinstance(module, Linear):
+                module.drop_copies()
+
+    def frozen_copy(self) -> VAR:
+        """A copy without gradient that stores its large matrices in the compute dtype: no update reaches it."""
         memo: dict[int, Any] = {}
-        if shared:
-            memo = {id(t): t for t in (*self.parameters(), *self.buffers()) if id(t) not in matrices}
         for module in self._cast_modules():  # no float32 copy of them on the way
             memo[id(module.weight)] = nn.Parameter(module.weight.detach().to(self.compute_dtype, copy=True), False)
-        twin = copy.deepcopy(self, memo)
-        return twin if shared else twin.requires_grad_(False)
+            memo |= {id(t): None for t in module.buffers()}
+        return copy.deepcopy(self, memo).requires_grad_(False)
 
     @torch.no_grad()
     def refresh(self, original: VAR) -> None:
-        """Copy the weights that this twin does not share with the original, in place; of all processes, if sharded."""
-        pairs = [(p, q) for p, q in zip(self.parameters(), original.parameters(), strict=True) if p is not q]
+        """Copy the weights of the original into this frozen copy, in place; of all processes, if they are sharded."""
+        pairs = list(zip(self.parameters(), original.parameters(), strict=True))
         if any(isinstance(theirs, DTensor) for _, theirs in pairs):
             for own, theirs in pairs:  # one at a time, and in 16 bits: little memory, half the traffic
                 own.copy_(whole(theirs.to(own.dtype)))
@@ -487,7 +645,7 @@ class VAR(nn.Module):
 
     @property
     def stored_in_compute_dtype(self) -> bool:
-        """Nothing is cast when it is used: float32 throughout, or a twin."""
+        """No weight has a copy: float32 throughout, or a frozen copy."""
         return self.head.weight.dtype == self.compute_dtype
 
     def large_modules(self) -> Iterator[nn.Module]:
