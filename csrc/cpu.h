@@ -5,6 +5,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstdlib>
 #include <type_traits>
@@ -61,6 +63,44 @@ VARFAST_ALWAYS_INLINE W sum_of(const W* x, int64_t count) {
     for (int j = 0; j < kLanes; ++j) lane[j] += x[i + j];
   }
   return fold(lane);
+}
+
+// exp(-|x|) to 1 ulp or so: 2^n times the series of the rest, |rest| <= ln 2 / 2. |x| ends at 86. Without a comparison
+// of floats: g++ makes branches of those, and then no vectors. NaN is not kept.
+VARFAST_ALWAYS_INLINE float exp_minus_size(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, in its low bits
+  const float size = std::bit_cast<float>(
+      std::min(std::bit_cast<int32_t>(x) & 0x7fffffff, std::bit_cast<int32_t>(86.0f)));
+  const float shifted = kRound - size * 1.44269504f;
+  const float n = shifted - kRound;
+  const float rest = (-size - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts; n times the first is exact
+  float series = 1.0f / 5040;
+  series = series * rest + 1.0f / 720;
+  series = series * rest + 1.0f / 120;
+  series = series * rest + 1.0f / 24;
+  series = series * rest + 1.0f / 6;
+  series = series * rest + 0.5f;
+  series = series * rest + 1.0f;
+  series = series * rest + 1.0f;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(series) + (std::bit_cast<uint32_t>(shifted) << 23));
+}
+
+// a where x is negative (-0 and negative NaN too), else b.
+VARFAST_ALWAYS_INLINE float if_negative(float x, float a, float b) {
+  const int32_t negative = std::bit_cast<int32_t>(x) >> 31;
+  return std::bit_cast<float>((std::bit_cast<int32_t>(a) & negative) | (std::bit_cast<int32_t>(b) & ~negative));
+}
+
+// Numbers as they are stored, bfloat16 as its bits: BFloat16's own conversion has a branch for NaN.
+VARFAST_ALWAYS_INLINE float load(float value) { return value; }
+VARFAST_ALWAYS_INLINE float load(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
+
+VARFAST_ALWAYS_INLINE void store(float value, float& out) { out = value; }
+VARFAST_ALWAYS_INLINE void store(float value, uint16_t& out) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const uint32_t nan = 0u - uint32_t((bits & 0x7fffffff) > 0x7f800000);  // masks: with a branch it is not vectorised
+  out = uint16_t((nearest_even & ~nan) | (0x7fc0 & nan));
 }
 
 }  // namespace varfast

@@ -16,43 +16,10 @@ namespace {
 // of threads.
 constexpr int64_t kChunk = 16384;
 
-VARFAST_ALWAYS_INLINE float load(float value) { return value; }
-VARFAST_ALWAYS_INLINE float load(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
-
-VARFAST_ALWAYS_INLINE void store(float value, float& out) { out = value; }
-VARFAST_ALWAYS_INLINE void store(float value, uint16_t& out) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const uint32_t nan = 0u - uint32_t((bits & 0x7fffffff) > 0x7f800000);  // masks: with a branch it is not vectorised
-  out = uint16_t((nearest_even & ~nan) | (0x7fc0 & nan));
-}
-
-// exp of a number in [-86, 0] to 1 ulp or so: 2^n times the series of the rest, |rest| <= ln 2 / 2.
-VARFAST_ALWAYS_INLINE float exp_bounded(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, in its low bits
-  const float shifted = x * 1.44269504f + kRound;
-  const float n = shifted - kRound;
-  const float rest = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts; n times the first is exact
-  float series = 1.0f / 5040;
-  series = series * rest + 1.0f / 720;
-  series = series * rest + 1.0f / 120;
-  series = series * rest + 1.0f / 24;
-  series = series * rest + 1.0f / 6;
-  series = series * rest + 0.5f;
-  series = series * rest + 1.0f;
-  series = series * rest + 1.0f;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(series) + (std::bit_cast<uint32_t>(shifted) << 23));
-}
-
-// x / (1 + exp(-x)), by exp(-|x|). Without a comparison of floats: g++ makes branches of those, and then no vectors.
-// |x| ends at 86; beyond, x * exp(-86) stands for 0, and what GroupNorm returns is far from 1e30.
+// x / (1 + exp(-x)). |x| ends at 86; beyond, x * exp(-86) stands for 0, and what GroupNorm returns is far from 1e30.
 VARFAST_ALWAYS_INLINE float silu(float x) {
-  const int32_t bits = std::bit_cast<int32_t>(x), negative = bits >> 31;
-  const int32_t size = std::min(bits & 0x7fffffff, std::bit_cast<int32_t>(86.0f));
-  const float e = exp_bounded(-std::bit_cast<float>(size));
-  const float above = std::bit_cast<float>((std::bit_cast<int32_t>(e) & negative) |
-                                           (std::bit_cast<int32_t>(1.0f) & ~negative));
-  return x * above / (1.0f + e);
+  const float e = exp_minus_size(x);
+  return x * if_negative(x, e, 1.0f) / (1.0f + e);
 }
 
 // Of each channel over the rows: mean, and sum of squared deviations from it.

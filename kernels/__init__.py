@@ -6,6 +6,7 @@ Imports torch, triton and the extension, never the rest of varfast.
 
 from varfast.kernels.adaln import gated_residual, gated_residual_norm, layer_norm_modulate
 from varfast.kernels.attention import block_causal_attention, cached_attention
+from varfast.kernels.gelu import gelu
 from varfast.kernels.group_norm import group_norm_silu
 from varfast.kernels.grpo_loss import GRPO_STATS, grpo_token_loss
 from varfast.kernels.logprob import selective_log_softmax
@@ -23,6 +24,7 @@ __all__ = [
     "configure",
     "gated_residual",
     "gated_residual_norm",
+    "gelu",
     "group_norm_silu",
     "grpo_token_loss",
     "layer_norm_modulate",

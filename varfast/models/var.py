@@ -184,7 +184,7 @@ class FFN(nn.Module):
         self.fc2 = Linear(hidden, config.width)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
+        return self.fc2(kernels.gelu(self.fc1(x_BLC)))
 
 
 class Block(nn.Module):

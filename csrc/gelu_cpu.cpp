@@ -1,0 +1,114 @@
+// GELU by tanh, with the bias before it, on the CPU; specified by kernels/reference.py.
+#include "gelu.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu.h"
+
+namespace varfast {
+namespace {
+
+// Numbers that are worth a thread of their own.
+constexpr int64_t kGrain = 1 << 14;
+// Rows whose gradients of the bias are added up in float32. Fixed, and these sums are added in order, in float64: the
+// result does not depend on the number of threads.
+constexpr int64_t kRows = 64;
+
+// 0.5 (1 + tanh u) = 1 / (1 + exp(-2 u)) with 2 u = kSlope (x + kCubic x^3), sqrt(8 / pi) = kSlope.
+constexpr float kSlope = 1.5957691216057308f, kCubic = 0.044715f;
+// Beyond, GELU is 0 or x to 1e-36, and so is its derivative 0 or 1: |2 u| is 85 there.
+constexpr float kFar = 9.9f;
+
+struct Gate {
+  float x, e;  // x within [-kFar, kFar]; exp(-|2 u|)
+
+  VARFAST_ALWAYS_INLINE explicit Gate(float wide) {
+    const int32_t bits = std::bit_cast<int32_t>(wide), size = std::min(bits & 0x7fffffff, std::bit_cast<int32_t>(kFar));
+    x = std::bit_cast<float>(size | (bits & int32_t(0x80000000)));
+    e = exp_minus_size(kSlope * x * (1.0f + kCubic * x * x));
+  }
+  VARFAST_ALWAYS_INLINE float value() const { return if_negative(x, e, 1.0f) / (1.0f + e); }
+};
+
+template <typename T, bool kBias>
+VARFAST_ALWAYS_INLINE void forward_of(const T* __restrict__ x, const T* __restrict__ bias, int64_t count,
+                                      T* __restrict__ out) {
+  for (int64_t c = 0; c < count; ++c) {
+    const float sum = kBias ? load(x[c]) + load(bias[c]) : load(x[c]);
+    store(sum * Gate(sum).value(), out[c]);
+  }
+}
+
+template <typename T, bool kBias>
+VARFAST_ALWAYS_INLINE void backward_of(const T* __restrict__ grad, const T* __restrict__ x, const T* __restrict__ bias,
+                                       int64_t count, T* __restrict__ d_x, float* __restrict__ d_bias) {
+  for (int64_t c = 0; c < count; ++c) {
+    const float sum = kBias ? load(x[c]) + load(bias[c]) : load(x[c]);
+    const Gate gate(sum);
+    const float value = gate.value(), rest = if_negative(gate.x, 1.0f, gate.e) / (1.0f + gate.e);
+    const float slope = kSlope * gate.x * (1.0f + 3.0f * kCubic * gate.x * gate.x);
+    const float d = load(grad[c]) * (value + value * rest * slope + 0.0f * sum);  // NaN stays NaN
+    if (kBias) d_bias[c] += d;
+    store(d, d_x[c]);
+  }
+}
+
+}  // namespace
+
+// No templates: g++ clones only plain functions.
+#define VARFAST_GELU(T)                                                                                         \
+  VARFAST_CLONES void gelu_row(const T* x, const T* bias, int64_t count, T* out) {                               \
+    bias ? forward_of<T, true>(x, bias, count, out) : forward_of<T, false>(x, bias, count, out);                 \
+  }                                                                                                             \
+  VARFAST_CLONES void gelu_row_backward(const T* grad, const T* x, const T* bias, int64_t count, T* d_x,         \
+                                        float* d_bias) {                                                        \
+    bias ? backward_of<T, true>(grad, x, bias, count, d_x, d_bias)                                               \
+         : backward_of<T, false>(grad, x, bias, count, d_x, d_bias);                                             \
+  }
+VARFAST_GELU(float)
+VARFAST_GELU(uint16_t)
+#undef VARFAST_GELU
+
+template <typename T>
+void gelu_cpu(const T* x, const T* bias, T* out, GeluSizes sizes) {
+  const int64_t width = sizes.width;
+  if (!width) return;
+  parallel_for(sizes.num_rows, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) {
+    if (!bias) return gelu_row(x + begin * width, nullptr, (end - begin) * width, out + begin * width);
+    for (int64_t row = begin; row < end; ++row) gelu_row(x + row * width, bias, width, out + row * width);
+  });
+}
+
+template <typename T>
+void gelu_backward_cpu(const T* grad, const T* x, const T* bias, T* d_x, float* d_bias, GeluSizes sizes) {
+  const int64_t width = sizes.width, chunks = (sizes.num_rows + kRows - 1) / kRows;
+  if (!width) return;
+  std::vector<float> sums(bias ? chunks * width : 0);
+  parallel_for(chunks, std::max<int64_t>(1, kGrain / (kRows * width)), [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * kRows, rows = std::min(kRows, sizes.num_rows - first), at = first * width;
+      if (!bias) {
+        gelu_row_backward(grad + at, x + at, nullptr, rows * width, d_x + at, nullptr);
+        continue;
+      }
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t of_row = at + row * width;
+        gelu_row_backward(grad + of_row, x + of_row, bias, width, d_x + of_row, &sums[chunk * width]);
+      }
+    }
+  });
+  if (!bias) return;
+  std::vector<double> total(width);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t c = 0; c < width; ++c) total[c] += sums[chunk * width + c];
+  }
+  for (int64_t c = 0; c < width; ++c) d_bias[c] = float(total[c]);
+}
+
+template void gelu_cpu(const float*, const float*, float*, GeluSizes);
+template void gelu_cpu(const uint16_t*, const uint16_t*, uint16_t*, GeluSizes);
+template void gelu_backward_cpu(const float*, const float*, const float*, float*, float*, GeluSizes);
+template void gelu_backward_cpu(const uint16_t*, const uint16_t*, const uint16_t*, uint16_t*, float*, GeluSizes);
+
+}  // namespace varfast
