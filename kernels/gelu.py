@@ -166,11 +166,11 @@ _gelu_op.register_autograd(functools.partial(_backward, _gelu_backward_op), setu
 
 # The same in C++, csrc/gelu_cpu.cpp.
 if NO_EXTENSION is None:
-    torch.library.register_fake("varfast::gelu_bias_cpp", _fake)
-    torch.library.register_fake("varfast::gelu_bias_backward_cpp", _fake_backward)
+    torch.library.register_fake("varfast::gelu_cpp", _fake)
+    torch.library.register_fake("varfast::gelu_backward_cpp", _fake_backward)
     torch.library.register_autograd(
-        "varfast::gelu_bias_cpp",
-        functools.partial(_backward, torch.ops.varfast.gelu_bias_backward_cpp),
+        "varfast::gelu_cpp",
+        functools.partial(_backward, torch.ops.varfast.gelu_backward_cpp),
         setup_context=_setup_context,
     )
 
@@ -180,7 +180,7 @@ def _gelu_triton(x_BLC: Tensor, bias_C: Tensor) -> Tensor:
 
 
 def _gelu_cpp(x_BLC: Tensor, bias_C: Tensor) -> Tensor:
-    out: Tensor = torch.ops.varfast.gelu_bias_cpp(x_BLC.flatten(0, -2), bias_C.float())
+    out: Tensor = torch.ops.varfast.gelu_cpp(x_BLC.flatten(0, -2), bias_C.float())
     return out.view(x_BLC.shape)
 
 
