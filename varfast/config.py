@@ -551,6 +551,8 @@ class KernelsConfig(_Section):
     gelu_bias: str = Field("auto", description="auto, triton, cpp or reference")
     linear_gelu: str = Field("auto", description="auto, library, quack or reference; epilogue is for sampling alone")
     group_norm_silu: str = Field("auto", description="auto, triton, cpp or reference")
+    channel_moments: str = Field("auto", description="auto, triton or reference")
+    conv3x3: str = Field("auto", description="auto, triton, library or reference")
     grpo_token_loss: str = Field("auto", description="auto, cuda, cpp or reference")
 
     @model_validator(mode="after")
