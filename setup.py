@@ -28,7 +28,15 @@ EXTENSION = "varfast.kernels._C"
 # headers, it loads on this one and on all that follow.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
-CPU_SOURCES = ("gelu_cpu.cpp", "grpo_loss_cpu.cpp", "split_heads_cpu.cpp", "adaln_cpu.cpp", "group_norm_cpu.cpp")
+CPU_SOURCES = (
+    "grpo_loss_cpu.cpp",
+    "split_heads_cpu.cpp",
+    "adaln_cpu.cpp",
+    "group_norm_cpu.cpp",
+    "gelu_cpu.cpp",
+    "column_sums_cpu.cpp",
+    "attention_cpu.cpp",
+)
 
 
 def find_cxx(environment: Mapping[str, str]) -> str | None:

@@ -18,7 +18,8 @@ struct AdalnSizes {
   int64_t num_images, num_tokens, width;
 };
 
-// sum = x + (branch + bias) * gate; out = LayerNorm(sum) * (1 + scale) + shift. Without a branch (null) sum is x and not written.
+// sum = x + (branch + bias) * gate; out = LayerNorm(sum) * (1 + scale) + shift. Without a branch (null) sum is x and not
+// written.
 // Large arrays are (B, L, C), mean and rstd (B, L), bias (C,) or null.
 template <typename T>
 struct AdalnForward {
@@ -35,7 +36,7 @@ struct AdalnForward {
 };
 
 // sum: what was normalised. d_sum or d_out: null where there is no gradient. d_branch, d_gate: null without a branch.
-// d_gate, d_scale and d_shift: (B, C).
+// d_bias (null without a bias), d_gate, d_scale and d_shift: (B, C).
 template <typename T>
 struct AdalnBackward {
   const T* d_sum;
@@ -48,6 +49,7 @@ struct AdalnBackward {
   const Wide<T>* rstd;
   T* d_x;
   T* d_branch;
+  Wide<T>* d_bias;
   Wide<T>* d_gate;
   Wide<T>* d_scale;
   Wide<T>* d_shift;

@@ -47,13 +47,14 @@ VARFAST_CLONES void forward_row(const AdalnForward<T>& f, int64_t index, Wide<T>
   f.rstd[index] = rstd;
 }
 
-// One token. chunk: sums of d_gate, d_scale, d_shift, padded; scratch: two padded rows.
+// One token. chunk: sums of d_gate, d_scale, d_shift, d_bias, padded; scratch: two padded rows.
 template <typename T>
 VARFAST_CLONES void backward_row(const AdalnBackward<T>& f, int64_t image, int64_t index, Wide<T>* __restrict chunk,
                                  Wide<T>* __restrict scratch) {
   using W = Wide<T>;
   const int64_t width = f.sizes.width, pad = padded(width), at = index * width;
-  W *__restrict d_gate = chunk, *__restrict d_scale = chunk + pad, *__restrict d_shift = chunk + 2 * pad;
+  W *__restrict d_gate = chunk, *__restrict d_scale = chunk + pad, *__restrict d_shift = chunk + 2 * pad,
+     *__restrict d_bias = chunk + 3 * pad;
   W *__restrict d = scratch, *__restrict normed = scratch + pad;
   if (f.d_out) {
     const T *__restrict d_out = f.d_out + at, *__restrict sum = f.sum + at;
@@ -83,6 +84,9 @@ VARFAST_CLONES void backward_row(const AdalnBackward<T>& f, int64_t image, int64
       d_gate[i] += d[i] * (W(branch[i]) + (f.bias ? f.bias[i] : W(0)));
       d_branch[i] = T(d[i] * gate[i]);
     }
+    if (f.bias) {
+      for (int64_t i = 0; i < width; ++i) d_bias[i] += d[i] * gate[i];
+    }
   } else {
     for (int64_t i = 0; i < width; ++i) d_x[i] = T(d[i]);
   }
@@ -104,11 +108,11 @@ template <typename T>
 void adaln_backward_cpu(const AdalnBackward<T>& f) {
   using W = Wide<T>;
   const int64_t num_tokens = f.sizes.num_tokens, width = f.sizes.width, pad = padded(width);
-  W* const totals[] = {f.d_gate, f.d_scale, f.d_shift};
+  W* const totals[] = {f.d_gate, f.d_scale, f.d_shift, f.d_bias};
   // A thread takes whole images: their sums need no second pass, and are added in one order however many threads run.
   const int64_t grain = kGrain / std::max<int64_t>(1, num_tokens * width);
   parallel_for(f.sizes.num_images, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
-    std::vector<W> chunk(3 * pad), scratch(2 * pad);
+    std::vector<W> chunk(4 * pad), scratch(2 * pad);
     for (int64_t image = begin; image < end; ++image) {
       for (W* total : totals) {
         if (total) std::fill_n(total + image * width, width, W(0));
@@ -118,7 +122,7 @@ void adaln_backward_cpu(const AdalnBackward<T>& f) {
         for (int64_t l = first; l < std::min(first + kRows, num_tokens); ++l) {
           backward_row(f, image, image * num_tokens + l, chunk.data(), scratch.data());
         }
-        for (int part = 0; part < 3; ++part) {
+        for (int part = 0; part < 4; ++part) {
           if (!totals[part]) continue;
           for (int64_t i = 0; i < width; ++i) totals[part][image * width + i] += chunk[part * pad + i];
         }

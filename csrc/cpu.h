@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstdlib>
@@ -64,12 +65,15 @@ VARFAST_ALWAYS_INLINE W sum_of(const W* x, int64_t count) {
   return fold(lane);
 }
 
-// exp of a number in [-86, 0] to 1 ulp or so: 2^n times the series of the rest, |rest| <= ln 2 / 2.
-VARFAST_ALWAYS_INLINE float exp_bounded(float x) {
+// exp(-|x|) to 1 ulp or so: 2^n times the series of the rest, |rest| <= ln 2 / 2. |x| ends at 86. Without a comparison
+// of floats: g++ makes branches of those, and then no vectors. NaN is not kept.
+VARFAST_ALWAYS_INLINE float exp_minus_size(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, in its low bits
-  const float shifted = x * 1.44269504f + kRound;
+  const float size = std::bit_cast<float>(
+      std::min(std::bit_cast<int32_t>(x) & 0x7fffffff, std::bit_cast<int32_t>(86.0f)));
+  const float shifted = kRound - size * 1.44269504f;
   const float n = shifted - kRound;
-  const float rest = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts; n times the first is exact
+  const float rest = (-size - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts; n times the first is exact
   float series = 1.0f / 5040;
   series = series * rest + 1.0f / 720;
   series = series * rest + 1.0f / 120;
@@ -81,11 +85,20 @@ VARFAST_ALWAYS_INLINE float exp_bounded(float x) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(series) + (std::bit_cast<uint32_t>(shifted) << 23));
 }
 
-// bfloat16 as its bits: g++ makes vectors of these, not of c10's conversions.
+// a where x is negative (-0 and negative NaN too), else b.
+VARFAST_ALWAYS_INLINE float if_negative(float x, float a, float b) {
+  const int32_t negative = std::bit_cast<int32_t>(x) >> 31;
+  return std::bit_cast<float>((std::bit_cast<int32_t>(a) & negative) | (std::bit_cast<int32_t>(b) & ~negative));
+}
+
+// Numbers as they are stored, bfloat16 as its bits: BFloat16's own conversion has a branch for NaN.
 VARFAST_ALWAYS_INLINE float load(float value) { return value; }
 VARFAST_ALWAYS_INLINE float load(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
 
+VARFAST_ALWAYS_INLINE double load(double value) { return value; }
+
 VARFAST_ALWAYS_INLINE void store(float value, float& out) { out = value; }
+VARFAST_ALWAYS_INLINE void store(double value, double& out) { out = value; }
 VARFAST_ALWAYS_INLINE void store(float value, uint16_t& out) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -93,8 +106,8 @@ VARFAST_ALWAYS_INLINE void store(float value, uint16_t& out) {
   out = uint16_t((nearest_even & ~nan) | (0x7fc0 & nan));
 }
 
-// Sums over the rows of (rows, width), in chunks of rows that are joined in order however many threads run.
-template <typename T>
-void column_sums_cpu(const T* x, int64_t rows, int64_t width, Wide<T>* out);
+// Sums over the rows of (rows, width); rows are joined in one order however many threads run.
+template <typename W>
+void column_sums_cpu(const W* x, int64_t rows, int64_t width, W* out);
 
 }  // namespace varfast

@@ -1,19 +1,26 @@
-// What ops.cpp asks of gelu_cpu.cpp: plain pointers, no tensors. bfloat16 comes as its bits.
+// What ops.cpp asks of gelu_cpu.cpp: plain pointers, no torch.
 #pragma once
 
 #include <cstdint>
-
-#include "cpu.h"
+#include <type_traits>
 
 namespace varfast {
 
-// out = gelu(x + bias), tanh form; x and out (rows, width), bias (width,).
+// float, or double for double.
 template <typename T>
-void gelu_bias_cpu(const T* x, const float* bias, T* out, int64_t rows, int64_t width);
+using BiasOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// d_x of d_out, and d_bias, its sums over the rows.
+struct GeluSizes {
+  int64_t num_rows, width;  // N, C
+};
+
+// T: float, double, or uint16_t for the bits of a bfloat16. bias (C,), or null.
+// out (N, C) = GELU(x + bias), by tanh.
 template <typename T>
-void gelu_bias_backward_cpu(const T* d_out, const T* x, const float* bias, T* d_x, float* d_bias, int64_t rows,
-                            int64_t width);
+void gelu_cpu(const T* x, const BiasOf<T>* bias, T* out, GeluSizes sizes);
+
+// d_x (N, C) = grad * GELU'(x + bias), and d_bias (C,) its sum over the rows before it is rounded, where there is one.
+template <typename T>
+void gelu_backward_cpu(const T* grad, const T* x, const BiasOf<T>* bias, T* d_x, BiasOf<T>* d_bias, GeluSizes sizes);
 
 }  // namespace varfast

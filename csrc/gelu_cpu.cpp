@@ -1,143 +1,137 @@
-// GELU of a product and its bias on the CPU, as kernels/reference.py, gelu_bias, specifies it; sums over rows.
+// GELU by tanh, with the bias before it, on the CPU; specified by kernels/reference.py.
 #include "gelu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
+
+#include "cpu.h"
 
 namespace varfast {
 namespace {
 
-// Rows whose gradients are summed before they are added to the others', and that are worth a thread: with 4096 channels
-// 128 KB of bfloat16.
-constexpr int64_t kRows = 16;
-// Columns of the partial sums that are joined at a time.
-constexpr int64_t kColumns = 512;
+// Numbers that are worth a thread of their own.
+constexpr int64_t kGrain = 1 << 14;
+// Rows whose gradients of the bias are added up in float32. Fixed, and these sums are added in order, in float64: the
+// result does not depend on the number of threads.
+constexpr int64_t kRows = 64;
 
-// The tanh form, 0.5 x (1 + tanh u), is x * sigmoid(2 u) with 2 u = x (kLinear + kCubic x^2).
-constexpr float kLinear = 1.5957691216057308f, kCubic = 0.07135481282052303f;
+// 0.5 (1 + tanh u) = 1 / (1 + exp(-2 u)) with 2 u = kSlope (x + kCubic x^3), sqrt(8 / pi) = kSlope.
+constexpr float kSlope = 1.5957691216057308f, kCubic = 0.044715f;
+// Beyond, GELU is 0 or x to 1e-36, and so is its derivative 0 or 1: |2 u| is 85 there.
+constexpr float kFar = 9.9f;
 
-// sigmoid(z) and its derivative by exp(-|z|), without a comparison of floats: g++ makes branches of those. |z| ends at 86.
-VARFAST_ALWAYS_INLINE void sigmoid(float z, float& value, float& slope) {
-  const int32_t bits = std::bit_cast<int32_t>(z), negative = bits >> 31;
-  const int32_t size = std::min(bits & 0x7fffffff, std::bit_cast<int32_t>(86.0f));
-  const float e = exp_bounded(-std::bit_cast<float>(size));
-  const float above =
-      std::bit_cast<float>((std::bit_cast<int32_t>(e) & negative) | (std::bit_cast<int32_t>(1.0f) & ~negative));
-  const float inverse = 1.0f / (1.0f + e);
-  value = above * inverse;
-  slope = e * inverse * inverse;
-}
+struct Gate {
+  float x, e;  // x within [-kFar, kFar]; exp(-|2 u|)
+
+  VARFAST_ALWAYS_INLINE explicit Gate(float wide) {
+    const int32_t bits = std::bit_cast<int32_t>(wide), size = std::min(bits & 0x7fffffff, std::bit_cast<int32_t>(kFar));
+    x = std::bit_cast<float>(size | (bits & int32_t(0x80000000)));
+    e = exp_minus_size(kSlope * x * (1.0f + kCubic * x * x));
+  }
+  VARFAST_ALWAYS_INLINE float value() const { return if_negative(x, e, 1.0f) / (1.0f + e); }
+  VARFAST_ALWAYS_INLINE float rest() const { return if_negative(x, 1.0f, e) / (1.0f + e); }  // 1 - value
+  VARFAST_ALWAYS_INLINE float slope() const { return kSlope * x * (1.0f + 3.0f * kCubic * x * x); }
+};
+
+// In float64, for tests of whole models: not vectorised.
+struct WideGate {
+  double x, e;
+
+  VARFAST_ALWAYS_INLINE explicit WideGate(double wide)
+      : x(wide < -kFar ? -kFar : wide > kFar ? kFar : wide),
+        e(std::exp(-std::abs(kWideSlope * x * (1.0 + kWideCubic * x * x)))) {}
+  VARFAST_ALWAYS_INLINE double value() const { return (x < 0.0 ? e : 1.0) / (1.0 + e); }
+  VARFAST_ALWAYS_INLINE double rest() const { return (x < 0.0 ? 1.0 : e) / (1.0 + e); }
+  VARFAST_ALWAYS_INLINE double slope() const { return kWideSlope * x * (1.0 + 3.0 * kWideCubic * x * x); }
+
+  static constexpr double kFar = 20.0, kWideSlope = 1.5957691216057307117597842397375, kWideCubic = 0.044715;
+};
 
 template <typename T>
-VARFAST_ALWAYS_INLINE void forward_row(const T* __restrict__ x, const float* __restrict__ bias, T* __restrict__ out,
-                                       int64_t width) {
-  for (int64_t i = 0; i < width; ++i) {
-    const float y = load(x[i]) + bias[i];
-    float value, slope;
-    sigmoid(y * (kLinear + kCubic * y * y), value, slope);
-    store(y * value, out[i]);
+using GateOf = std::conditional_t<std::is_same_v<T, double>, WideGate, Gate>;
+
+template <typename T, bool kBias>
+VARFAST_ALWAYS_INLINE void forward_of(const T* __restrict__ x, const BiasOf<T>* __restrict__ bias, int64_t count,
+                                      T* __restrict__ out) {
+  for (int64_t c = 0; c < count; ++c) {
+    const BiasOf<T> sum = kBias ? load(x[c]) + bias[c] : load(x[c]);
+    store(sum * GateOf<T>(sum).value(), out[c]);
   }
 }
 
-template <typename T>
-VARFAST_ALWAYS_INLINE void backward_row(const T* __restrict__ d_out, const T* __restrict__ x,
-                                        const float* __restrict__ bias, T* __restrict__ d_x, float* __restrict__ sums,
-                                        int64_t width) {
-  for (int64_t i = 0; i < width; ++i) {
-    const float y = load(x[i]) + bias[i];
-    float value, slope;
-    sigmoid(y * (kLinear + kCubic * y * y), value, slope);
-    const float d = load(d_out[i]) * (value + y * slope * (kLinear + 3.0f * kCubic * y * y));
-    sums[i] += d;
-    store(d, d_x[i]);
+template <typename T, bool kBias>
+VARFAST_ALWAYS_INLINE void backward_of(const T* __restrict__ grad, const T* __restrict__ x,
+                                       const BiasOf<T>* __restrict__ bias, int64_t count, T* __restrict__ d_x,
+                                       BiasOf<T>* __restrict__ d_bias) {
+  for (int64_t c = 0; c < count; ++c) {
+    const BiasOf<T> sum = kBias ? load(x[c]) + bias[c] : load(x[c]);
+    const GateOf<T> gate(sum);
+    const BiasOf<T> value = gate.value();
+    const BiasOf<T> d = load(grad[c]) * (value + value * gate.rest() * gate.slope() + 0 * sum);  // NaN stays NaN
+    if (kBias) d_bias[c] += d;
+    store(d, d_x[c]);
   }
-}
-
-// No templates: g++ clones only plain functions.
-VARFAST_CLONES void forward(const float* x, const float* bias, float* out, int64_t width) {
-  forward_row(x, bias, out, width);
-}
-VARFAST_CLONES void forward(const uint16_t* x, const float* bias, uint16_t* out, int64_t width) {
-  forward_row(x, bias, out, width);
-}
-VARFAST_CLONES void backward(const float* d_out, const float* x, const float* bias, float* d_x, float* sums,
-                             int64_t width) {
-  backward_row(d_out, x, bias, d_x, sums, width);
-}
-VARFAST_CLONES void backward(const uint16_t* d_out, const uint16_t* x, const float* bias, uint16_t* d_x, float* sums,
-                             int64_t width) {
-  backward_row(d_out, x, bias, d_x, sums, width);
-}
-
-VARFAST_CLONES void add_row(const float* x, float* sums, int64_t width) {
-  for (int64_t i = 0; i < width; ++i) sums[i] += x[i];
-}
-VARFAST_CLONES void add_row(const double* x, double* sums, int64_t width) {
-  for (int64_t i = 0; i < width; ++i) sums[i] += x[i];
-}
-VARFAST_CLONES void add_row(const uint16_t* x, float* sums, int64_t width) {
-  for (int64_t i = 0; i < width; ++i) sums[i] += load(x[i]);
-}
-
-// Sums over all rows: body(row, sums) adds a row's numbers; chunks of rows are joined in order.
-template <typename W, typename F>
-void sum_rows(int64_t rows, int64_t width, W* out, const F& body) {
-  const int64_t chunks = (rows + kRows - 1) / kRows;
-  std::vector<W> partial(chunks * width);
-  parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin * kRows; row < std::min(end * kRows, rows); ++row) {
-      body(row, partial.data() + row / kRows * width);
-    }
-  });
-  parallel_for((width + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kColumns, count = std::min(end * kColumns, width) - first;
-    std::fill_n(out + first, count, W(0));
-    // In pairs of pairs: a chain of 1360 chunks would be the largest error of all.
-    for (int64_t step = 1; step < chunks; step *= 2) {
-      for (int64_t i = 0; i + step < chunks; i += 2 * step) {
-        add_row(partial.data() + (i + step) * width + first, partial.data() + i * width + first, count);
-      }
-    }
-    if (chunks) add_row(partial.data() + first, out + first, count);
-  });
 }
 
 }  // namespace
 
+// No templates: g++ clones only plain functions.
+#define VARFAST_GELU(T)                                                                                              \
+  VARFAST_CLONES void gelu_row(const T* x, const BiasOf<T>* bias, int64_t count, T* out) {                           \
+    bias ? forward_of<T, true>(x, bias, count, out) : forward_of<T, false>(x, bias, count, out);                     \
+  }                                                                                                                  \
+  VARFAST_CLONES void gelu_row_backward(const T* grad, const T* x, const BiasOf<T>* bias, int64_t count, T* d_x,     \
+                                        BiasOf<T>* d_bias) {                                                         \
+    bias ? backward_of<T, true>(grad, x, bias, count, d_x, d_bias)                                                   \
+         : backward_of<T, false>(grad, x, bias, count, d_x, d_bias);                                                 \
+  }
+VARFAST_GELU(float)
+VARFAST_GELU(uint16_t)
+VARFAST_GELU(double)
+#undef VARFAST_GELU
+
 template <typename T>
-void gelu_bias_cpu(const T* x, const float* bias, T* out, int64_t rows, int64_t width) {
-  parallel_for(rows, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) forward(x + row * width, bias, out + row * width, width);
+void gelu_cpu(const T* x, const BiasOf<T>* bias, T* out, GeluSizes sizes) {
+  const int64_t width = sizes.width;
+  if (!width) return;
+  parallel_for(sizes.num_rows, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) {
+    if (!bias) return gelu_row(x + begin * width, nullptr, (end - begin) * width, out + begin * width);
+    for (int64_t row = begin; row < end; ++row) gelu_row(x + row * width, bias, width, out + row * width);
   });
 }
 
 template <typename T>
-void gelu_bias_backward_cpu(const T* d_out, const T* x, const float* bias, T* d_x, float* d_bias, int64_t rows,
-                            int64_t width) {
-  sum_rows(rows, width, d_bias, [&](int64_t row, float* sums) {
-    const int64_t at = row * width;
-    backward(d_out + at, x + at, bias, d_x + at, sums, width);
-  });
-}
-
-template <typename T>
-void column_sums_cpu(const T* x, int64_t rows, int64_t width, Wide<T>* out) {
-  sum_rows(rows, width, out, [&](int64_t row, Wide<T>* sums) {
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      add_row(reinterpret_cast<const uint16_t*>(x) + row * width, sums, width);
-    } else {
-      add_row(x + row * width, sums, width);
+void gelu_backward_cpu(const T* grad, const T* x, const BiasOf<T>* bias, T* d_x, BiasOf<T>* d_bias, GeluSizes sizes) {
+  const int64_t width = sizes.width, chunks = (sizes.num_rows + kRows - 1) / kRows;
+  if (!width) return;
+  std::vector<BiasOf<T>> sums(bias ? chunks * width : 0);
+  parallel_for(chunks, std::max<int64_t>(1, kGrain / (kRows * width)), [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * kRows, rows = std::min(kRows, sizes.num_rows - first), at = first * width;
+      if (!bias) {
+        gelu_row_backward(grad + at, x + at, nullptr, rows * width, d_x + at, nullptr);
+        continue;
+      }
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t of_row = at + row * width;
+        gelu_row_backward(grad + of_row, x + of_row, bias, width, d_x + of_row, &sums[chunk * width]);
+      }
     }
   });
+  if (!bias) return;
+  std::vector<double> total(width);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t c = 0; c < width; ++c) total[c] += sums[chunk * width + c];
+  }
+  for (int64_t c = 0; c < width; ++c) d_bias[c] = BiasOf<T>(total[c]);
 }
 
-template void gelu_bias_cpu(const float*, const float*, float*, int64_t, int64_t);
-template void gelu_bias_cpu(const uint16_t*, const float*, uint16_t*, int64_t, int64_t);
-template void gelu_bias_backward_cpu(const float*, const float*, const float*, float*, float*, int64_t, int64_t);
-template void gelu_bias_backward_cpu(const uint16_t*, const uint16_t*, const float*, uint16_t*, float*, int64_t,
-                                     int64_t);
-template void column_sums_cpu(const float*, int64_t, int64_t, float*);
-template void column_sums_cpu(const double*, int64_t, int64_t, double*);
-template void column_sums_cpu(const BFloat16*, int64_t, int64_t, float*);
+template void gelu_cpu(const float*, const float*, float*, GeluSizes);
+template void gelu_cpu(const uint16_t*, const float*, uint16_t*, GeluSizes);
+template void gelu_cpu(const double*, const double*, double*, GeluSizes);
+template void gelu_backward_cpu(const double*, const double*, const double*, double*, double*, GeluSizes);
+template void gelu_backward_cpu(const float*, const float*, const float*, float*, float*, GeluSizes);
+template void gelu_backward_cpu(const uint16_t*, const uint16_t*, const float*, uint16_t*, float*, GeluSizes);
 
 }  // namespace varfast

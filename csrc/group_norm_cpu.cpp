@@ -16,15 +16,10 @@ namespace {
 // of threads.
 constexpr int64_t kChunk = 16384;
 
-// x / (1 + exp(-x)), by exp(-|x|). Without a comparison of floats: g++ makes branches of those, and then no vectors.
-// |x| ends at 86; beyond, x * exp(-86) stands for 0, and what GroupNorm returns is far from 1e30.
+// x / (1 + exp(-x)). |x| ends at 86; beyond, x * exp(-86) stands for 0, and what GroupNorm returns is far from 1e30.
 VARFAST_ALWAYS_INLINE float silu(float x) {
-  const int32_t bits = std::bit_cast<int32_t>(x), negative = bits >> 31;
-  const int32_t size = std::min(bits & 0x7fffffff, std::bit_cast<int32_t>(86.0f));
-  const float e = exp_bounded(-std::bit_cast<float>(size));
-  const float above = std::bit_cast<float>((std::bit_cast<int32_t>(e) & negative) |
-                                           (std::bit_cast<int32_t>(1.0f) & ~negative));
-  return x * above / (1.0f + e);
+  const float e = exp_minus_size(x);
+  return x * if_negative(x, e, 1.0f) / (1.0f + e);
 }
 
 // Of each channel over the rows: mean, and sum of squared deviations from it.

@@ -9,9 +9,10 @@
 #include <optional>
 #include <tuple>
 
-#include "group_norm.h"
 #include "adaln.h"
+#include "attention.h"
 #include "gelu.h"
+#include "group_norm.h"
 #include "grpo_loss.h"
 #include "split_heads.h"
 
@@ -217,16 +218,16 @@ Tensor empty_heads(const Tensor& product, const HeadSizes& sizes) {
 }
 
 // inverse_q and inverse_k: null, or written.
-void split_into(const Tensor& product, const MaybeTensor& bias_C3, const HeadSizes& sizes, bool l2_norm, const Tensor& q,
-                const Tensor& k, const Tensor& v, const Tensor* inverse_q, const Tensor* inverse_k) {
+void split_into(const Tensor& product, const MaybeTensor& bias_C3, const HeadSizes& sizes, bool l2_norm,
+                const Tensor& q, const Tensor& k, const Tensor& v, const Tensor* inverse_q, const Tensor* inverse_k) {
   const Tensor x = torch::stable::contiguous(product);
   const MaybeTensor bias = bias_of(x, bias_C3);
   with_float(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto inverse = [&](const Tensor* y) { return y ? mutable_data<Wide<T>>(*y) : nullptr; };
-    split_heads_cpu(SplitForward<T>{data<T>(x), data<Wide<T>>(bias), heads(q, mutable_data<T>(q)), heads(k, mutable_data<T>(k)),
-                                    heads(v, mutable_data<T>(v)), inverse(inverse_q), inverse(inverse_k), sizes,
-                                    l2_norm});
+    split_heads_cpu(SplitForward<T>{data<T>(x), data<Wide<T>>(bias), heads(q, mutable_data<T>(q)),
+                                    heads(k, mutable_data<T>(k)), heads(v, mutable_data<T>(v)), inverse(inverse_q),
+                                    inverse(inverse_k), sizes, l2_norm});
   });
 }
 
@@ -323,17 +324,17 @@ AdalnResult adaln(const Tensor& x_BLC, const MaybeTensor& branch_BLC, const Mayb
   const AdalnSizes sizes = adaln_sizes(x_BLC);
   const ScalarType dtype = x_BLC.scalar_type(), wide = wide_of(dtype);
   const Tensor x = torch::stable::contiguous(x_BLC);
-  const MaybeTensor branch = rows_like(x, branch_BLC), bias = bias_of(x, bias_C), gate = vectors_of(x, gate_BC), scale = vectors_of(x, scale_BC),
-                    shift = vectors_of(x, shift_BC);
+  const MaybeTensor branch = rows_like(x, branch_BLC), bias = bias_of(x, bias_C), gate = vectors_of(x, gate_BC),
+                    scale = vectors_of(x, scale_BC), shift = vectors_of(x, shift_BC);
   const Tensor sum = branch ? empty_rows(x) : new_empty(x, {0}, dtype), out = empty_rows(x),
                mean = new_empty(x, {sizes.num_images, sizes.num_tokens}, wide),
                rstd = new_empty(x, {sizes.num_images, sizes.num_tokens}, wide);
   with_float(dtype, [&](auto zero) {
     using T = decltype(zero);
     using W = Wide<T>;
-    adaln_cpu(AdalnForward<T>{data<T>(x), data<T>(branch), data<W>(bias), vectors<W>(gate), vectors<W>(scale), vectors<W>(shift),
-                              mutable_data<T>(sum), mutable_data<T>(out), mutable_data<W>(mean), mutable_data<W>(rstd),
-                              sizes, eps});
+    adaln_cpu(AdalnForward<T>{data<T>(x), data<T>(branch), data<W>(bias), vectors<W>(gate), vectors<W>(scale),
+                              vectors<W>(shift), mutable_data<T>(sum), mutable_data<T>(out), mutable_data<W>(mean),
+                              mutable_data<W>(rstd), sizes, eps});
   });
   return {sum, out, mean, rstd};
 }
@@ -359,74 +360,170 @@ AdalnGradients adaln_backward(const MaybeTensor& d_new_BLC, const MaybeTensor& d
                     scale = vectors_of(sum, scale_BC);
   const Tensor d_x = empty_rows(sum), d_scale = new_empty(sum, {sizes.num_images, sizes.width}, wide),
                d_shift = new_empty(sum, {sizes.num_images, sizes.width}, wide);
-  MaybeTensor d_branch, d_gate;
+  MaybeTensor d_branch, d_gate, d_bias_BC, d_bias;
+  if (bias) {
+    d_bias_BC = new_empty(sum, {sizes.num_images, sizes.width}, wide);
+    d_bias = new_empty(sum, {sizes.width}, wide);
+  }
   if (branch) d_branch = empty_rows(sum), d_gate = new_empty(sum, {sizes.num_images, sizes.width}, wide);
   with_float(dtype, [&](auto zero) {
     using T = decltype(zero);
     using W = Wide<T>;
     adaln_backward_cpu(AdalnBackward<T>{data<T>(d_sum), data<T>(d_out), data<T>(sum), data<T>(branch),
-                                        data<W>(bias), vectors<W>(gate), vectors<W>(scale), data<W>(mean), data<W>(rstd),
-                                        mutable_data<T>(d_x), mutable_data<T>(d_branch), mutable_data<W>(d_gate),
-                                        mutable_data<W>(d_scale), mutable_data<W>(d_shift), sizes});
+                                        data<W>(bias), vectors<W>(gate), vectors<W>(scale), data<W>(mean),
+                                        data<W>(rstd), mutable_data<T>(d_x), mutable_data<T>(d_branch),
+                                        mutable_data<W>(d_bias_BC), mutable_data<W>(d_gate), mutable_data<W>(d_scale),
+                                        mutable_data<W>(d_shift), sizes});
+    if (bias) column_sums_cpu(data<W>(d_bias_BC), sizes.num_images, sizes.width, mutable_data<W>(d_bias));
   });
   const Tensor nothing = new_empty(sum, {0}, dtype), no_vectors = new_empty(sum, {0}, wide);
-  // d bias = the sum over images of gate * sum d_x: from the rows of d_branch as they are stored.
-  Tensor d_bias = no_vectors;
-  if (bias) {
-    d_bias = new_empty(sum, {sizes.width}, wide);
-    with_float(dtype, [&](auto zero) {
-      using T = decltype(zero);
-      column_sums_cpu(data<T>(*d_branch), sizes.num_images * sizes.num_tokens, sizes.width,
-                      mutable_data<Wide<T>>(d_bias));
-    });
-  }
-  return {d_x, d_branch.value_or(nothing), d_bias, d_gate.value_or(no_vectors), d_scale, d_shift};
+  return {d_x, d_branch.value_or(nothing), d_bias.value_or(no_vectors), d_gate.value_or(no_vectors), d_scale, d_shift};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// GELU, on the CPU
+// GELU and attention, on the CPU, in float32 or bfloat16
 
-struct GeluInput {
-  Tensor x;
-  MaybeTensor bias;
+// body(T{}) with the type in which a dtype's numbers are read.
+template <typename F>
+void with_bits(ScalarType dtype, const F& body) {
+  if (dtype == ScalarType::Float) return body(float{});
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "want float32 or bfloat16");
+  body(uint16_t{});
+}
 
-  GeluInput(const Tensor& x_NC, const Tensor& bias_C) : x(torch::stable::contiguous(x_NC)), bias(bias_of(x_NC, bias_C)) {
-    const ScalarType dtype = x.scalar_type();
-    STD_TORCH_CHECK(x.dim() == 2 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16),
-                    "x_NC: want two axes, float32 or bfloat16");
-  }
-};
+template <typename F>
+void with_gelu_bits(ScalarType dtype, const F& body) {
+  if (dtype == ScalarType::Double) return body(double{});
+  with_bits(dtype, body);
+}
 
-Tensor gelu_bias(const Tensor& x_NC, const Tensor& bias_C) {
-  const GeluInput in(x_NC, bias_C);
-  const int64_t rows = in.x.size(0), width = in.x.size(1);
-  const Tensor out = new_empty(in.x, {rows, width}, in.x.scalar_type());
-  const float* bias = data<float>(in.bias);
-  if (in.x.scalar_type() == ScalarType::Float) {
-    gelu_bias_cpu(data<float>(in.x), bias, mutable_data<float>(out), rows, width);
-  } else {
-    gelu_bias_cpu(data<uint16_t>(in.x), bias, mutable_data<uint16_t>(out), rows, width);
-  }
+MaybeTensor gelu_bias(const Tensor& x, const MaybeTensor& bias) {
+  STD_TORCH_CHECK(x.dim() > 0, "want (..., C)");
+  if (!bias) return bias;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == x.size(x.dim() - 1) && bias->scalar_type() == wide_of(x.scalar_type()),
+                  "bias_C: want one float32 a channel, or float64 for float64");
+  return torch::stable::contiguous(*bias);
+}
+
+GeluSizes gelu_sizes(const Tensor& x) {
+  const int64_t width = x.size(x.dim() - 1);
+  return {width ? x.numel() / width : 0, width};
+}
+
+Tensor gelu(const Tensor& x_NC, const MaybeTensor& bias_C) {
+  const Tensor x = torch::stable::contiguous(x_NC), out = torch::stable::empty_like(x);
+  const MaybeTensor bias = gelu_bias(x, bias_C);
+  with_gelu_bits(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    gelu_cpu(data<T>(x), data<BiasOf<T>>(bias), mutable_data<T>(out), gelu_sizes(x));
+  });
   return out;
 }
 
-std::tuple<Tensor, Tensor> gelu_bias_backward(const Tensor& d_out_NC, const Tensor& x_NC, const Tensor& bias_C) {
-  const GeluInput in(x_NC, bias_C);
-  const Tensor d_out = torch::stable::contiguous(d_out_NC);
-  const int64_t rows = in.x.size(0), width = in.x.size(1);
-  STD_TORCH_CHECK(d_out.dim() == 2 && d_out.size(0) == rows && d_out.size(1) == width &&
-                      d_out.scalar_type() == in.x.scalar_type(),
-                  "d_out_NC: want the shape and dtype of x_NC");
-  const Tensor d_x = new_empty(in.x, {rows, width}, in.x.scalar_type()), d_bias = new_empty(in.x, {width}, ScalarType::Float);
-  const float* bias = data<float>(in.bias);
-  float* sums = mutable_data<float>(d_bias);
-  if (in.x.scalar_type() == ScalarType::Float) {
-    gelu_bias_backward_cpu(data<float>(d_out), data<float>(in.x), bias, mutable_data<float>(d_x), sums, rows, width);
-  } else {
-    gelu_bias_backward_cpu(data<uint16_t>(d_out), data<uint16_t>(in.x), bias, mutable_data<uint16_t>(d_x), sums, rows,
-                           width);
-  }
+std::tuple<Tensor, Tensor> gelu_backward(const Tensor& grad_NC, const Tensor& x_NC, const MaybeTensor& bias_C) {
+  const Tensor x = torch::stable::contiguous(x_NC), grad = torch::stable::contiguous(grad_NC);
+  STD_TORCH_CHECK(grad.numel() == x.numel() && grad.scalar_type() == x.scalar_type(), "grad: want shape and dtype of x");
+  const MaybeTensor bias = gelu_bias(x, bias_C);
+  const Tensor d_x = torch::stable::empty_like(x),
+               d_bias = new_empty(x, {bias ? bias->size(0) : 0}, wide_of(x.scalar_type()));
+  with_gelu_bits(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    gelu_backward_cpu(data<T>(grad), data<T>(x), data<BiasOf<T>>(bias), mutable_data<T>(d_x),
+                      mutable_data<BiasOf<T>>(d_bias), gelu_sizes(x));
+  });
   return {d_x, d_bias};
+}
+
+// Queries, or keys and values, of which a head's rows are read.
+Tensor unit_stride(const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::contiguous(x); }
+
+AttentionSizes attention_sizes(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& logit_scale) {
+  for (const Tensor* x : {&q, &k, &v}) {
+    STD_TORCH_CHECK(x->dim() == 4 && x->size(3) == kHeadDim && x->size(0) == q.size(0) && x->size(1) == q.size(1) &&
+                        x->scalar_type() == q.scalar_type(),
+                    "want q, k, v (B, H, L, 64) of one dtype");
+  }
+  STD_TORCH_CHECK(k.size(2) == v.size(2) && k.size(2) > 0, "want as many keys as values");
+  STD_TORCH_CHECK(logit_scale.dim() == 1 && logit_scale.size(0) == q.size(1) &&
+                      logit_scale.scalar_type() == ScalarType::Float,
+                  "logit_scale_H: want one float32 a head");
+  return {q.size(0), q.size(1), q.size(2), k.size(2), 1, nullptr, nullptr};
+}
+
+// Every query sees the keys of its own scale and of the earlier ones.
+AttentionSizes masked(AttentionSizes sizes, const Tensor& ends) {
+  STD_TORCH_CHECK(ends.dim() == 1 && ends.size(0) > 0 && ends.scalar_type() == ScalarType::Long,
+                  "scale_ends: want int64 (S,)");
+  const int64_t* at = data<int64_t>(ends);
+  for (int64_t g = 0; g < ends.size(0); ++g) {
+    STD_TORCH_CHECK(at[g] > (g ? at[g - 1] : 0), "scale_ends: want every scale to end after the one before it");
+  }
+  STD_TORCH_CHECK(at[ends.size(0) - 1] == sizes.num_queries && sizes.num_queries == sizes.num_keys,
+                  "scale_ends: want the last to be the number of queries and of keys");
+  sizes.num_groups = ends.size(0), sizes.ends = sizes.visible = at;
+  return sizes;
+}
+
+Tensor attention_out(const Tensor& q) {
+  return new_empty(q, {q.size(0), q.size(1), q.size(2), kHeadDim}, q.scalar_type());
+}
+
+void attend(const Tensor& q_BHLD, const Tensor& k_BHLD, const Tensor& v_BHLD, const Tensor& logit_scale,
+            const AttentionSizes& sizes, const Tensor& out, float* log_sum) {
+  const Tensor q = unit_stride(q_BHLD), k = unit_stride(k_BHLD), v = unit_stride(v_BHLD);
+  with_bits(q.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    attention_cpu(AttentionForward<T>{heads(q, data<T>(q)), heads(k, data<T>(k)), heads(v, data<T>(v)),
+                                      data<float>(logit_scale), mutable_data<T>(out), log_sum, sizes});
+  });
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& logit_scale_H,
+                                     const Tensor& scale_ends_S) {
+  const Tensor scale = torch::stable::contiguous(logit_scale_H), ends = torch::stable::contiguous(scale_ends_S);
+  const AttentionSizes sizes = masked(attention_sizes(q, k, v, scale), ends);
+  const Tensor out = attention_out(q), log_sum = new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  attend(q, k, v, scale, sizes, out, mutable_data<float>(log_sum));
+  return {out, log_sum};
+}
+
+Tensor cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& logit_scale_H,
+                        int64_t num_keys) {
+  const Tensor scale = torch::stable::contiguous(logit_scale_H);
+  AttentionSizes sizes = attention_sizes(q, k_cache, v_cache, scale);
+  STD_TORCH_CHECK(num_keys > 0 && num_keys <= sizes.num_keys, "num_keys: want a number within the cache");
+  sizes.num_keys = num_keys, sizes.ends = &sizes.num_queries, sizes.visible = &num_keys;
+  const Tensor out = attention_out(q);
+  attend(q, k_cache, v_cache, scale, sizes, out, nullptr);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out_BHLD, const Tensor& q_BHLD,
+                                                              const Tensor& k_BHLD, const Tensor& v_BHLD,
+                                                              const Tensor& out_BHLD, const Tensor& log_sum_BHL,
+                                                              const Tensor& logit_scale_H, const Tensor& scale_ends_S) {
+  const Tensor scale = torch::stable::contiguous(logit_scale_H), ends = torch::stable::contiguous(scale_ends_S),
+               q = unit_stride(q_BHLD), k = unit_stride(k_BHLD), v = unit_stride(v_BHLD),
+               d_out = unit_stride(d_out_BHLD), out = torch::stable::contiguous(out_BHLD),
+               log_sum = torch::stable::contiguous(log_sum_BHL);
+  const AttentionSizes sizes = masked(attention_sizes(q, k, v, scale), ends);
+  for (const Tensor* x : {&d_out, &out}) {
+    STD_TORCH_CHECK(x->dim() == 4 && x->numel() == q.numel() && x->size(2) == q.size(2) && x->size(1) == q.size(1) &&
+                        x->scalar_type() == q.scalar_type(),
+                    "want the output and its gradient of the shape and dtype of q");
+  }
+  STD_TORCH_CHECK(log_sum.numel() * kHeadDim == q.numel() && log_sum.scalar_type() == ScalarType::Float,
+                  "log_sum_BHL: want what the forward pass returned");
+  const Tensor d_q = attention_out(q), d_k = attention_out(q), d_v = attention_out(q),
+               d_scale = new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
+  with_bits(q.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    attention_backward_cpu(AttentionBackward<T>{heads(q, data<T>(q)), heads(k, data<T>(k)), heads(v, data<T>(v)),
+                                                heads(d_out, data<T>(d_out)), data<float>(scale), data<T>(out),
+                                                data<float>(log_sum), mutable_data<T>(d_q), mutable_data<T>(d_k),
+                                                mutable_data<T>(d_v), mutable_data<float>(d_scale), sizes});
+  });
+  return {d_q, d_k, d_v, d_scale};
 }
 
 int64_t built_for_cuda() {
@@ -451,22 +548,35 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varfast, m) {
   m.def(
       "group_norm_silu_cpu(Tensor x_BPC, Tensor weight_C, Tensor bias_C, Tensor input_bias_C, int num_groups, "
       "float eps, bool silu) -> Tensor");
-  // The ops of kernels/adaln.py: new stream, normalised form, mean, 1 / deviation; d x, branch, bias, gate, scale, shift.
+  // The ops of kernels/adaln.py: new stream, its normalised form, mean, 1 / deviation; d x, branch, bias, gate, scale,
+  // shift.
   m.def(
-      "adaln_cpp(Tensor x_BLC, Tensor? branch_BLC, Tensor? bias_C, Tensor? gate_BC, Tensor scale_BC, Tensor shift_BC, float eps) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
+      "adaln_cpp(Tensor x_BLC, Tensor? branch_BLC, Tensor? bias_C, Tensor? gate_BC, Tensor scale_BC, Tensor shift_BC, "
+      "float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "adaln_backward_cpp(Tensor? d_new_BLC, Tensor? d_out_BLC, Tensor new_BLC, Tensor? branch_BLC, Tensor? bias_C, "
       "Tensor? gate_BC, Tensor scale_BC, Tensor mean_BL, Tensor rstd_BL) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The op of kernels/gelu.py: gelu(x + bias); d x, d bias.
-  m.def("gelu_bias_cpp(Tensor x_NC, Tensor bias_C) -> Tensor");
-  m.def("gelu_bias_backward_cpp(Tensor d_out_NC, Tensor x_NC, Tensor bias_C) -> (Tensor, Tensor)");
-  // The ops of kernels/qkv.py: q, k, v and the inverse norms of q and k; q, with k and v in place; d product, d bias.
-  m.def("split_heads_cpp(Tensor qkv_BLC3, Tensor? bias_C3, int num_heads, bool l2_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The ops of kernels/gelu.py: of x + bias, which is float32 or float64; d x, and d bias.
+  m.def("gelu_cpp(Tensor x_NC, Tensor? bias_C) -> Tensor");
+  m.def("gelu_backward_cpp(Tensor grad_NC, Tensor x_NC, Tensor? bias_C) -> (Tensor, Tensor)");
+  // The ops of kernels/attention.py: out and the logarithm of each row's sum; d q, k, v and logit scale by image.
   m.def(
-      "split_heads_into_cpp(Tensor qkv_BlC3, Tensor? bias_C3, int num_heads, bool l2_norm, Tensor(a!) k_BHlD, Tensor(b!) v_BHlD) -> "
-      "Tensor");
+      "attention_cpp(Tensor q_BHLD, Tensor k_BHLD, Tensor v_BHLD, Tensor logit_scale_H, Tensor scale_ends_S) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "attention_backward_cpp(Tensor d_out_BHLD, Tensor q_BHLD, Tensor k_BHLD, Tensor v_BHLD, Tensor out_BHLD, "
+      "Tensor log_sum_BHL, Tensor logit_scale_H, Tensor scale_ends_S) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cached_attention_cpp(Tensor q_BHlD, Tensor k_cache_BHLD, Tensor v_cache_BHLD, Tensor logit_scale_H, "
+      "int num_keys) -> Tensor");
+  // The ops of kernels/qkv.py: q, k, v and the inverse norms of q and k; q, with k and v in place; d product.
+  m.def(
+      "split_heads_cpp(Tensor qkv_BLC3, Tensor? bias_C3, int num_heads, bool l2_norm) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "split_heads_into_cpp(Tensor qkv_BlC3, Tensor? bias_C3, int num_heads, bool l2_norm, Tensor(a!) k_BHlD, "
+      "Tensor(b!) v_BHlD) -> Tensor");
   m.def(
       "split_heads_backward_cpp(Tensor d_q_BHLD, Tensor d_k_BHLD, Tensor d_v_BHLD, Tensor? q_BHLD, Tensor? k_BHLD, "
       "Tensor? q_inverse_BHL, Tensor? k_inverse_BHL, bool with_bias) -> (Tensor, Tensor)");
@@ -482,8 +592,11 @@ STABLE_TORCH_LIBRARY_IMPL(varfast, CPU, m) {
   m.impl("group_norm_silu_cpu", TORCH_BOX(&group_norm_cpu));
   m.impl("adaln_cpp", TORCH_BOX(&adaln));
   m.impl("adaln_backward_cpp", TORCH_BOX(&adaln_backward));
-  m.impl("gelu_bias_cpp", TORCH_BOX(&gelu_bias));
-  m.impl("gelu_bias_backward_cpp", TORCH_BOX(&gelu_bias_backward));
+  m.impl("gelu_cpp", TORCH_BOX(&gelu));
+  m.impl("gelu_backward_cpp", TORCH_BOX(&gelu_backward));
+  m.impl("attention_cpp", TORCH_BOX(&attention));
+  m.impl("attention_backward_cpp", TORCH_BOX(&attention_backward));
+  m.impl("cached_attention_cpp", TORCH_BOX(&cached_attention));
   m.impl("split_heads_cpp", TORCH_BOX(&split_heads));
   m.impl("split_heads_into_cpp", TORCH_BOX(&split_heads_into));
   m.impl("split_heads_backward_cpp", TORCH_BOX(&split_heads_backward));

@@ -27,7 +27,8 @@ struct HeadSizes {
 constexpr int64_t kTile = 16;
 inline int64_t head_tiles(const HeadSizes& sizes) { return (sizes.num_tokens + kTile - 1) / kTile; }
 
-// product (B, L, 3 H D) + bias (3 H D, or null) -> q, k, v; q and k normalised where `normalise` says so. inverse_q and inverse_k, (B, H, L):
+// product (B, L, 3 H D) + bias (3 H D, or null) -> q, k, v; q and k normalised where `normalise` says so. inverse_q and
+// inverse_k, (B, H, L):
 // 1 / max(norm, eps), not written where null.
 template <typename T>
 struct SplitForward {

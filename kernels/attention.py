@@ -18,6 +18,7 @@ from torch import Tensor
 
 from varfast.kernels import attention_triton, reference
 from varfast.kernels.attention_triton import ahead_of_time
+from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 
 __all__ = ["ahead_of_time", "block_causal_attention", "cached_attention"]
@@ -62,6 +63,71 @@ def _run_triton_cached(
     return attention_triton.cached_attention_op(
         q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H.float(), num_keys, invariant
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# C++, on a CPU
+
+
+@functools.lru_cache(maxsize=32)
+def _ends_of(scale_ends: tuple[int, ...]) -> Tensor:
+    return torch.tensor(scale_ends)
+
+
+if NO_EXTENSION is None:
+
+    @torch.library.register_fake("varfast::attention_cpp")
+    def _(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, logit_scale_H: Tensor, ends_S: Tensor) -> Any:
+        return q_BHLD.new_empty(q_BHLD.shape), q_BHLD.new_empty(q_BHLD.shape[:3], dtype=torch.float32)
+
+    @torch.library.register_fake("varfast::attention_backward_cpp")
+    def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, scale: Tensor, ends: Tensor):
+        d_q, d_k, d_v = (q.new_empty(q.shape) for _ in range(3))
+        return d_q, d_k, d_v, q.new_empty(q.shape[:2], dtype=torch.float32)
+
+    @torch.library.register_fake("varfast::cached_attention_cpp")
+    def _(q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, logit_scale_H: Tensor, num_keys: int) -> Tensor:
+        return q_BHlD.new_empty(q_BHlD.shape)
+
+    def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, logit_scale_H, ends_S = inputs
+        ctx.save_for_backward(q, k, v, *output, logit_scale_H, ends_S)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def _backward(ctx: Any, d_out_BHLD: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if d_out_BHLD is None:
+            return None, None, None, None, None
+        d_q, d_k, d_v, d_scale_BH = torch.ops.varfast.attention_backward_cpp(d_out_BHLD, *ctx.saved_tensors)
+        return d_q, d_k, d_v, d_scale_BH.sum(dim=0), None
+
+    torch.library.register_autograd("varfast::attention_cpp", _backward, setup_context=_setup_context)
+
+
+def _run_cpp(
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
+) -> Tensor:
+    out_BHLD, _ = torch.ops.varfast.attention_cpp(q_BHLD, k_BHLD, v_BHLD, logit_scale_H.float(), _ends_of(scale_ends))
+    return out_BHLD
+
+
+def _run_cpp_cached(
+    q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
+) -> Tensor:
+    tensors = (q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError("impl='cpp' of cached_attention has no gradient; use torch.no_grad() or impl='reference'")
+    out_BHlD: Tensor = torch.ops.varfast.cached_attention_cpp(
+        q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H.float(), num_keys
+    )
+    return out_BHlD
+
+
+def _refuses_cpp(q_BHLD: Tensor, *_: Any) -> str | None:
+    if q_BHLD.shape[-1] != attention_triton.HEAD_DIM:
+        return f"a head dim of {attention_triton.HEAD_DIM}, VAR's, got {q_BHLD.shape[-1]}"
+    taken = q_BHLD.dtype in (torch.float32, torch.bfloat16)
+    return None if taken else f"float32 or bfloat16, got {q_BHLD.dtype}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,6 +250,7 @@ def _cannot_run_flash_attn(device: torch.device) -> str | None:
 implementations(
     "block_causal_attention",
     Implementation("triton", _run_triton, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("cpp", _run_cpp, cannot_run_cpp, ("cpu",), _refuses_cpp),
     Implementation("flex", _run_flex, _cannot_run_flex, auto_on=()),
     Implementation("flash_attn", _run_flash_attn, _cannot_run_flash_attn, auto_on=()),
     Implementation("sdpa", _run_sdpa, auto_on=()),
@@ -195,6 +262,7 @@ implementations(
 implementations(
     "cached_attention",
     Implementation("triton", _run_triton_cached, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("cpp", _run_cpp_cached, cannot_run_cpp, ("cpu",), _refuses_cpp),
     Implementation("flash_attn", _run_flash_attn_cached, _cannot_run_flash_attn, auto_on=()),
     Implementation(
         "triton_invariant", functools.partial(_run_triton_cached, invariant=True), cannot_run_triton, (), _refuses
@@ -238,9 +306,10 @@ def block_causal_attention(
             does so: no further 1/sqrt(D) is applied.
         scale_ends: cumulated number of tokens after each scale; the last is L.
         logit_scale_H: (H,) factor of each head's logits, differentiable.
-        impl: "auto", "triton" (D = 64, float32 or 16 bits), "flex" (CUDA), "flash_attn" (CUDA, the package, 16 bits),
-            "sdpa" (a call a scale, no mask), or "reference". "triton_invariant" and "sdpa_invariant" give every row the
-            bits that cached_attention's of the same name gives it, in any batch.
+        impl: "auto", "triton" (D = 64, float32 or 16 bits), "cpp" (CPU, D = 64, float32 or bfloat16), "flex" (CUDA),
+            "flash_attn" (CUDA, the package, 16 bits), "sdpa" (a call a scale, no mask) or "reference".
+            "triton_invariant" and "sdpa_invariant" give every row the bits that cached_attention's of the same name gives
+            it, in any batch.
     Returns: (B, H, L, D).
     Raises: ValueError if scale_ends does not increase up to L, for other shapes or dtypes, or for an impl that is
         unknown or cannot run.
@@ -271,8 +340,9 @@ def cached_attention(
             own keys and values among them.
         num_keys: number of valid rows, in [1, L].
         logit_scale_H: (H,) factor of each head's logits.
-        impl: "auto", "triton" (D = 64, no gradient), "flash_attn" (CUDA, the package, 16 bits), "triton_invariant",
-            "sdpa_invariant" (see block_causal_attention) or "reference".
+        impl: "auto", "triton" (D = 64, no gradient), "cpp" (CPU, D = 64, float32 or bfloat16, no gradient),
+            "flash_attn" (CUDA, the package, 16 bits), "triton_invariant", "sdpa_invariant" (see block_causal_attention)
+            or "reference".
     Returns: (B, H, l, D).
     Raises: ValueError if num_keys is not within the cache, for other shapes or dtypes, for an impl that is unknown or
         cannot run, or if impl "triton" is to be differentiated.

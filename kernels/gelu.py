@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp
+from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.linear import LowPrecisionLinear, weight_gradient
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 from varfast.kernels.settings import setting
@@ -122,7 +122,7 @@ def _fake(x_NC, bias_C):
 
 @torch.library.custom_op("varfast::gelu_bias_backward", mutates_args=())
 def _gelu_backward_op(d_out_NC: Tensor, x_NC: Tensor, bias_C: Tensor | None) -> tuple[Tensor, Tensor]:
-    """d x, and d bias in float32. Without a bias, x has it: d bias all the same."""
+    """d x, and d bias in float32. With no bias, x has it already; there is a gradient of it all the same."""
     d_out, x = d_out_NC.contiguous(), x_NC.contiguous()
     rows, width = x.shape
     d_x = torch.empty_like(x)
@@ -149,7 +149,7 @@ def _gelu_backward_op(d_out_NC: Tensor, x_NC: Tensor, bias_C: Tensor | None) -> 
 @_gelu_backward_op.register_fake
 def _fake_backward(d_out_NC, x_NC, bias_C):
     d_x = torch.empty_like(x_NC, memory_format=torch.contiguous_format)
-    return d_x, x_NC.new_empty(x_NC.shape[1], dtype=torch.float32)
+    return d_x, x_NC.new_empty(x_NC.shape[1], dtype=torch.promote_types(x_NC.dtype, torch.float32))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,11 +166,11 @@ _gelu_op.register_autograd(functools.partial(_backward, _gelu_backward_op), setu
 
 # The same in C++, csrc/gelu_cpu.cpp.
 if NO_EXTENSION is None:
-    torch.library.register_fake("varfast::gelu_bias_cpp", _fake)
-    torch.library.register_fake("varfast::gelu_bias_backward_cpp", _fake_backward)
+    torch.library.register_fake("varfast::gelu_cpp", _fake)
+    torch.library.register_fake("varfast::gelu_backward_cpp", _fake_backward)
     torch.library.register_autograd(
-        "varfast::gelu_bias_cpp",
-        functools.partial(_backward, torch.ops.varfast.gelu_bias_backward_cpp),
+        "varfast::gelu_cpp",
+        functools.partial(_backward, torch.ops.varfast.gelu_backward_cpp),
         setup_context=_setup_context,
     )
 
@@ -180,18 +180,16 @@ def _gelu_triton(x_BLC: Tensor, bias_C: Tensor) -> Tensor:
 
 
 def _gelu_cpp(x_BLC: Tensor, bias_C: Tensor) -> Tensor:
-    out: Tensor = torch.ops.varfast.gelu_bias_cpp(x_BLC.flatten(0, -2), bias_C.float())
+    out: Tensor = torch.ops.varfast.gelu_cpp(
+        x_BLC.flatten(0, -2), bias_C.to(torch.promote_types(x_BLC.dtype, torch.float32))
+    )
     return out.view(x_BLC.shape)
-
-
-def _refuses_cpp(x_BLC: Tensor, *_: Any) -> str | None:
-    return None if x_BLC.dtype in (torch.float32, torch.bfloat16) else f"float32 or bfloat16, got {x_BLC.dtype}"
 
 
 implementations(
     "gelu_bias",
     Implementation("triton", _gelu_triton, cannot_run_triton, ("cuda",), lambda x, _: refused_dtype(x)),
-    Implementation("cpp", _gelu_cpp, cannot_run_cpp, ("cpu",), _refuses_cpp),
+    Implementation("cpp", _gelu_cpp, cannot_run_cpp, ("cpu",), refused_by_cpp),
     Implementation("reference", reference.gelu_bias),
 )
 
@@ -202,7 +200,7 @@ def gelu_bias(x_BLC: Tensor, bias_C: Tensor, impl: str = "auto") -> Tensor:
     Args:
         x_BLC: (..., C), two axes or more: a product. Differentiable.
         bias_C: (C,). Differentiable.
-        impl: "auto"; "triton" (float32 or 16 bits), "cpp" (float32, bfloat16), "reference".
+        impl: "auto"; "triton" (float32 or 16 bits), "cpp" (float32, float64, bfloat16), "reference".
     Returns: the shape and dtype of x.
     Raises: ValueError for a bias of another size, or an impl that is unknown or cannot run.
     """

@@ -6,6 +6,7 @@ import torch
 
 from varfast import InputError, load_policy
 from varfast.data import digits
+from varfast.models import VQVAE
 from varfast.pretrain import base_paths, main, pretrain, pretrained
 from varfast.randomness import deterministic
 
@@ -49,6 +50,21 @@ def test_pretrain_learns_and_repeats_itself(make_config):
     again, vqvae_again, _ = pretrain(config, CPU)
     for model, twin in ((var, again), (vqvae, vqvae_again)):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_fixed_images_are_encoded_once_and_others_at_every_step(config, monkeypatch):
+    """With the same tokens either way, and so the same transformer."""
+    encoded, encode = [], VQVAE.encode
+    monkeypatch.setattr(VQVAE, "encode", lambda self, images: encoded.append(len(images)) or encode(self, images))
+    once, _, _ = pretrain(config, CPU)
+    assert sum(encoded) == 1797
+    encoded.clear()
+    images = digits()
+    monkeypatch.setattr("varfast.pretrain.load_images", lambda *_: torch.utils.data.StackDataset(*images))
+    again, _, _ = pretrain(config, CPU)
+    assert sum(encoded) == 40 * 32
+    for a, b in zip(once.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 def test_pretrained_is_cached_by_what_made_it(config, make_config, capsys):

@@ -551,10 +551,10 @@ class KernelsConfig(_Section):
     split_heads: str = Field("auto", description="auto, triton, cpp or reference")
     split_heads_to_cache: str = Field("auto", description="auto, triton, cpp or reference")
     block_causal_attention: str = Field(
-        "auto", description="auto, triton, flex, flash_attn, sdpa, triton_invariant, sdpa_invariant or reference"
+        "auto", description="auto, triton, cpp, flex, flash_attn, sdpa, triton_invariant, sdpa_invariant or reference"
     )
     cached_attention: str = Field(
-        "auto", description="auto, triton, flash_attn, triton_invariant, sdpa_invariant or reference"
+        "auto", description="auto, triton, cpp, flash_attn, triton_invariant, sdpa_invariant or reference"
     )
     layer_norm_modulate: str = Field("auto", description="auto, triton, cpp or reference")
     gated_residual: str = Field("auto", description="auto, triton or reference")

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from varfast import kernels
 from varfast.config import LoRAConfig, VARConfig, VQVAEConfig, check_labels, check_micro_batch
+from varfast.cpu import keep_freed_memory
 from varfast.distributed import World, replicate, shard
 from varfast.models import VAR, VQVAE
 from varfast.models.decoder import FastDecoder
@@ -30,7 +31,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a config's run.device; on a GPU, float32 convolutions become exact from here on.
+    """The device of a config's run.device; on a GPU, float32 convolutions become exact from here on, and on a CPU freed
+    memory is kept.
 
     Raises: InputError for a GPU that is not there.
     """
@@ -41,6 +43,8 @@ def pick_device(name: str) -> torch.device:
         # cuDNN's default rounds to 10 bits (TF32), at some batch sizes and not at others: the transformer's input would
         # differ between rollout and update.
         torch.backends.cudnn.allow_tf32 = False
+    elif device.type == "cpu":
+        keep_freed_memory()
     return device
 
 

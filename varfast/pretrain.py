@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from varfast.checkpoint import save_tensors, save_text
@@ -115,10 +115,10 @@ def pretrain(config: Config, device: torch.device) -> tuple[VAR, VQVAE, Pretrain
     return var, vqvae, PretrainReport(mse, usage, token_loss, time.perf_counter() - start)
 
 
-def _batches(images: Images, config: Config, steps: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """`steps` shuffled batches of images in [-1, 1] and labels, over as many passes as that takes."""
+def _batches(dataset: Images, config: Config, steps: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """`steps` shuffled batches, over as many passes as that takes; the last tensor of each are the labels."""
     loader = DataLoader(
-        images,
+        dataset,
         batch_size=config.pretrain.batch_size,
         shuffle=True,
         drop_last=True,
@@ -127,16 +127,22 @@ def _batches(images: Images, config: Config, steps: int, device: torch.device) -
     )
     done = 0
     while True:
-        for batch, labels_B in loader:
+        for batch in loader:
             if done == steps:
                 return
-            if int(labels_B.max()) >= config.policy.sizes.num_classes:
+            largest = int(batch[-1].max())
+            if largest >= config.policy.sizes.num_classes:
                 raise InputError(
-                    f"{config.pretrain.dataset} has label {int(labels_B.max())}, but policy.var.num_classes="
+                    f"{config.pretrain.dataset} has label {largest}, but policy.var.num_classes="
                     f"{config.policy.sizes.num_classes}; raise it"
                 )
-            yield batch.to(device).mul(2.0).sub(1.0), labels_B.to(device)
+            yield tuple(tensor.to(device) for tensor in batch)
             done += 1
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """Images in [0, 1] as the VQ-VAE takes them: in [-1, 1]."""
+    return images.mul(2.0).sub(1.0)
 
 
 def _learning_rate(step: int, steps: int, peak: float) -> float:
@@ -153,7 +159,7 @@ def _optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, lo
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), _GRAD_CLIP)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), _GRAD_CLIP, foreach=True)
     optimizer.step()
 
 
@@ -161,12 +167,13 @@ def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[
     settings, steps = config.pretrain, config.pretrain.vqvae_steps
     vqvae = VQVAE(config.policy.vqvae).to(device)
     torch.nn.init.normal_(vqvae.quantize.embedding.weight, std=0.5)
-    optimizer = torch.optim.AdamW(vqvae.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vqvae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     hits_V = torch.zeros(config.policy.vqvae.vocab_size, device=device)
     errors: list[Tensor] = []
     usage = 0.0
     bar = tqdm(_batches(images, config, steps, device), total=steps, desc="vq-vae", unit="step", dynamic_ncols=True)
-    for step, (batch, _) in enumerate(bar):
+    for step, (images_B3HW, _) in enumerate(bar):
+        batch = _pixels(images_B3HW)
         reconstruction, vq_loss, tokens_BL = vqvae(batch)
         error = F.mse_loss(reconstruction, batch)
         _optimizer_step(vqvae, optimizer, error + vq_loss, _learning_rate(step, steps, settings.vqvae_lr))
@@ -208,13 +215,15 @@ def _train_var(config: Config, images: Images, vqvae: VQVAE, device: torch.devic
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     losses: list[Tensor] = []
-    bar = tqdm(_batches(images, config, steps, device), total=steps, desc="var", unit="step", dynamic_ncols=True)
-    for step, (batch, labels_B) in enumerate(bar):
-        with torch.no_grad():
-            tokens_BL = vqvae.encode(batch)
-            var_input_BLC = vqvae.var_input(tokens_BL)
+    dataset: Images = images
+    if isinstance(images, TensorDataset):  # the same images in every pass: their tokens too
+        parts = [_tokens(vqvae, part.to(device)) for part in images.tensors[0].split(settings.batch_size)]
+        dataset = TensorDataset(*(torch.cat(pieces).cpu() for pieces in zip(*parts, strict=True)), images.tensors[1])
+    bar = tqdm(_batches(dataset, config, steps, device), total=steps, desc="var", unit="step", dynamic_ncols=True)
+    for step, (*given, labels_B) in enumerate(bar):
+        tokens_BL, var_input_BLC = given if len(given) == 2 else _tokens(vqvae, given[0])
         dropped_B = torch.rand(len(labels_B), device=device) < settings.class_dropout
         labels_B = torch.where(dropped_B, sizes.num_classes, labels_B)
         logits_BLV = var(labels_B, var_input_BLC, drop_path=settings.drop_path)
@@ -224,6 +233,13 @@ def _train_var(config: Config, images: Images, vqvae: VQVAE, device: torch.devic
         if (step + 1) % _REVIVE_EVERY == 0:
             bar.set_postfix(loss=f"{float(losses[-1]):.3f}")
     return var, float(torch.stack(losses[-_REVIVE_EVERY:]).mean())
+
+
+@torch.no_grad()
+def _tokens(vqvae: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Of images in [0, 1]: tokens (B, L), and the transformer's input (B, L - first, C)."""
+    tokens_BL = vqvae.encode(_pixels(images))
+    return tokens_BL, vqvae.var_input(tokens_BL)
 
 
 def _undecayed(name: str) -> bool:

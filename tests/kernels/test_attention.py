@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from varfast.kernels import attention, attention_triton, block_causal_attention, cached_attention
+from varfast.kernels.extension import NO_EXTENSION
 
 VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 VAR_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -35,6 +36,14 @@ def device():
         context.setattr(interpreter, "_patch_lang_tensor", patched)
         context.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
         yield "cpu"
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def cpp_dtype(request):
+    """Of the C++ kernels, which are skipped where the extension is not built: test_csrc.py fails where it could be."""
+    if NO_EXTENSION:
+        pytest.skip(NO_EXTENSION)
+    return getattr(torch, request.param)
 
 
 def scale_ends(sides):
@@ -288,12 +297,9 @@ def test_query_tiles_visit_little_more_than_the_mask_keeps(sides, share):
     assert sum(attention_triton.visible_keys(ends)) <= blocks * 128 * 64 <= share * ends[-1] ** 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("batch", "heads", "sides"), [(2, 3, (1, 2, 3, 5, 8)), (1, 1, VAR_256)])
-@torch.no_grad()
-def test_triton_cached_attention_no_worse_than_pytorch_at_every_scale(device, batch, heads, sides, dtype):
+def assert_cached_no_worse_than_pytorch(impl, q, k, v, logit_scale, _, sides):
+    """At every scale, with NaN in the cache where nothing is written yet."""
     ends = scale_ends(sides)
-    q, k, v, logit_scale, _ = var_inputs(batch, heads, ends, dtype, device)
     exact = plain(*(x.double() for x in (q, k, v)), ends, logit_scale.double())
     peer = plain(q, k, v, ends, logit_scale)
     k_cache, v_cache = torch.full_like(k, float("nan")), torch.full_like(v, float("nan"))
@@ -301,10 +307,18 @@ def test_triton_cached_attention_no_worse_than_pytorch_at_every_scale(device, ba
     for end in ends:
         now = slice(start, end)
         k_cache[:, :, now], v_cache[:, :, now] = k[:, :, now], v[:, :, now]
-        out = cached_attention(q[:, :, now], k_cache, v_cache, end, logit_scale, "triton")
+        out = cached_attention(q[:, :, now], k_cache, v_cache, end, logit_scale, impl)
         error = (out - exact[:, :, now]).abs().max()
         assert error <= 2 * (peer - exact)[:, :, now].abs().max() + 8 * 1.2e-7 * exact.abs().max()
         start = end
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "heads", "sides"), [(2, 3, (1, 2, 3, 5, 8)), (1, 1, VAR_256)])
+@torch.no_grad()
+def test_triton_cached_attention_no_worse_than_pytorch_at_every_scale(device, batch, heads, sides, dtype):
+    tensors = var_inputs(batch, heads, scale_ends(sides), dtype, device)
+    assert_cached_no_worse_than_pytorch("triton", *tensors, sides)
 
 
 def test_triton_refuses_what_it_cannot_run(device):
@@ -318,6 +332,84 @@ def test_triton_refuses_what_it_cannot_run(device):
         block_causal_attention(q.double(), k.double(), v.double(), (1, 5), logit_scale, "triton")
     with pytest.raises(ValueError, match="has no gradient"):
         cached_attention(q.requires_grad_(), k, v, 5, logit_scale, "triton")
+
+
+@pytest.mark.parametrize(("batch", "heads", "sides"), SHAPES)
+def test_cpp_forward_and_gradients_no_worse_than_pytorch(cpp_dtype, batch, heads, sides):
+    ends = scale_ends(sides)
+    assert_no_worse_than_pytorch("cpp", *var_inputs(batch, heads, ends, cpp_dtype), ends)
+
+
+@pytest.mark.parametrize(("logit_scale", "size"), [(100.0, 1.0), (1.0, 30.0), (-5.0, 1.0), (0.0, 1.0)])
+def test_cpp_at_extreme_logits_no_worse_than_pytorch(cpp_dtype, logit_scale, size):
+    ends = scale_ends((1, 2, 3, 5))
+    tensors = var_inputs(1, 8, ends, cpp_dtype, size=size, logit_scale=logit_scale)
+    assert_no_worse_than_pytorch("cpp", *tensors, ends)
+
+
+def test_cpp_takes_any_strides_and_any_number_of_threads(cpp_dtype):
+    ends = scale_ends((1, 2, 3, 8))
+    tensors = var_inputs(3, 2, ends, cpp_dtype)
+
+    def run(q, k, v, logit_scale, grad):
+        return forward_and_gradients(
+            lambda q, k, v, s: block_causal_attention(q, k, v, ends, s, "cpp"), q, k, v, logit_scale, grad
+        )
+
+    q, k, v, logit_scale, grad = tensors
+    strided, threads = run(*tensors), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        by_column = run(*(x.mT.contiguous().mT for x in (q, k, v)), logit_scale, grad.mT.contiguous().mT)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(strided, by_column, strict=True))
+    run(q, k, v, logit_scale, torch.ones((), dtype=cpp_dtype).expand_as(grad))  # the gradient of a sum: strides of 0
+
+
+def test_cpp_keeps_what_is_not_a_number(cpp_dtype):
+    """In the rows that saw it, and in no others: a loss that is not finite must not look finite."""
+    ends = scale_ends((1, 2, 3))
+    q, k, v, logit_scale, grad = var_inputs(1, 1, ends, cpp_dtype)
+    k[0, 0, 7, 5] = torch.nan
+    out, dq, *_ = forward_and_gradients(
+        lambda q, k, v, s: block_causal_attention(q, k, v, ends, s, "cpp"), q, k, v, logit_scale, grad
+    )
+    for rows in (out, dq, cached_attention(q, k, v, 14, logit_scale, "cpp")[:, :, 5:]):
+        assert rows[:, :, -9:].isnan().all()
+    assert out[:, :, :5].isfinite().all()
+
+
+def test_cpp_ops_pass_opcheck_and_take_an_empty_batch(cpp_dtype):
+    ops, ends = torch.ops.varfast, torch.tensor([1, 5])
+    q, k, v, logit_scale, grad = var_inputs(2, 2, (1, 5), cpp_dtype)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, logit_scale)]
+    torch.library.opcheck(ops.attention_cpp.default, (*leaves, ends))
+    out, log_sum = ops.attention_cpp(q, k, v, logit_scale, ends)
+    torch.library.opcheck(ops.attention_backward_cpp.default, (grad, q, k, v, out, log_sum, logit_scale, ends))
+    torch.library.opcheck(ops.cached_attention_cpp.default, (q, k, v, logit_scale, 3))
+    q, k, v, logit_scale, grad = var_inputs(0, 2, (1, 5), cpp_dtype)
+    found = forward_and_gradients(
+        lambda q, k, v, s: block_causal_attention(q, k, v, (1, 5), s, "cpp"), q, k, v, logit_scale, grad
+    )
+    assert [tuple(x.shape) for x in found] == [(0, 2, 5, 64)] * 4 + [(2,)]
+
+
+@pytest.mark.parametrize(("batch", "heads", "sides"), [(2, 3, (1, 2, 3, 5, 8)), (1, 1, VAR_256)])
+@torch.no_grad()
+def test_cpp_cached_attention_no_worse_than_pytorch_at_every_scale(cpp_dtype, batch, heads, sides):
+    assert_cached_no_worse_than_pytorch("cpp", *var_inputs(batch, heads, scale_ends(sides), cpp_dtype), sides)
+
+
+def test_cpp_refuses_what_it_cannot_run(cpp_dtype):
+    q, k, v, logit_scale = inputs(1, 1, 5, 32, cpp_dtype)
+    with pytest.raises(ValueError, match=r"impl='cpp' of block_causal_attention takes a head dim of 64.*got 32"):
+        block_causal_attention(q, k, v, (1, 5), logit_scale, "cpp")
+    q, k, v, logit_scale = inputs(1, 1, 5, 64, cpp_dtype)
+    with pytest.raises(ValueError, match="takes float32 or bfloat16, got torch.float64"):
+        cached_attention(q.double(), k.double(), v.double(), 5, logit_scale, "cpp")
+    with pytest.raises(ValueError, match="has no gradient"):
+        cached_attention(q.requires_grad_(), k, v, 5, logit_scale, "cpp")
 
 
 def test_block_causal_attention_does_not_see_later_scales():

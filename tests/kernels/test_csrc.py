@@ -36,7 +36,8 @@ def test_extension_is_built_where_there_is_a_compiler():
     assert "cpp" in availability("cpu").available, f"{availability('cpu').why}; {HOW}"
     picked = {choice.op for choice in choices(torch.device("cpu")) if choice.impl == "cpp"}
     split, adaln = {"split_heads", "split_heads_to_cache"}, {"layer_norm_modulate", "gated_residual_norm"}
-    assert picked == {"grpo_token_loss", "group_norm_silu"} | split | adaln
+    attention = {"block_causal_attention", "cached_attention"}
+    assert picked == {"grpo_token_loss", "group_norm_silu", "gelu_bias"} | split | adaln | attention
 
 
 @needs_nvcc

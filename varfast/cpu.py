@@ -1,0 +1,32 @@
+"""What a CPU run asks of the C library."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+# Numbers of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+# Blocks up to this size come from the heap: the largest of a d16 step with 4 images is 178 MB.
+_HEAP_BYTES = 2**28
+# The heap grows by as much at a time, and shrinks only where more than the largest number that mallopt takes is free.
+_GROWTH_BYTES = 2**26
+_KEPT_BYTES = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed memory for the next tensor, instead of giving it back to the system.
+
+    By default what is freed at the top of the heap, and every block above a threshold that moves, goes back, and comes
+    again as pages of zeros: 4 us for 4 KB on a virtual machine, where an operation of the digits' model takes 1 ms for
+    4 MB. 2 cores of an AMD EPYC: a digits step 1.1 -> 0.8 s, pre-training of the transformer 107 -> 84 ms a step.
+
+    Returns: whether it was done; not without glibc, nor where the environment sets its allocator.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = {_M_MMAP_THRESHOLD: _HEAP_BYTES, _M_TRIM_THRESHOLD: _KEPT_BYTES, _M_TOP_PAD: _GROWTH_BYTES}
+    return all(mallopt(number, size) == 1 for number, size in settings.items())
