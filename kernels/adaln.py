@@ -9,6 +9,7 @@ Axes: B image, L token, C channel.
 from __future__ import annotations
 
 import functools
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -396,40 +397,32 @@ implementations(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """The fused op, and the two alone, at the widths of d16 and d30."""
-    from varfast.kernels.aot import AheadOfTime
+    """The three ops, forward and backward, at the widths of d16 and d30; one image, token and channel; odd strides."""
+    from varfast.kernels.aot import recorded
+
+    def call(dtype: torch.dtype, shape: tuple[int, ...], stride: int, op: str) -> None:
+        batch, _, width = shape
+        x, branch = torch.empty(2, *shape, dtype=dtype, requires_grad=True).unbind()
+        six = torch.empty(batch, stride, dtype=dtype, requires_grad=True)
+        gate, scale, shift = (six[:, start : start + width] for start in (0, stride - width, stride - width))
+        if op == "residual+norm":
+            stream, normed = gated_residual_norm(x, branch, gate, scale, shift, impl="triton")
+            (stream.sum() + normed.sum()).backward()
+        elif op == "norm":
+            layer_norm_modulate(x, scale, shift, impl="triton").sum().backward()
+        else:
+            gated_residual(x, branch, gate, impl="triton").sum().backward()
 
     items = []
-    for dtype in ("bf16", "fp32"):
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for width in (1024, 1920):
-            for residual, norm in ((True, True), (False, True), (True, False)):
-                flags = {"RESIDUAL": residual, "NORM": norm}
-                big = dict.fromkeys(("x_ptr", "branch_ptr", "gate_ptr", "scale_ptr", "shift_ptr", "new_ptr", "out_ptr"))
-                forward = dict.fromkeys(big, f"*{dtype}") | dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32")
-                strides = ("length", "width", "gate_stride", "scale_stride", "shift_stride")
-                forward |= dict.fromkeys(strides, "i32") | {"eps": "fp32"}
-                names = ("d_new_ptr", "d_out_ptr", "new_ptr", "branch_ptr", "gate_ptr", "scale_ptr")
-                backward = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32")
-                backward |= dict.fromkeys(("d_x_ptr", "d_branch_ptr"), f"*{dtype}")
-                backward |= dict.fromkeys(("d_gate_ptr", "d_scale_ptr", "d_shift_ptr"), "*fp32")
-                backward |= dict.fromkeys(strides[:4], "i32")
-                for name, kernel, signature, more in (
-                    ("forward", _forward_kernel, forward, {}),
-                    ("backward", _backward_kernel, backward, {"NEW_HAS_GRADIENT": residual}),
-                ):
-                    constants = flags | more | _launch_settings(name, width)
-                    num_warps = constants.pop("num_warps")
-                    what = "+".join(filter(None, ["residual" * residual, "norm" * norm]))
-                    items.append(
-                        AheadOfTime(
-                            f"adaln {what} {name} {dtype} C={width}",
-                            kernel,
-                            signature | dict.fromkeys(constants, "constexpr"),
-                            constants,
-                            num_warps=num_warps,
-                            attributes=dict.fromkeys(("width", "gate_stride", "scale_stride", "shift_stride"), 16),
-                        )
-                    )
+            for op in ("residual+norm", "norm", "residual"):
+                what = f"adaln {op} {name} C={width}"
+                main = dtype == torch.bfloat16 and (width, op) == (1024, "residual+norm")
+                items += recorded(what, partial(call, dtype, (2, 680, width), 6 * width, op), also_blackwell=main)
+    for shape, stride in (((1, 1, 1), 1), ((1, 17, 24), 73)):
+        what = f"adaln residual+norm {shape} stride={stride}"
+        items += recorded(what, partial(call, torch.float32, shape, stride, "residual+norm"), fast=False)
     return items
 
 
