@@ -308,7 +308,7 @@ def block_causal_attention(
         logit_scale_H: (H,) factor of each head's logits, differentiable.
         impl: "auto", "triton" (D = 64, float32 or 16 bits), "cpp" (CPU, D = 64, float32 or bfloat16), "flex" (CUDA),
             "flash_attn" (CUDA, the package, 16 bits), "sdpa" (a call a scale, no mask) or "reference".
-            "triton_invariant" and "sdpa_invariant" give every row the bits that cached_attention's of the same name gives
+            "triton_invariant" and "sdpa_invariant" give every row the bits that cached_attention's of that name gives
             it, in any batch.
     Returns: (B, H, L, D).
     Raises: ValueError if scale_ends does not increase up to L, for other shapes or dtypes, or for an impl that is

@@ -13,8 +13,9 @@ Axes: B image, H head, L token over all scales, l token of one scale, D head dim
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -788,41 +789,36 @@ def _(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H, num_keys, invariant=Fal
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """Every kernel at every shipped configuration."""
-    from varfast.kernels.aot import AheadOfTime
+    """Every kernel at every shipped configuration, at the shapes of d16 and d30; one image, token and head."""
+    from varfast.kernels.aot import recorded
+
+    def call(dtype: torch.dtype, heads: int, ends: tuple[int, ...]) -> None:
+        shape = (1, ends[-1], 3, heads, HEAD_DIM)
+        qkv = torch.empty(shape, dtype=dtype, requires_grad=True).permute(2, 0, 3, 1, 4).unbind()
+        attention_op(*qkv, torch.ones(heads), ends)[0].sum().backward()
+
+    def call_cached(dtype: torch.dtype, heads: int, num_queries: int, num_keys: int) -> None:
+        q = torch.empty(1, heads, num_queries, HEAD_DIM, dtype=dtype)
+        k, v = torch.empty(2, 1, heads, num_keys, HEAD_DIM, dtype=dtype).unbind()
+        cached_attention_op(q, k, v, torch.ones(heads), num_keys)
 
     items = []
-
-    def add(name: str, kernel: Any, chosen: dict[str, int], dtype: str, floats: str) -> None:
-        signature = {}
-        block_m, block_n = chosen["BLOCK_M"], chosen["BLOCK_N"]
-        for argument in kernel.arg_names:
-            if argument.startswith("BLOCK_"):
-                signature[argument] = "constexpr"
-            elif argument in ("tiles_ptr", "visible_ptr"):
-                signature[argument] = "*i32"
-            elif argument.endswith("_ptr"):
-                signature[argument] = "*fp32" if argument in floats.split() else f"*{dtype}"
-            else:
-                signature[argument] = "i32"
-        items.append(
-            AheadOfTime(
-                f"{name} {dtype} {block_m}x{block_n}",
-                kernel,
-                signature,
-                {"BLOCK_M": block_m, "BLOCK_N": block_n},
-                num_warps=chosen["num_warps"],
-                num_stages=chosen["num_stages"],
-                matrix=dtype != "fp32" and block_m >= 64,
-                attributes={a: 16 for a in signature if a.endswith(("_batch", "_head", "_row"))},
-            )
-        )
-
-    floats = "scale_ptr top_ptr share_ptr delta_ptr d_scale_ptr"
-    kernels = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
-        for kernel, bits in _RULES:
-            if bits == 8 * dtype.itemsize:
-                shown = f"attention {kernel.replace('dkv', 'dk, dv').partition('_')[0]}"
-                add(shown, kernels.get(kernel, _cached_kernel), _setting(kernel, dtype), name, floats)
+    sides = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    ends = tuple(itertools.accumulate(side * side for side in sides))
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+        half = dtype != torch.float32
+        for heads in (16, 30) if dtype == torch.bfloat16 else (16,):
+            main = dtype == torch.bfloat16 and heads == 16
+            what = f"attention {name} H={heads}"
+            items += recorded(what, partial(call, dtype, heads, ends), matrix=half, also_blackwell=main)
+            for queries, keys in ((4, 5), (36, 91), (256, 680)):
+                items += recorded(
+                    f"{what} l={queries}",
+                    partial(call_cached, dtype, heads, queries, keys),
+                    matrix=half and queries > 16,
+                    also_blackwell=main,
+                )
+    for dtype in (torch.bfloat16, torch.float32):
+        items += recorded(f"attention one token, one head {dtype}", partial(call, dtype, 1, (1,)), fast=False)
+        items += recorded(f"attention one query, one key {dtype}", partial(call_cached, dtype, 1, 1, 1), fast=False)
     return items

@@ -10,6 +10,7 @@ Axes: B image, L token over all scales, V vocabulary, N = B * L rows.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -240,37 +241,24 @@ implementations(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """Forward and backward at 4096 codes."""
-    from varfast.kernels.aot import AheadOfTime
+    """Forward and backward, apart and in place; vocabularies of VAR and of next-token models; odd shapes."""
+    from varfast.kernels.aot import recorded
+
+    def call(dtype: torch.dtype, length: int, vocab: int, consume_logits: bool = False) -> None:
+        leaf = torch.empty(1, length, vocab, dtype=dtype, requires_grad=True)
+        tokens = torch.zeros(1, length, dtype=torch.int64)
+        logp, _ = selective_log_softmax(leaf * 1, tokens, 0.7, consume_logits, impl="triton")
+        logp.sum().backward()
 
     items = []
-    sizes = {
-        "row_stride": "i32",
-        "vocab": "i32",
-        "inv_temperature": "fp32",
-        "inv_temperature_rest": "fp32",
-        "BLOCK": "constexpr",
-    }
-    for dtype in ("fp32", "bf16"):
-        forward = {"logits_ptr": f"*{dtype}", "tokens_ptr": "*i64"}
-        forward |= dict.fromkeys(("logp_ptr", "entropy_ptr", "largest_ptr", "log_total_ptr"), "*fp32")
-        backward = {"grad_ptr": "*fp32", "logits_ptr": f"*{dtype}", "tokens_ptr": "*i64"}
-        backward |= {"largest_ptr": "*fp32", "log_total_ptr": "*fp32", "out_ptr": f"*{dtype}"}
-        for name, kernel, signature in (
-            ("forward", _logp_kernel, forward),
-            ("backward", _logp_backward_kernel, backward),
-        ):
-            chosen = _launch_settings(name, 4096)
-            items.append(
-                AheadOfTime(
-                    f"selective_log_softmax {name} {dtype}",
-                    kernel,
-                    signature | sizes,
-                    {"BLOCK": chosen["BLOCK"]},
-                    num_warps=chosen["num_warps"],
-                    attributes={"row_stride": 16, "vocab": 16},
-                )
-            )
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        for vocab in (4096, 16384):
+            what, main = f"selective_log_softmax {name} V={vocab}", vocab == 4096
+            items += recorded(what, partial(call, dtype, 680, vocab), also_blackwell=main)
+    for vocab in (1, 4097):
+        items += recorded(
+            f"selective_log_softmax one token V={vocab}", partial(call, torch.float32, 1, vocab), fast=False
+        )
     return items
 
 

@@ -5,6 +5,7 @@ Axes: B image, l token of one scale, V vocabulary, N = B * l rows.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -203,47 +204,25 @@ implementations(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """The kernel as it runs at 4096 codes: in training, and with every filter at inference."""
-    from varfast.kernels.aot import AheadOfTime
+    """In training, and with every filter at inference; odd shapes. At 16384 codes it spills: not listed yet."""
+    from varfast.kernels.aot import recorded
+
+    def call(dtype: torch.dtype, batch: int, length: int, vocab: int, filtered: bool) -> None:
+        logits, key = torch.empty(batch, length, vocab, dtype=dtype), torch.zeros(3, dtype=torch.int64)
+        if filtered:
+            sample_tokens(logits, key, 9, 0.7, logits, 1.5, 900, 0.95, impl="triton")
+        else:
+            sample_tokens(logits, key, 9, 0.7, impl="triton")
 
     items = []
-    block, count_scale = _block(4096)
-    for dtype in ("fp32", "bf16"):
-        for filters in (False, True):
-            constants = {
-                "BLOCK": block,
-                "COUNT_SCALE": count_scale,
-                "GUIDED": filters,
-                "TOP_K": filters,
-                "TOP_P": filters,
-            }
-            signature = {
-                "logits_ptr": f"*{dtype}",
-                "uncond_ptr": f"*{dtype}",
-                "key_ptr": "*i64",
-                "tokens_ptr": "*i64",
-                "logp_ptr": "*fp32",
-                "entropy_ptr": "*fp32",
-                "row_stride": "i32",
-                "num_tokens": "i32",
-                "vocab": "i32",
-                "scale": "i32",
-                "inv_temperature": "fp32",
-                "inv_temperature_rest": "fp32",
-                "guidance": "fp32",
-                "top_k": "i32",
-                "drop_share": "fp32",
-                **dict.fromkeys(constants, "constexpr"),
-            }
-            items.append(
-                AheadOfTime(
-                    f"sample_tokens {dtype}{' guided, filtered' if filters else ''}",
-                    _sample_kernel,
-                    signature,
-                    constants,
-                    num_warps=_launch_settings(4096)["num_warps"],
-                    attributes={"row_stride": 16, "vocab": 16},
-                )
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        for filtered in (False, True):
+            what = f"sample_tokens {name}{' guided, filtered' if filtered else ''}"
+            items += recorded(what, partial(call, dtype, 2, 256, 4096, filtered), also_blackwell=not filtered)
+    for vocab in (1, 4097):
+        for filtered in (False, True):
+            items += recorded(
+                f"sample_tokens one token V={vocab}", partial(call, torch.float32, 1, 1, vocab, filtered), fast=False
             )
     return items
 

@@ -16,8 +16,7 @@ import table
 import torch
 import tune
 
-from varfast.kernels import settings
-from varfast.kernels.aot import all_kernels
+from varfast.kernels import aot, settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -287,7 +286,9 @@ def test_every_target_names_a_kernel_that_asks_for_its_setting(monkeypatch):
             f"varfast.kernels.{module}.setting", lambda k, *a, **b: asked.add(k) or original(k, *a, **b)
         )
 
-    all_kernels()
+    # Interpreted kernels have no types; which settings are asked for is seen all the same.
+    monkeypatch.setattr(aot, "_specialised", lambda *_: {"signature": {}, "constants": {}})
+    aot.all_kernels()
     assert names == asked
 
 
