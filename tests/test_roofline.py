@@ -524,7 +524,7 @@ def test_planned_captures_the_rollout_where_the_update_keeps_its_room():
     assert asked.rollout.cuda_graph is True
     held = roofline.memory(asked)
     decoder = roofline.DECODE_GRAPH_IMAGES * roofline.decode_activation_bytes(asked)
-    assert held.captured == held.kv_cache + held.rollout_activations + decoder
+    assert held.captured == held.kv_cache + held.rollout_activations + 64 * roofline._input_bytes(asked) + decoder
     assert held.fits(size)
     whole = roofline.planned(config("d16"), 141 * 10**9)
     assert (whole.rollout.cuda_graph, whole.rollout.micro_batch, whole.update.micro_batch) == (True, 512, 32)

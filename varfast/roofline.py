@@ -613,8 +613,7 @@ def rollout_activation_bytes(config: Config) -> int:
     In a block the scale's input, the block's and its normalised form, the stream, its normalised form, a branch, and
     the MLP's hidden layer before and after GELU exist at once (6 C + 2 x 4 C); in the head the input, the stream, two
     float32 forms of it, and the logits of this scale and of the one before. Beside them each block's 6 C constants.
-    With an adapter the hidden layer exists once more, as base, adapter's part and sum. f_hat and the transformer's
-    input of all scales are kept for decoder and update.
+    With an adapter the hidden layer exists once more, as base, adapter's part and sum.
     """
     sizes = config.policy.sizes
     C, item = sizes.width, _ITEM[config.run.dtype]
@@ -623,8 +622,7 @@ def rollout_activation_bytes(config: Config) -> int:
     logits = sizes.vocab_size * _FLOAT32
     block = max(6 * C + (3 if config.policy.lora else 2) * _hidden(sizes), 12 * C) * item
     head = 2 * C * item + 2 * C * _FLOAT32 + logits
-    kept_bytes = tokens * sizes.code_width * _FLOAT32 + _input_bytes(config)
-    return tokens * max(block, head) + before * logits + 6 * sizes.depth * C * item + kept_bytes
+    return tokens * max(block, head) + before * logits + 6 * sizes.depth * C * item
 
 
 def decode_activation_bytes(config: Config) -> int:
@@ -691,8 +689,8 @@ def captured_bytes(config: Config, sampled: int) -> int:
     """What the CUDA graphs of a rollout of so many images, and of their decoder, hold on to; 0 where there are none."""
     if not config.run.fast or config.rollout.cuda_graph is False:
         return 0
-    rollout_bytes = sampled * (kv_cache_bytes(config) + rollout_activation_bytes(config))
-    return rollout_bytes + min(sampled, DECODE_GRAPH_IMAGES) * decode_activation_bytes(config)
+    one = kv_cache_bytes(config) + rollout_activation_bytes(config) + _input_bytes(config)
+    return sampled * one + min(sampled, DECODE_GRAPH_IMAGES) * decode_activation_bytes(config)
 
 
 def rollout_micro_batch(config: Config, free_bytes: float) -> int:
