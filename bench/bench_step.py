@@ -138,19 +138,18 @@ def models(name: str) -> dict[str, Policy]:
         in_dtype = copy.deepcopy(ours.vqvae).bfloat16().to(memory_format=torch.channels_last)
         for who in ("plain", "compiled"):
             policies[who]._decodable = 64  # one shape to compile, that of bench_decode.py
-        policies["plain"]._decode_part = functools.partial(plain_decode, ours.vqvae, in_dtype.decode_f_hat)
+        policies["plain"]._decode_part = functools.partial(plain_decode, in_dtype.decode_f_hat)
         policies["compiled"]._decode_part = functools.partial(
-            plain_decode, ours.vqvae, torch.compile(in_dtype.decode_f_hat, dynamic=False)
+            plain_decode, torch.compile(in_dtype.decode_f_hat, dynamic=False)
         )
     else:
         policies["public"] = Policy(copy.deepcopy(ours.var), ours.vqvae, DEVICE, "float32", fast=False)
     return policies
 
 
-def plain_decode(vqvae, decode_f_hat, tokens):
+def plain_decode(decode_f_hat, f_hat):
     """The plain decoder in bfloat16, channels last."""
-    f_hat = vqvae.f_hat(tokens).bfloat16().contiguous(memory_format=torch.channels_last)
-    return decode_f_hat(f_hat).float().clamp(-1.0, 1.0).add(1.0).mul(0.5)
+    return decode_f_hat(f_hat.bfloat16().contiguous(memory_format=torch.channels_last))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +270,9 @@ def test_step(benchmark, record, name, images):
         def make(sampled, trained):
             def step():
                 updater.policy, updater.config = policy, config.update.model_copy(update={"micro_batch": trained})
-                rollout, pictures = policy.sample_images(labels, TEMPERATURE, seed=0, micro_batch=sampled)
+                rollout, pictures = policy.sample_images(
+                    labels, TEMPERATURE, seed=0, micro_batch=sampled, keep_input=True
+                )
                 with stage("reward"):
                     rewards = reward(pictures, labels)
                 updater.step(ScoredRollout(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)

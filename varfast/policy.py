@@ -6,8 +6,8 @@ Axes: B image, L token over all scales; H, W pixels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -18,12 +18,14 @@ from varfast import kernels
 from varfast.config import LoRAConfig, VARConfig, VQVAEConfig, check_labels, check_micro_batch
 from varfast.cpu import keep_freed_memory
 from varfast.distributed import World, replicate, shard
+from varfast.graphs import CudaGraph
 from varfast.models import VAR, VQVAE
 from varfast.models.decoder import FastDecoder
 from varfast.models.lora import add_lora, lora_layers, without_lora
 from varfast.models.var import Checkpointing
 from varfast.models.weights import load_var, load_vqvae
 from varfast.rollout import Sampler, SamplingSettings
+from varfast.roofline import DECODE_GRAPH_IMAGES
 from varfast.stages import stage
 from varfast.types import InputError, Rollout
 
@@ -41,8 +43,9 @@ def pick_device(name: str) -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             raise InputError(f"run.device={name}: this machine has {torch.cuda.device_count()} GPUs; use cpu or auto")
         # cuDNN's default rounds to 10 bits (TF32), at some batch sizes and not at others: the transformer's input would
-        # differ between rollout and update.
+        # differ between rollout and update. So would upsampling, which is a product; there exact is the default.
         torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
     elif device.type == "cpu":
         keep_freed_memory()
     return device
@@ -54,7 +57,7 @@ class Policy:
     Attributes:
         var, vqvae: the models, on one device.
         device: where they are.
-        cuda_graph: whether equal rollouts on a GPU are captured and replayed, if the policy is fast.
+        cuda_graph: whether equal rollouts and decodes on a GPU are captured and replayed, if the policy is fast.
         strict: see __init__.
     """
 
@@ -93,6 +96,8 @@ class Policy:
         self.cuda_graph = True
         self._sampler = Sampler(self.var, self.vqvae, fast)
         self._decoder: FastDecoder | None = None
+        self._decode_graph: tuple[int, CudaGraph] | None = None  # and the number of images that it decodes
+        self._last_decoded = 0
         self._beside: torch.cuda.Stream | None = None
         # Images of which the largest map has 2^30 numbers, 102 at 256 px: cuDNN counts in 32 bits.
         self._decodable = max(1, 2**30 // (vqvae.config.base_channels * vqvae.config.image_size**2))
@@ -211,13 +216,16 @@ class Policy:
         step: int = 0,
         first_sample: int = 0,
         micro_batch: int | None = None,
+        keep_input: bool = False,
     ) -> tuple[Rollout, Tensor]:
         """`sample`, and `decode` of each micro-batch; on a GPU while the next one is sampled.
 
+        Args:
+            keep_input: the rollout holds its var_input_BLC, for an update: 87 KB an image of the public models.
         Returns: Rollout, and (B, 3, H, W) float32 images in [0, 1].
         """
         rollout, images = self._sample(
-            labels_B, temperature, seed, cfg, top_k, top_p, step, first_sample, micro_batch, decode=True
+            labels_B, temperature, seed, cfg, top_k, top_p, step, first_sample, micro_batch, True, keep_input
         )
         assert images is not None
         return rollout, images
@@ -234,6 +242,7 @@ class Policy:
         first_sample: int,
         micro_batch: int | None,
         decode: bool,
+        keep_input: bool = False,
     ) -> tuple[Rollout, Tensor | None]:
         if not temperature > 0:
             raise InputError(f"temperature={temperature}: must be > 0; for greedy choice use top_k=1")
@@ -242,8 +251,11 @@ class Policy:
         labels_B = self._labels(labels_B)
         check_micro_batch("micro_batch", micro_batch, len(labels_B))
         settings = SamplingSettings(temperature, cfg, top_k, top_p)
-        drawn, images = [], []
-        parts = self._sampler.parts(labels_B, settings, seed, step, first_sample, micro_batch, self.cuda_graph)
+        drawn, images = [], self._empty_images(len(labels_B)) if decode else None
+        rest = images
+        parts = self._sampler.parts(
+            labels_B, settings, seed, step, first_sample, micro_batch, self.cuda_graph, keep=decode
+        )
         if decode and self.device.type == "cuda" and self._beside is None:
             self._beside = torch.cuda.Stream(self.device)  # one for all steps: the allocator keeps memory by stream
         beside = self._beside if decode else None
@@ -252,21 +264,28 @@ class Policy:
                 part = next(parts, None)
             if part is None:
                 break
-            drawn.append(part)
-            if decode and beside is None:
-                images.append(self.decode(part[0]))
-            elif beside is not None:
-                beside.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(beside):
-                    images.append(self.decode(part[0]))
-                part[0].record_stream(beside)
-        tokens_BL, logp_BL, entropy_BL = (torch.cat(pieces) for pieces in zip(*drawn, strict=True))
-        rollout = Rollout(labels_B, tokens_BL, logp_BL, entropy_BL, temperature, settings.on_policy)
+            drawn.append(part if keep_input else part._replace(var_input_BLC=None))
+            if rest is None:
+                continue
+            assert part.f_hat is not None
+            with nullcontext() if beside is None else _after_this_stream(beside):
+                self._decode(part.f_hat, rest[: len(part.f_hat)])
+            if beside is not None:
+                part.f_hat.record_stream(beside)
+            rest = rest[len(part.f_hat) :]
+        tokens_BL, logp_BL, entropy_BL, _, inputs_BLC = zip(*drawn, strict=True)
+        rollout = Rollout(
+            labels_B,
+            torch.cat(tokens_BL),
+            torch.cat(logp_BL),
+            torch.cat(entropy_BL),
+            temperature,
+            settings.on_policy,
+            torch.cat(inputs_BLC) if keep_input else None,
+        )
         if beside is not None:
-            torch.cuda.current_stream().wait_stream(beside)
-            for part_images in images:
-                part_images.record_stream(torch.cuda.current_stream())
-        return rollout, torch.cat(images) if decode else None
+            torch.cuda.current_stream().wait_stream(beside)  # images and their memory are this stream's
+        return rollout, images
 
     def token_logp(
         self,
@@ -304,17 +323,47 @@ class Policy:
     def decode(self, tokens_BL: Tensor, micro_batch: int | None = None) -> Tensor:
         """(B, L) tokens -> (B, 3, H, W) float32 images in [0, 1], `micro_batch` at a time (default all)."""
         tokens_BL = self._tokens(tokens_BL)
-        size = min(micro_batch or self._decodable, self._decodable)
-        with stage("decode"):
-            parts = tokens_BL.tensor_split(max(1, -(-len(tokens_BL) // size)))
-            return torch.cat([self._decode_part(part) for part in parts])
+        images = self._empty_images(len(tokens_BL))
+        self._decode(self.vqvae.f_hat(tokens_BL), images, micro_batch)
+        return images
 
-    def _decode_part(self, tokens_BL: Tensor) -> Tensor:
+    def _empty_images(self, batch: int) -> Tensor:
+        size = self.vqvae.config.image_size
+        return torch.empty(batch, 3, size, size, device=self.device)
+
+    @torch.no_grad()
+    def _decode(self, f_hat: Tensor, images: Tensor, micro_batch: int | None = None) -> None:
+        """Write the images of the sums of quantized scales."""
+        size = min(micro_batch or self._decodable, self._decodable)
+        if self._captures:
+            size = min(size, DECODE_GRAPH_IMAGES)
+        half = torch.full((1,), 0.5, device=self.device)
+        with stage("decode"):
+            for part, out in zip(f_hat.split(size), images.split(size), strict=True):
+                # x / 2 + 1 / 2, in float32, as the copy into place: two passes over the pixels instead of six. Folded
+                # into the last convolution it would cost a bit: bfloat16 has 128 steps from 0.5 to 1.
+                torch.add(half, self._decode_part(part), alpha=0.5, out=out).clamp_(0.0, 1.0)
+
+    @property
+    def _captures(self) -> bool:
+        return self._fast and self.cuda_graph and self.device.type == "cuda"
+
+    def _decode_part(self, f_hat: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], not clamped. On a GPU a batch size met twice in a row is captured and replayed."""
         if not self._fast:
-            return self.vqvae.decode(tokens_BL).add(1.0).mul(0.5)
+            return self.vqvae.decode_f_hat(f_hat)
         if self._decoder is None:
             self._decoder = FastDecoder(self.vqvae, self.var.compute_dtype)
-        return self._decoder(self.vqvae.f_hat(tokens_BL)).clamp_(-1.0, 1.0).add_(1.0).mul_(0.5).contiguous()
+        batch, captured, last = len(f_hat), self._decode_graph[0] if self._decode_graph else 0, self._last_decoded
+        self._last_decoded = batch
+        if not self._captures or batch not in (captured, last):
+            return self._decoder(f_hat)
+        if self._decode_graph is None or batch != captured:
+            self._decode_graph = None  # its memory goes first
+            decoder = self._decoder
+            self._decode_graph = batch, CudaGraph(lambda f_hat: (decoder(f_hat),), f_hat)
+        (images,) = self._decode_graph[1](f_hat)
+        return images
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -333,6 +382,14 @@ class Policy:
         if tokens_BL.ndim != 2 or tokens_BL.shape[1] != self.var.config.num_tokens:
             raise InputError(f"tokens_BL is {tuple(tokens_BL.shape)}, want (B, {self.var.config.num_tokens})")
         return tokens_BL.to(self.device)
+
+
+@contextmanager
+def _after_this_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Inside, work goes to `stream`, after all that the current one was given."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
 
 
 def load_policy(

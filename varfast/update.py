@@ -201,7 +201,9 @@ class Updater:
         """Add the gradient of a micro-batch; (6,) its part of the minibatch's loss, and GRPO_STATS of its images."""
         rollout = scored.rollout.rows(rows)
         inputs = (rollout.labels_B, rollout.tokens_BL, rollout.temperature)
-        var_input_BLC = self.policy.teacher_input(rollout.tokens_BL)
+        var_input_BLC = rollout.var_input_BLC
+        if var_input_BLC is None:
+            var_input_BLC = self.policy.teacher_input(rollout.tokens_BL)
         if self.reference is not None and logp_ref_BL is not None and first_epoch:
             with stage("reference"), torch.no_grad():
                 logp_ref_BL[rows] = self.reference.token_logp(*inputs, var_input_BLC=var_input_BLC)

@@ -226,7 +226,12 @@ class Quantizer(nn.Module):
     """Residual quantization over scales, with one codebook.
 
     f_hat, the sum of the quantized scales, is (B, C, HW, HW) float32 throughout.
+
+    Attributes:
+        strict: as of Phi.
     """
+
+    strict = False
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
@@ -243,6 +248,7 @@ class Quantizer(nn.Module):
 
     def make_strict(self) -> None:
         """From now on the f_hat of an image does not depend on the other images."""
+        self.strict = True
         for module in self.modules():
             if isinstance(module, Phi):
                 module.strict = True
@@ -266,7 +272,8 @@ class Quantizer(nn.Module):
         side, last = self.config.patch_nums[scale], self.config.patch_nums[-1]
         h_BCl = self.embedding(tokens_Bl).transpose(1, 2)
         if side != last:
-            h_BCl = h_BCl @ _upsampling(side, last, h_BCl.device, h_BCl.dtype)
+            matrix = _upsampling(side, last, h_BCl.device, h_BCl.dtype)
+            h_BCl = kernels.invariant_linear(h_BCl, matrix.T.contiguous()) if self.strict else h_BCl @ matrix
         return self._phi(scale)(h_BCl.reshape(len(tokens_Bl), -1, last, last))
 
     def next_input(self, f_hat: Tensor, scale: int) -> Tensor:
