@@ -57,8 +57,9 @@ def _source(record: Record | None, none: str) -> list[str]:
     ceilings = f"{best['flop_per_s'] / 1e12:.0f} TFLOP/s, {best['byte_per_s'] / 1e12:.2f} TB/s" if best else "not noted"
     return [
         "",
-        f"Measured on one {device} (product and copy: {ceilings}), {record['date'][:10]}, torch {environment['torch']}, at "
-        f"commit {environment['commit']}: [{record['path']}](bench/records/{record['path']}), by `{record['command']}`. "
+        f"Measured on one {device} (product and copy: {ceilings}), {record['date'][:10]}, torch "
+        f"{environment['torch']}, at commit {environment['commit']}: [{record['path']}](bench/records/"
+        f"{record['path']}), by `{record['command']}`. "
         "What was changed after that commit is not in these figures (CHANGELOG.md).",
     ]
 
