@@ -543,6 +543,9 @@ def test_speed_of_light_is_the_slower_of_computing_and_moving():
 
 def test_ceilings_of_a_device_are_those_of_the_dtype():
     assert roofline.DEVICES["H200"].ceilings("bfloat16") == H200
+    h100 = roofline.DEVICES["H100"]
+    assert (h100.bfloat16, h100.byte_per_s) == (790e12, 3.02e12)  # measured on one; below the datasheet's
+    assert "989 TFLOP/s, 3.35 TB/s" in h100.source
     assert roofline.DEVICES["A100"].ceilings("float32").flop_per_s == 19.5e12
 
 

@@ -3,7 +3,7 @@
     python -m varfast.roofline configs/d30.yaml [device=H200] [a.b=c ...]
 
 prints, for a device, the speed-of-light time of every stage, the memory with the micro-batches that fit, and what many
-GPUs would lose to communication. Nothing here is measured, save the ceilings of `device=here` and of the H200.
+GPUs would lose to communication. Nothing here is measured, save the ceilings of `device=here`, the H100 and the H200.
 
 How things are counted
 - FLOPs: two for each multiply and add of a matrix product, a convolution or attention; of attention the pairs that the
@@ -857,7 +857,11 @@ DEVICES = {
         790e12, 67e12, 4.3e12, 139 * 2**30,
         "measured with an 8192^3 bf16 product and a device copy on an H200; float32 from the datasheet",
     ),
-    "H100": Device(989e12, 67e12, 3.35e12, int(80e9), f"H100 SXM 80 GB, {_DATASHEET}"),
+    "H100": Device(
+        790e12, 67e12, 3.02e12, int(80e9),
+        "measured with an 8192^3 bf16 product and a device copy on an H100 SXM 80 GB (its datasheet: 989 TFLOP/s, "
+        "3.35 TB/s); float32 from the datasheet",
+    ),
     "A100": Device(312e12, 19.5e12, 2.039e12, int(80e9), f"A100 SXM 80 GB, {_DATASHEET}"),
     "A100-40GB": Device(312e12, 19.5e12, 1.555e12, int(40e9), f"A100 SXM 40 GB, {_DATASHEET}"),
     "L40S": Device(362e12, 91.6e12, 0.864e12, int(48e9), _DATASHEET),
