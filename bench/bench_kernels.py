@@ -312,6 +312,44 @@ def test_group_norm_silu(benchmark, record, channels, side):
     run(benchmark, record, "group_norm_silu", shape, "forward", functions, leaves, 0.0, 2 * x.nbytes)
 
 
+@pytest.mark.parametrize(
+    ("channels", "out_channels", "side"),
+    [(160, 160, 256), (320, 160, 128), (320, 320, 64)] if CUDA else [(32, 32, 128)],
+)
+def test_conv3x3(benchmark, record, channels, out_channels, side):
+    """With the sum and the statistics of what comes after; "convolution" is cuDNN's alone."""
+    batch = 64 if CUDA else 2
+    x = randn(batch, channels, side, side, dtype=STORAGE).contiguous(memory_format=torch.channels_last)
+    residual = randn(batch, out_channels, side, side, dtype=STORAGE).contiguous(memory_format=torch.channels_last)
+    weight = randn(out_channels, channels, 3, 3, dtype=STORAGE).contiguous(memory_format=torch.channels_last)
+
+    def by(impl):
+        return lambda: kernels.conv3x3(x, weight, residual, impl=impl)
+
+    calls = {"ours": by("auto")} | {name: by(name) for name in other_impls("conv3x3")}
+    calls |= {"convolution": lambda: F.conv2d(x, weight, padding=1)}
+    flop = 2.0 * 9 * channels * out_channels * batch * side * side
+    row = harness.Row(
+        "conv3x3", f"B{batch} {channels} to {out_channels}, {side}x{side} {str(STORAGE)[6:]}", "forward", 0.0,
+        flop=flop, io_bytes=x.nbytes + 2 * residual.nbytes,
+    )  # fmt: skip
+    harness.measure(benchmark, record, row, {name: torch.no_grad()(call) for name, call in calls.items()})
+
+
+@pytest.mark.parametrize(("channels", "side"), [(160, 256), (640, 16)] if CUDA else [(160, 64)])
+def test_channel_moments(benchmark, record, channels, side):
+    batch = 64 if CUDA else 2
+    x, residual = (
+        randn(batch, channels, side, side, dtype=STORAGE).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    calls = {"ours": lambda: kernels.channel_moments(x, residual), "the sum alone": lambda: x.add_(residual)}
+    # Two images are read, one is written.
+    shape = f"B{batch} C{channels} {side}x{side} {str(STORAGE)[6:]}"
+    row = harness.Row("channel_moments", shape, "forward", 0.0, io_bytes=3 * x.nbytes)
+    harness.measure(benchmark, record, row, calls)
+
+
 def test_grpo_token_loss(benchmark, record):
     batch, length = 512, 680
     logp = randn(batch, length).requires_grad_()

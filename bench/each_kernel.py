@@ -77,6 +77,9 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
     channels, side = (64, 9) if small else (channels, 64)
     image = randn(2, channels, side, side, grad=False).contiguous(memory_format=torch.channels_last)
     vectors = tuple(randn(channels, of=torch.float32, grad=False) for _ in range(3))
+    wide_image = randn(2, channels, 4, 128, grad=False).contiguous(memory_format=torch.channels_last)
+    filters = randn(channels, channels, 3, 3, grad=False, times=(9 * channels) ** -0.5)
+    filters = filters.contiguous(memory_format=torch.channels_last)
     key = torch.tensor([seed % 2**40, 3, 7], device=device)
 
     def sampled(impl: str, x: Tensor) -> tuple[Tensor, ...]:
@@ -107,6 +110,16 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
     def linear(impl: str, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         return (kernels.invariant_linear(x, weight, bias, gelu=True, impl=impl),)
 
+    def convolution(impl: str, image: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        return kernels.conv3x3(image, weight, residual.clone(), impl=impl)[:1]
+
+    def convolution_norm(impl: str, image: Tensor, residual: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+        """The statistics count by what GroupNorm makes of them."""
+        weight, bias, input_bias = vectors
+        added, moments = kernels.channel_moments(image.clone(), residual, impl=impl)
+        normed = kernels.group_norm_silu(added, weight, bias, 32, input_bias_C=input_bias, moments=moments, impl=impl)
+        return added, normed
+
     detached = tuple(y.detach() for y in (q, k, v))
     qkv = randn(batch, length, 3 * width)
     found = [
@@ -124,6 +137,8 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
         Case("group_norm_silu", norm, (image, *vectors)),
         Case("invariant_linear", linear,
              (x, randn(4 * width, width, times=width**-0.5), randn(4 * width))),
+        Case("conv3x3", convolution, (wide_image, filters, wide_image)),
+        Case("channel_moments", convolution_norm, (image, image, *vectors)),
         Case("grpo_token_loss", loss, (logp,), floor=2e-6),
     ]  # fmt: skip
     return {case.name: case for case in found}

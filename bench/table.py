@@ -27,9 +27,11 @@ OPS = (
     ("gated_residual_norm", "Triton", "forward"),
     ("gated_residual_norm", "Triton", "backward"),
     ("group_norm_silu", "Triton", "forward"),
+    ("channel_moments", "Triton", "forward"),
+    ("conv3x3", "cuDNN, Triton", "forward"),
     ("grpo_token_loss", "C++/CUDA", "both"),
 )
-STEP_ROWS = ("rollout", "forward and backward", "update", "step", "decode")
+STEP_ROWS = ("rollout", "decode", "reference", "forward and backward", "optimizer", "update", "step")
 MODELS = ("d16", "d30")
 # arXiv:2505.23331: 40 000 optimizer steps on 8 GPUs, 32 images a GPU and step: 20 000 steps of 512 images here.
 PAPER_STEPS, PAPER = 20_000, {"d16": "16 h on 8 H100", "d30": "40 h on 8 H100"}
@@ -55,8 +57,9 @@ def _source(record: Record | None, none: str) -> list[str]:
     ceilings = f"{best['flop_per_s'] / 1e12:.0f} TFLOP/s, {best['byte_per_s'] / 1e12:.2f} TB/s" if best else "not noted"
     return [
         "",
-        f"Measured on one {device} (product and copy: {ceilings}), torch {environment['torch']}, at commit "
-        f"{environment['commit']}: bench/records/{record['path']}, by `{record['command']}`.",
+        f"Measured on one {device} (product and copy: {ceilings}), {record['date'][:10]}, "
+        f"torch {environment['torch']}, at commit {environment['commit']}: [{record['path']}](bench/records/{record['path']}), by "
+        f"`{record['command']}`. What was changed after that commit is not in these figures (CHANGELOG.md).",
     ]
 
 
@@ -80,7 +83,7 @@ def kernel_table(record: Path | None = None) -> list[str]:
 def step_table(record: Path | None = None) -> list[str]:
     """d16 and d30 at full size, with random weights."""
     of = {model: newest(lambda row, model=model: row["model"] == model, record) for model in MODELS}
-    of["decoder"] = newest(lambda row: row["op"] == "decode", record)
+    of["decoder"] = newest(lambda row: _is_of(row, "decoder"), record)
     found = [(r, row) for model, r in of.items() if r for row in r["rows"] if _is_of(row, model)]
     lines = [
         "| what | model, images | time | images/s | MFU | against | share of the limit | peak memory |",
@@ -106,7 +109,8 @@ def step_table(record: Path | None = None) -> list[str]:
 
 
 def _is_of(row: Record, model: str) -> bool:
-    return row["op"] == "decode" if model == "decoder" else row["model"] == model
+    """The decoder's own benchmark belongs to no model; "decode" of a model is a stage of its step."""
+    return row["op"] == "decode" and not row["model"] if model == "decoder" else row["model"] == model
 
 
 def hours(of: dict[str, Record | None]) -> list[str]:

@@ -112,6 +112,13 @@ PRODUCT = [
 ]  # fmt: skip
 
 
+# 256 pixels, or 128 on 4 warps, spill (triton 3.6).
+CONVOLUTION = [
+    dict(zip(("BLOCK_M", "BLOCK_K", "num_warps", "num_stages"), four, strict=True))
+    for four in ((128, 32, 8, 3), (128, 32, 8, 4), (128, 32, 8, 5), (128, 64, 8, 3), (128, 64, 8, 4), (64, 32, 4, 4))
+]
+
+
 def group_norm_tiles(channels: int) -> list[Setting]:
     widths = [w for w in (16, 32, 64, 128, 256) if channels % w == 0]
     shapes = [{"ROWS": numbers // w, "TILE": w} for w in widths for numbers in (4096, 8192)]
@@ -173,6 +180,15 @@ def linear(features: int, channels: int, gelu: bool) -> Callable[[], object]:
     return lambda: kernels.invariant_linear(x, weight, bias, gelu)
 
 
+def convolution(channels: int, out_channels: int) -> Callable[[], object]:
+    side = 256 if channels == out_channels == 160 else 128 if out_channels == 160 else 64
+    x, residual = (
+        randn(64, c, side, side).contiguous(memory_format=torch.channels_last) for c in (channels, out_channels)
+    )
+    weight = randn(out_channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
+    return lambda: kernels.conv3x3(x, weight, residual, impl="triton")
+
+
 def attention(backward: bool) -> Callable[[], object]:
     leaves = [randn(64, 16, 680, 64, grad=True) for _ in range(3)]
     scale, ends = torch.full((16,), 0.125, device=harness.DEVICE), VARConfig().scale_ends
@@ -218,6 +234,11 @@ def targets() -> list[Target]:
             Target("group_norm_silu", channels, "group_norm_silu", group_norm_tiles(channels),
                    lambda channels=channels: group_norm(channels), {"channels": channels})
         )  # fmt: skip
+    found += [
+        Target("conv3x3", channels, "conv3x3", CONVOLUTION, lambda channels=channels: convolution(channels, 160),
+               {"channels": channels})
+        for channels in (160, 320)
+    ]  # fmt: skip
     for heads, backward in itertools.product((16, 30), (False, True)):
         found.append(
             Target(f"split_heads_{'backward' if backward else 'forward'}", heads, "split_heads",

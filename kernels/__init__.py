@@ -6,7 +6,8 @@ Imports torch, triton and the extension, never the rest of varfast.
 
 from varfast.kernels.adaln import gated_residual, gated_residual_norm, layer_norm_modulate
 from varfast.kernels.attention import block_causal_attention, cached_attention
-from varfast.kernels.group_norm import group_norm_silu
+from varfast.kernels.conv import conv3x3
+from varfast.kernels.group_norm import ChannelMoments, channel_moments, group_norm_silu
 from varfast.kernels.grpo_loss import GRPO_STATS, grpo_token_loss
 from varfast.kernels.logprob import selective_log_softmax
 from varfast.kernels.matmul import invariant_linear
@@ -16,12 +17,15 @@ from varfast.kernels.selection import Choice, check_implementation, choices, con
 
 __all__ = [
     "GRPO_STATS",
+    "ChannelMoments",
     "Choice",
     "block_causal_attention",
     "cached_attention",
+    "channel_moments",
     "check_implementation",
     "choices",
     "configure",
+    "conv3x3",
     "gated_residual",
     "gated_residual_norm",
     "group_norm_silu",

@@ -392,7 +392,7 @@ def _dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """d q, this tile's part of d logit_scale, and delta = sum_D(grad * out), which _dkv_kernel reads."""
+    """d q, each row's part of d logit_scale, and delta = sum_D(grad * out), which _dkv_kernel reads."""
     batch_head, batch, head, start, end, full, keys = _tile(tiles_ptr, num_tiles, num_heads)
     row = start + tl.arange(0, BLOCK_M)
     inside = row < end
@@ -415,7 +415,8 @@ def _dq_kernel(
     # sum_j d_logit_ij (q_i . k_j) = q_i . acc_i; rows past the end have q = 0. Read again: kept in registers, q would
     # cost every thread 16 of them all along.
     q = _rows(q_ptr, row, q_row, end, True)
-    tl.store(d_scale_ptr + tl.program_id(0), tl.sum(tl.sum(acc * q.to(tl.float32), axis=1), axis=0))
+    # One number a row, added up outside: on sm_100 the compiler of triton 3.6 fails at the sum over rows.
+    tl.store(d_scale_ptr + batch_head * length + row, tl.sum(acc * q.to(tl.float32), axis=1), mask=inside)
     _store_rows(dq_ptr + batch * out_batch + head * out_head, acc * scale, row, out_row, end)
 
 
@@ -526,9 +527,10 @@ def _dkv_kernel(
 
 
 # Rows of queries and of keys of a tile, warps, stages of the pipeline of loads; by kernel and the bits of a number.
-# Chosen by what they compile to (`python -m varfast.kernels.aot`): tiles and warps at which two or more programs share
-# a multiprocessor's 65536 registers and 227 KiB, so that one's exponentials hide behind another's products. Not yet
-# measured.
+# In 16 bits forward, dq and dkv are the fastest of bench/tune.py on an H100 (2026-11-26, torch 2.11, triton 3.6, B 64,
+# H 16, L 680; docs/measured.md). The others are chosen by what they compile to (`python -m varfast.kernels.aot`): tiles
+# and warps at which two or more programs share a multiprocessor's 65536 registers and 227 KiB, so that one's
+# exponentials hide behind another's products.
 # float32 products run on the plain cores ("ieee"): tensor cores would round to 10 bits. The tiles are what fits without
 # spills.
 def _rule(block_m: int, block_n: int, num_warps: int, num_stages: int) -> dict[str, int]:
@@ -536,10 +538,9 @@ def _rule(block_m: int, block_n: int, num_warps: int, num_stages: int) -> dict[s
 
 
 _RULES = {
-    # two programs, in 128 registers; 64 rows would read k and v from L2 twice as often
-    ("forward", 16): _rule(128, 64, 8, 3),
-    ("dq", 16): _rule(64, 64, 4, 3),
-    ("dkv", 16): _rule(64, 64, 4, 3),
+    ("forward", 16): _rule(64, 64, 4, 3),  # 0.275 ms; 128 x 64 on 8 warps 0.295
+    ("dq", 16): _rule(64, 64, 4, 3),  # 64 x 32: 1.01 times as fast, within the spread
+    ("dkv", 16): _rule(32, 64, 4, 3),  # the whole backward pass 0.951 ms; 64 x 64: 1.081
     # Fewer than 64 rows leave HGMMA for the older instruction, and do not pad 1 to 16 queries to 64.
     ("cached_16", 16): _rule(16, 64, 1, 2),
     ("cached_64", 16): _rule(64, 64, 4, 3),
@@ -659,11 +660,11 @@ def _backward_op(
     dkv_tiles = _table(key_tiles, ends, (for_dkv["BLOCK_N"], for_dkv["BLOCK_M"]), q.device)
     visible_L = _table(visible_keys, ends, (), q.device)
     delta_BHL = torch.empty_like(top_BHL)
-    d_scale_BHT = top_BHL.new_empty((batch, heads, len(dq_tiles)))
+    d_scale_BHL = torch.empty_like(top_BHL)
     scale_H = logit_scale_H.contiguous()
     if q.numel():
         with torch.cuda.device_of(q):
-            _dq_kernel[(d_scale_BHT.numel(),)](
+            _dq_kernel[(batch * heads * len(dq_tiles),)](
                 grad,
                 q,
                 k,
@@ -673,7 +674,7 @@ def _backward_op(
                 top_BHL,
                 share_BHL,
                 delta_BHL,
-                d_scale_BHT,
+                d_scale_BHL,
                 dq,
                 dq_tiles,
                 visible_L,
@@ -711,7 +712,7 @@ def _backward_op(
                 **for_dkv,
             )
     dtype = q_BHLD.dtype
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_scale_BHT.sum(dim=(0, 2))
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_scale_BHL.sum(dim=(0, 2))
 
 
 @_backward_op.register_fake
@@ -792,7 +793,9 @@ def ahead_of_time() -> list[AheadOfTime]:
 
     items = []
 
-    def add(name: str, kernel: Any, chosen: dict[str, int], dtype: str, floats: str) -> None:
+    def add(
+        name: str, kernel: Any, chosen: dict[str, int], dtype: str, floats: str, options: dict[str, bool] | None = None
+    ) -> None:
         signature = {}
         block_m, block_n = chosen["BLOCK_M"], chosen["BLOCK_N"]
         for argument in kernel.arg_names:
@@ -814,6 +817,7 @@ def ahead_of_time() -> list[AheadOfTime]:
                 num_stages=chosen["num_stages"],
                 matrix=dtype != "fp32" and block_m >= 64,
                 attributes={a: 16 for a in signature if a.endswith(("_batch", "_head", "_row"))},
+                options=options or {},
             )
         )
 
@@ -824,4 +828,6 @@ def ahead_of_time() -> list[AheadOfTime]:
             if bits == 8 * dtype.itemsize:
                 shown = f"attention {kernel.replace('dkv', 'dk, dv').partition('_')[0]}"
                 add(shown, kernels.get(kernel, _cached_kernel), _setting(kernel, dtype), name, floats)
+        for shown, launched in (("forward", _forward_kernel), ("cached", _cached_kernel)):
+            add(f"attention invariant {shown}", launched, _setting("forward", dtype), name, floats, AS_WRITTEN)
     return items

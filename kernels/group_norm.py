@@ -1,15 +1,16 @@
 """GroupNorm and SiLU of images, as the VQ-VAE's decoder uses them: forward only.
 
-The image is read twice and written once. Statistics are a mean and a sum of squared deviations a channel and chunk of
-pixels, joined by group: exact where the mean is large, and the same on every run. The kernels take (B, P, C), which is
-what a channels_last image is; another image is copied there and back.
+The image is read twice and written once; once and once where its statistics are known already, from `channel_moments`,
+which adds a residual on the way, or from `conv3x3`. Statistics are a mean and a sum of squared deviations a channel and
+chunk of pixels, joined by group: exact where the mean is large, and the same on every run. The kernels take (B, P, C),
+which is what a channels_last image is; another image is copied there and back.
 
 Axes: B image, C channel, H and W sides, P pixel.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,20 @@ except ImportError:  # never launched then: cannot_run_triton says why
 
     def jit(function):
         return function
+
+
+class ChannelMoments(NamedTuple):
+    """What a GroupNorm must know of an image, a channel and chunk of its pixels.
+
+    Attributes:
+        mean_BNC: (B, N chunks, C) float32.
+        squares_BNC: sum of squared deviations from that mean, likewise.
+        rows: pixels of a chunk; the last chunk has those that are left.
+    """
+
+    mean_BNC: Tensor
+    squares_BNC: Tensor
+    rows: int
 
 
 # Numbers of a tile: 64 a thread, all in registers, so that the deviations need no second read.
@@ -55,15 +70,20 @@ def _launch_settings(channels: int, device: torch.device | None = None) -> dict[
 @jit
 def _moments_kernel(
     x_ptr,
+    residual_ptr,
     mean_ptr,
     squares_ptr,
     pixels,
     chunks,
+    RESIDUAL: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One tile a program; those of the same pixels are neighbours, so that they share DRAM pages."""
+    """One tile a program; those of the same pixels are neighbours, so that they share DRAM pages.
+
+    RESIDUAL: it is added to x first, in place; the moments are those of the sum as it is stored.
+    """
     tiles: tl.constexpr = (C + TILE - 1) // TILE
     program = tl.program_id(0)
     part = program // tiles  # image * chunks + chunk
@@ -72,12 +92,18 @@ def _moments_kernel(
     channel = (program % tiles) * TILE + tl.arange(0, TILE)
     inside = (row < pixels)[:, None] & (channel < C)[None, :]
     pixel = (part // chunks).to(tl.int64) * pixels + row
-    x = tl.load(x_ptr + pixel[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    at = pixel[:, None] * C + channel[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        stored = x.to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + at, stored, mask=inside)
+        x = stored.to(tl.float32)
     mean = tl.sum(x, axis=0) / tl.minimum(pixels - chunk * ROWS, ROWS)
     centred = tl.where(inside, x - mean[None, :], 0.0)
-    at = part.to(tl.int64) * C + channel
-    tl.store(mean_ptr + at, mean, mask=channel < C)
-    tl.store(squares_ptr + at, tl.sum(centred * centred, axis=0), mask=channel < C)
+    of_part = part.to(tl.int64) * C + channel
+    tl.store(mean_ptr + of_part, mean, mask=channel < C)
+    tl.store(squares_ptr + of_part, tl.sum(centred * centred, axis=0), mask=channel < C)
 
 
 @jit
@@ -105,7 +131,7 @@ def _join_kernel(
     column = tl.arange(0, BLOCK)
     channel = (program % groups) * WIDTH + column
     input_bias = tl.load(input_bias_ptr + channel, mask=column < WIDTH, other=0.0)
-    count = pixels.to(tl.float32) * WIDTH
+    count = pixels * (WIDTH * 1.0)  # not pixels.to(): of one pixel a launch makes a Python int
     # Means are summed as they differ from one of them: a large common offset costs no digits.
     origin = tl.load(mean_ptr + image * chunks * C + (program % groups) * WIDTH)
     sums = tl.zeros((CHUNKS, BLOCK), tl.float32)
@@ -168,6 +194,42 @@ def _normalise_kernel(
 # Custom op and fake. That of the extension is defined in csrc/ops.cpp, with the same arguments.
 
 
+@torch.library.custom_op("varfast::channel_moments", mutates_args=("x_BPC",))
+def _channel_moments(x_BPC: Tensor, residual_BPC: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
+    """Add the residual to x, which is contiguous, in place; mean and squared deviations, (B, chunks, C) float32.
+
+    rows: pixels of a chunk, ROWS of the settings.
+    """
+    mean, squares = _empty_moments(x_BPC, residual_BPC, rows)
+    if x_BPC.numel():
+        _, pixels, channels = x_BPC.shape
+        chosen = _launch_settings(channels, x_BPC.device)
+        chunks = mean.shape[1]
+        residual = x_BPC if residual_BPC is None else residual_BPC.contiguous()
+        with torch.cuda.device_of(x_BPC):
+            _moments_kernel[(len(x_BPC) * chunks * -(-channels // chosen["TILE"]),)](
+                x_BPC,
+                residual,
+                mean,
+                squares,
+                pixels,
+                chunks,
+                RESIDUAL=residual_BPC is not None,
+                C=channels,
+                **chosen,
+            )
+    return mean, squares
+
+
+def _empty_moments(x_BPC: Tensor, residual_BPC: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
+    batch, pixels, channels = x_BPC.shape
+    mean, squares = (x_BPC.new_empty((batch, -(-pixels // rows), channels), dtype=torch.float32) for _ in range(2))
+    return mean, squares
+
+
+_channel_moments.register_fake(_empty_moments)
+
+
 @torch.library.custom_op("varfast::group_norm_silu", mutates_args=())
 def _group_norm(
     x_BPC: Tensor,
@@ -177,37 +239,40 @@ def _group_norm(
     num_groups: int,
     eps: float,
     silu: bool,
+    mean_BNC: Tensor,
+    squares_BNC: Tensor,
+    rows: int,
 ) -> Tensor:
+    """The last three: ChannelMoments of x."""
     batch, pixels, channels = x_BPC.shape
     x, out = x_BPC.contiguous(), x_BPC.new_empty(x_BPC.shape)
     if not x.numel():
         return out
     weight, bias, input_bias = (vector.contiguous() for vector in (weight_C, bias_C, input_bias_C))
-    chosen = _launch_settings(channels, x.device)
-    chunks, tiles = -(-pixels // chosen["ROWS"]), -(-channels // chosen["TILE"])
-    mean, squares = (x.new_empty((batch, chunks, channels), dtype=torch.float32) for _ in range(2))
     factor, offset = (x.new_empty((batch, channels), dtype=torch.float32) for _ in range(2))
     width = channels // num_groups
+    chosen = _launch_settings(channels, x.device)
+    chunks, tiles = -(-pixels // chosen["ROWS"]), -(-channels // chosen["TILE"])
     with torch.cuda.device_of(x):
-        grid = (batch * chunks * tiles,)
-        _moments_kernel[grid](x, mean, squares, pixels, chunks, C=channels, **chosen)
         _join_kernel[(batch * num_groups,)](
-            mean,
-            squares,
+            mean_BNC.contiguous(),
+            squares_BNC.contiguous(),
             weight,
             bias,
             input_bias,
             factor,
             offset,
             pixels,
-            chunks,
+            mean_BNC.shape[1],
             eps,
             C=channels,
             WIDTH=width,
-            ROWS=chosen["ROWS"],
+            ROWS=rows,
             **_join_settings(width),
         )
-        _normalise_kernel[grid](x, factor, offset, out, pixels, chunks, SILU=silu, C=channels, **chosen)
+        _normalise_kernel[(batch * chunks * tiles,)](
+            x, factor, offset, out, pixels, chunks, SILU=silu, C=channels, **chosen
+        )
     return out
 
 
@@ -217,15 +282,7 @@ def _join_settings(width: int) -> dict[str, int]:
     return {"CHUNKS": max(1, 512 // block), "BLOCK": block, "num_warps": 4}
 
 
-def _fake(
-    x_BPC: Tensor,
-    weight_C: Tensor,
-    bias_C: Tensor,
-    input_bias_C: Tensor,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> Tensor:
+def _fake(x_BPC: Tensor, *_: Any) -> Tensor:
     return x_BPC.new_empty(x_BPC.shape)
 
 
@@ -234,8 +291,23 @@ if NO_EXTENSION is None:
     torch.library.register_fake("varfast::group_norm_silu_cpu", _fake)
 
 
-def _run(
-    impl: str,
+def _refuse_gradient(impl: str, *given: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
+        raise ValueError(f"impl={impl!r} of group_norm_silu has no gradient; use torch.no_grad() or impl='reference'")
+
+
+def _vectors(weight_C: Tensor, bias_C: Tensor, input_bias_C: Tensor | None) -> list[Tensor]:
+    input_bias_C = torch.zeros_like(bias_C) if input_bias_C is None else input_bias_C
+    return [vector.float() for vector in (weight_C, bias_C, input_bias_C)]
+
+
+def _image_like(out_BPC: Tensor, x_BCHW: Tensor) -> Tensor:
+    batch, channels, height, width = x_BCHW.shape
+    out_BCHW = out_BPC.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return out_BCHW.contiguous(memory_format=reference.memory_format(x_BCHW))
+
+
+def _run_triton(
     x_BCHW: Tensor,
     weight_C: Tensor,
     bias_C: Tensor,
@@ -243,25 +315,33 @@ def _run(
     eps: float,
     silu: bool,
     input_bias_C: Tensor | None,
+    moments: ChannelMoments | None,
 ) -> Tensor:
-    given = (x_BCHW, weight_C, bias_C, input_bias_C)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
-        raise ValueError(f"impl={impl!r} of group_norm_silu has no gradient; use torch.no_grad() or impl='reference'")
-    input_bias_C = torch.zeros_like(bias_C) if input_bias_C is None else input_bias_C
-    vectors = [vector.float() for vector in (weight_C, bias_C, input_bias_C)]
-    op = _group_norm if impl == "triton" else torch.ops.varfast.group_norm_silu_cpu
-    x_BHWC = x_BCHW.permute(0, 2, 3, 1)
-    out_BPC = op(x_BHWC.flatten(1, 2), *vectors, num_groups, eps, silu)
-    out_BCHW: Tensor = out_BPC.view(x_BHWC.shape).permute(0, 3, 1, 2)
-    return out_BCHW.contiguous(memory_format=reference.memory_format(x_BCHW))
+    _refuse_gradient("triton", x_BCHW, weight_C, bias_C, input_bias_C)
+    x_BPC = x_BCHW.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+    if moments is None:
+        rows = _launch_settings(x_BPC.shape[2], x_BPC.device)["ROWS"]
+        mean, squares = _channel_moments(x_BPC, None, rows)
+        moments = ChannelMoments(mean, squares, rows)
+    vectors = _vectors(weight_C, bias_C, input_bias_C)
+    return _image_like(_group_norm(x_BPC, *vectors, num_groups, eps, silu, *moments), x_BCHW)
 
 
-def _run_triton(*arguments) -> Tensor:
-    return _run("triton", *arguments)
-
-
-def _run_cpp(*arguments) -> Tensor:
-    return _run("cpp", *arguments)
+def _run_cpp(
+    x_BCHW: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    input_bias_C: Tensor | None,
+    moments: ChannelMoments | None,
+) -> Tensor:
+    """It computes the moments in any case: a channel's pixels are in the cache then."""
+    _refuse_gradient("cpp", x_BCHW, weight_C, bias_C, input_bias_C)
+    x_BPC = x_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
+    vectors = _vectors(weight_C, bias_C, input_bias_C)
+    return _image_like(torch.ops.varfast.group_norm_silu_cpu(x_BPC, *vectors, num_groups, eps, silu), x_BCHW)
 
 
 def _refuses_triton(x_BCHW: Tensor, *_: Any) -> str | None:
@@ -282,18 +362,42 @@ implementations(
 )
 
 
+def _moments_triton(x_BCHW: Tensor, residual_BCHW: Tensor | None) -> tuple[Tensor, ChannelMoments]:
+    _refuse_gradient("triton", x_BCHW, residual_BCHW)
+    x_BHWC = x_BCHW.permute(0, 2, 3, 1).contiguous()
+    residual = None if residual_BCHW is None else residual_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
+    rows = _launch_settings(x_BHWC.shape[3], x_BHWC.device)["ROWS"]
+    mean, squares = _channel_moments(x_BHWC.flatten(1, 2), residual, rows)
+    return x_BHWC.permute(0, 3, 1, 2), ChannelMoments(mean, squares, rows)
+
+
+implementations(
+    "channel_moments",
+    Implementation("triton", _moments_triton, cannot_run_triton, ("cuda",), _refuses_triton),
+    Implementation("reference", reference.channel_moments),
+)
+
+
 def ahead_of_time() -> list[AheadOfTime]:
     """The three kernels at the public model's 160, 320 and 640 channels in 32 groups."""
     from varfast.kernels.aot import AheadOfTime
 
     items = []
     for dtype in ("bf16", "fp32"):
-        types = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "pixels": "i32", "chunks": "i32", "eps": "fp32"}
+        types = {
+            "x_ptr": f"*{dtype}",
+            "residual_ptr": f"*{dtype}",
+            "out_ptr": f"*{dtype}",
+            "pixels": "i32",
+            "chunks": "i32",
+            "eps": "fp32",
+        }
         for channels in (160, 320, 640):
             tiles = {"C": channels} | _launch_settings(channels)
             join = {"C": channels, "ROWS": tiles["ROWS"], "WIDTH": channels // 32} | _join_settings(channels // 32)
             for name, kernel, constants in (
-                ("moments", _moments_kernel, tiles),
+                ("moments", _moments_kernel, tiles | {"RESIDUAL": False}),
+                ("moments, residual", _moments_kernel, tiles | {"RESIDUAL": True}),
                 ("normalise", _normalise_kernel, tiles | {"SILU": True}),
                 ("join", _join_kernel, join),
             ):
@@ -321,6 +425,7 @@ def group_norm_silu(
     eps: float = 1e-6,
     silu: bool = True,
     input_bias_C: Tensor | None = None,
+    moments: ChannelMoments | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """GroupNorm of x + input_bias over a group's channels and all pixels, * weight + bias, then SiLU.
@@ -332,6 +437,7 @@ def group_norm_silu(
         eps: added to the variance.
         silu: False: the normalised image itself.
         input_bias_C: (C,), or None for 0: the bias of the convolution before, which then need not add it.
+        moments: of x, where `channel_moments` or `conv3x3` have computed them; saves "triton" a pass over the image.
         impl: "auto", "triton" (float32 or 16 bits), "cpp" (CPU, float32 or bfloat16), both without gradient, or
             "reference".
     Returns: (B, C, H, W) in the dtype of x_BCHW; channels_last where x_BCHW has its channels innermost, else
@@ -347,5 +453,29 @@ def group_norm_silu(
     for name, vector in (("weight_C", weight_C), ("bias_C", bias_C), ("input_bias_C", input_bias_C)):
         if vector is not None and vector.shape != (channels,):
             raise ValueError(f"{name} is {tuple(vector.shape)}, want ({channels},): one a channel")
-    out_BCHW: Tensor = run("group_norm_silu", impl, x_BCHW, weight_C, bias_C, num_groups, eps, silu, input_bias_C)
+    given = (x_BCHW, weight_C, bias_C, num_groups, eps, silu, input_bias_C, moments)
+    out_BCHW: Tensor = run("group_norm_silu", impl, *given)
     return out_BCHW
+
+
+def channel_moments(
+    x_BCHW: Tensor, residual_BCHW: Tensor | None = None, impl: str = "auto"
+) -> tuple[Tensor, ChannelMoments | None]:
+    """x + residual, and what `group_norm_silu` can take of it as `moments`, in one pass; forward only.
+
+    Args:
+        x_BCHW: (B, C, H, W), channels_last to be read as it is. Its memory may be written: it is the caller's no more.
+        residual_BCHW: likewise, of the same dtype, or None for 0; only read.
+        impl: "auto", "triton" (float32 or 16 bits) or "reference".
+    Returns: the sum, channels_last from "triton"; and its moments, or None from "reference".
+    Raises: ValueError for shapes or dtypes that differ, or for an impl that is unknown or cannot run.
+    """
+    if x_BCHW.ndim != 4 or x_BCHW.shape[2] * x_BCHW.shape[3] == 0:
+        raise ValueError(f"x_BCHW is {tuple(x_BCHW.shape)}: want (B, C, H, W) with a pixel to average over")
+    if residual_BCHW is not None:
+        for what in ("shape", "dtype"):
+            ours, theirs = getattr(x_BCHW, what), getattr(residual_BCHW, what)
+            if ours != theirs:
+                raise ValueError(f"x_BCHW and residual_BCHW: got {what}s {ours} and {theirs}, want one")
+    out: tuple[Tensor, ChannelMoments | None] = run("channel_moments", impl, x_BCHW, residual_BCHW)
+    return out

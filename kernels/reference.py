@@ -256,13 +256,24 @@ def group_norm_silu(
     eps: float,
     silu: bool,
     input_bias_C: Tensor | None,
+    moments: object = None,
 ) -> Tensor:
+    """moments: of x, which others read to save themselves a pass; here they are computed in any case."""
     wide = _at_least_float32(x_BCHW)
     if input_bias_C is not None:
         wide = wide + input_bias_C.to(wide.dtype)[:, None, None]
     out = F.group_norm(wide, num_groups, weight_C.to(wide.dtype), bias_C.to(wide.dtype), eps)
     out = F.silu(out) if silu else out
     return out.to(x_BCHW.dtype).contiguous(memory_format=memory_format(x_BCHW))
+
+
+def conv3x3(x_BCHW: Tensor, weight_OCHW: Tensor, residual_BOHW: Tensor | None) -> tuple[Tensor, None]:
+    out = F.conv2d(x_BCHW, weight_OCHW, padding=1)
+    return (out if residual_BOHW is None else out.add_(residual_BOHW)), None
+
+
+def channel_moments(x_BCHW: Tensor, residual_BCHW: Tensor | None) -> tuple[Tensor, None]:
+    return (x_BCHW if residual_BCHW is None else x_BCHW.add_(residual_BCHW)), None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

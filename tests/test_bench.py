@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import each_kernel
+import from_metrics
 import gpu
 import harness
 import pytest
@@ -171,6 +172,7 @@ def test_a_session_that_died_goes_on_with_the_next_benchmark(tmp_path):
 
 def fake_record(path, rows, gpus=("Some GPU",)):
     content = {
+        "date": "2026-01-05T10:00:00+00:00",
         "environment": {"gpus": list(gpus), "commit": "abc", "torch": "2.11.0"},
         "ceilings": {"flop_per_s": 800e12, "byte_per_s": 3e12, "memory_bytes": None},
         "command": "bench/gpu.sh",
@@ -198,11 +200,13 @@ def test_tables_take_what_is_newest_of_a_gpu(records):
     kernels = "\n".join(table.kernel_table())
     assert "| `sample_tokens` forward | Triton | , 0 images | 0.5000 ms ± 2% | 3.00x plain | 50% |" in kernels
     assert "| `grpo_token_loss` | C++/CUDA | | not measured" in kernels
-    assert "2026-01-01_a.json" in kernels
+    assert "one Some GPU" in kernels
+    assert "2026-01-05, torch 2.11.0, at commit abc: [2026-01-01_a.json]" in kernels
     steps = "\n".join(table.step_table())
     # 8e14 FLOP in 2 s at 800 TFLOP/s are half of it.
     assert "| step | d16, 512 images | 2000.0 ms ± 2% | 256 | 50% | 3.00x plain | 50% | 2 GiB |" in steps
     assert "| step | d30, 512 images | 9000.0 ms ± 2% | 57 |" in steps
+    assert steps.count("| decode |") == 1
     assert "| rollout | | not measured" in steps
     assert "d16 run, 20000 steps of 512 images (16 h on 8 H100 there), would take 11.1 h on this one device" in steps
     assert "would take 50.0 h" in steps
@@ -219,6 +223,28 @@ def test_without_a_record_nothing_is_measured(records):
     assert table.kernel_table()[-1].startswith("No GPU has run these kernels")
     assert table.step_table()[-1].startswith("No GPU has run a step")
     assert table.filled((ROOT / "README.md").read_text()).count("not measured") > 30
+
+
+def test_a_record_is_made_from_the_metrics_of_a_run(tmp_path, monkeypatch):
+    stages = dict.fromkeys(("decode_ms", "reward_ms", "reference_ms", "update_ms", "optimizer_ms"), 50.0)
+    lines = [{"rollout_ms": ms, "step_s": ms / 100, **stages} for ms in (900.0, 500.0, 100.0, 120.0, 110.0)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fake_record(tmp_path / "like.json", [])
+    out = tmp_path / "made.json"
+    overrides = ["policy.preset=d16", "policy.checkpoint=random", "policy.vqvae_checkpoint=null"]
+    arguments = [str(tmp_path / "metrics.jsonl"), str(ROOT / "configs" / "d30.yaml"), *overrides]
+    monkeypatch.setattr(
+        sys, "argv", ["", *arguments, "--like", str(tmp_path / "like.json"), "--out", str(out), "--note", "before"]
+    )
+    assert from_metrics.main() == 0
+    made = {row["op"]: row for row in json.loads(out.read_text())["rows"]}
+    # The first two steps compile and capture; 512 images of 298.7 GFLOP at 800 TFLOP/s take 191 ms.
+    assert made["rollout"]["ms"] == 110.0
+    assert made["rollout"]["share"] == pytest.approx(191.2 / 110, rel=0.01)
+    assert made["step"]["ms"] == 1100.0
+    assert made["step"]["samples"] == 3
+    assert made["forward and backward"]["notes"] == ["before"]
+    assert "| step | d16, 512 images | 1100.0 ms ± 9% | 465 |" in "\n".join(table.step_table(out))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +282,7 @@ def test_every_target_names_a_kernel_that_asks_for_its_setting(monkeypatch):
     asked = set()
     original = settings.setting
     names = {target.kernel for target in tune.targets()}
-    for module in ("adaln", "attention_triton", "group_norm", "logprob", "qkv", "sampling"):
+    for module in ("adaln", "attention_triton", "conv", "group_norm", "logprob", "qkv", "sampling"):
         monkeypatch.setattr(
             f"varfast.kernels.{module}.setting", lambda k, *a, **b: asked.add(k) or original(k, *a, **b)
         )

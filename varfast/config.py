@@ -560,6 +560,8 @@ class KernelsConfig(_Section):
     gated_residual: str = Field("auto", description="auto, triton or reference")
     gated_residual_norm: str = Field("auto", description="auto, triton, cpp or reference")
     group_norm_silu: str = Field("auto", description="auto, triton, cpp or reference")
+    channel_moments: str = Field("auto", description="auto, triton or reference")
+    conv3x3: str = Field("auto", description="auto, triton, library or reference")
     grpo_token_loss: str = Field("auto", description="auto, cuda, cpp or reference")
     invariant_linear: str = Field("auto", description="of run.strict: auto, triton, blocks or reference")
 

@@ -218,13 +218,17 @@ def test_reference_group_norm_silu_gradcheck():
 
 
 def test_group_norm_silu_opcheck(kernel):
-    from varfast.kernels.group_norm import _group_norm
+    from varfast.kernels.group_norm import _channel_moments, _group_norm
 
     op = _group_norm if kernel.impl == "triton" else torch.ops.varfast.group_norm_silu_cpu.default
     for dtype in (torch.float32, torch.bfloat16):
         x, vectors = torch.randn(2, 6, 8).to(dtype), torch.randn(3, 8)
         x, *vectors = (t.to(kernel.device) for t in (x, *vectors))
-        torch.library.opcheck(op, (x, *vectors, 4, EPS, True))
+        moments = (torch.zeros(2, 1, 8), torch.ones(2, 1, 8)) if kernel.impl == "triton" else ()
+        moments = (*(t.to(kernel.device) for t in moments), 6) if moments else ()
+        torch.library.opcheck(op, (x, *vectors, 4, EPS, True, *moments))
+        if kernel.impl == "triton":
+            torch.library.opcheck(_channel_moments, (x, x.clone(), 6))
 
 
 @pytest.mark.parametrize(

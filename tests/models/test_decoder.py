@@ -1,10 +1,13 @@
 import copy
 import math
+import os
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from varfast import kernels
+from varfast.kernels.settings import trying
 from varfast.models import VQVAE, decoder
 from varfast.models.decoder import FastDecoder
 from varfast.types import InputError
@@ -54,6 +57,16 @@ def test_bfloat16_images_are_those_of_float32_to_the_eye(make_vqvae):
 
 
 @torch.no_grad()
+def test_channels_of_zeros_leave_the_image_as_it_is(make_vqvae):
+    conv = make_vqvae(**CONFIGS[0]).decoder.conv_out
+    x = torch.randn(2, 32, 5, 6)
+    padded = decoder._Conv(conv, torch.float32, with_bias=True, channels=64)(x)
+    assert padded.shape[1] == 64
+    torch.testing.assert_close(padded[:, :3], conv(x))
+    assert not padded[:, 3:].any()
+
+
+@torch.no_grad()
 def test_decoding_in_parts_gives_the_same_images(make_vqvae, monkeypatch):
     vqvae = make_vqvae(**CONFIGS[1])
     f_hat = f_hat_of(vqvae, 5)
@@ -93,6 +106,24 @@ def test_fast_decoder_depends_on_no_data(make_vqvae):
 def test_fast_decoder_refuses_other_dtypes(make_vqvae):
     with pytest.raises(InputError, match=r"dtype is torch.float16; the decoder runs in torch.bfloat16 or"):
         FastDecoder(make_vqvae(**CONFIGS[0]), torch.float16)
+
+
+@pytest.mark.parametrize("convolution", ["triton", "reference"])
+@torch.no_grad()
+def test_fast_decoder_by_the_gpu_kernels_is_as_exact_as_the_eager_one(make_vqvae, convolution):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the kernels run on the GPU here, in the test below")
+    vqvae = make_vqvae(base_channels=32, channel_multipliers=(1,), num_res_blocks=1, patch_nums=(1, 4))
+    f_hat = f_hat_of(vqvae, 1)
+    exact = copy.deepcopy(vqvae).double().decode_f_hat(f_hat.double())
+    try:
+        # Statistics and residual sums by the kernels of a GPU, which the CPU's own path does without.
+        kernels.configure({"conv3x3": convolution, "channel_moments": "triton", "group_norm_silu": "triton"})
+        with trying("conv3x3", BLOCK_M=16, BLOCK_K=32):
+            got = FastDecoder(vqvae, torch.float32)(f_hat)
+    finally:
+        kernels.configure({})
+    assert float((got - exact).abs().max()) < 1e-5 * float(exact.abs().max())
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from varfast.models import VQVAE, VQVAEConfig
 
@@ -48,3 +49,28 @@ def test_encode_refuses_images_of_another_size():
     )
     with pytest.raises(ValueError, match=r"images are \(1, 3, 4, 4\), want \(B, 3, 2, 2\)"):
         vqvae.encode(torch.zeros(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_contribution_upsamples_as_bicubic_interpolation(device):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "code_width": 8, "patch_nums": (1, 2, 3, 5, 8), "base_channels": 32}
+    quantize = VQVAE(VQVAEConfig(channel_multipliers=(1,), phi_ratio=0.0, **sizes)).quantize.to(device)
+    for scale, side in enumerate((1, 2, 3, 5, 8)):
+        tokens = torch.randint(40, (6, side * side), device=device)
+        codes = quantize.embedding(tokens).detach()
+        maps = codes.transpose(1, 2).reshape(6, 8, side, side)
+        exact = F.interpolate(maps.double(), size=(8, 8), mode="bicubic")
+        got = quantize.contribution(tokens, scale)
+        interpolated = F.interpolate(maps, size=(8, 8), mode="bicubic")
+        limit = 2 * (interpolated - exact).abs().max() + 1e-7
+        assert (got - exact).abs().max() <= limit
+        # And the gradient, that of a sum with random weights.
+        weight = torch.randn(6, 8, 8, 8, device=device, dtype=torch.float64)
+        (wanted,) = torch.autograd.grad(
+            (F.interpolate(wide := maps.double().requires_grad_(), size=(8, 8), mode="bicubic") * weight).sum(), wide
+        )
+        (gradient,) = torch.autograd.grad((got * weight).sum(), quantize.embedding.weight)
+        of_codes = torch.zeros(40, 8, dtype=torch.float64, device=device)
+        of_codes.index_add_(0, tokens.flatten(), wanted.flatten(2).transpose(1, 2).reshape(-1, 8))
+        torch.testing.assert_close(gradient.double(), of_codes, rtol=1e-5, atol=1e-5)
