@@ -32,6 +32,7 @@ MODULES = ("sampling", "logprob", "attention", "qkv", "adaln", "gelu", "group_no
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 _MAX_REGISTERS = 255
 _OPTIONS = ("num_warps", "num_stages")
+_FLAGS = ("enable_fp_fusion",)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class AheadOfTime:
             not named is divisible if it is a pointer, and not if it is a number.
         fast: False: a degenerate shape, which must compile but is not held to the gates.
         capability: compute capability of the GPU, (9, 0) or (10, 0).
+        options: of the compiler, beside warps and stages.
     """
 
     name: str
@@ -62,11 +64,12 @@ class AheadOfTime:
     attributes: Mapping[str, int] = field(default_factory=dict)
     fast: bool = True
     capability: tuple[int, int] = HOPPER
+    options: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def compiled(self) -> tuple[Any, ...]:
         """All that the binary depends on."""
-        tables = (self.signature, self.constants, self.attributes)
+        tables = (self.signature, self.constants, self.attributes, self.options)
         numbers = (self.num_warps, self.num_stages, self.capability)
         return id(self.kernel), *(tuple(sorted((k, repr(v)) for k, v in t.items())) for t in tables), *numbers
 
@@ -166,7 +169,7 @@ def _specialised(
     backend = make_backend(_target(capability))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialisation, given = bind(*arguments, **keywords)
-    unknown = set(given) - set(_OPTIONS)
+    unknown = set(given) - {*_OPTIONS, *_FLAGS}
     assert not unknown, f"{kernel.fn.__name__}: what launch options {unknown} change is not compiled here"
     options, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialisation, given)
     names = kernel.arg_names
@@ -177,6 +180,7 @@ def _specialised(
         "attributes": {name: 16 if name in divisible else 1 for name in names},
         "num_warps": options.num_warps,
         "num_stages": options.num_stages,
+        "options": {name: value for name, value in given.items() if name in _FLAGS},
     }
 
 
@@ -206,7 +210,7 @@ def compile_for(item: AheadOfTime) -> Resources:
     source = ASTSource(
         fn=item.kernel, signature={name: item.signature[name] for name in names}, constexprs=constants, attrs=divisible
     )
-    options = {option: getattr(item, option) for option in _OPTIONS}
+    options = {option: getattr(item, option) for option in _OPTIONS} | dict(item.options)
     return _resources(triton.compile(source, target=_target(item.capability), options=options))
 
 

@@ -797,10 +797,14 @@ def ahead_of_time() -> list[AheadOfTime]:
         qkv = torch.empty(shape, dtype=dtype, requires_grad=True).permute(2, 0, 3, 1, 4).unbind()
         attention_op(*qkv, torch.ones(heads), ends)[0].sum().backward()
 
-    def call_cached(dtype: torch.dtype, heads: int, num_queries: int, num_keys: int) -> None:
+    def call_forward(dtype: torch.dtype, ends: tuple[int, ...]) -> None:
+        q, k, v = torch.empty(3, 1, 16, ends[-1], HEAD_DIM, dtype=dtype).unbind()
+        attention_op(q, k, v, torch.ones(16), ends, True)
+
+    def call_cached(dtype: torch.dtype, heads: int, num_queries: int, num_keys: int, invariant: bool = False) -> None:
         q = torch.empty(1, heads, num_queries, HEAD_DIM, dtype=dtype)
         k, v = torch.empty(2, 1, heads, num_keys, HEAD_DIM, dtype=dtype).unbind()
-        cached_attention_op(q, k, v, torch.ones(heads), num_keys)
+        cached_attention_op(q, k, v, torch.ones(heads), num_keys, invariant)
 
     items = []
     sides = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -818,6 +822,9 @@ def ahead_of_time() -> list[AheadOfTime]:
                     matrix=half and queries > 16,
                     also_blackwell=main,
                 )
+        what = f"attention invariant {name}"
+        items += recorded(f"{what} forward", partial(call_forward, dtype, ends), matrix=half)
+        items += recorded(f"{what} cached", partial(call_cached, dtype, 16, 256, 680, True), matrix=half)
     for dtype in (torch.bfloat16, torch.float32):
         items += recorded(f"attention one token, one head {dtype}", partial(call, dtype, 1, (1,)), fast=False)
         items += recorded(f"attention one query, one key {dtype}", partial(call_cached, dtype, 1, 1, 1), fast=False)

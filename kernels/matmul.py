@@ -373,6 +373,7 @@ def ahead_of_time() -> list[AheadOfTime]:
                 num_stages=chosen["num_stages"],
                 matrix=dtype != "fp32",
                 attributes={"features": 16, "channels": 16},
+                options=AS_WRITTEN,
             )
         )
     return items

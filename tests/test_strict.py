@@ -40,6 +40,8 @@ def hostile(monkeypatch):
 
     disturb("linear", lambda x: x.numel() // x.shape[-1])
     disturb("conv2d", lambda x: x.shape[0])
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(a, b) * (1.0 + 2.0**-9 * a.shape[0]))
     disturb("scaled_dot_product_attention", lambda q: q.shape[0] + q.shape[2])
 
 
@@ -90,9 +92,10 @@ def test_check_names_the_module_that_is_not_strict(make_strict, hostile, name, w
         strict.check(policy)
 
 
-def test_check_names_the_quantizer(make_strict, hostile):
+@pytest.mark.parametrize("name", ["quant_resi.qresi_ls.0", ""], ids=["phi", "upsampling"])
+def test_check_names_the_quantizer(make_strict, hostile, name):
     policy = make_strict()
-    policy.vqvae.quantize.quant_resi.of_index(0).strict = False
+    policy.vqvae.quantize.get_submodule(name).strict = False
     with pytest.raises(InputError, match="the quantizer's sum of several images has other bits"):
         strict.check(policy)
 

@@ -248,9 +248,8 @@ class Quantizer(nn.Module):
 
     def make_strict(self) -> None:
         """From now on the f_hat of an image does not depend on the other images."""
-        self.strict = True
         for module in self.modules():
-            if isinstance(module, Phi):
+            if isinstance(module, Phi | Quantizer):
                 module.strict = True
 
     def _phi(self, scale: int) -> nn.Module:
@@ -272,8 +271,8 @@ class Quantizer(nn.Module):
         side, last = self.config.patch_nums[scale], self.config.patch_nums[-1]
         h_BCl = self.embedding(tokens_Bl).transpose(1, 2)
         if side != last:
-            matrix = _upsampling(side, last, h_BCl.device, h_BCl.dtype)
-            h_BCl = kernels.invariant_linear(h_BCl, matrix.T.contiguous()) if self.strict else h_BCl @ matrix
+            upsampling = _upsampling(side, last, h_BCl.device, h_BCl.dtype)
+            h_BCl = kernels.invariant_linear(h_BCl, upsampling.T) if self.strict else h_BCl @ upsampling
         return self._phi(scale)(h_BCl.reshape(len(tokens_Bl), -1, last, last))
 
     def next_input(self, f_hat: Tensor, scale: int) -> Tensor:
