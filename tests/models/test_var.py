@@ -207,6 +207,8 @@ def test_linear_gradients_in_bfloat16_equal_float64(bias, frozen):
     wide_x, weight = x.detach().double().requires_grad_(), linear.weight.detach().bfloat16().double().requires_grad_()
     (wide_x @ weight.T).backward(upstream.double())
     torch.testing.assert_close(x.grad.double(), wide_x.grad, rtol=2**-7, atol=0.02)
+    saved = linear(x).grad_fn.saved_tensors[0]
+    assert (saved is None) == frozen  # activations that no gradient needs are not kept
     if frozen:
         assert linear.weight.grad is None
     else:
