@@ -376,8 +376,8 @@ AdalnGradients adaln_backward(const MaybeTensor& d_new_BLC, const MaybeTensor& d
                                         mutable_data<W>(d_shift), sizes});
     if (bias) column_sums_cpu(data<W>(d_bias_BC), sizes.num_images, sizes.width, mutable_data<W>(d_bias));
   });
-  const Tensor nothing = new_empty(sum, {0}, dtype), no_vectors = new_empty(sum, {0}, wide);
-  return {d_x, d_branch.value_or(nothing), d_bias.value_or(no_vectors), d_gate.value_or(no_vectors), d_scale, d_shift};
+  const auto or_nothing = [&](const MaybeTensor& x, ScalarType type) { return x ? *x : new_empty(sum, {0}, type); };
+  return {d_x, or_nothing(d_branch, dtype), or_nothing(d_bias, wide), or_nothing(d_gate, wide), d_scale, d_shift};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
