@@ -95,10 +95,7 @@ VARFAST_ALWAYS_INLINE float if_negative(float x, float a, float b) {
 VARFAST_ALWAYS_INLINE float load(float value) { return value; }
 VARFAST_ALWAYS_INLINE float load(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
 
-VARFAST_ALWAYS_INLINE double load(double value) { return value; }
-
 VARFAST_ALWAYS_INLINE void store(float value, float& out) { out = value; }
-VARFAST_ALWAYS_INLINE void store(double value, double& out) { out = value; }
 VARFAST_ALWAYS_INLINE void store(float value, uint16_t& out) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;

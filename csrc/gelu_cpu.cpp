@@ -2,7 +2,6 @@
 #include "gelu.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "cpu.h"
@@ -30,45 +29,27 @@ struct Gate {
     e = exp_minus_size(kSlope * x * (1.0f + kCubic * x * x));
   }
   VARFAST_ALWAYS_INLINE float value() const { return if_negative(x, e, 1.0f) / (1.0f + e); }
-  VARFAST_ALWAYS_INLINE float rest() const { return if_negative(x, 1.0f, e) / (1.0f + e); }  // 1 - value
-  VARFAST_ALWAYS_INLINE float slope() const { return kSlope * x * (1.0f + 3.0f * kCubic * x * x); }
 };
-
-// In float64, for tests of whole models: not vectorised.
-struct WideGate {
-  double x, e;
-
-  VARFAST_ALWAYS_INLINE explicit WideGate(double wide)
-      : x(wide < -kFar ? -kFar : wide > kFar ? kFar : wide),
-        e(std::exp(-std::abs(kWideSlope * x * (1.0 + kWideCubic * x * x)))) {}
-  VARFAST_ALWAYS_INLINE double value() const { return (x < 0.0 ? e : 1.0) / (1.0 + e); }
-  VARFAST_ALWAYS_INLINE double rest() const { return (x < 0.0 ? 1.0 : e) / (1.0 + e); }
-  VARFAST_ALWAYS_INLINE double slope() const { return kWideSlope * x * (1.0 + 3.0 * kWideCubic * x * x); }
-
-  static constexpr double kFar = 20.0, kWideSlope = 1.5957691216057307117597842397375, kWideCubic = 0.044715;
-};
-
-template <typename T>
-using GateOf = std::conditional_t<std::is_same_v<T, double>, WideGate, Gate>;
 
 template <typename T, bool kBias>
-VARFAST_ALWAYS_INLINE void forward_of(const T* __restrict__ x, const BiasOf<T>* __restrict__ bias, int64_t count,
+VARFAST_ALWAYS_INLINE void forward_of(const T* __restrict__ x, const float* __restrict__ bias, int64_t count,
                                       T* __restrict__ out) {
   for (int64_t c = 0; c < count; ++c) {
-    const BiasOf<T> sum = kBias ? load(x[c]) + bias[c] : load(x[c]);
-    store(sum * GateOf<T>(sum).value(), out[c]);
+    const float sum = kBias ? load(x[c]) + bias[c] : load(x[c]);
+    store(sum * Gate(sum).value(), out[c]);
   }
 }
 
 template <typename T, bool kBias>
 VARFAST_ALWAYS_INLINE void backward_of(const T* __restrict__ grad, const T* __restrict__ x,
-                                       const BiasOf<T>* __restrict__ bias, int64_t count, T* __restrict__ d_x,
-                                       BiasOf<T>* __restrict__ d_bias) {
+                                       const float* __restrict__ bias, int64_t count, T* __restrict__ d_x,
+                                       float* __restrict__ d_bias) {
   for (int64_t c = 0; c < count; ++c) {
-    const BiasOf<T> sum = kBias ? load(x[c]) + bias[c] : load(x[c]);
-    const GateOf<T> gate(sum);
-    const BiasOf<T> value = gate.value();
-    const BiasOf<T> d = load(grad[c]) * (value + value * gate.rest() * gate.slope() + 0 * sum);  // NaN stays NaN
+    const float sum = kBias ? load(x[c]) + bias[c] : load(x[c]);
+    const Gate gate(sum);
+    const float value = gate.value(), rest = if_negative(gate.x, 1.0f, gate.e) / (1.0f + gate.e);
+    const float slope = kSlope * gate.x * (1.0f + 3.0f * kCubic * gate.x * gate.x);
+    const float d = load(grad[c]) * (value + value * rest * slope + 0.0f * sum);  // NaN stays NaN
     if (kBias) d_bias[c] += d;
     store(d, d_x[c]);
   }
@@ -78,21 +59,20 @@ VARFAST_ALWAYS_INLINE void backward_of(const T* __restrict__ grad, const T* __re
 
 // No templates: g++ clones only plain functions.
 #define VARFAST_GELU(T)                                                                                              \
-  VARFAST_CLONES void gelu_row(const T* x, const BiasOf<T>* bias, int64_t count, T* out) {                           \
+  VARFAST_CLONES void gelu_row(const T* x, const float* bias, int64_t count, T* out) {                               \
     bias ? forward_of<T, true>(x, bias, count, out) : forward_of<T, false>(x, bias, count, out);                     \
   }                                                                                                                  \
-  VARFAST_CLONES void gelu_row_backward(const T* grad, const T* x, const BiasOf<T>* bias, int64_t count, T* d_x,     \
-                                        BiasOf<T>* d_bias) {                                                         \
+  VARFAST_CLONES void gelu_row_backward(const T* grad, const T* x, const float* bias, int64_t count, T* d_x,         \
+                                        float* d_bias) {                                                             \
     bias ? backward_of<T, true>(grad, x, bias, count, d_x, d_bias)                                                   \
          : backward_of<T, false>(grad, x, bias, count, d_x, d_bias);                                                 \
   }
 VARFAST_GELU(float)
 VARFAST_GELU(uint16_t)
-VARFAST_GELU(double)
 #undef VARFAST_GELU
 
 template <typename T>
-void gelu_cpu(const T* x, const BiasOf<T>* bias, T* out, GeluSizes sizes) {
+void gelu_cpu(const T* x, const float* bias, T* out, GeluSizes sizes) {
   const int64_t width = sizes.width;
   if (!width) return;
   parallel_for(sizes.num_rows, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) {
@@ -102,10 +82,10 @@ void gelu_cpu(const T* x, const BiasOf<T>* bias, T* out, GeluSizes sizes) {
 }
 
 template <typename T>
-void gelu_backward_cpu(const T* grad, const T* x, const BiasOf<T>* bias, T* d_x, BiasOf<T>* d_bias, GeluSizes sizes) {
+void gelu_backward_cpu(const T* grad, const T* x, const float* bias, T* d_x, float* d_bias, GeluSizes sizes) {
   const int64_t width = sizes.width, chunks = (sizes.num_rows + kRows - 1) / kRows;
   if (!width) return;
-  std::vector<BiasOf<T>> sums(bias ? chunks * width : 0);
+  std::vector<float> sums(bias ? chunks * width : 0);
   parallel_for(chunks, std::max<int64_t>(1, kGrain / (kRows * width)), [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * kRows, rows = std::min(kRows, sizes.num_rows - first), at = first * width;
@@ -124,13 +104,11 @@ void gelu_backward_cpu(const T* grad, const T* x, const BiasOf<T>* bias, T* d_x,
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     for (int64_t c = 0; c < width; ++c) total[c] += sums[chunk * width + c];
   }
-  for (int64_t c = 0; c < width; ++c) d_bias[c] = BiasOf<T>(total[c]);
+  for (int64_t c = 0; c < width; ++c) d_bias[c] = float(total[c]);
 }
 
 template void gelu_cpu(const float*, const float*, float*, GeluSizes);
 template void gelu_cpu(const uint16_t*, const float*, uint16_t*, GeluSizes);
-template void gelu_cpu(const double*, const double*, double*, GeluSizes);
-template void gelu_backward_cpu(const double*, const double*, const double*, double*, double*, GeluSizes);
 template void gelu_backward_cpu(const float*, const float*, const float*, float*, float*, GeluSizes);
 template void gelu_backward_cpu(const uint16_t*, const uint16_t*, const float*, uint16_t*, float*, GeluSizes);
 

@@ -376,8 +376,8 @@ AdalnGradients adaln_backward(const MaybeTensor& d_new_BLC, const MaybeTensor& d
                                         mutable_data<W>(d_shift), sizes});
     if (bias) column_sums_cpu(data<W>(d_bias_BC), sizes.num_images, sizes.width, mutable_data<W>(d_bias));
   });
-  const Tensor nothing = new_empty(sum, {0}, dtype), no_vectors = new_empty(sum, {0}, wide);
-  return {d_x, d_branch.value_or(nothing), d_bias.value_or(no_vectors), d_gate.value_or(no_vectors), d_scale, d_shift};
+  const auto or_nothing = [&](const MaybeTensor& x, ScalarType type) { return x ? *x : new_empty(sum, {0}, type); };
+  return {d_x, or_nothing(d_branch, dtype), or_nothing(d_bias, wide), or_nothing(d_gate, wide), d_scale, d_shift};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -391,17 +391,11 @@ void with_bits(ScalarType dtype, const F& body) {
   body(uint16_t{});
 }
 
-template <typename F>
-void with_gelu_bits(ScalarType dtype, const F& body) {
-  if (dtype == ScalarType::Double) return body(double{});
-  with_bits(dtype, body);
-}
-
 MaybeTensor gelu_bias(const Tensor& x, const MaybeTensor& bias) {
   STD_TORCH_CHECK(x.dim() > 0, "want (..., C)");
   if (!bias) return bias;
-  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == x.size(x.dim() - 1) && bias->scalar_type() == wide_of(x.scalar_type()),
-                  "bias_C: want one float32 a channel, or float64 for float64");
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == x.size(x.dim() - 1) && bias->scalar_type() == ScalarType::Float,
+                  "bias_C: want one float32 a channel");
   return torch::stable::contiguous(*bias);
 }
 
@@ -413,9 +407,9 @@ GeluSizes gelu_sizes(const Tensor& x) {
 Tensor gelu(const Tensor& x_NC, const MaybeTensor& bias_C) {
   const Tensor x = torch::stable::contiguous(x_NC), out = torch::stable::empty_like(x);
   const MaybeTensor bias = gelu_bias(x, bias_C);
-  with_gelu_bits(x.scalar_type(), [&](auto zero) {
+  with_bits(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    gelu_cpu(data<T>(x), data<BiasOf<T>>(bias), mutable_data<T>(out), gelu_sizes(x));
+    gelu_cpu(data<T>(x), data<float>(bias), mutable_data<T>(out), gelu_sizes(x));
   });
   return out;
 }
@@ -425,11 +419,11 @@ std::tuple<Tensor, Tensor> gelu_backward(const Tensor& grad_NC, const Tensor& x_
   STD_TORCH_CHECK(grad.numel() == x.numel() && grad.scalar_type() == x.scalar_type(), "grad: want shape and dtype of x");
   const MaybeTensor bias = gelu_bias(x, bias_C);
   const Tensor d_x = torch::stable::empty_like(x),
-               d_bias = new_empty(x, {bias ? bias->size(0) : 0}, wide_of(x.scalar_type()));
-  with_gelu_bits(x.scalar_type(), [&](auto zero) {
+               d_bias = new_empty(x, {bias ? bias->size(0) : 0}, ScalarType::Float);
+  with_bits(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    gelu_backward_cpu(data<T>(grad), data<T>(x), data<BiasOf<T>>(bias), mutable_data<T>(d_x),
-                      mutable_data<BiasOf<T>>(d_bias), gelu_sizes(x));
+    gelu_backward_cpu(data<T>(grad), data<T>(x), data<float>(bias), mutable_data<T>(d_x),
+                      mutable_data<float>(d_bias), gelu_sizes(x));
   });
   return {d_x, d_bias};
 }
@@ -557,7 +551,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varfast, m) {
       "adaln_backward_cpp(Tensor? d_new_BLC, Tensor? d_out_BLC, Tensor new_BLC, Tensor? branch_BLC, Tensor? bias_C, "
       "Tensor? gate_BC, Tensor scale_BC, Tensor mean_BL, Tensor rstd_BL) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The ops of kernels/gelu.py: of x + bias, which is float32 or float64; d x, and d bias.
+  // The ops of kernels/gelu.py: of x + bias, which is float32; d x, and d bias.
   m.def("gelu_cpp(Tensor x_NC, Tensor? bias_C) -> Tensor");
   m.def("gelu_backward_cpp(Tensor grad_NC, Tensor x_NC, Tensor? bias_C) -> (Tensor, Tensor)");
   // The ops of kernels/attention.py: out and the logarithm of each row's sum; d q, k, v and logit scale by image.

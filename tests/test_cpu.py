@@ -5,18 +5,15 @@ import pytest
 
 from varfast.cpu import keep_freed_memory
 
-# Pages that come anew for ten tensors of 8 MB, one after the other.
+# Pages that come anew for ten tensors of 64 MB, one after the other, once the heap has grown.
 PROGRAM = """
 import resource, torch
 from varfast.cpu import keep_freed_memory
-torch.zeros(1)
 if {keep}: assert keep_freed_memory()
-def touch():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for size in range(2**21, 2**21 + 10): torch.ones(size), torch.ones(2**22)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-touch()
-print(touch())
+for _ in range(10): torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10): torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 

@@ -595,6 +595,12 @@ class Config(_Section):
                 "kernels.linear_gelu=epilogue has no gradient, and rollout, reference and update must have the same "
                 "arithmetic; use auto, or quack where it is installed"
             )
+        adapted = self.policy.lora is not None and "fc1" in self.policy.lora.targets
+        if self.kernels.linear_gelu == "quack" and (adapted or self.run.parallel == "fsdp"):
+            raise ValueError(
+                "kernels.linear_gelu=quack takes neither an adapter on fc1, whose part is added before GELU, nor "
+                "weights sharded by run.parallel=fsdp; use auto"
+            )
         _check_divides("update.minibatch", self.update.minibatch, self.rollout.images, "images a step")
         if self.run.parallel == "fsdp" and self.update.optimizer != "adamw":
             raise ValueError(

@@ -495,8 +495,8 @@ class Memory:
     Attributes:
         weights: of the transformer, float32. With an adapter its blocks' matrices are frozen in run.dtype, and the
             adapter is float32.
-        compute_copy: its blocks' matrices in 16 bits; 0 in float32. Where weights are sharded, all of it as it samples.
-            0 with an adapter, which is cast where it is used.
+        compute_copy: the matrices of blocks and head in 16 bits, which rollout and update read; of an adapter its own.
+            0 in float32. Where weights are sharded, all of the transformer as it samples.
         gradients: float32, of what is trained.
         moments: see `moment_bytes`.
         average: of what is trained, float32; 0 without update.ema_decay.
@@ -508,7 +508,6 @@ class Memory:
         rollout_activations: of a micro-batch at the last scale, where they are largest.
         decode: of a micro-batch, at the level where most exists at once.
         update: of a micro-batch: what autograd keeps, logits, and the block at work.
-        casts: weights in 16 bits, which autograd keeps beside those activations; 0 where weights are sharded.
         captured: what CUDA graphs hold on to during the update: cache and activations of the rollout, maps of the
             decoder.
     """
@@ -526,7 +525,6 @@ class Memory:
     rollout_activations: int
     decode: int
     update: int
-    casts: int
     captured: int
 
     @property
@@ -542,7 +540,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        return self.states + max(self.rollout, self.update + self.casts + self.captured)
+        return self.states + max(self.rollout, self.update + self.captured)
 
     def fits(self, device_bytes: int) -> bool:
         """Whether the plan's share of what the states leave is enough."""
@@ -562,7 +560,9 @@ def memory(config: Config, shards: int = 1) -> Memory:
     weights = round(_weight_bytes(sizes, dtype, lora)) if lora else _FLOAT32 * trained_parameters
     sampled = config.rollout.micro_batch or images
     trained = config.update.micro_batch or config.update.minibatch
-    copy = _ITEM[dtype] * num_matrix_parameters(sizes) if dtype != "float32" and not lora else 0
+    matrices = num_matrix_parameters(sizes) + sizes.width * sizes.vocab_size
+    copied = num_adapter_parameters(sizes, lora) if lora else matrices
+    copy = _ITEM[dtype] * copied if dtype != "float32" else 0
     if shards > 1:
         copy = round(_weight_bytes(sizes, dtype))
     return Memory(
@@ -579,7 +579,6 @@ def memory(config: Config, shards: int = 1) -> Memory:
         rollout_activations=sampled * rollout_activation_bytes(config),
         decode=sampled * decode_activation_bytes(config),
         update=trained * update_activation_bytes(config, _checkpointing(config)),
-        casts=cast_bytes(config, _checkpointing(config)) if shards == 1 else 0,
         captured=captured_bytes(config, sampled),
     )
 
@@ -664,27 +663,6 @@ def update_activation_bytes(config: Config, checkpointing: Checkpointing) -> int
     return sizes.num_tokens * (sizes.depth * kept + C * item + max(head_at_work, block_at_work))
 
 
-def cast_bytes(config: Config, checkpointing: Checkpointing) -> int:
-    """Weights in 16 bits that autograd keeps until the backward pass, whatever the micro-batch; 0 in float32.
-
-    Those of the matrices that are recomputed come and go with their block. With an adapter the matrices are stored in
-    16 bits, and only A and B are cast.
-    """
-    if config.run.dtype == "float32":
-        return 0
-    sizes, lora = config.policy.sizes, config.policy.lora
-    C, hidden = sizes.width, _hidden(sizes)
-    if lora is None:
-        kept = num_matrix_parameters(sizes) + C * sizes.vocab_size
-        of_block = {"mat_qkv": 3 * C * C, "proj": C * C, "fc1": C * hidden, "fc2": C * hidden}
-    else:
-        kept = num_adapter_parameters(sizes, lora)
-        of_block = {name: lora.rank * sum(widths) for name, widths in _adapted(sizes, lora).items()}
-    recomputed = {"none": (), "attention": ("mat_qkv", "proj"), "full": ("mat_qkv", "proj", "fc1", "fc2")}
-    again = sum(of_block.get(name, 0) for name in recomputed[checkpointing])
-    return _ITEM[config.run.dtype] * (kept - (sizes.depth - 1) * again)
-
-
 def captured_bytes(config: Config, sampled: int) -> int:
     """What the CUDA graphs of a rollout of so many images, and of their decoder, hold on to; 0 where there are none."""
     if not config.run.fast or config.rollout.cuda_graph is False:
@@ -729,8 +707,7 @@ def update_plan(config: Config, free_bytes: float) -> tuple[int, Checkpointing]:
     enough = config.update.micro_batch or min(_ENOUGH_IMAGES, minibatch)
     modes: tuple[Checkpointing, ...] = ("none", "attention", "full") if asked == "auto" else (asked,)
     for mode in modes:
-        room = _USABLE * free_bytes - cast_bytes(config, mode)
-        largest = _largest_divisor(minibatch, room / update_activation_bytes(config, mode))
+        largest = _largest_divisor(minibatch, _USABLE * free_bytes / update_activation_bytes(config, mode))
         if largest >= enough:
             break
     return config.update.micro_batch or largest, mode

@@ -406,8 +406,8 @@ def test_cpp_refuses_what_it_cannot_run(cpp_dtype):
     with pytest.raises(ValueError, match=r"impl='cpp' of block_causal_attention takes a head dim of 64.*got 32"):
         block_causal_attention(q, k, v, (1, 5), logit_scale, "cpp")
     q, k, v, logit_scale = inputs(1, 1, 5, 64, cpp_dtype)
-    with pytest.raises(ValueError, match="takes float32 or bfloat16, got torch.float64"):
-        cached_attention(q.double(), k.double(), v.double(), 5, logit_scale, "cpp")
+    with pytest.raises(ValueError, match="takes float32, float64 or bfloat16, got torch.float16"):
+        cached_attention(q.half(), k.half(), v.half(), 5, logit_scale, "cpp")
     with pytest.raises(ValueError, match="has no gradient"):
         cached_attention(q.requires_grad_(), k, v, 5, logit_scale, "cpp")
 

@@ -110,8 +110,14 @@ class Linear(nn.Linear):
         self._copied[name] = (weakref.ref(parameter), parameter._version, parameter.data_ptr(), _optimizer_steps)
 
     def _is_copied(self, name: _Copied) -> bool:
+        if name not in self._copied:
+            return False
         parameter, (of, *state) = self.get_parameter(name), self._copied[name]
         return of() is parameter and state == [parameter._version, parameter.data_ptr(), _optimizer_steps]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: they have parameters of their own, of which nothing has been copied yet."""
+        return self.__dict__ | {"_copied": {}}
 
     def drop_copies(self) -> None:
         """Cast at each use from here on."""
@@ -225,8 +231,7 @@ class KVCache:
 class BlockConstants(NamedTuple):
     """What a block needs that is the same for all tokens: computed once a rollout, not once a scale.
 
-    gate1 ... shift2: (B, C), of attention (1) and MLP (2). qkv_bias: (3 C,) and
-    logit_scale_H: (H,), both float32.
+    gate1 ... shift2: (B, C), of attention (1) and MLP (2). qkv_bias (3 C,) and logit_scale_H (H,): float32.
     """
 
     gate1: Tensor
@@ -642,6 +647,8 @@ class VAR(nn.Module):
         """Store the large matrices as every product reads them, frozen, in place and one at a time."""
         for module in self._cast_modules():
             module.weight = nn.Parameter(module.weight.detach().to(self.compute_dtype), False)
+            if isinstance(module, Linear):
+                module._low_weight = None
 
     @property
     def stored_in_compute_dtype(self) -> bool:
