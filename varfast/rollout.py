@@ -139,7 +139,7 @@ def sample(
     last = len(config.patch_nums) - 1
     for scale in range(last + 1):
         with span(f"scale {scale}"):
-            logits_BlV = var.forward_scale(x_BlC, constants, scale, cache)
+            logits_BlV, bias_V = var.forward_scale(x_BlC, constants, scale, cache, bias_apart=True)
             drawn.append(
                 kernels.sample_tokens(
                     logits_BlV[:batch],
@@ -150,6 +150,7 @@ def sample(
                     guidance=settings.cfg * scale / max(1, last),
                     top_k=settings.top_k,
                     top_p=settings.top_p,
+                    bias_V=bias_V,
                 )
             )
             if scale < last:
