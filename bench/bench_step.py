@@ -70,8 +70,9 @@ TEMPERATURE = 0.7
 # Peers
 
 
-def eager_sample_tokens(logits, key, scale, temperature, **inference):
+def eager_sample_tokens(logits, key, scale, temperature, bias_V=None, **inference):
     """What the public code does: softmax and multinomial. Guided and filtered as the reference does it."""
+    logits = logits if bias_V is None else logits + bias_V
     if inference.get("guidance") or inference.get("top_k") or inference.get("top_p"):
         return kernels.sampling.sample_tokens(logits, key, scale, temperature, **inference, impl="reference")
     logp = (logits / temperature).log_softmax(dim=-1)
@@ -79,8 +80,8 @@ def eager_sample_tokens(logits, key, scale, temperature, **inference):
     return tokens, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(dim=-1)
 
 
-def plain_logp(logits, tokens, temperature, consume_logits=False):
-    return reference.selective_log_softmax(logits, tokens, temperature)
+def plain_logp(logits, tokens, temperature, consume_logits=False, bias_V=None):
+    return reference.selective_log_softmax(logits, tokens, temperature, bias_V)
 
 
 PLAIN = {

@@ -310,8 +310,14 @@ class Policy:
         tokens_BL = self._tokens(tokens_BL)
         if var_input_BLC is None:
             var_input_BLC = self.teacher_input(tokens_BL)
-        logits_BLV = (self._replica or self.var)(labels_B, var_input_BLC, checkpointing=checkpointing)
-        logp_BL, _ = kernels.selective_log_softmax(logits_BLV, tokens_BL, temperature, consume_logits=True)
+        bias_V = None
+        if self._replica is None and self._gathered is None:
+            logits_BLV, bias_V = self.var(labels_B, var_input_BLC, checkpointing=checkpointing, bias_apart=True)
+        else:  # DDP and FSDP keep a parameter's gradient to what happens inside forward: the bias is added there
+            logits_BLV = (self._replica or self.var)(labels_B, var_input_BLC, checkpointing=checkpointing)
+        logp_BL, _ = kernels.selective_log_softmax(
+            logits_BLV, tokens_BL, temperature, consume_logits=True, bias_V=bias_V
+        )
         return logp_BL
 
     @torch.no_grad()

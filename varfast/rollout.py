@@ -152,7 +152,7 @@ def sample(
     last = len(config.patch_nums) - 1
     for scale in range(last + 1):
         with span(f"scale {scale}"):
-            logits_BlV = var.forward_scale(x_BlC, constants, scale, cache)
+            logits_BlV, bias_V = var.forward_scale(x_BlC, constants, scale, cache, bias_apart=True)
             tokens_Bl, logp_Bl, entropy_Bl = kernels.sample_tokens(
                 logits_BlV[:batch],
                 key,
@@ -162,9 +162,12 @@ def sample(
                 guidance=settings.cfg * scale / max(1, last),
                 top_k=settings.top_k,
                 top_p=settings.top_p,
+                bias_V=bias_V,
             )
             if var.strict and settings.on_policy:  # by the kernel of the update: sampling adds in another order
-                logp_Bl, entropy_Bl = kernels.selective_log_softmax(logits_BlV, tokens_Bl, settings.temperature)
+                logp_Bl, entropy_Bl = kernels.selective_log_softmax(
+                    logits_BlV, tokens_Bl, settings.temperature, bias_V=bias_V
+                )
             drawn.append((tokens_Bl, logp_Bl, entropy_Bl))
             if scale < last or keep:
                 f_hat = f_hat + vqvae.quantize.contribution(drawn[-1][0], scale)

@@ -196,12 +196,25 @@ class Head(Linear):
             return kernels.invariant_linear(input, self.strict_weight(input.dtype), self.bias, float32_out=True)
         if input.dtype not in (torch.bfloat16, torch.float16):
             return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
+        return self._without_bias(input).add_(self.bias.float())
+
+    def logits_and_bias(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits, and the float32 bias that they still lack, for the op that reads them; None where it is in them.
+
+        On a GPU a product of 16-bit operands that writes float32 adds no bias, and a pass of its own would read and
+        write 11 MB of logits an image.
+        """
+        if self.strict or input.device.type != "cuda" or input.dtype not in (torch.bfloat16, torch.float16):
+            return self(input), None
+        return self._without_bias(input), self.bias.float()
+
+    def _without_bias(self, input: Tensor) -> Tensor:
         if self.keeps_copies and self.weight.dtype != input.dtype:
             low_VC = self.low_precision("weight", input.dtype)
         else:
             low_VC = self.weight.detach().to(input.dtype)
         logits_NV = _ProductInFloat32.apply(input.flatten(0, -2), self.weight, low_VC)
-        return logits_NV.add_(self.bias.float()).unflatten(0, input.shape[:-1])
+        return logits_NV.unflatten(0, input.shape[:-1])
 
 
 class KVCache:
@@ -520,6 +533,10 @@ class VAR(nn.Module):
         """(B, L, V) float32 (float64 for float64) from the residual stream after the last block."""
         return self.head(kernels.layer_norm_modulate(x_BLC, *constants.head, self.config.norm_eps))
 
+    def logits_and_bias(self, x_BLC: Tensor, constants: Constants) -> tuple[Tensor, Tensor | None]:
+        """As `logits`, but they may lack the bias, which then comes beside them, (V,): see Head.product."""
+        return self.head.logits_and_bias(kernels.layer_norm_modulate(x_BLC, *constants.head, self.config.norm_eps))
+
     def _run_blocks(
         self,
         x_BLC: Tensor,
@@ -545,7 +562,8 @@ class VAR(nn.Module):
         var_input_BLC: Tensor,
         drop_path: float = 0.0,
         checkpointing: Checkpointing = "none",
-    ) -> Tensor:
+        bias_apart: bool = False,
+    ) -> Any:
         """Teacher-forced logits of all scales at once.
 
         Args:
@@ -554,6 +572,7 @@ class VAR(nn.Module):
             drop_path: rate of the last block, growing linearly from 0 at the first. Pre-training only.
             checkpointing: what the backward pass computes again instead of keeping it: "none"; the "attention" branches
                 from their normalised input on; "full": the blocks.
+            bias_apart: return `logits_and_bias`, for the ops that take the bias.
         Returns: (B, L, V) float32.
         """
         x_BlC, cond_BC = self.embed_start(labels_B)
@@ -563,9 +582,12 @@ class VAR(nn.Module):
         constants = self.constants(cond_BC)
         if drop_path > 0.0:
             constants = _drop_branches(constants, drop_path)
-        return self.logits(self._run_blocks(x_BLC, constants, None, checkpointing), constants)
+        head = self.logits_and_bias if bias_apart else self.logits
+        return head(self._run_blocks(x_BLC, constants, None, checkpointing), constants)
 
-    def forward_scale(self, x_BlC: Tensor, constants: Constants, scale: int, cache: KVCache) -> Tensor:
+    def forward_scale(
+        self, x_BlC: Tensor, constants: Constants, scale: int, cache: KVCache, bias_apart: bool = False
+    ) -> Any:
         """Logits of one scale after the scales whose keys and values are in the cache; adds its own to the cache.
 
         Args:
@@ -573,10 +595,12 @@ class VAR(nn.Module):
             constants: of the condition that came with the first scale.
             scale: its index.
             cache: of B images.
+            bias_apart: return `logits_and_bias`, for the ops that take the bias.
         Returns: (B, l, V) float32.
         """
         start = self.config.scale_ends[scale] - x_BlC.shape[1]
-        return self.logits(self._run_blocks(x_BlC, constants, (cache, start)), constants)
+        head = self.logits_and_bias if bias_apart else self.logits
+        return head(self._run_blocks(x_BlC, constants, (cache, start)), constants)
 
     def low_precision_copies(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Each weight that is stored in float32 and read in the compute dtype, and the copy that is read, up to date.
