@@ -11,6 +11,7 @@ ORDER = [
     "types",
     "stages",
     "graphs",
+    "gradients",
     "distributed",
     "command",
     "config",

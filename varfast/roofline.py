@@ -22,6 +22,7 @@ Axes: B image, L token over all scales, l token of one scale, V vocabulary, C ch
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from typing import Literal, NamedTuple
 import psutil
 import torch
 
-from varfast.command import run_command, split_arguments
+from varfast.command import ALLOCATOR_VARIABLES, run_command, split_arguments
 from varfast.config import (
     AestheticReward,
     ClipReward,
@@ -492,8 +493,8 @@ class Memory:
     Attributes:
         weights: of the transformer, float32. With an adapter its blocks' matrices are frozen in run.dtype, and the
             adapter is float32.
-        compute_copy: its blocks' matrices in 16 bits; 0 in float32. Where weights are sharded, all of it as it samples.
-            0 with an adapter, which is cast where it is used.
+        compute_copy: its matrices in 16 bits, read by rollout and update alike; 0 in float32. Where weights are
+            sharded, all of it as it samples. 0 with an adapter, which is cast where it is used.
         gradients: float32, of what is trained.
         moments: see `moment_bytes`.
         average: of what is trained, float32; 0 without update.ema_decay.
@@ -505,8 +506,9 @@ class Memory:
         rollout_activations: of a micro-batch at the last scale, where they are largest.
         decode: of a micro-batch, at the level where most exists at once.
         update: of a micro-batch: what autograd keeps, logits, and the block at work.
-        casts: weights in 16 bits, which autograd keeps beside those activations; 0 where weights are sharded.
+        casts: of an adapter in 16 bits, which autograd keeps beside those activations.
         captured: what the rollout's CUDA graph holds on to during the update: its cache and activations.
+        captured_update: what the update's CUDA graph holds on to during the rollout. Both take it from one pool.
     """
 
     weights: int
@@ -524,6 +526,7 @@ class Memory:
     update: int
     casts: int
     captured: int
+    captured_update: int
 
     @property
     def states(self) -> int:
@@ -533,12 +536,17 @@ class Memory:
 
     @property
     def rollout(self) -> int:
-        """Cache, activations and decode together: buffers of a captured graph are not given back between them."""
-        return self.images + self.kv_cache + self.rollout_activations + self.decode
+        """Cache, activations and decode together: buffers of a captured graph are not given back between them.
+
+        A captured update's pool is as large as the larger of the two graphs, all the time.
+        """
+        pool_grown = max(0, self.captured_update - self.captured)
+        return self.images + self.kv_cache + self.rollout_activations + self.decode + pool_grown
 
     @property
     def peak(self) -> int:
-        return self.states + max(self.rollout, self.update + self.casts + self.captured)
+        shared = min(self.captured, self.captured_update)
+        return self.states + max(self.rollout, self.update + self.casts + self.captured - shared)
 
     def fits(self, device_bytes: int) -> bool:
         """Whether the plan's share of what the states leave is enough."""
@@ -558,7 +566,9 @@ def memory(config: Config, shards: int = 1) -> Memory:
     weights = round(_weight_bytes(sizes, dtype, lora)) if lora else _FLOAT32 * trained_parameters
     sampled = config.rollout.micro_batch or images
     trained = config.update.micro_batch or config.update.minibatch
-    copy = _ITEM[dtype] * num_matrix_parameters(sizes) if dtype != "float32" and not lora else 0
+    matrices = num_matrix_parameters(sizes) + sizes.width * sizes.vocab_size
+    copy = _ITEM[dtype] * matrices if dtype != "float32" and not lora else 0
+    update = trained * update_activation_bytes(config, _checkpointing(config))
     if shards > 1:
         copy = round(_weight_bytes(sizes, dtype))
     return Memory(
@@ -574,9 +584,10 @@ def memory(config: Config, shards: int = 1) -> Memory:
         kv_cache=sampled * kv_cache_bytes(config),
         rollout_activations=sampled * rollout_activation_bytes(config),
         decode=sampled * decode_activation_bytes(config),
-        update=trained * update_activation_bytes(config, _checkpointing(config)),
+        update=update,
         casts=cast_bytes(config, _checkpointing(config)) if shards == 1 else 0,
         captured=sampled * captured_bytes(config),
+        captured_update=update if config.update.cuda_graph else 0,
     )
 
 
@@ -650,21 +661,16 @@ def update_activation_bytes(config: Config, checkpointing: Checkpointing) -> int
 
 
 def cast_bytes(config: Config, checkpointing: Checkpointing) -> int:
-    """Weights in 16 bits that autograd keeps until the backward pass, whatever the micro-batch; 0 in float32.
+    """Of an adapter in 16 bits, which autograd keeps until the backward pass, whatever the micro-batch; 0 in float32.
 
-    Those of the matrices that are recomputed come and go with their block. With an adapter the matrices are stored in
-    16 bits, and only A and B are cast.
+    Without one each matrix is read from a copy that is there all the time (`Memory.compute_copy`). What is recomputed
+    comes and goes with its block.
     """
-    if config.run.dtype == "float32":
-        return 0
     sizes, lora = config.policy.sizes, config.policy.lora
-    C, hidden = sizes.width, _hidden(sizes)
-    if lora is None:
-        kept = num_matrix_parameters(sizes) + C * sizes.vocab_size
-        of_block = {"mat_qkv": 3 * C * C, "proj": C * C, "fc1": C * hidden, "fc2": C * hidden}
-    else:
-        kept = num_adapter_parameters(sizes, lora)
-        of_block = {name: lora.rank * sum(widths) for name, widths in _adapted(sizes, lora).items()}
+    if config.run.dtype == "float32" or lora is None:
+        return 0
+    kept = num_adapter_parameters(sizes, lora)
+    of_block = {name: lora.rank * sum(widths) for name, widths in _adapted(sizes, lora).items()}
     recomputed = {"none": (), "attention": ("mat_qkv", "proj"), "full": ("mat_qkv", "proj", "fc1", "fc2")}
     again = sum(of_block.get(name, 0) for name in recomputed[checkpointing])
     return _ITEM[config.run.dtype] * (kept - (sizes.depth - 1) * again)
@@ -739,7 +745,7 @@ def share(config: Config, images: int, minibatch: int) -> Config:
 
 
 def planned(config: Config, device_bytes: int | None, shards: int = 1) -> Config:
-    """The config with both micro-batches, rollout.cuda_graph and update.checkpointing filled in for a device; None:
+    """The config with both micro-batches, both cuda_graph and update.checkpointing filled in for a device; None:
     memory is no limit.
 
     shards: as in `memory`.
@@ -749,13 +755,26 @@ def planned(config: Config, device_bytes: int | None, shards: int = 1) -> Config
     # A captured rollout holds on to its memory while the update runs. Where that would cost the update its room, it is
     # launched kernel by kernel: with images enough to fill the memory, the kernels are longer than their launches.
     beside_graph = update_plan(config, free - sampled * captured_bytes(config) / _USABLE)
+    # A captured update takes its memory from the pool that the rollout's graph has.
+    if config.update.cuda_graph:
+        beside_graph = plan
     graph = config.rollout.cuda_graph
     if graph is None:
         graph = beside_graph == plan
     micro_batch, checkpointing = beside_graph if graph else plan
     rollout = config.rollout.model_copy(update={"micro_batch": sampled, "cuda_graph": graph})
-    update = config.update.model_copy(update={"micro_batch": micro_batch, "checkpointing": checkpointing})
-    return config.model_copy(update={"rollout": rollout, "update": update})
+    filled = {"micro_batch": micro_batch, "checkpointing": checkpointing, "cuda_graph": bool(config.update.cuda_graph)}
+    update = config.update.model_copy(update=filled)
+    found = config.model_copy(update={"rollout": rollout, "update": update})
+    # The pool of a captured update is held during the rollout, which has less room then.
+    while config.rollout.micro_batch is None and device_bytes is not None and found.update.cuda_graph:
+        sampled = found.rollout.micro_batch
+        assert sampled is not None
+        if sampled == 1 or memory(found, shards).fits(device_bytes):
+            break
+        smaller = _largest_divisor(config.rollout.images, sampled / 2)
+        found = found.model_copy(update={"rollout": rollout.model_copy(update={"micro_batch": smaller})})
+    return found
 
 
 def lower_memory(config: Config, part: str) -> str:
@@ -796,6 +815,25 @@ def lower_memory(config: Config, part: str) -> str:
         f"nothing smaller can be set there: try {', '.join(others)}, a smaller model or a device with more memory; see "
         "what else runs on this one"
     )
+
+
+def reserved_and_allocated() -> tuple[int, int]:
+    """Bytes that CUDA's allocator holds, and those of them in use; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0, 0
+    return torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+
+
+def scattered_memory(reserved_bytes: int, allocated_bytes: int) -> str | None:
+    """What to do where memory ran out with a tenth of it, and 1 GiB, reserved but in pieces too small to be used."""
+    unused = reserved_bytes - allocated_bytes
+    if unused < max(2**30, reserved_bytes / 10):
+        return None
+    size = f"{_number(unused / 2**30)} GiB are reserved and free, in pieces too small: memory is fragmented"
+    set_by = [name for name in ALLOCATOR_VARIABLES if "expandable_segments:True" in os.environ.get(name, "")]
+    if set_by:
+        return f"{size}, although {set_by[0]} has expandable_segments:True; use a smaller rollout.micro_batch"
+    return f"{size}; set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
 
 
 def _halved(key: str, now: int, total: int) -> str | None:
