@@ -14,6 +14,7 @@ ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 def run_command(main: Callable[[list[str]], int]) -> None:
     """Run a command on the command line's arguments and exit with its code; for bad input with 2 and no traceback."""
+    expand_segments()
     try:
         code = main(sys.argv[1:])
     except InputError as error:

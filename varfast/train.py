@@ -24,7 +24,7 @@ import torch
 from varfast import kernels
 from varfast.before_after import evaluate
 from varfast.checkpoint import Checkpoints, RunFolder, save_tensors, save_text, write_atomically
-from varfast.command import expand_segments, run_command, split_arguments
+from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
 from varfast.distributed import World, gathered, joined, local_device, processes_here
 from varfast.grpo import combined_advantages, groups_without_signal
@@ -381,7 +381,6 @@ _USAGE = "python -m varfast.train config.yaml [--profile] [--sweep a.b=c,d ...] 
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.train config.yaml [--profile] [--sweep a.b=c,d ...] [a.b=c ...]"""
-    expand_segments()
     swept, rest = split_sweep(arguments, _USAGE)
     path, overrides = split_arguments([a for a in rest if a != "--profile"], _USAGE)
     parent = load_config(path, overrides).run.dir
