@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varfast import InputError, Policy
-from varfast.config import GRPOConfig, UpdateConfig
+from varfast.config import GRPOConfig, LoRAConfig, UpdateConfig
 from varfast.gradients import Gradients
 from varfast.graphs import GraphPool, Replayed
 from varfast.grpo import group_advantages
@@ -428,13 +428,16 @@ class NothingOnTheHost(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("settings", [{"micro_batch": 2}, {"epochs": 2}, {"micro_batch": 2, "checkpointing": "full"}])
-def test_a_captured_update_is_the_eager_one(make_policy, monkeypatch, settings):
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_captured_update_is_the_eager_one(make_policy, monkeypatch, settings, lora):
     """Captured passes on a CPU, where the graph calls the function: equal bits in weights and statistics."""
     monkeypatch.setattr(Replayed, "make", AsCaptured)
     AsCaptured.made = []
     ends = []
     for captured in (False, True):
         policy = make_policy(depth=2)
+        if lora:
+            policy.add_lora(LoRAConfig(rank=2), seed=0)
         maker = updater(policy, lr=1e-3, **settings)
         maker._captures = captured
         found = [maker.step(scored_rollout(policy, seed=step), step) for step in range(3)]
