@@ -325,7 +325,7 @@ def test_update_activations_are_what_exists_at_once(preset, dtype, lora, checkpo
         parameter.grad = torch.zeros_like(parameter)
     var.low_precision_copies()  # so are these
     peaks = []
-    for count in (32, 64):  # the difference leaves out what is held once, as an adapter in 16 bits
+    for count in (32, 64):  # the difference leaves out what is held once
         with LiveBytes() as live:
             logits = var(labels(count), inputs(sizes, count), checkpointing=checkpointing)
             gradient = logits.detach()
@@ -336,14 +336,8 @@ def test_update_activations_are_what_exists_at_once(preset, dtype, lora, checkpo
     ours = roofline.update_activation_bytes(settings, checkpointing)
     assert ours == pytest.approx((peaks[1] - peaks[0]) / 32, rel=0.05)
     held_once = 2 * peaks[0] - peaks[1]
-    if dtype == "float32":  # the gradients of the matrix at work alone
-        assert roofline.cast_bytes(settings, checkpointing) == 0
-        assert held_once < 20e6
-    elif lora is None:  # the gradient of the largest matrix, in 16 and in 32 bits
-        assert roofline.cast_bytes(settings, checkpointing) == 0
-        assert held_once < 6 * max(p.numel() for p in var.parameters())
-    else:
-        assert roofline.cast_bytes(settings, checkpointing) == pytest.approx(held_once, rel=0.03, abs=2e6)
+    # The gradient of the largest matrix at work alone, in 16 and in 32 bits.
+    assert held_once < (20e6 if dtype == "float32" else 6 * max(p.numel() for p in var.parameters()))
 
 
 @as_declared
@@ -449,7 +443,7 @@ def test_memory_of_the_states_with_an_adapter():
     held = roofline.memory(config(policy=policy))
     assert held.weights == pytest.approx(sum(p.nbytes for p in var.parameters()), rel=0.02)
     trained = sum(p.nbytes for p in var.parameters() if p.requires_grad)
-    assert (held.gradients, held.moments, held.compute_copy) == (trained, 2 * trained, 0)
+    assert (held.gradients, held.moments, held.compute_copy) == (trained, 2 * trained, trained // 2)
     assert held.reference == 0
     wide = roofline.memory(config(policy=policy, dtype="float32"))
     assert wide.weights == sum(p.nbytes for p in adapted(PRESETS["d16"], "float32", LoRAConfig()).parameters())
@@ -477,7 +471,7 @@ def test_rollout_micro_batch_is_the_largest_divisor_that_fits():
 
 def room_for(settings, images, mode):
     """Bytes free in which so many images just fit."""
-    return (images * roofline.update_activation_bytes(settings, mode) + roofline.cast_bytes(settings, mode)) / 0.9
+    return images * roofline.update_activation_bytes(settings, mode) / 0.9
 
 
 def test_update_plan_recomputes_below_8_images():

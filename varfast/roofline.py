@@ -494,7 +494,7 @@ class Memory:
         weights: of the transformer, float32. With an adapter its blocks' matrices are frozen in run.dtype, and the
             adapter is float32.
         compute_copy: its matrices in 16 bits, read by rollout and update alike; 0 in float32. Where weights are
-            sharded, all of it as it samples. 0 with an adapter, which is cast where it is used.
+            sharded, all of it as it samples. With an adapter, of that alone.
         gradients: float32, of what is trained.
         moments: see `moment_bytes`.
         average: of what is trained, float32; 0 without update.ema_decay.
@@ -506,7 +506,6 @@ class Memory:
         rollout_activations: of a micro-batch at the last scale, where they are largest.
         decode: of a micro-batch, at the level where most exists at once.
         update: of a micro-batch: what autograd keeps, logits, and the block at work.
-        casts: of an adapter in 16 bits, which autograd keeps beside those activations.
         captured: what the rollout's CUDA graph holds on to during the update: its cache and activations.
         captured_update: what the update's CUDA graph holds on to during the rollout. Both take it from one pool.
     """
@@ -524,7 +523,6 @@ class Memory:
     rollout_activations: int
     decode: int
     update: int
-    casts: int
     captured: int
     captured_update: int
 
@@ -546,7 +544,7 @@ class Memory:
     @property
     def peak(self) -> int:
         shared = min(self.captured, self.captured_update)
-        return self.states + max(self.rollout, self.update + self.casts + self.captured - shared)
+        return self.states + max(self.rollout, self.update + self.captured - shared)
 
     def fits(self, device_bytes: int) -> bool:
         """Whether the plan's share of what the states leave is enough."""
@@ -567,7 +565,8 @@ def memory(config: Config, shards: int = 1) -> Memory:
     sampled = config.rollout.micro_batch or images
     trained = config.update.micro_batch or config.update.minibatch
     matrices = num_matrix_parameters(sizes) + sizes.width * sizes.vocab_size
-    copy = _ITEM[dtype] * matrices if dtype != "float32" and not lora else 0
+    copied = num_adapter_parameters(sizes, lora) if lora else matrices
+    copy = _ITEM[dtype] * copied if dtype != "float32" else 0
     update = trained * update_activation_bytes(config, _checkpointing(config))
     if shards > 1:
         copy = round(_weight_bytes(sizes, dtype))
@@ -585,7 +584,6 @@ def memory(config: Config, shards: int = 1) -> Memory:
         rollout_activations=sampled * rollout_activation_bytes(config),
         decode=sampled * decode_activation_bytes(config),
         update=update,
-        casts=cast_bytes(config, _checkpointing(config)) if shards == 1 else 0,
         captured=sampled * captured_bytes(config),
         captured_update=update if config.update.cuda_graph else 0,
     )
@@ -660,22 +658,6 @@ def update_activation_bytes(config: Config, checkpointing: Checkpointing) -> int
     return sizes.num_tokens * (sizes.depth * kept + C * item + max(head_at_work, block_at_work))
 
 
-def cast_bytes(config: Config, checkpointing: Checkpointing) -> int:
-    """Of an adapter in 16 bits, which autograd keeps until the backward pass, whatever the micro-batch; 0 in float32.
-
-    Without one each matrix is read from a copy that is there all the time (`Memory.compute_copy`). What is recomputed
-    comes and goes with its block.
-    """
-    sizes, lora = config.policy.sizes, config.policy.lora
-    if config.run.dtype == "float32" or lora is None:
-        return 0
-    kept = num_adapter_parameters(sizes, lora)
-    of_block = {name: lora.rank * sum(widths) for name, widths in _adapted(sizes, lora).items()}
-    recomputed = {"none": (), "attention": ("mat_qkv", "proj"), "full": ("mat_qkv", "proj", "fc1", "fc2")}
-    again = sum(of_block.get(name, 0) for name in recomputed[checkpointing])
-    return _ITEM[config.run.dtype] * (kept - (sizes.depth - 1) * again)
-
-
 def captured_bytes(config: Config) -> int:
     """Of one image: what the CUDA graph of a rollout holds on to; 0 where there is none."""
     captured = config.run.fast and config.rollout.cuda_graph is not False
@@ -718,8 +700,7 @@ def update_plan(config: Config, free_bytes: float) -> tuple[int, Checkpointing]:
     enough = config.update.micro_batch or min(_ENOUGH_IMAGES, minibatch)
     modes: tuple[Checkpointing, ...] = ("none", "attention", "full") if asked == "auto" else (asked,)
     for mode in modes:
-        room = _USABLE * free_bytes - cast_bytes(config, mode)
-        largest = _largest_divisor(minibatch, room / update_activation_bytes(config, mode))
+        largest = _largest_divisor(minibatch, _USABLE * free_bytes / update_activation_bytes(config, mode))
         if largest >= enough:
             break
     return config.update.micro_batch or largest, mode
@@ -768,11 +749,10 @@ def planned(config: Config, device_bytes: int | None, shards: int = 1) -> Config
     found = config.model_copy(update={"rollout": rollout, "update": update})
     # The pool of a captured update is held during the rollout, which has less room then.
     while config.rollout.micro_batch is None and device_bytes is not None and found.update.cuda_graph:
-        sampled = found.rollout.micro_batch
-        assert sampled is not None
-        if sampled == 1 or memory(found, shards).fits(device_bytes):
+        now = found.rollout.micro_batch or config.rollout.images
+        if now == 1 or memory(found, shards).fits(device_bytes):
             break
-        smaller = _largest_divisor(config.rollout.images, sampled / 2)
+        smaller = _largest_divisor(config.rollout.images, now / 2)
         found = found.model_copy(update={"rollout": rollout.model_copy(update={"micro_batch": smaller})})
     return found
 
