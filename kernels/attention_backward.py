@@ -9,12 +9,11 @@ Axes: B image, H head, L token over all scales, D head dim, T tile.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from varfast.kernels.attention_fused import fused_backward, fused_kernel
+from varfast.kernels.attention_fused import fused_backward
 from varfast.kernels.attention_tiles import (
     LOG2_E,
     D,
@@ -328,6 +327,3 @@ def backward_op(
 def _(grad_BHLD, q_BHLD, k_BHLD, v_BHLD, logit_scale_H, out_BHLD, top_BHL, share_BHL, scale_ends, fused=False):
     d_scale = torch.empty_like(logit_scale_H, memory_format=torch.contiguous_format)
     return empty_BHLD(q_BHLD), empty_BHLD(q_BHLD), empty_BHLD(q_BHLD), d_scale
-
-
-BACKWARD_KERNELS: dict[str, Any] = {"dq": _dq_kernel, "dkv": _dkv_kernel, "fused": fused_kernel}
