@@ -640,6 +640,8 @@ class VAR(nn.Module):
                 found.append((module, "weight"))
                 if module.bias is not None and not isinstance(module, (Head, BranchLinear)):
                     found.append((module, "bias"))
+            elif isinstance(module, Linear) and module._low_bias is not None:  # of frozen weights, beside an adapter
+                found.append((module, "bias"))
         return found
 
     def drop_copies(self) -> None:
