@@ -134,8 +134,10 @@ def fused_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """All gradients of the heads program, program + number of programs, ..."""
-    sum_ptr += tl.program_id(0).to(tl.int64) * length * D
-    for batch_head in tl.range(tl.program_id(0), num_batch_heads, tl.num_programs(0)):
+    program = tl.program_id(0)
+    sum_ptr += program.to(tl.int64) * length * D
+    for skipped in tl.range(0, num_batch_heads - program, tl.num_programs(0)):
+        batch_head = program + skipped
         batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
         rows = batch_head.to(tl.int64) * length
         grads = grad_ptr + batch * grad_batch + head * grad_head

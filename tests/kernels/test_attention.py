@@ -172,6 +172,43 @@ def test_triton_at_extreme_logits_no_worse_than_pytorch(device, logit_scale, siz
     )
 
 
+# Tiles of 64 keys, so that most end at a scale and are not full, and several are added to one row of d q.
+@pytest.mark.parametrize(
+    ("batch", "heads", "sides", "dtype", "extreme"),
+    [
+        pytest.param(1, 1, (1,), torch.float32, {}, id="one token"),
+        pytest.param(2, 3, (1, 2, 3, 5), torch.float16, {}, id="six heads, two programs"),
+        pytest.param(1, 2, (9, 10), torch.bfloat16, {}, id="three tiles of keys"),
+        pytest.param(1, 1, (9, 10), torch.float32, {}, id="three tiles of keys, float32"),
+        pytest.param(1, 2, (1, 3, 7), torch.float32, {"logit_scale": 1.0, "size": 30.0}, id="logits of 900"),
+        pytest.param(1, 2, (1, 3, 7), torch.bfloat16, {"logit_scale": -5.0, "size": 1.0}, id="turned round"),
+    ],
+)
+def test_triton_fused_no_worse_than_pytorch(device, batch, heads, sides, dtype, extreme):
+    ends = scale_ends(sides)
+    assert_no_worse_than_pytorch("triton_fused", *var_inputs(batch, heads, ends, dtype, device, **extreme), ends)
+
+
+def test_triton_fused_takes_any_strides_and_is_repeatable_in_every_bit(device):
+    ends = scale_ends((1, 2, 3, 8))
+    q, k, v, logit_scale, grad = var_inputs(2, 2, ends, torch.float32, device)
+
+    def run(*tensors):
+        return forward_and_gradients(
+            lambda q, k, v, s: block_causal_attention(q, k, v, ends, s, "triton_fused"), *tensors
+        )
+
+    first = run(q, k, v, logit_scale, grad)
+    strided = [x.mT.contiguous().mT for x in (q, k, v, grad)]  # D is not the fastest axis
+    for again in (run(q, k, v, logit_scale, grad), run(*strided[:3], logit_scale, strided[3])):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    two_kernels = forward_and_gradients(
+        lambda q, k, v, s: block_causal_attention(q, k, v, ends, s, "triton"), q, k, v, logit_scale, grad
+    )
+    assert torch.equal(first[0], two_kernels[0])  # one forward pass
+    assert not torch.equal(first[1], two_kernels[1])  # and not the same backward pass: it is another kernel
+
+
 def test_triton_takes_any_strides(device):
     ends = scale_ends((1, 2, 3))
     q, k, v, logit_scale, grad = var_inputs(2, 2, ends, torch.float32, device)
@@ -221,8 +258,9 @@ def test_triton_writes_nothing_past_its_outputs(device, monkeypatch):
     q, k, v, logit_scale, grad = var_inputs(1, 1, ends, torch.float32, device)
     out, top, share = attention_triton.attention_op._init_fn(q, k, v, logit_scale, ends)
     attention_backward.backward_op._init_fn(grad, q, k, v, logit_scale, out, top, share, ends)
+    attention_backward.backward_op._init_fn(grad, q, k, v, logit_scale, out, top, share, ends, True)
     attention_triton.cached_attention_op._init_fn(q[:, :, :9], k, v, logit_scale, 14)
-    assert len(seas) == 7
+    assert len(seas) == 10
     for sea in seas:
         assert bool((sea[0] == 7.0).all())
         assert bool((sea[-1] == 7.0).all())
@@ -265,6 +303,7 @@ def test_triton_ops_pass_opcheck(device, dtype):
     torch.library.opcheck(attention_triton.attention_op, (*leaves, ends))
     out, top, share = attention_triton.attention_op(q, k, v, logit_scale, ends)
     torch.library.opcheck(attention_backward.backward_op, (grad, q, k, v, logit_scale, out, top, share, ends))
+    torch.library.opcheck(attention_backward.backward_op, (grad, q, k, v, logit_scale, out, top, share, ends, True))
     torch.library.opcheck(attention_triton.cached_attention_op, (q, k, v, logit_scale, 3))
 
 
@@ -399,7 +438,7 @@ def test_flash_attn_is_called_as_it_documents(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["triton", "flex", "flash_attn"])
+@pytest.mark.parametrize("impl", ["triton", "triton_fused", "flex", "flash_attn"])
 def test_block_causal_attention_at_full_size_on_the_gpu(impl):
     if impl == "flash_attn":
         pytest.importorskip("flash_attn")
