@@ -551,7 +551,9 @@ class KernelsConfig(_Section):
     split_heads: str = Field("auto", description="auto, triton, cpp or reference")
     split_heads_to_cache: str = Field("auto", description="auto, triton, cpp or reference")
     block_causal_attention: str = Field(
-        "auto", description="auto, triton, flex, flash_attn, sdpa, triton_invariant, sdpa_invariant or reference"
+        "auto",
+        description="auto, triton, triton_fused (one backward kernel instead of two), flex, flash_attn, sdpa, "
+        "triton_invariant, sdpa_invariant or reference",
     )
     cached_attention: str = Field(
         "auto", description="auto, triton, flash_attn, triton_invariant, sdpa_invariant or reference"
