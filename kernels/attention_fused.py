@@ -201,7 +201,8 @@ def fused_backward(
     """Write dq, dk, dv and each row's part of d logit_scale. out, dq, dk, dv: of one layout. dtype: the caller's."""
     batch, heads, length, _ = q.shape
     chosen = launch_setting("fused", dtype, q.device)
-    tiles = table(key_tiles, scale_ends, (chosen["BLOCK_N"], chosen["BLOCK_M"]), q.device)
+    # Short tiles are masked: weights of keys that are not there may be infinite, and inf * 0 would be NaN in d q.
+    tiles = table(key_tiles, scale_ends, (chosen["BLOCK_N"], chosen["BLOCK_M"], True), q.device)
     # 8 warps of up to 255 registers fill a multiprocessor.
     programs = min(batch * heads, _multiprocessors(q.device) * max(1, 8 // chosen["num_warps"]))
     sum_PLD = q.new_empty((programs, *q.shape[2:]), dtype=torch.float32)

@@ -553,10 +553,11 @@ class KernelsConfig(_Section):
     block_causal_attention: str = Field(
         "auto",
         description="auto, triton, triton_fused (one backward kernel instead of two), flex, flash_attn, sdpa, "
-        "triton_invariant, sdpa_invariant or reference",
+        "fa4 or flex_flash (the package flash-attn-4, called directly or by FlexAttention), triton_invariant, "
+        "sdpa_invariant or reference",
     )
     cached_attention: str = Field(
-        "auto", description="auto, triton, flash_attn, triton_invariant, sdpa_invariant or reference"
+        "auto", description="auto, triton, flash_attn, fa4, triton_invariant, sdpa_invariant or reference"
     )
     layer_norm_modulate: str = Field("auto", description="auto, triton, cpp or reference")
     gated_residual: str = Field("auto", description="auto, triton or reference")

@@ -1,5 +1,4 @@
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -9,10 +8,12 @@ import torch.nn.functional as F
 from varfast.kernels import (
     attention,
     attention_backward,
+    attention_flash,
     attention_tiles,
     attention_triton,
     block_causal_attention,
     cached_attention,
+    selection,
 )
 
 VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -328,11 +329,25 @@ def test_query_and_key_tiles_cover_each_row_once_and_see_what_the_mask_says():
             assert all(seen >= end for seen in visible[full:])
 
 
-@pytest.mark.parametrize(("sides", "share"), [(VAR_256, 0.727), (VAR_512, 0.675)])
-def test_query_tiles_visit_little_more_than_the_mask_keeps(sides, share):
+@pytest.mark.parametrize(
+    ("sides", "block_m", "share"),
+    [(VAR_256, 128, 0.727), (VAR_512, 128, 0.675), (VAR_256, 64, 0.683), (VAR_512, 64, 0.658)],
+)
+def test_query_tiles_visit_little_more_than_the_mask_keeps(sides, block_m, share):
     ends = scale_ends(sides)
-    blocks = sum(-(-keys // 64) for *_, keys in attention_tiles.query_tiles(ends, 128, 64))
-    assert sum(attention_tiles.visible_keys(ends)) <= blocks * 128 * 64 <= share * ends[-1] ** 2
+    blocks = sum(-(-keys // 64) for *_, keys in attention_tiles.query_tiles(ends, block_m, 64))
+    assert sum(attention_tiles.visible_keys(ends)) <= blocks * block_m * 64 <= share * ends[-1] ** 2
+
+
+def test_short_tiles_of_keys_are_masked_for_all_queries_where_asked():
+    for sides in ((1,), (2, 3), (9, 10), VAR_256):
+        ends = scale_ends(sides)
+        visible = attention_tiles.visible_keys(ends)
+        tiles = attention_tiles.key_tiles(ends, 128, 64, True)
+        assert sorted(i for start, end, *_ in tiles for i in range(start, end)) == list(range(ends[-1]))
+        for start, end, first, full in tiles:
+            assert all(seen <= start for seen in visible[:first])
+            assert full >= ends[-1] if end - start < 128 else all(seen >= end for seen in visible[full:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -416,32 +431,124 @@ def test_flex_mask_is_the_scale_mask(monkeypatch):
     torch.testing.assert_close(out, plain(q, k, v, ends, logit_scale), rtol=0, atol=1e-5)
 
 
-def test_flash_attn_is_called_as_it_documents(monkeypatch):
-    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
-        assert not causal
-        assert deterministic
-        q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))  # (B, L, H, D)
-        return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale).transpose(1, 2).to(torch.bfloat16)
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Make stand-ins of modules of flash_attn, by their source; none that is installed is seen."""
+    cached = (attention_flash._function, attention_flash._cannot, attention_flash._cannot_flex_flash)
 
-    package = types.ModuleType("flash_attn")
-    package.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    def forget():
+        for function in cached:
+            function.cache_clear()
+        for name in [n for n in sys.modules if n.partition(".")[0] == "flash_attn"]:
+            monkeypatch.delitem(sys.modules, name)
+
+    def make(**sources):
+        for name, source in sources.items():
+            file = tmp_path / name.replace("__", "/") / "__init__.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(source)
+        forget()
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    yield make
+    forget()
+
+
+CUDA = torch.device("cuda")  # named alone: the stand-ins compute on the CPU
+EMPTY = "flash_attn_func = len"
+
+
+def cannot(op, impl, device=CUDA):
+    return selection._named(op, impl).cannot(device)
+
+
+@pytest.mark.parametrize("op", ["block_causal_attention", "cached_attention"])
+def test_flash_packages_are_found_by_their_function(packages, op, monkeypatch):
+    packages(flash_attn__cute=EMPTY)  # flash-attn-4 alone: flash_attn is a namespace
+    assert cannot(op, "fa4") is None
+    reason = cannot(op, "flash_attn")
+    assert "flash_attn has no flash_attn_func (flash-attn-4 alone" in reason
+    assert reason.endswith("install the package flash-attn")
+    with pytest.raises(ValueError, match="flash-attn needs a CUDA device"):
+        selection.select(op, "flash_attn", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 0))
+    packages()
+    assert "no backward pass of a fixed order" in cannot(op, "fa4")
+    packages(flash_attn=EMPTY)  # flash-attn beside it
+    assert cannot(op, "flash_attn") is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    packages()
+    assert "needs compute capability 8.0 or later, got 7.5" in cannot(op, "flash_attn")
+
+
+def test_flash_packages_that_do_not_import_say_what_is_missing(packages):
+    packages(flash_attn=EMPTY)
+    assert cannot("block_causal_attention", "flash_attn") is None
+    for impl in ("fa4", "flex_flash"):  # as if flash-attn-4 were not there
+        assert "No module named 'flash_attn.cute'" in cannot("block_causal_attention", impl)
+        assert "install the package flash-attn-4" in cannot("block_causal_attention", impl)
+    packages(flash_attn__cute="import a_dependency_of_it")
+    assert "No module named 'a_dependency_of_it'" in cannot("block_causal_attention", "fa4")
+
+
+def test_flex_flash_needs_a_torch_that_has_the_backend(packages, monkeypatch):
+    from torch.nn.attention import flex_attention
+
+    packages(flash_attn__cute=EMPTY)
+    assert cannot("block_causal_attention", "flex_flash") is None
+    monkeypatch.setattr(flex_attention, "FlexKernelOptions", type("FlexKernelOptions", (), {"__annotations__": {}}))
+    packages()
+    assert "has no backends to choose from" in cannot("block_causal_attention", "flex_flash")
+
+
+@pytest.mark.parametrize(("impl", "result"), [("flash_attn", "{}"), ("fa4", "({}, None)")])
+def test_flash_packages_are_called_as_they_document(packages, impl, result):
+    returned = result.format("out.transpose(1, 2).to(q.dtype)")
+    source = f"""
+import torch.nn.functional as F
+def flash_attn_func(q, k, v, softmax_scale=None, causal=False, deterministic=False):
+    assert deterministic and not causal
+    q_, k_, v_ = (x.transpose(1, 2).float() for x in (q, k, v))  # (B, L, H, D)
+    out = F.scaled_dot_product_attention(q_, k_, v_, scale=softmax_scale)
+    return {returned}
+"""
+    packages(**{{"flash_attn": "flash_attn", "fa4": "flash_attn__cute"}[impl]: source})
     ends = scale_ends((1, 2, 3, 5))
-    q, k, v, logit_scale, _ = var_inputs(2, 3, ends, torch.bfloat16)
-    expected = plain(*(x.double() for x in (q, k, v)), ends, logit_scale.double())
-    whole = attention._run_flash_attn(q, k, v, ends, logit_scale)
-    torch.testing.assert_close(whole.double(), expected, rtol=0, atol=2e-2)
-    last = attention._run_flash_attn_cached(q[:, :, 14:], k, v, 39, logit_scale)
-    torch.testing.assert_close(last.double(), expected[:, :, 14:], rtol=0, atol=2e-2)
-    with pytest.raises(ValueError, match="impl='flash_attn' takes bfloat16 or float16, got torch.float32"):
-        attention._run_flash_attn(q.float(), k.float(), v.float(), ends, logit_scale)
+    q, k, v, logit_scale, grad = var_inputs(2, 3, ends, torch.bfloat16)
+    whole, last = (selection._named(op, impl) for op in ("block_causal_attention", "cached_attention"))
+    ours = forward_and_gradients(lambda q, k, v, s: whole.run(q, k, v, ends, s), q, k, v, logit_scale, grad)
+    double = [x.double() for x in (q, k, v, logit_scale)]
+    exact = forward_and_gradients(lambda q, k, v, s: plain(q, k, v, ends, s), *double, grad.double())
+    for o, e in zip(ours, exact, strict=True):
+        torch.testing.assert_close(o.double(), e, rtol=2e-2, atol=5e-2)
+    out = last.run(q[:, :, 14:], k, v, 39, logit_scale)
+    torch.testing.assert_close(out.double(), exact[0][:, :, 14:], rtol=0, atol=2e-2)
+    refusal = whole.refuses(q.float(), k.float(), v.float(), ends, logit_scale)
+    assert refusal == "bfloat16 or float16, got torch.float32"
+
+
+@pytest.mark.parametrize(("capability", "blocks"), [((9, 0), (128, 128)), ((10, 0), (256, 128))])
+def test_flex_flash_asks_flex_attention_for_the_backend(monkeypatch, capability, blocks):
+    asked = {}
+
+    def flex_attention(q, k, v, block_mask, scale, kernel_options):
+        asked.update(kernel_options, blocks=block_mask.BLOCK_SIZE, scale=scale)
+        return q
+
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    q, k, v, logit_scale, _ = var_inputs(1, 2, (1, 5), torch.bfloat16)
+    selection._named("block_causal_attention", "flex_flash").run(q, k, v, (1, 5), logit_scale)
+    assert asked == {"BACKEND": "FLASH", "blocks": blocks, "scale": 1.0}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["triton", "triton_fused", "flex", "flash_attn"])
+@pytest.mark.parametrize("impl", ["triton", "triton_fused", "flex", "flash_attn", "fa4", "flex_flash"])
 def test_block_causal_attention_at_full_size_on_the_gpu(impl):
-    if impl == "flash_attn":
-        pytest.importorskip("flash_attn")
+    reason = selection._named("block_causal_attention", impl).cannot(torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
     for sides in (VAR_256, VAR_512):
         ends = scale_ends(sides)
         assert_no_worse_than_pytorch(impl, *var_inputs(4, 16, ends, torch.bfloat16, "cuda"), ends)
