@@ -370,7 +370,7 @@ def ahead_of_time() -> list[AheadOfTime]:
             )
         )
 
-    floats = "scale_ptr top_ptr share_ptr delta_ptr d_scale_ptr"
+    floats = "scale_ptr top_ptr share_ptr delta_ptr d_scale_ptr sum_ptr"
     kernels = {"forward": _forward_kernel, **BACKWARD_KERNELS}
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         for kernel, bits in RULES:
