@@ -12,6 +12,7 @@ Axes: N row, C channel in, F feature out.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -361,39 +362,28 @@ def invariant_linear(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """The products of d16 and d30 by their epilogues, and those in float32."""
-    from varfast.kernels.aot import AheadOfTime
+    """The products of d16 and d30 by their epilogues, and those in float32; one row, feature and channel."""
+    from varfast.kernels.aot import recorded
 
-    # (name, storage, result, features, channels, GELU)
-    shapes = [
-        ("qkv", "bf16", "bf16", 3072, 1024, False),
-        ("fc1 + GELU", "bf16", "bf16", 4096, 1024, True),
-        ("fc1 + GELU", "fp16", "fp16", 4096, 1024, True),
-        ("fc2 d30", "bf16", "bf16", 1920, 7680, False),
-        ("head", "bf16", "fp32", 4096, 1920, False),
-        ("word_embed", "fp32", "fp32", 1024, 32, False),
-        ("fc1 + GELU", "fp32", "fp32", 4096, 1024, True),
-    ]
+    def call(dtype: torch.dtype, features: int, channels: int, gelu: bool, head: bool, rows: int = 680) -> None:
+        x, weight = torch.empty(rows, channels, dtype=dtype), torch.empty(features, channels, dtype=dtype)
+        bias = torch.empty(features, dtype=torch.float32 if head else dtype)
+        invariant_linear(x, weight.requires_grad_(), bias, gelu, float32_out=head, impl="triton")
+
+    half, single = torch.bfloat16, torch.float32
     items = []
-    for name, dtype, out, features, channels, gelu in shapes:
-        storage = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-        chosen = _launch_settings(storage, features)
-        tile = {k: v for k, v in chosen.items() if k not in ("num_warps", "num_stages")}
-        constants = {"BIAS": True, "GELU": gelu, "KEEP_BEFORE": gelu, "EVEN": channels % tile["BLOCK_K"] == 0} | tile
-        pointers = {"x_ptr": dtype, "weight_ptr": dtype, "bias_ptr": dtype, "out_ptr": out, "before_ptr": dtype}
-        signature = {key: f"*{kind}" for key, kind in pointers.items()}
-        signature |= dict.fromkeys(("rows", "features", "channels"), "i32") | dict.fromkeys(constants, "constexpr")
-        items.append(
-            AheadOfTime(
-                f"invariant_linear {name} {dtype} {tile['BLOCK_M']}x{tile['BLOCK_N']}",
-                _linear_kernel,
-                signature,
-                constants,
-                num_warps=chosen["num_warps"],
-                num_stages=chosen["num_stages"],
-                matrix=dtype != "fp32",
-                attributes={"features": 16, "channels": 16},
-                options=AS_WRITTEN,
-            )
-        )
+    for name, dtype, features, channels, gelu, head in (
+        ("qkv bf16", half, 3072, 1024, False, False),
+        ("fc1 + GELU bf16", half, 4096, 1024, True, False),
+        ("fc1 + GELU fp16", torch.float16, 4096, 1024, True, False),
+        ("fc2 of d30 bf16", half, 1920, 7680, False, False),
+        ("head bf16", half, 4096, 1920, False, True),
+        ("word_embed fp32", single, 1024, 32, False, False),
+        ("fc1 + GELU fp32", single, 4096, 1024, True, False),
+    ):
+        products = partial(call, dtype, features, channels, gelu, head)
+        what = f"invariant_linear {name}"
+        items += recorded(what, products, matrix=dtype != single, also_blackwell=dtype == half)
+    small = partial(call, single, 1, 1, True, False, 1)
+    items += recorded("invariant_linear one row, feature, channel", small, fast=False)
     return items
