@@ -1,6 +1,6 @@
 """Run the trainer at full size until it has enough steady steps, and note each stage as the steps come.
 
-    python bench/train_steps.py d16|d30 --record PATH [--steady 5] [--flat]
+    python bench/train_steps.py d16|d30 --record PATH [--steady 5] [--flat] [a.b=c ...]
 
 Random weights, 512 images a step, the brightness reward; no evaluation, grids or checkpoints. The first two steps
 compile and capture: the record has the medians of those after. It is written after every steady step, so that a run
@@ -32,7 +32,7 @@ from varfast.roofline import Ceilings
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/d30.yaml"
 WARM_UP = 2  # steps that compile and capture
-MEMORY = ("memory_allocated_bytes", "memory_reserved_bytes", "memory_largest_free_bytes")
+MEMORY = ("memory_allocated_bytes", "memory_reserved_bytes", "memory_unused_bytes")
 Metrics = list[dict[str, Any]]
 
 
@@ -43,12 +43,12 @@ def overrides_of(model: str) -> list[str]:
     ]  # fmt: skip
 
 
-def command_of(model: str, folder: Path, steps: int) -> list[str]:
+def command_of(model: str, folder: Path, steps: int, overrides: list[str]) -> list[str]:
     quiet = [
         f"run.dir={folder}", f"run.steps={steps}", "eval.samples_per_label=0", "log.tensorboard=false",
         "log.grid_every=100000", "log.checkpoint_every=100000", "log.grid_labels=1", "log.grid_samples=1",
     ]  # fmt: skip
-    return [sys.executable, "-m", "varfast.train", CONFIG, *overrides_of(model), *quiet]
+    return [sys.executable, "-m", "varfast.train", CONFIG, *overrides_of(model), *quiet, *overrides]
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -109,6 +109,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--steady", type=int, default=5)
     parser.add_argument("--flat", action="store_true")
+    parser.add_argument("overrides", nargs="*", help="of the config, beside those above")
     arguments = parser.parse_args(given)
     path = arguments.record.resolve()
     if not path.exists() or not json.loads(path.read_text())["ceilings"]:
@@ -117,7 +118,7 @@ def main(given: list[str] | None = None) -> int:
     record = harness.Record(path)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = command_of(arguments.model, run, WARM_UP + arguments.steady)
+        command = command_of(arguments.model, run, WARM_UP + arguments.steady, arguments.overrides)
         code, lines = watch(command, run / "metrics.jsonl", record, arguments.model)
     if code == 0 and arguments.flat:
         found = growth(lines)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varfast.kernels import attention_triton, reference
+from varfast.kernels.attention_tiles import HEAD_DIM, visible_keys
 from varfast.kernels.attention_triton import ahead_of_time
 from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
@@ -33,8 +34,8 @@ def _scaled(q_BHLD: Tensor, logit_scale_H: Tensor) -> Tensor:
 
 
 def _refuses(q_BHLD: Tensor, *_: Any) -> str | None:
-    if q_BHLD.shape[-1] != attention_triton.HEAD_DIM:
-        return f"a head dim of {attention_triton.HEAD_DIM}, VAR's, got {q_BHLD.shape[-1]}"
+    if q_BHLD.shape[-1] != HEAD_DIM:
+        return f"a head dim of {HEAD_DIM}, VAR's, got {q_BHLD.shape[-1]}"
     return refused_dtype(q_BHLD)
 
 
@@ -45,8 +46,11 @@ def _run_triton(
     scale_ends: tuple[int, ...],
     logit_scale_H: Tensor,
     invariant: bool = False,
+    fused_backward: bool = False,
 ) -> Tensor:
-    return attention_triton.attention_op(q_BHLD, k_BHLD, v_BHLD, logit_scale_H.float(), scale_ends, invariant)[0]
+    return attention_triton.attention_op(
+        q_BHLD, k_BHLD, v_BHLD, logit_scale_H.float(), scale_ends, invariant, fused_backward
+    )[0]
 
 
 def _run_triton_cached(
@@ -181,7 +185,7 @@ def _run_alone_cached(
 def _flex_mask(scale_ends: tuple[int, ...], device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    visible_L = torch.tensor(attention_triton.visible_keys(scale_ends), device=device)
+    visible_L = torch.tensor(visible_keys(scale_ends), device=device)
     length = scale_ends[-1]
     return create_block_mask(lambda b, h, i, j: j < visible_L[i], None, None, length, length, device=device)
 
@@ -254,6 +258,10 @@ implementations(
     "block_causal_attention",
     Implementation("triton", _run_triton, cannot_run_triton, ("cuda",), _refuses),
     Implementation("cpp", _run_cpp, cannot_run_cpp, ("cpu",), _refuses_cpp),
+    # One backward kernel for two. Not the default: it has run on no GPU, and the two were measured (0.951 ms, H100).
+    Implementation(
+        "triton_fused", functools.partial(_run_triton, fused_backward=True), cannot_run_triton, (), _refuses
+    ),
     Implementation("flex", _run_flex, _cannot_run_flex, auto_on=()),
     Implementation("flash_attn", _run_flash_attn, _cannot_run_flash_attn, auto_on=()),
     Implementation("sdpa", _run_sdpa, auto_on=()),

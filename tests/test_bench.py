@@ -319,7 +319,7 @@ def test_steps_of_a_run_are_noted_whatever_becomes_of_it(tmp_path, monkeypatch, 
     monkeypatch.setattr(
         train_steps,
         "command_of",
-        lambda model, folder, steps: [sys.executable, "-c", program, str(folder), str(steps), str(code)],
+        lambda model, folder, steps, overrides: [sys.executable, "-c", program, str(folder), str(steps), str(code)],
     )
     assert train_steps.main(["d16", "--record", str(path), "--steady", "6", "--flat"]) == expected
     noted = json.loads(path.read_text())
@@ -338,7 +338,7 @@ def test_growth_of_memory_needs_the_metrics_that_tell_it():
 
 def test_the_trainer_accepts_what_train_steps_asks_of_it(tmp_path):
     for model in ("d16", "d30"):
-        command = train_steps.command_of(model, tmp_path, 7)
+        command = train_steps.command_of(model, tmp_path, 7, [])
         config = load_config(ROOT / command[3], command[4:])
         assert (config.run.steps, config.rollout.images, config.policy.preset) == (7, 512, model)
         assert config.eval.samples_per_label == 0
@@ -379,7 +379,7 @@ def test_every_target_names_a_kernel_that_asks_for_its_setting(monkeypatch):
     asked = set()
     original = settings.setting
     names = {target.kernel for target in tune.targets()}
-    for module in ("adaln", "attention_triton", "conv", "group_norm", "logprob", "matmul", "qkv", "sampling"):
+    for module in ("adaln", "attention_tiles", "conv", "group_norm", "logprob", "matmul", "qkv", "sampling"):
         monkeypatch.setattr(
             f"varfast.kernels.{module}.setting", lambda k, *a, **b: asked.add(k) or original(k, *a, **b)
         )

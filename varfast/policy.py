@@ -18,7 +18,7 @@ from varfast import kernels
 from varfast.config import LoRAConfig, VARConfig, VQVAEConfig, check_labels, check_micro_batch
 from varfast.cpu import keep_freed_memory
 from varfast.distributed import World, replicate, shard
-from varfast.graphs import CudaGraph
+from varfast.graphs import CudaGraph, GraphPool
 from varfast.models import VAR, VQVAE
 from varfast.models.decoder import FastDecoder
 from varfast.models.lora import add_lora, lora_layers, without_lora
@@ -57,6 +57,8 @@ class Policy:
     Attributes:
         var, vqvae: the models, on one device.
         device: where they are.
+        graph_pool: memory of the graphs of rollout and update, which never run at the same time. The decoder's has its
+            own: it runs beside the rollout.
         cuda_graph: whether equal rollouts and decodes on a GPU are captured and replayed, if the policy is fast.
         strict: see __init__.
     """
@@ -94,7 +96,8 @@ class Policy:
         if strict:
             self._make_strict()
         self.cuda_graph = True
-        self._sampler = Sampler(self.var, self.vqvae, fast)
+        self.graph_pool = GraphPool()
+        self._sampler = Sampler(self.var, self.vqvae, fast, self.graph_pool)
         self._decoder: FastDecoder | None = None
         self._decode_graph: tuple[int, CudaGraph] | None = None  # and the number of images that it decodes
         self._last_decoded = 0
@@ -128,7 +131,8 @@ class Policy:
         add_lora(self.var, config, seed)
         if self.strict:
             self._make_strict()  # its own matrices too
-        self._sampler = Sampler(self.var, self.vqvae, self._fast)  # what it captured knows of no adapter
+        # What the old one captured knows of no adapter.
+        self._sampler = Sampler(self.var, self.vqvae, self._fast, self.graph_pool)
 
     def frozen_copy(self) -> Policy:
         """The same policy with weights that no update reaches: the reference of the KL term. Shares the VQ-VAE.
@@ -138,7 +142,7 @@ class Policy:
         """
         twin = copy.copy(self)
         twin.var = without_lora(self.var) if lora_layers(self.var) else self.var.frozen_copy()
-        twin._sampler = Sampler(twin.var, self.vqvae, self._fast)
+        twin._sampler = Sampler(twin.var, self.vqvae, self._fast, self.graph_pool)
         twin._replica = twin._gathered = None
         return twin
 
@@ -152,7 +156,7 @@ class Policy:
             return
         if parallel == "fsdp":
             self._gathered = self.var.frozen_copy()
-            self._sampler = Sampler(self._gathered, self.vqvae, self._fast)
+            self._sampler = Sampler(self._gathered, self.vqvae, self._fast, self.graph_pool)
             for var in (self.var, self._gathered):  # both, for one arithmetic: see BranchLinear
                 var.drop_copies()
             shard(self.var, self.var.large_modules(), world, self.device, self.var.compute_dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from varfast import kernels
-from varfast.graphs import CudaGraph
+from varfast.graphs import CudaGraph, GraphPool
 from varfast.models import VAR, VQVAE, KVCache
 from varfast.stages import span
 
@@ -66,10 +66,11 @@ class Sampler:
     Args:
         var, vqvae: on one device.
         fast: see above.
+        pool: memory of the graph, shared with what never runs beside a rollout; default: its own.
     """
 
-    def __init__(self, var: VAR, vqvae: VQVAE, fast: bool = True) -> None:
-        self.var, self._vqvae, self._fast = var, vqvae, fast
+    def __init__(self, var: VAR, vqvae: VQVAE, fast: bool = True, pool: GraphPool | None = None) -> None:
+        self.var, self._vqvae, self._fast, self._pool = var, vqvae, fast, pool
         self._graph: CudaGraph | None = None
         self._captured: tuple[int, SamplingSettings, bool] | None = None
         self._last: tuple[int, SamplingSettings, bool] | None = None
@@ -116,7 +117,10 @@ class Sampler:
             if shape != self._captured:
                 self._graph = None  # its memory goes first
                 self._graph = CudaGraph(
-                    lambda labels, key: _made(sample(self.var, self._vqvae, labels, key, settings, keep)), labels_B, key
+                    lambda labels, key: _made(sample(self.var, self._vqvae, labels, key, settings, keep)),
+                    labels_B,
+                    key,
+                    pool=self._pool,
                 )
                 self._captured = shape
             assert self._graph is not None
