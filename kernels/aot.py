@@ -196,7 +196,12 @@ def _target(capability: tuple[int, int]) -> Any:
 
 
 def compile_for(item: AheadOfTime) -> Resources:
-    """Compile a kernel for its GPU."""
+    """Compile a kernel for its GPU, and say what it needs."""
+    return _resources(binary(item))
+
+
+def binary(item: AheadOfTime) -> Any:
+    """What Triton compiles a kernel to, in all its stages: binary(item).asm["ptx"]."""
     import triton
     from triton.compiler import ASTSource
 
@@ -211,7 +216,7 @@ def compile_for(item: AheadOfTime) -> Resources:
         fn=item.kernel, signature={name: item.signature[name] for name in names}, constexprs=constants, attrs=divisible
     )
     options = {option: getattr(item, option) for option in _OPTIONS} | dict(item.options)
-    return _resources(triton.compile(source, target=_target(item.capability), options=options))
+    return triton.compile(source, target=_target(item.capability), options=options)
 
 
 def _resources(compiled: Any) -> Resources:

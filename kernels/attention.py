@@ -130,8 +130,8 @@ def _run_cpp_cached(
 
 
 def _refuses_cpp(q_BHLD: Tensor, *_: Any) -> str | None:
-    if q_BHLD.shape[-1] != attention_triton.HEAD_DIM:
-        return f"a head dim of {attention_triton.HEAD_DIM}, VAR's, got {q_BHLD.shape[-1]}"
+    if q_BHLD.shape[-1] != HEAD_DIM:
+        return f"a head dim of {HEAD_DIM}, VAR's, got {q_BHLD.shape[-1]}"
     return refused_by_cpp(q_BHLD)
 
 

@@ -12,6 +12,7 @@ Axes: N row, C channel in, F feature out.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varfast.kernels import reference
+from varfast.kernels.linear import weight_gradient
 from varfast.kernels.selection import (
     INTERPRETED,
     Implementation,
@@ -234,23 +236,30 @@ def _outputs(
 def _linear_op(
     x_NC: Tensor,
     weight_FC: Tensor,
+    original_FC: Tensor | None,
     bias_F: Tensor | None,
     gelu: bool,
     float32_out: bool,
     keep_before: bool,
     by: str,
 ) -> tuple[Tensor, Tensor]:
-    """Result (N, F), and what GELU was applied to, (N, F) in x's dtype, for the backward pass; else empty."""
+    """Result (N, F), and what GELU was applied to, (N, F) in x's dtype, for the backward pass; else empty.
+
+    original_FC: what weight_FC is a copy of, which has the gradient.
+    """
     compute = _by_triton if by == "triton" else _by_blocks
     return compute(x_NC, weight_FC, bias_F, gelu, float32_out, keep_before)
 
 
-_linear_op.register_fake(_outputs)
+@_linear_op.register_fake
+def _(x_NC, weight_FC, original_FC, bias_F, gelu, float32_out, keep_before, by):
+    return _outputs(x_NC, weight_FC, bias_F, gelu, float32_out, keep_before, by)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_NC, weight_FC, bias_F, ctx.gelu, *_ = inputs
+    x_NC, weight_FC, original_FC, bias_F, ctx.gelu, *_ = inputs
     assert output[1].numel() == output[0].numel() or not ctx.gelu
+    ctx.original_dtype = None if original_FC is None else original_FC.dtype
     ctx.bias_dtype = None if bias_F is None else bias_F.dtype
     ctx.save_for_backward(x_NC, weight_FC, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -260,25 +269,35 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_NF: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     """Ordinary products, of operands in x's dtype: a float32 gradient of a 16-bit layer is rounded first."""
     if grad_NF is None:
-        return (None,) * 7
+        return (None,) * 8
     x_NC, weight_FC, before_NF = ctx.saved_tensors
     grad_NF = grad_NF.to(x_NC.dtype)
     if ctx.gelu:
         grad_NF = torch.ops.aten.gelu_backward(grad_NF, before_NF, approximate="tanh")
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    needs_x, needs_weight, needs_original, needs_bias = ctx.needs_input_grad[:4]
     d_x = grad_NF @ weight_FC if needs_x else None
     d_weight = grad_NF.T @ x_NC if needs_weight else None
+    d_original = weight_gradient(grad_NF, x_NC, ctx.original_dtype) if needs_original else None
     d_bias = grad_NF.sum(dim=0, dtype=ctx.bias_dtype) if needs_bias else None
-    return d_x, d_weight, d_bias, None, None, None, None
+    return d_x, d_weight, d_original, d_bias, None, None, None, None
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _run_by(by: str, x: Tensor, weight_FC: Tensor, bias_F: Tensor | None, gelu: bool, float32_out: bool) -> Tensor:
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight_FC, bias_F))
+def _run_by(
+    by: str,
+    x: Tensor,
+    weight_FC: Tensor,
+    bias_F: Tensor | None,
+    gelu: bool,
+    float32_out: bool,
+    original_FC: Tensor | None,
+) -> Tensor:
+    leaves = (x, weight_FC, bias_F, original_FC)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     x_NC = x.reshape(-1, x.shape[-1])
-    out_NF, _ = _linear_op(x_NC, weight_FC, bias_F, gelu, float32_out, gelu and differentiated, by)
+    out_NF, _ = _linear_op(x_NC, weight_FC, original_FC, bias_F, gelu, float32_out, gelu and differentiated, by)
     return out_NF.view(*x.shape[:-1], len(weight_FC))
 
 
@@ -312,6 +331,7 @@ def invariant_linear(
     bias_F: Tensor | None = None,
     gelu: bool = False,
     float32_out: bool = False,
+    original_FC: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """x weight^T + bias, through tanh GELU if asked for; of each row the same bits alone and among any others.
@@ -325,6 +345,7 @@ def invariant_linear(
         gelu: apply GELU with the tanh approximation; the backward pass keeps what it was applied to, rounded to x's
             dtype.
         float32_out: the result is float32 whatever x is; its gradient is rounded to x's dtype.
+        original_FC: the tensor of another dtype that weight_FC is a copy of: it has the gradient, in its own dtype.
         impl: "auto", "triton", "blocks" (CPU; the library's product of 64 rows at a time) or "reference", which
             promises nothing of its bits.
     Returns: (..., F), differentiable.
@@ -336,44 +357,33 @@ def invariant_linear(
         raise ValueError(f"x is {x.dtype}, weight {weight_FC.dtype}: want one dtype")
     if bias_F is not None and bias_F.shape != weight_FC.shape[:1]:
         raise ValueError(f"bias is {tuple(bias_F.shape)}, want ({len(weight_FC)},)")
-    out: Tensor = run("invariant_linear", impl, x, weight_FC, bias_F, gelu, float32_out)
+    out: Tensor = run("invariant_linear", impl, x, weight_FC, bias_F, gelu, float32_out, original_FC)
     return out
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """The products of d16 and d30 by their epilogues, and those in float32."""
-    from varfast.kernels.aot import AheadOfTime
+    """The products of d16 and d30 by their epilogues, and those in float32; one row, feature and channel."""
+    from varfast.kernels.aot import recorded
 
-    # (name, storage, result, features, channels, GELU)
-    shapes = [
-        ("qkv", "bf16", "bf16", 3072, 1024, False),
-        ("fc1 + GELU", "bf16", "bf16", 4096, 1024, True),
-        ("fc1 + GELU", "fp16", "fp16", 4096, 1024, True),
-        ("fc2 d30", "bf16", "bf16", 1920, 7680, False),
-        ("head", "bf16", "fp32", 4096, 1920, False),
-        ("word_embed", "fp32", "fp32", 1024, 32, False),
-        ("fc1 + GELU", "fp32", "fp32", 4096, 1024, True),
-    ]
+    def call(dtype: torch.dtype, features: int, channels: int, gelu: bool, head: bool, rows: int = 680) -> None:
+        x, weight = torch.empty(rows, channels, dtype=dtype), torch.empty(features, channels, dtype=dtype)
+        bias = torch.empty(features, dtype=torch.float32 if head else dtype)
+        invariant_linear(x, weight.requires_grad_(), bias, gelu, float32_out=head, impl="triton")
+
+    half, single = torch.bfloat16, torch.float32
     items = []
-    for name, dtype, out, features, channels, gelu in shapes:
-        storage = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-        chosen = _launch_settings(storage, features)
-        tile = {k: v for k, v in chosen.items() if k not in ("num_warps", "num_stages")}
-        constants = {"BIAS": True, "GELU": gelu, "KEEP_BEFORE": gelu, "EVEN": channels % tile["BLOCK_K"] == 0} | tile
-        pointers = {"x_ptr": dtype, "weight_ptr": dtype, "bias_ptr": dtype, "out_ptr": out, "before_ptr": dtype}
-        signature = {key: f"*{kind}" for key, kind in pointers.items()}
-        signature |= dict.fromkeys(("rows", "features", "channels"), "i32") | dict.fromkeys(constants, "constexpr")
-        items.append(
-            AheadOfTime(
-                f"invariant_linear {name} {dtype} {tile['BLOCK_M']}x{tile['BLOCK_N']}",
-                _linear_kernel,
-                signature,
-                constants,
-                num_warps=chosen["num_warps"],
-                num_stages=chosen["num_stages"],
-                matrix=dtype != "fp32",
-                attributes={"features": 16, "channels": 16},
-                options=AS_WRITTEN,
-            )
-        )
+    for name, dtype, features, channels, gelu, head in (
+        ("qkv bf16", half, 3072, 1024, False, False),
+        ("fc1 + GELU bf16", half, 4096, 1024, True, False),
+        ("fc1 + GELU fp16", torch.float16, 4096, 1024, True, False),
+        ("fc2 of d30 bf16", half, 1920, 7680, False, False),
+        ("head bf16", half, 4096, 1920, False, True),
+        ("word_embed fp32", single, 1024, 32, False, False),
+        ("fc1 + GELU fp32", single, 4096, 1024, True, False),
+    ):
+        products = partial(call, dtype, features, channels, gelu, head)
+        what = f"invariant_linear {name}"
+        items += recorded(what, products, matrix=dtype != single, also_blackwell=dtype == half)
+    small = partial(call, single, 1, 1, True, False, 1)
+    items += recorded("invariant_linear one row, feature, channel", small, fast=False)
     return items

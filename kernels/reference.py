@@ -148,8 +148,17 @@ def selective_log_softmax(
 # Linear layer
 
 
-def invariant_linear(x: Tensor, weight_FC: Tensor, bias_F: Tensor | None, gelu: bool, float32_out: bool) -> Tensor:
+def invariant_linear(
+    x: Tensor,
+    weight_FC: Tensor,
+    bias_F: Tensor | None,
+    gelu: bool,
+    float32_out: bool,
+    original_FC: Tensor | None = None,
+) -> Tensor:
     """The device's own product, whose bits may depend on the number of rows."""
+    if original_FC is not None:
+        weight_FC = original_FC.to(weight_FC.dtype)
     dtype = torch.promote_types(x.dtype, torch.float32) if float32_out else x.dtype
     out = F.linear(x.to(dtype), weight_FC.to(dtype), None if bias_F is None else bias_F.to(dtype))
     return F.gelu(out, approximate="tanh") if gelu else out

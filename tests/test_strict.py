@@ -190,6 +190,16 @@ def test_config_refuses_what_strict_does_not_hold_with(make_config, overrides, m
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_train_on_the_gpu_shows_a_ratio_gap_of_zero(make_config, captured):
+    config = make_config(run__device="cuda", run__strict=True, run__dtype="bfloat16", update__cuda_graph=captured,
+                         policy__var__patch_nums=[1, 2, 3])  # fmt: skip
+    assert train(config) == 0
+    steps = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [step["ratio_gap_max"] for step in steps] == [0.0] * config.run.steps
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_same_bits_on_the_gpu(dtype):
     config = VARConfig(depth=16 if dtype == "bfloat16" else 4)

@@ -72,8 +72,7 @@ class Updater:
         self.grpo, self.config, self.total_steps, self.seed = grpo, update, total_steps, seed
         self._checkpointing: Checkpointing = "none" if update.checkpointing == "auto" else update.checkpointing
         self._parameters = [p for p in policy.var.parameters() if p.requires_grad]
-        # DistributedDataParallel and FSDP have gradients of their own; strict mode counts on the host side of a pass.
-        alone = world.size == 1 and not policy.strict
+        alone = world.size == 1  # DistributedDataParallel and FSDP have gradients of their own
         self._captures = update.cuda_graph is True and policy.device.type == "cuda" and alone
         # A captured pass needs gradients that stay where they are. Else each product's own tensor is the gradient, and
         # is not copied: 8 bytes a parameter and optimizer step.
@@ -91,7 +90,9 @@ class Updater:
         if update.ema_decay is not None:
             self._averaged = {name: p for name, p in policy.var.named_parameters() if p.requires_grad}
         self._averages = {name: p.detach().clone() for name, p in self._averaged.items()}
-        self._differing: Tensor | None = None  # log-probabilities that are not the rollout's, while they should be
+        # In strict mode, log-probabilities of this step that were not the rollout's. One tensor for all steps, and all
+        # passes add to it: a captured one does so at each replay.
+        self._differing = torch.zeros((), dtype=torch.int64, device=policy.device) if policy.strict else None
         self._skipped_in_a_row = 0
 
     def step(self, scored: ScoredRollout, step: int) -> StepStats:
@@ -112,14 +113,16 @@ class Updater:
         logp_ref_BL = None if self.reference is None else torch.zeros_like(scored.rollout.logp_BL)
         with_signal_B = None if self.reference is not None else (scored.advantages_B != 0).cpu()
         measured, norms, skipped = [], [], []
-        differing = torch.zeros((), dtype=torch.int64, device=self.policy.device)
-        self._differing = differing if self.policy.strict else None
+        differing = None  # of the first minibatch: after it the weights have moved
+        if self._differing is not None:
+            self._differing.zero_()
         for epoch in range(self.config.epochs):
             generator = keyed_generator(self.seed, Purpose.MINIBATCHES, step, epoch)
             for rows in torch.randperm(len(scored.advantages_B), generator=generator).split(self.config.minibatch):
                 used = rows if with_signal_B is None else rows[with_signal_B[rows]]
                 stats = self._gradient(scored, self._on_device(used), len(rows), logp_ref_BL, epoch == 0)
-                self._differing = None  # from here on the weights have moved
+                if self._differing is not None and differing is None:
+                    differing = self._differing.clone()
                 with stage("optimizer"):
                     norm, not_finite = self._clipped_step()
                     self.policy.var.refresh_copies()
@@ -131,7 +134,7 @@ class Updater:
             if logp_ref_BL is not None and epoch == 0 and self.config.epochs > 1:
                 self.world.sum(logp_ref_BL)  # other epochs split the images another way
         self.policy.gather()
-        if self.policy.strict:
+        if differing is not None:
             strict.must_agree(int(self.world.sum(differing)), self.policy, scored.rollout, step)
         if not measured:  # no image had a gradient
             measured_N6 = torch.tensor([[0.0, 0.0, 0.0, 1.0, 0.0, 0.0]], device=self.policy.device)

@@ -1,6 +1,7 @@
-"""Strict mode without a GPU: variants of a kernel that rollout and update launch compile to the same arithmetic.
+"""Strict mode without a GPU: what rollout and update launch of one op compiles to the same arithmetic.
 
-In a process of its own: here the kernels may be interpreted, and then they cannot be compiled.
+Triton compiles an op anew for a length of 1, for multiples of 16 and for others, and for what the update keeps for its
+backward pass. In a process of its own: here the kernels may be interpreted, and then they cannot be compiled.
 """
 
 import os
@@ -11,67 +12,86 @@ import textwrap
 SCRIPT = textwrap.dedent(
     """
     import re
-    from dataclasses import replace
+    from functools import partial
 
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    import torch
 
-    from varfast.kernels import adaln, attention_triton, matmul, qkv
-    from varfast.kernels.settings import AS_WRITTEN
+    from varfast import kernels
+    from varfast.kernels.aot import binary, recorded
 
-    def items(module, text):
-        return [item for item in module.ahead_of_time() if text in item.name]
+    BATCH, WIDTH, HEADS, KEYS = 2, 1024, 16, 680
+    ENDS = (1, 5, 14, 30, 55, 91, 155, 255, 424, 680)
+    LENGTHS = (1, 36, 256)  # of scales: a constant to the compiler, any number, a multiple of 16
 
-    def arithmetic(item, one=(), sixteen=(), constants=None, **options):
-        '''Floating-point instructions of the PTX in their order, registers left out.'''
-        names, signature = item.kernel.arg_names, dict(item.signature)
-        values = dict(item.constants) | (constants or {}) | dict.fromkeys(one, 1)
-        signature |= dict.fromkeys(one, "constexpr")
-        divisible = {n for n in names if signature[n].startswith("*") or item.attributes.get(n) == 16} | set(sixteen)
-        source = ASTSource(
-            fn=item.kernel,
-            signature={n: signature[n] for n in names},
-            constexprs={(names.index(n),): value for n, value in values.items()},
-            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
-        )
-        options = {"num_warps": item.num_warps, "num_stages": item.num_stages} | options
-        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-        found = re.findall(r"^\\s*(?:@!?%p\\d+ )?([a-z][\\w.]*)", ptx, re.M)
+    def empty(*shape, dtype=torch.bfloat16, grad=False):
+        return torch.empty(shape, dtype=dtype, requires_grad=grad)
+
+    def of_condition():
+        return empty(BATCH, 6 * WIDTH).view(BATCH, 6, WIDTH).unbind(1)
+
+    def residual_norm(length):
+        x, branch, (gate, scale, shift, *_) = empty(BATCH, length, WIDTH), empty(BATCH, length, WIDTH), of_condition()
+        bias = empty(WIDTH, dtype=torch.float32)
+        kernels.gated_residual_norm(x, branch, gate, scale, shift, bias_C=bias, impl="triton")
+
+    def norm(length):
+        kernels.layer_norm_modulate(empty(BATCH, length, WIDTH), *of_condition()[2:4], impl="triton")
+
+    def split(length):
+        bias = empty(3 * WIDTH, dtype=torch.float32)
+        if length == KEYS:
+            kernels.split_heads(empty(BATCH, length, 3 * WIDTH, grad=True), HEADS, True, bias, impl="triton")
+        else:
+            k, v = empty(2, BATCH, HEADS, KEYS, 64).unbind()
+            qkv = empty(BATCH, length, 3 * WIDTH)
+            kernels.split_heads_to_cache(qkv, HEADS, True, k, v, KEYS - length, bias, impl="triton")
+
+    def log_softmax(length):
+        logits = empty(BATCH, length, 4096, dtype=torch.float32, grad=length == KEYS)
+        kernels.selective_log_softmax(logits, torch.zeros(BATCH, length, dtype=torch.int64), 0.7, impl="triton")
+
+    def linear_gelu(length):
+        weight = empty(4 * WIDTH, WIDTH, grad=length == KEYS)
+        kernels.invariant_linear(empty(BATCH, length, WIDTH), weight, empty(4 * WIDTH), gelu=True, impl="triton")
+
+    def attention(length):
+        scale = torch.ones(HEADS)
+        q, k, v = (empty(BATCH, HEADS, rows, 64) for rows in (length, KEYS, KEYS))
+        if length == KEYS:
+            kernels.block_causal_attention(q, k, v, ENDS, scale, impl="triton_invariant")
+        else:
+            kernels.cached_attention(q, k, v, KEYS, scale, impl="triton_invariant")
+
+    def arithmetic(item):
+        '''Floating-point instructions of the PTX in their order, but for those that only move or store.'''
+        found = re.findall(r"^\\s*(?:@!?%p\\d+ )?([a-z][\\w.]*)", binary(item).asm["ptx"], re.M)
         found = [i for i in found if not i.startswith(("mov", "ld", "st"))]
         return [i for i in found if re.search(r"f32|bf16|shfl|wgmma\\.mma", i)]
 
-    # The first scale has one token, others multiples of 16: Triton compiles each of these lengths anew.
-    for item in (*items(adaln, "residual+norm forward bf16 C=1024"), *items(qkv, "to cache bf16 H=16")):
-        plain = arithmetic(item)
-        assert len(plain) > 50, item.name
-        assert arithmetic(item, one=["length"]) == plain, item.name
-        assert arithmetic(item, sixteen=["length"]) == plain, item.name
-    (to_cache,), (split,) = items(qkv, "to cache bf16 H=16"), items(qkv, "split_heads forward bf16 H=16")
-    assert arithmetic(split) == arithmetic(to_cache)
+    for op in (residual_norm, norm, split, log_softmax, linear_gelu):
+        binaries = {}
+        for length in (*LENGTHS, KEYS):
+            for item in recorded(op.__name__, partial(op, length)):
+                binaries.setdefault(item.compiled, item)
+        lists = [arithmetic(item) for item in binaries.values()]
+        if op is linear_gelu:  # the update rounds what GELU is applied to, to keep it
+            lists = [[i for i in each if not i.startswith("cvt")] for each in lists]
+        assert len(lists) > 1 or op is log_softmax, op.__name__
+        assert len(lists[0]) > 30 and all(each == lists[0] for each in lists), op.__name__
 
-    # GELU with and without its input kept: update and rollout.
-    (gelu,) = items(matmul, "fc1 + GELU bf16")
-    kept = arithmetic(gelu, **AS_WRITTEN)
-    without = arithmetic(gelu, constants={"KEEP_BEFORE": False}, **AS_WRITTEN)
-    rest = [i for i in kept if not i.startswith("cvt")]
-    assert rest == [i for i in without if not i.startswith("cvt")] and any(i.startswith("wgmma") for i in rest)
-
-    # Masked and unmasked tiles of keys: rounded step by step in both, or fused in one alone.
-    forward = items(attention_triton, "attention forward bf16")[0]
-    cached = items(attention_triton, "attention cached bf16")[0]
-    cached = replace(
-        cached, constants=forward.constants, num_warps=forward.num_warps, num_stages=forward.num_stages
-    )
-    for item in (forward, cached):
-        assert "fma.rn.f32" in arithmetic(item), item.name
-        assert "fma.rn.f32" not in arithmetic(item, **AS_WRITTEN), item.name
+    # Masked and unmasked tiles of keys are rounded step by step; fused, they would be in one of the two loops.
+    shapes = set()
+    for length in (*LENGTHS, KEYS):
+        for item in recorded("attention", partial(attention, length)):
+            assert not [i for i in arithmetic(item) if i.startswith("fma")], length
+            shapes.add((item.constants["BLOCK_M"], item.constants["BLOCK_N"], item.num_warps))
+    assert len(shapes) == 1, shapes
     print("equal")
     """
 )
 
 
-def test_variants_that_rollout_and_update_launch_have_the_same_arithmetic():
+def test_what_rollout_and_update_launch_has_the_same_arithmetic():
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

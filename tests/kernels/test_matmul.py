@@ -90,6 +90,20 @@ def test_the_gradient_does_not_change_the_bits_of_the_result(impl, device):
 
 
 @pytest.mark.parametrize(("impl", "device"), WAYS)
+def test_the_original_of_a_copied_weight_has_its_gradient(impl, device):
+    x, weight, _ = drawn(20, 32, 64, torch.float32, device)
+    low = weight.bfloat16()
+    weight.requires_grad_()
+    out = invariant_linear(x.bfloat16(), low, original_FC=weight, impl=impl)
+    assert torch.equal(out.detach(), invariant_linear(x.bfloat16(), low, impl=impl))
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+    out.backward(upstream)
+    assert weight.grad.dtype == torch.float32
+    exact = upstream.double().T @ x.bfloat16().double()
+    assert float((weight.grad.double() - exact).norm() / exact.norm()) < 2.0**-8
+
+
+@pytest.mark.parametrize(("impl", "device"), WAYS)
 def test_nothing_outside_the_operands_is_read_or_written(impl, device):
     x, weight, bias = drawn(66, 70, 40, torch.float32, device)
     margins = [torch.full((len(t) + 200, *t.shape[1:]), torch.nan, device=device) for t in (x, weight, bias)]
@@ -123,7 +137,17 @@ def test_the_tile_does_not_depend_on_the_rows_and_wastes_few_features():
 
 def test_opcheck():
     x, weight, bias = drawn(5, 16, 8, torch.float32)
-    arguments = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), True, False, True, "blocks")
+    original = weight.double().requires_grad_()
+    arguments = (
+        x.requires_grad_(),
+        weight.requires_grad_(),
+        original,
+        bias.requires_grad_(),
+        True,
+        False,
+        True,
+        "blocks",
+    )
     torch.library.opcheck(matmul._linear_op, arguments)
 
 

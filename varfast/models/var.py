@@ -77,7 +77,7 @@ class Linear(nn.Linear):
         dtype = input.dtype
         bias: Tensor | None = self.bias if with_bias else None
         if self.strict:
-            return kernels.invariant_linear(input, self.strict_weight(dtype), None if bias is None else bias.to(dtype))
+            return self.strict_product(input, None if bias is None else bias.to(dtype))
         if self.keeps_copies and self.weight.dtype != dtype:
             low_bias = None if bias is None else self.low_precision("bias", dtype)
             return LowPrecisionLinear.apply(input, self.weight, self.low_precision("weight", dtype), bias, low_bias)
@@ -85,11 +85,14 @@ class Linear(nn.Linear):
             bias = self.low_precision("bias", dtype)  # of a frozen copy
         return F.linear(input, self.weight.to(dtype), None if bias is None else bias.to(dtype))
 
-    def strict_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight as strict products read it: through autograd where it is wanted, else the copy."""
-        if self.keeps_copies and not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return self.low_precision("weight", dtype)
-        return self.weight.to(dtype)
+    def strict_product(
+        self, input: Tensor, bias: Tensor | None, gelu: bool = False, float32_out: bool = False
+    ) -> Tensor:
+        """The product of strict mode, from the copy of the weight where there is one."""
+        if self.keeps_copies and self.weight.dtype != input.dtype:
+            low_MC = self.low_precision("weight", input.dtype)
+            return kernels.invariant_linear(input, low_MC, bias, gelu, float32_out, self.weight)
+        return kernels.invariant_linear(input, self.weight.to(input.dtype), bias, gelu, float32_out)
 
     def low_precision(self, name: _Copied, dtype: torch.dtype) -> Tensor:
         """The copy of a parameter in `dtype`, up to date."""
@@ -136,8 +139,7 @@ class BranchLinear(Linear):
 
     def with_gelu(self, input: Tensor) -> Tensor:
         """Strict forward with its bias, through tanh GELU in the product's own kernel."""
-        bias_M = self.get_parameter("bias").to(input.dtype)
-        return kernels.invariant_linear(input, self.strict_weight(input.dtype), bias_M, gelu=True)
+        return self.strict_product(input, self.get_parameter("bias").to(input.dtype), gelu=True)
 
     @property
     def bias_left(self) -> Tensor | None:
@@ -193,7 +195,7 @@ class Head(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.strict:
-            return kernels.invariant_linear(input, self.strict_weight(input.dtype), self.bias, float32_out=True)
+            return self.strict_product(input, self.bias, float32_out=True)
         if input.dtype not in (torch.bfloat16, torch.float16):
             return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
         return self._without_bias(input).add_(self.bias.float())
