@@ -83,7 +83,8 @@ class Linear(nn.Linear):
 
     def low_precision(self, name: _Copied, dtype: torch.dtype) -> Tensor:
         """The copy of a parameter in `dtype`, up to date."""
-        parameter, copied = self.get_parameter(name), self._buffers[f"_low_{name}"]
+        parameter: Tensor = getattr(self, name)  # torch.func.functional_call puts tensors where parameters were
+        copied = self._buffers[f"_low_{name}"]
         if parameter.dtype == dtype:
             return parameter.detach()
         if copied is None or copied.dtype != dtype or copied.device != parameter.device:
@@ -96,13 +97,14 @@ class Linear(nn.Linear):
 
     def mark_copied(self, name: _Copied) -> None:
         """The copy of a parameter is what the parameter is now."""
-        parameter = self.get_parameter(name)
+        parameter: Tensor = getattr(self, name)
         self._copied[name] = (weakref.ref(parameter), parameter._version, parameter.data_ptr(), _optimizer_steps)
 
     def _is_copied(self, name: _Copied) -> bool:
         if name not in self._copied:
             return False
-        parameter, (of, *state) = self.get_parameter(name), self._copied[name]
+        parameter: Tensor = getattr(self, name)
+        of, *state = self._copied[name]
         return of() is parameter and state == [parameter._version, parameter.data_ptr(), _optimizer_steps]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -298,7 +300,7 @@ class FFN(nn.Module):
         """The bias of `fc2` is left to the op that reads the result."""
         if type(self.fc1) is BranchLinear and self.fc1.keeps_copies:
             low_MC = self.fc1.low_precision("weight", x_BLC.dtype)
-            hidden = kernels.linear_gelu(x_BLC, self.fc1.weight, self.fc1.get_parameter("bias"), low_MC)
+            hidden = kernels.linear_gelu(x_BLC, self.fc1.weight, self.fc1.bias, low_MC)
         else:  # an adapter's part of the product comes before GELU; a sharded layer adds its bias itself
             product, bias_C = self.fc1(x_BLC), _bias_left(self.fc1)
             hidden = kernels.gelu_bias(product, product.new_zeros(product.shape[-1]) if bias_C is None else bias_C)
