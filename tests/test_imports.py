@@ -12,6 +12,7 @@ ORDER = [
     "cpu",
     "stages",
     "graphs",
+    "gradients",
     "distributed",
     "command",
     "config",

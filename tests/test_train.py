@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ import varfast.export
 import varfast.sample
 from varfast import InputError, kernels, load_policy
 from varfast.checkpoint import Checkpoints, RunFolder, dump_config
+from varfast.command import expand_segments
+from varfast.log import environment, memory_metrics
 from varfast.train import load_run, main, random_policy, train
 from varfast.update import Updater
 
@@ -581,3 +584,24 @@ def test_adamw8bit_goes_on_bit_for_bit(make_config, tmp_path):
         states.append({n: t for f in sorted(end.path.glob("*.safetensors")) for n, t in load_file(f).items()})
     assert any(t.dtype == torch.uint8 and t.any() for t in states[0].values())
     assert equal(*states)
+
+
+def test_segments_grow_unless_the_user_has_set_the_allocator(monkeypatch):
+    variables = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    for theirs in (None, *variables):
+        with monkeypatch.context() as patch:
+            for name in variables:
+                patch.setenv(name, "x")  # so that what is set below is undone
+                patch.delenv(name)
+            if theirs:
+                patch.setenv(theirs, "max_split_size_mb:128")
+            expand_segments()
+            found = {name: os.environ[name] for name in variables if name in os.environ}
+            assert found == (
+                {theirs: "max_split_size_mb:128"} if theirs else {variables[0]: "expandable_segments:True"}
+            )
+            assert environment()["allocator"] == found
+
+
+def test_memory_metrics_are_of_a_gpu_alone():
+    assert memory_metrics(torch.device("cpu")) == {}

@@ -7,9 +7,12 @@ import bitsandbytes.functional
 import bitsandbytes.optim
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from varfast import InputError
-from varfast.config import GRPOConfig, UpdateConfig
+from varfast import InputError, Policy
+from varfast.config import GRPOConfig, LoRAConfig, UpdateConfig
+from varfast.gradients import Gradients
+from varfast.graphs import GraphPool, Replayed
 from varfast.grpo import group_advantages
 from varfast.randomness import Purpose, keyed_generator
 from varfast.roofline import moment_bytes
@@ -172,7 +175,7 @@ def test_clipped_step_equals_clip_grad_norm_and_adamw_in_float64(make_policy):
     reference = torch.optim.AdamW(wide, lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
     for _ in range(3):
         for mine, theirs in zip(policy.var.parameters(), wide, strict=True):
-            mine.grad = torch.randn(mine.shape, generator=generator)
+            mine.grad.copy_(torch.randn(mine.shape, generator=generator))
             theirs.grad = mine.grad.double()
         norm, not_finite = maker._clipped_step()
         expected = torch.nn.utils.clip_grad_norm_(wide, 1e-3)
@@ -342,7 +345,7 @@ def test_adamw8bit_follows_adamw_in_float64(make_policy):
     towards = {n: torch.randn(p.shape, generator=generator) for n, p in parameters.items()}
     for _ in range(20):
         for name, parameter in parameters.items():
-            parameter.grad = towards[name] + torch.randn(parameter.shape, generator=generator)
+            parameter.grad.copy_(towards[name] + torch.randn(parameter.shape, generator=generator))
             wide[name].grad = parameter.grad.double()
         maker._clipped_step()
         torch.nn.utils.clip_grad_norm_(wide.values(), 1e-3)
@@ -394,3 +397,137 @@ def test_adamw8bit_says_what_it_lacks(make_policy, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     with pytest.raises(InputError, match=r"bitsandbytes cannot be imported; pip install 'varfast\[adamw8bit\]'"):
         updater(make_policy(), **EIGHT_BITS)
+
+
+class AsCaptured:
+    """What a graph does, without one: arguments are copied into tensors of its own, the host sees no value."""
+
+    made: list = []  # noqa: RUF012 - of one test
+
+    def __init__(self, function, *inputs, pool, warm_up):
+        assert not warm_up
+        self._function, self._inputs = function, tuple(x.clone() for x in inputs)
+        AsCaptured.made.append(self)
+        self.replays = 0
+
+    def __call__(self, *inputs):
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        self.replays += 1
+        with NothingOnTheHost():
+            return tuple(x.clone() for x in self._function(*self._inputs))
+
+
+class NothingOnTheHost(TorchDispatchMode):
+    """Fails where a value is read on the host, or a shape depends on one: a capture cannot have that."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        refused = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "is_nonzero")
+        assert not any(name in str(function) for name in refused), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{"micro_batch": 2}, {"epochs": 2}, {"micro_batch": 2, "checkpointing": "full"}])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_captured_update_is_the_eager_one(make_policy, monkeypatch, settings, lora):
+    """Captured passes on a CPU, where the graph calls the function: equal bits in weights and statistics."""
+    monkeypatch.setattr(Replayed, "make", AsCaptured)
+    AsCaptured.made = []
+    ends = []
+    for captured in (False, True):
+        policy = make_policy(depth=2)
+        if lora:
+            policy.add_lora(LoRAConfig(rank=2), seed=0)
+        maker = updater(policy, lr=1e-3, **settings)
+        maker._captures = captured
+        found = [maker.step(scored_rollout(policy, seed=step), step) for step in range(3)]
+        ends.append((weights(policy), found))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+    assert len(AsCaptured.made) == (3 if "micro_batch" in settings else 2)  # reference, first pass, later ones
+    assert all(graph.replays > 1 for graph in AsCaptured.made)
+
+
+def test_gradients_stay_where_they_are_and_are_those_of_autograd(make_policy):
+    policy = make_policy(depth=2)
+    parameters = list(policy.var.parameters())
+    tokens = torch.arange(28).view(2, 14) % 32
+
+    def backward(labels):
+        policy.token_logp(labels, tokens, 0.7).sum().backward()
+
+    backward([0, 1])
+    backward([2, 3])
+    expected = [p.grad for p in parameters]
+    gradients = Gradients(parameters)
+    places = [p.grad.data_ptr() for p in parameters]
+    gradients.flat_N.fill_(7.0)  # of the minibatch before
+    gradients.overwrite()
+    backward([0, 1])
+    gradients.attach()
+    backward([2, 3])
+    assert [p.grad.data_ptr() for p in parameters] == places
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, expected, strict=True))
+    gradients.zero()
+    assert all(not p.grad.any() for p in parameters)
+
+
+def test_norm_of_the_gradients_is_that_of_float64():
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (1, 65, 3_000_000)]
+    gradients = Gradients(parameters)
+    for parameter in parameters:
+        parameter.grad.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    exact = torch.cat([p.grad.double() for p in parameters]).norm()
+    torch.testing.assert_close(gradients.norm().double(), exact, rtol=1e-6, atol=0)
+    parameters[1].grad[64] = float("inf")
+    assert not gradients.norm().isfinite()
+
+
+def test_a_capture_that_fails_is_said_once_and_runs_eagerly(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(Replayed, "make", fail)
+    said = []
+    run = Replayed(lambda key, x: (key * x,), GraphPool(), said.append)
+    assert [run(3, torch.tensor(float(i)))[0].item() for i in range(4)] == [0.0, 3.0, 6.0, 9.0]
+    assert len(said) == 1
+    assert said[0].endswith("operation not permitted when stream is capturing")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "settings", [{}, {"micro_batch": 2}, {"epochs": 2}, {"micro_batch": 2, "checkpointing": "full"}]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_captured_update_equals_the_eager_one_on_a_gpu(make_models, settings, dtype):
+    ends = []
+    for captured in (False, True):
+        policy = Policy(*make_models(depth=2), device="cuda", dtype=dtype)
+        maker = updater(policy, lr=1e-3, cuda_graph=captured, **settings)
+        found = []
+        for step in range(4):  # a rollout between updates: its graph shares their memory
+            rollout = policy.sample([0, 0, 0, 0, 1, 1, 1, 1], 0.7, seed=1, step=step)
+            rewards = torch.randn(8, generator=torch.Generator().manual_seed(step)).cuda()
+            found.append(maker.step(ScoredRollout(rollout, group_advantages(rewards, 4)), step))
+        assert len(maker._policy_pass._graphs) == captured * (1 + ("micro_batch" in settings))
+        ends.append((weights(policy), found))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_memory_is_flat_over_20_steps_on_a_gpu(make_models, captured):
+    policy = Policy(*make_models(depth=2), device="cuda", dtype="bfloat16")
+    policy.cuda_graph = captured
+    maker = updater(policy, cuda_graph=captured, micro_batch=2)
+    peaks = []
+    for step in range(20):
+        torch.cuda.reset_peak_memory_stats()
+        rollout, _ = policy.sample_images([0, 0, 0, 0, 1, 1, 1, 1], 0.7, seed=0, step=step, micro_batch=4)
+        rewards = torch.randn(8, generator=torch.Generator().manual_seed(step)).cuda()
+        maker.step(ScoredRollout(rollout, group_advantages(rewards, 4)), step)
+        peaks.append((torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
+    for of_kind in zip(*peaks, strict=True):
+        assert max(of_kind[10:]) <= max(of_kind[2:10])

@@ -61,6 +61,7 @@ _FREE_TO_CHANGE = (
     "rollout.cuda_graph",
     "update.micro_batch",
     "update.checkpointing",
+    "update.cuda_graph",
     "pretrain.cache_dir",
     "pretrain.num_workers",
 )

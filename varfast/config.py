@@ -304,6 +304,11 @@ class UpdateConfig(_Section):
         description="activations recomputed in the backward pass to save memory: none, each block's attention branch, "
         "or whole blocks; auto: chosen from free memory",
     )
+    cuda_graph: bool | None = Field(
+        None,
+        description="on one GPU, replay captured forward and backward passes, which hold on to the memory of a "
+        "micro-batch during the rollout; default: not yet, since nothing has run it on a GPU",
+    )
     epochs: int = Field(1, ge=1, description="passes over a rollout")
     optimizer: Literal["adamw", "apex", "adamw8bit"] = Field(
         "adamw",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import platform
 import subprocess
 import uuid
@@ -25,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from varfast.checkpoint import save_text, write_atomically
+from varfast.command import ALLOCATOR_VARIABLES
 from varfast.config import Config
 from varfast.roofline import measure_here, speed_of_light_s, stage_counts
 from varfast.types import InputError, Rewards
@@ -258,6 +260,25 @@ def table(before: dict[str, float], after: dict[str, float]) -> str:
     return "\n".join(rows)
 
 
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Bytes of a GPU's memory since the last call, by the names of metrics.jsonl; nothing on a CPU.
+
+    memory_allocated_bytes and memory_reserved_bytes at their peaks, and memory_unused_bytes now: reserved, and not
+    allocated, so what fragmentation can cost at most. Of a run that holds, all three stay where they are. (The largest
+    free block would want a snapshot of all blocks.)
+    """
+    if device.type != "cuda":
+        return {}
+    statistics = torch.cuda.memory_stats(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    reserved, allocated = (f"{name}_bytes.all" for name in ("reserved", "allocated"))
+    return {
+        "memory_allocated_bytes": float(statistics[f"{allocated}.peak"]),
+        "memory_reserved_bytes": float(statistics[f"{reserved}.peak"]),
+        "memory_unused_bytes": float(statistics[f"{reserved}.current"] - statistics[f"{allocated}.current"]),
+    }
+
+
 def environment() -> dict[str, Any]:
     """Versions and hardware, for the run folder and for `python -m varfast.env`."""
     from varfast import __version__
@@ -272,6 +293,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
         "gpus": gpus,
+        "allocator": {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ},
     }
 
 

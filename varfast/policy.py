@@ -18,6 +18,7 @@ from varfast import kernels
 from varfast.config import LoRAConfig, VARConfig, VQVAEConfig, check_labels, check_micro_batch
 from varfast.cpu import keep_freed_memory
 from varfast.distributed import World, replicate, shard
+from varfast.graphs import GraphPool
 from varfast.models import VAR, VQVAE
 from varfast.models.decoder import FastDecoder
 from varfast.models.lora import add_lora, lora_layers, without_lora
@@ -54,6 +55,7 @@ class Policy:
     Attributes:
         var, vqvae: the models, on one device.
         device: where they are.
+        graph_pool: memory of the graphs of rollout and update, which never run at the same time.
         cuda_graph: whether equal rollouts on a GPU are captured and replayed, if the policy is fast.
     """
 
@@ -78,7 +80,8 @@ class Policy:
         self.vqvae = vqvae.to(self.device).requires_grad_(False)
         self._fast = fast
         self.cuda_graph = True
-        self._sampler = Sampler(self.var, self.vqvae, fast)
+        self.graph_pool = GraphPool()
+        self._sampler = Sampler(self.var, self.vqvae, fast, self.graph_pool)
         self._decoder: FastDecoder | None = None
         self._beside: torch.cuda.Stream | None = None
         # Images of which the largest map has 2^30 numbers, 102 at 256 px: cuDNN counts in 32 bits.
@@ -96,7 +99,9 @@ class Policy:
         Raises: InputError if peft is not installed.
         """
         add_lora(self.var, config, seed)
-        self._sampler = Sampler(self.var, self.vqvae, self._fast)  # what it captured knows of no adapter
+        self._sampler = Sampler(
+            self.var, self.vqvae, self._fast, self.graph_pool
+        )  # what it captured knows of no adapter
 
     def frozen_copy(self) -> Policy:
         """The same policy with weights that no update reaches: the reference of the KL term. Shares the VQ-VAE.
@@ -106,7 +111,7 @@ class Policy:
         """
         twin = copy.copy(self)
         twin.var = without_lora(self.var) if lora_layers(self.var) else self.var.frozen_copy()
-        twin._sampler = Sampler(twin.var, self.vqvae, self._fast)
+        twin._sampler = Sampler(twin.var, self.vqvae, self._fast, self.graph_pool)
         twin._replica = twin._gathered = None
         return twin
 
@@ -120,7 +125,7 @@ class Policy:
             return
         if parallel == "fsdp":
             self._gathered = self.var.frozen_copy()
-            self._sampler = Sampler(self._gathered, self.vqvae, self._fast)
+            self._sampler = Sampler(self._gathered, self.vqvae, self._fast, self.graph_pool)
             for var in (self.var, self._gathered):  # both, for one arithmetic: see BranchLinear
                 var.drop_copies()
             shard(self.var, self.var.large_modules(), world, self.device, self.var.compute_dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from varfast import kernels
-from varfast.graphs import CudaGraph
+from varfast.graphs import CudaGraph, GraphPool
 from varfast.models import VAR, VQVAE, KVCache
 from varfast.stages import span
 
@@ -48,9 +48,11 @@ class Sampler:
     Args:
         var, vqvae: on one device.
         fast: see above.
+        pool: memory of the graph, shared with what never runs beside a rollout; default: its own.
     """
 
-    def __init__(self, var: VAR, vqvae: VQVAE, fast: bool = True) -> None:
+    def __init__(self, var: VAR, vqvae: VQVAE, fast: bool = True, pool: GraphPool | None = None) -> None:
+        self._pool = pool
         self._var, self._vqvae, self._fast = var, vqvae, fast
         self._graph: CudaGraph | None = None
         self._captured: tuple[int, SamplingSettings] | None = None
@@ -96,7 +98,10 @@ class Sampler:
             if shape != self._captured:
                 self._graph = None  # its memory goes first
                 self._graph = CudaGraph(
-                    lambda labels, key: sample(self._var, self._vqvae, labels, key, settings), labels_B, key
+                    lambda labels, key: sample(self._var, self._vqvae, labels, key, settings),
+                    labels_B,
+                    key,
+                    pool=self._pool,
                 )
                 self._captured = shape
             assert self._graph is not None

@@ -22,6 +22,7 @@ Axes: B image, L token over all scales, l token of one scale, V vocabulary, C ch
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from typing import Literal, NamedTuple
 import psutil
 import torch
 
-from varfast.command import run_command, split_arguments
+from varfast.command import ALLOCATOR_VARIABLES, run_command, split_arguments
 from varfast.config import (
     AestheticReward,
     ClipReward,
@@ -492,8 +493,8 @@ class Memory:
     Attributes:
         weights: of the transformer, float32. With an adapter its blocks' matrices are frozen in run.dtype, and the
             adapter is float32.
-        compute_copy: the matrices of blocks and head in 16 bits, which rollout and update read; of an adapter its own.
-            0 in float32. Where weights are sharded, all of the transformer as it samples.
+        compute_copy: its matrices in 16 bits, read by rollout and update alike; 0 in float32. Where weights are
+            sharded, all of it as it samples. With an adapter, of that alone.
         gradients: float32, of what is trained.
         moments: see `moment_bytes`.
         average: of what is trained, float32; 0 without update.ema_decay.
@@ -506,6 +507,7 @@ class Memory:
         decode: of a micro-batch, at the level where most exists at once.
         update: of a micro-batch: what autograd keeps, logits, and the block at work.
         captured: what the rollout's CUDA graph holds on to during the update: its cache and activations.
+        captured_update: what the update's CUDA graph holds on to during the rollout. Both take it from one pool.
     """
 
     weights: int
@@ -522,6 +524,7 @@ class Memory:
     decode: int
     update: int
     captured: int
+    captured_update: int
 
     @property
     def states(self) -> int:
@@ -531,12 +534,17 @@ class Memory:
 
     @property
     def rollout(self) -> int:
-        """Cache, activations and decode together: buffers of a captured graph are not given back between them."""
-        return self.images + self.kv_cache + self.rollout_activations + self.decode
+        """Cache, activations and decode together: buffers of a captured graph are not given back between them.
+
+        A captured update's pool is as large as the larger of the two graphs, all the time.
+        """
+        pool_grown = max(0, self.captured_update - self.captured)
+        return self.images + self.kv_cache + self.rollout_activations + self.decode + pool_grown
 
     @property
     def peak(self) -> int:
-        return self.states + max(self.rollout, self.update + self.captured)
+        shared = min(self.captured, self.captured_update)
+        return self.states + max(self.rollout, self.update + self.captured - shared)
 
     def fits(self, device_bytes: int) -> bool:
         """Whether the plan's share of what the states leave is enough."""
@@ -559,6 +567,7 @@ def memory(config: Config, shards: int = 1) -> Memory:
     matrices = num_matrix_parameters(sizes) + sizes.width * sizes.vocab_size
     copied = num_adapter_parameters(sizes, lora) if lora else matrices
     copy = _ITEM[dtype] * copied if dtype != "float32" else 0
+    update = trained * update_activation_bytes(config, _checkpointing(config))
     if shards > 1:
         copy = round(_weight_bytes(sizes, dtype))
     return Memory(
@@ -574,8 +583,9 @@ def memory(config: Config, shards: int = 1) -> Memory:
         kv_cache=sampled * kv_cache_bytes(config),
         rollout_activations=sampled * rollout_activation_bytes(config),
         decode=sampled * decode_activation_bytes(config),
-        update=trained * update_activation_bytes(config, _checkpointing(config)),
+        update=update,
         captured=sampled * captured_bytes(config),
+        captured_update=update if config.update.cuda_graph else 0,
     )
 
 
@@ -716,7 +726,7 @@ def share(config: Config, images: int, minibatch: int) -> Config:
 
 
 def planned(config: Config, device_bytes: int | None, shards: int = 1) -> Config:
-    """The config with both micro-batches, rollout.cuda_graph and update.checkpointing filled in for a device; None:
+    """The config with both micro-batches, both cuda_graph and update.checkpointing filled in for a device; None:
     memory is no limit.
 
     shards: as in `memory`.
@@ -726,13 +736,25 @@ def planned(config: Config, device_bytes: int | None, shards: int = 1) -> Config
     # A captured rollout holds on to its memory while the update runs. Where that would cost the update its room, it is
     # launched kernel by kernel: with images enough to fill the memory, the kernels are longer than their launches.
     beside_graph = update_plan(config, free - sampled * captured_bytes(config) / _USABLE)
+    # A captured update takes its memory from the pool that the rollout's graph has.
+    if config.update.cuda_graph:
+        beside_graph = plan
     graph = config.rollout.cuda_graph
     if graph is None:
         graph = beside_graph == plan
     micro_batch, checkpointing = beside_graph if graph else plan
     rollout = config.rollout.model_copy(update={"micro_batch": sampled, "cuda_graph": graph})
-    update = config.update.model_copy(update={"micro_batch": micro_batch, "checkpointing": checkpointing})
-    return config.model_copy(update={"rollout": rollout, "update": update})
+    filled = {"micro_batch": micro_batch, "checkpointing": checkpointing, "cuda_graph": bool(config.update.cuda_graph)}
+    update = config.update.model_copy(update=filled)
+    found = config.model_copy(update={"rollout": rollout, "update": update})
+    # The pool of a captured update is held during the rollout, which has less room then.
+    while config.rollout.micro_batch is None and device_bytes is not None and found.update.cuda_graph:
+        now = found.rollout.micro_batch or config.rollout.images
+        if now == 1 or memory(found, shards).fits(device_bytes):
+            break
+        smaller = _largest_divisor(config.rollout.images, now / 2)
+        found = found.model_copy(update={"rollout": rollout.model_copy(update={"micro_batch": smaller})})
+    return found
 
 
 def lower_memory(config: Config, part: str) -> str:
@@ -773,6 +795,25 @@ def lower_memory(config: Config, part: str) -> str:
         f"nothing smaller can be set there: try {', '.join(others)}, a smaller model or a device with more memory; see "
         "what else runs on this one"
     )
+
+
+def reserved_and_allocated() -> tuple[int, int]:
+    """Bytes that CUDA's allocator holds, and those of them in use; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0, 0
+    return torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+
+
+def scattered_memory(reserved_bytes: int, allocated_bytes: int) -> str | None:
+    """What to do where memory ran out with a tenth of it, and 1 GiB, reserved but in pieces too small to be used."""
+    unused = reserved_bytes - allocated_bytes
+    if unused < max(2**30, reserved_bytes / 10):
+        return None
+    size = f"{_number(unused / 2**30)} GiB are reserved and free, in pieces too small: memory is fragmented"
+    set_by = [name for name in ALLOCATOR_VARIABLES if "expandable_segments:True" in os.environ.get(name, "")]
+    if set_by:
+        return f"{size}, although {set_by[0]} has expandable_segments:True; use a smaller rollout.micro_batch"
+    return f"{size}; set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
 
 
 def _halved(key: str, now: int, total: int) -> str | None:

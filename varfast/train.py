@@ -29,7 +29,7 @@ from varfast.config import Config, load_config
 from varfast.distributed import World, gathered, joined, local_device, processes_here
 from varfast.grpo import combined_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
-from varfast.log import RunLog, StageLimits, environment, import_wandb, profiled, table
+from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled, table
 from varfast.models import VAR, VQVAE
 from varfast.models.lora import import_peft, merged_state, peft_adapter
 from varfast.models.weights import load_var
@@ -37,7 +37,17 @@ from varfast.policy import Policy, load_policy, pick_device
 from varfast.pretrain import pretrained
 from varfast.randomness import GRID_STEP, deterministic
 from varfast.rewards import WeightedSum
-from varfast.roofline import available_bytes, lower_memory, planned, share, usual_bytes, with_dtype
+from varfast.roofline import (
+    available_bytes,
+    lower_memory,
+    memory,
+    planned,
+    reserved_and_allocated,
+    scattered_memory,
+    share,
+    usual_bytes,
+    with_dtype,
+)
 from varfast.stages import StageClock, stage
 from varfast.types import InputError, NotFiniteReward, Rewards, Rollout, ScoredRollout, StepStats
 from varfast.update import Updater
@@ -84,7 +94,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
     policy.cuda_graph = fitted.rollout.cuda_graph is not False
     reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
     policy.distribute(world, config.run.parallel)
-    fits = {name: getattr(fitted.update, name) for name in ("micro_batch", "checkpointing")}
+    fits = {name: getattr(fitted.update, name) for name in ("micro_batch", "checkpointing", "cuda_graph")}
     update = config.update.model_copy(update=fits)
     updater = Updater(policy, reference, config.grpo, update, config.run.steps, config.run.seed, world)
     labels = label_pool(config.rollout, policy.num_classes, config.run.seed)
@@ -157,13 +167,14 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
                     raise scores
                 stages_ms = clock.read()
                 step_s = time.perf_counter() - begin_s
+                held_bytes = memory_metrics(device)
 
             done, metrics = step + 1, {"skipped_rollouts": float(bad_rollouts > 0)}
             if not bad_rollouts:
                 metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats)
                 metrics |= {"reference_step": float(step // every * every)} if every else {}
             if log and limits:
-                log.step(done, metrics | limits.metrics(stages_ms, step_s))
+                log.step(done, metrics | limits.metrics(stages_ms, step_s) | held_bytes)
                 if done % config.log.grid_every == 0 or done == config.run.steps:
                     _save_grid(log, done, policy, labels, config)
                     if isinstance(scores, Rewards):
@@ -340,7 +351,10 @@ def _advised(part: str, config: Config) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"out of memory in the {part}: {reason}\n  {lower_memory(config, part)}") from error
+        reserved, allocated = reserved_and_allocated()
+        of_graphs = max(memory(config).captured, memory(config).captured_update)  # reserved, and not free
+        advice = scattered_memory(reserved - of_graphs, allocated) or lower_memory(config, part)
+        raise InputError(f"out of memory in the {part}: {reason}\n  {advice}") from error
 
 
 @contextmanager

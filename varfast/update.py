@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from varfast import kernels
 from varfast.config import GRPOConfig, UpdateConfig
 from varfast.distributed import ALONE, World, whole
+from varfast.gradients import Gradients
+from varfast.graphs import Replayed
 from varfast.models.var import Checkpointing
 from varfast.policy import Policy
 from varfast.randomness import Purpose, keyed_generator
@@ -70,6 +72,12 @@ class Updater:
         self.grpo, self.config, self.total_steps, self.seed = grpo, update, total_steps, seed
         self._checkpointing: Checkpointing = "none" if update.checkpointing == "auto" else update.checkpointing
         self._parameters = [p for p in policy.var.parameters() if p.requires_grad]
+        # Several processes: DistributedDataParallel and FSDP have gradients of their own.
+        self._gradients = Gradients(self._parameters) if world.size == 1 else None
+        self._captures = update.cuda_graph is True and policy.device.type == "cuda" and world.size == 1
+        self._reference_pass = Replayed(self._reference_logp, policy.graph_pool)
+        self._policy_pass = Replayed(self._accumulate, policy.graph_pool)
+        self._reference_version = -1
         groups = [
             {"params": [p for p in self._parameters if p.ndim >= 2], "weight_decay": update.weight_decay},
             {"params": [p for p in self._parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -92,6 +100,7 @@ class Updater:
         """
         if not scored.rollout.on_policy:
             raise InputError("this rollout was drawn with cfg, top_k or top_p; GRPO needs the plain tempered policy")
+        self._prepare_replays()
         lr = learning_rate(self.config, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -162,10 +171,10 @@ class Updater:
 
         Returns: (6,) this process' part of loss and GRPO_STATS, if any have one.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        if self._gradients is None:
+            self.optimizer.zero_grad(set_to_none=True)
         if not len(rows):  # the gradient is 0, and Adam's moments still move the weights, those of 8 bits apart
-            for parameter in self._parameters:
-                parameter.grad = torch.zeros_like(parameter)
+            self._zero_gradient()
             return torch.empty(0)
         size = self.config.micro_batch or minibatch
         own = rows[self.world.rank :: self.world.size]
@@ -176,7 +185,7 @@ class Updater:
         for index in range(passes):
             with self.policy.backward(reduce=index == passes - 1):
                 if index < len(parts):
-                    stats = self._backward(scored, parts[index], minibatch, logp_ref_BL, first_epoch)
+                    stats = self._backward(scored, parts[index], minibatch, logp_ref_BL, first_epoch, index == 0)
                     share = len(parts[index]) / len(rows)
                     measured.append(torch.cat([stats[:1], stats[1:-1] * share, stats[-1:]]))
                 else:  # no image left: a gradient of 0, by the same collectives: what is computed again counts
@@ -188,29 +197,95 @@ class Updater:
         of_parts = torch.stack(measured)
         return torch.cat([of_parts[:, :-1].sum(dim=0), of_parts[:, -1:].amax(dim=0)])
 
+    def _zero_gradient(self) -> None:
+        if self._gradients is not None:
+            self._gradients.zero()
+            return
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def _prepare_replays(self) -> None:
+        """What a replayed graph does not look at: copies of changed weights, a reference that was replaced."""
+        self.policy.var.low_precision_copies()
+        if self.reference is not None:
+            version = sum(p._version for p in self.reference.var.parameters() if not p.requires_grad)
+            if version != self._reference_version:
+                self._reference_pass.forget()
+            self._reference_version = version
+
     def _backward(
-        self, scored: ScoredRollout, rows: Tensor, minibatch: int, logp_ref_BL: Tensor | None, first_epoch: bool
+        self,
+        scored: ScoredRollout,
+        rows: Tensor,
+        minibatch: int,
+        logp_ref_BL: Tensor | None,
+        first_epoch: bool,
+        first_pass: bool,
     ) -> Tensor:
-        """Add the gradient of a micro-batch; (6,) its part of the minibatch's loss, and GRPO_STATS of its images."""
+        """Add the gradient of a micro-batch; (6,) its part of the minibatch's loss, and GRPO_STATS of its images.
+
+        first_pass: of the minibatch: its gradient is the first.
+        """
         rollout = scored.rollout.rows(rows)
-        inputs = (rollout.labels_B, rollout.tokens_BL, rollout.temperature)
-        var_input_BLC = self.policy.teacher_input(rollout.tokens_BL)
+        temperature, tokens_BL = rollout.temperature, rollout.tokens_BL
+        inputs = (rollout.labels_B, tokens_BL, self.policy.teacher_input(tokens_BL))
+        # A micro-batch of fewer images, the last of a minibatch or without those that have no signal, runs eagerly.
+        captured = self._captures and len(rows) == (self.config.micro_batch or minibatch)
         if self.reference is not None and logp_ref_BL is not None and first_epoch:
-            with stage("reference"), torch.no_grad():
-                logp_ref_BL[rows] = self.reference.token_logp(*inputs, var_input_BLC=var_input_BLC)
+            with stage("reference"):
+                if captured:
+                    (logp_ref_bL,) = self._reference_pass(temperature, *inputs)
+                else:
+                    (logp_ref_bL,) = self._reference_logp(temperature, *inputs)
+                logp_ref_BL[rows] = logp_ref_bL
         with stage("update"):
-            logp_BL = self.policy.token_logp(*inputs, var_input_BLC=var_input_BLC, checkpointing=self._checkpointing)
-            loss, stats = kernels.grpo_token_loss(
-                logp_BL,
-                rollout.logp_BL,
-                None if logp_ref_BL is None else logp_ref_BL[rows],
-                scored.advantages_B[rows],
-                clip_eps=self.grpo.clip_eps,
-                kl_beta=self.grpo.kl_beta,
-            )
-            loss = loss * (len(rows) / minibatch)
-            (loss * self.world.size).backward()  # of the processes' gradients the mean is taken
-            return torch.cat([loss.detach().unsqueeze(0), stats])
+            # On the device, without waiting for it: a captured pass reads it at each replay.
+            share = torch.full((), len(rows) / minibatch, device=rows.device)
+            logp_ref = () if logp_ref_BL is None else (logp_ref_BL[rows],)
+            arguments = (*inputs, share, rollout.logp_BL, scored.advantages_B[rows], *logp_ref)
+            run = self._policy_pass if captured else self._accumulate
+            (stats,) = run((temperature, first_pass), *arguments)
+            if self._gradients is not None:
+                self._gradients.attach()
+            return stats
+
+    @torch.no_grad()
+    def _reference_logp(
+        self, temperature: float, labels_B: Tensor, tokens_BL: Tensor, var_input_BLC: Tensor
+    ) -> tuple[Tensor]:
+        assert self.reference is not None
+        return (self.reference.token_logp(labels_B, tokens_BL, temperature, var_input_BLC=var_input_BLC),)
+
+    def _accumulate(
+        self,
+        how: tuple[float, bool],
+        labels_B: Tensor,
+        tokens_BL: Tensor,
+        var_input_BLC: Tensor,
+        share: Tensor,
+        logp_old_BL: Tensor,
+        advantages_B: Tensor,
+        logp_ref_BL: Tensor | None = None,
+    ) -> tuple[Tensor]:
+        """Forward and backward of a micro-batch, whose gradient is added to what is there.
+
+        Args:
+            how: temperature, and whether the gradient replaces what is there.
+            share: scalar, of the minibatch's loss: what is minimised is the micro-batch's mean times this.
+        Returns: (6,) its part of the loss, and GRPO_STATS.
+        """
+        temperature, first_pass = how
+        if first_pass and self._gradients is not None:
+            self._gradients.overwrite()
+        logp_BL = self.policy.token_logp(
+            labels_B, tokens_BL, temperature, var_input_BLC=var_input_BLC, checkpointing=self._checkpointing
+        )
+        loss, stats = kernels.grpo_token_loss(
+            logp_BL, logp_old_BL, logp_ref_BL, advantages_B, clip_eps=self.grpo.clip_eps, kl_beta=self.grpo.kl_beta
+        )
+        loss = loss * share
+        (loss * self.world.size).backward()  # of the processes' gradients the mean is taken
+        return (torch.cat([loss.detach().unsqueeze(0), stats]),)
 
     def _of_all_processes(self, stats_N6: Tensor) -> Tensor:
         """Sums of the processes' parts; of the last, ratio_gap_max, the largest."""
@@ -219,7 +294,7 @@ class Updater:
     def _clipped_step(self) -> tuple[Tensor, Tensor]:
         """Clip and step, unless the gradient is not finite; its norm, and whether it was not."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = self._gradients.norm() if self._gradients else whole(torch.nn.utils.get_total_norm(gradients))
         not_finite = ~norm.isfinite()
         too_long = ((norm + 1e-6) / self.config.grad_clip).clamp_min(1.0)
         if isinstance(self.optimizer, torch.optim.AdamW):
