@@ -85,6 +85,33 @@ def run(benchmark, record, op, shape, direction, functions, leaves, flop, io_byt
     harness.measure(benchmark, record, row, calls)
 
 
+# (rows, features, channels, GELU): of the update of 64 images, and of a rollout's first and last scale at 128.
+PRODUCTS = [(300, 256, 64, False), (300, 256, 64, True)]
+if CUDA:
+    PRODUCTS = [(43520, 3072, 1024, False), (43520, 4096, 1024, True), (43520, 1024, 4096, False),
+                (43520, 5760, 1920, False), (43520, 7680, 1920, True), (43520, 1920, 7680, False),
+                (128, 3072, 1024, False), (32768, 3072, 1024, False)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "features", "channels", "gelu"), PRODUCTS)
+def test_invariant_linear(benchmark, record, rows, features, channels, gelu):
+    """The product of strict mode beside the library's, which adds in another order for other numbers of rows."""
+    x, weight, bias = randn(rows, channels).to(STORAGE), randn(features, channels).to(STORAGE), randn(features)
+    in_dtype = bias.to(STORAGE)
+
+    def by_library(x, weight):
+        out = F.linear(x, weight, in_dtype)
+        return F.gelu(out, approximate="tanh") if gelu else out
+
+    functions = {"ours": lambda x, weight: kernels.invariant_linear(x, weight, in_dtype, gelu), "library": by_library}
+    if gelu:  # on a GPU: GELU in the epilogue of cuBLASLt
+        functions["_addmm_activation"] = lambda x, w: torch._addmm_activation(in_dtype, x, w.T, use_gelu=True)
+    shape = f"{rows} x {channels} -> {features}{', GELU' if gelu else ''}"
+    io_bytes = x.element_size() * (rows * (channels + features) + features * (channels + 1))
+    flop = 2.0 * rows * features * channels
+    run(benchmark, record, "invariant_linear", shape, "forward", functions, [x, weight], flop, io_bytes)
+
+
 @pytest.mark.parametrize("batch", [16, 64, 512] if CUDA else [2])
 def test_sample_tokens(benchmark, record, batch):
     side = 16

@@ -70,8 +70,9 @@ TEMPERATURE = 0.7
 # Peers
 
 
-def eager_sample_tokens(logits, key, scale, temperature, **inference):
+def eager_sample_tokens(logits, key, scale, temperature, bias_V=None, **inference):
     """What the public code does: softmax and multinomial. Guided and filtered as the reference does it."""
+    logits = logits if bias_V is None else logits + bias_V
     if inference.get("guidance") or inference.get("top_k") or inference.get("top_p"):
         return kernels.sampling.sample_tokens(logits, key, scale, temperature, **inference, impl="reference")
     logp = (logits / temperature).log_softmax(dim=-1)
@@ -79,8 +80,8 @@ def eager_sample_tokens(logits, key, scale, temperature, **inference):
     return tokens, logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(dim=-1)
 
 
-def plain_logp(logits, tokens, temperature, consume_logits=False):
-    return reference.selective_log_softmax(logits, tokens, temperature)
+def plain_logp(logits, tokens, temperature, consume_logits=False, bias_V=None):
+    return reference.selective_log_softmax(logits, tokens, temperature, bias_V)
 
 
 PLAIN = {
@@ -116,7 +117,7 @@ def compiled_ops(num_tokens):
 @contextlib.contextmanager
 def acting_as(who, num_tokens):
     """Ours as it is; a peer with the ops of its own in place of varfast.kernels'."""
-    if who in ("ours", "eager"):
+    if who not in ("plain", "compiled", "public"):
         yield
         return
     ops, mlp = compiled_ops(num_tokens) if who == "compiled" else (PLAIN, FFN.forward)
@@ -138,19 +139,18 @@ def models(name: str) -> dict[str, Policy]:
         in_dtype = copy.deepcopy(ours.vqvae).bfloat16().to(memory_format=torch.channels_last)
         for who in ("plain", "compiled"):
             policies[who]._decodable = 64  # one shape to compile, that of bench_decode.py
-        policies["plain"]._decode_part = functools.partial(plain_decode, ours.vqvae, in_dtype.decode_f_hat)
+        policies["plain"]._decode_part = functools.partial(plain_decode, in_dtype.decode_f_hat)
         policies["compiled"]._decode_part = functools.partial(
-            plain_decode, ours.vqvae, torch.compile(in_dtype.decode_f_hat, dynamic=False)
+            plain_decode, torch.compile(in_dtype.decode_f_hat, dynamic=False)
         )
     else:
         policies["public"] = Policy(copy.deepcopy(ours.var), ours.vqvae, DEVICE, "float32", fast=False)
     return policies
 
 
-def plain_decode(vqvae, decode_f_hat, tokens):
+def plain_decode(decode_f_hat, f_hat):
     """The plain decoder in bfloat16, channels last."""
-    f_hat = vqvae.f_hat(tokens).bfloat16().contiguous(memory_format=torch.channels_last)
-    return decode_f_hat(f_hat).float().clamp(-1.0, 1.0).add(1.0).mul(0.5)
+    return decode_f_hat(f_hat.bfloat16().contiguous(memory_format=torch.channels_last))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +271,9 @@ def test_step(benchmark, record, name, images):
         def make(sampled, trained):
             def step():
                 updater.policy, updater.config = policy, config.update.model_copy(update={"micro_batch": trained})
-                rollout, pictures = policy.sample_images(labels, TEMPERATURE, seed=0, micro_batch=sampled)
+                rollout, pictures = policy.sample_images(
+                    labels, TEMPERATURE, seed=0, micro_batch=sampled, keep_input=True
+                )
                 with stage("reward"):
                     rewards = reward(pictures, labels)
                 updater.step(ScoredRollout(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
@@ -284,6 +286,44 @@ def test_step(benchmark, record, name, images):
     makes = {who: stepping(policy) for who, policy in policies.items()}
     measure(benchmark, record, list(stage_counts(config)), name, images, makes, sizes, "step")
     stages(record, config, name, images, makes["ours"](*sizes))
+
+
+def in_strict_mode(policy):
+    """A policy on the same weights whose rollout and update have the same bits."""
+    memo = {id(t): t for model in (policy.var, policy.vqvae) for t in (*model.parameters(), *model.buffers())}
+    var, vqvae = copy.deepcopy(policy.var, memo), copy.deepcopy(policy.vqvae, memo)
+    return Policy(var, vqvae, DEVICE, str(policy.var.compute_dtype).removeprefix("torch."), strict=True)
+
+
+@pytest.mark.parametrize(("name", "images"), STEPS)
+def test_strict_step(benchmark, record, name, images):
+    """The step of run.strict=true beside the ordinary one: what strict mode costs. Weights and moments are shared."""
+    config, labels = step_config(name, images), labels_of(images)
+    reward = WeightedSum(config.reward, DEVICE)
+    ordinary = models(name)["ours"]
+    policies = {"ours": in_strict_mode(ordinary), "without strict": ordinary}
+    references = {who: policy.frozen_copy() for who, policy in policies.items()}
+    updater = Updater(ordinary, references["without strict"], config.grpo, config.update, 1, 0)
+
+    def stepping(who):
+        policy = policies[who]
+        policy.cuda_graph = config.rollout.cuda_graph is not False
+
+        def make(sampled, trained):
+            def step():
+                updater.policy, updater.reference = policy, references[who]
+                updater.config = config.update.model_copy(update={"micro_batch": trained})
+                rollout, pictures = policy.sample_images(labels, TEMPERATURE, seed=0, micro_batch=sampled)
+                rewards = reward(pictures, labels)
+                updater.step(ScoredRollout(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
+
+            return step
+
+        return make
+
+    sizes = (config.rollout.micro_batch, config.update.micro_batch)
+    makes = {who: stepping(who) for who in policies}
+    measure(benchmark, record, list(stage_counts(config)), name, images, makes, sizes, "strict step")
 
 
 def stages(record, config, name, images, step):

@@ -122,6 +122,9 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
         normed = kernels.group_norm_silu(added, weight, bias, 32, input_bias_C=input_bias, moments=moments, impl=impl)
         return added, normed
 
+    def linear(impl: str, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return (kernels.invariant_linear(x, weight, bias, gelu=True, impl=impl),)
+
     detached = tuple(y.detach() for y in (q, k, v))
     qkv = randn(batch, length, 3 * width)
     bias, bias_3 = randn(width, of=torch.float32), randn(3 * width, of=torch.float32)
@@ -147,6 +150,8 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
         Case("group_norm_silu", norm, (image, *vectors)),
         Case("conv3x3", convolution, (wide_image, filters, wide_image)),
         Case("channel_moments", convolution_norm, (image, image, *vectors)),
+        Case("invariant_linear", linear,
+             (x, randn(4 * width, width, times=width**-0.5), randn(4 * width))),
         Case("grpo_token_loss", loss, (logp,), floor=2e-6),
     ]  # fmt: skip
     return {case.name: case for case in found}

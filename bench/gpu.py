@@ -1,6 +1,6 @@
 """Run everything that needs a GPU, in parts: each with a limit, a log and an exit code, none able to stop the others.
 
-    python bench/gpu.py kernels|d16|d30|tune [out-dir] [--seconds 530]
+    python bench/gpu.py WHAT [out-dir] [--seconds S]     # names of WHAT and what they do: bench/gpu.sh
 
 What is not timed (tests, sanitizers, compilers) runs side by side; what is timed runs alone. A benchmark that loses
 the device or hangs costs itself alone: its process is started again and goes on with the next. Written as they come:
@@ -203,32 +203,75 @@ def workers(count: int) -> tuple[str, ...]:
     return ("-n", str(count)) if has("xdist") else ()
 
 
-def kernels(record: Path) -> list[list[Part]]:
-    """Build; then tests, checks, sanitizers and compilers side by side; then, alone, the benchmarks."""
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    no_sanitizer = "" if Path(sanitizer).exists() else "compute-sanitizer is not installed"
-    each = (PYTHON, "bench/each_kernel.py")
-    # Without torch's caching allocator an access beside a tensor is one beside an allocation.
-    exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    timed = {"VARFAST_BENCH_RECORD": str(record), "VARFAST_BENCH_TEST_S": "150"}
-    timeout = ("--timeout=120",) if has("pytest_timeout") else ()
-    tests = pytest("-m", "gpu", "tests", "--continue-on-collection-errors", "-rfE", *workers(8), *timeout)
+# The tests of `quick`, those that matter most first: whole policy, rollout, then the kernels' numbers.
+QUICK_TESTS = (
+    "tests/test_gpu.py", "tests/test_rollout.py", "tests/kernels/test_attention.py", "tests/kernels/test_adaln.py",
+    "tests/kernels/test_qkv.py", "tests/kernels/test_sampling.py", "tests/kernels/test_logprob.py",
+    "tests/kernels/test_grpo_loss.py", "tests/kernels/test_group_norm.py",
+)  # fmt: skip
+
+
+def quick(record: Path) -> list[list[Part]]:
+    """What to see first on a rented GPU. The limits add up to more than its 290 s: what is late is cut, not waited for.
+
+    Build 40 s; kernels without the peers that compile; d16 20 + 6 + 6 x 3.2 s, d30 20 + 15 + 6 x 12 s (measured on an
+    H100 at commit 3c56215: import, first step, other steps).
+    """
+    timed = {"VARFAST_BENCH_RECORD": str(record), "VARFAST_BENCH_TEST_S": "20", "VARFAST_BENCH_QUICK": "1",
+             "VARFAST_BENCH_PEER_S": "5"}  # fmt: skip
     return [
         [build()],
-        [
-            Part("tests", tests, 220),
-            Part("checks", (*each, "--fresh", "--repeat", "20", "--record", str(record)), 120),
-            Part("memcheck", (sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *each, "--once"), 200, exact,
-                 skip=no_sanitizer),
-            Part("racecheck", (sanitizer, "--tool", "racecheck", "--error-exitcode", "9", *each, "--once"), 200, exact,
-                 skip=no_sanitizer),
-            # Compiles what will be timed, so that the benchmarks find it in the caches of Triton and Inductor.
-            Part("compilers", pytest("bench/bench_kernels.py", "--benchmark-disable", *workers(5)), 180,
-                 {"VARFAST_BENCH_COMPILE_ONLY": "1"}),
-        ],
+        [Part("tests", pytest("-m", "gpu", *QUICK_TESTS, "-rfE", "--continue-on-collection-errors", *workers(8)), 50)],
+        [Part("kernels", pytest("bench/bench_kernels.py", "--benchmark-only", "-s"), 45, timed, resumes=True)],
+        [steps("d16", record, 60)],
+        [steps("d30", record, 120)],
+        [tables(record)],
+        [Part("trace", (PYTHON, "bench/step_trace.py", str(record.parent)), 60)],
+    ]
+
+
+def steps(model: str, record: Path, limit_s: float, *more: str) -> Part:
+    """The real trainer, until it has its steady steps."""
+    return Part(f"{model} steps", (PYTHON, "bench/train_steps.py", model, "--record", str(record), *more), limit_s)
+
+
+def memory(record: Path) -> list[list[Part]]:
+    """20 steps of d30, after which its memory must not have grown: 22 x 12 s and the start."""
+    return [[build()], [steps("d30", record, 400, "--steady", "20", "--flat")]]
+
+
+def tests(record: Path) -> list[list[Part]]:
+    """Every GPU test, beside a check of each kernel that is repeated."""
+    timeout = ("--timeout=120",) if has("pytest_timeout") else ()
+    every = pytest("-m", "gpu", "tests", "--continue-on-collection-errors", "-rfE", *workers(8), *timeout)
+    checks = (PYTHON, "bench/each_kernel.py", "--fresh", "--repeat", "20", "--record", str(record))
+    return [[build()], [Part("tests", every, 300), Part("checks", checks, 120)]]
+
+
+def sanitizers(record: Path) -> list[list[Part]]:
+    """Every kernel once under compute-sanitizer."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    absent = "" if Path(tool).exists() else "compute-sanitizer is not installed"
+    # Without torch's caching allocator an access beside a tensor is one beside an allocation.
+    exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+    def check(name: str) -> Part:
+        once = (tool, "--tool", name, "--error-exitcode", "9", PYTHON, "bench/each_kernel.py", "--once")
+        return Part(name, once, 400, exact, skip=absent)
+
+    return [[build()], [check("memcheck"), check("racecheck")]]
+
+
+def peers(record: Path) -> list[list[Part]]:
+    """Every kernel against all of its peers. A compiling pass first, so that timing finds all in the caches."""
+    timed = {"VARFAST_BENCH_RECORD": str(record), "VARFAST_BENCH_TEST_S": "150"}
+    compilers = pytest("bench/bench_kernels.py", "--benchmark-disable", *workers(5))
+    return [
+        [build()],
+        [Part("compilers", compilers, 180, {"VARFAST_BENCH_COMPILE_ONLY": "1"})],
         [Part("benchmarks", pytest("bench/bench_kernels.py", "--benchmark-only", "-s"), 300, timed, resumes=True)],
         [tables(record)],
-    ]  # fmt: skip
+    ]
 
 
 def bench(name: str, record: Path, chosen: str, limit_s: float, file: str = "bench/bench_step.py") -> Part:
@@ -237,36 +280,34 @@ def bench(name: str, record: Path, chosen: str, limit_s: float, file: str = "ben
     return Part(name, pytest(file, "--benchmark-only", "-s", "-k", chosen), limit_s, timed, resumes=True)
 
 
-def d16(record: Path) -> list[list[Part]]:
-    """Build; checks, digits and compilers side by side; then, alone: stages and step, a trace, decoder, reward."""
+def decoder(record: Path) -> list[list[Part]]:
+    chosen = "(test_decode and bfloat16) or upsample"
+    return [[build()], [bench("decoder", record, chosen, 300, "bench/bench_decode.py")], [tables(record)]]
+
+
+def agreement(record: Path) -> list[list[Part]]:
+    """Rollout against update at full size, and whether the digits' reward rises."""
     checks = (PYTHON, "bench/full_size.py", "--record", str(record))
-    # Compiles what will be timed, at the same shapes.
-    compile_only, files = {"VARFAST_BENCH_COMPILE_ONLY": "1"}, ("bench/bench_step.py", "bench/bench_decode.py")
-    first = "(test_update and d16) or (test_rollout and d16-16) or (test_decode and bfloat16)"
     return [
         [build()],
-        [
-            Part("checks", (*checks, "d16"), 120),
-            Part("digits", (*checks, "run"), 120),
-            Part("compilers", pytest(*files, "--benchmark-disable", *workers(3), "-k", first), 120, compile_only),
-        ],
-        [bench("stages and step", record, "d16", 200)],
-        [Part("trace", (PYTHON, "bench/step_trace.py", str(record.parent)), 90)],
-        [bench("decoder", record, "(test_decode and bfloat16) or upsample", 80, "bench/bench_decode.py")],
-        [bench("reward", record, "test_reward", 40)],
-        [tables(record)],
+        [Part("d16", (*checks, "d16"), 150), Part("digits", (*checks, "run"), 150)],
+        [Part("d30", (*checks, "d30"), 120)],
     ]
 
 
-def d30(record: Path) -> list[list[Part]]:
-    """Build; then alone and by value: step, update, forward and backward; checks; rollouts."""
-    return [
-        [build()],
-        [bench("stages and step", record, "d30 and not test_rollout", 290)],
-        [Part("checks", (PYTHON, "bench/full_size.py", "--record", str(record), "d30"), 90)],
-        [bench("rollouts", record, "test_rollout and d30", 120)],
-        [tables(record)],
-    ]
+def stages_of(model: str) -> Callable[[Path], list[list[Part]]]:
+    """Steps by the trainer; then the stages, each against its peers."""
+
+    def phases(record: Path) -> list[list[Part]]:
+        return [
+            [build()],
+            [steps(model, record, 180)],
+            [bench("stages", record, f"{model} and not test_rollout", 200)],
+            [bench("rollouts", record, f"test_rollout and {model}", 120)],
+            [tables(record)],
+        ]
+
+    return phases
 
 
 def tables(record: Path) -> Part:
@@ -278,7 +319,11 @@ def tune(record: Path) -> list[list[Part]]:
     return [[build()], [Part("tune", (PYTHON, "bench/tune.py", "--seconds", "400", "--out", table), 450)]]
 
 
-WHAT = {"kernels": kernels, "d16": d16, "d30": d30, "tune": tune}
+WHAT = {
+    "quick": quick, "tests": tests, "sanitizers": sanitizers, "peers": peers, "d16": stages_of("d16"),
+    "d30": stages_of("d30"), "memory": memory, "decoder": decoder, "agreement": agreement, "tune": tune,
+}  # fmt: skip
+SECONDS = {"quick": 290.0}  # altogether; of the others 530
 
 
 def gpu_name() -> str:
@@ -292,7 +337,7 @@ def gpu_name() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    seconds = 530.0
+    seconds = None
     if "--seconds" in arguments:
         at = arguments.index("--seconds")
         seconds = float(arguments[at + 1])
@@ -305,7 +350,7 @@ def main(arguments: list[str]) -> int:
     records = out if given else ROOT / "bench" / "records"
     record = records / f"{datetime.now(UTC):%Y-%m-%d_%H%M}_{gpu_name()}_{what}.json"
     os.environ["VARFAST_BENCH_COMMAND"] = f"bench/gpu.sh {what}"
-    results = run_parts(WHAT[what](record), out, what, seconds)
+    results = run_parts(WHAT[what](record), out, what, seconds or SECONDS.get(what, 530.0))
     print(f"\n{'part':24} {'seconds':>8}  state")
     for result in results:
         print(f"{result.name:24} {result.seconds:8.0f}  {result.state}")

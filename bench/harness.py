@@ -5,14 +5,18 @@ bench/records/<date>_<gpu>.json, row by row, from which `python bench/table.py` 
 
     VARFAST_BENCH_RECORD         the record to write, and to go on with if it is there; on a CPU too
     VARFAST_BENCH_COMPILE_ONLY   1: run every call once and time nothing
+    VARFAST_BENCH_QUICK          1: leave out the peers that are compiled first; the row's notes name them
+    VARFAST_BENCH_PEER_S         seconds a peer may take to start, compilation included (60): else it is left out
     VARFAST_COMMIT               the commit that is measured, where there is no checkout
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -102,6 +106,15 @@ class Record:
         }
         with self._on_disk():
             pass
+
+    def replace(self, rows: list[Row]) -> None:
+        """Add rows, each in place of an earlier one of the same op, shape, direction and model."""
+        names = ("op", "shape", "direction", "model")
+        new = [asdict(row) for row in rows]
+        taken = {tuple(row[name] for name in names) for row in new}
+        with self._on_disk():
+            kept = [row for row in self.content["rows"] if tuple(row[name] for name in names) not in taken]
+            self.content["rows"] = kept + new
 
     def note(self, section: str, key: str, value: object) -> None:
         """Set an entry of `checks` or `tests`."""
@@ -203,7 +216,12 @@ def synchronize() -> None:
 
 # Between two calls the L2 cache (60 MB on an H200) is overwritten; then the device waits 2 ms, so that the host has
 # queued the call before the first event: else a short op's time would be that of its launch.
-_FLUSH = torch.empty(2**28 if CUDA else 0, dtype=torch.uint8, device=DEVICE)
+@functools.cache
+def _flush() -> torch.Tensor:
+    """Made when something is timed: a process that only writes a record leaves the device's memory to others."""
+    return torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
+
+
 _HEAD_START_CYCLES = 4_000_000
 
 
@@ -214,7 +232,7 @@ def _time_once(call: Callable[[], object]) -> float:
         return (time.perf_counter() - begin) * 1e3
     begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    _FLUSH.zero_()
+    _flush().zero_()
     torch.cuda._sleep(_HEAD_START_CYCLES)
     begin_event.record()
     call()
@@ -233,17 +251,51 @@ def measure_ceilings() -> Ceilings:
     return Ceilings(2 * side**3 / timed["product"].ms * 1e3, 2 * size / timed["copy"].ms * 1e3)
 
 
+COMPILED_PEERS = ("torch.compile", "flex", "flex, tuned")
+
+
+@contextmanager
+def time_limit(limit_s: float) -> Iterator[None]:
+    """Raise TimeoutError in the main thread after limit_s; an alarm that was set before (bench/conftest.py) goes on.
+
+    A call that does not come back to Python, such as a kernel that hangs, is not reached: that alarm ends the process.
+    """
+
+    def expire(*_: object) -> None:
+        raise TimeoutError(f"over its limit of {limit_s:g} s")
+
+    begin, handler = time.monotonic(), signal.getsignal(signal.SIGALRM)
+    before_s, _ = signal.getitimer(signal.ITIMER_REAL)
+    if 0 < before_s <= limit_s:  # the process would be ended first
+        yield
+        return
+    signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if before_s:
+            signal.setitimer(signal.ITIMER_REAL, max(0.1, before_s - (time.monotonic() - begin)))
+
+
 def runnable(calls: dict[str, Callable[[], object]]) -> tuple[dict[str, Callable[[], object]], list[str]]:
     """Ours and the peers that run here, after one run; why the others do not. What ours raises, it raises here."""
     calls["ours"]()
     synchronize()
     found, notes = {"ours": calls["ours"]}, []
+    quick, limit_s = os.environ.get("VARFAST_BENCH_QUICK") == "1", float(os.environ.get("VARFAST_BENCH_PEER_S", "60"))
     for name, call in calls.items():
         if name == "ours":
             continue
+        if quick and name in COMPILED_PEERS:
+            notes.append(f"{name} left out: it is compiled first")
+            continue
         try:
-            call()
-            synchronize()
+            with time_limit(limit_s):
+                call()
+                synchronize()
         except Exception as error:  # noqa: BLE001 - a peer may refuse in any way: then it is left out, and said
             lines = str(error).strip().splitlines() or [""]
             notes.append(f"{name} did not run: {type(error).__name__}: {lines[0][:200]}")

@@ -58,8 +58,9 @@ def _source(record: Record | None, none: str) -> list[str]:
     return [
         "",
         f"Measured on one {device} (product and copy: {ceilings}), {record['date'][:10]}, "
-        f"torch {environment['torch']}, at commit {environment['commit']}: [{record['path']}](bench/records/{record['path']}), by "
-        f"`{record['command']}`. What was changed after that commit is not in these figures (CHANGELOG.md).",
+        f"torch {environment['torch']}, at commit {environment['commit']}: "
+        f"[{record['path']}](bench/records/{record['path']}), by `{record['command']}`. "
+        "What was changed after that commit is not in these figures (CHANGELOG.md).",
     ]
 
 

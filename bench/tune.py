@@ -15,7 +15,7 @@ import itertools
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -46,7 +46,7 @@ class Target:
     """
 
     kernel: str
-    size: int
+    size: Hashable
     case: str
     candidates: list[Setting]
     prepare: Callable[[], Callable[[], object]]
@@ -107,6 +107,14 @@ CONVOLUTION = [
     dict(zip(("BLOCK_M", "BLOCK_K", "num_warps", "num_stages"), four, strict=True))
     for four in ((128, 32, 8, 3), (128, 32, 8, 4), (128, 32, 8, 5), (128, 64, 8, 3), (128, 64, 8, 4), (64, 32, 4, 4))
 ]
+PRODUCT = [
+    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": group, "num_warps": warps, "num_stages": stages}
+    for m, n, k, warps, stages in (
+        (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4),
+        (128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 256, 32, 8, 4),
+    )
+    for group in (4, 8, 16)
+]  # fmt: skip
 
 
 def group_norm_tiles(channels: int) -> list[Setting]:
@@ -180,6 +188,11 @@ def convolution(channels: int, out_channels: int) -> Callable[[], object]:
     return lambda: kernels.conv3x3(x, weight, residual, impl="triton")
 
 
+def linear(features: int, channels: int, gelu: bool) -> Callable[[], object]:
+    x, weight, bias = randn(64 * 680, channels), randn(features, channels), randn(features)
+    return lambda: kernels.invariant_linear(x, weight, bias, gelu)
+
+
 def attention(backward: bool) -> Callable[[], object]:
     leaves = [randn(64, 16, 680, 64, grad=True) for _ in range(3)]
     scale, ends = torch.full((16,), 0.125, device=harness.DEVICE), VARConfig().scale_ends
@@ -219,6 +232,12 @@ def targets() -> list[Target]:
         found.append(
             Target(f"selective_log_softmax_{direction}", 4096, "selective_log_softmax",
                    product(num_warps=(2, 4, 8, 16)), lambda backward=backward: log_softmax(backward), {})
+        )  # fmt: skip
+    for features, channels, gelu in ((3072, 1024, False), (4096, 1024, True), (1024, 4096, False),
+                                     (5760, 1920, False), (7680, 1920, True), (1920, 7680, False)):  # fmt: skip
+        found.append(
+            Target("invariant_linear", (16, features), "invariant_linear", PRODUCT,
+                   lambda f=features, c=channels, g=gelu: linear(f, c, g), {"heads": min(features, channels) // 64})
         )  # fmt: skip
     for channels in (160, 320, 640):
         found.append(

@@ -11,6 +11,7 @@ from varfast.kernels.gelu import gelu_bias, linear_gelu
 from varfast.kernels.group_norm import ChannelMoments, channel_moments, group_norm_silu
 from varfast.kernels.grpo_loss import GRPO_STATS, grpo_token_loss
 from varfast.kernels.logprob import selective_log_softmax
+from varfast.kernels.matmul import invariant_linear
 from varfast.kernels.qkv import split_heads, split_heads_to_cache
 from varfast.kernels.sampling import sample_tokens
 from varfast.kernels.selection import Choice, check_implementation, choices, configure
@@ -31,6 +32,7 @@ __all__ = [
     "gelu_bias",
     "group_norm_silu",
     "grpo_token_loss",
+    "invariant_linear",
     "layer_norm_modulate",
     "linear_gelu",
     "sample_tokens",

@@ -9,6 +9,7 @@ Axes: B image, L token, C channel.
 from __future__ import annotations
 
 import functools
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -512,49 +513,34 @@ implementations(
 )
 
 
-_FLOAT32 = ("mean_ptr", "rstd_ptr", "partial_ptr", "bias_ptr", "d_bias_ptr")
-
-
-def _type_of(argument: str, dtype: str, constants: dict[str, Any]) -> str:
-    if argument in constants:
-        return "constexpr"
-    if argument.endswith("_ptr"):
-        return "*fp32" if argument in _FLOAT32 else f"*{dtype}"
-    return "fp32" if argument == "eps" else "i32"
-
-
 def ahead_of_time() -> list[AheadOfTime]:
-    """The fused op, and the two alone, at the widths of d16 and d30."""
-    from varfast.kernels.aot import AheadOfTime
+    """The three ops, forward and backward, at the widths of d16 and d30; one image, token and channel; odd strides."""
+    from varfast.kernels.aot import recorded
+
+    def call(dtype: torch.dtype, shape: tuple[int, ...], stride: int, op: str) -> None:
+        batch, _, width = shape
+        x, branch = torch.empty(2, *shape, dtype=dtype, requires_grad=True).unbind()
+        six = torch.empty(batch, stride, dtype=dtype, requires_grad=True)
+        gate, scale, shift = (six[:, start : start + width] for start in (0, stride - width, stride - width))
+        bias = torch.empty(width, requires_grad=True)
+        if op == "residual+norm":
+            stream, normed = gated_residual_norm(x, branch, gate, scale, shift, bias_C=bias, impl="triton")
+            (stream.sum() + normed.sum()).backward()
+        elif op == "norm":
+            layer_norm_modulate(x, scale, shift, impl="triton").sum().backward()
+        else:
+            gated_residual(x, branch, gate, bias, impl="triton").sum().backward()
 
     items = []
-    for dtype in ("bf16", "fp32"):
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for width in (1024, 1920):
-            for residual, norm in ((True, True), (False, True), (True, False)):
-                what = "+".join(filter(None, ["residual" * residual, "norm" * norm]))
-                flags = {"RESIDUAL": residual, "BIAS": residual, "NORM": norm}
-                for name, kernel, constants in (
-                    ("forward", _forward_kernel, flags | _launch_settings("forward", width)),
-                    (
-                        "backward",
-                        _backward_kernel,
-                        flags | {"NEW_HAS_GRADIENT": residual} | _launch_settings("backward", width),
-                    ),
-                    ("finish", _finish_kernel, flags | _FINISH),
-                ):
-                    num_warps = constants.pop("num_warps", 4)
-                    signature = {a: _type_of(a, dtype, constants) for a in kernel.arg_names}
-                    divisible = [a for a in signature if a in ("width", "plane") or a.endswith("_stride")]
-                    items.append(
-                        AheadOfTime(
-                            f"adaln {what} {name} {dtype} C={width}",
-                            kernel,
-                            signature,
-                            constants,
-                            num_warps=num_warps,
-                            attributes=dict.fromkeys(divisible, 16),
-                        )
-                    )
+            for op in ("residual+norm", "norm", "residual"):
+                what = f"adaln {op} {name} C={width}"
+                main = dtype == torch.bfloat16 and (width, op) == (1024, "residual+norm")
+                items += recorded(what, partial(call, dtype, (2, 680, width), 6 * width, op), also_blackwell=main)
+    for shape, stride in (((1, 1, 1), 1), ((1, 17, 24), 73)):
+        what = f"adaln residual+norm {shape} stride={stride}"
+        items += recorded(what, partial(call, torch.float32, shape, stride, "residual+norm"), fast=False)
     return items
 
 

@@ -1,13 +1,13 @@
-"""Compile every Triton kernel, at every shipped configuration, for sm_90 and sm_100, with no GPU; report what it needs.
+"""Compile every Triton kernel for a GPU that is not here, as its launches would, and report what each needs.
 
-    python -m varfast.kernels.aot
+    python -m varfast.kernels.aot [WORD ...]        only kernels whose name contains every word
 
-Gates (see `problems`): no spills, no stack, 128-bit loads, and in matrix kernels the matrix instruction: HGMMA on
-Hopper, UTCMMA on Blackwell.
+Each op's `ahead_of_time()` lists example calls of the op. `recorded` runs them on the CPU with launches caught instead
+of carried out, and specialises the arguments of each launch by Triton's own rule: an integer 1 and None become
+constants of the kernel, and integers and addresses divisible by 16 are known to be so.
 
-A launch specialises the integers that it is given: 1 becomes a Python int, on which `.to()` fails, and multiples of 16
-are known as such. Each kernel is compiled as it is launched at full size, and also with every integer 1 and with none
-that 16 divides (`specialised`): these must compile, no more.
+Gates (see `problems`): no spills, no stack, 128-bit loads, and the tensor cores' own instruction in matrix kernels
+(HGMMA on sm_90, UTCHMMA on sm_100). Calls with degenerate shapes only have to compile.
 """
 
 from __future__ import annotations
@@ -19,31 +19,38 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODULES = ("sampling", "logprob", "attention", "qkv", "adaln", "gelu", "group_norm", "conv")
+from varfast.kernels import selection, settings
+
+MODULES = ("sampling", "logprob", "attention", "qkv", "adaln", "gelu", "group_norm", "conv", "matmul")
+HOPPER, BLACKWELL = (9, 0), (10, 0)
 _MAX_REGISTERS = 255
-SM_90, SM_100 = 90, 100
+_OPTIONS = ("num_warps", "num_stages")
+_FLAGS = ("enable_fp_fusion",)
 
 
 @dataclass(frozen=True)
 class AheadOfTime:
-    """A kernel at one configuration.
+    """A kernel at one configuration. `recorded` makes them from example calls.
 
     Attributes:
         name: for the report.
         kernel: the @triton.jit function.
         signature: type of each argument: "*fp32", "i32", "constexpr", ...
         constants: values of the constexpr arguments.
-        matrix: the kernel is made of matrix products and must use the matrix instruction of the target.
+        matrix: the kernel is made of matrix products and must use the tensor cores' instruction.
         wide_loads: it streams large arrays and must load 128 bits at a time.
-        attributes: integers that 16 divides at run time, with the number 16.
-        target: compute capability, 90 or 100.
-        gated: it must pass the gates; else it must only compile.
+        attributes: 16 for an argument that is known to be divisible by 16, 1 for one that is not; an argument that is
+            not named is divisible if it is a pointer, and not if it is a number.
+        fast: False: a degenerate shape, which must compile but is not held to the gates.
+        capability: compute capability of the GPU, (9, 0) or (10, 0).
+        options: of the compiler, beside warps and stages.
     """
 
     name: str
@@ -55,53 +62,156 @@ class AheadOfTime:
     matrix: bool = False
     wide_loads: bool = True
     attributes: Mapping[str, int] = field(default_factory=dict)
-    target: int = SM_90
-    gated: bool = True
+    fast: bool = True
+    capability: tuple[int, int] = HOPPER
+    options: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def compiled(self) -> tuple[Any, ...]:
+        """All that the binary depends on."""
+        tables = (self.signature, self.constants, self.attributes, self.options)
+        numbers = (self.num_warps, self.num_stages, self.capability)
+        return id(self.kernel), *(tuple(sorted((k, repr(v)) for k, v in t.items())) for t in tables), *numbers
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs. Registers a thread; shared memory, spills and stack in bytes; instructions."""
+    """What a compiled kernel needs. Registers a thread; shared memory, spills and stack in bytes.
+
+    Attributes:
+        matrix: instructions of the tensor cores.
+        wide_loads: instructions that load 128 bits.
+        instructions, barriers: of the whole program, each counted once however often it runs.
+    """
 
     registers: int
     shared_bytes: int
     spilled_bytes: int
     matrix: int
     wide_loads: int
+    instructions: int = 0
+    barriers: int = 0
 
 
-def specialised(item: AheadOfTime) -> Iterator[AheadOfTime]:
-    """A kernel with the integers of its smallest launch, all 1, and with integers that 16 does not divide."""
-    kept = {
-        item.kernel.params[i].name for i in range(len(item.kernel.params)) if item.kernel.params[i].do_not_specialize
+# ---------------------------------------------------------------------------------------------------------------------
+# From calls to kernels
+
+
+def recorded(
+    name: str,
+    call: Callable[[], Any],
+    *,
+    matrix: bool = False,
+    narrow: tuple[Any, ...] = (),
+    fast: bool = True,
+    also_blackwell: bool = False,
+) -> list[AheadOfTime]:
+    """What `call` would compile on a GPU: one item a kernel that it launches, named `name` and the kernel's own name.
+
+    Nothing is computed: outputs of kernels stay as they were allocated. Launch settings are those of the target.
+
+    Args:
+        call: calls ops, with impl="triton", on small CPU tensors. Their alignment and strides count as on a GPU.
+        matrix, fast: as in AheadOfTime.
+        narrow: kernels that read too little to need wide loads.
+        also_blackwell: for sm_100 as well as for sm_90.
+    """
+    items = []
+    for capability in (HOPPER, BLACKWELL) if also_blackwell else (HOPPER,):
+        with selection.launches_recorded(), settings.compiling_for(capability), _launches() as launches:
+            call()
+        assert launches, f"{name} launched nothing"
+        for kernel, arguments, keywords in launches:
+            shown = kernel.fn.__name__.strip("_").removesuffix("_kernel").replace("_", " ")
+            item = AheadOfTime(
+                name if shown in name else f"{name}: {shown}",
+                kernel,
+                **_specialised(kernel, arguments, keywords, capability),
+                matrix=matrix and fast,
+                wide_loads=fast and kernel not in narrow,
+                fast=fast,
+                capability=capability,
+            )
+            items.append(item)
+    return items
+
+
+@contextmanager
+def _launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Catch launches of Triton kernels: (kernel, arguments, keywords) of each."""
+    from triton.runtime import JITFunction
+    from triton.runtime.interpreter import InterpretedFunction
+
+    found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def catch(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        assert not callable(grid), "a grid that depends on the settings is not caught"
+        assert all(side > 0 for side in grid), grid
+        found.append((kernel, arguments, keywords))
+
+    before = {kind: kind.run for kind in (JITFunction, InterpretedFunction)}
+    for kind in before:
+        kind.run = catch
+    try:
+        yield found
+    finally:
+        for kind, run in before.items():
+            kind.run = run
+
+
+def _specialised(
+    kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], capability: tuple[int, int]
+) -> dict[str, Any]:
+    """signature, constants, attributes and options: the steps of JITFunction.run, up to the compiler."""
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(_target(capability))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, given = bind(*arguments, **keywords)
+    unknown = set(given) - {*_OPTIONS, *_FLAGS}
+    assert not unknown, f"{kernel.fn.__name__}: what launch options {unknown} change is not compiled here"
+    options, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialisation, given)
+    names = kernel.arg_names
+    divisible = {names[index] for (index,), found in attributes.items() if ["tt.divisibility", 16] in found}
+    return {
+        "signature": signature,
+        "constants": {names[index]: value for (index,), value in constants.items()},
+        "attributes": {name: 16 if name in divisible else 1 for name in names},
+        "num_warps": options.num_warps,
+        "num_stages": options.num_stages,
+        "options": {name: value for name, value in given.items() if name in _FLAGS},
     }
-    ones = [name for name, kind in item.signature.items() if kind in ("i32", "i64") and name not in kept]
-    signature = {**item.signature, **dict.fromkeys(ones, "constexpr")}
-    constants = {**item.constants, **dict.fromkeys(ones, 1)}
-    smallest = replace(item, signature=signature, constants=constants)
-    yield replace(smallest, name=f"{item.name}, all 1", attributes={}, gated=False)
-    yield replace(item, name=f"{item.name}, odd", attributes={}, gated=False)
 
 
-def compile_kernel(item: AheadOfTime) -> Resources:
-    """Compile; pointers are taken to be divisible by 16, as they are at run time."""
-    import triton
+def _target(capability: tuple[int, int]) -> Any:
     from triton.backends.compiler import GPUTarget
+
+    major, minor = capability
+    return GPUTarget("cuda", 10 * major + minor, 32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From kernels to machine code
+
+
+def compile_for(item: AheadOfTime) -> Resources:
+    """Compile a kernel for its GPU."""
+    import triton
     from triton.compiler import ASTSource
 
     names = item.kernel.arg_names  # the order of the signature is its own
     divisible = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if item.signature[name].startswith("*") or item.attributes.get(name) == 16
+        if item.attributes.get(name, 16 if item.signature[name].startswith("*") else 1) == 16
     }
     constants = {(names.index(name),): value for name, value in item.constants.items()}
     source = ASTSource(
         fn=item.kernel, signature={name: item.signature[name] for name in names}, constexprs=constants, attrs=divisible
     )
-    options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", item.target, 32), options=options)
-    return _resources(compiled)
+    options = {option: getattr(item, option) for option in _OPTIONS} | dict(item.options)
+    return _resources(triton.compile(source, target=_target(item.capability), options=options))
 
 
 def _resources(compiled: Any) -> Resources:
@@ -118,82 +228,84 @@ def _resources(compiled: Any) -> Resources:
             [nvidia.nvdisasm.path, "-c", str(cubin)], capture_output=True, text=True, check=True
         ).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage.stdout)}
-    local = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, sass))
+
     return Resources(
         registers=found["REG"],
         shared_bytes=int(compiled.metadata.shared),
-        spilled_bytes=found["STACK"] + found["LOCAL"] + local,
-        matrix=len(re.findall(r"\b(?:HGMMA|UTC\w*MMA)\b", sass)),
-        wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128", sass)) + len(re.findall(r"\bUTMALDG", sass)),
+        spilled_bytes=found["STACK"] + found["LOCAL"] + count(r"\b(?:STL|LDL)\b"),
+        matrix=count(r"\b(?:HGMMA|UTC\w*MMA)\b"),
+        wide_loads=count(r"\b(?:LDG|LDGSTS)\.[\w.]*128") + count(r"\bUTMALDG"),
+        instructions=count(r"/\*[0-9a-f]{4,}\*/\s+\S"),
+        barriers=count(r"\bBAR\.SYNC"),
     )
 
 
 def problems(item: AheadOfTime, used: Resources) -> list[str]:
     """The gates that a kernel does not pass."""
-    if not item.gated:
-        return []
     found = []
-    if used.spilled_bytes:
+    if item.fast and used.spilled_bytes:
         found.append(f"spills ({used.spilled_bytes})")
     if used.registers > _MAX_REGISTERS:
         found.append(f"{used.registers} registers")
     if item.matrix and not used.matrix:
-        found.append(f"no {'HGMMA' if item.target == SM_90 else 'UTCMMA'}")
+        found.append("no HGMMA" if item.capability == HOPPER else "no UTCHMMA")
     if item.wide_loads and not used.wide_loads:
         found.append("no 128-bit loads")
     return found
 
 
 def all_kernels() -> list[AheadOfTime]:
-    """Every kernel at every shipped configuration, from each op's file."""
-    items: list[AheadOfTime] = []
+    """Every kernel at every shipped configuration, from each op's file; what compiles to the same binary once."""
+    items: dict[tuple[Any, ...], AheadOfTime] = {}
     for module in MODULES:
-        items += importlib.import_module(f"varfast.kernels.{module}").ahead_of_time()
-    return items
+        for item in importlib.import_module(f"varfast.kernels.{module}").ahead_of_time():
+            items.setdefault(item.compiled, item)
+    return list(items.values())
 
 
-def everything() -> list[AheadOfTime]:
-    """For sm_90 every kernel at every configuration, and once a kernel and set of flags what small launches make of it;
-    for sm_100 once a kernel and set of flags, in bfloat16, and every matrix kernel."""
-    items, small, for_100 = [], set(), set()
-    for item in all_kernels():
-        items.append(item)
-        flags = tuple((name, value) for name, value in item.constants.items() if isinstance(value, bool))
-        if (item.kernel, flags) not in small:
-            small.add((item.kernel, flags))
-            items += specialised(item)
-        if " bf16" in item.name and (item.matrix or (item.kernel, flags) not in for_100):
-            for_100.add((item.kernel, flags))
-            items.append(replace(item, name=f"{item.name}, sm_100", target=SM_100))
-    return items
+def report(item: AheadOfTime) -> tuple[str, bool]:
+    """A line of what a kernel needs, and whether it passes."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import TritonError
 
-
-def _compiled(index: int) -> tuple[Resources | None, list[str]]:
-    """What item `index` needs, and what is wrong with it. By index: kernels do not travel between processes."""
-    item = everything()[index]
+    head = f"{item.name:60} sm_{10 * item.capability[0] + item.capability[1]:<4}"
     try:
-        used = compile_kernel(item)
-    except Exception as error:  # noqa: BLE001 - a kernel may fail to compile in any way, and all are to be seen
-        lines = str(error).strip().splitlines() or [""]
-        return None, [f"does not compile: {type(error).__name__}: {lines[-1][:200]}"]
-    return used, problems(item, used)
+        used = compile_for(item)
+    except (CompilationError, TritonError) as error:
+        return f"{head} does not compile: {error}", False
+    wrong = problems(item, used)
+    numbers = f"{used.registers:4} {used.shared_bytes:7} {used.spilled_bytes:5} {used.matrix:6} {used.wide_loads:7}"
+    return f"{head} {numbers} {used.instructions:6} {used.barriers:4}  {', '.join(wrong) or 'ok'}", not wrong
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     """Print a line a kernel; 1 if one of them does not pass."""
-    failed, items = 0, everything()
-    print(f"{'kernel':60} {'regs':>4} {'shared':>7} {'spill':>5} {'MMA':>5} {'128-bit':>7}")
-    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")) as pool:
-        for item, (used, wrong) in zip(items, pool.map(_compiled, range(len(items)), chunksize=4), strict=True):
-            failed += bool(wrong)
-            numbers = " " * 32 if used is None else (
-                f"{used.registers:4} {used.shared_bytes:7} {used.spilled_bytes:5} {used.matrix:5} {used.wide_loads:7}"
-            )  # fmt: skip
-            print(f"{item.name:60} {numbers}  {', '.join(wrong) or 'ok'}", flush=True)
-    return 1 if failed else 0
+    items = [item for item in all_kernels() if all(word in item.name for word in words)]
+    print(
+        f"{'kernel':60} {'for':7} {'regs':>4} {'shared':>7} {'spill':>5} {'matrix':>6} {'128-bit':>7} instrs barriers"
+    )
+    passed = True
+    # Forked: the workers have the kernels, which cannot be pickled, and the imports, which take seconds.
+    global _ITEMS
+    _ITEMS = items
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")) as workers:
+        for line, ok in workers.map(_report, range(len(items))):
+            passed = passed and ok
+            print(line, flush=True)
+    return 0 if passed else 1
+
+
+_ITEMS: list[AheadOfTime] = []
+
+
+def _report(index: int) -> tuple[str, bool]:
+    return report(_ITEMS[index])
 
 
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varfast.kernels import attention_triton, reference
+from varfast.kernels.attention_tiles import HEAD_DIM, visible_keys
 from varfast.kernels.attention_triton import ahead_of_time
 from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
@@ -33,24 +34,39 @@ def _scaled(q_BHLD: Tensor, logit_scale_H: Tensor) -> Tensor:
 
 
 def _refuses(q_BHLD: Tensor, *_: Any) -> str | None:
-    if q_BHLD.shape[-1] != attention_triton.HEAD_DIM:
-        return f"a head dim of {attention_triton.HEAD_DIM}, VAR's, got {q_BHLD.shape[-1]}"
+    if q_BHLD.shape[-1] != HEAD_DIM:
+        return f"a head dim of {HEAD_DIM}, VAR's, got {q_BHLD.shape[-1]}"
     return refused_dtype(q_BHLD)
 
 
 def _run_triton(
-    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
+    q_BHLD: Tensor,
+    k_BHLD: Tensor,
+    v_BHLD: Tensor,
+    scale_ends: tuple[int, ...],
+    logit_scale_H: Tensor,
+    invariant: bool = False,
+    fused_backward: bool = False,
 ) -> Tensor:
-    return attention_triton.attention_op(q_BHLD, k_BHLD, v_BHLD, logit_scale_H.float(), scale_ends)[0]
+    return attention_triton.attention_op(
+        q_BHLD, k_BHLD, v_BHLD, logit_scale_H.float(), scale_ends, invariant, fused_backward
+    )[0]
 
 
 def _run_triton_cached(
-    q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
+    q_BHlD: Tensor,
+    k_cache_BHLD: Tensor,
+    v_cache_BHLD: Tensor,
+    num_keys: int,
+    logit_scale_H: Tensor,
+    invariant: bool = False,
 ) -> Tensor:
     tensors = (q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError("impl='triton' of cached_attention has no gradient; use torch.no_grad() or impl='reference'")
-    return attention_triton.cached_attention_op(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H.float(), num_keys)
+    return attention_triton.cached_attention_op(
+        q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H.float(), num_keys, invariant
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,11 +154,38 @@ def _run_sdpa(
     return torch.cat(parts, dim=2)
 
 
+def _alone(q_BHlD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
+    """Every image by a call of its own: the library cannot know how many there are."""
+    images = []
+    for q, k, v in zip(q_BHlD.split(1), k_BHLD.split(1), v_BHLD.split(1), strict=True):
+        images.append(F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous(), scale=1.0))
+    return torch.cat(images)
+
+
+def _run_alone(
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
+) -> Tensor:
+    """The very calls of _run_alone_cached."""
+    q_BHLD = _scaled(q_BHLD, logit_scale_H)
+    starts = (0, *scale_ends[:-1])
+    parts = [
+        _alone(q_BHLD[:, :, start:end], k_BHLD[:, :, :end], v_BHLD[:, :, :end])
+        for start, end in zip(starts, scale_ends, strict=True)
+    ]
+    return torch.cat(parts, dim=2)
+
+
+def _run_alone_cached(
+    q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
+) -> Tensor:
+    return _alone(_scaled(q_BHlD, logit_scale_H), k_cache_BHLD[:, :, :num_keys], v_cache_BHLD[:, :, :num_keys])
+
+
 @functools.lru_cache(maxsize=32)
 def _flex_mask(scale_ends: tuple[int, ...], device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    visible_L = torch.tensor(attention_triton.visible_keys(scale_ends), device=device)
+    visible_L = torch.tensor(visible_keys(scale_ends), device=device)
     length = scale_ends[-1]
     return create_block_mask(lambda b, h, i, j: j < visible_L[i], None, None, length, length, device=device)
 
@@ -215,9 +258,16 @@ implementations(
     "block_causal_attention",
     Implementation("triton", _run_triton, cannot_run_triton, ("cuda",), _refuses),
     Implementation("cpp", _run_cpp, cannot_run_cpp, ("cpu",), _refuses_cpp),
+    # One backward kernel for two. Not the default: it has run on no GPU, and the two were measured (0.951 ms, H100).
+    Implementation(
+        "triton_fused", functools.partial(_run_triton, fused_backward=True), cannot_run_triton, (), _refuses
+    ),
     Implementation("flex", _run_flex, _cannot_run_flex, auto_on=()),
     Implementation("flash_attn", _run_flash_attn, _cannot_run_flash_attn, auto_on=()),
     Implementation("sdpa", _run_sdpa, auto_on=()),
+    # The bits of cached_attention's of the same name, whatever the batch: strict mode.
+    Implementation("triton_invariant", functools.partial(_run_triton, invariant=True), cannot_run_triton, (), _refuses),
+    Implementation("sdpa_invariant", _run_alone, auto_on=()),
     Implementation("reference", reference.block_causal_attention),
 )
 implementations(
@@ -225,6 +275,10 @@ implementations(
     Implementation("triton", _run_triton_cached, cannot_run_triton, ("cuda",), _refuses),
     Implementation("cpp", _run_cpp_cached, cannot_run_cpp, ("cpu",), _refuses_cpp),
     Implementation("flash_attn", _run_flash_attn_cached, _cannot_run_flash_attn, auto_on=()),
+    Implementation(
+        "triton_invariant", functools.partial(_run_triton_cached, invariant=True), cannot_run_triton, (), _refuses
+    ),
+    Implementation("sdpa_invariant", _run_alone_cached, auto_on=()),
     Implementation("reference", reference.cached_attention),
 )
 
@@ -265,6 +319,8 @@ def block_causal_attention(
         logit_scale_H: (H,) factor of each head's logits, differentiable.
         impl: "auto", "triton" (D = 64, float32 or 16 bits), "cpp" (CPU, D = 64; float64 by PyTorch), "flex" (CUDA),
             "flash_attn" (CUDA, the package, 16 bits), "sdpa" (a call a scale, no mask) or "reference".
+            "triton_invariant" and "sdpa_invariant" give every row the bits that cached_attention's of that name gives
+            it, in any batch.
     Returns: (B, H, L, D).
     Raises: ValueError if scale_ends does not increase up to L, for other shapes or dtypes, or for an impl that is
         unknown or cannot run.
@@ -296,7 +352,8 @@ def cached_attention(
         num_keys: number of valid rows, in [1, L].
         logit_scale_H: (H,) factor of each head's logits.
         impl: "auto", "triton" (D = 64, no gradient), "cpp" (CPU, D = 64, no gradient; float64 by PyTorch),
-            "flash_attn" (CUDA, the package, 16 bits) or "reference".
+            "flash_attn" (CUDA, the package, 16 bits), "triton_invariant", "sdpa_invariant" (see block_causal_attention)
+            or "reference".
     Returns: (B, H, l, D).
     Raises: ValueError if num_keys is not within the cache, for other shapes or dtypes, for an impl that is unknown or
         cannot run, or if impl "triton" is to be differentiated.

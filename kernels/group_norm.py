@@ -10,6 +10,7 @@ Axes: B image, C channel, H and W sides, P pixel.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -379,41 +380,25 @@ implementations(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """The three kernels at the public model's 160, 320 and 640 channels in 32 groups."""
-    from varfast.kernels.aot import AheadOfTime
+    """The public model's 160, 320 and 640 channels in 32 groups; one image, group, pixel, channel, chunk."""
+    from varfast.kernels.aot import recorded
+
+    def call(dtype: torch.dtype, shape: tuple[int, ...], groups: int) -> None:
+        image = torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        vector = torch.empty(shape[1])
+        group_norm_silu(image, vector, vector, groups, impl="triton")
+        channel_moments(image, torch.empty_like(image), impl="triton")
 
     items = []
-    for dtype in ("bf16", "fp32"):
-        types = {
-            "x_ptr": f"*{dtype}",
-            "residual_ptr": f"*{dtype}",
-            "out_ptr": f"*{dtype}",
-            "pixels": "i32",
-            "chunks": "i32",
-            "eps": "fp32",
-        }
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for channels in (160, 320, 640):
-            tiles = {"C": channels} | _launch_settings(channels)
-            join = {"C": channels, "ROWS": tiles["ROWS"], "WIDTH": channels // 32} | _join_settings(channels // 32)
-            for name, kernel, constants in (
-                ("moments", _moments_kernel, tiles | {"RESIDUAL": False}),
-                ("moments, residual", _moments_kernel, tiles | {"RESIDUAL": True}),
-                ("normalise", _normalise_kernel, tiles | {"SILU": True}),
-                ("join", _join_kernel, join),
-            ):
-                constants = dict(constants)
-                num_warps = constants.pop("num_warps")
-                if (name, dtype) != ("join", "fp32"):  # it is always float32
-                    items.append(
-                        AheadOfTime(
-                            f"group_norm_silu {name} {dtype} C={channels}",
-                            kernel,
-                            {a: "constexpr" if a in constants else types.get(a, "*fp32") for a in kernel.arg_names},
-                            constants,
-                            num_warps=num_warps,
-                            wide_loads=name != "join",
-                        )
-                    )
+            what, image = f"group_norm_silu {name} C={channels}", (2, channels, 32, 32)
+            main = dtype == torch.bfloat16 and channels == 160
+            items += recorded(what, partial(call, dtype, image, 32), narrow=(_join_kernel,), also_blackwell=main)
+    for shape, groups in (((1, 32, 1, 1), 32), ((1, 1, 1, 1), 1), ((1, 7, 3, 3), 1), ((3, 32, 5, 7), 8)):
+        items += recorded(
+            f"group_norm_silu {shape} G={groups}", partial(call, torch.float32, shape, groups), fast=False
+        )
     return items
 
 

@@ -10,6 +10,7 @@ Axes: B image, L token over all scales, V vocabulary, N = B * L rows.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,7 @@ _MAX_VOCAB = 32768
 @jit
 def _logp_kernel(
     logits_ptr,
+    bias_ptr,
     tokens_ptr,
     logp_ptr,
     entropy_ptr,
@@ -47,12 +49,15 @@ def _logp_kernel(
     vocab,
     inv_temperature,
     inv_temperature_rest,
+    BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row a program, one pass."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + row * row_stride + column, mask=column < vocab, other=-float("inf")).to(tl.float32)
+    if BIAS:
+        x += tl.load(bias_ptr + column, mask=column < vocab, other=0.0)
     x = tl.where(x == -float("inf"), x, x * inv_temperature + x * inv_temperature_rest)
     token = tl.load(tokens_ptr + row)
     largest = tl.max(x, axis=0)
@@ -71,27 +76,47 @@ def _logp_kernel(
 def _logp_backward_kernel(
     grad_ptr,
     logits_ptr,
+    bias_ptr,
     tokens_ptr,
     largest_ptr,
     log_total_ptr,
     out_ptr,
+    d_bias_ptr,
     row_stride,
     vocab,
+    num_rows,
     inv_temperature,
     inv_temperature_rest,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """d logits = grad / temperature * (one-hot - softmax). Each program reads its row first, so in place works too."""
-    row = tl.program_id(0).to(tl.int64)
+    """d logits = grad / temperature * (one-hot - softmax). Each row is read before it is written: in place works too.
+
+    ROWS rows a program, one after the other; with a bias, their gradients are summed on the way, in a fixed order.
+    """
     column = tl.arange(0, BLOCK)
     inside = column < vocab
-    x = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=-float("inf")).to(tl.float32)
-    token = tl.load(tokens_ptr + row)
-    factor = tl.load(grad_ptr + row) * inv_temperature
-    x = tl.where(x == -float("inf"), x, x * inv_temperature + x * inv_temperature_rest)
-    probability = tl.exp(x - tl.load(largest_ptr + row) - tl.load(log_total_ptr + row))
-    gradient = tl.where(column == token, factor, 0.0) - factor * probability
-    tl.store(out_ptr + row * row_stride + column, gradient.to(out_ptr.dtype.element_ty), mask=inside)
+    if BIAS:
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0)
+        d_bias = tl.zeros((BLOCK,), tl.float32)
+    for index in range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + index
+        here = inside & (row + column * 0 < num_rows)  # the interpreter wants a mask of one shape
+        x = tl.load(logits_ptr + row * row_stride + column, mask=here, other=-float("inf")).to(tl.float32)
+        token = tl.load(tokens_ptr + row, mask=row < num_rows, other=0)
+        factor = tl.load(grad_ptr + row, mask=row < num_rows, other=0.0) * inv_temperature
+        if BIAS:
+            x += bias
+        x = tl.where(x == -float("inf"), x, x * inv_temperature + x * inv_temperature_rest)
+        largest = tl.load(largest_ptr + row, mask=row < num_rows, other=0.0)
+        log_total = tl.load(log_total_ptr + row, mask=row < num_rows, other=0.0)
+        gradient = tl.where(column == token, factor, 0.0) - factor * tl.exp(x - largest - log_total)
+        tl.store(out_ptr + row * row_stride + column, gradient.to(out_ptr.dtype.element_ty), mask=here)
+        if BIAS:
+            d_bias += gradient
+    if BIAS:
+        tl.store(d_bias_ptr + tl.program_id(0).to(tl.int64) * vocab + column, d_bias, mask=inside)
 
 
 def _launch_settings(direction: str, vocab: int, device: torch.device | None = None) -> dict[str, int]:
@@ -101,8 +126,15 @@ def _launch_settings(direction: str, vocab: int, device: torch.device | None = N
     return {"BLOCK": block} | setting(kernel, vocab, device, num_warps=min(16, max(4, block // 512)))
 
 
+# Rows that a program of the backward pass adds up for the bias: its partial sums are 1/16 of the gradient it writes,
+# where a pass of its own would read all of it again.
+_ROWS = 16
+
+
 @torch.library.custom_op("varfast::token_logp", mutates_args=())
-def _logp_triton(logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _logp_triton(
+    logits_BLV: Tensor, tokens_BL: Tensor, temperature: float, bias_V: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy, largest logit and log of the sum of exponentials beside it, (B, L) float32 each.
 
     The last two are kept apart: their sum has lost what makes the gradient exact.
@@ -113,6 +145,7 @@ def _logp_triton(logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> t
         with torch.cuda.device_of(logits):
             _logp_kernel[(tokens_BL.numel(),)](
                 logits,
+                logits if bias_V is None else bias_V.contiguous(),
                 tokens_BL.contiguous(),
                 logp,
                 entropy,
@@ -121,13 +154,16 @@ def _logp_triton(logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> t
                 vocab,
                 vocab,
                 *reference.split_float32(1.0 / temperature),
+                BIAS=bias_V is not None,
                 **_launch_settings("forward", vocab, logits.device),
             )
     return logp, entropy, largest, log_total
 
 
 @_logp_triton.register_fake
-def _(logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    logits_BLV: Tensor, tokens_BL: Tensor, temperature: float, bias_V: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logp, entropy, largest, log_total = (logits_BLV.new_empty(tokens_BL.shape, dtype=torch.float32) for _ in range(4))
     return logp, entropy, largest, log_total
 
@@ -140,53 +176,72 @@ def _launch_backward(
     largest_BL: Tensor,
     log_total_BL: Tensor,
     temperature: float,
-) -> None:
-    if tokens_BL.numel():
-        vocab = logits.shape[-1]
+    bias_V: Tensor | None,
+) -> Tensor:
+    """Write d logits to `out`; d bias, (V,) float32, is empty without one."""
+    vocab, num_rows = logits.shape[-1], tokens_BL.numel()
+    if bias_V is None:
+        rows, partial_NV = 1, grad_BL.new_empty(0)
+    else:
+        rows = _ROWS
+        partial_NV = grad_BL.new_empty((-(-num_rows // rows), vocab), dtype=torch.float32)
+    if num_rows:
         with torch.cuda.device_of(logits):
-            _logp_backward_kernel[(tokens_BL.numel(),)](
+            _logp_backward_kernel[(-(-num_rows // rows),)](
                 grad_BL.contiguous(),
                 logits,
+                logits if bias_V is None else bias_V.contiguous(),
                 tokens_BL.contiguous(),
                 largest_BL,
                 log_total_BL,
                 out,
+                partial_NV,
                 vocab,
                 vocab,
+                num_rows,
                 *reference.split_float32(1.0 / temperature),
+                BIAS=bias_V is not None,
+                ROWS=rows,
                 **_launch_settings("backward", vocab, logits.device),
             )
+    return partial_NV if bias_V is None else partial_NV.sum(dim=0)
 
 
 @torch.library.custom_op("varfast::token_logp_backward", mutates_args=())
 def _logp_backward_triton(
-    grad_BL: Tensor, logits_BLV: Tensor, tokens_BL: Tensor, largest_BL: Tensor, log_total_BL: Tensor, temperature: float
-) -> Tensor:
+    grad_BL: Tensor,
+    logits_BLV: Tensor,
+    tokens_BL: Tensor,
+    largest_BL: Tensor,
+    log_total_BL: Tensor,
+    temperature: float,
+    bias_V: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     logits = logits_BLV.contiguous()
     out = torch.empty_like(logits)
-    _launch_backward(out, grad_BL, logits, tokens_BL, largest_BL, log_total_BL, temperature)
-    return out
+    d_bias = _launch_backward(out, grad_BL, logits, tokens_BL, largest_BL, log_total_BL, temperature, bias_V)
+    return out, d_bias
 
 
 @_logp_backward_triton.register_fake
-def _(
-    grad_BL: Tensor, logits_BLV: Tensor, tokens_BL: Tensor, largest_BL: Tensor, log_total_BL: Tensor, temperature: float
-) -> Tensor:
-    return torch.empty_like(logits_BLV, memory_format=torch.contiguous_format)
+def _(grad_BL, logits_BLV, tokens_BL, largest_BL, log_total_BL, temperature, bias_V):
+    d_bias = grad_BL.new_empty(0 if bias_V is None else bias_V.shape, dtype=torch.float32)
+    return torch.empty_like(logits_BLV, memory_format=torch.contiguous_format), d_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, ...]) -> None:
-    logits_BLV, tokens_BL, ctx.temperature = inputs
-    ctx.save_for_backward(logits_BLV, tokens_BL, *output[2:])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits_BLV, tokens_BL, ctx.temperature, bias_V = inputs
+    ctx.save_for_backward(logits_BLV, tokens_BL, *output[2:], bias_V)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_BL: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
+def _backward(ctx: Any, grad_BL: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_BL is None:
-        return None, None, None
-    logits_BLV, tokens_BL, largest_BL, log_total_BL = ctx.saved_tensors
-    return _logp_backward_triton(grad_BL, logits_BLV, tokens_BL, largest_BL, log_total_BL, ctx.temperature), None, None
+        return None, None, None, None
+    *saved, bias_V = ctx.saved_tensors
+    d_logits, d_bias = _logp_backward_triton(grad_BL, *saved, ctx.temperature, bias_V)
+    return d_logits, None, None, None if bias_V is None else d_bias
 
 
 _logp_triton.register_autograd(_backward, setup_context=_setup_context)
@@ -196,22 +251,25 @@ class _InPlace(torch.autograd.Function):
     """As the op, but its backward overwrites the logits with their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logp_BL, entropy_BL, largest_BL, log_total_BL = _logp_triton(logits_BLV, tokens_BL, temperature)
+    def forward(
+        ctx: Any, logits_BLV: Tensor, tokens_BL: Tensor, temperature: float, bias_V: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        logp_BL, entropy_BL, largest_BL, log_total_BL = _logp_triton(logits_BLV, tokens_BL, temperature, bias_V)
         ctx.temperature = temperature
         ctx.logits = logits_BLV.detach()  # not saved as a tensor: autograd would refuse to see it overwritten
-        ctx.save_for_backward(tokens_BL, largest_BL, log_total_BL)
+        ctx.save_for_backward(tokens_BL, largest_BL, log_total_BL, bias_V)
         ctx.mark_non_differentiable(entropy_BL)
         return logp_BL, entropy_BL
 
     @staticmethod
-    def backward(ctx: Any, grad_BL: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        tokens_BL, largest_BL, log_total_BL = ctx.saved_tensors
+    def backward(ctx: Any, grad_BL: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        tokens_BL, largest_BL, log_total_BL, bias_V = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
         if logits is None:
             raise RuntimeError("this backward pass overwrote its logits; it cannot run twice (consume_logits=True)")
-        _launch_backward(logits, grad_BL, logits, tokens_BL, largest_BL, log_total_BL, ctx.temperature)
-        return logits, None, None
+        saved = (logits, tokens_BL, largest_BL, log_total_BL)
+        d_bias = _launch_backward(logits, grad_BL, *saved, ctx.temperature, bias_V)
+        return logits, None, None, None if bias_V is None else d_bias
 
 
 def _refuses(logits_BLV: Tensor, *_: Any) -> str | None:
@@ -221,56 +279,51 @@ def _refuses(logits_BLV: Tensor, *_: Any) -> str | None:
 
 
 def _run_triton(
-    logits_BLV: Tensor, tokens_BL: Tensor, temperature: float, consume_logits: bool
+    logits_BLV: Tensor, tokens_BL: Tensor, temperature: float, consume_logits: bool, bias_V: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    bias_V = None if bias_V is None else bias_V.float()
     if consume_logits and logits_BLV.is_contiguous():
-        logp_BL, entropy_BL = _InPlace.apply(logits_BLV, tokens_BL, temperature)
+        logp_BL, entropy_BL = _InPlace.apply(logits_BLV, tokens_BL, temperature, bias_V)
         return logp_BL, entropy_BL
-    logp_BL, entropy_BL, _, _ = _logp_triton(logits_BLV, tokens_BL, temperature)
+    logp_BL, entropy_BL, _, _ = _logp_triton(logits_BLV, tokens_BL, temperature, bias_V)
     return logp_BL, entropy_BL
+
+
+def _run_reference(
+    logits_BLV: Tensor, tokens_BL: Tensor, temperature: float, consume_logits: bool, bias_V: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return reference.selective_log_softmax(logits_BLV, tokens_BL, temperature, bias_V)
 
 
 implementations(
     "selective_log_softmax",
     Implementation("triton", _run_triton, cannot_run_triton, ("cuda",), _refuses),
-    Implementation(
-        "reference", lambda logits, tokens, temperature, _: reference.selective_log_softmax(logits, tokens, temperature)
-    ),
+    Implementation("reference", _run_reference),
 )
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """Forward and backward at 4096 codes."""
-    from varfast.kernels.aot import AheadOfTime
+    """Forward and backward, apart and in place; vocabularies of VAR and of next-token models; odd shapes."""
+    from varfast.kernels.aot import recorded
+
+    def call(dtype: torch.dtype, length: int, vocab: int, biased: bool = False) -> None:
+        bias = torch.empty(vocab, requires_grad=True) if biased else None
+        leaf = torch.empty(1, length, vocab, dtype=dtype, requires_grad=True)
+        tokens = torch.zeros(1, length, dtype=torch.int64)
+        logp, _ = selective_log_softmax(leaf * 1, tokens, 0.7, bias_V=bias, impl="triton")
+        logp.sum().backward()
 
     items = []
-    sizes = {
-        "row_stride": "i32",
-        "vocab": "i32",
-        "inv_temperature": "fp32",
-        "inv_temperature_rest": "fp32",
-        "BLOCK": "constexpr",
-    }
-    for dtype in ("fp32", "bf16"):
-        forward = {"logits_ptr": f"*{dtype}", "tokens_ptr": "*i64"}
-        forward |= dict.fromkeys(("logp_ptr", "entropy_ptr", "largest_ptr", "log_total_ptr"), "*fp32")
-        backward = {"grad_ptr": "*fp32", "logits_ptr": f"*{dtype}", "tokens_ptr": "*i64"}
-        backward |= {"largest_ptr": "*fp32", "log_total_ptr": "*fp32", "out_ptr": f"*{dtype}"}
-        for name, kernel, signature in (
-            ("forward", _logp_kernel, forward),
-            ("backward", _logp_backward_kernel, backward),
-        ):
-            chosen = _launch_settings(name, 4096)
-            items.append(
-                AheadOfTime(
-                    f"selective_log_softmax {name} {dtype}",
-                    kernel,
-                    signature | sizes,
-                    {"BLOCK": chosen["BLOCK"]},
-                    num_warps=chosen["num_warps"],
-                    attributes={"row_stride": 16, "vocab": 16},
-                )
-            )
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        for vocab in (4096, 16384):
+            what, main = f"selective_log_softmax {name} V={vocab}", vocab == 4096
+            items += recorded(what, partial(call, dtype, 680, vocab))
+            if main and dtype == torch.float32:  # as the head writes them
+                items += recorded(f"{what}, bias", partial(call, dtype, 680, vocab, True), also_blackwell=True)
+    for vocab in (1, 4097):
+        items += recorded(
+            f"selective_log_softmax one token V={vocab}", partial(call, torch.float32, 1, vocab), fast=False
+        )
     return items
 
 
@@ -279,6 +332,7 @@ def selective_log_softmax(
     tokens_BL: Tensor,
     temperature: float = 1.0,
     consume_logits: bool = False,
+    bias_V: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """log softmax(logits / temperature) at the given tokens, and the entropy of that distribution.
@@ -288,6 +342,8 @@ def selective_log_softmax(
         tokens_BL: (B, L) int64 in [0, V).
         temperature: > 0.
         consume_logits: the caller needs the logits no more: the backward pass may write their gradient in their place.
+        bias_V: (V,) added to the logits in float32 as they are read, so that the head's product need not add it;
+            differentiable.
         impl: "auto", "triton" or "reference".
     Returns: logp (B, L), differentiable, and entropy in nats (B, L), without gradient; float32 (float64 for float64).
     Raises: ValueError for a temperature that is not positive, shapes that differ, an impl that is unknown or cannot
@@ -299,5 +355,8 @@ def selective_log_softmax(
         raise ValueError(
             f"tokens are {tuple(tokens_BL.shape)}, logits {tuple(logits_BLV.shape)}: want (B, L), (B, L, V)"
         )
-    logp_BL, entropy_BL = run("selective_log_softmax", impl, logits_BLV, tokens_BL, temperature, consume_logits)
+    if bias_V is not None and bias_V.shape != logits_BLV.shape[-1:]:
+        raise ValueError(f"bias_V is {tuple(bias_V.shape)}, want ({logits_BLV.shape[-1]},): one a code")
+    given = (logits_BLV, tokens_BL, temperature, consume_logits, bias_V)
+    logp_BL, entropy_BL = run("selective_log_softmax", impl, *given)
     return logp_BL, entropy_BL

@@ -11,6 +11,7 @@ order q, k, v.
 from __future__ import annotations
 
 import functools
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -439,46 +440,31 @@ implementations(
 )
 
 
-_FLOAT32 = ("bias_ptr", "partial_ptr", "q_inverse_ptr", "k_inverse_ptr")
-
-
 def ahead_of_time() -> list[AheadOfTime]:
-    """Both directions, and the one into a cache, with the heads of d16 and d30."""
-    from varfast.kernels.aot import AheadOfTime
+    """Both directions, and the one into a cache, with the heads of d16 and d30; one image, token and head."""
+    from varfast.kernels.aot import recorded
+
+    def call(dtype: torch.dtype, length: int, heads: int, cached: bool, l2_norm: bool) -> None:
+        product = torch.empty(1, length, 3 * heads * _HEAD_DIM, dtype=dtype)
+        bias = torch.empty(product.shape[-1], requires_grad=not cached)
+        if cached:
+            k, v = torch.empty(2, 1, heads, length + 37, _HEAD_DIM, dtype=dtype).unbind()
+            split_heads_to_cache(product, heads, l2_norm, k, v, 37, bias, impl="triton")
+        else:
+            q, k, v = split_heads(product.requires_grad_(), heads, l2_norm, bias, impl="triton")
+            (q.sum() + k.sum() + v.sum()).backward()
 
     items = []
-    for dtype in ("bf16", "fp32"):
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for heads in (16, 30):
-            for name, kernel, flags in (
-                ("forward", _split_kernel, {"BIAS": True, "NORM": True, "KEEP_INVERSE": True}),
-                ("to cache", _split_kernel, {"BIAS": True, "NORM": True, "KEEP_INVERSE": False}),
-                ("backward", _split_backward_kernel, {"BIAS": True, "NORM": True}),
-            ):
-                direction = "backward" if name == "backward" else "forward"
-                rule = _BACKWARD_RULE if name == "backward" else _RULE
-                chosen = setting(f"split_heads_{direction}", heads, None, **rule)
-                constants = flags | chosen | {"HEAD_DIM": _HEAD_DIM}
-                num_warps = constants.pop("num_warps")
-                signature = {}
-                for argument in kernel.arg_names:
-                    if argument in constants:
-                        signature[argument] = "constexpr"
-                    elif argument.endswith("_ptr"):
-                        signature[argument] = "*fp32" if argument in _FLOAT32 else f"*{dtype}"
-                    else:
-                        signature[argument] = "fp32" if argument == "eps" else "i32"
-                strides = [a for a in signature if a.endswith(("_image", "_head", "_row"))]
-                items.append(
-                    AheadOfTime(
-                        f"split_heads {name} {dtype} H={heads}",
-                        kernel,
-                        signature,
-                        constants,
-                        num_warps=num_warps,
-                        # As at run time: Triton looks whether an integer is divisible by 16, as the 16 of d16 is.
-                        attributes=dict.fromkeys(strides + ["heads"] * (heads % 16 == 0), 16),
-                    )
-                )
+            for cached in (False, True):
+                what = f"split_heads{' to cache' if cached else ''} {name} H={heads}"
+                main = dtype == torch.bfloat16 and heads == 16
+                items += recorded(what, partial(call, dtype, 680, heads, cached, True), also_blackwell=main)
+    for cached in (False, True):
+        for l2_norm in (False, True):
+            what = f"split_heads{' to cache' if cached else ''} one token, one head"
+            items += recorded(what, partial(call, torch.float32, 1, 1, cached, l2_norm), fast=False)
     return items
 
 

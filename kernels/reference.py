@@ -84,6 +84,11 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _with_bias(logits: Tensor, bias_V: Tensor | None) -> Tensor:
+    logits = _at_least_float32(logits)
+    return logits if bias_V is None else logits + bias_V.to(logits.dtype)
+
+
 def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to -inf what lies outside the `top_k` largest logits, then what lies outside the `top_p` nucleus.
 
@@ -112,10 +117,11 @@ def sample_tokens(
     guidance: float,
     top_k: int,
     top_p: float,
+    bias_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logits = _at_least_float32(logits_BlV)
+    logits = _with_bias(logits_BlV, bias_V)
     if uncond_logits_BlV is not None:
-        logits = (1.0 + guidance) * logits - guidance * _at_least_float32(uncond_logits_BlV)
+        logits = (1.0 + guidance) * logits - guidance * _with_bias(uncond_logits_BlV, bias_V)
     logits = filter_logits(logits / temperature, top_k, top_p)
     logp_BlV = logits.log_softmax(dim=-1)
     prob_BlV = logp_BlV.double().exp()
@@ -129,11 +135,24 @@ def sample_tokens(
     return token_Bl1.squeeze(-1), logp_BlV.gather(-1, token_Bl1).squeeze(-1), entropy_Bl
 
 
-def selective_log_softmax(logits_BLV: Tensor, tokens_BL: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logp_BLV = (_at_least_float32(logits_BLV) / temperature).log_softmax(dim=-1)
+def selective_log_softmax(
+    logits_BLV: Tensor, tokens_BL: Tensor, temperature: float, bias_V: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    logp_BLV = (_with_bias(logits_BLV, bias_V) / temperature).log_softmax(dim=-1)
     with torch.no_grad():
         entropy_BL = -(logp_BLV.exp() * logp_BLV).sum(dim=-1)
     return logp_BLV.gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1), entropy_BL
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear layer
+
+
+def invariant_linear(x: Tensor, weight_FC: Tensor, bias_F: Tensor | None, gelu: bool, float32_out: bool) -> Tensor:
+    """The device's own product, whose bits may depend on the number of rows."""
+    dtype = torch.promote_types(x.dtype, torch.float32) if float32_out else x.dtype
+    out = F.linear(x.to(dtype), weight_FC.to(dtype), None if bias_F is None else bias_F.to(dtype))
+    return F.gelu(out, approximate="tanh") if gelu else out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,6 +146,18 @@ def _named(op: str, impl: str) -> Implementation:
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_recording = False
+
+
+@contextmanager
+def launches_recorded() -> Iterator[None]:
+    """Inside, impl="triton" takes CPU tensors: kernels/aot.py catches the launches, and nothing runs."""
+    global _recording
+    _recording = True
+    try:
+        yield
+    finally:
+        _recording = False
 
 
 @functools.cache
@@ -164,6 +177,6 @@ def cannot_run_triton(device: torch.device) -> str | None:
     """Triton kernels run on CUDA devices; with TRITON_INTERPRET=1, slowly, on the CPU, for tests of their logic."""
     if not _has_triton():
         return "the package triton is not installed"
-    if device.type == "cuda" or INTERPRETED:
+    if device.type == "cuda" or INTERPRETED or _recording:
         return None
     return "Triton needs a CUDA device"

@@ -12,12 +12,17 @@ from contextlib import contextmanager
 
 import torch
 
-HOPPER = (9, 0)  # of H100 and H200; kernels that are interpreted or compiled without a GPU take its settings
+HOPPER = (9, 0)  # of H100 and H200
 
 # (compute capability, kernel, size): what differs from the kernel's rule. Empty: nothing has been measured so far.
 PINNED: dict[tuple[tuple[int, int], str, Hashable], dict[str, int]] = {}
 
+# A launch of which every multiplication and addition is rounded by itself. Else the compiler fuses pairs of them where
+# it sees fit, in one loop or variant of a kernel and not in the next: strict mode wants the bits of both equal.
+AS_WRITTEN = {"enable_fp_fusion": False}
+
 _TRIED: dict[str, dict[str, int]] = {}
+_without_gpu = HOPPER  # whose settings kernels take that are interpreted or compiled without a GPU
 
 
 def setting(kernel: str, size: Hashable, device: torch.device | None = None, **rule: int) -> dict[str, int]:
@@ -26,7 +31,7 @@ def setting(kernel: str, size: Hashable, device: torch.device | None = None, **r
     Args:
         kernel: such as "attention_forward".
         size: what the best setting depends on, such as the width.
-        device: where it runs; None, as a CPU: Hopper's.
+        device: where it runs; None, as a CPU: Hopper's, or those of `compiling_for`.
         rule: what holds where nothing is pinned.
     """
     found = PINNED.get((_capability(device), kernel, size), {})
@@ -43,6 +48,21 @@ def trying(kernel: str, **values: int) -> Iterator[None]:
         del _TRIED[kernel]
 
 
-@functools.cache
+@contextmanager
+def compiling_for(capability: tuple[int, int]) -> Iterator[None]:
+    """Inside, launches on CPU tensors take the settings of a GPU of this compute capability."""
+    global _without_gpu
+    before, _without_gpu = _without_gpu, capability
+    try:
+        yield
+    finally:
+        _without_gpu = before
+
+
 def _capability(device: torch.device | None) -> tuple[int, int]:
-    return HOPPER if device is None or device.type != "cuda" else torch.cuda.get_device_capability(device)
+    return _without_gpu if device is None or device.type != "cuda" else _capability_of(device)
+
+
+@functools.cache
+def _capability_of(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import each_kernel
@@ -14,10 +16,11 @@ import pytest
 import step_trace
 import table
 import torch
+import train_steps
 import tune
 
-from varfast.kernels import settings
-from varfast.kernels.aot import all_kernels
+from varfast.config import load_config
+from varfast.kernels import aot, settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,6 +90,26 @@ def test_the_files_that_gpu_sh_runs_exist_and_its_names_choose_benchmarks(what, 
     assert len(names) == len(set(names))
 
 
+def test_quick_begins_with_the_build_and_measures_steps_before_what_may_be_cut(tmp_path):
+    record = tmp_path / "record.json"
+    names = [p.name for phase in gpu.quick(record) for p in phase]
+    assert names == ["build", "tests", "kernels", "d16 steps", "d30 steps", "tables", "trace"]
+    assert all(len(phase) == 1 for phase in gpu.quick(record))  # timed alone
+    assert gpu.SECONDS["quick"] < 300
+    (kernels,) = gpu.quick(record)[2]
+    assert kernels.environment["VARFAST_BENCH_QUICK"] == "1"
+    assert all((ROOT / name).exists() for name in gpu.QUICK_TESTS)
+
+
+def test_gpu_main_gives_quick_its_own_time_unless_another_is_asked_for(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(gpu, "run_parts", lambda phases, out, what, seconds: given.append((what, seconds)) or [])
+    for arguments in (["quick"], ["peers"], ["quick", "--seconds", "100"]):
+        assert gpu.main([*arguments[:1], str(tmp_path), *arguments[1:]]) == 0
+    assert given == [("quick", 290.0), ("peers", 530.0), ("quick", 100.0)]
+    assert gpu.main(["nothing"]) == 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Records
 
@@ -137,6 +160,31 @@ def test_measure_leaves_out_a_peer_that_does_not_run_and_says_why(tmp_path):
     assert alone["notes"] == ["without peers: with them the process ended"]
     with pytest.raises(ValueError, match="no such backend"):  # ours must run
         harness.measure(Benchmark(), record, row, {"ours": refuses})
+
+
+def test_a_peer_over_its_limit_is_left_out_and_an_earlier_alarm_goes_on(monkeypatch):
+    monkeypatch.setenv("VARFAST_BENCH_PEER_S", "0.2")
+    handler = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 50.0)
+    try:
+        calls = {"ours": lambda: None, "slow": lambda: time.sleep(30), "eager": lambda: None}
+        found, notes = harness.runnable(calls)
+        left_s, _ = signal.getitimer(signal.ITIMER_REAL)
+        assert signal.getsignal(signal.SIGALRM) == signal.SIG_IGN
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert found.keys() == {"ours", "eager"}
+    assert notes == ["slow did not run: TimeoutError: over its limit of 0.2 s"]
+    assert 20 < left_s < 50
+
+
+def test_quick_leaves_out_peers_that_are_compiled(monkeypatch):
+    monkeypatch.setenv("VARFAST_BENCH_QUICK", "1")
+    calls = {name: lambda: None for name in ("ours", "eager", "torch.compile", "flex, tuned")}
+    found, notes = harness.runnable(calls)
+    assert found.keys() == {"ours", "eager"}
+    assert notes == [f"{name} left out: it is compiled first" for name in ("torch.compile", "flex, tuned")]
 
 
 def test_a_session_that_died_goes_on_with_the_next_benchmark(tmp_path):
@@ -247,6 +295,55 @@ def test_a_record_is_made_from_the_metrics_of_a_run(tmp_path, monkeypatch):
     assert "| step | d16, 512 images | 1100.0 ms ± 9% | 465 |" in "\n".join(table.step_table(out))
 
 
+TRAINER = """
+import json, pathlib, sys
+folder, steps, code = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+folder.mkdir()
+stages = dict.fromkeys(("rollout_ms", "decode_ms", "reward_ms", "reference_ms", "update_ms", "optimizer_ms"), 50.0)
+with (folder / "metrics.jsonl").open("a") as file:
+    for step in range(steps):
+        memory = {"memory_allocated_bytes": 100, "memory_reserved_bytes": 200 + GROWTH * step}
+        file.write(json.dumps({"step_s": 5.0 if step < 2 else 0.5, **stages, **memory}) + chr(10))
+    file.write('{"step_s": 9')  # cut in the middle
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("code", "growth", "expected"), [(0, 0, 0), (0, 10, 1), (7, 0, 7)])
+def test_steps_of_a_run_are_noted_whatever_becomes_of_it(tmp_path, monkeypatch, code, growth, expected):
+    path = tmp_path / "record.json"
+    fake_record(path, [row("step", 9.0, "d16", 512), row("other", 1.0)])
+    content = json.loads(path.read_text()) | {"checks": {}, "tests": {}}
+    path.write_text(json.dumps(content))
+    program = TRAINER.replace("GROWTH", str(growth))
+    monkeypatch.setattr(
+        train_steps,
+        "command_of",
+        lambda model, folder, steps, overrides: [sys.executable, "-c", program, str(folder), str(steps), str(code)],
+    )
+    assert train_steps.main(["d16", "--record", str(path), "--steady", "6", "--flat"]) == expected
+    noted = json.loads(path.read_text())
+    found = {one["op"]: one for one in noted["rows"]}
+    assert len(noted["rows"]) == len(found) == 8  # six stages, the step in place of the older one, and the other
+    assert (found["step"]["ms"], found["step"]["samples"]) == (500.0, 6)
+    assert len(noted["checks"]["d16 memory of each step"]) == 8
+
+
+def test_growth_of_memory_needs_the_metrics_that_tell_it():
+    with pytest.raises(ValueError, match="does not have memory_allocated_bytes"):
+        train_steps.growth([{"step_s": 1.0}] * 20)
+    with pytest.raises(ValueError, match="more than 3 are needed"):
+        train_steps.growth([dict.fromkeys(train_steps.MEMORY, 1)] * 3)
+
+
+def test_the_trainer_accepts_what_train_steps_asks_of_it(tmp_path):
+    for model in ("d16", "d30"):
+        command = train_steps.command_of(model, tmp_path, 7, [])
+        config = load_config(ROOT / command[3], command[4:])
+        assert (config.run.steps, config.rollout.images, config.policy.preset) == (7, 512, model)
+        assert config.eval.samples_per_label == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tuning
 
@@ -282,12 +379,14 @@ def test_every_target_names_a_kernel_that_asks_for_its_setting(monkeypatch):
     asked = set()
     original = settings.setting
     names = {target.kernel for target in tune.targets()}
-    for module in ("adaln", "attention_triton", "conv", "gelu", "group_norm", "logprob", "qkv", "sampling"):
+    for module in ("adaln", "attention_tiles", "conv", "gelu", "group_norm", "logprob", "matmul", "qkv", "sampling"):
         monkeypatch.setattr(
             f"varfast.kernels.{module}.setting", lambda k, *a, **b: asked.add(k) or original(k, *a, **b)
         )
 
-    all_kernels()
+    # Interpreted kernels have no types; which settings are asked for is seen all the same.
+    monkeypatch.setattr(aot, "_specialised", lambda *_: {"signature": {}, "constants": {}})
+    aot.all_kernels()
     assert names == asked
 
 

@@ -111,6 +111,8 @@ CASES = {
     },
     # The same in 16 bits, attention alone computed again.
     "bfloat16": {"run__dtype": "bfloat16", "update__checkpointing": "attention"},
+    # Not one log-probability of the update differs from the rollout's.
+    "strict": {"run__strict": True, "run__dtype": "bfloat16"},
     # var.pth is the average; the KL of the third step is to the policy after two.
     "average": {"update__ema_decay": 0.8, "update__lr": 1e-3, "grpo__reference_every": 2},
     # Moments of 8 bits: the order of a sum tips one in 1e5 or so to the next of 256 steps.
@@ -197,7 +199,9 @@ def test_two_processes_train_as_one(make_config, on_two, case, way):
         on_two["done"] = run_all(make_config, folder, 2, list(CASES))
     config = on_two["done"][case, way]
     lr = config.update.lr
-    assert_equal_runs(folder / case, config.run.dir, lr * (10 if case == "bfloat16" else 1))
+    assert_equal_runs(folder / case, config.run.dir, lr * (10 if config.run.dtype == "bfloat16" else 1))
+    if case == "strict":
+        assert [step["ratio_gap_max"] for step in metrics(config.run.dir)] == [0.0] * config.run.steps
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ ORDER = [
     "models",
     "rollout",
     "policy",
+    "strict",
     "data",
     "labels",
     "rewards",

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from torch.nn.functional import one_hot
+from torch.nn.functional import linear, one_hot
 
 from varfast import InputError
 from varfast.models import KVCache
+from varfast.models.var import Head
 
 PATCH_NUMS = [(1,), (1, 2), (1, 2, 3, 4), (2, 3), (1, 3, 5)]
 
@@ -19,6 +20,28 @@ def test_sample_logp_equals_token_logp(make_policy, patch_nums, temperature, sha
     assert rollout.logp_BL.shape == (15, policy.var.config.num_tokens)
     assert float((forced - rollout.logp_BL).abs().max()) < 5e-5
     assert rollout.on_policy
+
+
+def test_sample_and_token_logp_read_a_bias_that_the_head_left_out(make_policy, monkeypatch):
+    policy = make_policy(depth=2)
+    bias = policy.var.head.bias
+    with torch.no_grad():
+        bias.normal_(generator=torch.Generator().manual_seed(2))
+
+    def sampled_and_forced():
+        rollout = policy.sample([0, 1, 2], 0.7, seed=1)
+        logp = policy.token_logp(rollout.labels_B, rollout.tokens_BL, 0.7)
+        return rollout, logp, torch.autograd.grad(logp.sum(), bias)[0]
+
+    rollout, logp, gradient = sampled_and_forced()
+    # What a GPU does with 16-bit operands.
+    monkeypatch.setattr(Head, "product", lambda self, x: (linear(x, self.weight), self.bias))
+    apart, apart_logp, apart_gradient = sampled_and_forced()
+    assert torch.equal(apart.tokens_BL, rollout.tokens_BL)
+    torch.testing.assert_close(apart.logp_BL, rollout.logp_BL, rtol=0, atol=1e-5)
+    torch.testing.assert_close(apart_logp, logp, rtol=0, atol=1e-5)
+    assert gradient.abs().max() > 0.1
+    torch.testing.assert_close(apart_gradient, gradient, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()

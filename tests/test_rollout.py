@@ -113,3 +113,56 @@ def test_rollout_waits_for_nothing_on_the_gpu(make_models):
         policy.sample_images(labels, 0.7, seed=0, step=3, micro_batch=4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("inference", [{}, {"cfg": 1.5, "top_k": 9}])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_kept_input_is_what_an_update_would_compute_again(make_models, fast, inference):
+    policy = Policy(*make_models(depth=2, patch_nums=(2, 3, 5)), fast=fast)
+    rollout, images = policy.sample_images([0, 1, 2, 3], 0.9, seed=3, keep_input=True, **inference)
+    assert rollout.var_input_BLC.shape == (4, 34, 8)
+    assert torch.equal(rollout.var_input_BLC, policy.teacher_input(rollout.tokens_BL))
+    assert torch.equal(images, policy.decode(rollout.tokens_BL))
+    index = torch.tensor([3, 1])
+    assert torch.equal(rollout.rows(index).var_input_BLC, rollout.var_input_BLC[index])
+    in_parts, _ = policy.sample_images([0, 1, 2, 3], 0.9, seed=3, micro_batch=2, keep_input=True, **inference)
+    torch.testing.assert_close(in_parts.var_input_BLC, rollout.var_input_BLC, rtol=0, atol=1e-5)
+    without, _ = policy.sample_images([0, 1], 0.9, seed=3, **inference)
+    assert without.var_input_BLC is policy.sample([0, 1], 0.9, seed=3, **inference).var_input_BLC is None
+    assert without.rows(index[1:]).var_input_BLC is None
+
+
+def test_a_rollout_for_images_looks_every_scale_up_once(make_models, monkeypatch):
+    policy = Policy(*make_models(depth=1))
+    scales = []
+    of_scale = policy.vqvae.quantize.contribution
+    monkeypatch.setattr(policy.vqvae.quantize, "contribution", lambda t, s: (scales.append(s), of_scale(t, s))[1])
+    policy.sample_images([0, 1], 0.9, seed=3)
+    assert scales == [0, 1, 2]
+    policy.sample([0, 1], 0.9, seed=3)
+    assert scales == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.gpu
+def test_captured_decode_equals_the_eager_one(make_models):
+    captured, eager = (Policy(*make_models(depth=2), device="cuda", dtype="bfloat16") for _ in range(2))
+    eager.cuda_graph = False
+    for step in range(3):
+        rollout = eager.sample([0, 1, 2, 3] * 20, 0.8, seed=1, step=step)
+        assert torch.equal(captured.decode(rollout.tokens_BL), eager.decode(rollout.tokens_BL, micro_batch=32))
+    assert eager._decode_graph is None
+    assert captured._decode_graph[0] == 32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep_input", [False, True])
+def test_captured_rollout_keeps_what_the_eager_one_does(make_models, keep_input):
+    fast, eager = pair(make_models, SIZES[0], "bfloat16", "cuda")
+    for step in range(4):
+        ours, theirs = (
+            p.sample_images([0, 1] * 4, 0.8, seed=1, step=step, keep_input=keep_input) for p in (fast, eager)
+        )
+        assert torch.equal(ours[0].tokens_BL, theirs[0].tokens_BL)
+        torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=0.05)
+        if keep_input:
+            assert torch.equal(ours[0].var_input_BLC, theirs[0].var_input_BLC)

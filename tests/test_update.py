@@ -3,8 +3,6 @@ import math
 import sys
 from types import SimpleNamespace
 
-import bitsandbytes.functional
-import bitsandbytes.optim
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -328,10 +326,17 @@ def test_learning_rate_schedules():
     assert rates(lr_schedule="cosine") == pytest.approx([1.0, 0.97553, 0.65451, 0.02447], abs=1e-5)
 
 
+@pytest.fixture
+def bitsandbytes():
+    """The optional package, without which the tests of adamw8bit alone are skipped."""
+    pytest.importorskip("bitsandbytes.functional")
+    return pytest.importorskip("bitsandbytes")
+
+
 EIGHT_BITS = {"optimizer": "adamw8bit", "lr": 1e-3, "grad_clip": 1e-3}
 
 
-def test_adamw8bit_follows_adamw_in_float64(make_policy):
+def test_adamw8bit_follows_adamw_in_float64(make_policy, bitsandbytes):
     """20 steps on the same gradients, a direction and as much noise: matrices of 8 bits come 1.4 % of the way apart."""
     policy = make_policy(depth=2, num_classes=50)
     maker = updater(policy, **EIGHT_BITS, weight_decay=0.1)
@@ -360,7 +365,7 @@ def test_adamw8bit_follows_adamw_in_float64(make_policy):
     assert not bitsandbytes.optim.GlobalOptimManager.get_instance().pid2config  # of the process
 
 
-def test_adamw8bit_s_state_takes_the_bytes_that_roofline_says(make_policy):
+def test_adamw8bit_s_state_takes_the_bytes_that_roofline_says(make_policy, bitsandbytes):
     policy = make_policy(depth=2, num_classes=50)
     maker = updater(policy, **EIGHT_BITS)
     maker.step(scored_rollout(policy), 0)
@@ -369,7 +374,7 @@ def test_adamw8bit_s_state_takes_the_bytes_that_roofline_says(make_policy):
     assert held == moment_bytes(policy.var.config, "adamw8bit") < 0.5 * moment_bytes(policy.var.config, "adamw")
 
 
-def test_adamw8bit_is_not_reached_by_a_gradient_that_is_not_finite_or_0(make_policy):
+def test_adamw8bit_is_not_reached_by_a_gradient_that_is_not_finite_or_0(make_policy, bitsandbytes):
     policy = make_policy(depth=2)
     maker = updater(policy, **EIGHT_BITS, kl_beta=0.0, minibatch=4)
     scored = scored_rollout(policy)
@@ -385,7 +390,7 @@ def test_adamw8bit_is_not_reached_by_a_gradient_that_is_not_finite_or_0(make_pol
     assert torch.equal(state(), before)
 
 
-def test_adamw8bit_says_what_it_lacks(make_policy, monkeypatch):
+def test_adamw8bit_says_what_it_lacks(make_policy, monkeypatch, bitsandbytes):
     def no_kernel(*_, **__):
         raise NotImplementedError("no kernel for this device")
 

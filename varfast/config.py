@@ -504,6 +504,13 @@ class RunConfig(_Section):
     fast: bool = Field(
         True, description="false: sample eagerly, decode plainly: what the fast path is compared with; see also kernels"
     )
+    strict: bool = Field(
+        False,
+        description="the rollout's log-probability of every token equals the update's before its first optimizer step "
+        "bit for bit, in bfloat16 too, and tokens do not depend on the batch split: products and attention add in one "
+        "order, whatever the batch. Checked at the start and in every step. Its cost on a GPU is not measured; on a "
+        "CPU it is several times slower (docs/training.md)",
+    )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
         description="under torchrun: ddp, every process holds everything; fsdp: weights in training, gradients and "
@@ -548,8 +555,12 @@ class KernelsConfig(_Section):
     selective_log_softmax: str = Field("auto", description="auto, triton or reference")
     split_heads: str = Field("auto", description="auto, triton, cpp or reference")
     split_heads_to_cache: str = Field("auto", description="auto, triton, cpp or reference")
-    block_causal_attention: str = Field("auto", description="auto, triton, cpp, flex, flash_attn, sdpa or reference")
-    cached_attention: str = Field("auto", description="auto, triton, cpp, flash_attn or reference")
+    block_causal_attention: str = Field(
+        "auto", description="auto, triton, cpp, flex, flash_attn, sdpa, triton_invariant, sdpa_invariant or reference"
+    )
+    cached_attention: str = Field(
+        "auto", description="auto, triton, cpp, flash_attn, triton_invariant, sdpa_invariant or reference"
+    )
     layer_norm_modulate: str = Field("auto", description="auto, triton, cpp or reference")
     gated_residual: str = Field("auto", description="auto, triton or reference")
     gated_residual_norm: str = Field("auto", description="auto, triton, cpp or reference")
@@ -559,6 +570,7 @@ class KernelsConfig(_Section):
     channel_moments: str = Field("auto", description="auto, triton or reference")
     conv3x3: str = Field("auto", description="auto, triton, library or reference")
     grpo_token_loss: str = Field("auto", description="auto, cuda, cpp or reference")
+    invariant_linear: str = Field("auto", description="of run.strict: auto, triton, blocks or reference")
 
     @model_validator(mode="after")
     def _exist(self) -> KernelsConfig:
@@ -600,6 +612,7 @@ class Config(_Section):
                 f"update.optimizer={self.update.optimizer} does not take sharded weights; use adamw, or "
                 "run.parallel=ddp"
             )
+        self._check_strict()
         if self.policy.lora is not None and self.run.parallel == "fsdp":
             raise ValueError(
                 "policy.lora with run.parallel=fsdp: there is little to spread, as the frozen weights have neither "
@@ -614,6 +627,14 @@ class Config(_Section):
         if self.rollout.labels != "all":
             check_labels("rollout.labels", self.rollout.labels, num_classes)
         return self
+
+    def _check_strict(self) -> None:
+        if not self.run.strict:
+            return
+        for op in ("block_causal_attention", "cached_attention"):
+            impl = getattr(self.kernels, op)
+            if impl != "auto":
+                raise ValueError(f"run.strict=true chooses attention itself; leave kernels.{op}={impl} out")
 
 
 class SampleConfig(_Section):

@@ -6,8 +6,8 @@ Axes: B image, L token over all scales; H, W pixels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -18,13 +18,14 @@ from varfast import kernels
 from varfast.config import LoRAConfig, VARConfig, VQVAEConfig, check_labels, check_micro_batch
 from varfast.cpu import keep_freed_memory
 from varfast.distributed import World, replicate, shard
-from varfast.graphs import GraphPool
+from varfast.graphs import CudaGraph, GraphPool
 from varfast.models import VAR, VQVAE
 from varfast.models.decoder import FastDecoder
 from varfast.models.lora import add_lora, lora_layers, without_lora
 from varfast.models.var import Checkpointing
 from varfast.models.weights import load_var, load_vqvae
 from varfast.rollout import Sampler, SamplingSettings
+from varfast.roofline import DECODE_GRAPH_IMAGES
 from varfast.stages import stage
 from varfast.types import InputError, Rollout
 
@@ -42,8 +43,9 @@ def pick_device(name: str) -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             raise InputError(f"run.device={name}: this machine has {torch.cuda.device_count()} GPUs; use cpu or auto")
         # cuDNN's default rounds to 10 bits (TF32), at some batch sizes and not at others: the transformer's input would
-        # differ between rollout and update.
+        # differ between rollout and update. So would upsampling, which is a product; there exact is the default.
         torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
     elif device.type == "cpu":
         keep_freed_memory()
     return device
@@ -55,17 +57,29 @@ class Policy:
     Attributes:
         var, vqvae: the models, on one device.
         device: where they are.
-        graph_pool: memory of the graphs of rollout and update, which never run at the same time.
-        cuda_graph: whether equal rollouts on a GPU are captured and replayed, if the policy is fast.
+        graph_pool: memory of the graphs of rollout and update, which never run at the same time. The decoder's has its
+            own: it runs beside the rollout.
+        cuda_graph: whether equal rollouts and decodes on a GPU are captured and replayed, if the policy is fast.
+        strict: see __init__.
     """
 
     def __init__(
-        self, var: VAR, vqvae: VQVAE, device: torch.device | str = "cpu", dtype: str = "float32", fast: bool = True
+        self,
+        var: VAR,
+        vqvae: VQVAE,
+        device: torch.device | str = "cpu",
+        dtype: str = "float32",
+        fast: bool = True,
+        strict: bool = False,
     ) -> None:
         """
         Args:
             dtype: of activations, "float32" or "bfloat16"; the weights stay float32.
             fast: False samples eagerly and decodes in float32 with the plain decoder: what fast is tested against.
+            strict: tokens do not depend on the batch split, and `sample` gives the log-probabilities of `token_logp`
+                bit for bit, in any dtype. varfast.strict.check says whether that holds here.
+        Raises: InputError for models that do not belong together, another dtype, or strict where its kernels cannot
+            run.
         """
         for name in ("vocab_size", "code_width", "patch_nums"):
             of_var, of_vqvae = getattr(var.config, name), getattr(vqvae.config, name)
@@ -78,11 +92,15 @@ class Policy:
         self.var = var.to(self.device)
         self.var.compute_dtype = _DTYPES[dtype]
         self.vqvae = vqvae.to(self.device).requires_grad_(False)
-        self._fast = fast
+        self._fast, self.strict = fast, strict
+        if strict:
+            self._make_strict()
         self.cuda_graph = True
         self.graph_pool = GraphPool()
         self._sampler = Sampler(self.var, self.vqvae, fast, self.graph_pool)
         self._decoder: FastDecoder | None = None
+        self._decode_graph: tuple[int, CudaGraph] | None = None  # and the number of images that it decodes
+        self._last_decoded = 0
         self._beside: torch.cuda.Stream | None = None
         # Images of which the largest map has 2^30 numbers, 102 at 256 px: cuDNN counts in 32 bits.
         self._decodable = max(1, 2**30 // (vqvae.config.base_channels * vqvae.config.image_size**2))
@@ -90,8 +108,20 @@ class Policy:
         self._gathered: VAR | None = None
 
     @property
+    def sampled_var(self) -> VAR:
+        """The transformer that `sample` reads: the trained one, or, sharded, the copy that all of it is gathered in."""
+        return self._sampler.var
+
+    @property
     def num_classes(self) -> int:
         return self.var.config.num_classes
+
+    def _make_strict(self) -> None:
+        product = kernels.selection.choose("invariant_linear", self.device)
+        if product.impl == "reference":
+            raise InputError(f"run.strict=true cannot run on {self.device}: {product.why}; use run.strict=false")
+        self.var.make_strict()
+        self.vqvae.quantize.make_strict()
 
     def add_lora(self, config: LoRAConfig, seed: int) -> None:
         """Train an adapter beside frozen weights from now on. Once, before `frozen_copy` and `distribute`.
@@ -99,9 +129,10 @@ class Policy:
         Raises: InputError if peft is not installed.
         """
         add_lora(self.var, config, seed)
-        self._sampler = Sampler(
-            self.var, self.vqvae, self._fast, self.graph_pool
-        )  # what it captured knows of no adapter
+        if self.strict:
+            self._make_strict()  # its own matrices too
+        # What the old one captured knows of no adapter.
+        self._sampler = Sampler(self.var, self.vqvae, self._fast, self.graph_pool)
 
     def frozen_copy(self) -> Policy:
         """The same policy with weights that no update reaches: the reference of the KL term. Shares the VQ-VAE.
@@ -189,13 +220,16 @@ class Policy:
         step: int = 0,
         first_sample: int = 0,
         micro_batch: int | None = None,
+        keep_input: bool = False,
     ) -> tuple[Rollout, Tensor]:
         """`sample`, and `decode` of each micro-batch; on a GPU while the next one is sampled.
 
+        Args:
+            keep_input: the rollout holds its var_input_BLC, for an update: 87 KB an image of the public models.
         Returns: Rollout, and (B, 3, H, W) float32 images in [0, 1].
         """
         rollout, images = self._sample(
-            labels_B, temperature, seed, cfg, top_k, top_p, step, first_sample, micro_batch, decode=True
+            labels_B, temperature, seed, cfg, top_k, top_p, step, first_sample, micro_batch, True, keep_input
         )
         assert images is not None
         return rollout, images
@@ -212,6 +246,7 @@ class Policy:
         first_sample: int,
         micro_batch: int | None,
         decode: bool,
+        keep_input: bool = False,
     ) -> tuple[Rollout, Tensor | None]:
         if not temperature > 0:
             raise InputError(f"temperature={temperature}: must be > 0; for greedy choice use top_k=1")
@@ -220,8 +255,11 @@ class Policy:
         labels_B = self._labels(labels_B)
         check_micro_batch("micro_batch", micro_batch, len(labels_B))
         settings = SamplingSettings(temperature, cfg, top_k, top_p)
-        drawn, images = [], []
-        parts = self._sampler.parts(labels_B, settings, seed, step, first_sample, micro_batch, self.cuda_graph)
+        drawn, images = [], self._empty_images(len(labels_B)) if decode else None
+        rest = images
+        parts = self._sampler.parts(
+            labels_B, settings, seed, step, first_sample, micro_batch, self.cuda_graph, keep=decode
+        )
         if decode and self.device.type == "cuda" and self._beside is None:
             self._beside = torch.cuda.Stream(self.device)  # one for all steps: the allocator keeps memory by stream
         beside = self._beside if decode else None
@@ -230,21 +268,28 @@ class Policy:
                 part = next(parts, None)
             if part is None:
                 break
-            drawn.append(part)
-            if decode and beside is None:
-                images.append(self.decode(part[0]))
-            elif beside is not None:
-                beside.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(beside):
-                    images.append(self.decode(part[0]))
-                part[0].record_stream(beside)
-        tokens_BL, logp_BL, entropy_BL = (torch.cat(pieces) for pieces in zip(*drawn, strict=True))
-        rollout = Rollout(labels_B, tokens_BL, logp_BL, entropy_BL, temperature, settings.on_policy)
+            drawn.append(part if keep_input else part._replace(var_input_BLC=None))
+            if rest is None:
+                continue
+            assert part.f_hat is not None
+            with nullcontext() if beside is None else _after_this_stream(beside):
+                self._decode(part.f_hat, rest[: len(part.f_hat)])
+            if beside is not None:
+                part.f_hat.record_stream(beside)
+            rest = rest[len(part.f_hat) :]
+        tokens_BL, logp_BL, entropy_BL, _, inputs_BLC = zip(*drawn, strict=True)
+        rollout = Rollout(
+            labels_B,
+            torch.cat(tokens_BL),
+            torch.cat(logp_BL),
+            torch.cat(entropy_BL),
+            temperature,
+            settings.on_policy,
+            torch.cat(inputs_BLC) if keep_input else None,
+        )
         if beside is not None:
-            torch.cuda.current_stream().wait_stream(beside)
-            for part_images in images:
-                part_images.record_stream(torch.cuda.current_stream())
-        return rollout, torch.cat(images) if decode else None
+            torch.cuda.current_stream().wait_stream(beside)  # images and their memory are this stream's
+        return rollout, images
 
     def token_logp(
         self,
@@ -269,8 +314,14 @@ class Policy:
         tokens_BL = self._tokens(tokens_BL)
         if var_input_BLC is None:
             var_input_BLC = self.teacher_input(tokens_BL)
-        logits_BLV = (self._replica or self.var)(labels_B, var_input_BLC, checkpointing=checkpointing)
-        logp_BL, _ = kernels.selective_log_softmax(logits_BLV, tokens_BL, temperature, consume_logits=True)
+        bias_V = None
+        if self._replica is None and self._gathered is None:
+            logits_BLV, bias_V = self.var(labels_B, var_input_BLC, checkpointing=checkpointing, bias_apart=True)
+        else:  # DDP and FSDP keep a parameter's gradient to what happens inside forward: the bias is added there
+            logits_BLV = (self._replica or self.var)(labels_B, var_input_BLC, checkpointing=checkpointing)
+        logp_BL, _ = kernels.selective_log_softmax(
+            logits_BLV, tokens_BL, temperature, consume_logits=True, bias_V=bias_V
+        )
         return logp_BL
 
     @torch.no_grad()
@@ -282,17 +333,47 @@ class Policy:
     def decode(self, tokens_BL: Tensor, micro_batch: int | None = None) -> Tensor:
         """(B, L) tokens -> (B, 3, H, W) float32 images in [0, 1], `micro_batch` at a time (default all)."""
         tokens_BL = self._tokens(tokens_BL)
-        size = min(micro_batch or self._decodable, self._decodable)
-        with stage("decode"):
-            parts = tokens_BL.tensor_split(max(1, -(-len(tokens_BL) // size)))
-            return torch.cat([self._decode_part(part) for part in parts])
+        images = self._empty_images(len(tokens_BL))
+        self._decode(self.vqvae.f_hat(tokens_BL), images, micro_batch)
+        return images
 
-    def _decode_part(self, tokens_BL: Tensor) -> Tensor:
+    def _empty_images(self, batch: int) -> Tensor:
+        size = self.vqvae.config.image_size
+        return torch.empty(batch, 3, size, size, device=self.device)
+
+    @torch.no_grad()
+    def _decode(self, f_hat: Tensor, images: Tensor, micro_batch: int | None = None) -> None:
+        """Write the images of the sums of quantized scales."""
+        size = min(micro_batch or self._decodable, self._decodable)
+        if self._captures:
+            size = min(size, DECODE_GRAPH_IMAGES)
+        half = torch.full((1,), 0.5, device=self.device)
+        with stage("decode"):
+            for part, out in zip(f_hat.split(size), images.split(size), strict=True):
+                # x / 2 + 1 / 2, in float32, as the copy into place: two passes over the pixels instead of six. Folded
+                # into the last convolution it would cost a bit: bfloat16 has 128 steps from 0.5 to 1.
+                torch.add(half, self._decode_part(part), alpha=0.5, out=out).clamp_(0.0, 1.0)
+
+    @property
+    def _captures(self) -> bool:
+        return self._fast and self.cuda_graph and self.device.type == "cuda"
+
+    def _decode_part(self, f_hat: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], not clamped. On a GPU a batch size met twice in a row is captured and replayed."""
         if not self._fast:
-            return self.vqvae.decode(tokens_BL).add(1.0).mul(0.5)
+            return self.vqvae.decode_f_hat(f_hat)
         if self._decoder is None:
             self._decoder = FastDecoder(self.vqvae, self.var.compute_dtype)
-        return self._decoder(self.vqvae.f_hat(tokens_BL)).clamp_(-1.0, 1.0).add_(1.0).mul_(0.5).contiguous()
+        batch, captured, last = len(f_hat), self._decode_graph[0] if self._decode_graph else 0, self._last_decoded
+        self._last_decoded = batch
+        if not self._captures or batch not in (captured, last):
+            return self._decoder(f_hat)
+        if self._decode_graph is None or batch != captured:
+            self._decode_graph = None  # its memory goes first
+            decoder = self._decoder
+            self._decode_graph = batch, CudaGraph(lambda f_hat: (decoder(f_hat),), f_hat)
+        (images,) = self._decode_graph[1](f_hat)
+        return images
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -313,6 +394,14 @@ class Policy:
         return tokens_BL.to(self.device)
 
 
+@contextmanager
+def _after_this_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Inside, work goes to `stream`, after all that the current one was given."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+
+
 def load_policy(
     var: str,
     vqvae: str,
@@ -321,6 +410,7 @@ def load_policy(
     var_config: VARConfig | None = None,
     vqvae_config: VQVAEConfig | None = None,
     fast: bool = True,
+    strict: bool = False,
 ) -> Policy:
     """A policy from checkpoints, whose sizes are read from the files.
 
@@ -331,7 +421,9 @@ def load_policy(
         dtype: of activations, "float32" or "bfloat16".
         var_config, vqvae_config: sizes the files must have.
         fast: False samples eagerly and decodes plainly: what the fast path is compared with.
+        strict: the same bits in sampling and in teacher forcing, whatever the batch: see Policy.
     Raises: InputError if a file cannot be read or does not fit.
     """
     transformer = load_var(var, var_config)
-    return Policy(transformer, load_vqvae(vqvae, transformer.config.patch_nums, vqvae_config), device, dtype, fast)
+    tokenizer = load_vqvae(vqvae, transformer.config.patch_nums, vqvae_config)
+    return Policy(transformer, tokenizer, device, dtype, fast, strict)

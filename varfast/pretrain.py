@@ -85,7 +85,9 @@ def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
     """The transformer's and the VQ-VAE's checkpoint for this config, trained now if they are not in the cache."""
     var_path, vqvae_path = base_paths(config, device)
     if not (var_path.exists() and vqvae_path.exists()):
-        with order_may_vary():  # on a GPU the gradient of upsampling has no fixed order; the base is made once and kept
+        # The base is made once and kept. No operation of it is known to lack a fixed order now that upsampling is a
+        # product; on a GPU that has not been tried.
+        with order_may_vary():
             var, vqvae, report = pretrain(config, device)
         save_tensors(vqvae_path, vqvae.state_dict())
         save_tensors(var_path, var.state_dict())

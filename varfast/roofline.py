@@ -3,7 +3,7 @@
     python -m varfast.roofline configs/d30.yaml [device=H200] [a.b=c ...]
 
 prints, for a device, the speed-of-light time of every stage, the memory with the micro-batches that fit, and what many
-GPUs would lose to communication. Nothing here is measured, save the ceilings of `device=here` and of the H200.
+GPUs would lose to communication. Nothing here is measured, save the ceilings of `device=here`, the H100 and the H200.
 
 How things are counted
 - FLOPs: two for each multiply and add of a matrix product, a convolution or attention; of attention the pairs that the
@@ -482,6 +482,9 @@ def _cache_bytes_per_token(config: Config) -> int:
 
 # Of the memory that is free, what plans may use: the rest is the allocator's fragmentation and libraries' workspaces.
 _USABLE = 0.9
+# Images that the captured decoder takes at a time. Its buffers stay from step to step: 3.4 GB in bfloat16 at 256 px.
+# Its smallest maps, 16 x 16, are 8192 rows then, 2.4 waves of tiles on an H100 and 5 % of the arithmetic.
+DECODE_GRAPH_IMAGES = 32
 # update_plan: below this many images at a time, recomputing costs less than more passes over the weights.
 _ENOUGH_IMAGES = 8
 
@@ -493,21 +496,22 @@ class Memory:
     Attributes:
         weights: of the transformer, float32. With an adapter its blocks' matrices are frozen in run.dtype, and the
             adapter is float32.
-        compute_copy: its matrices in 16 bits, read by rollout and update alike; 0 in float32. Where weights are
-            sharded, all of it as it samples. With an adapter, of that alone.
+        compute_copy: the matrices of blocks and head in 16 bits, which rollout and update read; of an adapter its own.
+            0 in float32. Where weights are sharded, all of the transformer as it samples.
         gradients: float32, of what is trained.
         moments: see `moment_bytes`.
         average: of what is trained, float32; 0 without update.ema_decay.
         reference: the base model of the KL term, matrices in run.dtype; 0 with kl_beta = 0, and with an adapter, whose
             frozen weights are the reference.
         vqvae, reward: their weights, float32.
-        images: of a step, float32 pixels, twice while micro-batches are put together.
+        images: of a step, float32 pixels, and the transformer's input, twice while micro-batches are put together.
         kv_cache: of a micro-batch, without the last scale, whose keys and values no later scale needs.
         rollout_activations: of a micro-batch at the last scale, where they are largest.
         decode: of a micro-batch, at the level where most exists at once.
         update: of a micro-batch: what autograd keeps, logits, and the block at work.
-        captured: what the rollout's CUDA graph holds on to during the update: its cache and activations.
-        captured_update: what the update's CUDA graph holds on to during the rollout. Both take it from one pool.
+        captured: what CUDA graphs hold on to during the update: cache and activations of the rollout, maps of the
+            decoder.
+        captured_update: what the update's CUDA graph holds on to during the rollout; it shares a pool with that's.
     """
 
     weights: int
@@ -579,18 +583,29 @@ def memory(config: Config, shards: int = 1) -> Memory:
         reference=round(_weight_bytes(sizes, dtype)) if config.grpo.kl_beta > 0.0 and not lora else 0,
         vqvae=_FLOAT32 * num_vqvae_parameters(config.policy.vqvae),
         reward=_FLOAT32 * sum(network.parameters for network in _reward_networks(config)),
-        images=2 * images * _image_bytes(config),
+        images=images * _kept_bytes(config),
         kv_cache=sampled * kv_cache_bytes(config),
         rollout_activations=sampled * rollout_activation_bytes(config),
         decode=sampled * decode_activation_bytes(config),
         update=update,
-        captured=sampled * captured_bytes(config),
+        captured=captured_bytes(config, sampled),
         captured_update=update if config.update.cuda_graph else 0,
     )
 
 
 def _image_bytes(config: Config) -> int:
     return 3 * config.policy.vqvae.image_size**2 * _FLOAT32
+
+
+def _input_bytes(config: Config) -> int:
+    """Of one image: the transformer's input of each scale but the first."""
+    sizes = config.policy.sizes
+    return (sizes.num_tokens - sizes.patch_nums[0] ** 2) * sizes.code_width * _FLOAT32
+
+
+def _kept_bytes(config: Config) -> int:
+    """Of one image, from the rollout to the end of the step."""
+    return _image_bytes(config) + 2 * _input_bytes(config)
 
 
 def kv_cache_bytes(config: Config) -> int:
@@ -658,10 +673,12 @@ def update_activation_bytes(config: Config, checkpointing: Checkpointing) -> int
     return sizes.num_tokens * (sizes.depth * kept + C * item + max(head_at_work, block_at_work))
 
 
-def captured_bytes(config: Config) -> int:
-    """Of one image: what the CUDA graph of a rollout holds on to; 0 where there is none."""
-    captured = config.run.fast and config.rollout.cuda_graph is not False
-    return kv_cache_bytes(config) + rollout_activation_bytes(config) if captured else 0
+def captured_bytes(config: Config, sampled: int) -> int:
+    """What the CUDA graphs of a rollout of so many images, and of their decoder, hold on to; 0 where there are none."""
+    if not config.run.fast or config.rollout.cuda_graph is False:
+        return 0
+    one = kv_cache_bytes(config) + rollout_activation_bytes(config) + _input_bytes(config)
+    return sampled * one + min(sampled, DECODE_GRAPH_IMAGES) * decode_activation_bytes(config)
 
 
 def rollout_micro_batch(config: Config, free_bytes: float) -> int:
@@ -677,7 +694,7 @@ def rollout_micro_batch(config: Config, free_bytes: float) -> int:
         return config.rollout.micro_batch
     one = kv_cache_bytes(config) + rollout_activation_bytes(config) + decode_activation_bytes(config)
     images = config.rollout.images
-    return _largest_divisor(images, (_USABLE * free_bytes - 2 * images * _image_bytes(config)) / one)
+    return _largest_divisor(images, (_USABLE * free_bytes - images * _kept_bytes(config)) / one)
 
 
 def update_plan(config: Config, free_bytes: float) -> tuple[int, Checkpointing]:
@@ -735,7 +752,7 @@ def planned(config: Config, device_bytes: int | None, shards: int = 1) -> Config
     sampled, plan = rollout_micro_batch(config, free), update_plan(config, free)
     # A captured rollout holds on to its memory while the update runs. Where that would cost the update its room, it is
     # launched kernel by kernel: with images enough to fill the memory, the kernels are longer than their launches.
-    beside_graph = update_plan(config, free - sampled * captured_bytes(config) / _USABLE)
+    beside_graph = update_plan(config, free - captured_bytes(config, sampled) / _USABLE)
     # A captured update takes its memory from the pool that the rollout's graph has.
     if config.update.cuda_graph:
         beside_graph = plan
@@ -773,9 +790,8 @@ def lower_memory(config: Config, part: str) -> str:
     elif part == "reward":
         sizes = {f"reward.{n}.batch_size": r.batch_size for n, r in config.reward.items() if hasattr(r, "batch_size")}
         advice = "; ".join(f"use {key}={size // 2}, now {size}" for key, size in sizes.items() if size > 1)
-    elif captured_bytes(config):
-        sampled = config.rollout.micro_batch or config.rollout.images
-        held = f"its graph holds {_number(sampled * captured_bytes(config) / 2**30)} GiB meanwhile"
+    elif held_bytes := captured_bytes(config, config.rollout.micro_batch or config.rollout.images):
+        held = f"its graph holds {_number(held_bytes / 2**30)} GiB meanwhile"
         advice = f"use rollout.cuda_graph=false, now true ({held})"
     else:
         if now < 2 * _ENOUGH_IMAGES and update.checkpointing != "full":
@@ -859,7 +875,11 @@ DEVICES = {
         790e12, 67e12, 4.3e12, 139 * 2**30,
         "measured with an 8192^3 bf16 product and a device copy on an H200; float32 from the datasheet",
     ),
-    "H100": Device(989e12, 67e12, 3.35e12, int(80e9), f"H100 SXM 80 GB, {_DATASHEET}"),
+    "H100": Device(
+        790e12, 67e12, 3.02e12, int(80e9),
+        "measured with an 8192^3 bf16 product and a device copy on an H100 SXM 80 GB (its datasheet: 989 TFLOP/s, "
+        "3.35 TB/s); float32 from the datasheet",
+    ),
     "A100": Device(312e12, 19.5e12, 2.039e12, int(80e9), f"A100 SXM 80 GB, {_DATASHEET}"),
     "A100-40GB": Device(312e12, 19.5e12, 1.555e12, int(40e9), f"A100 SXM 40 GB, {_DATASHEET}"),
     "L40S": Device(362e12, 91.6e12, 0.864e12, int(48e9), _DATASHEET),

@@ -29,6 +29,8 @@ class Rollout:
         entropy_BL: (B, L) float32, entropy of that distribution in nats.
         temperature: of that distribution.
         on_policy: no guidance and no filters: the distribution is the tempered policy itself, as GRPO needs it.
+        var_input_BLC: (B, L - first, code width) float32, what the transformer saw in place of each token but the first
+            scale's, where it was kept: an update need not compute it again.
     """
 
     labels_B: Tensor
@@ -37,6 +39,7 @@ class Rollout:
     entropy_BL: Tensor
     temperature: float
     on_policy: bool
+    var_input_BLC: Tensor | None = None
 
     def rows(self, index: Tensor | slice) -> Rollout:
         """The images at `index`."""
@@ -46,6 +49,7 @@ class Rollout:
             tokens_BL=self.tokens_BL[index],
             logp_BL=self.logp_BL[index],
             entropy_BL=self.entropy_BL[index],
+            var_input_BLC=None if self.var_input_BLC is None else self.var_input_BLC[index],
         )
 
 

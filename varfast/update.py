@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from varfast import kernels
+from varfast import kernels, strict
 from varfast.config import GRPOConfig, UpdateConfig
 from varfast.distributed import ALONE, World, whole
 from varfast.gradients import Gradients
@@ -72,9 +72,12 @@ class Updater:
         self.grpo, self.config, self.total_steps, self.seed = grpo, update, total_steps, seed
         self._checkpointing: Checkpointing = "none" if update.checkpointing == "auto" else update.checkpointing
         self._parameters = [p for p in policy.var.parameters() if p.requires_grad]
-        # Several processes: DistributedDataParallel and FSDP have gradients of their own.
-        self._gradients = Gradients(self._parameters) if world.size == 1 else None
-        self._captures = update.cuda_graph is True and policy.device.type == "cuda" and world.size == 1
+        # DistributedDataParallel and FSDP have gradients of their own; strict mode counts on the host side of a pass.
+        alone = world.size == 1 and not policy.strict
+        self._captures = update.cuda_graph is True and policy.device.type == "cuda" and alone
+        # A captured pass needs gradients that stay where they are. Else each product's own tensor is the gradient, and
+        # is not copied: 8 bytes a parameter and optimizer step.
+        self._gradients = Gradients(self._parameters) if update.cuda_graph is True and alone else None
         self._reference_pass = Replayed(self._reference_logp, policy.graph_pool)
         self._policy_pass = Replayed(self._accumulate, policy.graph_pool)
         self._reference_version = -1
@@ -88,6 +91,7 @@ class Updater:
         if update.ema_decay is not None:
             self._averaged = {name: p for name, p in policy.var.named_parameters() if p.requires_grad}
         self._averages = {name: p.detach().clone() for name, p in self._averaged.items()}
+        self._differing: Tensor | None = None  # log-probabilities that are not the rollout's, while they should be
         self._skipped_in_a_row = 0
 
     def step(self, scored: ScoredRollout, step: int) -> StepStats:
@@ -95,6 +99,7 @@ class Updater:
 
         Raises:
             InputError: for a rollout drawn with guidance or filters, whose log-probabilities are not the policy's.
+            InputError: in strict mode, for a log-probability before the first optimizer step that is not the rollout's.
             InputError: after update.max_skipped_steps gradients in a row that were not finite. None of them has reached
                 a weight.
         """
@@ -107,11 +112,14 @@ class Updater:
         logp_ref_BL = None if self.reference is None else torch.zeros_like(scored.rollout.logp_BL)
         with_signal_B = None if self.reference is not None else (scored.advantages_B != 0).cpu()
         measured, norms, skipped = [], [], []
+        differing = torch.zeros((), dtype=torch.int64, device=self.policy.device)
+        self._differing = differing if self.policy.strict else None
         for epoch in range(self.config.epochs):
             generator = keyed_generator(self.seed, Purpose.MINIBATCHES, step, epoch)
             for rows in torch.randperm(len(scored.advantages_B), generator=generator).split(self.config.minibatch):
                 used = rows if with_signal_B is None else rows[with_signal_B[rows]]
                 stats = self._gradient(scored, self._on_device(used), len(rows), logp_ref_BL, epoch == 0)
+                self._differing = None  # from here on the weights have moved
                 with stage("optimizer"):
                     norm, not_finite = self._clipped_step()
                     self.policy.var.refresh_copies()
@@ -123,6 +131,8 @@ class Updater:
             if logp_ref_BL is not None and epoch == 0 and self.config.epochs > 1:
                 self.world.sum(logp_ref_BL)  # other epochs split the images another way
         self.policy.gather()
+        if self.policy.strict:
+            strict.must_agree(int(self.world.sum(differing)), self.policy, scored.rollout, step)
         if not measured:  # no image had a gradient
             measured_N6 = torch.tensor([[0.0, 0.0, 0.0, 1.0, 0.0, 0.0]], device=self.policy.device)
         else:
@@ -228,7 +238,10 @@ class Updater:
         """
         rollout = scored.rollout.rows(rows)
         temperature, tokens_BL = rollout.temperature, rollout.tokens_BL
-        inputs = (rollout.labels_B, tokens_BL, self.policy.teacher_input(tokens_BL))
+        var_input_BLC = rollout.var_input_BLC
+        if var_input_BLC is None:
+            var_input_BLC = self.policy.teacher_input(tokens_BL)
+        inputs = (rollout.labels_B, tokens_BL, var_input_BLC)
         # A micro-batch of fewer images, the last of a minibatch or without those that have no signal, runs eagerly.
         captured = self._captures and len(rows) == (self.config.micro_batch or minibatch)
         if self.reference is not None and logp_ref_BL is not None and first_epoch:
@@ -280,6 +293,8 @@ class Updater:
         logp_BL = self.policy.token_logp(
             labels_B, tokens_BL, temperature, var_input_BLC=var_input_BLC, checkpointing=self._checkpointing
         )
+        if self._differing is not None:
+            self._differing += (logp_BL.detach() != logp_old_BL).sum()
         loss, stats = kernels.grpo_token_loss(
             logp_BL, logp_old_BL, logp_ref_BL, advantages_B, clip_eps=self.grpo.clip_eps, kl_beta=self.grpo.kl_beta
         )

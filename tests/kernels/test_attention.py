@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varfast.kernels import attention, attention_triton, block_causal_attention, cached_attention
+from varfast.kernels import (
+    attention,
+    attention_backward,
+    attention_tiles,
+    attention_triton,
+    block_causal_attention,
+    cached_attention,
+)
 from varfast.kernels.extension import NO_EXTENSION
 
 VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -216,12 +223,13 @@ def test_triton_writes_nothing_past_its_outputs(device, monkeypatch):
         batch, heads, length, dim = like.shape
         return in_a_sea((batch, length, heads, dim), like, like.dtype).transpose(1, 2)
 
-    monkeypatch.setattr(attention_triton, "_empty_BHLD", empty_BHLD)
-    monkeypatch.setattr(attention_triton, "_empty_rows", lambda like: in_a_sea(like.shape[:3], like, torch.float32))
+    for module in (attention_triton, attention_backward):
+        monkeypatch.setattr(module, "empty_BHLD", empty_BHLD)
+    monkeypatch.setattr(attention_triton, "empty_rows", lambda like: in_a_sea(like.shape[:3], like, torch.float32))
     ends = scale_ends((1, 2, 3, 5, 6))
     q, k, v, logit_scale, grad = var_inputs(1, 1, ends, torch.float32, device)
     out, top, share = attention_triton.attention_op._init_fn(q, k, v, logit_scale, ends)
-    attention_triton._backward_op._init_fn(grad, q, k, v, logit_scale, out, top, share, ends)
+    attention_backward.backward_op._init_fn(grad, q, k, v, logit_scale, out, top, share, ends)
     attention_triton.cached_attention_op._init_fn(q[:, :, :9], k, v, logit_scale, 14)
     assert len(seas) == 7
     for sea in seas:
@@ -265,26 +273,26 @@ def test_triton_ops_pass_opcheck(device, dtype):
     leaves = [x.detach().requires_grad_() for x in (q, k, v, logit_scale)]
     torch.library.opcheck(attention_triton.attention_op, (*leaves, ends))
     out, top, share = attention_triton.attention_op(q, k, v, logit_scale, ends)
-    torch.library.opcheck(attention_triton._backward_op, (grad, q, k, v, logit_scale, out, top, share, ends))
+    torch.library.opcheck(attention_backward.backward_op, (grad, q, k, v, logit_scale, out, top, share, ends))
     torch.library.opcheck(attention_triton.cached_attention_op, (q, k, v, logit_scale, 3))
 
 
 def test_query_and_key_tiles_cover_each_row_once_and_see_what_the_mask_says():
     for sides in ((1,), (2, 3), (1, 2, 3, 5), (9, 10), VAR_256):
         ends = scale_ends(sides)
-        visible = attention_triton.visible_keys(ends)
+        visible = attention_tiles.visible_keys(ends)
         assert visible == [next(end for end in ends if i < end) for i in range(ends[-1])]
         for tiles, block in (
-            (attention_triton.query_tiles(ends, 128, 64), 128),
-            (attention_triton.key_tiles(ends, 64, 32), 64),
+            (attention_tiles.query_tiles(ends, 128, 64), 128),
+            (attention_tiles.key_tiles(ends, 64, 32), 64),
         ):
             assert sorted(i for start, end, *_ in tiles for i in range(start, end)) == list(range(ends[-1]))
             assert all(0 < end - start <= block for start, end, *_ in tiles)
-        for start, end, full, keys in attention_triton.query_tiles(ends, 128, 64):
+        for start, end, full, keys in attention_tiles.query_tiles(ends, 128, 64):
             assert full % 64 == 0
             assert full <= min(visible[start:end])
             assert keys == max(visible[start:end])
-        for start, end, first, full in attention_triton.key_tiles(ends, 64, 32):
+        for start, end, first, full in attention_tiles.key_tiles(ends, 64, 32):
             assert (full - first) % 32 == 0
             assert all(seen <= start for seen in visible[:first])
             assert all(seen >= end for seen in visible[full:])
@@ -293,8 +301,8 @@ def test_query_and_key_tiles_cover_each_row_once_and_see_what_the_mask_says():
 @pytest.mark.parametrize(("sides", "share"), [(VAR_256, 0.727), (VAR_512, 0.675)])
 def test_query_tiles_visit_little_more_than_the_mask_keeps(sides, share):
     ends = scale_ends(sides)
-    blocks = sum(-(-keys // 64) for *_, keys in attention_triton.query_tiles(ends, 128, 64))
-    assert sum(attention_triton.visible_keys(ends)) <= blocks * 128 * 64 <= share * ends[-1] ** 2
+    blocks = sum(-(-keys // 64) for *_, keys in attention_tiles.query_tiles(ends, 128, 64))
+    assert sum(attention_tiles.visible_keys(ends)) <= blocks * 128 * 64 <= share * ends[-1] ** 2
 
 
 def assert_cached_no_worse_than_pytorch(impl, q, k, v, logit_scale, _, sides):

@@ -34,6 +34,31 @@ def test_logp_entropy_and_gradient_are_as_exact_as_pytorch(path, assert_as_exact
     assert_as_exact(got, plain, exact, floor=2e-6 if dtype == torch.float32 else 4e-3)
 
 
+def run_biased(logits, bias, tokens, upstream, **how):
+    logits, bias = (x.detach().clone().requires_grad_() for x in (logits, bias))
+    logp, entropy = selective_log_softmax(logits * 1, tokens, 0.7, bias_V=bias, **how)
+    logp.backward(upstream.to(logp.dtype))
+    return {"logp": logp, "entropy": entropy, "gradient": logits.grad, "bias": bias.grad}
+
+
+@pytest.mark.parametrize("consume_logits", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 9, 300), (1, 16, 128), (1, 1, 1)])
+def test_bias_and_its_gradient_are_as_exact_as_pytorch(path, assert_as_exact, shape, dtype, consume_logits):
+    logits, tokens, upstream = inputs(shape, dtype)
+    bias = torch.randn(shape[-1], generator=torch.Generator().manual_seed(1))
+    exact = run_biased(logits.double(), bias.double(), tokens, upstream, impl="reference")
+    plain = run_biased(logits, bias, tokens, upstream, impl="reference")
+    there = (x.to(path.device) for x in (logits, bias, tokens, upstream))
+    got = run_biased(*there, consume_logits=consume_logits, impl=path.impl)
+    assert got["bias"].dtype == torch.float32
+    assert_as_exact(got, plain, exact, floor=2e-6 if dtype == torch.float32 else 4e-3)
+    # In another place: the bias is added to the logits first.
+    first = run(logits.double() + bias.double(), tokens, upstream, 0.7, impl="reference")
+    torch.testing.assert_close(exact["gradient"], first["gradient"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(exact["bias"], first["gradient"].sum((0, 1)), rtol=0, atol=1e-12)
+
+
 def test_log_softmax_of_a_known_distribution(path):
     logits = torch.log(torch.tensor([[[0.5, 0.25, 0.125, 0.125]]])).to(path.device)
     logp, entropy = selective_log_softmax(logits, torch.tensor([[2]], device=path.device), 1.0, impl=path.impl)
@@ -45,6 +70,10 @@ def test_selective_log_softmax_gradcheck():
     logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     tokens = torch.randint(5, (2, 3))
     assert torch.autograd.gradcheck(lambda x: selective_log_softmax(x, tokens, 0.7, impl="reference")[0], logits)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, b: selective_log_softmax(x, tokens, 0.7, bias_V=b, impl="reference")[0], (logits, bias)
+    )
 
 
 def test_extreme_logits(path):
@@ -85,10 +114,14 @@ def test_selective_log_softmax_opcheck():
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logits = torch.randn(2, 3, 40, device=device, requires_grad=True)
-    torch.library.opcheck(_logp_triton, (logits, torch.randint(40, (2, 3), device=device), 0.7))
+    bias = torch.randn(40, device=device, requires_grad=True)
+    for given in (None, bias):
+        torch.library.opcheck(_logp_triton, (logits, torch.randint(40, (2, 3), device=device), 0.7, given))
 
 
 def test_selective_log_softmax_refuses_bad_input(path):
+    with pytest.raises(ValueError, match=r"bias_V is \(3,\), want \(4,\)"):
+        selective_log_softmax(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), bias_V=torch.zeros(3))
     with pytest.raises(ValueError, match="want \\(B, L\\)"):
         selective_log_softmax(torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="temperature=-1"):

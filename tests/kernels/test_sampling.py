@@ -181,6 +181,7 @@ def test_sample_tokens_extreme_logits(draw):
     [
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"key": torch.zeros(2, dtype=torch.int64)}, "key: got"),
+        ({"bias_V": torch.zeros(3)}, "bias_V is"),
         ({"impl": "fast"}, "impl='fast': sample_tokens has triton, reference"),
     ],
 )
@@ -197,6 +198,20 @@ def test_every_implementation_draws_the_tokens_of_the_reference(draw, vocab, inf
     arguments = (cond, key(2**40 + 1, 3, 2**31), 4, 0.7, uncond, 1.5)
     got, want = draw(*arguments, **inference), sample_tokens(*arguments, **inference, impl="reference")
     # In 24 draws, none within rounding (1e-6) of a border.
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(got[2], want[2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_bias_is_added_to_the_logits_before_anything_else(draw, guided):
+    generator = torch.Generator().manual_seed(3)
+    cond, uncond = (4 * torch.randn(2, 8, 300, generator=generator) for _ in range(2))
+    bias = torch.randn(300, generator=generator)
+    inference = {"guidance": 1.5, "top_k": 50, "top_p": 0.9} if guided else {}
+    got = draw(cond, key(3), 4, 0.7, uncond if guided else None, bias_V=bias, **inference)
+    biased = (uncond + bias) if guided else None
+    want = sample_tokens(cond + bias, key(3), 4, 0.7, biased, **inference, impl="reference")
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-5)
     torch.testing.assert_close(got[2], want[2], rtol=0, atol=1e-5)
@@ -224,4 +239,5 @@ def test_sample_tokens_opcheck():
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = (torch.randn(2, 3, 40, device=device), key().to(device), 1, 0.7, None, 0.0, 0, 0.0)
-    torch.library.opcheck(_sample_triton, arguments)
+    for bias in (None, torch.randn(40, device=device)):
+        torch.library.opcheck(_sample_triton, (*arguments, bias))

@@ -61,6 +61,7 @@ def arguments(op, dtype, head_dim=64, vocab=10, width=8):
         "gated_residual": (x, x, vector),
         "group_norm_silu": (torch.randn(1, 32, 2, 2, dtype=dtype), torch.ones(32), torch.zeros(32), 8),
         "gated_residual_norm": (x, x, vector, vector, vector),
+        "invariant_linear": (x, x[0]),
         "gelu_bias": (x, vector[0]),
     }[op]
 

@@ -42,7 +42,7 @@ def test_fast_decoder_is_as_exact_as_the_plain_one(make_vqvae, config):
     assert float((in_float32 - exact).abs().max()) < 1e-5 * float(exact.abs().max())
     plain = copy.deepcopy(vqvae).bfloat16().decode_f_hat(f_hat.bfloat16())
     in_bfloat16 = FastDecoder(vqvae)(f_hat)
-    assert in_bfloat16.dtype == torch.float32
+    assert in_bfloat16.dtype == torch.bfloat16
     assert rms(in_bfloat16 - exact) <= 2 * rms(plain - exact)
 
 

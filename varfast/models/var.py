@@ -54,9 +54,11 @@ class Linear(nn.Linear):
     product into the weight's own dtype, not through a 16-bit tensor.
 
     Attributes:
+        strict: a row's bits do not depend on the other rows: see varfast/strict.py.
         keeps_copies: False casts at each use: FSDP exchanges the weights behind PyTorch's back.
     """
 
+    strict = False
     _low_weight: Tensor | None
     _low_bias: Tensor | None
 
@@ -74,12 +76,20 @@ class Linear(nn.Linear):
     def product(self, input: Tensor, with_bias: bool = False) -> Tensor:
         dtype = input.dtype
         bias: Tensor | None = self.bias if with_bias else None
+        if self.strict:
+            return kernels.invariant_linear(input, self.strict_weight(dtype), None if bias is None else bias.to(dtype))
         if self.keeps_copies and self.weight.dtype != dtype:
             low_bias = None if bias is None else self.low_precision("bias", dtype)
             return LowPrecisionLinear.apply(input, self.weight, self.low_precision("weight", dtype), bias, low_bias)
         if self.keeps_copies and bias is not None and bias.dtype != dtype and not bias.requires_grad:
             bias = self.low_precision("bias", dtype)  # of a frozen copy
         return F.linear(input, self.weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    def strict_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight as strict products read it: through autograd where it is wanted, else the copy."""
+        if self.keeps_copies and not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return self.low_precision("weight", dtype)
+        return self.weight.to(dtype)
 
     def low_precision(self, name: _Copied, dtype: torch.dtype) -> Tensor:
         """The copy of a parameter in `dtype`, up to date."""
@@ -126,6 +136,11 @@ class BranchLinear(Linear):
     def forward(self, input: Tensor) -> Tensor:
         return self.product(input, with_bias=not self.keeps_copies)
 
+    def with_gelu(self, input: Tensor) -> Tensor:
+        """Strict forward with its bias, through tanh GELU in the product's own kernel."""
+        bias_M = self.get_parameter("bias").to(input.dtype)
+        return kernels.invariant_linear(input, self.strict_weight(input.dtype), bias_M, gelu=True)
+
     @property
     def bias_left(self) -> Tensor | None:
         """What is still to be added to the result of forward."""
@@ -171,17 +186,37 @@ class Head(Linear):
 
     bf16 logits would put a floor of 1e-4 under k3. bf16 operands add 2 % to the error that the log-probabilities of a
     bf16 transformer of 16 blocks have in any case, 7 to 9 % after 4 blocks (tests/models/test_var.py).
+
+    Attributes:
+        strict: as of Linear.
     """
 
+    strict = False
+
     def forward(self, input: Tensor) -> Tensor:
+        if self.strict:
+            return kernels.invariant_linear(input, self.strict_weight(input.dtype), self.bias, float32_out=True)
         if input.dtype not in (torch.bfloat16, torch.float16):
             return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
+        return self._without_bias(input).add_(self.bias.float())
+
+    def logits_and_bias(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits, and the float32 bias that they still lack, for the op that reads them; None where it is in them.
+
+        On a GPU a product of 16-bit operands that writes float32 adds no bias, and a pass of its own would read and
+        write 11 MB of logits an image.
+        """
+        if self.strict or input.device.type != "cuda" or input.dtype not in (torch.bfloat16, torch.float16):
+            return self(input), None
+        return self._without_bias(input), self.bias.float()
+
+    def _without_bias(self, input: Tensor) -> Tensor:
         if self.keeps_copies and self.weight.dtype != input.dtype:
             low_VC = self.low_precision("weight", input.dtype)
         else:
             low_VC = self.weight.detach().to(input.dtype)
         logits_NV = _ProductInFloat32.apply(input.flatten(0, -2), self.weight, low_VC)
-        return logits_NV.add_(self.bias.float()).unflatten(0, input.shape[:-1])
+        return logits_NV.unflatten(0, input.shape[:-1])
 
 
 class KVCache:
@@ -232,11 +267,20 @@ class Constants:
     head: tuple[Tensor, Tensor]
 
 
+# Attention of strict mode, by device: a row's bits among all scales are those of its scale alone.
+STRICT_ATTENTION = {"cuda": "triton_invariant", "cpu": "sdpa_invariant"}
+
 Checkpointing = Literal["none", "attention", "full"]
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention under the scale mask, with L2-normalised queries and keys where the config says so."""
+    """Multi-head attention under the scale mask, with L2-normalised queries and keys where the config says so.
+
+    Attributes:
+        strict: as of Linear.
+    """
+
+    strict = False
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
@@ -277,13 +321,14 @@ class SelfAttention(nn.Module):
         batch, length, width = x_BLC.shape
         qkv = self.mat_qkv(x_BLC)
         l2_norm = self.scale_mul_1H11 is not None
+        impl = {"impl": STRICT_ATTENTION[x_BLC.device.type]} if self.strict else {}
         if cache is None:
             q, k, v = kernels.split_heads(qkv, self.num_heads, l2_norm, qkv_bias)
-            out = kernels.block_causal_attention(q, k, v, scale_ends, logit_scale_H)
+            out = kernels.block_causal_attention(q, k, v, scale_ends, logit_scale_H, **impl)
         else:
             k_cache, v_cache, start = cache
             q = kernels.split_heads_to_cache(qkv, self.num_heads, l2_norm, k_cache, v_cache, start, qkv_bias)
-            out = kernels.cached_attention(q, k_cache, v_cache, start + length, logit_scale_H)
+            out = kernels.cached_attention(q, k_cache, v_cache, start + length, logit_scale_H, **impl)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -298,6 +343,8 @@ class FFN(nn.Module):
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         """The bias of `fc2` is left to the op that reads the result."""
+        if isinstance(self.fc1, BranchLinear) and self.fc1.strict:
+            return self.fc2(self.fc1.with_gelu(x_BLC))
         if type(self.fc1) is BranchLinear and self.fc1.keeps_copies:
             low_MC = self.fc1.low_precision("weight", x_BLC.dtype)
             hidden = kernels.linear_gelu(x_BLC, self.fc1.weight, self.fc1.bias, low_MC)
@@ -396,7 +443,7 @@ class VAR(nn.Module):
         width, num_tokens, first = config.width, config.num_tokens, config.patch_nums[0] ** 2
         self.pos_start = nn.Parameter(torch.empty(1, first, width))
         self.pos_1LC = nn.Parameter(torch.empty(1, num_tokens, width))
-        self.word_embed = nn.Linear(config.code_width, width)
+        self.word_embed = Linear(config.code_width, width)
         self.class_emb = nn.Embedding(config.num_classes + 1, width)
         self.lvl_embed = nn.Embedding(len(config.patch_nums), width)
         if config.shared_adaln:
@@ -411,6 +458,16 @@ class VAR(nn.Module):
         self.register_buffer("lvl_1L", level_L.unsqueeze(0))
         mask_LL = torch.where(level_L.unsqueeze(1) >= level_L.unsqueeze(0), 0.0, -torch.inf)
         self.register_buffer("attn_bias_for_masking", mask_LL.reshape(1, 1, num_tokens, num_tokens))
+
+    def make_strict(self) -> None:
+        """From now on a token's bits do not depend on the batch, nor on whether its scale came alone."""
+        for module in self.modules():
+            if isinstance(module, Linear | Head | SelfAttention):
+                module.strict = True
+
+    @property
+    def strict(self) -> bool:
+        return self.head.strict
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> VAR:
@@ -478,6 +535,10 @@ class VAR(nn.Module):
         """(B, L, V) float32 (float64 for float64) from the residual stream after the last block."""
         return self.head(kernels.layer_norm_modulate(x_BLC, *constants.head, self.config.norm_eps))
 
+    def logits_and_bias(self, x_BLC: Tensor, constants: Constants) -> tuple[Tensor, Tensor | None]:
+        """As `logits`, but they may lack the bias, which then comes beside them, (V,): see Head.product."""
+        return self.head.logits_and_bias(kernels.layer_norm_modulate(x_BLC, *constants.head, self.config.norm_eps))
+
     def _run_blocks(
         self,
         x_BLC: Tensor,
@@ -503,7 +564,8 @@ class VAR(nn.Module):
         var_input_BLC: Tensor,
         drop_path: float = 0.0,
         checkpointing: Checkpointing = "none",
-    ) -> Tensor:
+        bias_apart: bool = False,
+    ) -> Any:
         """Teacher-forced logits of all scales at once.
 
         Args:
@@ -512,6 +574,7 @@ class VAR(nn.Module):
             drop_path: rate of the last block, growing linearly from 0 at the first. Pre-training only.
             checkpointing: what the backward pass computes again instead of keeping it: "none"; the "attention" branches
                 from their normalised input on; "full": the blocks.
+            bias_apart: return `logits_and_bias`, for the ops that take the bias.
         Returns: (B, L, V) float32.
         """
         x_BlC, cond_BC = self.embed_start(labels_B)
@@ -521,9 +584,12 @@ class VAR(nn.Module):
         constants = self.constants(cond_BC)
         if drop_path > 0.0:
             constants = _drop_branches(constants, drop_path)
-        return self.logits(self._run_blocks(x_BLC, constants, None, checkpointing), constants)
+        head = self.logits_and_bias if bias_apart else self.logits
+        return head(self._run_blocks(x_BLC, constants, None, checkpointing), constants)
 
-    def forward_scale(self, x_BlC: Tensor, constants: Constants, scale: int, cache: KVCache) -> Tensor:
+    def forward_scale(
+        self, x_BlC: Tensor, constants: Constants, scale: int, cache: KVCache, bias_apart: bool = False
+    ) -> Any:
         """Logits of one scale after the scales whose keys and values are in the cache; adds its own to the cache.
 
         Args:
@@ -531,10 +597,12 @@ class VAR(nn.Module):
             constants: of the condition that came with the first scale.
             scale: its index.
             cache: of B images.
+            bias_apart: return `logits_and_bias`, for the ops that take the bias.
         Returns: (B, l, V) float32.
         """
         start = self.config.scale_ends[scale] - x_BlC.shape[1]
-        return self.logits(self._run_blocks(x_BlC, constants, (cache, start)), constants)
+        head = self.logits_and_bias if bias_apart else self.logits
+        return head(self._run_blocks(x_BlC, constants, (cache, start)), constants)
 
     def low_precision_copies(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Each weight that is stored in float32 and read in the compute dtype, and the copy that is read, up to date.

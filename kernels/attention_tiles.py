@@ -1,0 +1,212 @@
+"""What the Triton kernels of attention share: which tile sees what, how they are launched, how they read rows.
+
+No (L, L) mask exists. The host cuts the queries into tiles of at most BLOCK_M rows, where it costs the fewest tiles of
+keys (`query_tiles`), and says of each tile which keys all of its rows see and which only some do: only the latter are
+masked, by the number of keys that each row sees. At 680 tokens, tiles of 64 x 64 cover SHARE64A of the dense area, of
+which the mask keeps 0.619; at 2240 tokens SHARE64B of 0.652 (tests/kernels/test_attention.py).
+
+Axes: B image, H head, L token over all scales, l token of one scale, D head dim, T tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varfast.kernels.selection import INTERPRETED
+from varfast.kernels.settings import setting
+
+HEAD_DIM = 64
+
+try:
+    import triton.language as tl
+    from triton import jit
+
+    D = tl.constexpr(HEAD_DIM)
+    LOG2_E = tl.constexpr(1.4426950408889634)
+except ImportError:  # never launched then: cannot_run_triton says why
+
+    def jit(function=None, **_):
+        return function or jit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which tile sees what
+
+
+def visible_keys(scale_ends: Sequence[int]) -> list[int]:
+    """How many keys each query sees: the end of its scale."""
+    starts = (0, *scale_ends[:-1])
+    return [end for start, end in zip(starts, scale_ends, strict=True) for _ in range(end - start)]
+
+
+def _cheapest_cut(length: int, block: int, cost: Callable[[int, int], float]) -> list[tuple[int, int]]:
+    """Cut [0, length) into spans of at most `block`, at the least sum of cost(start, end)."""
+    best = [(0.0, 0)]
+    for end in range(1, length + 1):
+        best.append(min((best[start][0] + cost(start, end), start) for start in range(max(0, end - block), end)))
+    spans = []
+    end = length
+    while end:
+        spans.append((best[end][1], end))
+        end = best[end][1]
+    return spans[::-1]
+
+
+# Costs, in tiles of products: a masked one a quarter more (one compare and one select beside about eight operations on
+# each logit), a program of its own one more. By count, not measured; twice as much gives the same forward cuts at 680
+# tokens.
+_MASKED, _PROGRAM = 0.25, 1.0
+
+
+@lru_cache(maxsize=64)
+def query_tiles(scale_ends: tuple[int, ...], block_m: int, block_n: int) -> list[tuple[int, int, int, int]]:
+    """(start, end, full, keys) of each tile of queries, the longest first.
+
+    Rows [start, end), at most block_m; all of them see the keys [0, full), some [full, keys), none more.
+    """
+    visible = visible_keys(scale_ends)
+
+    def spans(start: int, end: int) -> tuple[int, int]:
+        return visible[start] // block_n * block_n, visible[end - 1]
+
+    def cost(start: int, end: int) -> float:
+        full, keys = spans(start, end)
+        return _PROGRAM + full // block_n + (1 + _MASKED) * -(-(keys - full) // block_n)
+
+    tiles = [(*cut, *spans(*cut)) for cut in _cheapest_cut(scale_ends[-1], block_m, cost)]
+    return sorted(tiles, key=lambda tile: -tile[3])
+
+
+@lru_cache(maxsize=64)
+def key_tiles(scale_ends: tuple[int, ...], block_n: int, block_m: int) -> list[tuple[int, int, int, int]]:
+    """(start, end, first, full) of each tile of keys, the longest first.
+
+    Rows [start, end), at most block_n; of the queries, those from `full` on see all of these keys, those in
+    [first, full) some, those before `first` none. full - first is a multiple of block_m, so full may pass L.
+    """
+    visible = visible_keys(scale_ends)
+    scale_start = [start for start, end in zip((0, *scale_ends), scale_ends, strict=False) for _ in range(end - start)]
+    length = scale_ends[-1]
+
+    def spans(start: int, end: int) -> tuple[int, int]:
+        first = scale_start[start]
+        sees_all = scale_start[end - 1]
+        assert visible[sees_all] >= end
+        return first, first + -(-(sees_all - first) // block_m) * block_m
+
+    def cost(start: int, end: int) -> float:
+        first, full = spans(start, end)
+        return _PROGRAM + -(-(length - first) // block_m) + _MASKED * ((min(full, length) - first) // block_m)
+
+    tiles = [(*cut, *spans(*cut)) for cut in _cheapest_cut(length, block_n, cost)]
+    return sorted(tiles, key=lambda tile: tile[2])
+
+
+@lru_cache(maxsize=128)
+def table(
+    tiles: Callable[..., list[Any]], scale_ends: tuple[int, ...], blocks: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """What `tiles` says, (T, 4), or (L,) of visible_keys, int32. On the device, made once: a CUDA graph may be captured
+    after one call outside it."""
+    return torch.tensor(tiles(scale_ends, *blocks), dtype=torch.int32, device=device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shipped configurations, for Hopper
+
+
+# Rows of queries and of keys of a tile, warps, stages of the pipeline of loads; by kernel and the bits of a number.
+# In 16 bits forward, dq and dkv are the fastest of bench/tune.py on an H100 (2026-11-26, torch 2.11, triton 3.6, B 64,
+# H 16, L 680; docs/measured.md). The others are chosen by what they compile to (`python -m varfast.kernels.aot`): tiles
+# and warps at which two or more programs share a multiprocessor's 65536 registers and 227 KiB, so that one's
+# exponentials hide behind another's products.
+# float32 products run on the plain cores ("ieee"): tensor cores would round to 10 bits. The tiles are what fits without
+# spills.
+def _rule(block_m: int, block_n: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+
+
+RULES = {
+    ("forward", 16): _rule(64, 64, 4, 3),  # 0.275 ms; 128 x 64 on 8 warps 0.295
+    ("dq", 16): _rule(64, 64, 4, 3),  # 64 x 32: 1.01 times as fast, within the spread
+    ("dkv", 16): _rule(32, 64, 4, 3),  # the whole backward pass 0.951 ms; 64 x 64: 1.081
+    ("fused", 16): _rule(64, 128, 8, 2),  # as many keys as registers hold: each tile of keys reads all queries again
+    # Fewer than 64 rows leave HGMMA for the older instruction, and do not pad 1 to 16 queries to 64.
+    ("cached_16", 16): _rule(16, 64, 1, 2),
+    ("cached_64", 16): _rule(64, 64, 4, 3),
+    ("cached_128", 16): _rule(128, 64, 8, 3),
+    ("forward", 32): _rule(64, 32, 8, 2),
+    ("dq", 32): _rule(64, 32, 8, 2),
+    ("dkv", 32): _rule(16, 64, 8, 2),
+    ("fused", 32): _rule(16, 64, 8, 1),
+    ("cached_16", 32): _rule(16, 32, 2, 2),
+    ("cached_64", 32): _rule(64, 32, 8, 2),
+}
+
+
+def launch_setting(kernel: str, dtype: torch.dtype, device: torch.device | None = None) -> dict[str, int]:
+    bits = 8 * dtype.itemsize
+    return setting(f"attention_{kernel}", bits, device, **RULES[kernel, bits])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def readable(x: Tensor) -> Tensor:
+    """What the kernels can read: unit stride in D; interpreted, no bf16, on which the interpreter computes garbage."""
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def empty_BHLD(like: Tensor) -> Tensor:
+    """Heads beside each other in memory, so that the (B, L, H * D) which the output projection reads is a view."""
+    batch, heads, length, dim = like.shape
+    return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
+
+
+def empty_rows(like: Tensor) -> Tensor:
+    return like.new_empty(like.shape[:3], dtype=torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of a kernel
+
+
+@jit
+def load_rows(pointer, row, row_stride, end, CHECKED: tl.constexpr):
+    """(rows, D); rows from `end` on are not read, and 0."""
+    where = pointer + row[:, None] * row_stride + tl.arange(0, D)[None, :]
+    return tl.load(where, mask=(row < end)[:, None], other=0.0) if CHECKED else tl.load(where)
+
+
+@jit
+def store_rows(pointer, x, row, row_stride, end):
+    where = pointer + row[:, None] * row_stride + tl.arange(0, D)[None, :]
+    tl.store(where, x.to(pointer.dtype.element_ty), mask=(row < end)[:, None])
+
+
+@jit
+def tile_of_program(tiles_ptr, num_tiles, num_heads):
+    """What a program works on: (batch and head, batch, head, the four numbers of its tile).
+
+    Programs of one head are neighbours and share its keys and values in L2.
+    """
+    program = tl.program_id(0)
+    batch_head = program // num_tiles
+    tile_ptr = tiles_ptr + 4 * (program % num_tiles)
+    return (
+        batch_head.to(tl.int64),
+        (batch_head // num_heads).to(tl.int64),
+        batch_head % num_heads,
+        tl.load(tile_ptr),
+        tl.load(tile_ptr + 1),
+        tl.load(tile_ptr + 2),
+        tl.load(tile_ptr + 3),
+    )
