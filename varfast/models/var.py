@@ -198,7 +198,8 @@ class Head(Linear):
             return kernels.invariant_linear(input, self.strict_weight(input.dtype), self.bias, float32_out=True)
         if input.dtype not in (torch.bfloat16, torch.float16):
             return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
-        return self._without_bias(input).add_(self.bias.float())
+        # Before it is given its shape: an addition in place on a view would copy the gradient of all logits twice.
+        return self._without_bias(input).add_(self.bias.float()).unflatten(0, input.shape[:-1])
 
     def logits_and_bias(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits, and the float32 bias that they still lack, for the op that reads them; None where it is in them.
@@ -208,15 +209,16 @@ class Head(Linear):
         """
         if self.strict or input.device.type != "cuda" or input.dtype not in (torch.bfloat16, torch.float16):
             return self(input), None
-        return self._without_bias(input), self.bias.float()
+        return self._without_bias(input).unflatten(0, input.shape[:-1]), self.bias.float()
 
     def _without_bias(self, input: Tensor) -> Tensor:
+        """(N, V) of the N rows of the input."""
         if self.keeps_copies and self.weight.dtype != input.dtype:
             low_VC = self.low_precision("weight", input.dtype)
         else:
             low_VC = self.weight.detach().to(input.dtype)
-        logits_NV = _ProductInFloat32.apply(input.flatten(0, -2), self.weight, low_VC)
-        return logits_NV.unflatten(0, input.shape[:-1])
+        logits_NV: Tensor = _ProductInFloat32.apply(input.flatten(0, -2), self.weight, low_VC)
+        return logits_NV
 
 
 class KVCache:
