@@ -156,13 +156,19 @@ def everything() -> list[AheadOfTime]:
     """For sm_90 every kernel at every configuration, and once a kernel and set of flags what small launches make of it;
     for sm_100 once a kernel and set of flags, in bfloat16, and every matrix kernel."""
     items, small, for_100 = [], set(), set()
-    for item in all_kernels():
+    found = all_kernels()
+    own_setting = {item.kernel for item in found if item.target == SM_100}
+    for item in found:
         items.append(item)
         flags = tuple((name, value) for name, value in item.constants.items() if isinstance(value, bool))
         if (item.kernel, flags) not in small:
             small.add((item.kernel, flags))
             items += specialised(item)
-        if " bf16" in item.name and (item.matrix or (item.kernel, flags) not in for_100):
+        if (
+            item.kernel not in own_setting
+            and " bf16" in item.name
+            and (item.matrix or (item.kernel, flags) not in for_100)
+        ):
             for_100.add((item.kernel, flags))
             items.append(replace(item, name=f"{item.name}, sm_100", target=SM_100))
     return items

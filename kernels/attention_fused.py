@@ -72,13 +72,15 @@ def _add_queries(
             log_weight = tl.where(key[:, None] < tl.minimum(visible, end)[None, :], log_weight, -float("inf"))
         weight = tl.exp2(log_weight) * tl.load(share_ptr + row, mask=inside, other=0.0)[None, :]
         grad = load_rows(grad_ptr, row, grad_row, length, True)
+        # Read here, to arrive during the products; 64 x 128 tiles have the registers for it.
+        before = load_rows(sum_ptr, row, D, length, True)
         dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision="ieee")
         delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
         d_logit = weight * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
         d_logit = d_logit.to(q.dtype)
         dk = tl.dot(d_logit, q, dk, input_precision="ieee")
         dq = tl.dot(tl.trans(d_logit), k, input_precision="ieee")
-        store_rows(sum_ptr, load_rows(sum_ptr, row, D, length, True) + dq, row, D, length)
+        store_rows(sum_ptr, before + dq, row, D, length)
     return dk, dv
 
 

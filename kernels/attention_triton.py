@@ -31,7 +31,7 @@ from varfast.kernels.attention_tiles import (
     tile_of_program,
     visible_keys,
 )
-from varfast.kernels.settings import AS_WRITTEN
+from varfast.kernels.settings import AS_WRITTEN, PINNED
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
@@ -341,11 +341,11 @@ def _(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H, num_keys, invariant=Fal
 
 def ahead_of_time() -> list[AheadOfTime]:
     """Every kernel at every shipped configuration."""
-    from varfast.kernels.aot import AheadOfTime
+    from varfast.kernels.aot import SM_90, SM_100, AheadOfTime
 
     items = []
 
-    def add(name: str, kernel: Any, chosen: dict[str, int], dtype: str, floats: str) -> None:
+    def add(name: str, kernel: Any, chosen: dict[str, int], dtype: str, floats: str, target: int = SM_90) -> None:
         signature = {}
         block_m, block_n = chosen["BLOCK_M"], chosen["BLOCK_N"]
         for argument in kernel.arg_names:
@@ -366,6 +366,7 @@ def ahead_of_time() -> list[AheadOfTime]:
                 num_warps=chosen["num_warps"],
                 num_stages=chosen["num_stages"],
                 matrix=dtype != "fp32" and block_m >= 64,
+                target=target,
                 attributes={a: 16 for a in signature if a.endswith(("_batch", "_head", "_row"))},
             )
         )
@@ -377,4 +378,6 @@ def ahead_of_time() -> list[AheadOfTime]:
             if bits == 8 * dtype.itemsize:
                 shown = f"attention {kernel.replace('dkv', 'dk, dv').partition('_')[0]}"
                 add(shown, kernels.get(kernel, _cached_kernel), launch_setting(kernel, dtype), name, floats)
+    chosen = RULES["fused", 16] | PINNED[(10, 0), "attention_fused", 16]
+    add("attention fused, sm_100", BACKWARD_KERNELS["fused"], chosen, "bf16", floats, SM_100)
     return items
