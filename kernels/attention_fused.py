@@ -153,10 +153,6 @@ def fused_kernel(
         for index in tl.range(0, num_tiles):
             start, end = tl.load(tiles_ptr + 4 * index), tl.load(tiles_ptr + 4 * index + 1)
             first, full = tl.load(tiles_ptr + 4 * index + 2), tl.load(tiles_ptr + 4 * index + 3)
-            if (
-                end - start < BLOCK_N
-            ):  # keys that are not there: their weights may be infinite, and inf * 0 is NaN in d q
-                full = first + tl.cdiv(length - first, BLOCK_M) * BLOCK_M
             key = start + tl.arange(0, BLOCK_N)
             k = load_rows(keys, key, k_row, end, True)
             v = load_rows(values, key, v_row, end, True)

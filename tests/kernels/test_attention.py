@@ -190,6 +190,15 @@ def test_triton_fused_no_worse_than_pytorch(device, batch, heads, sides, dtype, 
     assert_no_worse_than_pytorch("triton_fused", *var_inputs(batch, heads, ends, dtype, device, **extreme), ends)
 
 
+def test_triton_fused_where_keys_that_are_not_there_would_have_infinite_weights(device):
+    # All logits -900: beside them the 0 of a key past the end of a tile is exp(900).
+    ends = scale_ends((1, 3, 7))
+    q, k, v, logit_scale, grad = var_inputs(1, 1, ends, torch.float32, device, logit_scale=1.0)
+    direction = F.normalize(q[:, :, :1], dim=-1)
+    q, k = q + 30 * direction, k - 30 * direction
+    assert_no_worse_than_pytorch("triton_fused", q, k, v, logit_scale, grad, ends)
+
+
 def test_triton_fused_takes_any_strides_and_is_repeatable_in_every_bit(device):
     ends = scale_ends((1, 2, 3, 8))
     q, k, v, logit_scale, grad = var_inputs(2, 2, ends, torch.float32, device)
