@@ -363,20 +363,18 @@ def ahead_of_time() -> list[AheadOfTime]:
     sides = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     ends = tuple(itertools.accumulate(side * side for side in sides))
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
-        half = dtype != torch.float32
-        for heads in (16, 30) if dtype == torch.bfloat16 else (16,):
-            main = dtype == torch.bfloat16 and heads == 16
-            what = f"attention {name} H={heads}"
-            for fused in (False, True):
-                name_of = f"{what}{' fused' if fused else ''}"
-                items += recorded(name_of, partial(call, dtype, heads, ends, fused), matrix=half, also_blackwell=main)
-            for queries, keys in ((4, 5), (36, 91), (256, 680)):
-                items += recorded(
-                    f"{what} l={queries}",
-                    partial(call_cached, dtype, heads, queries, keys),
-                    matrix=half and queries > 16,
-                    also_blackwell=main,
-                )
+        half, main = dtype != torch.float32, dtype == torch.bfloat16
+        what = f"attention {name}"
+        items += recorded(what, partial(call, dtype, 16, ends), matrix=half, also_blackwell=main)
+        if dtype != torch.float16:
+            items += recorded(f"{what} fused", partial(call, dtype, 30, ends, True), matrix=half, also_blackwell=main)
+        for queries, keys in ((4, 5), (36, 91), (256, 680)):
+            items += recorded(
+                f"{what} l={queries}",
+                partial(call_cached, dtype, 16, queries, keys),
+                matrix=half and queries > 16,
+                also_blackwell=main,
+            )
         what = f"attention invariant {name}"
         items += recorded(f"{what} forward", partial(call_forward, dtype, ends), matrix=half)
         items += recorded(f"{what} cached", partial(call_cached, dtype, 16, 256, 680, True), matrix=half)

@@ -182,7 +182,7 @@ def test_triton_at_extreme_logits_no_worse_than_pytorch(device, logit_scale, siz
     )
 
 
-# Tiles of 64 keys, so that most end at a scale and are not full, and several are added to one row of d q.
+# Tiles of 128 keys in 16 bits, 32 in float32: some are not full, and several are added to one row of d q.
 @pytest.mark.parametrize(
     ("batch", "heads", "sides", "dtype", "extreme"),
     [
@@ -197,6 +197,15 @@ def test_triton_at_extreme_logits_no_worse_than_pytorch(device, logit_scale, siz
 def test_triton_fused_no_worse_than_pytorch(device, batch, heads, sides, dtype, extreme):
     ends = scale_ends(sides)
     assert_no_worse_than_pytorch("triton_fused", *var_inputs(batch, heads, ends, dtype, device, **extreme), ends)
+
+
+def test_triton_fused_where_keys_that_are_not_there_would_have_infinite_weights(device):
+    # All logits -900: beside them the 0 of a key past the end of a tile is exp(900).
+    ends = scale_ends((1, 3, 7))
+    q, k, v, logit_scale, grad = var_inputs(1, 1, ends, torch.float32, device, logit_scale=1.0)
+    direction = F.normalize(q[:, :, :1], dim=-1)
+    q, k = q + 30 * direction, k - 30 * direction
+    assert_no_worse_than_pytorch("triton_fused", q, k, v, logit_scale, grad, ends)
 
 
 def test_triton_fused_takes_any_strides_and_is_repeatable_in_every_bit(device):
