@@ -26,6 +26,7 @@ from torch import Tensor
 
 from varfast import kernels
 from varfast.config import VARConfig
+from varfast.kernels.selection import cannot_run_triton
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -112,6 +113,9 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
     def attention(impl: str, q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return (kernels.block_causal_attention(q, k, v, ends, scale, impl=impl),)
 
+    def one_backward_kernel(impl: str, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return attention("reference" if impl == "reference" else "triton_fused", *leaves)
+
     def convolution(impl: str, image: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
         return kernels.conv3x3(image, weight, residual.clone(), impl=impl)[:1]
 
@@ -154,6 +158,8 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
              (x, randn(4 * width, width, times=width**-0.5), randn(4 * width))),
         Case("grpo_token_loss", loss, (logp,), floor=2e-6),
     ]  # fmt: skip
+    if cannot_run_triton(device) is None:
+        found.append(Case("block_causal_attention, fused", one_backward_kernel, (q, k, v, logit_scale)))
     return {case.name: case for case in found}
 
 

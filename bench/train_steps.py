@@ -110,7 +110,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--steady", type=int, default=5)
     parser.add_argument("--flat", action="store_true")
     parser.add_argument("overrides", nargs="*", help="of the config, beside those above")
-    arguments = parser.parse_args(given)
+    arguments = parser.parse_intermixed_args(given)
     path = arguments.record.resolve()
     if not path.exists() or not json.loads(path.read_text())["ceilings"]:
         measure = f"import pathlib, harness; harness.Record(pathlib.Path({str(path)!r})).ceilings"

@@ -95,6 +95,8 @@ DKV = tiles(
     (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 2), (32, 128, 8, 3),
     (64, 128, 8, 2), (64, 128, 8, 3),
 )  # fmt: skip
+# Of 64 keys every shape but 32 x 64 spills, and of 64 x 128 but 2 stages (triton 3.6): 8 warps fill a multiprocessor.
+FUSED = tiles((64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 3), (32, 64, 4, 2), (32, 64, 4, 3))
 CACHED = {
     16: tiles((16, 32, 1, 2), (16, 64, 1, 2), (16, 128, 2, 2), (16, 128, 4, 2)),
     64: tiles((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 64, 8, 3)),
@@ -193,10 +195,10 @@ def linear(features: int, channels: int, gelu: bool) -> Callable[[], object]:
     return lambda: kernels.invariant_linear(x, weight, bias, gelu)
 
 
-def attention(backward: bool) -> Callable[[], object]:
+def attention(backward: bool, impl: str = "auto") -> Callable[[], object]:
     leaves = [randn(64, 16, 680, 64, grad=True) for _ in range(3)]
     scale, ends = torch.full((16,), 0.125, device=harness.DEVICE), VARConfig().scale_ends
-    return timed(lambda: kernels.block_causal_attention(*leaves, ends, scale), leaves, backward)
+    return timed(lambda: kernels.block_causal_attention(*leaves, ends, scale, impl), leaves, backward)
 
 
 def cached_attention(tokens: int, num_keys: int) -> Callable[[], object]:
@@ -211,6 +213,9 @@ def targets() -> list[Target]:
         Target("attention_forward", 16, "block_causal_attention", FORWARD, lambda: attention(False), {}),
         Target("attention_dkv", 16, "block_causal_attention", DKV, lambda: attention(True), {}),
         Target("attention_dq", 16, "block_causal_attention", DQ, lambda: attention(True), {}),
+        Target(
+            "attention_fused", 16, "block_causal_attention, fused", FUSED, lambda: attention(True, "triton_fused"), {}
+        ),
         Target("sample_tokens", 4096, "sample_tokens", product(num_warps=(2, 4, 8, 16)), sampling, {}),
     ]
     for width, heads in ((1024, 16), (1920, 30)):

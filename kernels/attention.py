@@ -8,15 +8,13 @@ Axes: B image, H head, L token over all scales, l token of one scale, D head dim
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varfast.kernels import attention_triton, reference
+from varfast.kernels import attention_flash, attention_triton, reference
 from varfast.kernels.attention_tiles import HEAD_DIM, visible_keys
 from varfast.kernels.attention_triton import ahead_of_time
 from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
@@ -182,12 +180,12 @@ def _run_alone_cached(
 
 
 @functools.lru_cache(maxsize=32)
-def _flex_mask(scale_ends: tuple[int, ...], device: torch.device) -> Any:
+def _flex_mask(scale_ends: tuple[int, ...], device: torch.device, block_size: tuple[int, int] = (128, 128)) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     visible_L = torch.tensor(visible_keys(scale_ends), device=device)
     length = scale_ends[-1]
-    return create_block_mask(lambda b, h, i, j: j < visible_L[i], None, None, length, length, device=device)
+    return create_block_mask(lambda b, h, i, j: j < visible_L[i], None, None, length, length, device, block_size)
 
 
 @functools.cache
@@ -198,58 +196,26 @@ def _compiled_flex() -> Any:
 
 
 def _run_flex(
-    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
+    q_BHLD: Tensor,
+    k_BHLD: Tensor,
+    v_BHLD: Tensor,
+    scale_ends: tuple[int, ...],
+    logit_scale_H: Tensor,
+    backend: str | None = None,
 ) -> Tensor:
-    mask = _flex_mask(scale_ends, q_BHLD.device)
-    return _compiled_flex()(_scaled(q_BHLD, logit_scale_H), k_BHLD, v_BHLD, block_mask=mask, scale=1.0)
+    device = q_BHLD.device
+    options: dict[str, Any] = {}
+    block_size = (128, 128)
+    if backend is not None:
+        options["kernel_options"] = {"BACKEND": backend}
+        if torch.cuda.get_device_capability(device)[0] >= 10:
+            block_size = (256, 128)  # on Blackwell a program of flash-attn-4 holds two tiles of 128 queries
+    mask = _flex_mask(scale_ends, device, block_size)
+    return _compiled_flex()(_scaled(q_BHLD, logit_scale_H), k_BHLD, v_BHLD, block_mask=mask, scale=1.0, **options)
 
 
 def _cannot_run_flex(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "FlexAttention has no backward pass on the CPU"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The package flash_attn: tensors are (B, L, H, D), and the mask is a scale at a time as above
-
-
-def _flash_attn_func() -> Any:
-    return importlib.import_module("flash_attn").flash_attn_func  # optional, and without types
-
-
-def _flash_attn(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
-    if q_BHLD.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"impl='flash_attn' takes bfloat16 or float16, got {q_BHLD.dtype}; use impl='triton'")
-    q, k, v = (x.transpose(1, 2) for x in (q_BHLD, k_BHLD, v_BHLD))
-    return _flash_attn_func()(q, k, v, softmax_scale=1.0, deterministic=True).transpose(1, 2)
-
-
-def _run_flash_attn(
-    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
-) -> Tensor:
-    q_BHLD = _scaled(q_BHLD, logit_scale_H)
-    starts = (0, *scale_ends[:-1])
-    parts = [
-        _flash_attn(q_BHLD[:, :, start:end], k_BHLD[:, :, :end], v_BHLD[:, :, :end])
-        for start, end in zip(starts, scale_ends, strict=True)
-    ]
-    return torch.cat(parts, dim=2)
-
-
-def _run_flash_attn_cached(
-    q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
-) -> Tensor:
-    return _flash_attn(_scaled(q_BHlD, logit_scale_H), k_cache_BHLD[:, :, :num_keys], v_cache_BHLD[:, :, :num_keys])
-
-
-@functools.cache
-def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
-
-
-def _cannot_run_flash_attn(device: torch.device) -> str | None:
-    if not _has_flash_attn():
-        return "the package flash_attn is not installed"
-    return None if device.type == "cuda" else "flash_attn needs a CUDA device"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +229,9 @@ implementations(
         "triton_fused", functools.partial(_run_triton, fused_backward=True), cannot_run_triton, (), _refuses
     ),
     Implementation("flex", _run_flex, _cannot_run_flex, auto_on=()),
-    Implementation("flash_attn", _run_flash_attn, _cannot_run_flash_attn, auto_on=()),
+    attention_flash.flex_flash(functools.partial(_run_flex, backend="FLASH")),
+    attention_flash.block_causal("fa4"),
+    attention_flash.block_causal("flash_attn"),
     Implementation("sdpa", _run_sdpa, auto_on=()),
     # The bits of cached_attention's of the same name, whatever the batch: strict mode.
     Implementation("triton_invariant", functools.partial(_run_triton, invariant=True), cannot_run_triton, (), _refuses),
@@ -274,7 +242,8 @@ implementations(
     "cached_attention",
     Implementation("triton", _run_triton_cached, cannot_run_triton, ("cuda",), _refuses),
     Implementation("cpp", _run_cpp_cached, cannot_run_cpp, ("cpu",), _refuses_cpp),
-    Implementation("flash_attn", _run_flash_attn_cached, _cannot_run_flash_attn, auto_on=()),
+    attention_flash.cached("fa4"),
+    attention_flash.cached("flash_attn"),
     Implementation(
         "triton_invariant", functools.partial(_run_triton_cached, invariant=True), cannot_run_triton, (), _refuses
     ),
@@ -317,10 +286,11 @@ def block_causal_attention(
             does so: no further 1/sqrt(D) is applied.
         scale_ends: cumulated number of tokens after each scale; the last is L.
         logit_scale_H: (H,) factor of each head's logits, differentiable.
-        impl: "auto", "triton" (D = 64, float32 or 16 bits), "cpp" (CPU, D = 64; float64 by PyTorch), "flex" (CUDA),
-            "flash_attn" (CUDA, the package, 16 bits), "sdpa" (a call a scale, no mask) or "reference".
-            "triton_invariant" and "sdpa_invariant" give every row the bits that cached_attention's of that name gives
-            it, in any batch.
+        impl: "auto", "triton" (D = 64, float32 or 16 bits), "triton_fused" (the same, with one backward kernel), "cpp"
+            (CPU, D = 64; float64 by PyTorch), "flex" (CUDA), "flash_attn" or "fa4" (CUDA, 16 bits, the packages
+            flash-attn and flash-attn-4), "flex_flash" (FlexAttention with flash-attn-4), "sdpa" (a call a scale, no
+            mask), or "reference". "triton_invariant" and "sdpa_invariant" give every row the bits that
+            cached_attention's of the same name gives it, in any batch.
     Returns: (B, H, L, D).
     Raises: ValueError if scale_ends does not increase up to L, for other shapes or dtypes, or for an impl that is
         unknown or cannot run.
@@ -351,9 +321,8 @@ def cached_attention(
             own keys and values among them.
         num_keys: number of valid rows, in [1, L].
         logit_scale_H: (H,) factor of each head's logits.
-        impl: "auto", "triton" (D = 64, no gradient), "cpp" (CPU, D = 64, no gradient; float64 by PyTorch),
-            "flash_attn" (CUDA, the package, 16 bits), "triton_invariant", "sdpa_invariant" (see block_causal_attention)
-            or "reference".
+        impl: "auto", "triton" (D = 64, no gradient), "cpp" (CPU, D = 64, no gradient; float64 by PyTorch), "flash_attn"
+            or "fa4" (CUDA, 16 bits), "triton_invariant", "sdpa_invariant" (see block_causal_attention) or "reference".
     Returns: (B, H, l, D).
     Raises: ValueError if num_keys is not within the cache, for other shapes or dtypes, for an impl that is unknown or
         cannot run, or if impl "triton" is to be differentiated.

@@ -134,8 +134,10 @@ def fused_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """All gradients of the heads program, program + number of programs, ..."""
-    sum_ptr += tl.program_id(0).to(tl.int64) * length * D
-    for batch_head in tl.range(tl.program_id(0), num_batch_heads, tl.num_programs(0)):
+    program = tl.program_id(0)
+    sum_ptr += program.to(tl.int64) * length * D
+    for skipped in tl.range(0, num_batch_heads - program, tl.num_programs(0)):
+        batch_head = program + skipped
         batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
         rows = batch_head.to(tl.int64) * length
         grads = grad_ptr + batch * grad_batch + head * grad_head
@@ -199,7 +201,8 @@ def fused_backward(
     """Write dq, dk, dv and each row's part of d logit_scale. out, dq, dk, dv: of one layout. dtype: the caller's."""
     batch, heads, length, _ = q.shape
     chosen = launch_setting("fused", dtype, q.device)
-    tiles = table(key_tiles, scale_ends, (chosen["BLOCK_N"], chosen["BLOCK_M"]), q.device)
+    # Short tiles are masked: weights of keys that are not there may be infinite, and inf * 0 would be NaN in d q.
+    tiles = table(key_tiles, scale_ends, (chosen["BLOCK_N"], chosen["BLOCK_M"], True), q.device)
     # 8 warps of up to 255 registers fill a multiprocessor.
     programs = min(batch * heads, _multiprocessors(q.device) * max(1, 8 // chosen["num_warps"]))
     sum_PLD = q.new_empty((programs, *q.shape[2:]), dtype=torch.float32)

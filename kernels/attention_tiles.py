@@ -2,8 +2,8 @@
 
 No (L, L) mask exists. The host cuts the queries into tiles of at most BLOCK_M rows, where it costs the fewest tiles of
 keys (`query_tiles`), and says of each tile which keys all of its rows see and which only some do: only the latter are
-masked, by the number of keys that each row sees. At 680 tokens, tiles of 64 x 64 cover SHARE64A of the dense area, of
-which the mask keeps 0.619; at 2240 tokens SHARE64B of 0.652 (tests/kernels/test_attention.py).
+masked, by the number of keys that each row sees. At 680 tokens, tiles of 64 x 64 cover 0.682 of the dense area, of
+which the mask keeps 0.619; at 2240 tokens 0.658 of 0.652 (tests/kernels/test_attention.py).
 
 Axes: B image, H head, L token over all scales, l token of one scale, D head dim, T tile.
 """
@@ -83,11 +83,14 @@ def query_tiles(scale_ends: tuple[int, ...], block_m: int, block_n: int) -> list
 
 
 @lru_cache(maxsize=64)
-def key_tiles(scale_ends: tuple[int, ...], block_n: int, block_m: int) -> list[tuple[int, int, int, int]]:
+def key_tiles(
+    scale_ends: tuple[int, ...], block_n: int, block_m: int, short_masked: bool = False
+) -> list[tuple[int, int, int, int]]:
     """(start, end, first, full) of each tile of keys, the longest first.
 
     Rows [start, end), at most block_n; of the queries, those from `full` on see all of these keys, those in
     [first, full) some, those before `first` none. full - first is a multiple of block_m, so full may pass L.
+    short_masked: of a tile of fewer rows than block_n, which would hold keys that are not there, `full` passes L.
     """
     visible = visible_keys(scale_ends)
     scale_start = [start for start, end in zip((0, *scale_ends), scale_ends, strict=False) for _ in range(end - start)]
@@ -97,6 +100,8 @@ def key_tiles(scale_ends: tuple[int, ...], block_n: int, block_m: int) -> list[t
         first = scale_start[start]
         sees_all = scale_start[end - 1]
         assert visible[sees_all] >= end
+        if short_masked and end - start < block_n:
+            sees_all = length
         return first, first + -(-(sees_all - first) // block_m) * block_m
 
     def cost(start: int, end: int) -> float:
@@ -109,7 +114,7 @@ def key_tiles(scale_ends: tuple[int, ...], block_n: int, block_m: int) -> list[t
 
 @lru_cache(maxsize=128)
 def table(
-    tiles: Callable[..., list[Any]], scale_ends: tuple[int, ...], blocks: tuple[int, ...], device: torch.device
+    tiles: Callable[..., list[Any]], scale_ends: tuple[int, ...], blocks: tuple[int | bool, ...], device: torch.device
 ) -> Tensor:
     """What `tiles` says, (T, 4), or (L,) of visible_keys, int32. On the device, made once: a CUDA graph may be captured
     after one call outside it."""

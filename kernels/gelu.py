@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -331,27 +332,19 @@ def linear_gelu(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """Both directions at the hidden widths of d16 and d30."""
-    from varfast.kernels.aot import AheadOfTime
+    """Both directions at the hidden widths of d16 and d30; one row and channel; an odd width."""
+    from varfast.kernels.aot import recorded
+
+    def call(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+        x, bias = torch.empty(shape, dtype=dtype, requires_grad=True), torch.empty(shape[1], requires_grad=True)
+        gelu_bias(x, bias, impl="triton").sum().backward()
 
     items = []
-    for dtype in ("bf16", "fp32"):
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for width in (4096, 7680):
-            for direction, kernel in (("forward", _forward_kernel), ("backward", _backward_kernel)):
-                constants = setting(f"gelu_bias_{direction}", width, None, **_RULE) | {"BIAS": True}
-                num_warps = constants.pop("num_warps")
-                constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-                signature = {name: "constexpr" if name in constants else "i32" for name in kernel.arg_names}
-                signature |= {name: f"*{dtype}" for name in signature if name.endswith("_ptr")}
-                signature |= {name: "*fp32" for name in ("bias_ptr", "partial_ptr") if name in signature}
-                items.append(
-                    AheadOfTime(
-                        f"gelu_bias {direction} {dtype} C={width}",
-                        kernel,
-                        signature,
-                        constants,
-                        num_warps=num_warps,
-                        attributes={"width": 16},
-                    )
-                )
+            what = partial(call, dtype, (1360, width))
+            main = (dtype, width) == (torch.bfloat16, 4096)
+            items += recorded(f"gelu_bias {name} C={width}", what, also_blackwell=main)
+    for shape in ((1, 1), (17, 73)):
+        items += recorded(f"gelu_bias {shape}", partial(call, torch.float32, shape), fast=False)
     return items

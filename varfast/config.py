@@ -556,10 +556,13 @@ class KernelsConfig(_Section):
     split_heads: str = Field("auto", description="auto, triton, cpp or reference")
     split_heads_to_cache: str = Field("auto", description="auto, triton, cpp or reference")
     block_causal_attention: str = Field(
-        "auto", description="auto, triton, cpp, flex, flash_attn, sdpa, triton_invariant, sdpa_invariant or reference"
+        "auto",
+        description="auto, triton, triton_fused (one backward kernel instead of two), cpp, flex, flash_attn, sdpa, "
+        "fa4 or flex_flash (the package flash-attn-4, called directly or by FlexAttention), triton_invariant, "
+        "sdpa_invariant or reference",
     )
     cached_attention: str = Field(
-        "auto", description="auto, triton, cpp, flash_attn, triton_invariant, sdpa_invariant or reference"
+        "auto", description="auto, triton, cpp, flash_attn, fa4, triton_invariant, sdpa_invariant or reference"
     )
     layer_norm_modulate: str = Field("auto", description="auto, triton, cpp or reference")
     gated_residual: str = Field("auto", description="auto, triton or reference")

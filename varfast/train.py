@@ -217,7 +217,13 @@ def _fitted(config: Config, device: torch.device, world: World, images: int) -> 
     if world.size > 1:
         config = share(config, images, -(-config.update.minibatch // world.size))
     shards = world.size if config.run.parallel == "fsdp" else 1
-    return planned(config, -int(world.largest(-free_bytes)), shards)
+    free_bytes = -int(world.largest(-free_bytes))
+    if config.update.cuda_graph is None and device.type == "cuda" and world.size == 1:
+        captured = config.update.model_copy(update={"cuda_graph": True})
+        found = planned(config.model_copy(update={"update": captured}), free_bytes, shards)
+        if memory(found, shards).fits(free_bytes):
+            return found
+    return planned(config, free_bytes, shards)
 
 
 def _log(world: World, folder: RunFolder, start: int, config: Config) -> AbstractContextManager[RunLog | None]:

@@ -1,5 +1,4 @@
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -9,10 +8,12 @@ import torch.nn.functional as F
 from varfast.kernels import (
     attention,
     attention_backward,
+    attention_flash,
     attention_tiles,
     attention_triton,
     block_causal_attention,
     cached_attention,
+    selection,
 )
 from varfast.kernels.extension import NO_EXTENSION
 
@@ -181,6 +182,43 @@ def test_triton_at_extreme_logits_no_worse_than_pytorch(device, logit_scale, siz
     )
 
 
+# Tiles of 64 keys, so that most end at a scale and are not full, and several are added to one row of d q.
+@pytest.mark.parametrize(
+    ("batch", "heads", "sides", "dtype", "extreme"),
+    [
+        pytest.param(1, 1, (1,), torch.float32, {}, id="one token"),
+        pytest.param(2, 3, (1, 2, 3, 5), torch.float16, {}, id="six heads, two programs"),
+        pytest.param(1, 2, (9, 10), torch.bfloat16, {}, id="three tiles of keys"),
+        pytest.param(1, 1, (9, 10), torch.float32, {}, id="three tiles of keys, float32"),
+        pytest.param(1, 2, (1, 3, 7), torch.float32, {"logit_scale": 1.0, "size": 30.0}, id="logits of 900"),
+        pytest.param(1, 2, (1, 3, 7), torch.bfloat16, {"logit_scale": -5.0, "size": 1.0}, id="turned round"),
+    ],
+)
+def test_triton_fused_no_worse_than_pytorch(device, batch, heads, sides, dtype, extreme):
+    ends = scale_ends(sides)
+    assert_no_worse_than_pytorch("triton_fused", *var_inputs(batch, heads, ends, dtype, device, **extreme), ends)
+
+
+def test_triton_fused_takes_any_strides_and_is_repeatable_in_every_bit(device):
+    ends = scale_ends((1, 2, 3, 8))
+    q, k, v, logit_scale, grad = var_inputs(2, 2, ends, torch.float32, device)
+
+    def run(*tensors):
+        return forward_and_gradients(
+            lambda q, k, v, s: block_causal_attention(q, k, v, ends, s, "triton_fused"), *tensors
+        )
+
+    first = run(q, k, v, logit_scale, grad)
+    strided = [x.mT.contiguous().mT for x in (q, k, v, grad)]  # D is not the fastest axis
+    for again in (run(q, k, v, logit_scale, grad), run(*strided[:3], logit_scale, strided[3])):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    two_kernels = forward_and_gradients(
+        lambda q, k, v, s: block_causal_attention(q, k, v, ends, s, "triton"), q, k, v, logit_scale, grad
+    )
+    assert torch.equal(first[0], two_kernels[0])  # one forward pass
+    assert not torch.equal(first[1], two_kernels[1])  # and not the same backward pass: it is another kernel
+
+
 def test_triton_takes_any_strides(device):
     ends = scale_ends((1, 2, 3))
     q, k, v, logit_scale, grad = var_inputs(2, 2, ends, torch.float32, device)
@@ -230,8 +268,9 @@ def test_triton_writes_nothing_past_its_outputs(device, monkeypatch):
     q, k, v, logit_scale, grad = var_inputs(1, 1, ends, torch.float32, device)
     out, top, share = attention_triton.attention_op._init_fn(q, k, v, logit_scale, ends)
     attention_backward.backward_op._init_fn(grad, q, k, v, logit_scale, out, top, share, ends)
+    attention_backward.backward_op._init_fn(grad, q, k, v, logit_scale, out, top, share, ends, True)
     attention_triton.cached_attention_op._init_fn(q[:, :, :9], k, v, logit_scale, 14)
-    assert len(seas) == 7
+    assert len(seas) == 10
     for sea in seas:
         assert bool((sea[0] == 7.0).all())
         assert bool((sea[-1] == 7.0).all())
@@ -274,6 +313,7 @@ def test_triton_ops_pass_opcheck(device, dtype):
     torch.library.opcheck(attention_triton.attention_op, (*leaves, ends))
     out, top, share = attention_triton.attention_op(q, k, v, logit_scale, ends)
     torch.library.opcheck(attention_backward.backward_op, (grad, q, k, v, logit_scale, out, top, share, ends))
+    torch.library.opcheck(attention_backward.backward_op, (grad, q, k, v, logit_scale, out, top, share, ends, True))
     torch.library.opcheck(attention_triton.cached_attention_op, (q, k, v, logit_scale, 3))
 
 
@@ -298,11 +338,25 @@ def test_query_and_key_tiles_cover_each_row_once_and_see_what_the_mask_says():
             assert all(seen >= end for seen in visible[full:])
 
 
-@pytest.mark.parametrize(("sides", "share"), [(VAR_256, 0.727), (VAR_512, 0.675)])
-def test_query_tiles_visit_little_more_than_the_mask_keeps(sides, share):
+@pytest.mark.parametrize(
+    ("sides", "block_m", "share"),
+    [(VAR_256, 128, 0.727), (VAR_512, 128, 0.675), (VAR_256, 64, 0.683), (VAR_512, 64, 0.658)],
+)
+def test_query_tiles_visit_little_more_than_the_mask_keeps(sides, block_m, share):
     ends = scale_ends(sides)
-    blocks = sum(-(-keys // 64) for *_, keys in attention_tiles.query_tiles(ends, 128, 64))
-    assert sum(attention_tiles.visible_keys(ends)) <= blocks * 128 * 64 <= share * ends[-1] ** 2
+    blocks = sum(-(-keys // 64) for *_, keys in attention_tiles.query_tiles(ends, block_m, 64))
+    assert sum(attention_tiles.visible_keys(ends)) <= blocks * block_m * 64 <= share * ends[-1] ** 2
+
+
+def test_short_tiles_of_keys_are_masked_for_all_queries_where_asked():
+    for sides in ((1,), (2, 3), (9, 10), VAR_256):
+        ends = scale_ends(sides)
+        visible = attention_tiles.visible_keys(ends)
+        tiles = attention_tiles.key_tiles(ends, 128, 64, True)
+        assert sorted(i for start, end, *_ in tiles for i in range(start, end)) == list(range(ends[-1]))
+        for start, end, first, full in tiles:
+            assert all(seen <= start for seen in visible[:first])
+            assert full >= ends[-1] if end - start < 128 else all(seen >= end for seen in visible[full:])
 
 
 def assert_cached_no_worse_than_pytorch(impl, q, k, v, logit_scale, _, sides):
@@ -469,32 +523,124 @@ def test_flex_mask_is_the_scale_mask(monkeypatch):
     torch.testing.assert_close(out, plain(q, k, v, ends, logit_scale), rtol=0, atol=1e-5)
 
 
-def test_flash_attn_is_called_as_it_documents(monkeypatch):
-    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
-        assert not causal
-        assert deterministic
-        q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))  # (B, L, H, D)
-        return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale).transpose(1, 2).to(torch.bfloat16)
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Make stand-ins of modules of flash_attn, by their source; none that is installed is seen."""
+    cached = (attention_flash._function, attention_flash._cannot, attention_flash._cannot_flex_flash)
 
-    package = types.ModuleType("flash_attn")
-    package.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    def forget():
+        for function in cached:
+            function.cache_clear()
+        for name in [n for n in sys.modules if n.partition(".")[0] == "flash_attn"]:
+            monkeypatch.delitem(sys.modules, name)
+
+    def make(**sources):
+        for name, source in sources.items():
+            file = tmp_path / name.replace("__", "/") / "__init__.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(source)
+        forget()
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    yield make
+    forget()
+
+
+CUDA = torch.device("cuda")  # named alone: the stand-ins compute on the CPU
+EMPTY = "flash_attn_func = len"
+
+
+def cannot(op, impl, device=CUDA):
+    return selection._named(op, impl).cannot(device)
+
+
+@pytest.mark.parametrize("op", ["block_causal_attention", "cached_attention"])
+def test_flash_packages_are_found_by_their_function(packages, op, monkeypatch):
+    packages(flash_attn__cute=EMPTY)  # flash-attn-4 alone: flash_attn is a namespace
+    assert cannot(op, "fa4") is None
+    reason = cannot(op, "flash_attn")
+    assert "flash_attn has no flash_attn_func (flash-attn-4 alone" in reason
+    assert reason.endswith("install the package flash-attn")
+    with pytest.raises(ValueError, match="flash-attn needs a CUDA device"):
+        selection.select(op, "flash_attn", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 0))
+    packages()
+    assert "no backward pass of a fixed order" in cannot(op, "fa4")
+    packages(flash_attn=EMPTY)  # flash-attn beside it
+    assert cannot(op, "flash_attn") is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    packages()
+    assert "needs compute capability 8.0 or later, got 7.5" in cannot(op, "flash_attn")
+
+
+def test_flash_packages_that_do_not_import_say_what_is_missing(packages):
+    packages(flash_attn=EMPTY)
+    assert cannot("block_causal_attention", "flash_attn") is None
+    for impl in ("fa4", "flex_flash"):  # as if flash-attn-4 were not there
+        assert "No module named 'flash_attn.cute'" in cannot("block_causal_attention", impl)
+        assert "install the package flash-attn-4" in cannot("block_causal_attention", impl)
+    packages(flash_attn__cute="import a_dependency_of_it")
+    assert "No module named 'a_dependency_of_it'" in cannot("block_causal_attention", "fa4")
+
+
+def test_flex_flash_needs_a_torch_that_has_the_backend(packages, monkeypatch):
+    from torch.nn.attention import flex_attention
+
+    packages(flash_attn__cute=EMPTY)
+    assert cannot("block_causal_attention", "flex_flash") is None
+    monkeypatch.setattr(flex_attention, "FlexKernelOptions", type("FlexKernelOptions", (), {"__annotations__": {}}))
+    packages()
+    assert "has no backends to choose from" in cannot("block_causal_attention", "flex_flash")
+
+
+@pytest.mark.parametrize(("impl", "result"), [("flash_attn", "{}"), ("fa4", "({}, None)")])
+def test_flash_packages_are_called_as_they_document(packages, impl, result):
+    returned = result.format("out.transpose(1, 2).to(q.dtype)")
+    source = f"""
+import torch.nn.functional as F
+def flash_attn_func(q, k, v, softmax_scale=None, causal=False, deterministic=False):
+    assert deterministic and not causal
+    q_, k_, v_ = (x.transpose(1, 2).float() for x in (q, k, v))  # (B, L, H, D)
+    out = F.scaled_dot_product_attention(q_, k_, v_, scale=softmax_scale)
+    return {returned}
+"""
+    packages(**{{"flash_attn": "flash_attn", "fa4": "flash_attn__cute"}[impl]: source})
     ends = scale_ends((1, 2, 3, 5))
-    q, k, v, logit_scale, _ = var_inputs(2, 3, ends, torch.bfloat16)
-    expected = plain(*(x.double() for x in (q, k, v)), ends, logit_scale.double())
-    whole = attention._run_flash_attn(q, k, v, ends, logit_scale)
-    torch.testing.assert_close(whole.double(), expected, rtol=0, atol=2e-2)
-    last = attention._run_flash_attn_cached(q[:, :, 14:], k, v, 39, logit_scale)
-    torch.testing.assert_close(last.double(), expected[:, :, 14:], rtol=0, atol=2e-2)
-    with pytest.raises(ValueError, match="impl='flash_attn' takes bfloat16 or float16, got torch.float32"):
-        attention._run_flash_attn(q.float(), k.float(), v.float(), ends, logit_scale)
+    q, k, v, logit_scale, grad = var_inputs(2, 3, ends, torch.bfloat16)
+    whole, last = (selection._named(op, impl) for op in ("block_causal_attention", "cached_attention"))
+    ours = forward_and_gradients(lambda q, k, v, s: whole.run(q, k, v, ends, s), q, k, v, logit_scale, grad)
+    double = [x.double() for x in (q, k, v, logit_scale)]
+    exact = forward_and_gradients(lambda q, k, v, s: plain(q, k, v, ends, s), *double, grad.double())
+    for o, e in zip(ours, exact, strict=True):
+        torch.testing.assert_close(o.double(), e, rtol=2e-2, atol=5e-2)
+    out = last.run(q[:, :, 14:], k, v, 39, logit_scale)
+    torch.testing.assert_close(out.double(), exact[0][:, :, 14:], rtol=0, atol=2e-2)
+    refusal = whole.refuses(q.float(), k.float(), v.float(), ends, logit_scale)
+    assert refusal == "bfloat16 or float16, got torch.float32"
+
+
+@pytest.mark.parametrize(("capability", "blocks"), [((9, 0), (128, 128)), ((10, 0), (256, 128))])
+def test_flex_flash_asks_flex_attention_for_the_backend(monkeypatch, capability, blocks):
+    asked = {}
+
+    def flex_attention(q, k, v, block_mask, scale, kernel_options):
+        asked.update(kernel_options, blocks=block_mask.BLOCK_SIZE, scale=scale)
+        return q
+
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    q, k, v, logit_scale, _ = var_inputs(1, 2, (1, 5), torch.bfloat16)
+    selection._named("block_causal_attention", "flex_flash").run(q, k, v, (1, 5), logit_scale)
+    assert asked == {"BACKEND": "FLASH", "blocks": blocks, "scale": 1.0}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["triton", "flex", "flash_attn"])
+@pytest.mark.parametrize("impl", ["triton", "triton_fused", "flex", "flash_attn", "fa4", "flex_flash"])
 def test_block_causal_attention_at_full_size_on_the_gpu(impl):
-    if impl == "flash_attn":
-        pytest.importorskip("flash_attn")
+    reason = selection._named("block_causal_attention", impl).cannot(torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
     for sides in (VAR_256, VAR_512):
         ends = scale_ends(sides)
         assert_no_worse_than_pytorch(impl, *var_inputs(4, 16, ends, torch.bfloat16, "cuda"), ends)

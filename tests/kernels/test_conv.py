@@ -22,6 +22,11 @@ def where(request):
     return impl, device
 
 
+def on_a_gpu(where, shape):
+    """Four times as wide: tiles there have 64 pixels or more."""
+    return (*shape[:3], 4 * shape[3]) if where[1] == "cuda" else shape
+
+
 def inputs(shape, out_channels, dtype):
     generator = torch.Generator().manual_seed(1)
     batch, channels, height, width = shape
@@ -48,6 +53,7 @@ def dtypes(where):
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize(("shape", "out_channels", "block"), SHAPES)
 def test_conv3x3_is_as_exact_as_pytorch(where, assert_as_exact, shape, out_channels, block, with_residual):
+    shape = on_a_gpu(where, shape)
     for dtype in dtypes(where):
         x, weight, residual = inputs(shape, out_channels, dtype)
         residual = residual if with_residual else None
@@ -66,6 +72,7 @@ def test_conv3x3_leaves_the_moments_of_what_it_stores(where, shape, out_channels
     if where[0] == "reference":
         pytest.skip("it has none")
     dtype = torch.float32 if where[1] == "cpu" else torch.bfloat16
+    shape = on_a_gpu(where, shape)
     x, weight, residual = inputs(shape, out_channels, dtype)
     got, moments = run(where, x, weight, residual, block=block if where[1] == "cpu" else 64)
     of_all = joined(moments, shape[2] * shape[3])
@@ -125,25 +132,27 @@ def test_group_norm_silu_reads_the_moments_that_it_is_given(where):
 
 def test_conv3x3_reads_nothing_beside_its_inputs(where):
     def within_nan(tensor):
-        whole = torch.full((tensor.numel() + 2 * 4096,), float("nan"), dtype=tensor.dtype)
+        whole = torch.full((tensor.numel() + 2 * 4096,), float("nan"), dtype=tensor.dtype, device=tensor.device)
         whole[4096:-4096] = tensor.permute(0, 2, 3, 1).flatten()
         batch, channels, height, width = tensor.shape
         return whole[4096:-4096].view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     dtype = dtypes(where)[0]
-    tensors = inputs((2, 32, 3, 16), 32, dtype)
-    want, _ = run(where, *(t.clone() for t in tensors), block=16)
-    got, _ = run(where, *map(within_nan, tensors), block=16)
+    block = 64 if where[1] == "cuda" else 16
+    tensors = inputs(on_a_gpu(where, (2, 32, 3, 16)), 32, dtype)
+    want, _ = run(where, *(t.to(where[1]) for t in tensors), block=block)
+    got, _ = run(where, *(within_nan(t.to(where[1])) for t in tensors), block=block)
     assert torch.equal(got, want)
 
 
 def test_conv3x3_of_an_image_does_not_depend_on_its_batch(where):
     if where[0] != "triton":
         pytest.skip("a library promises no such thing")
-    tensors = inputs((3, 32, 4, 16), 32, dtypes(where)[0])
-    at_once, _ = run(where, *(t.clone() for t in tensors))
+    block = 64 if where[1] == "cuda" else 16
+    tensors = inputs(on_a_gpu(where, (3, 32, 4, 16)), 32, dtypes(where)[0])
+    at_once, _ = run(where, *(t.clone() for t in tensors), block=block)
     x, weight, residual = tensors
-    alone = [run(where, x[i : i + 1].clone(), weight, residual[i : i + 1])[0] for i in range(3)]
+    alone = [run(where, x[i : i + 1].clone(), weight, residual[i : i + 1], block=block)[0] for i in range(3)]
     assert torch.equal(torch.cat(alone), at_once)
 
 
@@ -171,7 +180,8 @@ def test_output_block_divides_the_channels(channels, blocks):
 def test_conv3x3_opcheck(where):
     if where[0] != "triton":
         pytest.skip("of the kernel")
-    x, weight, residual = inputs((2, 32, 4, 16), 32, torch.float32 if where[1] == "cpu" else torch.bfloat16)
-    rows = [t.permute(0, 2, 3, 1).contiguous().to(where[1]) for t in (x, weight, residual)]
-    with trying("conv3x3", BLOCK_M=16, BLOCK_K=32):
-        torch.library.opcheck(_conv3x3, (rows[0], rows[1].flatten(1), rows[2], 16))
+    block = 64 if where[1] == "cuda" else 16
+    dtype = torch.float32 if where[1] == "cpu" else torch.bfloat16
+    rows = [t.permute(0, 2, 3, 1).contiguous().to(where[1]) for t in inputs((2, 32, 4, 64), 32, dtype)]
+    with trying("conv3x3", BLOCK_M=block, BLOCK_K=32):
+        torch.library.opcheck(_conv3x3, (rows[0], rows[1].flatten(1), rows[2], block))

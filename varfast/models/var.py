@@ -96,7 +96,8 @@ class Linear(nn.Linear):
 
     def low_precision(self, name: _Copied, dtype: torch.dtype) -> Tensor:
         """The copy of a parameter in `dtype`, up to date."""
-        parameter, copied = self.get_parameter(name), self._buffers[f"_low_{name}"]
+        parameter: Tensor = getattr(self, name)  # torch.func.functional_call puts tensors where parameters were
+        copied = self._buffers[f"_low_{name}"]
         if parameter.dtype == dtype:
             return parameter.detach()
         if copied is None or copied.dtype != dtype or copied.device != parameter.device:
@@ -109,13 +110,14 @@ class Linear(nn.Linear):
 
     def mark_copied(self, name: _Copied) -> None:
         """The copy of a parameter is what the parameter is now."""
-        parameter = self.get_parameter(name)
+        parameter: Tensor = getattr(self, name)
         self._copied[name] = (weakref.ref(parameter), parameter._version, parameter.data_ptr(), _optimizer_steps)
 
     def _is_copied(self, name: _Copied) -> bool:
         if name not in self._copied:
             return False
-        parameter, (of, *state) = self.get_parameter(name), self._copied[name]
+        parameter: Tensor = getattr(self, name)
+        of, *state = self._copied[name]
         return of() is parameter and state == [parameter._version, parameter.data_ptr(), _optimizer_steps]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,7 +200,8 @@ class Head(Linear):
             return self.strict_product(input, self.bias, float32_out=True)
         if input.dtype not in (torch.bfloat16, torch.float16):
             return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
-        return self._without_bias(input).add_(self.bias.float())
+        # Before it is given its shape: an addition in place on a view would copy the gradient of all logits twice.
+        return self._without_bias(input).add_(self.bias.float()).unflatten(0, input.shape[:-1])
 
     def logits_and_bias(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits, and the float32 bias that they still lack, for the op that reads them; None where it is in them.
@@ -208,15 +211,16 @@ class Head(Linear):
         """
         if self.strict or input.device.type != "cuda" or input.dtype not in (torch.bfloat16, torch.float16):
             return self(input), None
-        return self._without_bias(input), self.bias.float()
+        return self._without_bias(input).unflatten(0, input.shape[:-1]), self.bias.float()
 
     def _without_bias(self, input: Tensor) -> Tensor:
+        """(N, V) of the N rows of the input."""
         if self.keeps_copies and self.weight.dtype != input.dtype:
             low_VC = self.low_precision("weight", input.dtype)
         else:
             low_VC = self.weight.detach().to(input.dtype)
-        logits_NV = _ProductInFloat32.apply(input.flatten(0, -2), self.weight, low_VC)
-        return logits_NV.unflatten(0, input.shape[:-1])
+        logits_NV: Tensor = _ProductInFloat32.apply(input.flatten(0, -2), self.weight, low_VC)
+        return logits_NV
 
 
 class KVCache:
@@ -347,7 +351,7 @@ class FFN(nn.Module):
             return self.fc2(self.fc1.with_gelu(x_BLC))
         if type(self.fc1) is BranchLinear and self.fc1.keeps_copies:
             low_MC = self.fc1.low_precision("weight", x_BLC.dtype)
-            hidden = kernels.linear_gelu(x_BLC, self.fc1.weight, self.fc1.get_parameter("bias"), low_MC)
+            hidden = kernels.linear_gelu(x_BLC, self.fc1.weight, self.fc1.bias, low_MC)
         else:  # an adapter's part of the product comes before GELU; a sharded layer adds its bias itself
             product, bias_C = self.fc1(x_BLC), _bias_left(self.fc1)
             hidden = kernels.gelu_bias(product, product.new_zeros(product.shape[-1]) if bias_C is None else bias_C)
@@ -642,6 +646,8 @@ class VAR(nn.Module):
                 found.append((module, "weight"))
                 if module.bias is not None and not isinstance(module, (Head, BranchLinear)):
                     found.append((module, "bias"))
+            elif isinstance(module, Linear) and module._low_bias is not None:  # of frozen weights, beside an adapter
+                found.append((module, "bias"))
         return found
 
     def drop_copies(self) -> None:

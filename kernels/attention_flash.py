@@ -1,0 +1,119 @@
+"""Attention by the packages flash-attn and flash-attn-4: to be compared with, and never picked by impl="auto".
+
+Two packages share the module `flash_attn`. flash-attn (FlashAttention 2) puts flash_attn_func into it; flash-attn-4
+(CuTe, for Hopper and later) only adds flash_attn.cute, with a flash_attn_func of its own, so that with it alone
+`import flash_attn` succeeds and finds no function. So what counts is whether the function is there. Neither has the
+scale mask: a call a scale needs none. FlexAttention's FLASH backend has it: it gives flash-attn-4 the mask as a
+program and its blocks as a list.
+
+Tensors of both packages are (B, L, H, D).
+
+Axes: B image, H head, L token over all scales, l token of one scale, D head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varfast.kernels.selection import Implementation
+
+_MODULES = {"flash_attn": "flash_attn", "fa4": "flash_attn.cute"}
+_PACKAGES = {"flash_attn": "flash-attn", "fa4": "flash-attn-4"}
+
+
+@functools.cache
+def _function(impl: str) -> Callable[..., Any] | str:
+    """flash_attn_func of the package of an implementation, or why it is not there."""
+    module, package = _MODULES[impl], _PACKAGES[impl]
+    try:
+        found: Callable[..., Any] | None = getattr(importlib.import_module(module), "flash_attn_func", None)
+    except ImportError as error:  # not installed, or not all that it needs, or built for another torch
+        return f"{module}.flash_attn_func cannot be imported ({error}); install the package {package}"
+    if found is not None:
+        return found
+    without = " (flash-attn-4 alone makes such a module: impl='fa4')" if impl == "flash_attn" else ""
+    return f"{module} has no flash_attn_func{without}; install the package {package}"
+
+
+@functools.cache
+def _cannot(impl: str, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"{_PACKAGES[impl]} needs a CUDA device"
+    function = _function(impl)
+    if isinstance(function, str):
+        return function
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"{_PACKAGES[impl]} needs compute capability 8.0 or later, got {major}.{minor}"
+    if impl == "fa4" and major == 12:
+        return "flash-attn-4 has no backward pass of a fixed order on compute capability 12"
+    return None
+
+
+@functools.cache
+def _cannot_flex_flash(device: torch.device) -> str | None:
+    from torch.nn.attention import flex_attention
+
+    options = getattr(flex_attention, "FlexKernelOptions", None)
+    if options is None or "BACKEND" not in options.__annotations__:
+        return f"FlexAttention of torch {torch.__version__} has no backends to choose from; torch 2.11 has"
+    return _cannot("fa4", device)
+
+
+def _refuses(q: Tensor, *_: Any) -> str | None:
+    taken = q.dtype in (torch.bfloat16, torch.float16)
+    return None if taken else f"bfloat16 or float16, got {q.dtype}"
+
+
+def _attend(impl: str, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
+    """(B, H, L, D), without a mask or a factor, and with sums of a fixed order in the backward pass."""
+    function = _function(impl)
+    assert not isinstance(function, str), function
+    q, k, v = (x.transpose(1, 2) for x in (q_BHLD, k_BHLD, v_BHLD))
+    found: Any = function(q, k, v, softmax_scale=1.0, deterministic=True)
+    out: Tensor = found[0] if isinstance(found, tuple) else found  # flash-attn-4 returns the log-sum too
+    return out.transpose(1, 2)
+
+
+def _scaled(q_BHLD: Tensor, logit_scale_H: Tensor) -> Tensor:
+    return q_BHLD * logit_scale_H.to(q_BHLD.dtype)[:, None, None]
+
+
+def _run(
+    impl: str, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
+) -> Tensor:
+    """A call a scale."""
+    q_BHLD = _scaled(q_BHLD, logit_scale_H)
+    starts = (0, *scale_ends[:-1])
+    parts = [
+        _attend(impl, q_BHLD[:, :, start:end], k_BHLD[:, :, :end], v_BHLD[:, :, :end])
+        for start, end in zip(starts, scale_ends, strict=True)
+    ]
+    return torch.cat(parts, dim=2)
+
+
+def _run_cached(
+    impl: str, q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
+) -> Tensor:
+    return _attend(impl, _scaled(q_BHlD, logit_scale_H), k_cache_BHLD[:, :, :num_keys], v_cache_BHLD[:, :, :num_keys])
+
+
+def block_causal(impl: str) -> Implementation:
+    """The implementation "flash_attn" or "fa4" of block_causal_attention."""
+    return Implementation(impl, functools.partial(_run, impl), functools.partial(_cannot, impl), (), _refuses)
+
+
+def cached(impl: str) -> Implementation:
+    """The implementation "flash_attn" or "fa4" of cached_attention."""
+    return Implementation(impl, functools.partial(_run_cached, impl), functools.partial(_cannot, impl), (), _refuses)
+
+
+def flex_flash(run: Callable[..., Tensor]) -> Implementation:
+    """FlexAttention with flash-attn-4's kernels. On Hopper its backward pass adds d q in no fixed order."""
+    return Implementation("flex_flash", run, _cannot_flex_flash, (), _refuses)
