@@ -508,8 +508,8 @@ class RunConfig(_Section):
         False,
         description="the rollout's log-probability of every token equals the update's before its first optimizer step "
         "bit for bit, in bfloat16 too, and tokens do not depend on the batch split: products and attention add in one "
-        "order, whatever the batch. Checked at the start and in every step. Its cost on a GPU is not measured; on a "
-        "CPU it is several times slower (docs/training.md)",
+        "order, whatever the batch. Checked at the start and in every step. Its cost is not measured; on a CPU every "
+        "image's attention is a call of its own (docs/training.md)",
     )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
