@@ -225,7 +225,7 @@ def _run_library(
 def _refuses_triton(x_BCHW: Tensor, weight_OCHW: Tensor, residual_BOHW: Tensor | None) -> str | None:
     _, channels, height, width = x_BCHW.shape
     block_m = _launch_settings(channels, weight_OCHW.shape[0], width, x_BCHW.device)["BLOCK_M"]
-    if x_BCHW.dtype not in (torch.bfloat16, torch.float16) and not INTERPRETED:
+    if x_BCHW.dtype not in (torch.bfloat16, torch.float16) and not (INTERPRETED and x_BCHW.dtype == torch.float32):
         return f"bfloat16 or float16, got {x_BCHW.dtype}"
     if channels % 32 or weight_OCHW.shape[0] % 32:
         return f"multiples of 32 channels, got {channels} and {weight_OCHW.shape[0]}"

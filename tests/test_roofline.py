@@ -526,7 +526,8 @@ def test_planned_captures_the_rollout_where_the_update_keeps_its_room():
     assert asked.rollout.cuda_graph is True
     held = roofline.memory(asked)
     decoder = roofline.DECODE_GRAPH_IMAGES * roofline.decode_activation_bytes(asked)
-    assert held.captured == held.kv_cache + held.rollout_activations + 64 * roofline._input_bytes(asked) + decoder
+    assert held.captured == held.kv_cache + held.rollout_activations + 64 * roofline._input_bytes(asked)
+    assert held.captured_decode == decoder
     assert held.fits(size)
     whole = roofline.planned(config("d16"), 141 * 10**9)
     assert (whole.rollout.cuda_graph, whole.rollout.micro_batch, whole.update.micro_batch) == (True, 512, 32)
@@ -541,8 +542,10 @@ def test_graphs_of_rollout_and_update_share_their_memory():
     assert (one.captured_update, both.captured_update) == (0, both.update)
     assert both.update > both.captured > 0
     held = both.states
-    assert one.peak == held + max(one.rollout, one.update + one.captured)
-    assert both.peak == held + max(both.update, both.update + both.images + both.decode)
+    assert one.peak == held + max(one.rollout, one.update + one.captured + one.captured_decode)
+    grown = both.captured_update - both.captured
+    while_sampling = both.images + both.kv_cache + both.rollout_activations + both.decode + grown
+    assert both.peak == held + max(while_sampling, both.update + both.captured_decode)
 
 
 def test_planned_gives_a_captured_update_its_room():

@@ -165,16 +165,18 @@ def test_step_stops_after_max_skipped_steps_in_a_row(make_policy):
         maker.step(bad, 1)
 
 
-def test_clipped_step_equals_clip_grad_norm_and_adamw_in_float64(make_policy):
+@pytest.mark.parametrize("one_buffer", [False, True])
+def test_clipped_step_equals_clip_grad_norm_and_adamw_in_float64(make_policy, one_buffer):
     policy = make_policy(depth=2)
-    maker = updater(policy, lr=1e-2, grad_clip=1e-3)
+    maker = updater(policy, lr=1e-2, grad_clip=1e-3, cuda_graph=one_buffer)
     generator = torch.Generator().manual_seed(0)
     wide = [p.detach().double().requires_grad_() for p in policy.var.parameters()]
     reference = torch.optim.AdamW(wide, lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
     for _ in range(3):
         for mine, theirs in zip(policy.var.parameters(), wide, strict=True):
-            mine.grad.copy_(torch.randn(mine.shape, generator=generator))
-            theirs.grad = mine.grad.double()
+            gradient = torch.randn(mine.shape, generator=generator)
+            mine.grad = mine.grad.copy_(gradient) if one_buffer else gradient
+            theirs.grad = gradient.double()
         norm, not_finite = maker._clipped_step()
         expected = torch.nn.utils.clip_grad_norm_(wide, 1e-3)
         reference.step()
@@ -350,7 +352,7 @@ def test_adamw8bit_follows_adamw_in_float64(make_policy, bitsandbytes):
     towards = {n: torch.randn(p.shape, generator=generator) for n, p in parameters.items()}
     for _ in range(20):
         for name, parameter in parameters.items():
-            parameter.grad.copy_(towards[name] + torch.randn(parameter.shape, generator=generator))
+            parameter.grad = towards[name] + torch.randn(parameter.shape, generator=generator)
             wide[name].grad = parameter.grad.double()
         maker._clipped_step()
         torch.nn.utils.clip_grad_norm_(wide.values(), 1e-3)

@@ -307,7 +307,7 @@ class UpdateConfig(_Section):
     cuda_graph: bool | None = Field(
         None,
         description="on one GPU, replay captured forward and backward passes, which hold on to the memory of a "
-        "micro-batch during the rollout; default: not yet, since nothing has run it on a GPU",
+        "micro-batch during the rollout; default: where memory allows it",
     )
     epochs: int = Field(1, ge=1, description="passes over a rollout")
     optimizer: Literal["adamw", "apex", "adamw8bit"] = Field(

@@ -509,8 +509,8 @@ class Memory:
         rollout_activations: of a micro-batch at the last scale, where they are largest.
         decode: of a micro-batch, at the level where most exists at once.
         update: of a micro-batch: what autograd keeps, logits, and the block at work.
-        captured: what CUDA graphs hold on to during the update: cache and activations of the rollout, maps of the
-            decoder.
+        captured: what the rollout's CUDA graph holds on to during the update: cache and activations.
+        captured_decode: what the decoder's graph holds on to, in a pool of its own: it runs beside the rollout.
         captured_update: what the update's CUDA graph holds on to during the rollout; it shares a pool with that's.
     """
 
@@ -528,6 +528,7 @@ class Memory:
     decode: int
     update: int
     captured: int
+    captured_decode: int
     captured_update: int
 
     @property
@@ -548,7 +549,7 @@ class Memory:
     @property
     def peak(self) -> int:
         shared = min(self.captured, self.captured_update)
-        return self.states + max(self.rollout, self.update + self.captured - shared)
+        return self.states + max(self.rollout, self.update + self.captured - shared + self.captured_decode)
 
     def fits(self, device_bytes: int) -> bool:
         """Whether the plan's share of what the states leave is enough."""
@@ -588,7 +589,8 @@ def memory(config: Config, shards: int = 1) -> Memory:
         rollout_activations=sampled * rollout_activation_bytes(config),
         decode=sampled * decode_activation_bytes(config),
         update=update,
-        captured=captured_bytes(config, sampled),
+        captured=captured_rollout_bytes(config, sampled),
+        captured_decode=captured_decode_bytes(config, sampled),
         captured_update=update if config.update.cuda_graph else 0,
     )
 
@@ -673,12 +675,19 @@ def update_activation_bytes(config: Config, checkpointing: Checkpointing) -> int
     return sizes.num_tokens * (sizes.depth * kept + C * item + max(head_at_work, block_at_work))
 
 
-def captured_bytes(config: Config, sampled: int) -> int:
-    """What the CUDA graphs of a rollout of so many images, and of their decoder, hold on to; 0 where there are none."""
-    if not config.run.fast or config.rollout.cuda_graph is False:
-        return 0
+def captured_rollout_bytes(config: Config, sampled: int) -> int:
+    """What the CUDA graph of a rollout of so many images holds on to; 0 where there is none."""
     one = kv_cache_bytes(config) + rollout_activation_bytes(config) + _input_bytes(config)
-    return sampled * one + min(sampled, DECODE_GRAPH_IMAGES) * decode_activation_bytes(config)
+    return sampled * one if _captures(config) else 0
+
+
+def captured_decode_bytes(config: Config, sampled: int) -> int:
+    """What the CUDA graph of their decoder holds on to; 0 where there is none."""
+    return min(sampled, DECODE_GRAPH_IMAGES) * decode_activation_bytes(config) if _captures(config) else 0
+
+
+def _captures(config: Config) -> bool:
+    return config.run.fast and config.rollout.cuda_graph is not False
 
 
 def rollout_micro_batch(config: Config, free_bytes: float) -> int:
@@ -752,7 +761,8 @@ def planned(config: Config, device_bytes: int | None, shards: int = 1) -> Config
     sampled, plan = rollout_micro_batch(config, free), update_plan(config, free)
     # A captured rollout holds on to its memory while the update runs. Where that would cost the update its room, it is
     # launched kernel by kernel: with images enough to fill the memory, the kernels are longer than their launches.
-    beside_graph = update_plan(config, free - captured_bytes(config, sampled) / _USABLE)
+    held = captured_rollout_bytes(config, sampled) + captured_decode_bytes(config, sampled)
+    beside_graph = update_plan(config, free - held / _USABLE)
     # A captured update takes its memory from the pool that the rollout's graph has.
     if config.update.cuda_graph:
         beside_graph = plan
@@ -790,7 +800,7 @@ def lower_memory(config: Config, part: str) -> str:
     elif part == "reward":
         sizes = {f"reward.{n}.batch_size": r.batch_size for n, r in config.reward.items() if hasattr(r, "batch_size")}
         advice = "; ".join(f"use {key}={size // 2}, now {size}" for key, size in sizes.items() if size > 1)
-    elif held_bytes := captured_bytes(config, config.rollout.micro_batch or config.rollout.images):
+    elif held_bytes := memory(config).captured + memory(config).captured_decode:
         held = f"its graph holds {_number(held_bytes / 2**30)} GiB meanwhile"
         advice = f"use rollout.cuda_graph=false, now true ({held})"
     else:

@@ -372,7 +372,8 @@ def _advised(part: str, config: Config) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         reserved, allocated = reserved_and_allocated()
-        of_graphs = max(memory(config).captured, memory(config).captured_update)  # reserved, and not free
+        held = memory(config)
+        of_graphs = max(held.captured, held.captured_update) + held.captured_decode  # reserved, and not free
         advice = scattered_memory(reserved - of_graphs, allocated) or lower_memory(config, part)
         raise InputError(f"out of memory in the {part}: {reason}\n  {advice}") from error
 

@@ -50,6 +50,7 @@ def arguments(op, dtype, head_dim=64, vocab=10, width=8):
         torch.ones(1, width),
     )
     product = torch.randn(1, 3, 3 * 2 * head_dim, dtype=dtype)
+    image = torch.randn(1, 32, 2, 2, dtype=dtype)
     return {
         "sample_tokens": (logits, torch.tensor([0, 0, 0]), 0),
         "selective_log_softmax": (logits, torch.zeros(1, 3, dtype=torch.int64)),
@@ -59,7 +60,9 @@ def arguments(op, dtype, head_dim=64, vocab=10, width=8):
         "cached_attention": (*heads, 3, torch.ones(2, dtype=dtype)),
         "layer_norm_modulate": (x, vector, vector),
         "gated_residual": (x, x, vector),
-        "group_norm_silu": (torch.randn(1, 32, 2, 2, dtype=dtype), torch.ones(32), torch.zeros(32), 8),
+        "channel_moments": (image,),
+        "conv3x3": (image, torch.randn(32, 32, 3, 3, dtype=dtype)),
+        "group_norm_silu": (image, torch.ones(32), torch.zeros(32), 8),
         "gated_residual_norm": (x, x, vector, vector, vector),
         "invariant_linear": (x, x[0]),
         "gelu_bias": (x, vector[0]),
