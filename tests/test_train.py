@@ -18,8 +18,10 @@ import varfast.sample
 from varfast import InputError, kernels, load_policy
 from varfast.checkpoint import Checkpoints, RunFolder, dump_config
 from varfast.command import expand_segments
+from varfast.config import load_config
+from varfast.distributed import ALONE
 from varfast.log import environment, memory_metrics
-from varfast.train import load_run, main, random_policy, train
+from varfast.train import _fitted, load_run, main, random_policy, train
 from varfast.update import Updater
 
 STAGES = ("rollout", "decode", "reward", "reference", "update", "optimizer")
@@ -605,3 +607,21 @@ def test_segments_grow_unless_the_user_has_set_the_allocator(monkeypatch):
 
 def test_memory_metrics_are_of_a_gpu_alone():
     assert memory_metrics(torch.device("cpu")) == {}
+
+
+@pytest.mark.parametrize(
+    ("asked", "free_bytes", "device", "captured"),
+    [
+        ("null", 79 * 2**30, "cuda", True),
+        ("null", 79 * 2**30, "cpu", False),
+        ("null", 16 * 2**30, "cuda", False),  # d30 does not fit in any way: nothing more is held
+        ("false", 79 * 2**30, "cuda", False),
+        ("true", 79 * 2**30, "cuda", True),
+    ],
+)
+def test_update_is_captured_on_one_gpu_where_memory_allows(monkeypatch, asked, free_bytes, device, captured):
+    monkeypatch.setattr("varfast.train.available_bytes", lambda device: free_bytes)
+    root = Path(__file__).parent.parent
+    config = load_config(root / "configs" / "d30.yaml", ["run.dtype=bfloat16", f"update.cuda_graph={asked}"])
+    fitted = _fitted(config, torch.device(device), ALONE, config.rollout.images)
+    assert fitted.update.cuda_graph is captured
