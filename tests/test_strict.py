@@ -43,6 +43,10 @@ def hostile(monkeypatch):
     product = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(a, b) * (1.0 + 2.0**-9 * a.shape[0]))
     disturb("scaled_dot_product_attention", lambda q: q.shape[0] + q.shape[2])
+    # In place of the extension's attention, which no call of a library disturbs.
+    kernels.configure(dict.fromkeys(("block_causal_attention", "cached_attention"), "reference"))
+    yield
+    kernels.configure({})
 
 
 def same_bits(policy, temperature=0.7):

@@ -81,8 +81,6 @@ class Linear(nn.Linear):
         if self.keeps_copies and self.weight.dtype != dtype:
             low_bias = None if bias is None else self.low_precision("bias", dtype)
             return LowPrecisionLinear.apply(input, self.weight, self.low_precision("weight", dtype), bias, low_bias)
-        if self.keeps_copies and bias is not None and bias.dtype != dtype and not bias.requires_grad:
-            bias = self.low_precision("bias", dtype)  # of a frozen copy
         return F.linear(input, self.weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def strict_product(
@@ -646,8 +644,6 @@ class VAR(nn.Module):
                 found.append((module, "weight"))
                 if module.bias is not None and not isinstance(module, (Head, BranchLinear)):
                     found.append((module, "bias"))
-            elif isinstance(module, Linear) and module._low_bias is not None:  # of frozen weights, beside an adapter
-                found.append((module, "bias"))
         return found
 
     def drop_copies(self) -> None:
