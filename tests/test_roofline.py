@@ -559,6 +559,14 @@ def test_planned_gives_a_captured_update_its_room():
     assert roofline.planned(config("d30"), size).update.cuda_graph is False
 
 
+@pytest.mark.parametrize("part", ["rollout", "update"])
+def test_lower_memory_names_a_captured_update_first(part):
+    plan = roofline.planned(config("d30", update={"cuda_graph": True}), 79 * 2**30)
+    held = roofline.memory(plan).captured_update / 2**30
+    said = roofline.lower_memory(plan, part)
+    assert said == f"use update.cuda_graph=false, now true (its graph holds {held:.1f} GiB during the rollout too)"
+
+
 def test_scattered_memory_names_fragmentation_and_its_remedy(monkeypatch):
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
             print(f"{package:16} not installed")
     for module in _OPTIONAL_MODULES:
         found = importlib.util.find_spec(module) is not None
-        print(f"{module:16} {'can be imported; no op uses it so far' if found else 'not installed (optional)'}")
+        print(f"{module:16} {'can be imported (optional)' if found else 'not installed (optional)'}")
     print("\nop                       impl        why")
     for choice in kernels.choices(pick_device("auto")):
         print(f"{choice.op:24} {choice.impl:11} {choice.why}")

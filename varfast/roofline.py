@@ -794,7 +794,10 @@ def lower_memory(config: Config, part: str) -> str:
     update = config.update
     now = update.micro_batch or update.minibatch
     advice: str | None = None
-    if part == "rollout":
+    if part != "reward" and update.cuda_graph:
+        held = f"its graph holds {_number(memory(config).captured_update / 2**30)} GiB during the rollout too"
+        advice = f"use update.cuda_graph=false, now true ({held})"
+    elif part == "rollout":
         now = config.rollout.micro_batch or config.rollout.images
         advice = _halved("rollout.micro_batch", now, config.rollout.images)
     elif part == "reward":
