@@ -146,18 +146,24 @@ class Policy:
         twin._replica = twin._gathered = None
         return twin
 
-    def distribute(self, world: World, parallel: Literal["auto", "ddp", "fsdp"]) -> None:
+    def distribute(
+        self, world: World, parallel: Literal["auto", "ddp", "fsdp"], reference: Policy | None = None
+    ) -> None:
         """Train with the other processes, all of which hold the same weights now. Once, before an optimizer is made.
 
         ddp, auto: all processes keep all weights and average gradients. fsdp: they spread the weights in training, and
         each samples from a copy in the compute dtype, which `gather` brings up to date.
+
+        reference: the frozen copy of this policy that the KL term compares it with, if there is one. It then computes
+        as the sharded policy does: while their weights are the same, the KL and its gradient are exactly 0.
         """
         if world.size == 1:
             return
         if parallel == "fsdp":
             self._gathered = self.var.frozen_copy()
             self._sampler = Sampler(self._gathered, self.vqvae, self._fast, self.graph_pool)
-            for var in (self.var, self._gathered):  # both, for one arithmetic: see BranchLinear
+            copies = [self._gathered] if reference is None else [self._gathered, reference.var]
+            for var in (self.var, *copies):  # all of them, for one arithmetic: see BranchLinear
                 var.drop_copies()
             shard(self.var, self.var.large_modules(), world, self.device, self.var.compute_dtype)
         else:

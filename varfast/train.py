@@ -95,7 +95,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
         strict.check(policy, config.rollout.temperature, config.run.seed)
     policy.cuda_graph = fitted.rollout.cuda_graph is not False
     reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
-    policy.distribute(world, config.run.parallel)
+    policy.distribute(world, config.run.parallel, reference)
     fits = {name: getattr(fitted.update, name) for name in ("micro_batch", "checkpointing", "cuda_graph")}
     update = config.update.model_copy(update=fits)
     updater = Updater(policy, reference, config.grpo, update, config.run.steps, config.run.seed, world)
