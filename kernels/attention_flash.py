@@ -48,6 +48,8 @@ def _cannot(impl: str, device: torch.device) -> str | None:
     function = _function(impl)
     if isinstance(function, str):
         return function
+    if not torch.cuda.is_available():
+        return f"{_PACKAGES[impl]} needs a CUDA device; this machine has none"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"{_PACKAGES[impl]} needs compute capability 8.0 or later, got {major}.{minor}"

@@ -540,8 +540,7 @@ def packages(tmp_path, monkeypatch):
     def forget():
         for function in cached:
             function.cache_clear()
-        for name in [n for n in sys.modules if n.partition(".")[0] == "flash_attn"]:
-            monkeypatch.delitem(sys.modules, name)
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "flash_attn"}
 
     def make(**sources):
         for name, source in sources.items():
@@ -550,10 +549,13 @@ def packages(tmp_path, monkeypatch):
             file.write_text(source)
         forget()
 
+    installed = forget()
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     yield make
     forget()
+    sys.modules.update(installed)
 
 
 CUDA = torch.device("cuda")  # named alone: the stand-ins compute on the CPU
@@ -601,6 +603,14 @@ def test_flex_flash_needs_a_torch_that_has_the_backend(packages, monkeypatch):
     monkeypatch.setattr(flex_attention, "FlexKernelOptions", type("FlexKernelOptions", (), {"__annotations__": {}}))
     packages()
     assert "has no backends to choose from" in cannot("block_causal_attention", "flex_flash")
+
+
+def test_a_flash_package_without_a_gpu_is_a_reason_and_not_an_error(packages, monkeypatch):
+    packages(flash_attn=EMPTY, flash_attn__cute=EMPTY)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for impl in ("flash_attn", "fa4", "flex_flash"):
+        assert "this machine has none" in cannot("block_causal_attention", impl)
+    assert all(choice.impl for choice in selection.choices(CUDA))
 
 
 @pytest.mark.parametrize(("impl", "result"), [("flash_attn", "{}"), ("fa4", "({}, None)")])
