@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from varfast.config import Config, parse_config
+from varfast.settings.reading import dump_yaml
 from varfast.types import InputError
 
 _FORMAT = 2
@@ -622,7 +623,7 @@ class RunFolder:
 
 def dump_config(config: Config) -> str:
     """The whole config, defaults included, as YAML that load_config reads."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json", exclude_none=True))
 
 
 def read_leaves(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from varfast.config import (
 )
 from varfast.settings import arguments as command_line
 from varfast.settings import reference
+from varfast.settings.paths import expanded
 from varfast.types import InputError
 
 # torch 2.11 and 2.14 read both; the first has been used on a GPU.
@@ -105,7 +106,7 @@ def _config_path(paths: list[str], name: str) -> str:
 
 def _load(model: type[_AnyConfig], path: str, overrides: list[str]) -> _AnyConfig:
     """A config, or a run folder: its own config, with the folder where it is now as run.dir."""
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not (folder / "config.yaml").is_file():
         return load_as(model, path, overrides)
     config = load_as(model, folder / "config.yaml", overrides)

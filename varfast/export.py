@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from varfast.checkpoint import RunFolder, read_leaves, save_tensors, save_text, write_atomically
@@ -26,6 +25,7 @@ from varfast.models import VAR
 from varfast.models.lora import merged_state, without_lora
 from varfast.models.weights import load_var
 from varfast.policy import pick_device
+from varfast.settings.reading import dump_yaml
 from varfast.train import load_run
 from varfast.types import InputError
 
@@ -103,7 +103,7 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
         "numbers in the file": dtype if decay is None else f"{dtype}, averaged over optimizer steps, decay {decay}",
         "written by": f"varfast {here['varfast']}, commit {here['commit'] or 'unknown'}",
     }
-    reward = yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)["reward"], sort_keys=False)
+    reward = dump_yaml(config.model_dump(mode="json", exclude_none=True)["reward"])
     settings = folder.config.read_text(encoding="utf-8")
     return "\n\n".join(
         [

@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
+
+from varfast.types import InputError
 
 _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\}?)")
 
 
+def expanded(text: str) -> Path:
+    """A path with `~` expanded. Raises: InputError for a user that there is not, and for what can be no path."""
+    try:
+        check_source(text)
+    except ValueError as error:
+        raise InputError(f"path {text[:60]!r}: {error}") from error
+    return Path(text).expanduser()
+
+
 def check_source(text: str) -> str:
     """A path or an address (hf://, https://). Raises: ValueError."""
-    if not text.strip():
-        raise ValueError("got an empty path")
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"got {text!r}, want a path")
     variable = _VARIABLE.search(text)
     if variable:
         raise ValueError(
