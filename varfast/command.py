@@ -16,7 +16,6 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from pydantic import BaseModel
@@ -107,7 +106,7 @@ def _config_path(paths: list[str], name: str) -> str:
 def _load(model: type[_AnyConfig], path: str, overrides: list[str]) -> _AnyConfig:
     """A config, or a run folder: its own config, with the folder where it is now as run.dir."""
     folder = expanded(path)
-    if not (folder / "config.yaml").is_file():
+    if not os.path.isfile(folder / "config.yaml"):
         return load_as(model, path, overrides)
     config = load_as(model, folder / "config.yaml", overrides)
     if any(override.startswith(("run.dir=", "run=")) for override in overrides):
@@ -278,7 +277,7 @@ def run_command(name: str, arguments: list[str] | None = None) -> NoReturn:
 
 def _run(name: str, arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
-        only = [a for a in arguments if not a.startswith("-") and "=" not in a and not Path(a).exists()]
+        only = [a for a in arguments if not a.startswith("-") and "=" not in a and not os.path.exists(a)]
         return _print(help_text(name, only, min(100, max(60, shutil.get_terminal_size().columns))))
     if "--version" in arguments:
         return _print(f"varfast {varfast.__version__}")

@@ -36,7 +36,9 @@ def check_source(text: str) -> str:
         )
     if text.startswith("~") and os.path.expanduser(text).startswith("~"):
         raise ValueError(f"got {text!r}: there is no user {text.split('/')[0][1:]!r} on this machine; write the path")
-    if len(text) > 4000 or any(len(part.encode()) > 255 for part in text.split("/")):
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"got {text[:60]!r}: it holds bytes that are not UTF-8")
+    if len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in text.split("/")):
         raise ValueError(f"got {text[:60]!r}...: a path has at most 4000 characters, and 255 bytes a name")
     return text
 
