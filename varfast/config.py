@@ -857,7 +857,9 @@ class EvaluateConfig(_Section):
     save: Literal["none", "png", "npz"] = Field(
         "none", description="keep the images: a PNG each, or one .npz of uint8 (N, H, W, 3) a model, as ADM's evaluator"
     )
-    scores: dict[str, RewardConfig] = Field(
+    scores: Annotated[
+        dict[str, RewardConfig], Wanted("sections as those of reward, whose keys `train --help reward` shows", True)
+    ] = Field(
         default_factory=dict,
         description="means to report, by names of your choice, as scores.aes.type=aesthetic; weights do not count. "
         "Default for a run folder: its rewards",

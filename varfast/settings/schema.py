@@ -13,9 +13,14 @@ from pydantic.fields import FieldInfo
 
 @dataclass(frozen=True)
 class Wanted:
-    """In a field's Annotated: what it wants, where its type does not say it."""
+    """In a field's Annotated: what it wants, where its type does not say it.
+
+    Attributes:
+        elsewhere: the keys below it are listed with another section.
+    """
 
     text: str
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
