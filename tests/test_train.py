@@ -312,6 +312,7 @@ TRITON_OPS = [
     "layer_norm_modulate",
     "gated_residual",
     "gated_residual_norm",
+    "adamw_step",
 ]
 
 

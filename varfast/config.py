@@ -573,6 +573,9 @@ class KernelsConfig(_Section):
     channel_moments: str = Field("auto", description="auto, triton or reference")
     conv3x3: str = Field("auto", description="auto, triton, library or reference")
     grpo_token_loss: str = Field("auto", description="auto, cuda, cpp or reference")
+    adamw_step: str = Field(
+        "auto", description="of update.optimizer=adamw: auto, library (PyTorch's fused AdamW), triton or reference"
+    )
     invariant_linear: str = Field("auto", description="of run.strict: auto, triton, blocks or reference")
 
     @model_validator(mode="after")
