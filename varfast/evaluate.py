@@ -13,6 +13,11 @@ Axes: B image of a chunk, N image, D feature, K class; H, W pixels.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("evaluate")
+
 import hashlib
 import json
 import os
@@ -31,7 +36,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from varfast.checkpoint import RunFolder, save_text, write_atomically
-from varfast.command import run_command
 from varfast.config import ClassifierConfig, EvaluateConfig, check_labels, parse_arguments
 from varfast.data import DigitsClassifier
 from varfast.features import Network, RealImages, load_network, load_real_images, to_levels
@@ -613,7 +617,3 @@ def main(arguments: list[str]) -> int:
         result = json.loads((Path(config.out).expanduser() / "evaluation.json").read_text(encoding="utf-8"))
         print(f"\n{table(rows)}\n\n{_about(result)}\n{config.out}: evaluation.json, pictures.png")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

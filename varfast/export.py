@@ -6,6 +6,11 @@ python -m varfast.export checkpoint=runs/x out=model.pth dtype=bfloat16
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("export")
+
 import json
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +20,6 @@ import yaml
 from torch import Tensor
 
 from varfast.checkpoint import RunFolder, read_leaves, save_tensors, save_text, write_atomically
-from varfast.command import run_command
 from varfast.config import Config, ExportConfig, LoRAConfig, VARConfig, VQVAEConfig, parse_arguments
 from varfast.log import environment
 from varfast.models import VAR
@@ -208,7 +212,3 @@ def main(arguments: list[str]) -> int:
     size = Path(config.out).expanduser().stat().st_size
     print(f"{config.out}: {size / 1e6:.1f} MB, {config.dtype}. Model card: {card}")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

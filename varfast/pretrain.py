@@ -10,6 +10,11 @@ Axes: B image, L token over all scales, V vocabulary.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("pretrain")
+
 import hashlib
 import json
 import math
@@ -25,8 +30,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from varfast.checkpoint import save_tensors, save_text
-from varfast.command import run_command, split_arguments
-from varfast.config import Config, load_config
+from varfast.command import read_config
+from varfast.config import Config
 from varfast.data import Images, fingerprint, load_images
 from varfast.models import VAR, VQVAE
 from varfast.policy import pick_device
@@ -250,12 +255,7 @@ def _undecayed(name: str) -> bool:
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.pretrain config.yaml [a.b=c ...]"""
-    path, overrides = split_arguments(arguments, "python -m varfast.pretrain config.yaml [a.b=c ...]")
-    config = load_config(path, overrides)
+    config = read_config(arguments)
     var_path, vqvae_path = pretrained(config, pick_device(config.run.device))
     print(f"transformer {var_path}\nVQ-VAE      {vqvae_path}")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -21,6 +21,11 @@ Axes: B image, L token over all scales, l token of one scale, V vocabulary, C ch
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("roofline")
+
 import math
 import os
 import statistics
@@ -33,7 +38,7 @@ from typing import Literal, NamedTuple
 import psutil
 import torch
 
-from varfast.command import ALLOCATOR_VARIABLES, run_command, split_arguments
+from varfast.command import ALLOCATOR_VARIABLES, read_roofline
 from varfast.config import (
     AestheticReward,
     ClipReward,
@@ -42,7 +47,6 @@ from varfast.config import (
     LoRAConfig,
     VARConfig,
     VQVAEConfig,
-    load_config,
 )
 from varfast.types import InputError
 
@@ -1165,16 +1169,9 @@ def _scaling_table(config: Config, ceilings: Ceilings) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.roofline config.yaml [device=H200] [a.b=c ...]"""
-    device = [a.removeprefix("device=") for a in arguments if a.startswith("device=")]
-    others = [a for a in arguments if not a.startswith("device=")]
-    path, overrides = split_arguments(others, "python -m varfast.roofline config.yaml [device=H200] [a.b=c ...]")
-    config = load_config(path, overrides)
-    name = device[-1] if device else "H200"
-    config = with_dtype(config, _here() if name == "here" else torch.device("cuda"))
+    path, found = read_roofline(arguments)
+    name = found.device
+    config = with_dtype(found, _here() if name == "here" else torch.device("cuda"))
     ceilings, source = _find_ceilings(name, config.run.dtype)
     print(report(config, ceilings, f"{path} on {name} ({source})"))
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -10,7 +10,11 @@ Source: arXiv:2505.23331.
 
 from __future__ import annotations
 
-import itertools
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("train")
+
 import json
 import signal
 import time
@@ -24,8 +28,8 @@ import torch
 from varfast import kernels, strict
 from varfast.before_after import evaluate
 from varfast.checkpoint import Checkpoints, RunFolder, save_tensors, save_text, write_atomically
-from varfast.command import run_command, split_arguments
-from varfast.config import Config, load_config
+from varfast.command import read_train
+from varfast.config import Config
 from varfast.distributed import World, gathered, joined, local_device, processes_here
 from varfast.grpo import combined_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
@@ -397,41 +401,15 @@ def _catch_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(name, handler)
 
 
-_USAGE = "python -m varfast.train config.yaml [--profile] [--sweep a.b=c,d ...] [a.b=c ...]"
-
-
 def main(arguments: list[str]) -> int:
     """python -m varfast.train config.yaml [--profile] [--sweep a.b=c,d ...] [a.b=c ...]"""
-    swept, rest = split_sweep(arguments, _USAGE)
-    path, overrides = split_arguments([a for a in rest if a != "--profile"], _USAGE)
-    parent = load_config(path, overrides).run.dir
-    configs = []
-    for choice in itertools.product(*swept):  # all of them are read before the first one runs
-        folder = [f"run.dir={parent}/{','.join(choice)}"] if choice else []
-        configs.append(load_config(path, [*overrides, *choice, *folder]))
-    for number, config in enumerate(configs):
-        if swept:
-            print(f"\nsweep {number + 1} of {len(configs)}: {config.run.dir}")
-        code = train(config, profile="--profile" in arguments)
+    runs = read_train(arguments)
+    for number, config in enumerate(runs.configs):
+        if runs.parent is not None:
+            print(f"\nsweep {number + 1} of {len(runs.configs)}: {config.run.dir}")
+        code = train(config, runs.profile)
         if code:
             return code
-    if swept:
-        print(f"\nside by side: python -m varfast.report {parent}/*")
+    if runs.parent is not None:
+        print(f"\nside by side: python -m varfast.report {runs.parent}/*")
     return 0
-
-
-def split_sweep(arguments: list[str], usage: str) -> tuple[list[list[str]], list[str]]:
-    """Take `--sweep key=a,b` out of the arguments: the overrides of each, and what is left."""
-    swept, rest = [], list(arguments)
-    while "--sweep" in rest:
-        at = rest.index("--sweep")
-        key, equals, values = (rest[at + 1] if at + 1 < len(rest) else "").partition("=")
-        if not equals or not all(values.split(",")):
-            raise InputError(f"--sweep wants key=value,value, as in --sweep grpo.kl_beta=0,0.05,0.2; usage: {usage}")
-        swept.append([f"{key}={value}" for value in values.split(",")])
-        del rest[at : at + 2]
-    return swept, rest
-
-
-if __name__ == "__main__":
-    run_command(main)
