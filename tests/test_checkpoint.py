@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from varfast import InputError
-from varfast.checkpoint import Checkpoints, RunFolder, dump_config, newest_checkpoint, save_text, write_atomically
+from varfast.checkpoint import Checkpoints, RunFolder, dump_config, newest_checkpoint
 from varfast.config import parse_config
+from varfast.files import save_text, write_atomically
 
 
 def networks(seed=0, steps=2):
@@ -77,7 +78,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
         import resource, torch
         from pathlib import Path
         from varfast import InputError
-        from varfast.checkpoint import save_tensors
+        from varfast.files import save_tensors
         path = Path({str(path)!r})
         save_tensors(path, {{"w": torch.ones(10)}})
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))

@@ -10,6 +10,7 @@ ORDER = [
     "kernels",
     "types",
     "lock",
+    "files",
     "cpu",
     "stages",
     "graphs",
