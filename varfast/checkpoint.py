@@ -60,11 +60,11 @@ from varfast.files import (
     remove_leftovers,
     remove_tree,
     save_text,
-    short,
     sync_file,
     sync_folder,
 )
 from varfast.lock import LOCK_NAME, FolderLock
+from varfast.printable import printable
 from varfast.types import InputError
 
 _FORMAT = 2
@@ -192,7 +192,7 @@ class Checkpoint:
         try:
             load(tensors, storage_reader=HuggingFaceStorageReader(str(self.path)), no_dist=not dist.is_initialized())
         except CheckpointException as error:
-            raise InputError(f"{self.path} cannot be read: {short(_cause(error))}") from error
+            raise InputError(f"{self.path} cannot be read: {printable(_cause(error))}") from error
 
     def _saved(self, prefix: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of the tensors whose names begin so."""
@@ -200,7 +200,7 @@ class Checkpoint:
             there = HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata
         # The files are as the manifest says, but somebody may have made both: headers of any content.
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise InputError(f"{self.path} cannot be read: {short(error)}") from error
+            raise InputError(f"{self.path} cannot be read: {printable(error)}") from error
         return {
             name: (tuple(entry.size), entry.properties.dtype)
             for name, entry in there.items()
@@ -594,9 +594,10 @@ class RunFolder:
         try:
             data = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
+            what = printable(" ".join(str(error).split()))
             raise InputError(
-                f"{self.config} is damaged: it is not YAML as varfast writes it ({short(error)}); the command that "
-                "started the run writes it again"
+                f"{self.config} is damaged: it is not YAML as varfast writes it ({what}); the command that started the "
+                "run writes it again"
             ) from error
         return parse_config(data, str(self.config))
 

@@ -19,12 +19,13 @@ from torch import Tensor
 from varfast.checkpoint import RunFolder
 from varfast.command import run_command
 from varfast.config import Config, ExportConfig, LoRAConfig, VARConfig, VQVAEConfig, parse_arguments
-from varfast.files import read_json, read_leaves, read_text, save_tensors, save_text, short, write_atomically
+from varfast.files import read_json, read_leaves, read_text, save_tensors, save_text, write_atomically
 from varfast.log import environment
 from varfast.models import VAR
 from varfast.models.lora import merged_state, without_lora
 from varfast.models.weights import load_var
 from varfast.policy import pick_device
+from varfast.printable import printable
 from varfast.train import load_run
 from varfast.types import InputError
 
@@ -83,7 +84,7 @@ def _save_safetensors(state: dict[str, Tensor], file: IO[bytes]) -> None:
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))  # as Rust puts it
         code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code) if number else short(error)) from error
+        raise OSError(code, os.strerror(code) if number else printable(error)) from error
 
 
 def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: int | None) -> str:
@@ -160,7 +161,7 @@ def _measured(path: Path) -> str:
             [f"{row['name']}, {row['labels']}", *((row[side] or {}).get("value") for side in sides)] for row in rows
         ]
     except (InputError, KeyError, TypeError, AttributeError) as error:
-        return f"`evaluation/{path.name}` is left out, as it is damaged: {short(error)}"
+        return f"`evaluation/{path.name}` is left out, as it is damaged: {printable(error)}"
     return "By `varfast.evaluate`, with the labels it is of:\n\n" + _table(["", *sides], cells)
 
 

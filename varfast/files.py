@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from varfast.printable import printable
 from varfast.types import InputError
 
 if TYPE_CHECKING:
@@ -222,11 +223,11 @@ def free_space(path: Path) -> str:
 
 def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file, or a link to one. Raises: OSError, for a FIFO or a device too, which are not waited for."""
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
-    return file
+    return open(descriptor, "rb")
 
 
 def read_bytes(path: Path, most: int = _MOST_BYTES) -> bytes:
@@ -255,7 +256,7 @@ def read_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is damaged: it is not JSON as varfast writes it ({short(error)})") from error
+        raise InputError(f"{path} is damaged: it is not JSON as varfast writes it ({printable(error)})") from error
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -282,13 +283,6 @@ def _check(node: Any, level: int) -> None:
     elif isinstance(node, list):
         for child in node:
             _check(child, level + 1)
-
-
-def short(error: BaseException) -> str:
-    """The first line of an error's text, of bounded length and without control characters."""
-    lines = str(error).splitlines()
-    text = lines[0] if lines else type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
 def read_leaves(path: Path) -> dict[str, Any]:
