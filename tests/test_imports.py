@@ -8,7 +8,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "kernels",
+    "printable",
     "types",
+    "lock",
+    "files",
     "cpu",
     "stages",
     "graphs",

@@ -32,12 +32,14 @@ from varfast.config import (
     load_as,
     parse_arguments,
 )
+from varfast.printable import printable
 from varfast.settings import arguments as command_line
 from varfast.settings import reference
 from varfast.types import InputError
 
 # torch 2.11 and 2.14 read both; the first has been used on a GPU.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_LONGEST_MESSAGE = 20_000  # characters of an error; a config with a hundred wrong keys has 10 000
 
 _AnyConfig = TypeVar("_AnyConfig", bound=Config)
 
@@ -267,10 +269,10 @@ def run_command(name: str, arguments: list[str] | None = None) -> NoReturn:
     try:
         code = _run(name, arguments)
     except InputError as error:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        _complain(f"error: {error}", error)
         code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _complain("interrupted", error)
         code = 130
     sys.exit(code)
 
@@ -318,6 +320,12 @@ def main() -> NoReturn:
         hint = f"did you mean varfast train {name}?"
     print(f"error: varfast has no command {name!r}; {hint}", file=sys.stderr)
     sys.exit(2)
+
+
+def _complain(text: str, error: BaseException) -> None:
+    # An error may quote a server, a file or a folder that somebody handed on: here all of it meets the terminal.
+    for part in (text, *getattr(error, "__notes__", [])):
+        print(printable(part, _LONGEST_MESSAGE, lines=True), file=sys.stderr)
 
 
 def expand_segments() -> None:

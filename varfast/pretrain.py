@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from varfast.checkpoint import save_tensors, save_text
 from varfast.command import read_config
 from varfast.config import Config
 from varfast.data import Images, fingerprint, load_images
+from varfast.files import save_tensors, save_text
 from varfast.models import VAR, VQVAE
 from varfast.policy import pick_device
 from varfast.randomness import order_may_vary
