@@ -467,8 +467,29 @@ class FunctionReward(_Section):
 
     type: Literal["function"]
     weight: float = Field(1.0, description="factor in the sum")
-    function: str = Field(pattern=r"^[\w.]+:\w+$", description="module:name; called with (images, labels)")
+    function: str = Field(
+        description="module:name, or file.py:name, from the working directory or the config's folder; called with "
+        "(images, labels), or what its parameters name (docs/rewards.md)"
+    )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments, given once")
+
+    @field_validator("function")
+    @classmethod
+    def _names_an_object(cls, function: str) -> str:
+        source, colon, name = function.rpartition(":")
+        in_file = source.endswith(".py") and "\0" not in source
+        if not colon or not (in_file or all(part.isidentifier() for part in source.split("."))):
+            module, _, attribute = function.rpartition(".")
+            meant = f"; did you mean {module}:{attribute}?" if module and attribute.isidentifier() and not colon else ""
+            raise ValueError(
+                f"want module:name or file.py:name, as my_rewards:redness or ./my_rewards.py:redness{meant}"
+            )
+        if not name.isidentifier():
+            raise ValueError(
+                f"{name!r} is no name of a module's own; name a function, or a class whose instance is called; for a "
+                "method, write a function that calls it"
+            )
+        return function
 
 
 RewardConfig = Annotated[

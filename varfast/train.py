@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -55,20 +56,21 @@ from varfast.update import Updater
 _INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
-def train(config: Config, profile: bool = False) -> int:
+def train(config: Config, profile: bool = False, beside: Path | None = None) -> int:
     """Run, or go on with, the experiment that `config` describes.
 
     Args:
         profile: write a trace and the memory use of one steady step into the run folder.
+        beside: the folder of the config file: a reward of the user's is looked for there too.
     Returns: 0 when the run is complete, 130 or 143 when a signal ended it after a checkpoint.
     Raises: InputError for anything in the config, the files or the reward that cannot be used.
     """
     device = pick_device(local_device(config.run.device))
     with deterministic(config.run.deterministic), joined(device, config.run.timeout_s) as world:
-        return _train(config, device, world, profile)
+        return _train(config, device, world, profile, beside)
 
 
-def _train(config: Config, device: torch.device, world: World, profile: bool) -> int:
+def _train(config: Config, device: torch.device, world: World, profile: bool, beside: Path | None) -> int:
     if world.size > config.rollout.images:
         raise InputError(f"{world.size} processes for {config.rollout.images} images a step; start fewer")
     config = with_dtype(config, device)
@@ -85,7 +87,9 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
     folder = RunFolder(config.run.dir)
     found = folder.prepare(config)
     with world.leader_first():  # it pre-trains and downloads
-        reward = WeightedSum(config.reward, device, config.policy.sizes.num_classes)
+        reward = WeightedSum(
+            config.reward, device, config.policy.sizes.num_classes, seed=config.run.seed, beside=beside
+        )
         on_device = config.run.model_copy(update={"device": str(device)})
         noted = found is not None or not world.leads
         policy = load_base(config.model_copy(update={"run": on_device}), folder, resume=noted)
@@ -143,7 +147,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
                         keep_input=True,
                     )
                 # ... score them against one another, ...
-                scores = _score(reward, images, drawn, world, fitted)
+                scores = _score(reward, images, drawn, world, fitted, step, mine.start)
                 if isinstance(scores, Rewards):
                     # A refresh that a left-out rollout kept from its step is made up for here.
                     if reference and every and step // every > (step - bad_rollouts - 1) // every:
@@ -233,16 +237,22 @@ def _log(world: World, folder: RunFolder, start: int, config: Config) -> Abstrac
 
 
 def _score(
-    reward: WeightedSum, images: torch.Tensor, drawn: Rollout, world: World, config: Config
-) -> Rewards | Exception:
+    reward: WeightedSum,
+    images: torch.Tensor,
+    drawn: Rollout,
+    world: World,
+    config: Config,
+    step: int,
+    first_sample: int,
+) -> Rewards | BaseException:
     """The rewards of this process's images, or what kept this process, or another one, from them."""
-    found: Rewards | Exception
+    found: Rewards | BaseException
     try:
         with stage("reward"), _advised("reward", config):
-            found = reward(images, drawn.labels_B)
-    except Exception as error:  # noqa: BLE001 - whatever a user's reward raises is raised once all processes know
-        found = error
-    worst = world.largest(isinstance(found, Exception) + (not isinstance(found, Rewards | NotFiniteReward)))
+            found = reward(images, drawn.labels_B, step, first_sample)
+    except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once all
+        found = error  # processes know, and the state is saved
+    worst = world.largest(isinstance(found, BaseException) + (not isinstance(found, Rewards | NotFiniteReward)))
     if not isinstance(found, Rewards) or worst == 0:
         return found
     elsewhere = "the reward failed in another process, which says why"
@@ -412,7 +422,7 @@ def main(arguments: list[str]) -> int:
     for number, config in enumerate(configs):
         if swept:
             print(f"\nsweep {number + 1} of {len(configs)}: {config.run.dir}")
-        code = train(config, profile="--profile" in arguments)
+        code = train(config, profile="--profile" in arguments, beside=Path(path).parent)
         if code:
             return code
     if swept:
