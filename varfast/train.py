@@ -158,7 +158,8 @@ def _train(config: Config, device: torch.device, world: World, profile: bool, be
                         rewards, reward.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
                     )
                     # ... and make the better ones more likely.
-                    with _advised("update", fitted):
+                    # Guards that a reward's library kept may switch gradients off when Python frees them.
+                    with _advised("update", fitted), torch.enable_grad():
                         stats = updater.step(ScoredRollout(rollout, advantages_B), step)
                 elif isinstance(scores, NotFiniteReward) and bad_rollouts + 1 < config.run.max_bad_rollouts:
                     bad_rollouts += 1

@@ -76,12 +76,10 @@ class UserReward:
         Raises: InputError if it returns no (B,) numbers, or ends the process by SystemExit.
         """
         step = (0, 0) if batch.step is None else (1, batch.step)
-        with (
-            shielded(self._name, self._device, (*self._key, *step, first_sample)),
-            self._named("" if batch.step is None else f"in step {batch.step + 1}"),
-        ):
-            values = {"images": images.clone(), "batch": batch.copy()} | batch.copy().__dict__
-            found = self._reward(*(values[p] for p in self._positional), **{p: values[p] for p in self._by_name})
+        values = {"images": images.clone(), "batch": batch.copy()} | batch.copy().__dict__
+        with self._named("" if batch.step is None else f"in step {batch.step + 1}"):
+            with shielded(self._name, self._device, (*self._key, *step, first_sample)):
+                found = self._reward(*(values[p] for p in self._positional), **{p: values[p] for p in self._by_name})
             return scores(self._name, found, len(images), images.device)
 
     @contextmanager

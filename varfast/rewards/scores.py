@@ -106,6 +106,8 @@ def _described(value: Any) -> str:
     what = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
     if value is None:
         return "None"
+    if isinstance(value, Tensor) and value.is_nested:
+        return f"a nested tensor of {value.dtype}"
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype}, {value.layout}, on {value.device}, of shape {tuple(value.shape)}"
     if isinstance(value, np.ndarray):
