@@ -55,17 +55,17 @@ def open_regular(path: Path, most_bytes: int, follow: bool = True) -> IO[bytes]:
     Raises: OSError, with the reason in strerror.
     """
     # O_NONBLOCK: to open a pipe would wait for its writer.
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)), "rb")
-    status = os.fstat(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    status = os.fstat(descriptor)
     reason = None
     if not stat.S_ISREG(status.st_mode):
         reason = "it is a folder, a device or a pipe, not a file"
     elif status.st_size > most_bytes:
         reason = f"it has {status.st_size} bytes, more than {most_bytes}"
     if reason is not None:
-        file.close()
+        os.close(descriptor)
         raise OSError(errno.EINVAL, reason)
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def read_names(address: str, key: str) -> list[str]:
