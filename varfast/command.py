@@ -50,9 +50,13 @@ _AnyConfig = TypeVar("_AnyConfig", bound=Config)
 
 @dataclass(frozen=True)
 class Runs:
-    """What `train` was asked for: one run, or those of a sweep, in folders side by side in `parent`."""
+    """What `train` was asked for: one run, or those of a sweep, in folders side by side in `parent`.
+
+    beside: folder of the config file, in which a reward's file may lie.
+    """
 
     configs: list[Config]
+    beside: Path
     parent: str | None
     profile: bool
 
@@ -62,15 +66,17 @@ def read_train(arguments: list[str]) -> Runs:
     found = command_line.sort(arguments, Config, ["--profile"], ["--sweep"])
     path, overrides = _config_path(found.paths, "train"), found.overrides
     config, profile = _load(Config, path, overrides), "--profile" in found.flags
+    beside = Path(path).expanduser()
+    beside = beside if beside.is_dir() else beside.parent
     if not found.options:
-        return Runs([config], None, profile)
+        return Runs([config], beside, None, profile)
     choices = list(itertools.product(*(_swept(text) for _, text in found.options)))
     configs = []
     for choice, name in zip(choices, command_line.file_names([",".join(c) for c in choices]), strict=True):
         run = _load(Config, path, [*overrides, *choice])
         folder = f"{config.run.dir.rstrip('/') or '/'}/{name}"
         configs.append(run.model_copy(update={"run": run.run.model_copy(update={"dir": folder})}))
-    return Runs(configs, config.run.dir, profile)
+    return Runs(configs, beside, config.run.dir, profile)
 
 
 def _swept(text: str) -> list[str]:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -60,20 +61,23 @@ from varfast.update import Updater
 _INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
-def train(config: Config, profile: bool = False) -> int:
+def train(config: Config, profile: bool = False, beside: Path | None = None) -> int:
     """Run, or go on with, the experiment that `config` describes.
 
     Args:
         profile: write a trace and the memory use of one steady step into the run folder.
+        beside: the folder of the config file: a reward of the user's is looked for there too.
     Returns: 0 when the run is complete, 130 or 143 when a signal ended it after a checkpoint.
     Raises: InputError for anything in the config, the files or the reward that cannot be used.
     """
     device = pick_device(local_device(config.run.device))
     with deterministic(config.run.deterministic), joined(device, config.run.timeout_s) as world, ExitStack() as at_end:
-        return _train(config, device, world, profile, at_end)
+        return _train(config, device, world, profile, beside, at_end)
 
 
-def _train(config: Config, device: torch.device, world: World, profile: bool, at_end: ExitStack) -> int:
+def _train(
+    config: Config, device: torch.device, world: World, profile: bool, beside: Path | None, at_end: ExitStack
+) -> int:
     if world.size > config.rollout.images:
         raise InputError(f"{world.size} processes for {config.rollout.images} images a step; start fewer")
     config = with_dtype(config, device)
@@ -91,7 +95,9 @@ def _train(config: Config, device: torch.device, world: World, profile: bool, at
     lock = at_end.enter_context(folder.held())
     found = folder.prepare(config)
     with world.leader_first():  # it pre-trains and downloads
-        reward = WeightedSum(config.reward, device, config.policy.sizes.num_classes)
+        reward = WeightedSum(
+            config.reward, device, config.policy.sizes.num_classes, seed=config.run.seed, beside=beside
+        )
         on_device = config.run.model_copy(update={"device": str(device)})
         noted = found is not None or not world.leads
         policy = load_base(config.model_copy(update={"run": on_device}), folder, resume=noted)
@@ -150,7 +156,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool, at
                         keep_input=True,
                     )
                 # ... score them against one another, ...
-                scores = _score(reward, images, drawn, world, fitted)
+                scores = _score(reward, images, drawn, world, fitted, step, mine.start)
                 if isinstance(scores, Rewards):
                     # A refresh that a left-out rollout kept from its step is made up for here.
                     if reference and every and step // every > (step - bad_rollouts - 1) // every:
@@ -161,7 +167,8 @@ def _train(config: Config, device: torch.device, world: World, profile: bool, at
                         rewards, reward.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
                     )
                     # ... and make the better ones more likely.
-                    with _advised("update", fitted):
+                    # Guards that a reward's library kept may switch gradients off when Python frees them.
+                    with _advised("update", fitted), torch.enable_grad():
                         stats = updater.step(ScoredRollout(rollout, advantages_B), step)
                 elif isinstance(scores, NotFiniteReward) and bad_rollouts + 1 < config.run.max_bad_rollouts:
                     bad_rollouts += 1
@@ -240,16 +247,22 @@ def _log(world: World, folder: RunFolder, start: int, config: Config) -> Abstrac
 
 
 def _score(
-    reward: WeightedSum, images: torch.Tensor, drawn: Rollout, world: World, config: Config
-) -> Rewards | Exception:
+    reward: WeightedSum,
+    images: torch.Tensor,
+    drawn: Rollout,
+    world: World,
+    config: Config,
+    step: int,
+    first_sample: int,
+) -> Rewards | BaseException:
     """The rewards of this process's images, or what kept this process, or another one, from them."""
-    found: Rewards | Exception
+    found: Rewards | BaseException
     try:
         with stage("reward"), _advised("reward", config):
-            found = reward(images, drawn.labels_B)
-    except Exception as error:  # noqa: BLE001 - whatever a user's reward raises is raised once all processes know
-        found = error
-    worst = world.largest(isinstance(found, Exception) + (not isinstance(found, Rewards | NotFiniteReward)))
+            found = reward(images, drawn.labels_B, step, first_sample)
+    except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once all
+        found = error  # processes know, and the state is saved
+    worst = world.largest(isinstance(found, BaseException) + (not isinstance(found, Rewards | NotFiniteReward)))
     if not isinstance(found, Rewards) or worst == 0:
         return found
     elsewhere = "the reward failed in another process, which says why"
@@ -410,7 +423,7 @@ def main(arguments: list[str]) -> int:
     for number, config in enumerate(runs.configs):
         if runs.parent is not None:
             print(f"\nsweep {number + 1} of {len(runs.configs)}: {config.run.dir}")
-        code = train(config, runs.profile)
+        code = train(config, runs.profile, runs.beside)
         if code:
             return code
     if runs.parent is not None:
