@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from varfast.checkpoint import RunFolder, save_text, write_atomically
 from varfast.command import run_command
 from varfast.config import ClassifierConfig, EvaluateConfig, check_labels, parse_arguments
 from varfast.data import DigitsClassifier
+from varfast.distributed import launched
 from varfast.features import Network, RealImages, load_network, load_real_images, to_levels
 from varfast.labels import label_pool
 from varfast.log import environment, image_grid, save_png
@@ -601,14 +601,12 @@ def _load(side: str, address: str, config: EvaluateConfig, device: torch.device)
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.evaluate checkpoint=... [reference=...] [key=value ...]"""
+    process = launched()
     config = resolved(parse_arguments(arguments, EvaluateConfig))
-    rank, world, local_rank = (
-        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
     if config.device == "auto" and torch.cuda.is_available():
-        config = config.model_copy(update={"device": f"cuda:{local_rank}"})
-    rows = evaluate(config, rank, world)
-    if rank == 0:
+        config = config.model_copy(update={"device": f"cuda:{process.local_rank or 0}"})
+    rows = evaluate(config, process.rank, process.size)
+    if process.rank == 0:
         assert config.out is not None
         result = json.loads((Path(config.out).expanduser() / "evaluation.json").read_text(encoding="utf-8"))
         print(f"\n{table(rows)}\n\n{_about(result)}\n{config.out}: evaluation.json, pictures.png")
