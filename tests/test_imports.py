@@ -32,6 +32,7 @@ ORDER = [
     "adamw8bit",
     "update",
     "checkpoint",
+    "base",
     "log",
     "before_after",
     "pretrain",

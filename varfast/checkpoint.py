@@ -575,17 +575,6 @@ class RunFolder:
             raise InputError(f"{self.path} holds no checkpoint yet; its run has not reached log.checkpoint_every steps")
         return found
 
-    def save_base(self, var: str, vqvae: str) -> None:
-        """Note the files that the run started from: a resumed run must find the same reference."""
-        save_text(self.base, json.dumps({"var": var, "vqvae": vqvae}, indent=2) + "\n")
-
-    def load_base(self) -> tuple[str, str] | None:
-        """The files that the run started from; None for random weights, which the config alone defines."""
-        if not self.base.exists():
-            return None
-        noted = json.loads(self.base.read_text(encoding="utf-8"))
-        return noted["var"], noted["vqvae"]
-
     def _refuse_old_format(self) -> None:
         if (self.path / "checkpoint.pt").exists():
             raise InputError(

@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from varfast.base import Base
 from varfast.checkpoint import RunFolder, save_text, write_atomically
 from varfast.command import run_command
 from varfast.config import ClassifierConfig, EvaluateConfig, check_labels, parse_arguments
@@ -471,14 +472,14 @@ def resolved(config: EvaluateConfig) -> EvaluateConfig:
         resolve(config.checkpoint)
     else:
         folder = RunFolder(config.checkpoint)
-        run, noted, given = folder.load_config(), folder.load_base(), config.model_fields_set
+        run, given = folder.load_config(), config.model_fields_set
         found: dict[str, Any] = {} if "reference" in given else {"reference": BASE}
         if "scores" not in given:
             found["scores"] = run.reward
         if "classifier" not in given and run.eval.classifier is not None:
             found["classifier"] = ClassifierConfig(model=run.eval.classifier)
-        if config.vqvae is None and noted is not None:
-            found["vqvae"] = noted[1]
+        if config.vqvae is None and run.policy.checkpoint != "random":
+            found["vqvae"] = str(Base(folder).find("vqvae"))
         config = config.model_copy(update=found)
     if config.reference not in (None, BASE) and not Path(config.reference).expanduser().is_dir():
         resolve(config.reference)
@@ -596,7 +597,7 @@ def _load(side: str, address: str, config: EvaluateConfig, device: torch.device)
     folder = RunFolder(config.checkpoint)
     run = folder.load_config()
     run = run.model_copy(update={"run": run.run.model_copy(update={"device": str(device), "dtype": config.dtype})})
-    return load_base(run, folder, resume=True)
+    return load_base(run, folder)
 
 
 def main(arguments: list[str]) -> int:
