@@ -153,7 +153,11 @@ def test_a_save_killed_at_any_moment_leaves_a_whole_checkpoint(make_config, tmp_
     assert moments > 6
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+    ids=["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"],
+)
 def test_a_signal_saves_and_ends_with_its_code(make_config, tmp_path, start, number, code):
     config = make_config(run__steps=100_000, log__checkpoint_every=100_000, eval__samples_per_label=0)
     process = start(config, Path(config.run.dir) / "metrics.jsonl")

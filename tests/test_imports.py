@@ -10,6 +10,7 @@ ORDER = [
     "kernels",
     "types",
     "lock",
+    "signals",
     "cpu",
     "stages",
     "graphs",

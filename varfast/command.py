@@ -20,9 +20,9 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     except InputError as error:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+    except KeyboardInterrupt as error:
+        print("\n".join([str(error) or "interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        code = getattr(error, "code", 130)  # of another signal than Ctrl-C
     sys.exit(code)
 
 

@@ -33,6 +33,7 @@ from varfast.lock import locked
 from varfast.models import VAR, VQVAE
 from varfast.policy import pick_device
 from varfast.randomness import order_may_vary
+from varfast.signals import listen
 from varfast.types import InputError
 
 _GRAD_CLIP = 1.0
@@ -103,7 +104,11 @@ def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
         # The base is made once and kept. No operation of it is known to lack a fixed order now that upsampling is a
         # product; on a GPU that has not been tried.
         with order_may_vary():
-            var, vqvae, report = pretrain(config, device)
+            try:
+                var, vqvae, report = pretrain(config, device)
+            except KeyboardInterrupt as error:
+                error.add_note("  pre-training keeps nothing of a base model that is not complete: it starts again")
+                raise
         for path, model in zip(paths, (var, vqvae), strict=True):
             save_tensors(path, model.state_dict())
         # Last: without it, the files count as missing.
@@ -287,7 +292,8 @@ def main(arguments: list[str]) -> int:
     """python -m varfast.pretrain config.yaml [a.b=c ...]"""
     path, overrides = split_arguments(arguments, "python -m varfast.pretrain config.yaml [a.b=c ...]")
     config = load_config(path, overrides)
-    var_path, vqvae_path = pretrained(config, pick_device(config.run.device))
+    with listen():
+        var_path, vqvae_path = pretrained(config, pick_device(config.run.device))
     print(f"transformer {var_path}\nVQ-VAE      {vqvae_path}")
     return 0
 

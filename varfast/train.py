@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -50,11 +49,10 @@ from varfast.roofline import (
     usual_bytes,
     with_dtype,
 )
+from varfast.signals import StopSignals, listen
 from varfast.stages import StageClock, stage
 from varfast.types import InputError, NotFiniteReward, Rewards, Rollout, ScoredRollout, StepStats
 from varfast.update import Updater
-
-_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 def train(config: Config, profile: bool = False) -> int:
@@ -62,15 +60,21 @@ def train(config: Config, profile: bool = False) -> int:
 
     Args:
         profile: write a trace and the memory use of one steady step into the run folder.
-    Returns: 0 when the run is complete, 130 or 143 when a signal ended it after a checkpoint.
-    Raises: InputError for anything in the config, the files or the reward that cannot be used.
+    Returns: 0 when the run is complete, 128 + its number when a signal (SIGINT, SIGTERM, SIGHUP, SIGUSR1) ended it
+        after a checkpoint.
+    Raises: InputError for anything in the config, the files or the reward that cannot be used; Stopped (a
+        KeyboardInterrupt) for a signal before the first step or after the last one.
     """
     device = pick_device(local_device(config.run.device))
-    with deterministic(config.run.deterministic), joined(device, config.run.timeout_s) as world:
-        return _train(config, device, world, profile)
+    with (
+        listen() as signals,
+        deterministic(config.run.deterministic),
+        joined(device, config.run.timeout_s) as world,
+    ):
+        return _train(config, device, world, signals, profile)
 
 
-def _train(config: Config, device: torch.device, world: World, profile: bool) -> int:
+def _train(config: Config, device: torch.device, world: World, signals: StopSignals, profile: bool) -> int:
     if world.size > config.rollout.images:
         raise InputError(f"{world.size} processes for {config.rollout.images} images a step; start fewer")
     config = with_dtype(config, device)
@@ -121,7 +125,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
         _log(world, folder, start, config) as log,
         Checkpoints(folder.checkpoints, config, here, log.say if log else lambda text: None) as checkpoints,
         StageClock(device) as clock,
-        _catch_signals() as received,
+        signals.in_steps(),
     ):
         if log and start:
             log.say(f"going on after step {start} of {config.run.steps} in {folder.path}")
@@ -187,7 +191,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
                         log.samples(done, images, drawn.labels_B, scores)
             # A rollout that was left out changed nothing: when the run is taken up again, it is tried again.
             held = done if done == config.run.steps else done - bad_rollouts
-            stopped = int(world.largest(max(received, default=0)))  # one process is told to stop: all of them do
+            stopped = int(world.largest(signals.received or 0))  # one process is told to stop: all of them do
             if checkpoints.due(done) or done == config.run.steps or stopped:
                 checkpoints.save(held, policy.var, updater.optimizer, before, metrics.get("reward_mean"), further)
             if stopped and done < config.run.steps:
@@ -196,7 +200,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
                     log.say(
                         f"stopped; {folder.path} holds step {held} of {config.run.steps}. The same command goes on."
                     )
-                return _INTERRUPTED[signal.Signals(stopped)]
+                return 128 + stopped
 
     updater.deliver()  # the average of the weights, where the config asks for one
     weights = gathered(policy.var.state_dict(), world)
@@ -459,25 +463,6 @@ def _advised(part: str, config: Config) -> Iterator[None]:
         of_graphs = max(held.captured, held.captured_update) + held.captured_decode  # reserved, and not free
         advice = scattered_memory(reserved - of_graphs, allocated) or lower_memory(config, part)
         raise InputError(f"out of memory in the {part}: {reason}\n  {advice}") from error
-
-
-@contextmanager
-def _catch_signals() -> Iterator[list[signal.Signals]]:
-    """Collect the first SIGINT or SIGTERM, so that the step at hand can end; a second one acts at once."""
-    received: list[signal.Signals] = []
-
-    def note(number: int, frame: object) -> None:
-        received.append(signal.Signals(number))
-        print("\nstopping after this step; once more to stop at once (back to the last checkpoint)", flush=True)
-        for name in _INTERRUPTED:
-            signal.signal(name, previous[name])
-
-    previous = {name: signal.signal(name, note) for name in _INTERRUPTED}
-    try:
-        yield received
-    finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
 
 
 _USAGE = "python -m varfast.train config.yaml [--profile] [--sweep a.b=c,d ...] [a.b=c ...]"
