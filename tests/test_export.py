@@ -8,9 +8,10 @@ import yaml
 from safetensors.torch import load_file
 
 from varfast import InputError
-from varfast.checkpoint import Checkpoints, RunFolder, save_tensors
+from varfast.checkpoint import Checkpoints, RunFolder
 from varfast.config import ExportConfig, parse_arguments
 from varfast.export import main
+from varfast.files import save_tensors
 from varfast.log import environment
 from varfast.models import VAR
 from varfast.models.weights import load_var

@@ -259,7 +259,8 @@ def test_a_run_that_cannot_save_goes_on_and_says_so_at_its_end(make_config, smal
         train(config)
     assert [line["step"] for line in metrics(config.run.dir)] == [1, 2, 3]
     out = capsys.readouterr().out
-    assert out.count("there is no earlier one. Free space there; the run goes on and tries again") == 3
+    assert out.count("no earlier one. The limit is on the size of a file (ulimit -f") == 3
+    assert out.count("; the run goes on and tries again") == 3
     assert names(config) == []
 
 

@@ -8,9 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "kernels",
+    "printable",
     "types",
     "lock",
     "signals",
+    "files",
     "cpu",
     "stages",
     "graphs",

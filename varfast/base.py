@@ -19,14 +19,24 @@ import hashlib
 import json
 import os
 import shutil
-import stat
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from varfast.checkpoint import RunFolder, save_tensors, save_text, write_atomically
+from varfast.checkpoint import RunFolder
+from varfast.files import (
+    INCOMPLETE,
+    open_regular,
+    read_json,
+    reason,
+    remove_leftovers,
+    save_tensors,
+    save_text,
+    write_atomically,
+)
 from varfast.models.weights import State
 from varfast.types import InputError
 
@@ -46,25 +56,23 @@ class FileNote(BaseModel):
     def of(cls, path: Path) -> FileNote:
         """Raises: InputError if the file cannot be read."""
         try:
-            with path.open("rb") as file:
-                return cls(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                return cls(bytes=size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
         except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+            raise InputError(f"{path} cannot be read: {reason(error)}") from error
 
     def differs(self, path: Path, whole: bool = True) -> str | None:
         """How the file at `path` differs from the noted one; None if it is the same. whole: compare its SHA-256 too."""
         try:
-            found = path.stat()
-            if not stat.S_ISREG(found.st_mode):
-                return "is no regular file"
-            if found.st_size != self.bytes:
-                return f"has {found.st_size} of {self.bytes} bytes"
-            if whole and FileNote.of(path) != self:
-                return "has another SHA-256"
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != self.bytes:
+                    return f"has {size} of {self.bytes} bytes"
+                if whole and hashlib.file_digest(file, "sha256").hexdigest() != self.sha256:
+                    return "has another SHA-256"
         except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-            return f"cannot be read: {error.strerror if isinstance(error, OSError) else error}"
-        except InputError as error:
-            return str(error).removeprefix(f"{path} ")
+            return f"cannot be read: {reason(error) if isinstance(error, OSError) else error}"
         return None
 
 
@@ -118,6 +126,7 @@ class Base:
 
     def keep(self, var: Source, vqvae: Source) -> None:
         """Bring the files into base/ and note them. Raises: InputError if the disk is full."""
+        remove_leftovers(self._files)
         parts = {"var": self._keep("var", var), "vqvae": self._keep("vqvae", vqvae)}
         save_text(self._json, json.dumps({name: note.model_dump() for name, note in parts.items()}, indent=2) + "\n")
 
@@ -185,7 +194,7 @@ class Base:
         if inside.exists() and os.path.samefile(inside, path):
             return inside
         if not copy:
-            beside = inside.with_name(f"{inside.name}.{os.getpid()}")
+            beside = inside.with_name(f"{inside.name}.{uuid.uuid4().hex[:12]}{INCOMPLETE}")
             try:
                 inside.parent.mkdir(parents=True, exist_ok=True)
                 os.link(os.path.realpath(path), beside)  # the hub's cache holds symbolic links
@@ -200,14 +209,14 @@ class Base:
         return inside
 
     def _read(self) -> _BaseNote:
-        try:
-            return _BaseNote.model_validate(json.loads(self._json.read_bytes()))
-        except FileNotFoundError as error:
+        if not os.path.lexists(self._json):
             raise InputError(
                 f"{self._folder.path} has no {self._json.name}, which says what the run started from; "
                 "`python -m varfast.train` with its config writes it again"
-            ) from error
-        except (OSError, ValidationError, ValueError, RecursionError) as error:
+            )
+        try:
+            return _BaseNote.model_validate(read_json(self._json))
+        except ValueError as error:  # pydantic's too
             raise InputError(
                 f"{self._json} cannot be read; delete it, and `python -m varfast.train` with the run's config starts "
                 "from what that names again"

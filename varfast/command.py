@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Callable
 
+from varfast.printable import printable
 from varfast.types import InputError
 
 # torch 2.11 and 2.14 read both; the first has been used on a GPU.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_LONGEST_MESSAGE = 20_000  # characters of an error; a config with a hundred wrong keys has 10 000
 
 
 def run_command(main: Callable[[list[str]], int]) -> None:
@@ -18,12 +20,18 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     try:
         code = main(sys.argv[1:])
     except InputError as error:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        _complain(f"error: {error}", error)
         code = 2
     except KeyboardInterrupt as error:
-        print("\n".join([str(error) or "interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        _complain(str(error) or "interrupted", error)
         code = getattr(error, "code", 130)  # of another signal than Ctrl-C
     sys.exit(code)
+
+
+def _complain(text: str, error: BaseException) -> None:
+    # An error may quote a server, a file or a folder that somebody handed on: here all of it meets the terminal.
+    for part in (text, *getattr(error, "__notes__", [])):
+        print(printable(part, _LONGEST_MESSAGE, lines=True), file=sys.stderr)
 
 
 def expand_segments() -> None:

@@ -30,12 +30,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from varfast.base import Base
-from varfast.checkpoint import RunFolder, save_text, write_atomically
+from varfast.checkpoint import RunFolder
 from varfast.command import run_command
 from varfast.config import ClassifierConfig, EvaluateConfig, check_labels, parse_arguments
 from varfast.data import DigitsClassifier
 from varfast.distributed import launched
 from varfast.features import Network, RealImages, load_network, load_real_images, to_levels
+from varfast.files import save_text, write_atomically
 from varfast.labels import label_pool
 from varfast.log import environment, image_grid, save_png
 from varfast.metrics import (

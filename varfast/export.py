@@ -6,7 +6,7 @@ python -m varfast.export checkpoint=runs/x out=model.pth dtype=bfloat16
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import re
 from pathlib import Path
@@ -16,11 +16,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from varfast.checkpoint import RunFolder, read_leaves, save_tensors, save_text, write_atomically
+from varfast.checkpoint import RunFolder
 from varfast.command import run_command
 from varfast.config import Config, ExportConfig, LoRAConfig, VARConfig, VQVAEConfig, parse_arguments
+from varfast.files import read_json, read_leaves, read_text, save_tensors, save_text, write_atomically
 from varfast.log import environment
 from varfast.models.weights import load_vqvae
+from varfast.printable import printable
 from varfast.train import delivered_state, vqvae_of
 from varfast.types import InputError
 
@@ -68,7 +70,9 @@ def _save_safetensors(state: dict[str, Tensor], file: IO[bytes]) -> None:
         # By name: safetensors.torch.save would hold the file in memory once more.
         save_file(state, file.name, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(None, str(error)) from error
+        number = re.search(r"os error (\d+)", str(error))  # as Rust puts it
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else printable(error)) from error
 
 
 def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: int | None) -> str:
@@ -90,7 +94,7 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
         "written by": f"varfast {here['varfast']}, commit {here['commit'] or 'unknown'}",
     }
     reward = yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)["reward"], sort_keys=False)
-    settings = folder.config.read_text(encoding="utf-8")
+    settings = read_text(folder.config)
     card = "\n\n".join(
         [
             f"# {Path(name).stem}",
@@ -141,21 +145,28 @@ def _evaluation(folder: RunFolder, complete: bool) -> str:
         parts.append("Fresh samples, the same labels and random numbers before and after:")
         parts.append(_table(["", "before", "after"], rows))
     measured = folder.path / "evaluation" / "evaluation.json"
-    if measured.exists():
-        rows = json.loads(measured.read_text(encoding="utf-8"))["rows"]
+    if os.path.lexists(measured):
+        parts.append(_measured(measured))
+    return "\n\n".join(parts) or "None: the run was not complete, or had no evaluation."
+
+
+def _measured(path: Path) -> str:
+    """The table of an evaluation.json, or that it cannot be read: the card says it, and the weights are exported."""
+    try:
+        rows = read_json(path)["rows"]
         sides = [side for side in ("reference", "checkpoint", "difference") if any(row[side] for row in rows)]
         cells = [
             [f"{row['name']}, {row['labels']}", *((row[side] or {}).get("value") for side in sides)] for row in rows
         ]
-        parts.append("By `varfast.evaluate`, with the labels it is of:")
-        parts.append(_table(["", *sides], cells))
-    return "\n\n".join(parts) or "None: the run was not complete, or had no evaluation."
+    except (InputError, KeyError, TypeError, AttributeError) as error:
+        return f"`evaluation/{path.name}` is left out, as it is damaged: {printable(error)}"
+    return "By `varfast.evaluate`, with the labels it is of:\n\n" + _table(["", *sides], cells)
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:
     def line(cells: list[Any]) -> str:
-        texts = [f"{c:.4g}" if isinstance(c, float) else "" if c is None else str(c) for c in cells]
-        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+        texts = [f"{c:.4g}" if isinstance(c, float) else "" if c is None else str(c)[:200] for c in cells]
+        return "| " + " | ".join(" ".join(text.replace("|", "\\|").split()) for text in texts) + " |"
 
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
 

@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from varfast.base import FileNote
-from varfast.checkpoint import save_tensors, save_text
 from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
 from varfast.data import Images, fingerprint, load_images
+from varfast.files import read_json, remove_leftovers, save_tensors, save_text
 from varfast.lock import locked
 from varfast.models import VAR, VQVAE
 from varfast.policy import pick_device
@@ -99,6 +99,7 @@ def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
         damage = _damage(paths)  # another process may have made it meanwhile
         if damage is None:
             return paths
+        remove_leftovers(folder)
         if damage:
             print(f"base model in {folder}: {damage}; it is made again")
         # The base is made once and kept. No operation of it is known to lack a fixed order now that upsampling is a
@@ -131,9 +132,9 @@ def _damage(paths: tuple[Path, Path]) -> str | None:
     if not any(path.exists() for path in (report, *paths)):
         return ""
     try:
-        files = json.loads(report.read_bytes())["files"]
+        files = read_json(report)["files"]
         notes = [FileNote.model_validate(files[path.name]) for path in paths]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError):
         return f"{report.name} does not say what belongs there"
     found = {path.name: note.differs(path) for path, note in zip(paths, notes, strict=True)}
     return next((f"{name} {problem}" for name, problem in found.items() if problem), None)

@@ -25,8 +25,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from varfast.checkpoint import leaves, read_leaves, save_text
 from varfast.command import run_command
+from varfast.files import leaves, read_leaves, save_text
 from varfast.log import GAP_PX
 from varfast.types import InputError
 

@@ -14,7 +14,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,10 +24,11 @@ import torch
 from varfast import kernels, strict
 from varfast.base import PARTS, Base, Source
 from varfast.before_after import evaluate
-from varfast.checkpoint import Checkpoints, RunFolder, save_tensors, save_text, write_atomically
+from varfast.checkpoint import Checkpoints, RunFolder
 from varfast.command import run_command, split_arguments
 from varfast.config import Config, VARConfig, load_config
 from varfast.distributed import World, gathered, joined, local_device, processes_here
+from varfast.files import save_tensors, save_text, write_atomically
 from varfast.grpo import combined_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
 from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled, table
@@ -70,11 +71,14 @@ def train(config: Config, profile: bool = False) -> int:
         listen() as signals,
         deterministic(config.run.deterministic),
         joined(device, config.run.timeout_s) as world,
+        ExitStack() as at_end,
     ):
-        return _train(config, device, world, signals, profile)
+        return _train(config, device, world, signals, at_end, profile)
 
 
-def _train(config: Config, device: torch.device, world: World, signals: StopSignals, profile: bool) -> int:
+def _train(
+    config: Config, device: torch.device, world: World, signals: StopSignals, at_end: ExitStack, profile: bool
+) -> int:
     if world.size > config.rollout.images:
         raise InputError(f"{world.size} processes for {config.rollout.images} images a step; start fewer")
     config = with_dtype(config, device)
@@ -89,6 +93,7 @@ def _train(config: Config, device: torch.device, world: World, signals: StopSign
     mine = world.share(config.rollout.images)  # the images of a step that this process samples and scores
     fitted = _fitted(config, device, world, mine.stop - mine.start)
     folder = RunFolder(config.run.dir)
+    lock = at_end.enter_context(folder.held())
     found = folder.prepare(config)
     with world.leader_first():  # it pre-trains and downloads
         reward = WeightedSum(config.reward, device, config.policy.sizes.num_classes)
@@ -115,7 +120,6 @@ def _train(config: Config, device: torch.device, world: World, signals: StopSign
         policy.gather()
         start, before = found.step, found.before
     elif world.leads:
-        save_text(folder.path / "environment.json", json.dumps(here, indent=2) + "\n")
         before = _evaluate(policy, reward, labels, fitted)
 
     every = config.grpo.reference_every
@@ -130,9 +134,11 @@ def _train(config: Config, device: torch.device, world: World, signals: StopSign
         if log and start:
             log.say(f"going on after step {start} of {config.run.steps} in {folder.path}")
         elif log:
+            log.environment(here)
             _save_grid(log, 0, policy, labels, config)
         for step in range(start, config.run.steps):
             steady = profile and world.leads and step == min(start + 2, config.run.steps - 1)
+            lock.check()
             with profiled(folder.path / "profile", device) if steady else nullcontext():
                 clock.read()
                 begin_s = time.perf_counter()
