@@ -278,8 +278,8 @@ def run_command(name: str, arguments: list[str] | None = None) -> NoReturn:
         _complain(f"error: {error}", error)
         code = 2
     except KeyboardInterrupt as error:
-        _complain("interrupted", error)
-        code = 130
+        _complain(str(error) or "interrupted", error)
+        code = getattr(error, "code", 130)  # of another signal than Ctrl-C
     sys.exit(code)
 
 
