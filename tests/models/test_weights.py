@@ -1,5 +1,7 @@
 import os
 import pickle
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,11 +112,150 @@ def test_resolve_says_when_the_hub_cannot_be_reached(monkeypatch):
 
 @pytest.mark.parametrize(
     ("address", "message"),
-    [("nowhere.pth", "does not exist"), (".", "is a folder"), ("hf://owner/repo", "want hf://owner/repo/file")],
+    [
+        ("nowhere.pth", "does not exist"),
+        (".", "is a folder"),
+        ("/dev/zero", "is a device, want a file"),
+        ("x" * 5000, "cannot be read: File name too long"),
+        ("~nosuchuser/x.pth", "there is no such user"),
+        ("a\0b", "is no path"),
+        ("a\ud800b.pth", "is no path|does not exist"),
+        ("https://example.org/x.pth", "is a web address; download the file"),
+        (
+            "https://huggingface.co/FoundationVision/var/resolve/main/var_d16.pth",
+            "give it as hf://FoundationVision/var/var_d16.pth",
+        ),
+        ("hf://owner/repo", "owner, repository or file is missing; want hf://owner/repo/file"),
+        ("hf://../repo/x.pth", "'..' is no name of the hub"),
+        ("hf://owner/-repo/x.pth", "'-repo' is no name of the hub"),
+        ("hf://owner/re po/x.pth", "'re po' is no name of the hub"),
+        ("hf://owner/repo/../../x.pth", "is no path of a file"),
+        ("hf://owner/repo/ x.pth", "is no path of a file"),
+        ("hf://owner/repo//x.pth", "is no path of a file"),
+        ("hf://owner/repo@/x.pth", "'' is no revision"),
+        ("hf://owner/repo@a b/x.pth", "'a b' is no revision"),
+        ("hf://owner/repo/@main/x.pth", "a revision stands behind the repository"),
+    ],
 )
 def test_resolve_refuses(address, message):
     with pytest.raises(InputError, match=message):
         resolve(address)
+
+
+def test_resolve_refuses_what_is_no_file_that_can_be_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.pth").symlink_to("gone.pth")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name, message in (
+        ("pipe", "is a pipe, want a file"),
+        ("link.pth", "is a link to gone.pth, which does not exist"),
+        ("loop", "cannot be read: Too many levels of symbolic links"),
+        ("run", "is a folder, want a file .this run has no var.pth yet: python -m varfast.export"),
+    ):
+        with pytest.raises(InputError, match=message):
+            resolve(str(tmp_path / name))
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "x.pth").touch()
+    monkeypatch.setattr("pathlib.Path.open", denied)
+    with pytest.raises(InputError, match="x.pth cannot be read: Permission denied"):
+        resolve(str(tmp_path / "x.pth"))
+
+
+@pytest.mark.parametrize(
+    ("address", "asked"),
+    [
+        ("hf://a/b@main/x.pth", ("a/b", "main", "x.pth")),
+        ("hf://a/b@refs%2Fpr%2F1/sub/x.pth", ("a/b", "refs/pr/1", "sub/x.pth")),
+        ("hf://a/b@refs/pr/1/x.pth", ("a/b", "refs/pr/1", "x.pth")),
+    ],
+)
+def test_resolve_reads_a_revision(monkeypatch, tmp_path, address, asked):
+    def download(repo_id, filename, revision):
+        assert (repo_id, revision, filename) == asked
+        return str(tmp_path / "file")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert resolve(address) == tmp_path / "file"
+
+
+def of_the_hub(name, status=None):
+    """One of huggingface_hub's exceptions, whose constructors differ from version to version."""
+    from huggingface_hub import errors
+
+    error = getattr(errors, name).__new__(getattr(errors, name))
+    error.args = ("said\nby the hub",)
+    error.response = SimpleNamespace(status_code=status, headers={}, request=None)
+    error.server_message = None
+    return error
+
+
+FAILURES = {
+    "socks": (ImportError("Using SOCKS proxy, but the 'socksio' package is not installed."), "pip install socksio"),
+    "proxy": (ValueError("Unknown scheme for proxy URL URL('foo://x:1')"), "is no proxy that can be used"),
+    "full": (OSError(28, "No space left on device"), "disk of the hub's cache .* is full; free space, or set HF_HOME"),
+    "unwritable": (PermissionError(13, "Permission denied"), "cache .* cannot be written"),
+    "certificates": (FileNotFoundError(2, "No such file or directory"), "No such file or directory"),
+    "not an OSError": (KeyError("etag"), "'etag'"),
+    "xet": (RuntimeError("Data processing error\n  x"), "Data processing error x$"),
+    "gated": (of_the_hub("GatedRepoError", 403), "a/b is gated: accept its terms on https://.*/a/b and log in"),
+    "private": (of_the_hub("RepositoryNotFoundError", 401), "there is no repository a/b, or it is private"),
+    "revision": (of_the_hub("RevisionNotFoundError", 404), "a/b has no revision"),
+    "limits": (of_the_hub("HfHubHTTPError", 429), "too many requests"),
+    "forbidden": (of_the_hub("HfHubHTTPError", 403), "refuses it .403."),
+    "fault": (of_the_hub("HfHubHTTPError", 502), "has a fault .502.; try again later"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_resolve_says_in_one_line_what_the_hub_refused(monkeypatch, failure):
+    error, message = FAILURES[failure]
+
+    def download(**_):
+        raise error
+
+    monkeypatch.setenv("ALL_PROXY", "socks5://user:secret@127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(InputError, match=r"^checkpoint hf://a/b/c.pth cannot be fetched") as caught:
+        resolve("hf://a/b/c.pth")
+    first, second = str(caught.value).split("\n")
+    assert re.search(message, first)
+    assert "secret" not in first
+    assert "download the file and give its path" in second
+
+
+def test_resolve_names_what_the_network_said_behind_the_hubs_own_words(monkeypatch):
+    def download(**_):
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            raise ConnectionRefusedError(111, "Connection refused")
+        except ConnectionRefusedError as error:
+            raise LocalEntryNotFoundError("check your connection") from error
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(InputError, match="https://huggingface.co.*: .Errno 111. Connection refused"):
+        resolve("hf://a/b/c.pth")
+
+
+def test_resolve_says_that_the_hubs_address_has_no_scheme(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "hf-mirror.example")
+    with pytest.raises(InputError, match="HF_ENDPOINT=hf-mirror.example has no scheme; set it to https://hf-mirror"):
+        resolve("hf://a/b/c.pth")
+
+
+def test_resolve_with_the_real_client_and_a_socks_proxy_or_offline(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    real = huggingface_hub.hf_hub_download
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda **given: real(**given, cache_dir=str(tmp_path)))
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set, and the cache"):
+        resolve("hf://a/b/c.pth")
 
 
 def test_load_names_keys_shapes_and_what_would_fit(models, tmp_path):
@@ -151,7 +292,7 @@ def test_load_says_which_keys_are_missing(models, tmp_path):
         load_var(str(tmp_path / "x.pth"))
     del state["word_embed.weight"]
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(InputError, match="is incomplete: no usable 'word_embed.weight'"):
+    with pytest.raises(InputError, match="is incomplete or of another model: no word_embed.weight"):
         load_var(str(tmp_path / "x.pth"))
 
 
@@ -168,7 +309,7 @@ def test_load_recognises_a_truncated_file(models, tmp_path, suffix, share):
     state = models[0].state_dict()
     save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
     os.truncate(path, int(path.stat().st_size * share))
-    with pytest.raises(InputError, match="truncated or no|holds more than tensors"):
+    with pytest.raises(InputError, match="truncated|is empty"):
         load_var(str(path))
 
 
