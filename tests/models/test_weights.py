@@ -1,15 +1,21 @@
+import argparse
+import io
+import math
 import os
 import pickle
 import re
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from varfast import InputError, load_policy
 from varfast.models import VARConfig
-from varfast.models.weights import infer_var_config, infer_vqvae_config, load_var, load_vqvae, resolve
+from varfast.models.weights import infer_var_config, infer_vqvae_config, load_var, load_vqvae, read_checkpoint, resolve
 
 
 @pytest.fixture
@@ -346,3 +352,310 @@ def test_policy_refuses_models_that_do_not_belong_together(make_models):
     with pytest.raises(InputError, match="vocab_size is 32 in the transformer and 16"):
         Policy(var, vqvae)
     assert isinstance(var.config, VARConfig)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a file is
+
+
+def archive(members):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        for name, text in members.items():
+            file.writestr(name, text)
+    return content.getvalue()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1240000000\n"
+LOOKALIKES = {
+    "empty": (b"", r"is empty \(0 bytes\)"),
+    "lfs": (LFS, "is a git-lfs pointer of 72 bytes, which stands for 1240000000 bytes; run 'git lfs pull'"),
+    "annex": (b"../.git/annex/objects/a/b.pth\n", "is a git-annex pointer; run 'git annex get'"),
+    "html": (b"\n<!DOCTYPE html><html><head><title>Sign in\n</title>", r"is an HTML page \('Sign in'\)"),
+    "json": (b'{"error": "Repository not found"}', "is JSON text, which begins '{.error.: .Repository not found.}'"),
+    "index": (b'{"metadata": {}, "weight_map": {}}', "is the index of a checkpoint in several files"),
+    "xml": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code>', "is XML text"),
+    "text": (b"root:x:0:0:root:/root:/bin/bash\n", "is a text file, which begins 'root:x:0:0"),
+    "utf-16": ("hello\n".encode("utf-16"), "is a text file, which begins 'hello'"),
+    "escapes": (b"\x1b[31mred", "is a text file, which begins '.31mred'"),
+    "zeros": (b"\0" * 5000, "nothing but zeros at its beginning"),
+    "noise": (bytes(range(200, 256)) * 90, "truncated or no checkpoint: 5040 bytes of no known format"),
+    "gzip": (b"\x1f\x8b\x08\0\0", "is a gzip archive; unpack it"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n....", "is an HDF5 file, as Keras writes"),
+    "gguf": (b"GGUF\x03\0\0\0" + b"\0" * 20, "is a GGUF file"),
+    "npy": (b"\x93NUMPY\x01\0v\0{", "is a single NumPy array"),
+    "image": (b"\x89PNG\r\n\x1a\n....", "is a PNG image"),
+    "tar": (b"sys_info" + b"\0" * 249 + b"ustar\0" + b"\0" * 300, "is a tar archive; unpack it; if torch before"),
+    "pickle": (pickle.dumps({"a": 1}, protocol=2), "a pickle that torch.save did not write"),
+    "zip": (archive({"a.txt": "", "b/c": ""}), "a zip archive without torch's data, it holds a.txt, b/c; unpack it"),
+    "npz": (archive({"mu.npy": b""}), r"holds NumPy arrays \(.npz\)"),
+    "script": (
+        archive({"m/data.pkl": b"", "m/constants.pkl": b"", "m/code/a.py": b""}),
+        "is a TorchScript archive, which is code",
+    ),
+    "package": (archive({"m/.data/extern_modules": b""}), "is an archive of torch.package"),
+    "export": (archive({"m/archive_format": b"pt2"}), "is a program of torch.export"),
+    "cut zip": (archive({"m/data.pkl": b"x" * 99})[:-9], "truncated or damaged; fetch it again. Detail: File is not a"),
+    "cut safetensors": ((1000).to_bytes(8, "little") + b'{"a"', "is truncated: a safetensors file of 12 bytes"),
+    "huge header": ((2**31).to_bytes(8, "little") + b"{", "is truncated: a safetensors file"),
+    "deep header": (
+        (400_000).to_bytes(8, "little") + b'{"a":' * 80_000,
+        "truncated or damaged; fetch it again. Detail: maximum recursion depth",
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("what", LOOKALIKES)
+def test_read_checkpoint_names_what_is_no_checkpoint(tmp_path, what, suffix):
+    content, message = LOOKALIKES[what]
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_checkpoint(path)
+    assert str(path) in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_read_checkpoint_goes_by_the_bytes_and_not_by_the_name(models, tmp_path):
+    save_file(models[0].state_dict(), tmp_path / "x.pth")
+    torch.save(models[0].state_dict(), tmp_path / "x.safetensors")
+    torch.save(models[0].state_dict(), tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    for name in ("x.pth", "x.safetensors", "old.ckpt"):
+        assert same(load_var(str(tmp_path / name)), models[0].state_dict())
+
+
+def test_read_checkpoint_names_the_class_that_it_refused(models, tmp_path):
+    path, state = tmp_path / "x.pth", models[0].state_dict()
+    for beside, name in (
+        (np.float64(1.0), r"numpy\._?core\.multiarray\.scalar"),
+        (argparse.Namespace(lr=1), "argparse.Namespace"),
+        (Path("x"), "pathlib"),
+        (bytearray(b"x"), r"\w+.bytearray"),
+    ):
+        for new in (True, False):
+            torch.save({"model": state, "beside": beside}, path, _use_new_zipfile_serialization=new)
+            with pytest.raises(InputError, match=f"holds more than tensors: {name}.* could run code") as caught:
+                read_checkpoint(path)
+            assert "weights_only" not in str(caught.value)
+    torch.save(state, path, pickle_protocol=4)
+    with pytest.raises(InputError, match=r"holds more than tensors|another pickle protocol"):
+        read_checkpoint(path)
+
+
+def test_a_flipped_bit_in_a_tensor_is_found_by_the_crc_that_torch_does_not_read(models, tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save(models[0].state_dict(), path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    with pytest.raises(InputError, match="damaged; fetch it again. Detail: Bad CRC-32"):
+        load_var(str(path))
+
+
+def test_a_file_saved_without_crc_is_read(models, tmp_path):
+    from torch.serialization import get_crc32_options, set_crc32_options
+
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        torch.save(models[0].state_dict(), tmp_path / "x.pth")
+    finally:
+        set_crc32_options(before)
+    assert same(load_var(str(tmp_path / "x.pth")), models[0].state_dict())
+
+
+def test_a_zip_bomb_is_refused_before_anything_is_allocated(tmp_path):
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("m/data.pkl", b"\x80\x02}.")
+        file.writestr("m/data/0", b"\0" * 2**24)
+    with pytest.raises(InputError, match="declares 167772.. bytes in a file of .*zip bomb"):
+        read_checkpoint(path)
+    torch.save({"a": "x" * 2**25}, path)
+    with pytest.raises(InputError, match="bytes beside its tensors, more than 16777216"):
+        read_checkpoint(path)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("m/data.pkl", b"\x80\x02}.")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            file.writestr("m/data.pkl", b"\x80\x02}.")
+    with pytest.raises(InputError, match="two members of one name"):
+        read_checkpoint(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in it
+
+
+def saved(state, tmp_path):
+    torch.save(state, tmp_path / "x.pth")
+    return str(tmp_path / "x.pth")
+
+
+def test_load_tells_an_optimizer_beside_a_flat_state_dict_apart(models, tmp_path):
+    var, vqvae = (model.state_dict() for model in models)
+    beside = {
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]},
+        "epoch": 3,
+        "scheduler": {"last": torch.ones(1)},
+    }
+    assert same(load_var(saved(var | beside, tmp_path)), var)
+    assert same(load_vqvae(saved(vqvae | beside, tmp_path), (1, 2, 3)), vqvae)
+    with pytest.raises(InputError, match="1 unexpected: extra"):
+        load_var(saved(var | {"extra": torch.ones(1)}, tmp_path))
+
+
+def test_load_computes_the_constants_that_a_file_lacks(models, tmp_path):
+    state = models[0].state_dict()
+    short = {n: t for n, t in state.items() if n not in ("lvl_1L", "attn_bias_for_masking") and "zero_k" not in n}
+    assert same(load_var(saved(short, tmp_path), models[0].config), state)
+    with pytest.raises(InputError, match="no lvl_1L, and 14 tokens in 3 scales are of no preset: give policy.var"):
+        load_var(saved(short, tmp_path))
+    # As .bfloat16() of a whole state_dict leaves it.
+    assert load_var(saved({n: t.bfloat16() for n, t in state.items()}, tmp_path)).config == models[0].config
+    vqvae = models[1].state_dict()
+    del vqvae["quantize.ema_vocab_hit_SV"]
+    assert same(load_vqvae(saved(vqvae, tmp_path), (1, 2, 3)), models[1].state_dict())
+    with pytest.raises(InputError, match=r"patch_nums: file \[1, 2, 3\], model \[1, 2, 4\]"):
+        load_var(saved(state, tmp_path), models[0].config.model_copy(update={"patch_nums": (1, 2, 4)}))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_load_counts_what_is_not_finite_and_names_the_tensor(models, tmp_path, value):
+    var, vqvae = ({n: t.clone() for n, t in model.state_dict().items()} for model in models)
+    var["head.weight"][0, :3] = value
+    with pytest.raises(
+        InputError, match=r"1 of its tensors .*\n  head.weight holds 3 of 4096 numbers that are not fin"
+    ):
+        load_var(saved(var, tmp_path))
+    with pytest.raises(InputError, match=r"head.weight holds 3 of 4096"):
+        load_var(saved({n: t.bfloat16() if t.is_floating_point() else t for n, t in var.items()}, tmp_path))
+    vqvae["decoder.conv_out.bias"][1] = value
+    with pytest.raises(InputError, match=r"decoder.conv_out.bias holds 1 of 3 numbers"):
+        load_vqvae(saved(vqvae, tmp_path), (1, 2, 3))
+    wide = {n: t.double() for n, t in models[0].state_dict().items()}
+    wide["head.weight"][0, 0] = 1e300
+    with pytest.raises(InputError, match=r"head.weight holds 1 of 4096 numbers that are not finite in float32"):
+        load_var(saved(wide, tmp_path))
+    large = {n: torch.full_like(t, 3e38) if n == "head.weight" else t for n, t in models[0].state_dict().items()}
+    assert same(load_var(saved(large, tmp_path)), large)  # their sum overflows, they do not
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda t: t.to(torch.complex64), "is complex64; weights are float32"),
+        (lambda t: t > 0, "is bool;"),
+        (lambda t: t.to(torch.int8), "is int8;"),
+        (lambda t: t.to(torch.float8_e4m3fn), "is float8_e4m3fn;"),
+        (lambda t: t.to("meta"), "is without content .device meta."),
+        (lambda t: t.to_sparse(), "is sparse"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "is quantised .torch.qint8."),
+    ],
+    ids=["complex", "bool", "int8", "float8", "meta", "sparse", "quantised"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_load_refuses_what_is_no_plain_float(models, tmp_path, make, message):
+    state = models[0].state_dict()
+    state["head.weight"] = make(state["head.weight"])
+    with pytest.raises(InputError, match=f"head.weight {message}|does not fit|truncated or damaged"):
+        load_var(saved(state, tmp_path))
+
+
+def cyclic():
+    node = {"a": torch.ones(1)}
+    node["again"] = node
+    return node
+
+
+def laughs():
+    node = {"a": torch.ones(1)}
+    for _ in range(18):
+        node = {str(k): node for k in range(10)}
+    return node
+
+
+def long_level(last):
+    return torch.tensor([[0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, last]])
+
+
+STRUCTURES = {
+    "levels of floats": ({"lvl_1L": torch.rand(1, 14)}, "lvl_1L does not number the tokens of square scales"),
+    "negative level": ({"lvl_1L": -torch.ones(1, 14, dtype=torch.int64)}, "lvl_1L does not number"),
+    "huge level": ({"lvl_1L": long_level(30_000_000)}, "lvl_1L does not number"),
+    "complex level": ({"lvl_1L": torch.ones(1, 14, dtype=torch.complex64)}, "lvl_1L is complex64"),
+    "empty level": ({"lvl_1L": torch.ones(0)}, "lvl_1L names the scales of 0 tokens, pos_1LC has 14"),
+    "infinite level": ({"lvl_1L": torch.full((1, 14), math.nan)}, "lvl_1L does not number"),
+    "huge block": ({"blocks.99999999.y": torch.ones(1)}, "no blocks.2, though it has blocks.99999999"),
+    "many blocks": ({f"blocks.{k}.y": torch.ones(1) for k in range(600)}, "want at most 512"),
+    "no classes": ({"class_emb.weight": torch.ones(0, 128)}, r"class_emb.weight is \(0, 128\)"),
+    "one class": ({"class_emb.weight": torch.ones(1, 128)}, "num_classes = 0"),
+    "width": ({"class_emb.weight": torch.ones(6, 100)}, "class_emb.weight is 100 wide, want 64 for each of the 2"),
+    "flat head": ({"head.weight": torch.ones(5)}, r"head.weight is \(5,\)"),
+    "scalar": ({"word_embed.weight": torch.tensor(1.0)}, r"word_embed.weight is \(\)"),
+    "twice": ({"module.head.weight": torch.ones(1)}, "holds head.weight twice"),
+    "cyclic": ({"more": cyclic()}, "dictionaries more than 20 deep"),
+    "billion laughs": ({"more": laughs()}, "more than 200000 entries"),
+    "odd keys": ({7: torch.ones(1), ("a", "\x1b[31m"): torch.ones(1)}, r"2 unexpected: 7, \('a', '.x1b"),
+    "many tokens": ({"pos_1LC": torch.ones(1).expand(1, 10**9, 128)}, "lvl_1L names|is of 1000000000 tokens"),
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_load_var_refuses_structures_that_make_no_sense(models, tmp_path, structure):
+    changes, message = STRUCTURES[structure]
+    with pytest.raises(InputError, match=message):
+        load_var(saved(models[0].state_dict() | changes, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder.conv_in.weight": torch.ones(0, 3, 3, 3)}, r"encoder.conv_in.weight is \(0, 3, 3, 3\)"),
+        ({"encoder.conv_in.weight": torch.ones(7, 3, 3, 3)}, "are no multiples of encoder.conv_in's 7"),
+        ({"encoder.conv_in.weight": torch.ones(16, 3, 3, 3)}, "base_channels = 16"),
+        ({"encoder.down.0.block.99999999.x": torch.ones(1)}, "no encoder.down.0.block.1, though it has .*99999999"),
+        ({f"encoder.down.0.block.{k}.x": torch.ones(1) for k in range(70)}, "want at most 64"),
+        ({"encoder.down.99999999.x": torch.ones(1)}, "no encoder.down.1,"),
+        ({"quantize.embedding.weight": torch.ones(1).expand(10**12, 8)}, "does not fit|expanded views"),
+    ],
+    ids=["0 channels", "odd", "small", "huge block", "many blocks", "huge level", "expanded"],
+)
+def test_load_vqvae_refuses_structures_that_make_no_sense(models, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        load_vqvae(saved(models[1].state_dict() | changes, tmp_path), (1, 2, 3))
+
+
+def test_load_refuses_weights_that_are_declared_larger_than_the_file(make_models, tmp_path):
+    state = make_models()[0].state_dict()
+    state["class_emb.weight"] = torch.zeros(1).expand(10_000_001, 64)
+    with pytest.raises(InputError, match="declares 25.* bytes of weights in a file of .*expanded views"):
+        load_var(saved(state, tmp_path))
+
+
+def test_load_names_the_tokenizers_and_models_of_others(models, tmp_path):
+    code = {"quantize.embedding.weight": torch.ones(8, 4), "quant_conv.weight": torch.ones(1)}
+    taming = models[1].state_dict()
+    taming = {n: t for n, t in taming.items() if "quant_resi" not in n and "ema_vocab" not in n}
+    for state, name in (
+        ({"model": code | {"encoder.conv_blocks.0.res.0.norm1.weight": torch.ones(1)}}, "LlamaGen's VQ tokenizer"),
+        ({"state_dict": code | {"loss.discriminator.main.0.weight": torch.ones(1)}}, "a VQGAN of taming-transformers"),
+        (taming, "a VQ-VAE or VQGAN of one scale"),
+        (code | {"encoder.down_blocks.0.x": torch.ones(1)}, "an autoencoder of diffusers"),
+        (models[0].state_dict(), "it is a VAR transformer"),
+    ):
+        with pytest.raises(InputError, match=f"is not a multi-scale VQ-VAE: .*{name}"):
+            load_vqvae(saved(state, tmp_path), (1, 2, 3))
+    for state, name in (
+        (models[1].state_dict(), "it is a VQ-VAE"),
+        ({"model": {"tok_embeddings.weight": torch.ones(1)}}, "LlamaGen's transformer"),
+        ({"base_model.model.head.lora_A.weight": torch.ones(1)}, "a LoRA adapter without its base"),
+        ({"state": {0: {"exp_avg": torch.ones(1)}}}, "the state of an optimizer"),
+        ([torch.ones(1)], "but no tensors"),
+        (torch.ones(1), "has no pos_1LC"),
+        (3, "but no tensors"),
+    ):
+        with pytest.raises(InputError, match=f"is not a VAR transformer: .*{name}"):
+            load_var(saved(state, tmp_path))
