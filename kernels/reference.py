@@ -123,6 +123,7 @@ def sample_tokens(
     top_p: float,
     bias_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """A row that holds NaN or +inf, or -inf alone, returns some token in [0, V), and NaN as logp and entropy."""
     logits = _with_bias(logits_BlV, bias_V)
     if uncond_logits_BlV is not None:
         logits = (1.0 + guidance) * logits - guidance * _with_bias(uncond_logits_BlV, bias_V)
@@ -135,6 +136,9 @@ def sample_tokens(
     # product above was rounded up to the whole sum there is none: the token that completes the sum stands in.
     token_Bl1 = torch.searchsorted(cdf_BlV, target_Bl1, right=True)
     token_Bl1 = torch.minimum(token_Bl1, torch.searchsorted(cdf_BlV, cdf_BlV[..., -1:].contiguous()))
+    # Logits that are no distribution make all of the row's log-probabilities NaN, and no number is above the target:
+    # the token past the end would be a device assert in the next lookup.
+    token_Bl1 = token_Bl1.clamp_max(logits.shape[-1] - 1)
     entropy_Bl = -(prob_BlV.to(logits.dtype) * logp_BlV.masked_fill(prob_BlV == 0, 0.0)).sum(dim=-1)
     return token_Bl1.squeeze(-1), logp_BlV.gather(-1, token_Bl1).squeeze(-1), entropy_Bl
 
