@@ -8,7 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "kernels",
+    "printable",
     "types",
+    "lock",
+    "signals",
+    "files",
     "cpu",
     "stages",
     "graphs",
@@ -32,6 +36,7 @@ ORDER = [
     "adamw8bit",
     "update",
     "checkpoint",
+    "base",
     "log",
     "before_after",
     "pretrain",

@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from pydantic import BaseModel
@@ -31,6 +32,7 @@ from varfast.config import (
     load_as,
     parse_arguments,
 )
+from varfast.printable import printable
 from varfast.settings import arguments as command_line
 from varfast.settings import reference
 from varfast.settings.paths import expanded
@@ -38,6 +40,7 @@ from varfast.types import InputError
 
 # torch 2.11 and 2.14 read both; the first has been used on a GPU.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_LONGEST_MESSAGE = 20_000  # characters of an error; a config with a hundred wrong keys has 10 000
 
 _AnyConfig = TypeVar("_AnyConfig", bound=Config)
 
@@ -48,9 +51,13 @@ _AnyConfig = TypeVar("_AnyConfig", bound=Config)
 
 @dataclass(frozen=True)
 class Runs:
-    """What `train` was asked for: one run, or those of a sweep, in folders side by side in `parent`."""
+    """What `train` was asked for: one run, or those of a sweep, in folders side by side in `parent`.
+
+    beside: folder of the config file, in which a reward's file may lie.
+    """
 
     configs: list[Config]
+    beside: Path
     parent: str | None
     profile: bool
 
@@ -60,15 +67,17 @@ def read_train(arguments: list[str]) -> Runs:
     found = command_line.sort(arguments, Config, ["--profile"], ["--sweep"])
     path, overrides = _config_path(found.paths, "train"), found.overrides
     config, profile = _load(Config, path, overrides), "--profile" in found.flags
+    beside = expanded(path)
+    beside = beside if os.path.isdir(beside) else beside.parent
     if not found.options:
-        return Runs([config], None, profile)
+        return Runs([config], beside, None, profile)
     choices = list(itertools.product(*(_swept(text) for _, text in found.options)))
     configs = []
     for choice, name in zip(choices, command_line.file_names([",".join(c) for c in choices]), strict=True):
         run = _load(Config, path, [*overrides, *choice])
         folder = f"{config.run.dir.rstrip('/') or '/'}/{name}"
         configs.append(run.model_copy(update={"run": run.run.model_copy(update={"dir": folder})}))
-    return Runs(configs, config.run.dir, profile)
+    return Runs(configs, beside, config.run.dir, profile)
 
 
 def _swept(text: str) -> list[str]:
@@ -239,18 +248,14 @@ def overview() -> str:
 
 def key_reference() -> str:
     """docs/config.md: `python -m varfast --markdown > docs/config.md`."""
-    lines = [
-        "# Every key",
-        "",
-        "Made by `python -m varfast --markdown > docs/config.md`; the same text as `--help`.",
-        "",
-    ]
-    lines += ["A config is a YAML file with these sections; on the command line `update.lr=3e-5`.", ""]
+    lines = ["# Every key", ""]
+    lines += ["Made by `python -m varfast --markdown > docs/config.md`; the same text as `--help`.", ""]
+    lines += ["A config is a YAML file with these sections. On the command line a key is dotted: `update.lr=3e-5`.", ""]
+    lines.append(reference.markdown(Config))
     for name in ("sample", "evaluate", "report", "export"):
         schema = COMMANDS[name].schema
         assert schema is not None
         lines += [reference.markdown(schema).replace("## Sections", f"## `varfast {name}`", 1)]
-    lines.insert(5, reference.markdown(Config))
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -267,11 +272,11 @@ def run_command(name: str, arguments: list[str] | None = None) -> NoReturn:
     try:
         code = _run(name, arguments)
     except InputError as error:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        _complain(f"error: {error}", error)
         code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+    except KeyboardInterrupt as error:
+        _complain(str(error) or "interrupted", error)
+        code = getattr(error, "code", 130)  # of another signal than Ctrl-C
     sys.exit(code)
 
 
@@ -318,6 +323,12 @@ def main() -> NoReturn:
         hint = f"did you mean varfast train {name}?"
     print(f"error: varfast has no command {name!r}; {hint}", file=sys.stderr)
     sys.exit(2)
+
+
+def _complain(text: str, error: BaseException) -> None:
+    # An error may quote a server, a file or a folder that somebody handed on: here all of it meets the terminal.
+    for part in (text, *getattr(error, "__notes__", [])):
+        print(printable(part, _LONGEST_MESSAGE, lines=True), file=sys.stderr)
 
 
 def expand_segments() -> None:

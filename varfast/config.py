@@ -567,12 +567,19 @@ class HttpReward(_Section):
     max_response_bytes: int = Field(1_000_000, ge=1, le=_MANY, description="a longer answer is refused")
 
 
-def _check_function(text: str) -> str:
-    module, _, function = text.rpartition(":")
-    dotted = module.endswith(".py") or all(part.isidentifier() for part in module.split("."))
-    if not dotted or not function.isidentifier():
-        raise ValueError(f"got {show(text)}, want module:name, such as my_rewards:redness, or path.py:name")
-    return check_source(text)
+def _check_function(function: str) -> str:
+    source, colon, name = function.rpartition(":")
+    in_file = source.endswith(".py") and "\0" not in source
+    if not colon or not (in_file or all(part.isidentifier() for part in source.split("."))):
+        module, _, attribute = function.rpartition(".")
+        meant = f"; did you mean {module}:{attribute}?" if module and attribute.isidentifier() and not colon else ""
+        raise ValueError(f"want module:name or file.py:name, as my_rewards:redness or ./my_rewards.py:redness{meant}")
+    if not name.isidentifier():
+        raise ValueError(
+            f"{name!r} is no name of a module's own; name a function, or a class whose instance is called; for a "
+            "method, write a function that calls it"
+        )
+    return check_source(function)
 
 
 class FunctionReward(_Section):
@@ -580,8 +587,9 @@ class FunctionReward(_Section):
 
     type: Literal["function"] = Field(description="the kind of reward")
     weight: Weight = Field(1.0, description="factor in the sum")
-    function: Annotated[str, AfterValidator(_check_function), Wanted("module:name, such as my_rewards:redness")] = (
-        Field(description="module:name, or path.py:name; called with (images, labels)")
+    function: Annotated[str, AfterValidator(_check_function)] = Field(
+        description="module:name, or file.py:name, from the working directory or the config's folder; called with "
+        "(images, labels), or what its parameters name (docs/rewards.md)"
     )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments, given once")
 
@@ -741,6 +749,9 @@ class KernelsConfig(_Section):
     )
     grpo_token_loss: Literal["auto", "cuda", "cpp", "reference"] = Field(
         "auto", description="the loss, from log-probabilities"
+    )
+    adamw_step: Literal["auto", "triton", "library", "reference"] = Field(
+        "auto", description="of update.optimizer=adamw: one step; library: PyTorch's fused AdamW"
     )
     invariant_linear: Literal["auto", "triton", "blocks", "reference"] = Field(
         "auto", description="products of run.strict, the same bits whatever the batch"

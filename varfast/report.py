@@ -30,8 +30,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from varfast.checkpoint import leaves, read_leaves, save_text
 from varfast.config import ReportConfig, parse_arguments
+from varfast.files import leaves, read_leaves, save_text
 from varfast.log import GAP_PX
 from varfast.types import InputError
 
