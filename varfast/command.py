@@ -66,18 +66,18 @@ def read_train(arguments: list[str]) -> Runs:
     """Arguments of `train`. Every run of a sweep is checked before the first one starts. Raises: InputError."""
     found = command_line.sort(arguments, Config, ["--profile"], ["--sweep"])
     path, overrides = _config_path(found.paths, "train"), found.overrides
-    config, profile = _load(Config, path, overrides), "--profile" in found.flags
-    beside = expanded(path)
+    profile, beside = "--profile" in found.flags, expanded(path)
     beside = beside if os.path.isdir(beside) else beside.parent
     if not found.options:
-        return Runs([config], beside, None, profile)
+        return Runs([_load(Config, path, overrides)], beside, None, profile)
     choices = list(itertools.product(*(_swept(text) for _, text in found.options)))
+    read = [_load(Config, path, [*overrides, *choice]) for choice in choices]
+    parent = read[0].run.dir
     configs = []
-    for choice, name in zip(choices, command_line.file_names([",".join(c) for c in choices]), strict=True):
-        run = _load(Config, path, [*overrides, *choice])
-        folder = f"{config.run.dir.rstrip('/') or '/'}/{name}"
-        configs.append(run.model_copy(update={"run": run.run.model_copy(update={"dir": folder})}))
-    return Runs(configs, beside, config.run.dir, profile)
+    for config, name in zip(read, command_line.file_names([",".join(c) for c in choices]), strict=True):
+        folder = f"{parent.rstrip('/') or '/'}/{name}"
+        configs.append(config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})}))
+    return Runs(configs, beside, parent, profile)
 
 
 def _swept(text: str) -> list[str]:

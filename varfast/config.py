@@ -587,7 +587,7 @@ class FunctionReward(_Section):
 
     type: Literal["function"] = Field(description="the kind of reward")
     weight: Weight = Field(1.0, description="factor in the sum")
-    function: Annotated[str, AfterValidator(_check_function)] = Field(
+    function: Annotated[str, AfterValidator(_check_function), Wanted("module:name or file.py:name")] = Field(
         description="module:name, or file.py:name, from the working directory or the config's folder; called with "
         "(images, labels), or what its parameters name (docs/rewards.md)"
     )

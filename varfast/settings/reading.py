@@ -129,6 +129,7 @@ _Loader.yaml_constructors = {
 for _kind in ("null", "bool", "int", "float"):
     _Loader.add_constructor(f"{_TAG}{_kind}", _construct_tagged(_kind))
 _Loader.add_constructor("!scalar", _construct_scalar)
+_Loader.add_constructor(f"{_TAG}merge", _construct_scalar)  # as a value it is text
 _Loader.add_constructor(None, _refuse_tag)
 _Loader.add_implicit_resolver(f"{_TAG}merge", re.compile(r"<<$"), ["<"])
 # Every other plain scalar: which of the five it is, is asked in one place.
