@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -70,7 +71,10 @@ def read_train(arguments: list[str]) -> Runs:
     beside = beside if os.path.isdir(beside) else beside.parent
     if not found.options:
         return Runs([_load(Config, path, overrides)], beside, None, profile)
-    choices = list(itertools.product(*(_swept(text) for _, text in found.options)))
+    sweeps = [_swept(text) for _, text in found.options]
+    if math.prod(map(len, sweeps)) > 1000:
+        raise InputError(f"--sweep: {math.prod(map(len, sweeps))} runs, want at most 1000; name fewer values")
+    choices = list(itertools.product(*sweeps))
     read = [_load(Config, path, [*overrides, *choice]) for choice in choices]
     parent = read[0].run.dir
     configs = []

@@ -9,7 +9,6 @@ import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_origin
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -23,7 +22,7 @@ from pydantic import (
 )
 
 from varfast.settings.arguments import sort as arguments_of
-from varfast.settings.paths import check_local, check_source, expanded
+from varfast.settings.paths import address_parts, check_local, check_source, expanded
 from varfast.settings.problems import explain, show
 from varfast.settings.reading import apply_override, is_finite, plain, read_config, scalar
 from varfast.settings.schema import Wanted
@@ -541,13 +540,11 @@ class ClassifierReward(ClassifierConfig):
 
 def _check_url(url: str) -> str:
     try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and not parts.fragment and parts.port != 0
-        parts.hostname and parts.hostname.encode("idna")  # labels of 1 to 63 bytes, as a name server takes them
-    except ValueError:
-        usable = None
-    if not usable or "@" in parts.netloc or not url.isprintable() or " " in url or len(url) > 2000:
-        raise ValueError(f"got {show(url)}, want an address such as http://127.0.0.1:8000/score, without user or #")
+        parts = address_parts(url)
+    except ValueError as error:
+        raise ValueError(f"{show(url)} is no address that can be asked: {error}") from error
+    if "@" in parts.netloc or "#" in url:
+        raise ValueError(f"got {show(url)}, want an address without user and without #")
     return url
 
 

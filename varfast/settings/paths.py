@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
 
 from varfast.types import InputError
 
@@ -48,3 +49,20 @@ def check_local(text: str) -> str:
     if re.match(r"[A-Za-z][\w+.-]+://", text):
         raise ValueError(f"got {text!r}, want a path on this machine; mount or download what the address names")
     return check_source(text)
+
+
+def address_parts(url: str) -> SplitResult:
+    """The parts of a URL that can be asked. Raises: ValueError, with the reason."""
+    url.encode("ascii")
+    if unprintable := next((c for c in url if not c.isprintable() or c == " "), None):
+        raise ValueError(f"it holds {unprintable!r}")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("want http://host/ or https://host/")
+    if ":" not in parts.hostname:  # no address of IPv6
+        labels = parts.hostname.removesuffix(".").split(".")
+        if not all(0 < len(label) < 64 for label in labels) or len(parts.hostname) > 253:
+            raise ValueError("the host's name, or a part of it, is empty or too long")
+    if parts.port == 0:
+        raise ValueError("there is no port 0")
+    return parts
