@@ -582,14 +582,6 @@ def test_another_number_of_processes_goes_on_from_a_checkpoint(tmp_path, make_co
     assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
 
 
-def test_base_is_noted(tmp_path):
-    folder = RunFolder(tmp_path)
-    assert folder.load_base() is None
-    folder.save_base("a.pth", "b.pth")
-    assert folder.load_base() == ("a.pth", "b.pth")
-    assert json.loads(folder.base.read_text()) == {"var": "a.pth", "vqvae": "b.pth"}
-
-
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory):
     """A run folder with checkpoints of steps 2 and 4, and what they hold."""

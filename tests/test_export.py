@@ -56,7 +56,7 @@ def test_export_round_trip_is_bit_for_bit(make_run, tmp_path, name, capsys):
     assert main([f"checkpoint={folder.path}", f"out={out}"]) == 0
     assert same(read(out), state)
     assert same(load_var(str(out)).state_dict(), state)
-    assert {p.name for p in out.parent.iterdir()} == {name, "model.md"}
+    assert {p.name for p in out.parent.iterdir()} == {name, f"model.vqvae{out.suffix}", "model.md"}
     assert f"Model card: {out.with_suffix('.md')}" in capsys.readouterr().out
 
 

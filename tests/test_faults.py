@@ -219,7 +219,11 @@ def test_of_two_processes_on_one_run_folder_one_runs_and_one_is_refused(make_con
     two_at_once(make_config(run__steps=30, eval__samples_per_label=0, log__checkpoint_every=5), tmp_path, 2)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+    ids=["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"],
+)
 def test_a_signal_saves_and_ends_with_its_code(make_config, tmp_path, start, number, code):
     config = make_config(run__steps=100_000, log__checkpoint_every=100_000, eval__samples_per_label=0)
     process = start(config, Path(config.run.dir) / "metrics.jsonl")

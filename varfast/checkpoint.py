@@ -54,7 +54,6 @@ from varfast.files import (
     open_regular,
     parse_json,
     read_bytes,
-    read_json,
     read_text,
     reason,
     remove_leftovers,
@@ -608,19 +607,6 @@ class RunFolder:
         if found is None:
             raise InputError(f"{self.path} holds no checkpoint yet; its run has not reached log.checkpoint_every steps")
         return found
-
-    def save_base(self, var: str, vqvae: str) -> None:
-        """Note the files that the run started from: a resumed run must find the same reference."""
-        save_text(self.base, json.dumps({"var": var, "vqvae": vqvae}, indent=2) + "\n")
-
-    def load_base(self) -> tuple[str, str] | None:
-        """The files that the run started from; None for random weights, which the config alone defines."""
-        if not self.base.exists():
-            return None
-        noted = read_json(self.base)
-        if not isinstance(noted, dict) or not all(isinstance(noted.get(name), str) for name in ("var", "vqvae")):
-            raise InputError(f"{self.base} is damaged: it names no var and vqvae, which the run started from")
-        return noted["var"], noted["vqvae"]
 
     def _refuse_old_format(self) -> None:
         if (self.path / "checkpoint.pt").exists():
