@@ -121,9 +121,9 @@ def test_weights_of_other_sizes_are_refused(make_run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["out=a.pth"], "checkpoint: Field required"),
+        (["out=a.pth"], "checkpoint is missing; want a path"),
         (["checkpoint=runs/x", "out=a.bin"], "got a.bin, want a name that ends with .safetensors or .pth"),
-        (["checkpoint=runs/x", "out=a.pth", "dtype=float16"], "'float32' or 'bfloat16'"),
+        (["checkpoint=runs/x", "out=a.pth", "dtype=float16"], "want float32 or bfloat16"),
         (["checkpoint=nowhere", "out=a.pth"], "nowhere is no run folder"),
     ],
 )
