@@ -221,3 +221,21 @@ def test_arguments_of_export():
     assert (config.dtype, config.overwrite) == ("float32", False)
     with pytest.raises(InputError, match="overwrit: unknown key; did you mean overwrite"):
         parse_arguments(["checkpoint=a", "out=b.pth", "overwrit=true"], ExportConfig)
+
+
+def test_a_run_that_is_going_on_is_read_all_the_same(make_run, tmp_path):
+    folder, _ = make_run()
+    with folder.held():
+        assert main([f"checkpoint={folder.path}", f"out={tmp_path / 'x.pth'}"]) == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"rows": 5}', '{"rows": [5]}', '{"rows": [{"name": "x"}]}', "[" * 5000, '{"rows": "\\ud800"}'],
+)
+def test_a_damaged_evaluation_is_left_out_of_the_card(make_run, tmp_path, content):
+    folder, _ = make_run()
+    (folder.path / "evaluation").mkdir()
+    (folder.path / "evaluation" / "evaluation.json").write_text(content)
+    assert main([f"checkpoint={folder.path}", f"out={tmp_path / 'x.pth'}"]) == 0
+    assert "`evaluation/evaluation.json` is left out, as it is damaged: " in (tmp_path / "x.md").read_text()
