@@ -28,6 +28,8 @@ def load(checkpoint: str, vqvae: str | None, device: torch.device, dtype: str, k
     """The policy of a run folder, or of a transformer's and a VQ-VAE's weights; `key` is its argument, for errors."""
     if Path(checkpoint).expanduser().is_dir():
         return load_run(RunFolder(checkpoint), device, dtype)
+    if not checkpoint.startswith("hf://") and not Path(checkpoint).expanduser().exists():
+        raise InputError(f"{key}={checkpoint} does not exist; want a run folder, or a transformer's weights")
     if vqvae is None:
         raise InputError(f"{key}={checkpoint} is not a run folder, so vqvae=... is needed too")
     return load_policy(checkpoint, vqvae, device, dtype)
