@@ -48,7 +48,7 @@ def metrics(folder):
         ),
         ("sys.exit('\\x1b[2J')", InputError, r"raised SystemExit\(\\x1b\[2J\)"),
         ("raise GeneratorExit", InputError, r"raised GeneratorExit\(\)"),
-        ("raise KeyboardInterrupt", KeyboardInterrupt, "^$"),
+        ("raise KeyboardInterrupt(7)", KeyboardInterrupt, "7"),
         ("raise BaseException('mine')", BaseException, "mine"),
         ("os.kill(os.getpid(), signal.SIGINT)", None, ""),  # to the trainer, which ends after the step
     ],

@@ -126,10 +126,10 @@ def shielded(name: str, device: torch.device, key: Sequence[int]) -> Iterator[No
                 text = f"reward {printable(name)}: a process that it forked came back from it, and ends here\n"
                 os.write(2, text.encode("utf-8", "replace"))
                 os._exit(1)
-            replaced = _names_put_back(library)
             for (read, write), value in zip(_SETTINGS, before, strict=True):
                 if value is not None and _read(read) != value:
                     write(value)
+            replaced = _names_put_back(library)  # after the default dtype, which PyTorch binds a name to itself
             _put_back(handlers)
             if list(warnings.filters) != filters:  # others that a library sets for itself may stay
                 kept = [f for f in warnings.filters if f in filters or f[0] != "error"]
