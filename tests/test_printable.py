@@ -1,9 +1,6 @@
-import sys
-
 import pytest
 
-from varfast import InputError
-from varfast.command import run_command
+from varfast import InputError, command
 from varfast.printable import printable
 
 
@@ -44,9 +41,9 @@ def test_no_command_prints_what_a_terminal_would_obey(monkeypatch, capsys):
         error.add_note("  note \x1b]0;owned\x07")
         raise error
 
-    monkeypatch.setattr(sys, "argv", ["varfast"])
+    monkeypatch.setattr(command, "_run", lambda name, arguments: main(arguments))
     with pytest.raises(SystemExit) as ended:
-        run_command(main)
+        command.run_command("env", [])
     printed = capsys.readouterr().err
     assert ended.value.code == 2
     assert "\x1b" not in printed

@@ -13,11 +13,15 @@ Axes: B image of a chunk, N image, D feature, K class; H, W pixels.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("evaluate")
+
 import errno
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 import struct
@@ -36,11 +40,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from varfast.checkpoint import RunFolder, save_text, write_atomically
-from varfast.command import run_command
+from varfast.base import Base
+from varfast.checkpoint import RunFolder
 from varfast.config import ClassifierConfig, EvaluateConfig, RewardConfig, check_labels, parse_arguments
 from varfast.data import DigitsClassifier
+from varfast.distributed import launched
 from varfast.features import Network, RealImages, load_network, load_real_images, to_levels
+from varfast.files import save_text, write_atomically
 from varfast.labels import label_pool
 from varfast.log import environment, image_grid, save_png
 from varfast.metrics import (
@@ -571,7 +577,7 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ev
         resolve(config.checkpoint)
     else:
         folder = RunFolder(config.checkpoint)
-        run, noted, given = folder.load_config(), folder.load_base(), config.model_fields_set
+        run, given = folder.load_config(), config.model_fields_set
         found: dict[str, Any] = {} if "reference" in given else {"reference": BASE}
         if "scores" not in given:
             found["scores"] = {name: reward for name, reward in run.reward.items() if not reaches_outside(reward)}
@@ -579,8 +585,8 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ev
                 say(_left_out(folder, run.reward))
         if "classifier" not in given and run.eval.classifier is not None:
             found["classifier"] = ClassifierConfig(model=run.eval.classifier)
-        if config.vqvae is None and noted is not None:
-            found["vqvae"] = noted[1]
+        if config.vqvae is None and run.policy.checkpoint != "random":
+            found["vqvae"] = str(Base(folder).find("vqvae"))
         config = config.model_copy(update=found)
     if config.reference not in (None, BASE) and not Path(config.reference).expanduser().is_dir():
         resolve(config.reference)
@@ -713,7 +719,7 @@ def _load(side: str, address: str, config: EvaluateConfig, device: torch.device)
     folder = RunFolder(config.checkpoint)
     run = folder.load_config()
     run = run.model_copy(update={"run": run.run.model_copy(update={"device": str(device), "dtype": config.dtype})})
-    return load_base(run, folder, resume=True)
+    return load_base(run, folder)
 
 
 def _silent(text: str) -> None:
@@ -722,19 +728,13 @@ def _silent(text: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.evaluate checkpoint=... [reference=...] [key=value ...]"""
-    rank, world, local_rank = (
-        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    config = resolved(parse_arguments(arguments, EvaluateConfig), print if rank == 0 else _silent)
+    process = launched()
+    config = resolved(parse_arguments(arguments, EvaluateConfig), print if process.rank == 0 else _silent)
     if config.device == "auto" and torch.cuda.is_available():
-        config = config.model_copy(update={"device": f"cuda:{local_rank}"})
-    rows = evaluate(config, rank, world)
-    if rank == 0:
+        config = config.model_copy(update={"device": f"cuda:{process.local_rank or 0}"})
+    rows = evaluate(config, process.rank, process.size)
+    if process.rank == 0:
         assert config.out is not None
         result = json.loads((Path(config.out).expanduser() / "evaluation.json").read_text(encoding="utf-8"))
         print(f"\n{table(rows)}\n\n{_about(result)}\n{config.out}: evaluation.json, pictures.png")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

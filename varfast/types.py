@@ -6,8 +6,10 @@ Axes: B image, L token over all scales; B = P labels x G samples, group-major (t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # varfast/command.py answers a typo before PyTorch is imported
+    from torch import Tensor
 
 
 class InputError(ValueError):
