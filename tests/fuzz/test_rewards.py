@@ -145,7 +145,7 @@ def problem(error):
     """What is wrong with an error that ended a run; None: nothing."""
     text = f"{error if isinstance(error, InputError) else 0}{getattr(error, '__notes__', '')}"
     if "mine (" not in text and "reward mine" not in text and ".mine." not in text:
-        return f"the reward is not named: {text}"
+        return f"the reward is not named: {type(error).__name__} from {traceback.extract_tb(error.__traceback__)[-1]}"
     if isinstance(error, InputError):
         return None if len(text) < 2500 else "too long"
     last = traceback.extract_tb(error.__traceback__)[-1]
