@@ -86,7 +86,11 @@ def opened(folder, tmp_path):
         (varfast.evaluate.main, [f"checkpoint={folder}", *FEW, f"out={tmp_path / 'evaluated'}"]),
         (varfast.sample.main, [f"checkpoint={folder}", f"out={tmp_path / 'out.png'}", "device=cpu"]),
         (varfast.export.main, [f"checkpoint={folder}", f"out={tmp_path / 'model.safetensors'}"]),
+<<<<<<< HEAD
         (varfast.report.main, [str(folder), f"out={tmp_path}/report.html"]),
+=======
+        (varfast.report.main, [str(folder), f"out={tmp_path / 'report.html'}"]),
+>>>>>>> h/security
     ):
         try:
             assert main(arguments) == 0
@@ -204,8 +208,7 @@ def test_a_config_that_is_passed_is_trusted_and_one_that_lies_in_the_folder_is_c
     data["run"]["steps"] = 2
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(data))
     change(reward={"mine": {"type": "function", "function": "mine.py:score"}})
-    with pytest.raises(InputError, match="holds a run with another config"):
-        train_main(["own.yaml"])
+    assert train_main(["own.yaml"]) == 0
     assert not Path("ran").exists()
     data["reward"] = {"mine": {"type": "function", "function": "mine.py:score"}}
     data["run"]["dir"] = str(tmp_path / "new")
