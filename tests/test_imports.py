@@ -31,6 +31,7 @@ ORDER = [
     "adamw8bit",
     "update",
     "checkpoint",
+    "divergence",
     "log",
     "before_after",
     "pretrain",

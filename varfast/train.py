@@ -27,13 +27,14 @@ from varfast.checkpoint import Checkpoints, RunFolder, save_tensors, save_text, 
 from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
 from varfast.distributed import World, gathered, joined, local_device, processes_here
+from varfast.divergence import diagnosis, refuse_diverged
 from varfast.grpo import combined_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
 from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled, table
 from varfast.models import VAR, VQVAE
 from varfast.models.lora import import_peft, merged_state, peft_adapter
 from varfast.models.weights import load_var
-from varfast.policy import Policy, load_policy, pick_device
+from varfast.policy import Policy, check_finite, load_policy, pick_device
 from varfast.pretrain import pretrained
 from varfast.randomness import GRID_STEP, deterministic
 from varfast.rewards import WeightedSum
@@ -49,7 +50,15 @@ from varfast.roofline import (
     with_dtype,
 )
 from varfast.stages import StageClock, stage
-from varfast.types import InputError, NotFiniteReward, Rewards, Rollout, ScoredRollout, StepStats
+from varfast.types import (
+    InputError,
+    NotFinitePolicy,
+    NotFiniteReward,
+    Rewards,
+    Rollout,
+    ScoredRollout,
+    StepStats,
+)
 from varfast.update import Updater
 
 _INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -107,7 +116,10 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
         found.load(policy.var, updater.optimizer, further)
         policy.gather()
         start, before = found.step, found.before
-    elif world.leads:
+        refuse_diverged(policy, config, world, folder.path, start, {})
+    else:
+        refuse_diverged(policy, config, world, folder.path, 0, {})
+    if found is None and world.leads:
         save_text(folder.path / "environment.json", json.dumps(here, indent=2) + "\n")
         before = _evaluate(policy, reward, labels, fitted)
 
@@ -124,6 +136,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
             log.say(f"going on after step {start} of {config.run.steps} in {folder.path}")
         elif log:
             _save_grid(log, 0, policy, labels, config)
+        metrics: dict[str, float] = {}
         for step in range(start, config.run.steps):
             steady = profile and world.leads and step == min(start + 2, config.run.steps - 1)
             with profiled(folder.path / "profile", device) if steady else nullcontext():
@@ -156,6 +169,8 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
                     # ... and make the better ones more likely.
                     with _advised("update", fitted):
                         stats = updater.step(ScoredRollout(rollout, advantages_B), step)
+                elif isinstance(scores, NotFinitePolicy):
+                    raise diagnosis(scores, config, folder.path, step, metrics, checkpoints)
                 elif isinstance(scores, NotFiniteReward) and bad_rollouts + 1 < config.run.max_bad_rollouts:
                     bad_rollouts += 1
                     if log:
@@ -176,6 +191,9 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
             if not bad_rollouts:
                 metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats)
                 metrics |= {"reference_step": float(step // every * every)} if every else {}
+            # What cannot be sampled is neither shown nor saved, so that the last good checkpoint stays.
+            if done % config.log.grid_every == 0 or done == config.run.steps:
+                refuse_diverged(policy, config, world, folder.path, done, metrics, checkpoints)
             if log and limits:
                 log.step(done, metrics | limits.metrics(stages_ms, step_s) | held_bytes)
                 if done % config.log.grid_every == 0 or done == config.run.steps:
@@ -186,6 +204,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
             held = done if done == config.run.steps else done - bad_rollouts
             stopped = int(world.largest(max(received, default=0)))  # one process is told to stop: all of them do
             if checkpoints.due(done) or done == config.run.steps or stopped:
+                refuse_diverged(policy, config, world, folder.path, done, metrics, checkpoints)
                 checkpoints.save(held, policy.var, updater.optimizer, before, metrics.get("reward_mean"), further)
             if stopped and done < config.run.steps:
                 checkpoints.wait()
@@ -238,11 +257,15 @@ def _score(
     """The rewards of this process's images, or what kept this process, or another one, from them."""
     found: Rewards | Exception
     try:
+        check_finite(drawn, images)  # here, where the reward waits for the images anyway
         with stage("reward"), _advised("reward", config):
             found = reward(images, drawn.labels_B)
     except Exception as error:  # noqa: BLE001 - whatever a user's reward raises is raised once all processes know
         found = error
-    worst = world.largest(isinstance(found, Exception) + (not isinstance(found, Rewards | NotFiniteReward)))
+    rank = 3 if isinstance(found, NotFinitePolicy) else 1 if isinstance(found, NotFiniteReward) else 2
+    worst = world.largest(0 if isinstance(found, Rewards) else rank)
+    if worst == 3 and not isinstance(found, NotFinitePolicy):
+        return NotFinitePolicy("the logits or images of another process, which says which, are not finite")
     if not isinstance(found, Rewards) or worst == 0:
         return found
     elsewhere = "the reward failed in another process, which says why"

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from varfast.types import InputError
@@ -37,7 +38,7 @@ def fetch_from_hub(address: str) -> Path:
             f"checkpoint {address}: HF_ENDPOINT={one_line(constants.ENDPOINT)} has no scheme; set it to "
             f"https://{one_line(constants.ENDPOINT)}, or unset it"
         )
-    given = {"revision": revision} if revision else {}
+    given: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         return Path(hf_hub_download(repo_id=f"{owner}/{repo}", filename=filename, **given))
     except (TypeError, AttributeError, NameError, AssertionError):
