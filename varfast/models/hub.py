@@ -48,7 +48,7 @@ def fetch_from_hub(address: str) -> Path:
     except Exception as error:
         raise InputError(
             f"checkpoint {address} cannot be fetched and is not in the hub's cache: "
-            f"{_cause(error, f'{owner}/{repo}', filename, revision)}\n"
+            f"{hub_cause(error, f'{owner}/{repo}', filename, revision)}\n"
             "  check the address and the network, or download the file and give its path"
         ) from error
 
@@ -87,8 +87,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _cause(error: Exception, repository: str, filename: str, revision: str) -> str:
-    """One line: what happened, and what helps."""
+def hub_cause(error: Exception, repository: str, filename: str, revision: str = "") -> str:
+    """One line: what happened where the hub's client, or a library above it, raised `error`, and what helps."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{repository}"
