@@ -476,6 +476,11 @@ class Arrays:
                 )
             yield file, shape, dtype, fortran_order
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As the header of an array declares it."""
+        with self.open(name) as (_, shape, _, _):
+            return shape
+
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """An array of real numbers as float64. Raises: InputError too if it has another shape or is not finite."""
         with self.open(name) as (file, found, dtype, fortran_order):
