@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from varfast.kernels.adamw import AdamWTensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Counter-based random numbers
@@ -377,3 +381,26 @@ def grpo_token_loss(
             [kl_BL.mean(), is_clipped_BL.to(loss.dtype).mean(), ratio_BL.mean(), gap_BL.mean(), gap_BL.max()]
         )
     return loss, stats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+def adamw_step(
+    tensors: AdamWTensors, lr: float, betas: tuple[float, float], eps: float, clip: Tensor, skip: Tensor
+) -> None:
+    """AdamW with decoupled weight decay, in place, in the dtype of the parameters. See kernels/adamw.py."""
+    if bool(skip != 0):
+        return
+    lists = (tensors.parameters, tensors.gradients, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps)
+    for p, gradient, m, v, step, decay, low in zip(*lists, tensors.weight_decays, tensors.copies, strict=True):
+        step += 1
+        g = gradient / clip
+        m.mul_(betas[0]).add_(g, alpha=1.0 - betas[0])
+        v.mul_(betas[1]).addcmul_(g, g, value=1.0 - betas[1])
+        m_hat = m / (1.0 - betas[0] ** float(step))
+        v_hat = v / (1.0 - betas[1] ** float(step))
+        p.sub_(lr * decay * p + lr * m_hat / (v_hat.sqrt() + eps))
+        if low is not None:
+            low.copy_(p)

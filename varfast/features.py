@@ -5,6 +5,7 @@ Axes: B image of a batch, M image of the set, D feature, K class; H, W pixels. L
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from varfast.data import DigitsClassifier, digits
 from varfast.metrics import Statistics, check_installed, statistics, thinned
-from varfast.models.containers import Arrays, read_checkpoint
+from varfast.models.containers import Arrays, read_checkpoint, regular_file
 from varfast.models.hub import one_line
 from varfast.rewards.files import fetch, file_name
 from varfast.types import InputError
@@ -123,16 +124,14 @@ def load_real_images(address: str, network: Network, image_size: int) -> RealIma
         network: computes the features.
     Raises: InputError if there are none, a file is broken, or the statistics are of other features.
     """
-    path = Path(address).expanduser()
     known = None
     if address == "digits":
         batches = iter(to_levels(digits(image_size)[0]).split(_BATCH_IMAGES))
-    elif path.is_dir():
-        batches = _folder(path, image_size)
-    elif path.is_file():
-        known, batches = _archive(path, network.width, image_size)
+    elif os.path.isdir(os.path.expanduser(address)):  # False, not an error, for what can be no path
+        batches = _folder(Path(address).expanduser(), image_size)
     else:
-        raise InputError(f"fid_reference={address}: no such file or folder; want a folder of images, an .npz or digits")
+        path = regular_file(address, "fid_reference", "a folder of images, an .npz or digits")
+        known, batches = _archive(path, network.width, image_size)
     features = [network(levels)[0] for levels in batches]
     if not features:
         assert known is not None

@@ -7,12 +7,16 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("sample")
+
 from pathlib import Path
 
 import torch
 
 from varfast.checkpoint import RunFolder
-from varfast.command import run_command
 from varfast.config import SampleConfig, check_micro_batch, parse_arguments
 from varfast.log import image_grid, save_png
 from varfast.policy import Policy, load_policy, pick_device
@@ -46,10 +50,6 @@ def main(arguments: list[str]) -> int:
         micro_batch=config.micro_batch,
     )
     images = policy.decode(rollout.tokens_BL, config.micro_batch)
-    save_png(Path(config.out), image_grid(images, config.samples_per_label))
+    save_png(Path(config.out).expanduser(), image_grid(images, config.samples_per_label))
     print(f"{config.out}: {len(labels)} labels x {config.samples_per_label} samples")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

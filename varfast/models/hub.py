@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from varfast.printable import printable
 from varfast.types import InputError
 
 _WANTED = "want hf://owner/repo/file or hf://owner/repo@revision/file, as hf://FoundationVision/var/var_d16.pth"
@@ -20,9 +21,8 @@ _LINE = 300  # characters of somebody else's text that are shown
 
 
 def one_line(text: object, limit: int = _LINE) -> str:
-    """Somebody else's text as it may stand in a message: one line, no control characters, not longer than `limit`."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 20 * limit]).split())
-    return line if len(line) <= limit else line[:limit] + " ..."
+    """Somebody else's text as it may stand in a message: one line, printable, cut after `limit` characters."""
+    return printable(" ".join(str(text)[: 20 * limit].split()), limit)
 
 
 def fetch_from_hub(address: str) -> Path:
