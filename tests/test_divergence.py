@@ -81,9 +81,9 @@ class OfTwo(World):
 
 def test_all_processes_end_alike(make_policy, make_config, tmp_path):
     policy, config = make_policy(), make_config()
-    refuse_diverged(policy, config, ALONE, tmp_path, 2, {})
+    refuse_diverged(policy, [0, 1], config, ALONE, tmp_path, 2, {})
     with pytest.raises(NotFinitePolicy, match="after step 2 .*the weights of another process"):
-        refuse_diverged(policy, config, OfTwo(1), tmp_path, 2, {})
+        refuse_diverged(policy, [0, 1], config, OfTwo(1), tmp_path, 2, {})
     rollout, images = policy.sample_images([0, 1], seed=0)
     found = _score(lambda *_: None, images, rollout, OfTwo(3), config, 0, 0)
     assert isinstance(found, NotFinitePolicy)

@@ -138,9 +138,7 @@ def test_real_images_that_cannot_be_used_are_refused(network, levels, tmp_path):
         save_npz(tmp_path / "float.npz", arr_0=pixels / 255): r"arr_0 is float64 \(100, 8, 8, 3\), want uint8",
         save_npz(tmp_path / "size.npz", arr_0=pixels[:, :4]): r"\(100, 4, 8, 3\), want uint8 \(images, 8, 8, 3\)",
         save_npz(tmp_path / "single.npz", arr_0=pixels[:1]): "1 images in it",
-        save_npz(
-            tmp_path / "nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64)
-        ): "mu holds 64 numbers that are not",
+        save_npz(tmp_path / "nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64)): "mu holds 64 numbers that are not",
         save_npz(tmp_path / "complex.npz", mu=np.zeros(64), sigma=1j * np.eye(64)): "sigma is complex128, want real",
         save_npz(tmp_path / "code.npz", mu=np.zeros(64), sigma=np.array([Path()])): "sigma holds Python objects, which",
         bomb(tmp_path / "bomb.npz"): "declares uint8 .* bytes, in .* bytes of the file: damaged, or a zip bomb",

@@ -209,10 +209,19 @@ def test_decode_says_that_the_decoder_is_not_finite(make_models, value, fast):
         check_finite(*policy.sample_images([0, 1], seed=0))
 
 
+def test_check_usable_looks_at_each_label(make_policy):
+    policy = make_policy()
+    with torch.no_grad():
+        policy.var.class_emb.weight[3] = 3e38
+    policy.check_usable([0, 1, 2, 4], 1.0, 0)
+    with pytest.raises(NotFinitePolicy, match="in 1 of 2 images"):
+        policy.check_usable([0, 3], 1.0, 0)
+
+
 def test_check_usable_names_the_weights_and_draws_an_image(make_policy):
-    make_policy().check_usable(1.0, 0)
+    make_policy().check_usable([0, 3], 1.0, 0)
     with pytest.raises(NotFinitePolicy, match="1 of .* weights hold NaN or infinite numbers, the first is class_emb"):
-        spoiled(make_policy, "class_emb.weight", math.inf).check_usable(1.0, 0)
+        spoiled(make_policy, "class_emb.weight", math.inf).check_usable([0, 3], 1.0, 0)
     with pytest.raises(NotFinitePolicy, match="logits hold NaN"):
-        make_policy().check_usable(1e-44, 0)
-    spoiled(make_policy, "head.bias", 3e38).check_usable(1.0, 0)  # a sum that overflows, of numbers that do not
+        make_policy().check_usable([0], 1e-44, 0)
+    spoiled(make_policy, "head.bias", 3e38).check_usable([0, 3], 1.0, 0)  # a sum that overflows, of numbers that do not

@@ -10,6 +10,7 @@ from varfast.distributed import World
 from varfast.policy import Policy
 from varfast.types import NotFinitePolicy
 
+_PROBED = 8  # labels at most
 # Of the metrics of the last step, what tells why.
 _TELLING = ("learning_rate", "grad_norm", "skipped_steps", "loss", "kl", "clip_fraction", "ratio_gap_max", "entropy",
             "reward_mean")  # fmt: skip
@@ -17,6 +18,7 @@ _TELLING = ("learning_rate", "grad_norm", "skipped_steps", "loss", "kl", "clip_f
 
 def refuse_diverged(
     policy: Policy,
+    labels: list[int],
     config: Config,
     world: World,
     folder: Path,
@@ -24,13 +26,16 @@ def refuse_diverged(
     metrics: dict[str, float],
     checkpoints: Checkpoints | None = None,
 ) -> None:
-    """Do nothing if the weights are finite and give an image; of all processes. Arguments as diagnosis.
+    """Do nothing if the weights are finite and give images; of all processes.
 
+    Args:
+        labels: those of the run; an image of some of them is sampled.
+        others: as of diagnosis.
     Raises: NotFinitePolicy, in all processes, if they are not in one of them.
     """
     found = None
     try:
-        policy.check_usable(config.rollout.temperature, config.run.seed)
+        policy.check_usable(labels[:: -(-len(labels) // _PROBED)], config.rollout.temperature, config.run.seed)
     except NotFinitePolicy as error:
         found = error
     if world.any(found is not None):

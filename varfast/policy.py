@@ -354,8 +354,10 @@ class Policy:
         return images
 
     @torch.no_grad()
-    def check_usable(self, temperature: float, seed: int) -> None:
-        """Before its weights are saved: all of them are finite, and an image can be sampled and decoded.
+    def check_usable(self, labels: Sequence[int], temperature: float, seed: int) -> None:
+        """Before its weights are saved: all of them are finite, and an image of each label can be sampled.
+
+        One image at a time: beside a captured rollout there may be room for no more.
 
         Raises: NotFinitePolicy if not. Of sharded weights each process looks at its own.
         """
@@ -368,11 +370,14 @@ class Policy:
                     f"{len(wrong)} of {len(tensors)} weights hold NaN or infinite numbers, the first is {wrong[0]}"
                 )
         self.sampled_var.low_precision_copies()
-        label_B = torch.zeros(1, dtype=torch.int64, device=self.device)
         key = torch.tensor([seed, 0, 0], device=self.device)
         # Not by the sampler, which captures what it meets twice in a row: a rollout comes before and after.
-        drawn = sample(self.sampled_var, self.vqvae, label_B, key, SamplingSettings(temperature))
-        check_finite(Rollout(label_B, drawn.tokens_BL, drawn.logp_BL, drawn.entropy_BL, temperature, True))
+        drawn = [
+            sample(self.sampled_var, self.vqvae, label_B, key, SamplingSettings(temperature))
+            for label_B in torch.tensor(labels, device=self.device).split(1)
+        ]
+        tokens_BL, logp_BL, entropy_BL = (torch.cat(parts) for parts in list(zip(*drawn, strict=True))[:3])
+        check_finite(Rollout(torch.tensor(labels), tokens_BL, logp_BL, entropy_BL, temperature, True))
 
     def _empty_images(self, batch: int) -> Tensor:
         size = self.vqvae.config.image_size

@@ -141,9 +141,9 @@ def _train(
         found.load(policy.var, updater.optimizer, further)
         policy.gather()
         start, before = found.step, found.before
-        refuse_diverged(policy, config, world, folder.path, start, {})
+        refuse_diverged(policy, labels, config, world, folder.path, start, {})
     else:
-        refuse_diverged(policy, config, world, folder.path, 0, {})
+        refuse_diverged(policy, labels, config, world, folder.path, 0, {})
     if found is None and world.leads:
         before = _evaluate(policy, reward, labels, fitted)
 
@@ -220,7 +220,7 @@ def _train(
                 metrics |= {"reference_step": float(step // every * every)} if every else {}
             # What cannot be sampled is neither shown nor saved, so that the last good checkpoint stays.
             if done % config.log.grid_every == 0 or done == config.run.steps:
-                refuse_diverged(policy, config, world, folder.path, done, metrics, checkpoints)
+                refuse_diverged(policy, labels, config, world, folder.path, done, metrics, checkpoints)
             if log and limits:
                 log.step(done, metrics | limits.metrics(stages_ms, step_s) | held_bytes)
                 if done % config.log.grid_every == 0 or done == config.run.steps:
@@ -231,7 +231,7 @@ def _train(
             held = done if done == config.run.steps else done - bad_rollouts
             stopped = int(world.largest(signals.received or 0))  # one process is told to stop: all of them do
             if checkpoints.due(done) or done == config.run.steps or stopped:
-                refuse_diverged(policy, config, world, folder.path, done, metrics, checkpoints)
+                refuse_diverged(policy, labels, config, world, folder.path, done, metrics, checkpoints)
                 checkpoints.save(held, policy.var, updater.optimizer, before, metrics.get("reward_mean"), further)
             if stopped and done < config.run.steps:
                 checkpoints.wait()
