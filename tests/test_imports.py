@@ -36,6 +36,7 @@ ORDER = [
     "adamw8bit",
     "update",
     "checkpoint",
+    "divergence",
     "base",
     "log",
     "before_after",

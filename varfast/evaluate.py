@@ -62,7 +62,7 @@ from varfast.metrics import (
     statistics,
 )
 from varfast.models.weights import resolve
-from varfast.policy import Policy, pick_device
+from varfast.policy import Policy, check_finite, pick_device
 from varfast.printable import printable
 from varfast.randomness import EVAL_STEP
 from varfast.rewards import WeightedSum, reaches_outside
@@ -207,7 +207,7 @@ def sample_chunk(policy: Policy, plan: Plan, chunk: list[int], config: EvaluateC
     """Images (B, 3, H, W) in [0, 1] and labels (B,) of a chunk."""
     parts = []
     for run in plan.runs(chunk, config.micro_batch):
-        _, images = policy.sample_images(
+        rollout, images = policy.sample_images(
             [plan.label(index) for index in run],
             config.temperature,
             seed=config.seed,
@@ -217,6 +217,7 @@ def sample_chunk(policy: Policy, plan: Plan, chunk: list[int], config: EvaluateC
             step=EVAL_STEP,
             first_sample=run[0],
         )
+        check_finite(rollout, images)
         parts.append(images)
     return torch.cat(parts), torch.tensor([plan.label(index) for index in chunk], device=policy.device)
 

@@ -5,7 +5,7 @@ Axes: B image of a batch, M image of the set, D feature, K class; H, W pixels. L
 
 from __future__ import annotations
 
-import zipfile
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from varfast.data import DigitsClassifier, digits
 from varfast.metrics import Statistics, check_installed, statistics, thinned
-from varfast.models.weights import read_checkpoint
+from varfast.models.containers import Arrays, read_checkpoint, regular_file
+from varfast.models.hub import one_line
 from varfast.rewards.files import fetch, file_name
 from varfast.types import InputError
 
@@ -123,16 +124,14 @@ def load_real_images(address: str, network: Network, image_size: int) -> RealIma
         network: computes the features.
     Raises: InputError if there are none, a file is broken, or the statistics are of other features.
     """
-    path = Path(address).expanduser()
     known = None
     if address == "digits":
         batches = iter(to_levels(digits(image_size)[0]).split(_BATCH_IMAGES))
-    elif path.is_dir():
-        batches = _folder(path, image_size)
-    elif path.is_file():
-        known, batches = _archive(path, network.width, image_size)
+    elif os.path.isdir(os.path.expanduser(address)):  # False, not an error, for what can be no path
+        batches = _folder(Path(address).expanduser(), image_size)
     else:
-        raise InputError(f"fid_reference={address}: no such file or folder; want a folder of images, an .npz or digits")
+        path = regular_file(address, "fid_reference", "a folder of images, an .npz or digits")
+        known, batches = _archive(path, network.width, image_size)
     features = [network(levels)[0] for levels in batches]
     if not features:
         assert known is not None
@@ -166,43 +165,33 @@ def _read_image(path: Path, image_size: int) -> Tensor:
 
 def _archive(path: Path, width: int, image_size: int) -> tuple[Statistics | None, Iterator[Tensor]]:
     where = f"fid_reference={path}"
-    try:
-        arrays = np.load(path, allow_pickle=False)
-        names = set(getattr(arrays, "files", ()))
-        known = None
+    with Arrays(path, "fid_reference") as arrays:
+        names, known = arrays.names, None
         if {"mu", "sigma"} <= names:
-            known = Statistics(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{where} is truncated or no .npz ({error}); fetch it again") from error
-    if known is None and "arr_0" not in names:
-        raise InputError(f"{where} holds {', '.join(sorted(names)) or 'nothing named'}; want arr_0, or mu and sigma")
-    if known is not None and (known.mu_D.shape, known.sigma_DD.shape) != ((width,), (width, width)):
-        raise InputError(
-            f"{where}: mu {known.mu_D.shape} and sigma {known.sigma_DD.shape} are statistics of other features; these "
-            f"are {width} wide. Choose other features, or give the images"
-        )
+            shapes = {name: arrays.shape(name) for name in ("mu", "sigma")}
+            if shapes != {"mu": (width,), "sigma": (width, width)}:
+                raise InputError(
+                    f"{where}: mu {shapes['mu']} and sigma {shapes['sigma']} are statistics of other features; these "
+                    f"are {width} wide. Choose other features, or give the images"
+                )
+            known = Statistics(arrays.read("mu", (width,)), arrays.read("sigma", (width, width)))
+        if known is None and "arr_0" not in names:
+            held = one_line(", ".join(sorted(names)), 200) or "nothing named"
+            raise InputError(f"{where} holds {held}; want arr_0, or mu and sigma")
     return known, _stored_images(path, image_size) if "arr_0" in names else iter(())
 
 
 def _stored_images(path: Path, image_size: int) -> Iterator[Tensor]:
     """The rows of arr_0, a batch at a time: 50 000 images of 512 pixels would take 39 GB."""
-    shape_wanted = f"uint8 (images, {image_size}, {image_size}, 3)"
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran_order, dtype = read(file)
-            if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[1:] != (image_size, image_size, 3):
-                raise InputError(f"fid_reference={path}: arr_0 is {dtype} {shape}, want {shape_wanted}, or a folder of "
-                                 "images, which are resized")  # fmt: skip
-            if shape[0] < 2:
-                raise InputError(f"fid_reference={path}: {shape[0]} images in it; a covariance needs two at least")
-            for first in range(0, shape[0], _BATCH_IMAGES):
-                count = min(_BATCH_IMAGES, shape[0] - first)
-                content = file.read(count * image_size * image_size * 3)
-                pixels = np.frombuffer(content, np.uint8).reshape(count, image_size, image_size, 3)
-                yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"fid_reference={path} is truncated or damaged ({error}); fetch it again") from error
+    side = image_size
+    with Arrays(path, "fid_reference") as arrays, arrays.open("arr_0") as (file, shape, dtype, fortran_order):
+        if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[1:] != (side, side, 3):
+            raise InputError(f"fid_reference={path}: arr_0 is {dtype} {shape}, want uint8 (images, {side}, {side}, 3), "
+                             "or a folder of images, which are resized")  # fmt: skip
+        if shape[0] < 2:
+            raise InputError(f"fid_reference={path}: {shape[0]} images in it; a covariance needs two at least")
+        for first in range(0, shape[0], _BATCH_IMAGES):
+            count = min(_BATCH_IMAGES, shape[0] - first)
+            pixels = np.frombuffer(file.read(count * side * side * 3), np.uint8).reshape(count, side, side, 3)
+            yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
+        file.read(1)  # at its end zipfile compares the CRC

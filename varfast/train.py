@@ -32,6 +32,7 @@ from varfast.checkpoint import Checkpoints, RunFolder
 from varfast.command import read_train
 from varfast.config import Config, VARConfig
 from varfast.distributed import World, gathered, joined, local_device, processes_here
+from varfast.divergence import diagnosis, refuse_diverged
 from varfast.files import save_tensors, save_text, write_atomically
 from varfast.grpo import combined_advantages, groups_without_signal
 from varfast.labels import draw_labels, label_pool
@@ -39,7 +40,7 @@ from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_m
 from varfast.models import VAR, VQVAE
 from varfast.models.lora import import_peft, merged_state, peft_adapter, without_lora
 from varfast.models.weights import load_var, load_vqvae, resolve
-from varfast.policy import Policy, load_policy, pick_device
+from varfast.policy import Policy, check_finite, load_policy, pick_device
 from varfast.pretrain import pretrained
 from varfast.randomness import GRID_STEP, deterministic
 from varfast.rewards import WeightedSum
@@ -57,7 +58,15 @@ from varfast.roofline import (
 )
 from varfast.signals import StopSignals, listen
 from varfast.stages import StageClock, stage
-from varfast.types import InputError, NotFiniteReward, Rewards, Rollout, ScoredRollout, StepStats
+from varfast.types import (
+    InputError,
+    NotFinitePolicy,
+    NotFiniteReward,
+    Rewards,
+    Rollout,
+    ScoredRollout,
+    StepStats,
+)
 from varfast.update import Updater
 
 
@@ -133,7 +142,10 @@ def _train(
         found.load(policy.var, updater.optimizer, further)
         policy.gather()
         start, before = found.step, found.before
-    elif world.leads:
+        refuse_diverged(policy, labels, config, world, folder.path, start, {})
+    else:
+        refuse_diverged(policy, labels, config, world, folder.path, 0, {})
+    if found is None and world.leads:
         before = _evaluate(policy, reward, labels, fitted)
 
     every = config.grpo.reference_every
@@ -150,6 +162,7 @@ def _train(
         elif log:
             log.environment(here)
             _save_grid(log, 0, policy, labels, config)
+        metrics: dict[str, float] = {}
         for step in range(start, config.run.steps):
             steady = profile and world.leads and step == min(start + 2, config.run.steps - 1)
             lock.check()
@@ -184,6 +197,8 @@ def _train(
                     # Guards that a reward's library kept may switch gradients off when Python frees them.
                     with _advised("update", fitted), torch.enable_grad():
                         stats = updater.step(ScoredRollout(rollout, advantages_B), step)
+                elif isinstance(scores, NotFinitePolicy):
+                    raise diagnosis(scores, config, folder.path, step, metrics, checkpoints)
                 elif isinstance(scores, NotFiniteReward) and bad_rollouts + 1 < config.run.max_bad_rollouts:
                     bad_rollouts += 1
                     if log:
@@ -204,6 +219,9 @@ def _train(
             if not bad_rollouts:
                 metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats)
                 metrics |= {"reference_step": float(step // every * every)} if every else {}
+            # What cannot be sampled is neither shown nor saved, so that the last good checkpoint stays.
+            if done % config.log.grid_every == 0 or done == config.run.steps:
+                refuse_diverged(policy, labels, config, world, folder.path, done, metrics, checkpoints)
             if log and limits:
                 log.step(done, metrics | limits.metrics(stages_ms, step_s) | held_bytes)
                 if done % config.log.grid_every == 0 or done == config.run.steps:
@@ -214,6 +232,7 @@ def _train(
             held = done if done == config.run.steps else done - bad_rollouts
             stopped = int(world.largest(signals.received or 0))  # one process is told to stop: all of them do
             if checkpoints.due(done) or done == config.run.steps or stopped:
+                refuse_diverged(policy, labels, config, world, folder.path, done, metrics, checkpoints)
                 checkpoints.save(held, policy.var, updater.optimizer, before, metrics.get("reward_mean"), further)
             if stopped and done < config.run.steps:
                 checkpoints.wait()
@@ -273,11 +292,15 @@ def _score(
     """The rewards of this process's images, or what kept this process, or another one, from them."""
     found: Rewards | BaseException
     try:
+        check_finite(drawn, images)  # here, where the reward waits for the images anyway
         with stage("reward"), _advised("reward", config):
             found = reward(images, drawn.labels_B, step, first_sample)
     except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once all
         found = error  # processes know, and the state is saved
-    worst = world.largest(isinstance(found, BaseException) + (not isinstance(found, Rewards | NotFiniteReward)))
+    rank = 3 if isinstance(found, NotFinitePolicy) else 1 if isinstance(found, NotFiniteReward) else 2
+    worst = world.largest(0 if isinstance(found, Rewards) else rank)
+    if worst == 3 and not isinstance(found, NotFinitePolicy):
+        return NotFinitePolicy("the logits or images of another process, which says which, are not finite")
     if not isinstance(found, Rewards) or worst == 0:
         return found
     elsewhere = "the reward failed in another process, which says why"

@@ -20,6 +20,10 @@ class NotFiniteReward(InputError):
     """A reward gave NaN or Inf. A run leaves such a rollout out; run.max_bad_rollouts of them in a row end it."""
 
 
+class NotFinitePolicy(InputError):
+    """A policy's logits, weights or images are not finite: it has diverged, or its files are damaged."""
+
+
 @dataclass(frozen=True)
 class Rollout:
     """Sampled images as tokens, with what the policy thought of them when it drew them.
