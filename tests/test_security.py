@@ -86,11 +86,7 @@ def opened(folder, tmp_path):
         (varfast.evaluate.main, [f"checkpoint={folder}", *FEW, f"out={tmp_path / 'evaluated'}"]),
         (varfast.sample.main, [f"checkpoint={folder}", f"out={tmp_path / 'out.png'}", "device=cpu"]),
         (varfast.export.main, [f"checkpoint={folder}", f"out={tmp_path / 'model.safetensors'}"]),
-<<<<<<< HEAD
-        (varfast.report.main, [str(folder), f"out={tmp_path}/report.html"]),
-=======
         (varfast.report.main, [str(folder), f"out={tmp_path / 'report.html'}"]),
->>>>>>> h/security
     ):
         try:
             assert main(arguments) == 0
