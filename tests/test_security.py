@@ -211,3 +211,13 @@ def test_a_config_that_is_passed_is_trusted_and_one_that_lies_in_the_folder_is_c
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(data))
     assert train_main(["own.yaml"]) == 0
     assert Path("ran").exists()
+
+
+def test_a_folder_given_to_train_is_no_config_that_was_passed(handed_on):
+    folder, change = handed_on
+    change(reward=hostile(folder))
+    with pytest.raises(InputError, match=r"popen \(runs subprocess:Popen\).* as a file: .*/config.yaml run.dir="):
+        train_main([str(folder)])
+    assert not (folder / "PWNED").exists()
+    change(reward={"luma": {"type": "brightness", "mode": "raw"}})
+    assert train_main([str(folder)]) == 0

@@ -603,6 +603,26 @@ RewardConfig = Annotated[
     Field(discriminator="type"),
 ]
 
+
+def reaches_outside(config: RewardConfig) -> str | None:
+    """What a reward does beyond computing on the images: the code, the server or the files that its config names.
+
+    None: nothing, so that it may be taken from a folder that somebody handed on (docs/security.md).
+    """
+    if isinstance(config, BrightnessReward) or (isinstance(config, ClassifierReward) and config.model == "digits"):
+        return None
+    if isinstance(config, FunctionReward):
+        return f"runs {config.function}"
+    if isinstance(config, HttpReward):
+        return f"asks {config.url}"
+    if isinstance(config, ClassifierReward):
+        return f"reads or fetches {config.file or f'the weights of {config.model}'}"
+    named = [config.head] if isinstance(config, AestheticReward) else []
+    if not isinstance(config, AestheticReward) and isinstance(config.names, str):
+        named.append(config.names)
+    return f"reads or fetches {', '.join([config.pretrained, *named])}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 

@@ -42,11 +42,18 @@ from tqdm import tqdm
 
 from varfast.base import Base
 from varfast.checkpoint import RunFolder
-from varfast.config import ClassifierConfig, EvaluateConfig, RewardConfig, check_labels, parse_arguments
+from varfast.config import (
+    ClassifierConfig,
+    EvaluateConfig,
+    RewardConfig,
+    check_labels,
+    parse_arguments,
+    reaches_outside,
+)
 from varfast.data import DigitsClassifier
 from varfast.distributed import launched
 from varfast.features import Network, RealImages, load_network, load_real_images, to_levels
-from varfast.files import save_text, write_atomically
+from varfast.files import open_regular, parse_json, read_bytes, save_text, write_atomically
 from varfast.labels import label_pool
 from varfast.log import environment, image_grid, save_png
 from varfast.metrics import (
@@ -65,9 +72,8 @@ from varfast.models.weights import resolve
 from varfast.policy import Policy, check_finite, pick_device
 from varfast.printable import printable
 from varfast.randomness import EVAL_STEP
-from varfast.rewards import WeightedSum, reaches_outside
+from varfast.rewards import WeightedSum
 from varfast.rewards.classifier import Confidence
-from varfast.rewards.files import open_regular
 from varfast.sample import load
 from varfast.train import load_base
 from varfast.types import InputError
@@ -79,8 +85,6 @@ _CHUNK_IMAGES = 128
 _PICTURE_LABELS, _PICTURE_SAMPLES = 8, 4
 # Arguments that the chunks do not depend on.
 _FREE_TO_CHANGE = ("out", "micro_batch", "device", "fid_reference", "inception_weights")
-# More than 128 images of 4096 pixels a side.
-_LARGEST_CHUNK_BYTES = 2**33
 # What zipfile, zlib and the checks of a chunk raise for a file that is no such archive.
 _ARCHIVE_ERRORS = (
     OSError, ValueError, EOFError, RuntimeError, ArithmeticError, LookupError, struct.error, zlib.error,
@@ -293,7 +297,7 @@ class EvaluationFolder:
     def _read(self, side: str, number: int, names: list[str]) -> Numbers:
         path = self.chunk(side, number)
         try:
-            with open_regular(path, _LARGEST_CHUNK_BYTES, follow=False) as file, zipfile.ZipFile(file) as archive:
+            with open_regular(path, follow=False) as file, zipfile.ZipFile(file) as archive:
                 return {name: _read_array(archive, name) for name in names}
         except _ARCHIVE_ERRORS as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else printable(error)
@@ -325,8 +329,7 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        with open_regular(path, 10_000_000, follow=False) as file:
-            settings = json.loads(file.read())
+        settings = parse_json(read_bytes(path))
         if not isinstance(settings, dict):
             raise ValueError("it holds no settings")
     except (OSError, ValueError, RecursionError) as error:

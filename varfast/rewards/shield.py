@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,8 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (torch.get_default_device, _set_device),
     *(
         (
-            lambda kind=kind: torch.is_autocast_enabled(kind),  # type: ignore[misc]
-            lambda on, kind=kind: torch.set_autocast_enabled(kind, on),  # type: ignore[misc]
+            partial(torch.is_autocast_enabled, kind),
+            partial(torch.set_autocast_enabled, kind),
         )
         for kind in ("cpu", "cuda")
     ),
@@ -74,7 +75,7 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     _attribute(sys, "stderr"),
     (
         lambda: {name: os.environ.get(name) for name in _LAUNCHER},
-        lambda before: [_set_variable(name, value) for name, value in before.items()],
+        lambda before: _set_variables(before),
     ),
 )
 
@@ -83,11 +84,12 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
 _LIBRARY: tuple[Any, ...] = (torch, torch.nn.functional, torch.autograd, torch.Tensor, torch.nn.Module)
 
 
-def _set_variable(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
+def _set_variables(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _read(read: Callable[[], Any]) -> Any:
