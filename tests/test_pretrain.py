@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+import varfast.pretrain
 from varfast import InputError, load_policy
 from varfast.data import digits
 from varfast.models import VQVAE
@@ -119,3 +120,22 @@ def test_pretrain_on_a_folder_of_images(tmp_path, make_config):
 def test_main_needs_a_config():
     with pytest.raises(InputError, match="usage: python -m varfast.pretrain"):
         main([])
+
+
+@pytest.mark.parametrize("which", ["vqvae", "var"])
+def test_a_base_model_that_diverges_does_not_come_into_the_cache(config, monkeypatch, which):
+    train_it = getattr(varfast.pretrain, f"_train_{which}")
+
+    def diverged(*args):
+        model, *measured = train_it(*args)
+        with torch.no_grad():
+            next(model.parameters()).fill_(math.nan)
+        return model, *measured
+
+    monkeypatch.setattr(f"varfast.pretrain._train_{which}", diverged)
+    config = config.model_copy(
+        update={"pretrain": config.pretrain.model_copy(update={"vqvae_steps": 2, "var_steps": 2})}
+    )
+    with pytest.raises(InputError, match=f"of the .* diverged: 1 of .*lower pretrain.{which}_lr .now 0.002"):
+        pretrained(config, CPU)
+    assert not any(path.exists() for path in base_paths(config, CPU))

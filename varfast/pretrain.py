@@ -39,7 +39,7 @@ from varfast.models import VAR, VQVAE
 from varfast.policy import pick_device
 from varfast.randomness import order_may_vary
 from varfast.signals import listen
-from varfast.types import InputError
+from varfast.types import InputError, NotFinitePolicy
 
 _GRAD_CLIP = 1.0
 # Every so many batches, codes that none of them used are moved to where the data is.
@@ -148,7 +148,8 @@ def _damage(paths: tuple[Path, Path]) -> str | None:
 def pretrain(config: Config, device: torch.device) -> tuple[VAR, VQVAE, PretrainReport]:
     """Train VQ-VAE and transformer from scratch, a function of the config and its seed (on one machine).
 
-    Raises: InputError if the images' labels or sizes do not fit the models.
+    Raises: InputError if the images' labels or sizes do not fit the models; NotFinitePolicy, an InputError, if one of
+        them diverges: it must not come into the cache.
     """
     start = time.perf_counter()
     images = load_images(config.pretrain.dataset, config.policy.vqvae.image_size)
@@ -159,8 +160,19 @@ def pretrain(config: Config, device: torch.device) -> tuple[VAR, VQVAE, Pretrain
         )
     torch.manual_seed(config.run.seed)
     vqvae, mse, usage = _train_vqvae(config, images, device)
+    _refuse_diverged(vqvae, "VQ-VAE", f"pretrain.vqvae_lr (now {config.pretrain.vqvae_lr:g})")
     var, token_loss = _train_var(config, images, vqvae, device)
+    _refuse_diverged(var, "transformer", f"pretrain.var_lr (now {config.pretrain.var_lr:g})")
     return var, vqvae, PretrainReport(mse, usage, token_loss, time.perf_counter() - start)
+
+
+def _refuse_diverged(model: torch.nn.Module, what: str, key: str) -> None:
+    wrong = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    if wrong:
+        raise NotFinitePolicy(
+            f"pre-training of the {what} diverged: {len(wrong)} of its weights hold NaN or infinite numbers, first "
+            f"{wrong[0]}; nothing was kept. Set a lower {key}"
+        )
 
 
 def _batches(dataset: Images, config: Config, steps: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
