@@ -15,6 +15,7 @@ ORDER = [
     "gradients",
     "distributed",
     "command",
+    "progress",
     "config",
     "randomness",
     "roofline",

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from varfast.checkpoint import RunFolder, save_text, write_atomically
 from varfast.command import run_command
@@ -51,6 +50,7 @@ from varfast.metrics import (
 )
 from varfast.models.weights import resolve
 from varfast.policy import Policy, pick_device
+from varfast.progress import Progress
 from varfast.randomness import EVAL_STEP
 from varfast.rewards import WeightedSum
 from varfast.rewards.classifier import Confidence
@@ -68,8 +68,9 @@ _FREE_TO_CHANGE = ("out", "micro_batch", "device", "fid_reference", "inception_w
 # A process that has written nothing for so long is taken for dead.
 _PATIENCE_S = 1800.0
 _INTERVALS = (
-    "95 %: normal over images, Wilson's for shares; of a difference, normal over images paired by label and seed; of "
-    "diversity, over labels; none for FID, inception score and what compares neighbours"
+    "95 %: normal over images, Wilson's for shares; of a difference, the same over images paired by label and seed, "
+    "Bonett and Price's for shares; of diversity, over labels; none for FID, inception score and what compares "
+    "neighbours"
 )
 
 
@@ -277,7 +278,8 @@ def sample_side(
                 f"{folder.chunk(side, number)} holds images of other weights than {side} has now; choose another out "
                 "folder, or delete this one"
             )
-    for number in tqdm(todo, desc=side, unit="chunk", disable=None if rank == 0 else True):
+    progress = Progress(side, len(todo), unit="chunk", quiet=rank != 0)
+    for number in todo:
         chunk = plan.chunks[number]
         images, labels_B = sample_chunk(policy, plan, chunk, config)
         numbers = judge(images, labels_B)
@@ -287,6 +289,8 @@ def sample_side(
         kept = [row for row, index in enumerate(chunk) if config.save == "npz" or plan.shown(index)]
         arrays = {**numbers, "levels": levels[kept], "weights": np.array(weights)}
         write_atomically(folder.chunk(side, number), lambda file, arrays=arrays: np.savez(file, **arrays))  # type: ignore[misc]
+        progress.update()
+    progress.close()
 
 
 def _weights_hash(policy: Policy) -> str:

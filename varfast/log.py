@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from varfast.checkpoint import save_text, write_atomically
 from varfast.command import ALLOCATOR_VARIABLES
 from varfast.config import Config
+from varfast.progress import Progress
 from varfast.roofline import measure_here, speed_of_light_s, stage_counts
 from varfast.types import InputError, Rewards
 
@@ -65,7 +65,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
-        self._bar = tqdm(total=total_steps, initial=start_step, desc="grpo", unit="step", dynamic_ncols=True)
+        self._progress = Progress("grpo", total_steps, start_step)
 
     def __enter__(self) -> RunLog:
         return self
@@ -73,7 +73,7 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.close()
+        self._progress.close()
         if self._writer is not None:
             self._writer.close()
         if self._wandb is not None:
@@ -95,11 +95,11 @@ class RunLog:
                 self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
-        self._bar.update()
-        if "kl" in metrics:  # else the rollout, or all of its gradients, were left out
-            self._bar.set_postfix_str(
-                f"reward={metrics['reward_mean']:.3f} kl={metrics['kl']:.3f} {metrics['images_per_s']:.0f} img/s"
-            )
+        shown = {"reward": "reward_mean", "kl": "kl"}  # a rollout that was left out has neither
+        note = [f"{short}={metrics[name]:.3f}" for short, name in shown.items() if name in metrics]
+        if "reward_mean" in metrics and "images_per_s" in metrics:
+            note.append(f"{metrics['images_per_s']:.0f} img/s")
+        self._progress.update(" ".join(note))
 
     def grid(self, step: int, images: Tensor, columns: int) -> None:
         """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png."""
@@ -135,8 +135,8 @@ class RunLog:
         save_text(path.with_suffix(".json"), json.dumps(noted, indent=1) + "\n")
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        self._bar.write(text)
+        """Print a line; on a terminal above the progress bar."""
+        self._progress.say(text)
 
 
 def import_wandb() -> Any:
@@ -250,14 +250,6 @@ def image_grid(images: Tensor, columns: int) -> np.ndarray:
 def save_png(path: Path, picture: np.ndarray) -> None:
     """Write an (H, W, 3) uint8 picture. Raises: InputError if it cannot be written."""
     write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))
-
-
-def table(before: dict[str, float], after: dict[str, float]) -> str:
-    """Rows of name, before, after."""
-    width = max(len(name) for name in after)
-    rows = [f"{'':{width}}  {'before':>8}  {'after':>8}"]
-    rows += [f"{name:{width}}  {before.get(name, math.nan):8.3f}  {value:8.3f}" for name, value in after.items()]
-    return "\n".join(rows)
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

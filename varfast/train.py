@@ -22,14 +22,14 @@ import safetensors.torch
 import torch
 
 from varfast import kernels, strict
-from varfast.before_after import evaluate
+from varfast.before_after import BeforeAfter, means, table
 from varfast.checkpoint import Checkpoints, RunFolder, save_tensors, save_text, write_atomically
 from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
 from varfast.distributed import World, gathered, joined, local_device, processes_here
-from varfast.grpo import combined_advantages, groups_without_signal
+from varfast.grpo import combined_advantages, groups_without_signal, kl_to_reference
 from varfast.labels import draw_labels, label_pool
-from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled, table
+from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled
 from varfast.models import VAR, VQVAE
 from varfast.models.lora import import_peft, merged_state, peft_adapter
 from varfast.models.weights import load_var
@@ -94,22 +94,25 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
     if config.run.strict:
         strict.check(policy, config.rollout.temperature, config.run.seed)
     policy.cuda_graph = fitted.rollout.cuda_graph is not False
-    reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
+    reference = policy.frozen_copy() if config.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)
     fits = {name: getattr(fitted.update, name) for name in ("micro_batch", "checkpointing", "cuda_graph")}
     update = config.update.model_copy(update=fits)
-    updater = Updater(policy, reference, config.grpo, update, config.run.steps, config.run.seed, world)
+    of_loss = reference if config.grpo.kl_beta > 0.0 else None
+    updater = Updater(policy, of_loss, config.grpo, update, config.run.steps, config.run.seed, world)
     labels = label_pool(config.rollout, policy.num_classes, config.run.seed)
     further = updater.further_state()
     start, before, bad_rollouts = 0, {}, 0  # bad ones in a row
     here = environment() | {"processes": world.size}
+    samples = BeforeAfter(folder.path, config, labels)
+    if world.leads:  # the policy is still the base, of a run that goes on too
+        before = means(samples.before(policy, reward, fitted.rollout.micro_batch))
     if found is not None:
         found.load(policy.var, updater.optimizer, further)
         policy.gather()
-        start, before = found.step, found.before
+        start = found.step
     elif world.leads:
         save_text(folder.path / "environment.json", json.dumps(here, indent=2) + "\n")
-        before = _evaluate(policy, reward, labels, fitted)
 
     every = config.grpo.reference_every
     sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
@@ -124,6 +127,8 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
             log.say(f"going on after step {start} of {config.run.steps} in {folder.path}")
         elif log:
             _save_grid(log, 0, policy, labels, config)
+        if log and not config.holds_reference:
+            log.say("the KL to the base is not measured: grpo.kl_beta=0 holds no base; grpo.kl_every=10 measures it")
         for step in range(start, config.run.steps):
             steady = profile and world.leads and step == min(start + 2, config.run.steps - 1)
             with profiled(folder.path / "profile", device) if steady else nullcontext():
@@ -155,6 +160,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
                     )
                     # ... and make the better ones more likely.
                     with _advised("update", fitted):
+                        drift = _drift(reference, drawn, world, fitted, step + 1)
                         stats = updater.step(ScoredRollout(rollout, advantages_B), step)
                 elif isinstance(scores, NotFiniteReward) and bad_rollouts + 1 < config.run.max_bad_rollouts:
                     bad_rollouts += 1
@@ -174,7 +180,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
 
             done, metrics = step + 1, {"skipped_rollouts": float(bad_rollouts > 0)}
             if not bad_rollouts:
-                metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats)
+                metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats) | drift
                 metrics |= {"reference_step": float(step // every * every)} if every else {}
             if log and limits:
                 log.step(done, metrics | limits.metrics(stages_ms, step_s) | held_bytes)
@@ -202,9 +208,10 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
             weights = merged_state(policy.var, _base_weights(config, folder, device))
             _save_adapter(folder, policy, config)
         save_tensors(folder.weights, weights)
-        after = _evaluate(policy, reward, labels, fitted)
-        save_text(folder.path / "summary.json", json.dumps({"before": before, "after": after}, indent=2) + "\n")
-        print(f"\n{table(before, after)}\n" if after else "")
+        reached = max(start, config.run.steps)
+        after = samples.after(policy, reward, reached, fitted.rollout.micro_batch, trained=reached > start)
+        save_text(folder.path / "summary.json", json.dumps({"before": before, "after": means(after)}, indent=2) + "\n")
+        print(f"\n{table(samples.values)}\n" if after else "")
         print(f"run complete: {config.run.steps} steps. Weights {folder.weights}, curves and grids in {folder.path}")
     world.wait()
     return 0
@@ -247,6 +254,19 @@ def _score(
         return found
     elsewhere = "the reward failed in another process, which says why"
     return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
+
+
+def _drift(reference: Policy | None, rollout: Rollout, world: World, config: Config, step: int) -> dict[str, float]:
+    """The KL to the base where the loss has none and it is due: of the policy that drew this step's images.
+
+    rollout: this process' share of them.
+    """
+    every = config.measure_kl_every
+    if reference is None or every is None or (step % every and step != config.run.steps):
+        return {}
+    kl_b = kl_to_reference(reference, rollout, config.update.micro_batch).double()
+    total, images = world.sum(torch.stack([kl_b.sum(), torch.ones_like(kl_b).sum()])).tolist()
+    return {"kl": total / images}
 
 
 def _gather(world: World, rollout: Rollout, rewards: Rewards, images: int) -> tuple[Rollout, Rewards]:
@@ -335,11 +355,6 @@ def random_policy(config: Config, device: torch.device) -> Policy:
     return Policy(var, vqvae, device, config.run.dtype, config.run.fast, config.run.strict)
 
 
-def _evaluate(policy: Policy, reward: WeightedSum, labels: list[int], config: Config) -> dict[str, float]:
-    sampling = config.rollout
-    return evaluate(policy, reward, labels, config.eval, sampling.temperature, config.run.seed, sampling.micro_batch)
-
-
 def _save_grid(log: RunLog, step: int, policy: Policy, labels: list[int], config: Config) -> None:
     columns = config.log.grid_samples
     labels_B = torch.tensor(labels[: config.log.grid_labels]).repeat_interleave(columns)
@@ -360,8 +375,9 @@ def _metrics(
         "entropy": rollout.entropy_BL.mean(),
     }
     values = torch.stack(list(measured.values())).tolist()  # one copy from the device
+    of_update = {name: value for name, value in asdict(stats).items() if value is not None}  # kl, where not measured
     without_signal = groups_without_signal(advantages_B, group_size)
-    return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal, **asdict(stats)}
+    return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal, **of_update}
 
 
 @contextmanager
