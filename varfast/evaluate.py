@@ -35,7 +35,7 @@ from varfast.config import ClassifierConfig, EvaluateConfig, check_labels, parse
 from varfast.data import DigitsClassifier
 from varfast.features import Network, RealImages, load_network, load_real_images, to_levels
 from varfast.labels import label_pool
-from varfast.log import environment, image_grid, save_png
+from varfast.log import GAP_PX, environment, image_grid, save_png
 from varfast.metrics import (
     NEIGHBOUR_IMAGES,
     NEIGHBOURS,
@@ -434,7 +434,7 @@ def _about(result: dict[str, Any]) -> str:
 
 
 def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan) -> dict[str, Any]:
-    """pictures.png: a row a label; the two models' images of a seed side by side, reference first."""
+    """pictures.png: a row a label; the reference's images, a gap, and the checkpoint's of the same seeds."""
     images: dict[tuple[str, int], np.ndarray] = {}
     for side in sides:
         for number, chunk in enumerate(plan.chunks):
@@ -443,10 +443,14 @@ def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan) -> di
             levels = folder.read(side, number)["levels"]
             kept = chunk if len(levels) == len(chunk) else [index for index in chunk if plan.shown(index)]
             images |= {(side, index): levels[row] for row, index in enumerate(kept) if plan.shown(index)}
-    columns = [(side, sample) for sample in plan.picture_samples for side in sides]
-    cells = [images[side, plan.index(label, sample)] for label in plan.picture_labels for side, sample in columns]
-    pixels = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255.0
-    save_png(folder.path / "pictures.png", image_grid(pixels, len(columns)))
+    columns = [(side, sample) for side in sides for sample in plan.picture_samples]
+    grids = []
+    for side in sides:
+        cells = [images[side, plan.index(label, s)] for label in plan.picture_labels for s in plan.picture_samples]
+        pixels = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255.0
+        grids.append(image_grid(pixels, len(plan.picture_samples)))
+        grids.append(np.full((len(grids[-1]), 6 * GAP_PX, 3), 255, np.uint8))
+    save_png(folder.path / "pictures.png", np.concatenate(grids[:-1], axis=1))
     return {
         "file": "pictures.png",
         "rows": plan.picture_labels,

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,12 +115,17 @@ class RunLog:
         """Save the best and the worst of a step's (B, 3, H, W) images, with their rewards.
 
         samples/step_N.png: two rows, best first and worst first. samples/step_N.json: {"best": [...], "worst": [...]},
-        in the order of the rows, {"label", "reward", "rewards": {component: before its weight}} an image.
+        in the order of the rows, {"label", "reward", "rewards": {component: before its weight}} an image; "ties", how
+        many images of the step have the reward of the first one of each row, and "images", of the step. Of equal
+        rewards, as rewards of 0 and 1 are, images of as many labels as possible are shown.
         """
-        order_B = rewards.total_B.argsort(descending=True, stable=True)
-        shown = min(_EXTREMES, len(order_B))
-        rows = {"best": order_B[:shown], "worst": order_B.flip(0)[:shown]}
-        noted = {
+        shown = min(_EXTREMES, len(labels_B))
+        order_B, ties = _ranked(rewards.total_B, labels_B), {}
+        worst_B = _ranked(-rewards.total_B.flip(0), labels_B.flip(0))
+        rows = {"best": order_B[:shown], "worst": len(labels_B) - 1 - worst_B[:shown]}
+        for name, row in rows.items():
+            ties[name] = int((rewards.total_B == rewards.total_B[row[0]]).sum())
+        noted: dict[str, Any] = {
             name: [
                 {
                     "label": int(labels_B[i]),
@@ -132,11 +138,22 @@ class RunLog:
         }
         path = self._folder / "samples" / f"step_{step:06d}.png"
         save_png(path, image_grid(images[torch.cat(list(rows.values())).to(images.device)], shown))
+        noted |= {"ties": ties, "images": len(labels_B)}
         save_text(path.with_suffix(".json"), json.dumps(noted, indent=1) + "\n")
 
     def say(self, text: str) -> None:
         """Print a line; on a terminal above the progress bar."""
         self._progress.say(text)
+
+
+def _ranked(rewards_B: Tensor, labels_B: Tensor) -> Tensor:
+    """Rows by reward, highest first; of equal rewards the first image of each label, then the second of each, ..."""
+    turns: Counter[tuple[float, int]] = Counter()
+    keys = []
+    for row, (reward, label) in enumerate(zip(rewards_B.tolist(), labels_B.tolist(), strict=True)):
+        keys.append((-reward, turns[reward, label], row))
+        turns[reward, label] += 1
+    return torch.tensor([row for *_, row in sorted(keys)])
 
 
 def import_wandb() -> Any:
