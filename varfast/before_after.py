@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from varfast.checkpoint import save_text
 from varfast.config import Config
 from varfast.data import DigitsClassifier
+from varfast.files import save_text
 from varfast.metrics import difference_interval
 from varfast.policy import Policy
 from varfast.progress import Progress

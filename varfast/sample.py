@@ -7,12 +7,16 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("sample")
+
 from pathlib import Path
 
 import torch
 
 from varfast.checkpoint import RunFolder
-from varfast.command import run_command
 from varfast.config import SampleConfig, check_micro_batch, parse_arguments
 from varfast.log import image_grid, save_png
 from varfast.policy import Policy, load_policy, pick_device
@@ -25,6 +29,8 @@ def load(checkpoint: str, vqvae: str | None, device: torch.device, dtype: str, k
     """The policy of a run folder, or of a transformer's and a VQ-VAE's weights; `key` is its argument, for errors."""
     if Path(checkpoint).expanduser().is_dir():
         return load_run(RunFolder(checkpoint), device, dtype)
+    if not checkpoint.startswith("hf://") and not Path(checkpoint).expanduser().exists():
+        raise InputError(f"{key}={checkpoint} does not exist; want a run folder, or a transformer's weights")
     if vqvae is None:
         raise InputError(f"{key}={checkpoint} is not a run folder, so vqvae=... is needed too")
     return load_policy(checkpoint, vqvae, device, dtype)
@@ -52,10 +58,6 @@ def main(arguments: list[str]) -> int:
             )
             parts.append(images)
             progress.update()
-    save_png(Path(config.out), image_grid(torch.cat(parts), config.samples_per_label))
+    save_png(Path(config.out).expanduser(), image_grid(torch.cat(parts), config.samples_per_label))
     print(f"{config.out}: {len(labels)} labels x {config.samples_per_label} samples")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

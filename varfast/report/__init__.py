@@ -10,8 +10,15 @@ A run folder may be damaged, or crafted by somebody else: a file that cannot be 
 command say which one and why. `reading` takes care of that; what it returns has known types and bounded sizes.
 """
 
-from varfast.report.command import main
-from varfast.report.page import page
-from varfast.report.run import load_run
+import importlib
+from typing import Any
 
+_PLACES = {"load_run": "run", "main": "command", "page": "layout"}
 __all__ = ["load_run", "main", "page"]
+
+
+def __getattr__(name: str) -> Any:
+    """What the package offers, imported on first use: --help and a typo are answered before the imports take 6 s."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"varfast.report.{_PLACES[name]}"), name)

@@ -1,4 +1,3 @@
 from varfast.command import run_command
-from varfast.report.command import main
 
-run_command(main)
+run_command("report")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from varfast.checkpoint import save_text
+from varfast.config import ReportConfig, parse_arguments
+from varfast.files import save_text
 from varfast.report.elements import printable
-from varfast.report.page import page
+from varfast.report.layout import page
 from varfast.report.run import load_run
 from varfast.types import InputError
-
-USAGE = "python -m varfast.report runs/x [runs/y ...] [out=report.html]"
 
 
 def main(arguments: list[str]) -> int:
@@ -19,11 +18,8 @@ def main(arguments: list[str]) -> int:
 
     Of several folders those that hold nothing to show are named and left out. Raises: InputError if none is left.
     """
-    # A sweep makes folders of the name grpo.kl_beta=0.1: only out= is an argument.
-    paths = [_expanded(a) for a in arguments if not a.startswith("out=")]
-    out = _expanded(([a.removeprefix("out=") for a in arguments if a.startswith("out=")] or ["report.html"])[-1])
-    if not paths:
-        raise InputError(f"usage: {USAGE}")
+    config = parse_arguments(arguments, ReportConfig)
+    paths, out = [Path(run).expanduser() for run in config.runs], Path(config.out).expanduser()
     by_name = len({path.absolute().name for path in paths}) == len(paths)
     runs, refused = [], []
     for path in paths:
@@ -41,10 +37,3 @@ def main(arguments: list[str]) -> int:
     save_text(out, page(runs))
     print(f"{out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {out.stat().st_size / 1e6:.1f} MB")
     return 0
-
-
-def _expanded(path: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:  # ~somebody whom this machine does not know
-        raise InputError(f"{printable(path)}: {error}") from error
