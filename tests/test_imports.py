@@ -18,6 +18,7 @@ ORDER = [
     "graphs",
     "gradients",
     "distributed",
+    "progress",
     "settings",
     "config",
     "command",

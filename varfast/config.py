@@ -347,7 +347,19 @@ class GRPOConfig(_Section):
     """The loss."""
 
     clip_eps: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped to 1 +- this")
-    kl_beta: float = Field(0.2, ge=0, le=1e6, description="weight of the KL to the base model; 0: no reference is held")
+    kl_beta: float = Field(
+        0.2,
+        ge=0,
+        le=1e6,
+        description="weight of the KL to the base model; 0: no reference is held, unless kl_every asks for it",
+    )
+    kl_every: int | None = Field(
+        None,
+        ge=1,
+        description="with kl_beta=0, steps between measurements of the KL to the base, for which the base is held as "
+        "with kl_beta > 0 (that of an adapter takes no memory) and runs forward once. Default: 10 with an adapter, "
+        "else the KL is not measured. With kl_beta > 0 every step measures it",
+    )
     reference_every: int | None = Field(
         None,
         ge=1,
@@ -790,6 +802,18 @@ class Config(_Section):
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
     kernels: KernelsConfig = KernelsConfig()
+
+    @property
+    def measure_kl_every(self) -> int | None:
+        """Steps between measurements of the KL apart from the loss; None with kl_beta > 0, or where none is asked."""
+        if self.grpo.kl_beta > 0.0:
+            return None
+        return self.grpo.kl_every or (10 if self.policy.lora else None)
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether the base model is held beside the policy: for the KL in the loss, or to measure it."""
+        return self.grpo.kl_beta > 0.0 or self.measure_kl_every is not None
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

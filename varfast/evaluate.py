@@ -38,7 +38,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from varfast.base import Base
 from varfast.checkpoint import RunFolder
@@ -55,7 +54,7 @@ from varfast.distributed import launched
 from varfast.features import Network, RealImages, load_network, load_real_images, to_levels
 from varfast.files import open_regular, parse_json, read_bytes, save_text, write_atomically
 from varfast.labels import label_pool
-from varfast.log import environment, image_grid, save_png
+from varfast.log import GAP_PX, environment, image_grid, save_png
 from varfast.metrics import (
     NEIGHBOUR_IMAGES,
     NEIGHBOURS,
@@ -71,6 +70,7 @@ from varfast.metrics import (
 from varfast.models.weights import resolve
 from varfast.policy import Policy, check_finite, pick_device
 from varfast.printable import printable
+from varfast.progress import Progress
 from varfast.randomness import EVAL_STEP
 from varfast.rewards import WeightedSum
 from varfast.rewards.classifier import Confidence
@@ -93,8 +93,9 @@ _ARCHIVE_ERRORS = (
 # A process that has written nothing for so long is taken for dead.
 _PATIENCE_S = 1800.0
 _INTERVALS = (
-    "95 %: normal over images, Wilson's for shares; of a difference, normal over images paired by label and seed; of "
-    "diversity, over labels; none for FID, inception score and what compares neighbours"
+    "95 %: normal over images, Wilson's for shares; of a difference, the same over images paired by label and seed, "
+    "Bonett and Price's for shares; of diversity, over labels; none for FID, inception score and what compares "
+    "neighbours"
 )
 
 
@@ -376,7 +377,8 @@ def sample_side(
                 f"{folder.chunk(side, number)} holds images of other weights than {side} has now; choose another out "
                 "folder, or delete this one"
             )
-    for number in tqdm(todo, desc=side, unit="chunk", disable=None if rank == 0 else True):
+    progress = Progress(side, len(todo), unit="chunk", quiet=rank != 0)
+    for number in todo:
         chunk = plan.chunks[number]
         images, labels_B = sample_chunk(policy, plan, chunk, config)
         numbers = judge(images, labels_B)
@@ -387,6 +389,8 @@ def sample_side(
         arrays = {**numbers, "levels": levels[kept], "weights": np.array(weights)}
         arrays = {name: np.ascontiguousarray(array) if array.ndim else array for name, array in arrays.items()}
         write_atomically(folder.chunk(side, number), lambda file, arrays=arrays: np.savez(file, **arrays))  # type: ignore[misc]
+        progress.update()
+    progress.close()
 
 
 def _weights_hash(policy: Policy) -> str:
@@ -535,7 +539,7 @@ def _about(result: dict[str, Any]) -> str:
 
 
 def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan) -> dict[str, Any]:
-    """pictures.png: a row a label; the two models' images of a seed side by side, reference first."""
+    """pictures.png: a row a label; the reference's images, a gap, and the checkpoint's of the same seeds."""
     images: dict[tuple[str, int], np.ndarray] = {}
     for side in sides:
         for number, chunk in enumerate(plan.chunks):
@@ -544,10 +548,14 @@ def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan) -> di
             levels = folder.levels(side, number, plan)
             kept = chunk if len(levels) == len(chunk) else [index for index in chunk if plan.shown(index)]
             images |= {(side, index): levels[row] for row, index in enumerate(kept) if plan.shown(index)}
-    columns = [(side, sample) for sample in plan.picture_samples for side in sides]
-    cells = [images[side, plan.index(label, sample)] for label in plan.picture_labels for side, sample in columns]
-    pixels = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255.0
-    save_png(folder.path / "pictures.png", image_grid(pixels, len(columns)))
+    columns = [(side, sample) for side in sides for sample in plan.picture_samples]
+    grids = []
+    for side in sides:
+        cells = [images[side, plan.index(label, s)] for label in plan.picture_labels for s in plan.picture_samples]
+        pixels = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255.0
+        grids.append(image_grid(pixels, len(plan.picture_samples)))
+        grids.append(np.full((len(grids[-1]), 6 * GAP_PX, 3), 255, np.uint8))
+    save_png(folder.path / "pictures.png", np.concatenate(grids[:-1], axis=1))
     return {
         "file": "pictures.png",
         "rows": plan.picture_labels,

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
 
 from varfast.base import FileNote
 from varfast.command import read_config
@@ -37,6 +36,7 @@ from varfast.files import read_json, remove_leftovers, save_tensors, save_text
 from varfast.lock import locked
 from varfast.models import VAR, VQVAE
 from varfast.policy import pick_device
+from varfast.progress import Progress
 from varfast.randomness import order_may_vary
 from varfast.signals import listen
 from varfast.types import InputError, NotFinitePolicy
@@ -44,6 +44,8 @@ from varfast.types import InputError, NotFinitePolicy
 _GRAD_CLIP = 1.0
 # Every so many batches, codes that none of them used are moved to where the data is.
 _REVIVE_EVERY = 25
+# Steps between plain lines, off a terminal; a step of the digits' base takes 20 to 100 ms on a CPU.
+_LINE_EVERY = 100
 
 
 @dataclass(frozen=True)
@@ -231,8 +233,8 @@ def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[
     hits_V = torch.zeros(config.policy.vqvae.vocab_size, device=device)
     errors: list[Tensor] = []
     usage = 0.0
-    bar = tqdm(_batches(images, config, steps, device), total=steps, desc="vq-vae", unit="step", dynamic_ncols=True)
-    for step, (images_B3HW, _) in enumerate(bar):
+    progress, note = Progress("vq-vae", steps, every=_LINE_EVERY), ""
+    for step, (images_B3HW, _) in enumerate(_batches(images, config, steps, device)):
         batch = _pixels(images_B3HW)
         reconstruction, vq_loss, tokens_BL = vqvae(batch)
         error = F.mse_loss(reconstruction, batch)
@@ -241,10 +243,12 @@ def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[
         errors.append(error.detach())
         if (step + 1) % _REVIVE_EVERY == 0:
             usage = float((hits_V > 0).float().mean())
-            bar.set_postfix(mse=f"{float(errors[-1]):.4f}", codes=f"{usage:.0%}")
+            note = f"mse={float(errors[-1]):.4f} codes={usage:.0%}"
             if step < steps * 3 // 4:
                 _revive(vqvae, optimizer, hits_V, batch)
             hits_V.zero_()
+        progress.update(note)
+    progress.close()
     return vqvae.requires_grad_(False), float(torch.stack(errors[-_REVIVE_EVERY:]).mean()), usage
 
 
@@ -281,8 +285,8 @@ def _train_var(config: Config, images: Images, vqvae: VQVAE, device: torch.devic
     if isinstance(images, TensorDataset):  # the same images in every pass: their tokens too
         parts = [_tokens(vqvae, part.to(device)) for part in images.tensors[0].split(settings.batch_size)]
         dataset = TensorDataset(*(torch.cat(pieces).cpu() for pieces in zip(*parts, strict=True)), images.tensors[1])
-    bar = tqdm(_batches(dataset, config, steps, device), total=steps, desc="var", unit="step", dynamic_ncols=True)
-    for step, (*given, labels_B) in enumerate(bar):
+    progress, note = Progress("var", steps, every=_LINE_EVERY), ""
+    for step, (*given, labels_B) in enumerate(_batches(dataset, config, steps, device)):
         tokens_BL, var_input_BLC = given if len(given) == 2 else _tokens(vqvae, given[0])
         dropped_B = torch.rand(len(labels_B), device=device) < settings.class_dropout
         labels_B = torch.where(dropped_B, sizes.num_classes, labels_B)
@@ -291,7 +295,9 @@ def _train_var(config: Config, images: Images, vqvae: VQVAE, device: torch.devic
         _optimizer_step(var, optimizer, loss, _learning_rate(step, steps, settings.var_lr))
         losses.append(loss.detach())
         if (step + 1) % _REVIVE_EVERY == 0:
-            bar.set_postfix(loss=f"{float(losses[-1]):.3f}")
+            note = f"loss={float(losses[-1]):.3f}"
+        progress.update(note)
+    progress.close()
     return var, float(torch.stack(losses[-_REVIVE_EVERY:]).mean())
 
 

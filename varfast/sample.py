@@ -20,6 +20,7 @@ from varfast.checkpoint import RunFolder
 from varfast.config import SampleConfig, check_micro_batch, parse_arguments
 from varfast.log import image_grid, save_png
 from varfast.policy import Policy, load_policy, pick_device
+from varfast.progress import Progress
 from varfast.train import load_run
 from varfast.types import InputError
 
@@ -42,16 +43,21 @@ def main(arguments: list[str]) -> int:
     labels = config.labels if config.labels is not None else list(range(min(8, policy.num_classes)))
     labels_B = torch.tensor(labels).repeat_interleave(config.samples_per_label)
     check_micro_batch("micro_batch", config.micro_batch, len(labels_B))
-    rollout = policy.sample(
-        labels_B,
-        config.temperature,
-        seed=config.seed,
-        cfg=config.cfg,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        micro_batch=config.micro_batch,
-    )
-    images = policy.decode(rollout.tokens_BL, config.micro_batch)
-    save_png(Path(config.out).expanduser(), image_grid(images, config.samples_per_label))
+    size = config.micro_batch or len(labels_B)
+    parts = []
+    with Progress("sample", len(labels_B) // size, unit="batch") as progress:
+        for first in range(0, len(labels_B), size):
+            _, images = policy.sample_images(
+                labels_B[first : first + size],
+                config.temperature,
+                seed=config.seed,
+                cfg=config.cfg,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                first_sample=first,
+            )
+            parts.append(images)
+            progress.update()
+    save_png(Path(config.out).expanduser(), image_grid(torch.cat(parts), config.samples_per_label))
     print(f"{config.out}: {len(labels)} labels x {config.samples_per_label} samples")
     return 0

@@ -27,16 +27,16 @@ import torch
 
 from varfast import kernels, strict
 from varfast.base import PARTS, Base, Source
-from varfast.before_after import evaluate
+from varfast.before_after import BeforeAfter, means, table
 from varfast.checkpoint import Checkpoints, RunFolder
 from varfast.command import read_train
 from varfast.config import Config, VARConfig
 from varfast.distributed import World, gathered, joined, local_device, processes_here
 from varfast.divergence import diagnosis, refuse_diverged
 from varfast.files import save_tensors, save_text, write_atomically
-from varfast.grpo import combined_advantages, groups_without_signal
+from varfast.grpo import combined_advantages, groups_without_signal, kl_to_reference
 from varfast.labels import draw_labels, label_pool
-from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled, table
+from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled
 from varfast.models import VAR, VQVAE
 from varfast.models.lora import import_peft, merged_state, peft_adapter, without_lora
 from varfast.models.weights import load_var, load_vqvae, resolve
@@ -129,24 +129,26 @@ def _train(
     if config.run.strict:
         strict.check(policy, config.rollout.temperature, config.run.seed)
     policy.cuda_graph = fitted.rollout.cuda_graph is not False
-    reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
+    reference = policy.frozen_copy() if config.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)
     fits = {name: getattr(fitted.update, name) for name in ("micro_batch", "checkpointing", "cuda_graph")}
     update = config.update.model_copy(update=fits)
-    updater = Updater(policy, reference, config.grpo, update, config.run.steps, config.run.seed, world)
+    of_loss = reference if config.grpo.kl_beta > 0.0 else None
+    updater = Updater(policy, of_loss, config.grpo, update, config.run.steps, config.run.seed, world)
     labels = label_pool(config.rollout, policy.num_classes, config.run.seed)
     further = updater.further_state()
     start, before, bad_rollouts = 0, {}, 0  # bad ones in a row
     here = environment() | {"processes": world.size}
+    samples = BeforeAfter(folder.path, config, labels)
+    if found is None:
+        refuse_diverged(policy, labels, config, world, folder.path, 0, {})
+    if world.leads:  # the policy is still the base, of a run that goes on too
+        before = means(samples.before(policy, reward, fitted.rollout.micro_batch))
     if found is not None:
         found.load(policy.var, updater.optimizer, further)
         policy.gather()
-        start, before = found.step, found.before
+        start = found.step
         refuse_diverged(policy, labels, config, world, folder.path, start, {})
-    else:
-        refuse_diverged(policy, labels, config, world, folder.path, 0, {})
-    if found is None and world.leads:
-        before = _evaluate(policy, reward, labels, fitted)
 
     every = config.grpo.reference_every
     sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
@@ -163,6 +165,8 @@ def _train(
             log.environment(here)
             _save_grid(log, 0, policy, labels, config)
         metrics: dict[str, float] = {}
+        if log and not config.holds_reference:
+            log.say("the KL to the base is not measured: grpo.kl_beta=0 holds no base; grpo.kl_every=10 measures it")
         for step in range(start, config.run.steps):
             steady = profile and world.leads and step == min(start + 2, config.run.steps - 1)
             lock.check()
@@ -196,6 +200,7 @@ def _train(
                     # ... and make the better ones more likely.
                     # Guards that a reward's library kept may switch gradients off when Python frees them.
                     with _advised("update", fitted), torch.enable_grad():
+                        drift = _drift(reference, drawn, world, fitted, step + 1)
                         stats = updater.step(ScoredRollout(rollout, advantages_B), step)
                 elif isinstance(scores, NotFinitePolicy):
                     raise diagnosis(scores, config, folder.path, step, metrics, checkpoints)
@@ -217,7 +222,7 @@ def _train(
 
             done, metrics = step + 1, {"skipped_rollouts": float(bad_rollouts > 0)}
             if not bad_rollouts:
-                metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats)
+                metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats) | drift
                 metrics |= {"reference_step": float(step // every * every)} if every else {}
             # What cannot be sampled is neither shown nor saved, so that the last good checkpoint stays.
             if done % config.log.grid_every == 0 or done == config.run.steps:
@@ -249,9 +254,10 @@ def _train(
             weights = merged_state(policy.var, _base_weights(config, folder, device))
             _save_adapter(folder, policy, config)
         save_tensors(folder.weights, weights)
-        after = _evaluate(policy, reward, labels, fitted)
-        save_text(folder.path / "summary.json", json.dumps({"before": before, "after": after}, indent=2) + "\n")
-        print(f"\n{table(before, after)}\n" if after else "")
+        reached = max(start, config.run.steps)
+        after = samples.after(policy, reward, reached, fitted.rollout.micro_batch, trained=reached > start)
+        save_text(folder.path / "summary.json", json.dumps({"before": before, "after": means(after)}, indent=2) + "\n")
+        print(f"\n{table(samples.values)}\n" if after else "")
         print(f"run complete: {config.run.steps} steps. Weights {folder.weights}, curves and grids in {folder.path}")
     world.wait()
     return 0
@@ -305,6 +311,19 @@ def _score(
         return found
     elsewhere = "the reward failed in another process, which says why"
     return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
+
+
+def _drift(reference: Policy | None, rollout: Rollout, world: World, config: Config, step: int) -> dict[str, float]:
+    """The KL to the base where the loss has none and it is due: of the policy that drew this step's images.
+
+    rollout: this process' share of them.
+    """
+    every = config.measure_kl_every
+    if reference is None or every is None or (step % every and step != config.run.steps):
+        return {}
+    kl_b = kl_to_reference(reference, rollout, config.update.micro_batch).double()
+    total, images = world.sum(torch.stack([kl_b.sum(), torch.ones_like(kl_b).sum()])).tolist()
+    return {"kl": total / images}
 
 
 def _gather(world: World, rollout: Rollout, rewards: Rewards, images: int) -> tuple[Rollout, Rewards]:
@@ -473,11 +492,6 @@ def random_policy(config: Config, device: torch.device) -> Policy:
     return Policy(var, vqvae, device, config.run.dtype, config.run.fast, config.run.strict)
 
 
-def _evaluate(policy: Policy, reward: WeightedSum, labels: list[int], config: Config) -> dict[str, float]:
-    sampling = config.rollout
-    return evaluate(policy, reward, labels, config.eval, sampling.temperature, config.run.seed, sampling.micro_batch)
-
-
 def _save_grid(log: RunLog, step: int, policy: Policy, labels: list[int], config: Config) -> None:
     columns = config.log.grid_samples
     labels_B = torch.tensor(labels[: config.log.grid_labels]).repeat_interleave(columns)
@@ -498,8 +512,9 @@ def _metrics(
         "entropy": rollout.entropy_BL.mean(),
     }
     values = torch.stack(list(measured.values())).tolist()  # one copy from the device
+    of_update = {name: value for name, value in asdict(stats).items() if value is not None}  # kl, where not measured
     without_signal = groups_without_signal(advantages_B, group_size)
-    return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal, **asdict(stats)}
+    return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal, **of_update}
 
 
 @contextmanager
