@@ -75,7 +75,9 @@ def test_images_of_a_folder_are_fitted_and_made_rgb(network, tmp_path):
     wide = np.zeros((16, 40), dtype=np.uint8)
     wide[:, 4:36] = 200  # what is not, is cropped off
     Image.fromarray(wide).save(tmp_path / "grey.png")
-    Image.fromarray(np.full((8, 8, 4), 200, dtype=np.uint8)).save(tmp_path / "rgba.webp", lossless=True)
+    half = np.full((8, 8, 4), 145, dtype=np.uint8)
+    half[..., 3] = 128  # of 255, over white
+    Image.fromarray(half).save(tmp_path / "rgba.webp", lossless=True)
     found = load_real_images(str(tmp_path), network, 8).features_MD
     np.testing.assert_allclose(found, 200 / 255)
 

@@ -22,6 +22,7 @@ ORDER = [
     "rollout",
     "policy",
     "strict",
+    "images",
     "data",
     "labels",
     "rewards",

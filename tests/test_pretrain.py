@@ -106,11 +106,15 @@ def test_pretrain_on_a_folder_of_images(tmp_path, make_config):
         "pretrain__vqvae_steps": 3,
         "pretrain__var_steps": 3,
     }
+    for labels in (2, 10):
+        settings["policy__var"] = SMALL["policy__var"] | {"num_classes": labels}
+        with pytest.raises(
+            InputError, match=rf"has 3 class folders \(a, b, c\), policy.var.num_classes={labels}: .*=3"
+        ):
+            pretrain(make_config(**settings), CPU)
+    settings["policy__var"] = SMALL["policy__var"] | {"num_classes": 3}
     var, _, _ = pretrain(make_config(**settings), CPU)
-    assert var.config.num_classes == 10
-    settings["policy__var"] = SMALL["policy__var"] | {"num_classes": 2}
-    with pytest.raises(InputError, match=r"has label 2, but policy.var.num_classes=2; raise it"):
-        pretrain(make_config(**settings), CPU)
+    assert var.config.num_classes == 3
     settings["pretrain__batch_size"] = 13
     with pytest.raises(InputError, match="has 12 images, fewer than pretrain.batch_size=13"):
         pretrain(make_config(**settings), CPU)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
@@ -27,11 +28,11 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-def check_labels(what: str, labels: list[int], num_classes: int) -> None:
-    """Raises: InputError if `labels` is empty or one of them is not in [0, num_classes)."""
+def check_labels(what: str, labels: Sequence[int | str], num_classes: int) -> None:
+    """Raises: InputError if `labels` is empty or a number in it is not in [0, num_classes). Names: see labels.py."""
     if not labels:
         raise InputError(f"{what} is empty; name labels in 0..{num_classes - 1}")
-    outside = [label for label in labels if not 0 <= label < num_classes]
+    outside = [label for label in labels if isinstance(label, int) and not 0 <= label < num_classes]
     if outside:
         raise InputError(f"{what} holds {outside[0]}; the model has labels 0..{num_classes - 1}")
 
@@ -243,7 +244,9 @@ class RolloutConfig(_Section):
         16, ge=2, le=1_000_000, description="G, images a label; the group within which advantages are relative"
     )
     temperature: float = Field(0.7, gt=0, description="of the plain multinomial draw; no guidance, no filters")
-    labels: Literal["all"] | list[int] = Field("all", description="labels to draw from, uniformly")
+    labels: Literal["all"] | list[int | str] = Field(
+        "all", description="labels to draw from, uniformly: numbers, or names of ImageNet's classes or of your folders"
+    )
     label_share: float = Field(1.0, gt=0, le=1, description="train on this share of the labels, chosen by run.seed")
     micro_batch: int | None = Field(
         None, ge=1, description="images sampled and decoded at a time; default: chosen from free memory"
@@ -646,7 +649,9 @@ class SampleConfig(_Section):
     checkpoint: str = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
     vqvae: str | None = Field(None, description="the VQ-VAE's weights, where checkpoint is not a run folder")
     out: str = Field("samples.png", description="the picture to write")
-    labels: list[int] | None = Field(None, description="one row each; default: the first 8")
+    labels: list[int | str] | None = Field(
+        None, description="numbers or names, as [207, golden retriever], one row each; default: the first 8"
+    )
     samples_per_label: int = Field(8, ge=1, description="columns")
     temperature: float = Field(1.0, gt=0, description="of the draw")
     cfg: float = Field(0.0, ge=0, description="classifier-free guidance; VAR's demo: 4, its FID numbers: 1.5")
@@ -673,7 +678,9 @@ class EvaluateConfig(_Section):
         description="folder of results; an unfinished evaluation in it goes on. Default: evaluation, in the run folder "
         "if checkpoint is one",
     )
-    labels: Literal["all"] | list[int] = Field("all", description="to sample")
+    labels: Literal["all"] | list[int | str] = Field(
+        "all", description="to sample: numbers or names, as [207, golden retriever]"
+    )
     samples_per_label: int = Field(10, ge=1, description="images a label")
     temperature: float = Field(1.0, gt=0, description="of the draw")
     cfg: float = Field(1.5, ge=0, description="classifier-free guidance; 0: off")

@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 from varfast.checkpoint import RunFolder, save_text, write_atomically
 from varfast.command import run_command
-from varfast.config import ClassifierConfig, EvaluateConfig, check_labels, parse_arguments
+from varfast.config import ClassifierConfig, EvaluateConfig, parse_arguments
 from varfast.data import DigitsClassifier
-from varfast.features import Network, RealImages, load_network, load_real_images, to_levels
-from varfast.labels import label_pool
+from varfast.features import Network, RealImages, check_reference, load_network, load_real_images, to_levels
+from varfast.labels import label_names, label_numbers, label_pool, run_names
 from varfast.log import environment, image_grid, save_png
 from varfast.metrics import (
     NEIGHBOUR_IMAGES,
@@ -500,6 +500,8 @@ def evaluate(config: EvaluateConfig, rank: int = 0, world: int = 1) -> list[Row]
     folder = EvaluationFolder(config.out)
     sides = {"reference": config.reference} if config.reference is not None else {}
     sides["checkpoint"] = config.checkpoint
+    if config.fid_reference is not None and rank == 0:
+        check_reference(config.fid_reference)  # before models are loaded
     judge: Judge | None = None
     plan: Plan | None = None
     real: RealImages | None = None
@@ -562,15 +564,15 @@ def _seen_labels(config: EvaluateConfig) -> set[int] | None:
     if not Path(config.checkpoint).expanduser().is_dir():
         return None
     run = RunFolder(config.checkpoint).load_config()
-    pool = label_pool(run.rollout, run.policy.sizes.num_classes, run.run.seed)
+    names = run_names(run, Path(config.checkpoint).expanduser())
+    pool = label_pool(run.rollout, run.policy.sizes.num_classes, run.run.seed, names)
     return set(pool) if len(pool) < run.policy.sizes.num_classes else None
 
 
 def _labels(config: EvaluateConfig, num_classes: int) -> list[int]:
     if config.labels == "all":
         return list(range(num_classes))
-    check_labels("labels", config.labels, num_classes)
-    return sorted(set(config.labels))
+    return sorted(set(label_numbers("labels", config.labels, num_classes, label_names(config.checkpoint, num_classes))))
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:

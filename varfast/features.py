@@ -5,12 +5,16 @@ Axes: B image of a batch, M image of the set, D feature, K class; H, W pixels. L
 
 from __future__ import annotations
 
+import lzma
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -18,13 +22,17 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from varfast.data import DigitsClassifier, digits
+from varfast.images import SUFFIXES, Listing, check_images, list_images, passed_over, printable, read_rgb
 from varfast.metrics import Statistics, check_installed, statistics, thinned
 from varfast.models.weights import read_checkpoint
 from varfast.rewards.files import fetch, file_name
 from varfast.types import InputError
 
 _BATCH_IMAGES = 64
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# What zipfile and NumPy's reader of headers raise for damaged bytes (tests/fuzz/test_images.py).
+_DAMAGED_ARCHIVE = (OSError, ValueError, EOFError, LookupError, TypeError, SyntaxError, ArithmeticError,
+                    NotImplementedError, RuntimeError, MemoryError, struct.error, zlib.error, lzma.LZMAError,
+                    zipfile.BadZipFile, tokenize.TokenError)  # fmt: skip
 _INCEPTION_SHA256 = "6726825d"  # torch-fidelity names the file by its first digits
 
 
@@ -141,47 +149,98 @@ def load_real_images(address: str, network: Network, image_size: int) -> RealIma
     return RealImages(known or statistics(features_MD), thinned(features_MD), len(features_MD))
 
 
-def _folder(folder: Path, image_size: int) -> Iterator[Tensor]:
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
-    if not paths:
-        raise InputError(f"fid_reference={folder}: no images in it; want {', '.join(_SUFFIXES)} files, at any depth")
-    if len(paths) < 2:
-        raise InputError(f"fid_reference={folder}: one image in it; a covariance needs two at least")
-    with ThreadPoolExecutor(8) as pool:
-        for first in range(0, len(paths), _BATCH_IMAGES):
-            part = paths[first : first + _BATCH_IMAGES]
-            yield torch.stack(list(pool.map(lambda path: _read_image(path, image_size), part)))
+def check_reference(address: str) -> None:
+    """Whether the set of real images is there and can be read, without computing anything of it.
+
+    Raises: InputError as load_real_images, but for what depends on the network.
+    """
+    path = Path(address).expanduser()
+    if path.is_dir():
+        check_images(f"fid_reference={path}", _listed(path))
+    elif address != "digits" and not path.is_file():
+        raise InputError(f"fid_reference={address}: no such file or folder; want a folder of images, an .npz or digits")
 
 
-def _read_image(path: Path, image_size: int) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+def _listed(folder: Path) -> Listing:
+    found = list_images(str(folder))
+    if not found.files and not found.troubles:
+        others = passed_over([found])
         raise InputError(
-            f"fid_reference: {path} is broken or no image ({error}); delete it or replace it, and run the command again"
-        ) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+            f"fid_reference={folder}: no images in it; want {', '.join(SUFFIXES)} files, at any depth"
+            + (f". Files that are not read: {others}" if others else "")
+        )
+    if len(found.files) + len(found.troubles) < 2:
+        raise InputError(f"fid_reference={folder}: one image in it; a covariance needs two at least")
+    return found
+
+
+def _folder(folder: Path, image_size: int) -> Iterator[Tensor]:
+    found = _listed(folder)
+    if found.troubles:
+        check_images(f"fid_reference={folder}", found)
+    with ThreadPoolExecutor(8) as pool:
+        for first in range(0, len(found.files), _BATCH_IMAGES):
+            part = found.files[first : first + _BATCH_IMAGES]
+            yield torch.stack(list(pool.map(lambda file: _read_image(file.path, image_size), part)))
+
+
+def _read_image(path: str, image_size: int) -> Tensor:
+    picture = ImageOps.fit(read_rgb(path, "fid_reference"), (image_size, image_size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _archive(path: Path, width: int, image_size: int) -> tuple[Statistics | None, Iterator[Tensor]]:
     where = f"fid_reference={path}"
+    known = None
+    if _is_npy(path):
+        raise InputError(f"{where} holds nothing named; want arr_0, or mu and sigma, as numpy.savez writes them")
     try:
-        arrays = np.load(path, allow_pickle=False)
-        names = set(getattr(arrays, "files", ()))
-        known = None
-        if {"mu", "sigma"} <= names:
-            known = Statistics(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            if {"mu", "sigma"} <= names:
+                known = Statistics(_statistic(archive, "mu", (width,)), _statistic(archive, "sigma", (width, width)))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    except _DAMAGED_ARCHIVE as error:
         raise InputError(f"{where} is truncated or no .npz ({error}); fetch it again") from error
     if known is None and "arr_0" not in names:
-        raise InputError(f"{where} holds {', '.join(sorted(names)) or 'nothing named'}; want arr_0, or mu and sigma")
-    if known is not None and (known.mu_D.shape, known.sigma_DD.shape) != ((width,), (width, width)):
         raise InputError(
-            f"{where}: mu {known.mu_D.shape} and sigma {known.sigma_DD.shape} are statistics of other features; these "
-            f"are {width} wide. Choose other features, or give the images"
+            f"{where} holds {', '.join(map(printable, sorted(names))) or 'nothing'}; want arr_0, or mu and sigma"
         )
     return known, _stored_images(path, image_size) if "arr_0" in names else iter(())
+
+
+def _is_npy(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(6) == b"\x93NUMPY"
+    except OSError:
+        return False
+
+
+def _statistic(archive: zipfile.ZipFile, name: str, wanted: tuple[int, ...]) -> np.ndarray:
+    """mu or sigma in float64. Its header is read first: a few MB of zip can hold gigabytes of zeros.
+
+    Raises: InputError if it is of other features, or not finite.
+    """
+    with archive.open(f"{name}.npy") as file:
+        shape, _, dtype = _npy_header(file)
+    if shape != wanted or dtype.kind not in "fiu":
+        raise InputError(
+            f"{name} {shape} of {dtype}: statistics of other features; these are {wanted[-1]} wide. Choose other "
+            "features, or give the images"
+        )
+    with archive.open(f"{name}.npy") as file:
+        numbers: np.ndarray = np.lib.format.read_array(file, allow_pickle=False).astype(np.float64)
+    if not np.isfinite(numbers).all():
+        raise InputError(f"{name} holds numbers that are not finite; compute it again, or give the images")
+    return numbers
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
 def _stored_images(path: Path, image_size: int) -> Iterator[Tensor]:
@@ -189,9 +248,7 @@ def _stored_images(path: Path, image_size: int) -> Iterator[Tensor]:
     shape_wanted = f"uint8 (images, {image_size}, {image_size}, 3)"
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran_order, dtype = read(file)
+            shape, fortran_order, dtype = _npy_header(file)
             if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[1:] != (image_size, image_size, 3):
                 raise InputError(f"fid_reference={path}: arr_0 is {dtype} {shape}, want {shape_wanted}, or a folder of "
                                  "images, which are resized")  # fmt: skip
@@ -202,7 +259,7 @@ def _stored_images(path: Path, image_size: int) -> Iterator[Tensor]:
                 content = file.read(count * image_size * image_size * 3)
                 pixels = np.frombuffer(content, np.uint8).reshape(count, image_size, image_size, 3)
                 yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except _DAMAGED_ARCHIVE as error:
         raise InputError(f"fid_reference={path} is truncated or damaged ({error}); fetch it again") from error

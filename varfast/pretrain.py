@@ -17,25 +17,31 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from tqdm import tqdm
 
 from varfast.checkpoint import save_tensors, save_text
 from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
-from varfast.data import Images, fingerprint, load_images
+from varfast.data import FolderImages, Images, fingerprint, load_images
+from varfast.labels import LABELS_FILE, caption, label_table, labels_json, labels_of
+from varfast.log import image_grid, save_png
 from varfast.models import VAR, VQVAE
-from varfast.policy import pick_device
-from varfast.randomness import order_may_vary
+from varfast.policy import Policy, pick_device
+from varfast.randomness import GRID_STEP, order_may_vary
 from varfast.types import InputError
 
 _GRAD_CLIP = 1.0
 # Every so many batches, codes that none of them used are moved to where the data is.
 _REVIVE_EVERY = 25
+# For advice() and the pictures of a user's own base.
+_BLURRED, _CODES_USED, _NEAR_GUESSING = 0.1, 0.5, 0.8
+_SHOWN_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,15 @@ class PretrainReport:
 
     Attributes:
         reconstruction_mse: of pixels in [-1, 1], mean over the last batches.
+        pixel_variance: of the images around their mean colour, in the same units: a VQ-VAE that has learned nothing
+            else has this error.
         codebook_usage: share of the codes that one pass over the last batches used.
         token_loss: cross-entropy of the transformer, nats a token, mean over the last batches.
         seconds: wall time of both trainings.
     """
 
     reconstruction_mse: float
+    pixel_variance: float
     codebook_usage: float
     token_loss: float
     seconds: float
@@ -76,7 +85,7 @@ def _code_digest() -> str:
     """Digest of the sources that decide what a base model is."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in [here / "pretrain.py", here / "data.py", *sorted((here / "models").glob("*.py"))]:
+    for path in [here / "pretrain.py", here / "data.py", here / "images.py", *sorted((here / "models").glob("*.py"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -96,7 +105,48 @@ def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
             f"base model: {report.seconds:.0f} s; reconstruction MSE {report.reconstruction_mse:.4f}, "
             f"{report.codebook_usage:.0%} of the codes in use, {report.token_loss:.2f} nats a token"
         )
+        if config.pretrain.dataset != "digits":
+            _show_own(config, var, vqvae, report, var_path.parent, device)
     return var_path, vqvae_path
+
+
+def _show_own(
+    config: Config, var: VAR, vqvae: VQVAE, report: PretrainReport, folder: Path, device: torch.device
+) -> None:
+    """For images of a user's own: what the numbers mean, pictures beside the base, and the labels."""
+    images = load_images(config.pretrain.dataset, config.policy.vqvae.image_size, check=False)
+    assert isinstance(images, FolderImages)
+    labels = labels_of(images)
+    save_text(folder / LABELS_FILE, labels_json(labels))
+    print("\n".join(f"  {line}" for line in advice(report, config)))
+    shown = sorted({i * (len(images) - 1) // (_SHOWN_IMAGES - 1) for i in range(_SHOWN_IMAGES)})
+    real = torch.stack([images[i][0] for i in shown]).to(device)
+    policy = Policy(var, vqvae, device, config.run.dtype)
+    rebuilt = policy.decode(policy.encode(real))
+    save_png(folder / "reconstructions.png", image_grid(torch.cat([real, rebuilt]), len(shown), ["image", "rebuilt"]))
+    rows = labels[:_SHOWN_IMAGES]
+    labels_B = torch.tensor([row.label for row in rows]).repeat_interleave(_SHOWN_IMAGES)
+    _, samples = policy.sample_images(labels_B, seed=config.run.seed, step=GRID_STEP, micro_batch=_SHOWN_IMAGES)
+    titles = [caption(row.label, [label.name for label in labels]) for row in rows]
+    save_png(folder / "samples.png", image_grid(samples, _SHOWN_IMAGES, titles))
+    print(f"  {folder}: reconstructions.png, samples.png, {LABELS_FILE}")
+
+
+def advice(report: PretrainReport, config: Config) -> list[str]:
+    """What the numbers of a base mean, and what to do about them. The bounds are rules of thumb from small runs."""
+    lost = report.reconstruction_mse / max(report.pixel_variance, 1e-12)
+    guessing = math.log(config.policy.sizes.vocab_size)
+    vqvae, var = config.pretrain.vqvae_steps, config.pretrain.var_steps
+    lines = [f"reconstruction MSE: {lost:.0%} of the pixels' variance is lost by the VQ-VAE (0 %: none, 100 %: all but "
+             "the mean colour)" + (f"; blurred above 10 %: raise pretrain.vqvae_steps={vqvae}, as to {4 * vqvae}"
+                                   if lost > _BLURRED else "")]  # fmt: skip
+    lines.append("codes in use: the share of the vocabulary that the last images needed" + (
+        f"; below {_CODES_USED:.0%}: raise pretrain.vqvae_steps, or take fewer codes than policy.var.vocab_size="
+        f"{config.policy.sizes.vocab_size}" if report.codebook_usage < _CODES_USED else ""))  # fmt: skip
+    lines.append(f"nats a token: guessing costs {guessing:.2f}; samples take shape as this falls" + (
+        f". It is near guessing: raise pretrain.var_steps={var}, as to {4 * var}"
+        if report.token_loss > _NEAR_GUESSING * guessing else ""))  # fmt: skip
+    return lines
 
 
 def pretrain(config: Config, device: torch.device) -> tuple[VAR, VQVAE, PretrainReport]:
@@ -105,22 +155,27 @@ def pretrain(config: Config, device: torch.device) -> tuple[VAR, VQVAE, Pretrain
     Raises: InputError if the images' labels or sizes do not fit the models.
     """
     start = time.perf_counter()
-    images = load_images(config.pretrain.dataset, config.policy.vqvae.image_size)
+    size, num_classes = config.policy.vqvae.image_size, config.policy.sizes.num_classes
+    images = load_images(config.pretrain.dataset, size, num_classes)
+    if isinstance(images, FolderImages):
+        print(f"{images.folder}: {len(images)} images\n{label_table(labels_of(images))}")
+        print("".join(f"note: {note}\n" for note in images.notes), end="")
     if len(images) < config.pretrain.batch_size:  # type: ignore[arg-type]
         raise InputError(
             f"{config.pretrain.dataset} has {len(images)} images, fewer than "  # type: ignore[arg-type]
             f"pretrain.batch_size={config.pretrain.batch_size}"
         )
     torch.manual_seed(config.run.seed)
-    vqvae, mse, usage = _train_vqvae(config, images, device)
+    vqvae, mse, variance, usage = _train_vqvae(config, images, device)
     var, token_loss = _train_var(config, images, vqvae, device)
-    return var, vqvae, PretrainReport(mse, usage, token_loss, time.perf_counter() - start)
+    return var, vqvae, PretrainReport(mse, variance, usage, token_loss, time.perf_counter() - start)
 
 
 def _batches(dataset: Images, config: Config, steps: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """`steps` shuffled batches, over as many passes as that takes; the last tensor of each are the labels."""
     loader = DataLoader(
-        dataset,
+        _Answers(dataset),
+        collate_fn=_collated,
         batch_size=config.pretrain.batch_size,
         shuffle=True,
         drop_last=True,
@@ -132,6 +187,8 @@ def _batches(dataset: Images, config: Config, steps: int, device: torch.device) 
         for batch in loader:
             if done == steps:
                 return
+            if isinstance(batch, InputError):
+                raise batch
             largest = int(batch[-1].max())
             if largest >= config.policy.sizes.num_classes:
                 raise InputError(
@@ -140,6 +197,27 @@ def _batches(dataset: Images, config: Config, steps: int, device: torch.device) 
                 )
             yield tuple(tensor.to(device) for tensor in batch)
             done += 1
+
+
+class _Answers(Dataset[Any]):
+    """A data set whose errors are items: a worker of DataLoader would put its traceback into the message."""
+
+    def __init__(self, dataset: Images) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._dataset[index]
+        except InputError as error:
+            return error
+
+
+def _collated(items: list[Any]) -> Any:
+    error = next((item for item in items if isinstance(item, InputError)), None)
+    return default_collate(items) if error is None else error
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -165,14 +243,14 @@ def _optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, lo
     optimizer.step()
 
 
-def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[VQVAE, float, float]:
+def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[VQVAE, float, float, float]:
     settings, steps = config.pretrain, config.pretrain.vqvae_steps
     vqvae = VQVAE(config.policy.vqvae).to(device)
     torch.nn.init.normal_(vqvae.quantize.embedding.weight, std=0.5)
     optimizer = torch.optim.AdamW(vqvae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     hits_V = torch.zeros(config.policy.vqvae.vocab_size, device=device)
     errors: list[Tensor] = []
-    usage = 0.0
+    usage, variance = 0.0, 0.0
     bar = tqdm(_batches(images, config, steps, device), total=steps, desc="vq-vae", unit="step", dynamic_ncols=True)
     for step, (images_B3HW, _) in enumerate(bar):
         batch = _pixels(images_B3HW)
@@ -182,12 +260,18 @@ def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[
         hits_V += torch.bincount(tokens_BL.flatten(), minlength=len(hits_V))
         errors.append(error.detach())
         if (step + 1) % _REVIVE_EVERY == 0:
-            usage = float((hits_V > 0).float().mean())
+            usage, variance = float((hits_V > 0).float().mean()), _variance(batch)
             bar.set_postfix(mse=f"{float(errors[-1]):.4f}", codes=f"{usage:.0%}")
             if step < steps * 3 // 4:
                 _revive(vqvae, optimizer, hits_V, batch)
             hits_V.zero_()
-    return vqvae.requires_grad_(False), float(torch.stack(errors[-_REVIVE_EVERY:]).mean()), usage
+    mse = float(torch.stack(errors[-_REVIVE_EVERY:]).mean())
+    return vqvae.requires_grad_(False), mse, variance or _variance(batch), usage
+
+
+def _variance(images: Tensor) -> float:
+    """Mean square of (B, 3, H, W) pixels around the mean colour of the batch."""
+    return float((images - images.mean(dim=(0, 2, 3), keepdim=True)).square().mean())
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -28,7 +29,7 @@ from varfast.command import run_command, split_arguments
 from varfast.config import Config, load_config
 from varfast.distributed import World, gathered, joined, local_device, processes_here
 from varfast.grpo import combined_advantages, groups_without_signal
-from varfast.labels import draw_labels, label_pool
+from varfast.labels import LABELS_FILE, caption, draw_labels, label_pool, labels_json, read_labels, run_names
 from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled, table
 from varfast.models import VAR, VQVAE
 from varfast.models.lora import import_peft, merged_state, peft_adapter
@@ -84,6 +85,8 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
     fitted = _fitted(config, device, world, mine.stop - mine.start)
     folder = RunFolder(config.run.dir)
     found = folder.prepare(config)
+    names = run_names(config, folder.path)
+    labels = label_pool(config.rollout, config.policy.sizes.num_classes, config.run.seed, names)
     with world.leader_first():  # it pre-trains and downloads
         reward = WeightedSum(config.reward, device, config.policy.sizes.num_classes)
         on_device = config.run.model_copy(update={"device": str(device)})
@@ -99,7 +102,6 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
     fits = {name: getattr(fitted.update, name) for name in ("micro_batch", "checkpointing", "cuda_graph")}
     update = config.update.model_copy(update=fits)
     updater = Updater(policy, reference, config.grpo, update, config.run.steps, config.run.seed, world)
-    labels = label_pool(config.rollout, policy.num_classes, config.run.seed)
     further = updater.further_state()
     start, before, bad_rollouts = 0, {}, 0  # bad ones in a row
     here = environment() | {"processes": world.size}
@@ -123,7 +125,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
         if log and start:
             log.say(f"going on after step {start} of {config.run.steps} in {folder.path}")
         elif log:
-            _save_grid(log, 0, policy, labels, config)
+            _save_grid(log, 0, policy, labels, config, names)
         for step in range(start, config.run.steps):
             steady = profile and world.leads and step == min(start + 2, config.run.steps - 1)
             with profiled(folder.path / "profile", device) if steady else nullcontext():
@@ -179,7 +181,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
             if log and limits:
                 log.step(done, metrics | limits.metrics(stages_ms, step_s) | held_bytes)
                 if done % config.log.grid_every == 0 or done == config.run.steps:
-                    _save_grid(log, done, policy, labels, config)
+                    _save_grid(log, done, policy, labels, config, names)
                     if isinstance(scores, Rewards):
                         log.samples(done, images, drawn.labels_B, scores)
             # A rollout that was left out changed nothing: when the run is taken up again, it is tried again.
@@ -294,7 +296,15 @@ def load_base(config: Config, folder: RunFolder, resume: bool) -> Policy:
     )
     if noted is None:
         folder.save_base(var, vqvae)
+        _keep_labels(folder, var)
     return policy
+
+
+def _keep_labels(folder: RunFolder, var: str) -> None:
+    """What the labels of the base are called, into the run's folder."""
+    found = read_labels(Path(var).expanduser().parent)
+    if found is not None:
+        save_text(folder.path / LABELS_FILE, labels_json(found))
 
 
 def load_run(folder: RunFolder, device: torch.device, dtype: str) -> Policy:
@@ -340,11 +350,13 @@ def _evaluate(policy: Policy, reward: WeightedSum, labels: list[int], config: Co
     return evaluate(policy, reward, labels, config.eval, sampling.temperature, config.run.seed, sampling.micro_batch)
 
 
-def _save_grid(log: RunLog, step: int, policy: Policy, labels: list[int], config: Config) -> None:
-    columns = config.log.grid_samples
-    labels_B = torch.tensor(labels[: config.log.grid_labels]).repeat_interleave(columns)
+def _save_grid(
+    log: RunLog, step: int, policy: Policy, labels: list[int], config: Config, names: list[str] | None
+) -> None:
+    columns, rows = config.log.grid_samples, labels[: config.log.grid_labels]
+    labels_B = torch.tensor(rows).repeat_interleave(columns)
     rollout = policy.sample(labels_B, config.rollout.temperature, seed=config.run.seed, step=GRID_STEP)
-    log.grid(step, policy.decode(rollout.tokens_BL), columns)
+    log.grid(step, policy.decode(rollout.tokens_BL), columns, [caption(label, names) for label in rows])
 
 
 def _metrics(

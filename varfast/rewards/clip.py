@@ -47,7 +47,7 @@ def prompts(
     assert names is not None
     if isinstance(names, str):
         try:
-            text = Path(names).expanduser().read_text(encoding="utf-8")
+            text = Path(names).expanduser().read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{key}.names={names} cannot be read: {error}; want a file with one name a line"
