@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from varfast.data import DigitsClassifier, digits
-from varfast.images import SUFFIXES, Listing, check_images, list_images, passed_over, printable, read_rgb
+from varfast.images import SUFFIXES, Listing, check_images, first_line, list_images, passed_over, printable, read_rgb
 from varfast.metrics import Statistics, check_installed, statistics, thinned
 from varfast.models.weights import read_checkpoint
 from varfast.rewards.files import fetch, file_name
@@ -202,7 +202,7 @@ def _archive(path: Path, width: int, image_size: int) -> tuple[Statistics | None
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except _DAMAGED_ARCHIVE as error:
-        raise InputError(f"{where} is truncated or no .npz ({error}); fetch it again") from error
+        raise InputError(f"{where} is truncated or no .npz ({first_line(error)}); fetch it again") from error
     if known is None and "arr_0" not in names:
         raise InputError(
             f"{where} holds {', '.join(map(printable, sorted(names))) or 'nothing'}; want arr_0, or mu and sigma"
@@ -262,4 +262,6 @@ def _stored_images(path: Path, image_size: int) -> Iterator[Tensor]:
     except InputError:
         raise
     except _DAMAGED_ARCHIVE as error:
-        raise InputError(f"fid_reference={path} is truncated or damaged ({error}); fetch it again") from error
+        raise InputError(
+            f"fid_reference={path} is truncated or damaged ({first_line(error)}); fetch it again"
+        ) from error

@@ -250,24 +250,26 @@ def _read(path: str) -> Image.Image:
     try:
         with _opened(path) as source, Image.open(source, formats=_FORMATS) as image:
             if image.width * image.height > _MOST_PIXELS:
-                raise InputError(f"has {image.width} x {image.height} pixels; the most are {_MOST_PIXELS:,}")
+                raise InputError(f"is too large: {image.width} x {image.height} pixels, the most are {_MOST_PIXELS:,}")
             return _rgb(image)
     except InputError:
         raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"is too large: {first_line(error)}") from error
     except _DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"cannot be read ({error.strerror})") from error
-        raise InputError(f"is broken or no image ({_looks_like(path) or _first_line(error)})") from error
+        raise InputError(f"is broken or no image ({_looks_like(path) or first_line(error)})") from error
 
 
 def _opened(path: str) -> io.BufferedReader:
     """A regular file. A pipe or device put in its place is not waited for. Raises: OSError, InputError."""
-    source = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
-    mode = os.fstat(source.fileno()).st_mode
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(number).st_mode
     if not stat.S_ISREG(mode):
-        source.close()
+        os.close(number)
         raise InputError(f"is {_kind(mode)}")
-    return source
+    return os.fdopen(number, "rb")
 
 
 def _looks_like(path: str) -> str:
@@ -293,9 +295,11 @@ def _looks_like(path: str) -> str:
 _MAGIC = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"BM", b"GIF8", b"II*", b"MM\x00*", b"II+", b"MM\x00+", b"P")
 
 
-def _first_line(error: BaseException) -> str:
-    # Pillow shows the open file in some messages: <_io.BufferedReader name=7>
-    text = printable((str(error) or type(error).__name__).splitlines()[0])[:200]
+def first_line(error: BaseException) -> str:
+    """The reason that a library gave, in a line of at most 200 letters that a terminal can show."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    text = printable(lines[0])[:200]
+    # Pillow names the open file: <_io.BufferedReader name=7>
     return "cannot identify image file" if text.startswith("cannot identify") else text
 
 

@@ -421,9 +421,9 @@ class Policy:
 
 
 def _to_unit(low: float, high: float) -> str:
-    if 0.0 <= low and 1.0 < high <= 255.0:
+    if low >= 0.0 and 1.0 < high <= 255.0:
         return "images / 255, if they are levels"
-    if -1.0 <= low and high <= 1.0:
+    if low >= -1.0 and high <= 1.0:
         return "(images + 1) / 2, if they are in [-1, 1]"
     return "clamp(0, 1) what sharpening or resizing left outside"
 
