@@ -564,7 +564,7 @@ def _seen_labels(config: EvaluateConfig) -> set[int] | None:
     if not Path(config.checkpoint).expanduser().is_dir():
         return None
     run = RunFolder(config.checkpoint).load_config()
-    names = run_names(run, Path(config.checkpoint).expanduser())
+    names = run_names(run, Path(config.checkpoint).expanduser(), made=True)
     pool = label_pool(run.rollout, run.policy.sizes.num_classes, run.run.seed, names)
     return set(pool) if len(pool) < run.policy.sizes.num_classes else None
 

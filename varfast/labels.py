@@ -143,8 +143,12 @@ def label_names(place: str | Path, num_classes: int) -> list[str] | None:
     return list(imagenet().values()) if num_classes == len(imagenet()) else None
 
 
-def run_names(config: Config, folder: Path) -> list[str] | None:
-    """Names of a run's labels, known before its base is made: of its folder, its data set, or the weights it names."""
+def run_names(config: Config, folder: Path, made: bool) -> list[str] | None:
+    """Names of a run's labels: of its folder, its data set, or the weights that it starts from.
+
+    Args:
+        made: the base of a run is there. Without labels.json it is of a time when folders had another order.
+    """
     num_classes, checkpoint = config.policy.sizes.num_classes, config.policy.checkpoint
     if read_labels(folder) is not None:
         return label_names(folder, num_classes)
@@ -152,11 +156,9 @@ def run_names(config: Config, folder: Path) -> list[str] | None:
         return label_names(checkpoint, num_classes)
     if config.pretrain.dataset == "digits":
         return [str(digit) for digit in range(10)] if num_classes == 10 else None
-    try:
-        names = _named(class_folders(str(Path(config.pretrain.dataset).expanduser())))
-    except InputError:  # said where the images are needed: a run that goes on needs none
+    if made:
         return None
-    return [printable(name) for name in names] if len(names) == num_classes else None
+    return [printable(name) for name in _named(class_folders(str(Path(config.pretrain.dataset).expanduser())))]
 
 
 def label_numbers(what: str, given: Sequence[int | str], num_classes: int, names: Sequence[str] | None) -> list[int]:

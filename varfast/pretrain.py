@@ -98,6 +98,8 @@ def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
         # product; on a GPU that has not been tried.
         with order_may_vary():
             var, vqvae, report = pretrain(config, device)
+        if config.pretrain.dataset != "digits":
+            save_text(var_path.with_name(LABELS_FILE), labels_json(labels_of(_own_images(config))))
         save_tensors(vqvae_path, vqvae.state_dict())
         save_tensors(var_path, var.state_dict())
         save_text(var_path.with_name("report.json"), json.dumps(asdict(report), indent=2) + "\n")
@@ -110,18 +112,22 @@ def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
     return var_path, vqvae_path
 
 
+def _own_images(config: Config) -> FolderImages:
+    images = load_images(config.pretrain.dataset, config.policy.vqvae.image_size, check=False)
+    assert isinstance(images, FolderImages)
+    return images
+
+
 def _show_own(
     config: Config, var: VAR, vqvae: VQVAE, report: PretrainReport, folder: Path, device: torch.device
 ) -> None:
-    """For images of a user's own: what the numbers mean, pictures beside the base, and the labels."""
-    images = load_images(config.pretrain.dataset, config.policy.vqvae.image_size, check=False)
-    assert isinstance(images, FolderImages)
+    """For images of a user's own: what the numbers mean, and pictures beside the base."""
+    images = _own_images(config)
     labels = labels_of(images)
-    save_text(folder / LABELS_FILE, labels_json(labels))
     print("\n".join(f"  {line}" for line in advice(report, config)))
     shown = sorted({i * (len(images) - 1) // (_SHOWN_IMAGES - 1) for i in range(_SHOWN_IMAGES)})
     real = torch.stack([images[i][0] for i in shown]).to(device)
-    policy = Policy(var, vqvae, device, config.run.dtype)
+    policy = Policy(var, vqvae, device)
     rebuilt = policy.decode(policy.encode(real))
     save_png(folder / "reconstructions.png", image_grid(torch.cat([real, rebuilt]), len(shown), ["image", "rebuilt"]))
     rows = labels[:_SHOWN_IMAGES]

@@ -85,7 +85,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
     fitted = _fitted(config, device, world, mine.stop - mine.start)
     folder = RunFolder(config.run.dir)
     found = folder.prepare(config)
-    names = run_names(config, folder.path)
+    names = run_names(config, folder.path, made=folder.base.exists())
     labels = label_pool(config.rollout, config.policy.sizes.num_classes, config.run.seed, names)
     with world.leader_first():  # it pre-trains and downloads
         reward = WeightedSum(config.reward, device, config.policy.sizes.num_classes)
@@ -295,8 +295,8 @@ def load_base(config: Config, folder: RunFolder, resume: bool) -> Policy:
         config.run.strict,
     )
     if noted is None:
-        folder.save_base(var, vqvae)
         _keep_labels(folder, var)
+        folder.save_base(var, vqvae)
     return policy
 
 
