@@ -227,7 +227,7 @@ def _statistic(archive: zipfile.ZipFile, name: str, wanted: tuple[int, ...]) -> 
         shape, _, dtype = _npy_header(file)
     if shape != wanted or dtype.kind not in "fiu":
         raise InputError(
-            f"{name} {shape} of {dtype}: statistics of other features; these are {wanted[-1]} wide. Choose other "
+            f"{name} {shape} of {dtype} are statistics of other features; these are {wanted[-1]} wide. Choose other "
             "features, or give the images"
         )
     with archive.open(f"{name}.npy") as file:

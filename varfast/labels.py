@@ -204,6 +204,6 @@ def _plain(name: str) -> str:
 
 def caption(label: int, names: Sequence[str] | None) -> str:
     """A label for people, as "207 golden retriever"."""
-    if names is None or names[label] == str(label):
+    if names is None or label >= len(names) or names[label] == str(label):
         return f"{label}"
     return f"{label} {names[label]}"
