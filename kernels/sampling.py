@@ -78,6 +78,8 @@ def _sample_kernel(
             uncond += bias
         x = (1.0 + guidance) * x - guidance * uncond
     x = tl.where(x == -float("inf"), x, x * inv_temperature + x * inv_temperature_rest)
+    # NaN counts as +inf: the filters keep it, the maximum sees it, and inf - inf makes logp and entropy NaN.
+    x = tl.where(x == x, x, float("inf"))
     largest = tl.max(x, axis=0)
 
     # Filters: bit by bit, from the top, the largest key that still keeps enough. Ties stay together.
@@ -124,6 +126,8 @@ def _sample_kernel(
     total_weight = tl.sum(weight, axis=0)
     log_total = tl.log(total_weight)
     expected = tl.sum(weight * tl.where(weight > 0.0, shifted, 0.0), axis=0) / total_weight
+    # Only a row that is no distribution has its token outside: its counts are undefined.
+    token = tl.minimum(tl.maximum(token, 0), vocab - 1)
     tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(logp_ptr + row, tl.sum(tl.where(column == token, shifted, 0.0), axis=0) - log_total)
     tl.store(entropy_ptr + row, log_total - expected)
@@ -273,6 +277,8 @@ def sample_tokens(
     Returns:
         tokens (B, l) int64; their log-probability (B, l) and the entropy in nats (B, l), float32 (float64 for
         float64), of the distribution drawn from, that is after guidance, temperature and filters. No gradient.
+        Logits that are no distribution (NaN or +inf among them, or all of them -inf) draw some token in [0, V), whose
+        log-probability and entropy are NaN: so the caller sees it, without an assert on the device.
     Raises: ValueError for a temperature that is not positive, a key of another shape or type, an impl that is unknown
         or cannot run.
     """

@@ -8,9 +8,10 @@ import yaml
 from safetensors.torch import load_file
 
 from varfast import InputError
-from varfast.checkpoint import Checkpoints, RunFolder, save_tensors
+from varfast.checkpoint import Checkpoints, RunFolder
 from varfast.config import ExportConfig, parse_arguments
 from varfast.export import main, model_card
+from varfast.files import save_tensors
 from varfast.log import environment
 from varfast.models import VAR
 from varfast.models.weights import load_var
@@ -55,7 +56,7 @@ def test_export_round_trip_is_bit_for_bit(make_run, tmp_path, name, capsys):
     assert main([f"checkpoint={folder.path}", f"out={out}"]) == 0
     assert same(read(out), state)
     assert same(load_var(str(out)).state_dict(), state)
-    assert {p.name for p in out.parent.iterdir()} == {name, "model.md"}
+    assert {p.name for p in out.parent.iterdir()} == {name, f"model.vqvae{out.suffix}", "model.md"}
     assert f"Model card: {out.with_suffix('.md')}" in capsys.readouterr().out
 
 

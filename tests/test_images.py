@@ -247,9 +247,3 @@ def test_natural_key_orders_numbers_by_value_and_other_names_as_ever():
     assert sorted(plain, key=natural_key) == sorted(plain)
     assert sorted(["1", "01", "a1b", "a01b"], key=natural_key) == ["01", "1", "a01b", "a1b"]
     sorted(["a", "1", "", "1a", "a1"], key=natural_key)  # text and numbers are never compared
-
-
-def test_names_are_printed_without_moving_the_cursor():
-    assert images.printable("a\x1b[2Jb\nc") == r"a\x1b[2Jb\nc"
-    assert images.printable("\udcff") == r"\udcff"
-    assert images.printable("猫 é") == "猫 é"

@@ -103,7 +103,7 @@ def test_names_come_from_labels_json_and_else_from_imagenet(tmp_path):
         b'{"labels": 3}',
         b'{"labels": [3]}',
         b'{"labels": [{"label": 1, "folder": "a", "name": "a", "images": 1}]}',
-        b'{"labels": [{"label": 0, "folder": 3, "name": "a", "images": 1}]}',
+        b'{"labels": [{"label": 0, "folder": "\\ud800", "name": "a", "images": 1}]}',
         b'{"labels": [{"label": 0, "folder": "a", "name": null, "images": 1e999}]}',
         b"[" * 100_000,
     ],
@@ -114,9 +114,9 @@ def test_labels_json_that_cannot_be_read_leaves_labels_without_names(tmp_path, c
 
 
 def test_names_of_labels_json_cannot_move_the_cursor(tmp_path):
-    row = {"label": 0, "folder": "a\x1b[2J", "name": "\ud800", "images": 1}
+    row = {"label": 0, "folder": "a\x1b[2J", "name": "\u202e", "images": 1}
     (tmp_path / "labels.json").write_text(json.dumps({"labels": [row]}))
-    assert read_labels(tmp_path) == [Label(0, r"a\x1b[2J", r"\ud800", 1)]
+    assert read_labels(tmp_path) == [Label(0, r"a\x1b[2J", r"\u202e", 1)]
 
 
 def test_label_table_shows_every_label_of_few_and_the_ends_of_many():

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -170,12 +172,78 @@ def test_wandb_is_not_imported_unless_asked(make_config, install_wandb, tmp_path
         log.step(1, METRICS)
 
 
-def test_metrics_that_cannot_be_written_are_named(tmp_path):
-    with RunLog(tmp_path, 0, 1, tensorboard=False) as log:
+def test_what_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path, capsys):
+    """A folder and FIFOs in the files' places stand for whatever the disk refuses."""
+    for name in ("grids", "samples", "tensorboard", "environment.json"):
+        (tmp_path / name).mkdir() if "." in name else (tmp_path / name).write_text("")
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    image = torch.zeros(2, 3, 4, 4)
+    with RunLog(tmp_path, 0, 3, tensorboard=True) as log:
+        log.environment({"varfast": "0"})
+        for step in (1, 2):
+            log.step(step, METRICS)
+            log.grid(step, image, 2)
+            log.samples(step, image, torch.tensor([0, 1]), Rewards(torch.tensor([0.5, 0.2]), {}))
         (tmp_path / "metrics.jsonl").unlink()
-        (tmp_path / "metrics.jsonl").mkdir()
-        with pytest.raises(InputError, match=r"cannot write .*metrics.jsonl"):
-            log.step(1, METRICS)
+        log.step(3, METRICS)
+    said = capsys.readouterr().out.splitlines()
+    assert all(line.endswith("The run goes on; this is said once") for line in said), said
+    wanted = (
+        "a grid of samples",
+        "a line of metrics",
+        "environment.json",
+        "TensorBoard's events",
+        "the best and worst",
+    )
+    assert sorted(line[:12] for line in said if "of earlier" not in line) == sorted(text[:12] for text in wanted)
+    # There is space again: nothing of the curves is lost.
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_half_a_line_is_taken_back(tmp_path, monkeypatch):
+    with RunLog(tmp_path, 0, 2, tensorboard=False) as log:
+        log.step(1, METRICS)
+        write = os.write
+
+        def full(descriptor, content):
+            if len(content) < 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(descriptor, content[:20])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            log.step(2, METRICS)
+        assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+        assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_damaged_lines_of_earlier_steps_stop_nothing(tmp_path):
+    """What a killed run, two runs at once or a fault of the disk leave there; each step stays once."""
+    deep = b'{"step": ' + b"[" * 100_000
+    lines = [
+        b'{"step": 1, "kl": 1}',
+        b"\xff\xfe",
+        deep,
+        b'{"step": ' + b"9" * 5000 + b"}",
+        b'{"step": true}',
+        b'{"step": 2, "kl": 2}',
+        b"[]",
+        b'{"step": 1, "kl": 3}',
+        b'{"step": 7}',
+        b'{"step": 2, "k',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    with RunLog(tmp_path, 3, 4, tensorboard=False):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "kl": 3}\n{"step": 2, "kl": 2}\n'
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()])
+def test_a_special_file_in_place_of_earlier_steps_stops_nothing(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with RunLog(tmp_path, 3, 4, tensorboard=False):
+        pass
 
 
 def test_table_lines_up():

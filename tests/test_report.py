@@ -211,7 +211,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path, make_run):
         load_run(folder, "x")
     with pytest.raises(InputError, match="nowhere is no run folder: it does not exist"):
         main([str(tmp_path / "nowhere")])
-    with pytest.raises(InputError, match=r"usage: python -m varfast.report runs/x"):
+    with pytest.raises(InputError, match="runs is missing; want a list, each a path"):
         main(["out=x.html"])
 
 

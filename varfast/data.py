@@ -25,10 +25,10 @@ from varfast.images import (
     is_hidden,
     list_images,
     passed_over,
-    printable,
     read_rgb,
     sorted_entries,
 )
+from varfast.printable import printable
 from varfast.types import InputError
 
 Images = Dataset[tuple[Tensor, ...]]

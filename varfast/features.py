@@ -22,9 +22,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from varfast.data import DigitsClassifier, digits
-from varfast.images import SUFFIXES, Listing, check_images, first_line, list_images, passed_over, printable, read_rgb
+from varfast.images import SUFFIXES, Listing, check_images, first_line, list_images, passed_over, read_rgb
 from varfast.metrics import Statistics, check_installed, statistics, thinned
 from varfast.models.weights import read_checkpoint
+from varfast.printable import printable
 from varfast.rewards.files import fetch, file_name
 from varfast.types import InputError
 

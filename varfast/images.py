@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from varfast.printable import printable
 from varfast.types import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
@@ -49,6 +50,7 @@ _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _SHOWN = 20
 _THREADS = 8
 _BATCH_FILES = 1024
+_MOST_PATH = 4096  # letters: a file's name stands at the end
 _BAR_FROM = 5000
 # What Pillow raises for damaged files (tests/fuzz/test_images.py).
 _DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError,
@@ -110,14 +112,6 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _NO_DATA
 
 
-def printable(text: str | bytes) -> str:
-    """A name or message for terminals and JSON: what is no text, or moves the cursor, is escaped."""
-    if isinstance(text, bytes):
-        text = text.decode(errors="replace")
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def list_images(folder: str) -> Listing:
     """The images of a folder at any depth. Links are followed, each folder once; hidden names are passed over."""
     found = Listing()
@@ -139,7 +133,7 @@ def _walk(folder: str, found: Listing, seen: set[tuple[int, int]]) -> None:
         seen.add((here.st_dev, here.st_ino))
         entries = sorted_entries(folder)
     except OSError as error:
-        found.troubles.append(f"{printable(folder)} is a folder that cannot be read ({error.strerror})")
+        found.troubles.append(f"{printable(folder, _MOST_PATH)} is a folder that cannot be read ({error.strerror})")
         return
     for entry in entries:
         named_image = entry.name.lower().endswith(SUFFIXES)
@@ -150,17 +144,17 @@ def _walk(folder: str, found: Listing, seen: set[tuple[int, int]]) -> None:
             status = entry.stat()
         except OSError as error:
             what = "is a link to nothing" if entry.is_symlink() else f"cannot be read ({error.strerror})"
-            found.troubles.append(f"{printable(entry.path)} {what}")
+            found.troubles.append(f"{printable(entry.path, _MOST_PATH)} {what}")
             continue
         if stat.S_ISDIR(status.st_mode):
             if named_image:
-                found.troubles.append(f"{printable(entry.path)} is a folder with the name of an image")
+                found.troubles.append(f"{printable(entry.path, _MOST_PATH)} is a folder with the name of an image")
             else:
                 _walk(entry.path, found, seen)
         elif not named_image:
             found.passed_over[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
         elif not stat.S_ISREG(status.st_mode):
-            found.troubles.append(f"{printable(entry.path)} is {_kind(status.st_mode)}")
+            found.troubles.append(f"{printable(entry.path, _MOST_PATH)} is {_kind(status.st_mode)}")
         else:
             found.files.append(ImageFile(entry.path, status.st_size, status.st_mtime_ns))
 
@@ -194,7 +188,7 @@ def check_images(what: str, listing: Listing) -> None:
         for first in range(0, len(listing.files), _BATCH_FILES):
             files = listing.files[first : first + _BATCH_FILES]
             reasons = pool.map(check, files)
-            troubles += [f"{printable(f.path)} {r}" for f, r in zip(files, reasons, strict=True) if r]
+            troubles += [f"{printable(f.path, _MOST_PATH)} {r}" for f, r in zip(files, reasons, strict=True) if r]
             bar.update(len(files))
     if not troubles:
         return
@@ -241,7 +235,7 @@ def read_rgb(path: str, what: str) -> Image.Image:
         return _read(path)
     except InputError as error:
         raise InputError(
-            f"{what}: {printable(path)} {error}; delete it or replace it, and run the command again"
+            f"{what}: {printable(path, _MOST_PATH)} {error}; delete it or replace it, and run the command again"
         ) from error
 
 
@@ -298,7 +292,7 @@ _MAGIC = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"BM", b"GIF8", b"II*", b"MM\x00*", 
 def first_line(error: BaseException) -> str:
     """The reason that a library gave, in a line of at most 200 letters that a terminal can show."""
     lines = str(error).splitlines() or [type(error).__name__]
-    text = printable(lines[0])[:200]
+    text = printable(lines[0])
     # Pillow names the open file: <_io.BufferedReader name=7>
     return "cannot identify image file" if text.startswith("cannot identify") else text
 

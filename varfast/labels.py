@@ -20,13 +20,13 @@ from torch import Tensor
 
 from varfast.config import Config, RolloutConfig, check_labels
 from varfast.data import FolderImages, class_folders
-from varfast.images import printable
+from varfast.files import read_json
+from varfast.printable import printable
 from varfast.randomness import Purpose, keyed_generator
 from varfast.types import InputError
 
 LABELS_FILE = "labels.json"
 _SHOWN_ROWS = 40
-_MOST_BYTES = 16 * 2**20
 
 
 def label_pool(config: RolloutConfig, num_classes: int, seed: int, names: list[str] | None = None) -> list[int]:
@@ -117,15 +117,15 @@ def labels_json(labels: Sequence[Label]) -> str:
 def read_labels(folder: Path) -> list[Label] | None:
     """The labels that a folder's labels.json describes; None without one that can be read: only names depend on it."""
     path = folder / LABELS_FILE
+    if not path.exists():
+        return None
     try:
-        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
-            return None
-        rows = json.loads(path.read_text(encoding="utf-8"))["labels"]
+        rows = read_json(path)["labels"]
         found = [
             Label(int(row["label"]), printable(row["folder"]), printable(row["name"]), int(row["images"]))
             for row in rows
         ]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
         return None
     return found if found and [row.label for row in found] == list(range(len(found))) else None
 

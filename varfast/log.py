@@ -10,11 +10,12 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import unicodedata
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,19 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from varfast.checkpoint import save_text, write_atomically
 from varfast.command import ALLOCATOR_VARIABLES
 from varfast.config import Config
+from varfast.files import (
+    WriteError,
+    advice,
+    append,
+    open_regular,
+    parse_json,
+    read_text,
+    reason,
+    save_text,
+    write_atomically,
+)
 from varfast.roofline import measure_here, speed_of_light_s, stage_counts
 from varfast.types import InputError, Rewards
 
@@ -42,10 +53,15 @@ _TITLE_PX = 14
 _TITLE_LETTERS = 28
 # Best and worst samples kept a grid step: at 256 pixels two rows of 8 are a PNG of 2 MB.
 _EXTREMES = 8
+# A line of metrics.jsonl has 1 to 3 kB.
+_MOST_LINE_BYTES = 2**20
 
 
 class RunLog:
     """Metrics and pictures of a run, in its folder. A context manager.
+
+    None of it is what a run is for: what cannot be written is said, once of each kind, and the run goes on. Lines of
+    metrics.jsonl are kept and written when there is space again.
 
     Args:
         folder: of the run.
@@ -60,15 +76,20 @@ class RunLog:
     ) -> None:
         self._folder = folder
         self._metrics = folder / "metrics.jsonl"
-        kept = [line for line in _lines(self._metrics) if json.loads(line)["step"] <= start_step]
-        save_text(self._metrics, "".join(line + "\n" for line in kept))
+        self._said: set[str] = set()
+        self._bar = tqdm(total=total_steps, initial=start_step, desc="grpo", unit="step", dynamic_ncols=True)
+        self._unwritten = ""
+        with self._optional("the lines of earlier steps"):
+            kept = _lines(self._metrics, start_step)
+            save_text(self._metrics, "".join(line + "\n" for line in kept))
         self._wandb = _start_wandb(folder, config) if config is not None and config.log.wandb else None
         self._writer: SummaryWriter | None = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
-        self._bar = tqdm(total=total_steps, initial=start_step, desc="grpo", unit="step", dynamic_ncols=True)
+            with self._optional("TensorBoard's events"):
+                purge_step = start_step + 1 if start_step else None
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
     def __enter__(self) -> RunLog:
         return self
@@ -76,26 +97,22 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.close()
+        self._append("")
         if self._writer is not None:
-            self._writer.close()
+            with self._optional("TensorBoard's events"):
+                self._writer.close()
+        self._bar.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the metrics of a step, counted from 1, but for those that are not finite: JSON has no NaN.
-
-        Raises: InputError if the disk is full.
-        """
+        """Record the metrics of a step, counted from 1, but for those that are not finite: JSON has no NaN."""
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        try:
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {self._metrics}: {error.strerror}; free space there and go on") from error
+        self._append(json.dumps({"step": step, **metrics}) + "\n")
         if self._writer is not None:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name, value, step)
+            with self._optional("TensorBoard's events"):
+                for name, value in metrics.items():
+                    self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
         self._bar.update()
@@ -107,9 +124,11 @@ class RunLog:
     def grid(self, step: int, images: Tensor, columns: int, titles: Sequence[str] = ()) -> None:
         """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png, with a title beside each row."""
         picture = image_grid(images, columns, titles)
-        save_png(self._folder / "grids" / f"step_{step:06d}.png", picture)
+        with self._optional("a grid of samples"):
+            save_png(self._folder / "grids" / f"step_{step:06d}.png", picture)
         if self._writer is not None:
-            self._writer.add_image("samples", picture, step, dataformats="HWC")
+            with self._optional("TensorBoard's events"):
+                self._writer.add_image("samples", picture, step, dataformats="HWC")
         if self._wandb is not None:
             self._wandb.log({"samples": import_wandb().Image(Image.fromarray(picture))}, step=step)
 
@@ -134,8 +153,34 @@ class RunLog:
             for name, row in rows.items()
         }
         path = self._folder / "samples" / f"step_{step:06d}.png"
-        save_png(path, image_grid(images[torch.cat(list(rows.values())).to(images.device)], shown))
-        save_text(path.with_suffix(".json"), json.dumps(noted, indent=1) + "\n")
+        with self._optional("the best and worst samples"):
+            save_png(path, image_grid(images[torch.cat(list(rows.values())).to(images.device)], shown))
+            save_text(path.with_suffix(".json"), json.dumps(noted, indent=1) + "\n")
+
+    def environment(self, here: dict[str, Any]) -> None:
+        """Save environment.json: versions and hardware."""
+        with self._optional("environment.json"):
+            save_text(self._folder / "environment.json", json.dumps(here, indent=2) + "\n")
+
+    def _append(self, line: str) -> None:
+        """Add a line to metrics.jsonl, with those that could not be written before."""
+        self._unwritten += line
+        if not self._unwritten:
+            return
+        with self._optional("a line of metrics.jsonl, kept until there is space,"):
+            append(self._metrics, self._unwritten.encode())
+            self._unwritten = ""
+
+    @contextmanager
+    def _optional(self, what: str) -> Iterator[None]:
+        """Do what the run can go on without; if the disk does not let it, say so the first time."""
+        try:
+            yield
+        except (OSError, WriteError) as error:
+            if what not in self._said:
+                self._said.add(what)
+                text = str(error) if isinstance(error, WriteError) else f"{reason(error)}. {advice(error)}"
+                self.say(f"{what} could not be written: {text}. The run goes on; this is said once")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -159,12 +204,17 @@ def _start_wandb(folder: Path, config: Config) -> Any:
     """The run of Weights & Biases that belongs to a run folder, and again the same one after a stop."""
     wandb = import_wandb()
     noted = folder / "wandb_id.txt"
-    if not noted.exists():
-        save_text(noted, uuid.uuid4().hex[:8] + "\n")
+    try:
+        name = read_text(noted).strip()
+    except InputError:
+        name = ""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):  # none yet, or damaged
+        name = uuid.uuid4().hex[:8]
+        save_text(noted, name + "\n")
     try:
         return wandb.init(
             project=config.log.wandb,
-            id=noted.read_text(encoding="utf-8").strip(),
+            id=name,
             resume="allow",
             dir=str(folder),
             name=folder.resolve().name,
@@ -211,7 +261,6 @@ def profiled(folder: Path, device: torch.device) -> Iterator[None]:
 
     On a GPU memory.pickle, the allocator's history, for pytorch.org/memory_viz; on a CPU memory.txt, by operator.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     activities = [torch.profiler.ProfilerActivity.CPU]
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -219,21 +268,38 @@ def profiled(folder: Path, device: torch.device) -> Iterator[None]:
         torch.cuda.memory._record_memory_history(max_entries=200_000)
     with torch.profiler.profile(activities=activities, profile_memory=not on_gpu) as profiler:
         yield
-    profiler.export_chrome_trace(str(folder / "trace.json"))
-    if on_gpu:
-        torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
-        torch.cuda.memory._record_memory_history(enabled=None)
-    else:
-        save_text(folder / "memory.txt", profiler.key_averages().table(sort_by="self_cpu_memory_usage", row_limit=50))
-    print(f"profile of one step: {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        if on_gpu:
+            torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
+        else:
+            of_operators = profiler.key_averages().table(sort_by="self_cpu_memory_usage", row_limit=50)
+            save_text(folder / "memory.txt", of_operators)
+        print(f"profile of one step: {folder}")
+    except (OSError, WriteError) as error:
+        print(f"the profile could not be written: {error}. The run goes on")
+    finally:
+        if on_gpu:
+            torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def _lines(path: Path) -> list[str]:
-    # The last line of a killed run may be cut off; json.loads would refuse it.
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return text.split("\n")[:-1]
+def _lines(path: Path, last_step: int) -> list[str]:
+    """The lines of a metrics.jsonl up to a step, one a step: the last, where two processes wrote.
+
+    Left out: half a line, which a killed run leaves at the end, and whatever else is no line of metrics.
+    """
+    kept: dict[int, str] = {}
+    with suppress(OSError), open_regular(path) as file:
+        while line := file.readline(_MOST_LINE_BYTES):
+            try:
+                step = parse_json(line)["step"]
+                text = line.decode().rstrip("\n")
+            except (ValueError, RecursionError, TypeError, KeyError):
+                continue
+            if isinstance(step, int) and not isinstance(step, bool) and line.endswith(b"\n") and 0 < step <= last_step:
+                kept[step] = text
+    return [kept[step] for step in sorted(kept)]
 
 
 def image_grid(images: Tensor, columns: int, titles: Sequence[str] = ()) -> np.ndarray:

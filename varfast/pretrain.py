@@ -10,6 +10,11 @@ Axes: B image, L token over all scales, V vocabulary.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("pretrain")
+
 import hashlib
 import json
 import math
@@ -25,15 +30,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from tqdm import tqdm
 
-from varfast.checkpoint import save_tensors, save_text
-from varfast.command import run_command, split_arguments
-from varfast.config import Config, load_config
+from varfast.base import FileNote
+from varfast.command import read_config
+from varfast.config import Config
 from varfast.data import FolderImages, Images, fingerprint, load_images
+from varfast.files import read_json, remove_leftovers, save_tensors, save_text
 from varfast.labels import LABELS_FILE, caption, label_table, labels_json, labels_of
+from varfast.lock import locked
 from varfast.log import image_grid, save_png
 from varfast.models import VAR, VQVAE
 from varfast.policy import Policy, pick_device
 from varfast.randomness import GRID_STEP, order_may_vary
+from varfast.signals import listen
 from varfast.types import InputError
 
 _GRAD_CLIP = 1.0
@@ -91,25 +99,63 @@ def _code_digest() -> str:
 
 
 def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
-    """The transformer's and the VQ-VAE's checkpoint for this config, trained now if they are not in the cache."""
-    var_path, vqvae_path = base_paths(config, device)
-    if not (var_path.exists() and vqvae_path.exists()):
+    """The transformer's and the VQ-VAE's checkpoint for this config, trained now if they are not whole in the cache.
+
+    Of several processes that want the same base at once, on whatever machines, one makes it and the others wait.
+
+    Raises: InputError if the cache cannot be written, which is tried before anything is trained; or as pretrain.
+    """
+    paths = base_paths(config, device)
+    if _damage(paths) is None:
+        return paths
+    folder = paths[0].parent
+    with locked(folder, f"the base model in {folder}", "choose another pretrain.cache_dir", math.inf):
+        damage = _damage(paths)  # another process may have made it meanwhile
+        if damage is None:
+            return paths
+        remove_leftovers(folder)
+        if damage:
+            print(f"base model in {folder}: {damage}; it is made again")
         # The base is made once and kept. No operation of it is known to lack a fixed order now that upsampling is a
         # product; on a GPU that has not been tried.
         with order_may_vary():
-            var, vqvae, report = pretrain(config, device)
+            try:
+                var, vqvae, report = pretrain(config, device)
+            except KeyboardInterrupt as error:
+                error.add_note("  pre-training keeps nothing of a base model that is not complete: it starts again")
+                raise
         if config.pretrain.dataset != "digits":
-            save_text(var_path.with_name(LABELS_FILE), labels_json(labels_of(_own_images(config))))
-        save_tensors(vqvae_path, vqvae.state_dict())
-        save_tensors(var_path, var.state_dict())
-        save_text(var_path.with_name("report.json"), json.dumps(asdict(report), indent=2) + "\n")
+            save_text(folder / LABELS_FILE, labels_json(labels_of(_own_images(config))))
+        for path, model in zip(paths, (var, vqvae), strict=True):
+            save_tensors(path, model.state_dict())
+        # Last: without it, the files count as missing.
+        files = {path.name: FileNote.of(path).model_dump() for path in paths}
+        save_text(_report(paths), json.dumps(asdict(report) | {"files": files}, indent=2) + "\n")
         print(
             f"base model: {report.seconds:.0f} s; reconstruction MSE {report.reconstruction_mse:.4f}, "
             f"{report.codebook_usage:.0%} of the codes in use, {report.token_loss:.2f} nats a token"
         )
         if config.pretrain.dataset != "digits":
-            _show_own(config, var, vqvae, report, var_path.parent, device)
-    return var_path, vqvae_path
+            _show_own(config, var, vqvae, report, folder, device)
+    return paths
+
+
+def _report(paths: tuple[Path, Path]) -> Path:
+    return paths[0].with_name("report.json")
+
+
+def _damage(paths: tuple[Path, Path]) -> str | None:
+    """What is wrong with a base model in the cache: None if it is whole, "" if there is none."""
+    report = _report(paths)
+    if not any(path.exists() for path in (report, *paths)):
+        return ""
+    try:
+        files = read_json(report)["files"]
+        notes = [FileNote.model_validate(files[path.name]) for path in paths]
+    except (ValueError, LookupError, TypeError):
+        return f"{report.name} does not say what belongs there"
+    found = {path.name: note.differs(path) for path, note in zip(paths, notes, strict=True)}
+    return next((f"{name} {problem}" for name, problem in found.items() if problem), None)
 
 
 def _own_images(config: Config) -> FolderImages:
@@ -340,12 +386,8 @@ def _undecayed(name: str) -> bool:
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.pretrain config.yaml [a.b=c ...]"""
-    path, overrides = split_arguments(arguments, "python -m varfast.pretrain config.yaml [a.b=c ...]")
-    config = load_config(path, overrides)
-    var_path, vqvae_path = pretrained(config, pick_device(config.run.device))
+    config = read_config(arguments)
+    with listen():
+        var_path, vqvae_path = pretrained(config, pick_device(config.run.device))
     print(f"transformer {var_path}\nVQ-VAE      {vqvae_path}")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -9,6 +9,11 @@ lets nothing else run and nothing be fetched.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("report")
+
 import base64
 import hashlib
 import html
@@ -25,12 +30,10 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from varfast.checkpoint import leaves, read_leaves, save_text
-from varfast.command import run_command
+from varfast.config import ReportConfig, parse_arguments
+from varfast.files import leaves, read_leaves, save_text
 from varfast.log import GAP_PX
 from varfast.types import InputError
-
-USAGE = "python -m varfast.report runs/x [runs/y ...] [out=report.html]"
 
 # A curve of more steps is drawn as its moving mean over a twentieth of the run, in a band from minimum to maximum.
 _POINTS = 200
@@ -697,17 +700,11 @@ for (const grids of document.querySelectorAll(".grids")) {
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.report runs/x [runs/y ...] [out=report.html]"""
-    paths = [Path(a).expanduser() for a in arguments if not a.startswith("out=")]
-    out = Path(([a.removeprefix("out=") for a in arguments if a.startswith("out=")] or ["report.html"])[-1])
-    if not paths:
-        raise InputError(f"usage: {USAGE}")
+    config = parse_arguments(arguments, ReportConfig)
+    paths, out = [Path(run).expanduser() for run in config.runs], Path(config.out).expanduser()
     by_name = len({path.resolve().name for path in paths}) == len(paths)
     # Bytes of a path that are no text are shown as question marks.
     names = [str(path.resolve().name if by_name else path).encode("utf-8", "replace").decode() for path in paths]
     save_text(out, page([load_run(path, name) for path, name in zip(paths, names, strict=True)]))
     print(f"{out}: {len(paths)} {'run' if len(paths) == 1 else 'runs'}, {out.stat().st_size / 1e6:.1f} MB")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

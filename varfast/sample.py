@@ -7,12 +7,16 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("sample")
+
 from pathlib import Path
 
 import torch
 
 from varfast.checkpoint import RunFolder
-from varfast.command import run_command
 from varfast.config import SampleConfig, check_micro_batch, parse_arguments
 from varfast.labels import caption, label_names, label_numbers
 from varfast.log import PICTURE_FORMATS, image_grid, save_picture
@@ -66,7 +70,3 @@ def main(arguments: list[str]) -> int:
         )
         print(f"labels 0 to {len(labels) - 1} are shown; for {left_out}: labels=[{len(labels)}, ...]")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

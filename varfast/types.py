@@ -6,8 +6,10 @@ Axes: B image, L token over all scales; B = P labels x G samples, group-major (t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # varfast/command.py answers a typo before PyTorch is imported
+    from torch import Tensor
 
 
 class InputError(ValueError):
@@ -64,6 +66,30 @@ class Rewards:
 
     total_B: Tensor
     components: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """What a reward may ask of the images beside their pixels; docs/rewards.md.
+
+    Attributes:
+        labels: (B,) int64.
+        names: the class name of each image; None where the labels have none.
+        prompts: in words what each image is to show: its class name, or else the number of its label.
+        step: of the training, from 0; None in an evaluation.
+        seed: of the run.
+    """
+
+    labels: Tensor
+    names: list[str] | None
+    prompts: list[str]
+    step: int | None
+    seed: int
+
+    def copy(self) -> RewardBatch:
+        """One whose tensors and lists may be written to."""
+        names = None if self.names is None else list(self.names)
+        return replace(self, labels=self.labels.clone(), names=names, prompts=list(self.prompts))
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import http.client
+import os
+import stat
 from pathlib import Path
+from typing import IO
 from urllib.parse import unquote
 
 import torch
 
 from varfast.models.weights import resolve
+from varfast.printable import printable
 from varfast.types import InputError
+
+_LONGEST_TEXT_BYTES = 10_000_000
 
 
 def file_name(address: str) -> str:
@@ -28,13 +36,50 @@ def fetch(address: str, key: str, sha256: str = "") -> Path:
     """
     path = _download(address, key) if address.startswith("https://") else _resolve(address, key)
     if sha256:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
         if not found.startswith(sha256):
             raise InputError(
                 f"{key}={address}: {path} has SHA-256 {found}, the public file has {sha256}; it is damaged, or another "
                 "file of that name. Delete it and fetch it again; a file of your own needs another name"
             )
     return path
+
+
+def open_regular(path: Path, most_bytes: int, follow: bool = True) -> IO[bytes]:
+    """Open a file for reading that is a file: a device or a pipe might never end, nor even open.
+
+    Args:
+        most_bytes: a larger file is refused.
+        follow: whether `path` may be a link.
+    Raises: OSError, with the reason in strerror.
+    """
+    # O_NONBLOCK: to open a pipe would wait for its writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    status = os.fstat(descriptor)
+    reason = None
+    if not stat.S_ISREG(status.st_mode):
+        reason = "it is a folder, a device or a pipe, not a file"
+    elif status.st_size > most_bytes:
+        reason = f"it has {status.st_size} bytes, more than {most_bytes}"
+    if reason is not None:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, reason)
+    return os.fdopen(descriptor, "rb")
+
+
+def read_names(address: str, key: str) -> list[str]:
+    """The lines of a text file: one name each.
+
+    Raises: InputError if it is no file of at most 10 MB in UTF-8.
+    """
+    try:
+        with open_regular(Path(address).expanduser(), _LONGEST_TEXT_BYTES) as file:
+            text = file.read().decode("utf-8-sig")  # Windows begins a text with U+FEFF
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{key}={address} cannot be read: {printable(error)}; want a file with one name a line"
+                         ) from error  # fmt: skip
+    return text.rstrip("\n").split("\n")
 
 
 def _resolve(address: str, key: str) -> Path:
@@ -47,12 +92,12 @@ def _resolve(address: str, key: str) -> Path:
 def _download(address: str, key: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / file_name(address)
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(address, str(path), progress=False)
-        except OSError as error:
+        except (OSError, http.client.HTTPException, ValueError, RuntimeError) as error:
             raise InputError(
-                f"{key}={address} cannot be fetched, and {path} does not exist: {error}\n"
+                f"{key}={address} cannot be fetched, and {path} does not exist: {printable(error)}\n"
                 f"  without a network, put the file there, or set {key} to its path"
             ) from error
     return path
