@@ -121,9 +121,9 @@ def test_weights_of_other_sizes_are_refused(make_run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["out=a.pth"], "checkpoint: Field required"),
+        (["out=a.pth"], "checkpoint is missing; want a path"),
         (["checkpoint=runs/x", "out=a.bin"], "got a.bin, want a name that ends with .safetensors or .pth"),
-        (["checkpoint=runs/x", "out=a.pth", "dtype=float16"], "'float32' or 'bfloat16'"),
+        (["checkpoint=runs/x", "out=a.pth", "dtype=float16"], "want float32 or bfloat16"),
         (["checkpoint=nowhere", "out=a.pth"], "nowhere is no run folder"),
     ],
 )
@@ -231,3 +231,21 @@ def test_the_card_of_a_model_with_imagenets_labels_says_so(make_run):
     assert "Taken for the 1000 classes of ImageNet (ILSVRC 2012), in the order of their WordNet ids, 0 tench to" in card
     folder, _ = make_run(policy__var=var | {"num_classes": 999}, **weights, run__dir=str(folder.path) + "2")
     assert "ImageNet" not in model_card("m.pth", "float32", folder, folder.load_config(), 2)
+
+
+def test_a_run_that_is_going_on_is_read_all_the_same(make_run, tmp_path):
+    folder, _ = make_run()
+    with folder.held():
+        assert main([f"checkpoint={folder.path}", f"out={tmp_path / 'x.pth'}"]) == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"rows": 5}', '{"rows": [5]}', '{"rows": [{"name": "x"}]}', "[" * 5000, '{"rows": "\\ud800"}'],
+)
+def test_a_damaged_evaluation_is_left_out_of_the_card(make_run, tmp_path, content):
+    folder, _ = make_run()
+    (folder.path / "evaluation").mkdir()
+    (folder.path / "evaluation" / "evaluation.json").write_text(content)
+    assert main([f"checkpoint={folder.path}", f"out={tmp_path / 'x.pth'}"]) == 0
+    assert "`evaluation/evaluation.json` is left out, as it is damaged: " in (tmp_path / "x.md").read_text()

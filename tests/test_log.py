@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from varfast import InputError
-from varfast.log import RunLog, image_grid, save_picture, save_png, table
+from varfast.log import RunLog, image_grid, profiled, save_picture, save_png, table
 from varfast.types import Rewards
 
 METRICS = {"reward_mean": 0.5, "kl": 0.1, "images_per_s": 3.0}
@@ -198,6 +198,13 @@ def test_what_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path, capsy
     assert sorted(line[:12] for line in said if "of earlier" not in line) == sorted(text[:12] for text in wanted)
     # There is space again: nothing of the curves is lost.
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_profile_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+    (tmp_path / "profile").write_text("")
+    with profiled(tmp_path / "profile", torch.device("cpu")):
+        torch.ones(2).sum()
+    assert "the profile could not be written: " in capsys.readouterr().out
 
 
 def test_half_a_line_is_taken_back(tmp_path, monkeypatch):

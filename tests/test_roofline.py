@@ -726,3 +726,10 @@ def test_a_limit_of_the_container_makes_smaller_micro_batches(monkeypatch):
     assert roofline.available_bytes(cpu) == 2**29
     assert roofline.usual_bytes(cpu) == 2**29
     assert roofline.measure_here(cpu, torch.float32).memory_bytes == 2**30
+
+
+def test_a_model_beyond_the_memory_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(roofline, "_cpu_memory", lambda: (10 * 2**30, 2**30))
+    with pytest.raises(InputError, match=r"take [\d.]+ GiB, and cpu has 10.0 GiB; choose a smaller policy"):
+        roofline.check_states(config("d30"), torch.device("cpu"))
+    roofline.check_states(config("d16"), torch.device("cpu"))

@@ -28,7 +28,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -64,6 +63,7 @@ from varfast.files import (
 )
 from varfast.lock import LOCK_NAME, FolderLock
 from varfast.printable import printable
+from varfast.settings.reading import dump_yaml, read_yaml
 from varfast.types import InputError
 
 _FORMAT = 2
@@ -340,7 +340,7 @@ class Checkpoints:
             format=_FORMAT,
             varfast=self._environment["varfast"],
             config_sha256=hashlib.sha256(config.encode()).hexdigest(),
-            config=yaml.safe_load(config),
+            config=read_yaml(config, "the config"),
             environment=self._environment,
             files={
                 file.name: _File(bytes=file.stat().st_size, sha256=_sha256(file)) for file in sorted(part.iterdir())
@@ -591,8 +591,8 @@ class RunFolder:
             raise InputError(f"{self.path} is no run folder: {self.config.name}: {os.strerror(errno.ENOENT)}")
         text = read_text(self.config)
         try:
-            data = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            data = read_yaml(text, self.config.name)
+        except InputError as error:
             what = printable(" ".join(str(error).split()))
             raise InputError(
                 f"{self.config} is damaged: it is not YAML as varfast writes it ({what}); the command that started the "
@@ -664,7 +664,7 @@ def _is_ours(path: Path) -> bool:
 
 def dump_config(config: Config) -> str:
     """The whole config, defaults included, as YAML that load_config reads."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json", exclude_none=True))
 
 
 def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

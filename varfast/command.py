@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -35,6 +36,7 @@ from varfast.config import (
 from varfast.printable import printable
 from varfast.settings import arguments as command_line
 from varfast.settings import reference
+from varfast.settings.paths import expanded
 from varfast.types import InputError
 
 # torch 2.11 and 2.14 read both; the first has been used on a GPU.
@@ -65,18 +67,21 @@ def read_train(arguments: list[str]) -> Runs:
     """Arguments of `train`. Every run of a sweep is checked before the first one starts. Raises: InputError."""
     found = command_line.sort(arguments, Config, ["--profile"], ["--sweep"])
     path, overrides = _config_path(found.paths, "train"), found.overrides
-    config, profile = _load(Config, path, overrides), "--profile" in found.flags
-    beside = Path(path).expanduser()
-    beside = beside if beside.is_dir() else beside.parent
+    profile, beside = "--profile" in found.flags, expanded(path)
+    beside = beside if os.path.isdir(beside) else beside.parent
     if not found.options:
-        return Runs([config], beside, None, profile)
-    choices = list(itertools.product(*(_swept(text) for _, text in found.options)))
+        return Runs([_load(Config, path, overrides)], beside, None, profile)
+    sweeps = [_swept(text) for _, text in found.options]
+    if math.prod(map(len, sweeps)) > 1000:
+        raise InputError(f"--sweep: {math.prod(map(len, sweeps))} runs, want at most 1000; name fewer values")
+    choices = list(itertools.product(*sweeps))
+    read = [_load(Config, path, [*overrides, *choice]) for choice in choices]
+    parent = read[0].run.dir
     configs = []
-    for choice, name in zip(choices, command_line.file_names([",".join(c) for c in choices]), strict=True):
-        run = _load(Config, path, [*overrides, *choice])
-        folder = f"{config.run.dir.rstrip('/') or '/'}/{name}"
-        configs.append(run.model_copy(update={"run": run.run.model_copy(update={"dir": folder})}))
-    return Runs(configs, beside, config.run.dir, profile)
+    for config, name in zip(read, command_line.file_names([",".join(c) for c in choices]), strict=True):
+        folder = f"{parent.rstrip('/') or '/'}/{name}"
+        configs.append(config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})}))
+    return Runs(configs, beside, parent, profile)
 
 
 def _swept(text: str) -> list[str]:
@@ -113,8 +118,8 @@ def _config_path(paths: list[str], name: str) -> str:
 
 def _load(model: type[_AnyConfig], path: str, overrides: list[str]) -> _AnyConfig:
     """A config, or a run folder: its own config, with the folder where it is now as run.dir."""
-    folder = Path(path).expanduser()
-    if not (folder / "config.yaml").is_file():
+    folder = expanded(path)
+    if not os.path.isfile(folder / "config.yaml"):
         return load_as(model, path, overrides)
     config = load_as(model, folder / "config.yaml", overrides)
     if any(override.startswith(("run.dir=", "run=")) for override in overrides):
@@ -247,18 +252,14 @@ def overview() -> str:
 
 def key_reference() -> str:
     """docs/config.md: `python -m varfast --markdown > docs/config.md`."""
-    lines = [
-        "# Every key",
-        "",
-        "Made by `python -m varfast --markdown > docs/config.md`; the same text as `--help`.",
-        "",
-    ]
-    lines += ["A config is a YAML file with these sections; on the command line `update.lr=3e-5`.", ""]
+    lines = ["# Every key", ""]
+    lines += ["Made by `python -m varfast --markdown > docs/config.md`; the same text as `--help`.", ""]
+    lines += ["A config is a YAML file with these sections. On the command line a key is dotted: `update.lr=3e-5`.", ""]
+    lines.append(reference.markdown(Config))
     for name in ("sample", "evaluate", "report", "export"):
         schema = COMMANDS[name].schema
         assert schema is not None
         lines += [reference.markdown(schema).replace("## Sections", f"## `varfast {name}`", 1)]
-    lines.insert(5, reference.markdown(Config))
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -285,7 +286,7 @@ def run_command(name: str, arguments: list[str] | None = None) -> NoReturn:
 
 def _run(name: str, arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
-        only = [a for a in arguments if not a.startswith("-") and "=" not in a and not Path(a).exists()]
+        only = [a for a in arguments if not a.startswith("-") and "=" not in a and not os.path.exists(a)]
         return _print(help_text(name, only, min(100, max(60, shutil.get_terminal_size().columns))))
     if "--version" in arguments:
         return _print(f"varfast {varfast.__version__}")

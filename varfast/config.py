@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_origin
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -24,7 +23,7 @@ from pydantic import (
 )
 
 from varfast.settings.arguments import sort as arguments_of
-from varfast.settings.paths import check_local, check_source
+from varfast.settings.paths import address_parts, check_local, check_source, expanded
 from varfast.settings.problems import explain, show
 from varfast.settings.reading import apply_override, is_finite, plain, read_config, scalar
 from varfast.settings.schema import Wanted
@@ -69,7 +68,7 @@ def _read_labels(value: Any) -> Any:
         labels = [scalar(part.strip()) for part in value.split(",")]
     elif isinstance(value, int) and not isinstance(value, bool):
         labels = [value]
-    if labels is not None and labels != "all" and not (isinstance(labels, list) and all(map(_is_label, labels))):
+    if labels != "all" and not (isinstance(labels, list) and all(map(_is_label, labels))):
         raise ValueError(f"got {show(value)}, want numbers or names of labels, such as [0, 1, golden retriever]")
     return labels
 
@@ -185,6 +184,15 @@ class VQVAEConfig(_Section):
     num_phi: int = Field(4, ge=0, le=128, description="residual convolutions shared by the scales; 0: one a scale")
     phi_ratio: float = Field(0.5, ge=0, le=1, description="phi(x) = (1 - ratio) x + ratio conv(x)")
     commitment: float = Field(0.25, ge=0, le=1e6, description="weight of the commitment loss")
+
+    @model_validator(mode="after")
+    def _has_a_size(self) -> VQVAEConfig:
+        if self.image_size > 4096 or sum(side * side for side in self.patch_nums) > 2**16:
+            raise ValueError(
+                f"patch_nums and channel_multipliers make images of {self.image_size} pixels a side, of "
+                f"{sum(side * side for side in self.patch_nums)} tokens; want at most 4096 pixels and 65536 tokens"
+            )
+        return self
 
     @property
     def downsampling(self) -> int:
@@ -541,13 +549,11 @@ class ClassifierReward(ClassifierConfig):
 
 def _check_url(url: str) -> str:
     try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and not parts.fragment and parts.port != 0
-        parts.hostname and parts.hostname.encode("idna")  # labels of 1 to 63 bytes, as a name server takes them
-    except ValueError:
-        usable = None
-    if not usable or "@" in parts.netloc or not url.isprintable() or " " in url or len(url) > 2000:
-        raise ValueError(f"got {show(url)}, want an address such as http://127.0.0.1:8000/score, without user or #")
+        parts = address_parts(url)
+    except ValueError as error:
+        raise ValueError(f"{show(url)} is no address that can be asked: {error}") from error
+    if "@" in parts.netloc or "#" in url:
+        raise ValueError(f"got {show(url)}, want an address without user and without #")
     return url
 
 
@@ -587,7 +593,7 @@ class FunctionReward(_Section):
 
     type: Literal["function"] = Field(description="the kind of reward")
     weight: Weight = Field(1.0, description="factor in the sum")
-    function: Annotated[str, AfterValidator(_check_function)] = Field(
+    function: Annotated[str, AfterValidator(_check_function), Wanted("module:name or file.py:name")] = Field(
         description="module:name, or file.py:name, from the working directory or the config's folder; called with "
         "(images, labels), or what its parameters name (docs/rewards.md)"
     )
@@ -683,7 +689,7 @@ class LogConfig(_Section):
 class EvalConfig(_Section):
     """The table of before and after, sampled with the rollout's temperature."""
 
-    samples_per_label: int = Field(2, ge=0, le=1_000_000, description="images a label; 0: no table")
+    samples_per_label: int = Field(2, ge=0, le=100_000, description="images a label; 0: no table")
     max_labels: int = Field(1000, ge=1, le=_MANY, description="the first labels, up to this many")
     classifier: Literal["digits"] | None = Field(None, description="whose accuracy on the samples is reported")
 
@@ -765,7 +771,9 @@ class Config(_Section):
     policy: PolicyConfig
     pretrain: PretrainConfig = PretrainConfig()
     rollout: RolloutConfig = RolloutConfig()
-    reward: dict[str, RewardConfig] = Field(min_length=1, description="components by name; their weighted sum counts")
+    reward: Annotated[
+        dict[str, RewardConfig], Wanted("rewards by names of your choice, such as {bright: {type: brightness}}")
+    ] = Field(min_length=1, description="components by name; their weighted sum counts")
     grpo: GRPOConfig = GRPOConfig()
     update: UpdateConfig = UpdateConfig()
     log: LogConfig = LogConfig()
@@ -868,7 +876,9 @@ class EvaluateConfig(_Section):
     save: Literal["none", "png", "npz"] = Field(
         "none", description="keep the images: a PNG each, or one .npz of uint8 (N, H, W, 3) a model, as ADM's evaluator"
     )
-    scores: dict[str, RewardConfig] = Field(
+    scores: Annotated[
+        dict[str, RewardConfig], Wanted("sections as those of reward, whose keys `train --help reward` shows", True)
+    ] = Field(
         default_factory=dict,
         description="means to report, by names of your choice, as scores.aes.type=aesthetic; weights do not count. "
         "Default for a run folder: its rewards",
@@ -955,7 +965,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def load_as(model: type[_Model], path: str | Path, overrides: list[str]) -> _Model:
     """As load_config, for a command whose arguments are a config and more."""
-    data = read_config(Path(path).expanduser())
+    data = read_config(expanded(str(path)))
     for override in overrides:
         apply_override(data, override)
     return _validate(model, data, str(path))

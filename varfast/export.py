@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from varfast.checkpoint import RunFolder
@@ -28,6 +27,7 @@ from varfast.labels import imagenet, read_labels
 from varfast.log import environment
 from varfast.models.weights import load_vqvae
 from varfast.printable import printable
+from varfast.settings.reading import dump_yaml
 from varfast.train import delivered_state, vqvae_of
 from varfast.types import InputError
 
@@ -98,7 +98,7 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
         "numbers in the file": dtype if decay is None else f"{dtype}, averaged over optimizer steps, decay {decay}",
         "written by": f"varfast {here['varfast']}, commit {here['commit'] or 'unknown'}",
     }
-    reward = yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)["reward"], sort_keys=False)
+    reward = dump_yaml(config.model_dump(mode="json", exclude_none=True)["reward"])
     settings = read_text(folder.config)
     card = "\n\n".join(
         [

@@ -21,11 +21,13 @@ import os
 import re
 import stat
 import struct
+import threading
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,6 +50,9 @@ _DECODED_BYTES = 2**30
 _TAIL_BYTES = 64
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _SHOWN = 20
+# A small damaged file may claim 179 million pixels, 2 GB while it is converted: larger images come one at a time.
+_LARGE_PIXELS = 2**24
+_one_large = threading.Lock()
 _THREADS = 8
 _BATCH_FILES = 1024
 _MOST_PATH = 4096  # letters: a file's name stands at the end
@@ -245,7 +250,8 @@ def _read(path: str) -> Image.Image:
         with _opened(path) as source, Image.open(source, formats=_FORMATS) as image:
             if image.width * image.height > _MOST_PIXELS:
                 raise InputError(f"is too large: {image.width} x {image.height} pixels, the most are {_MOST_PIXELS:,}")
-            return _rgb(image)
+            with _one_large if image.width * image.height > _LARGE_PIXELS else nullcontext():
+                return _rgb(image)
     except InputError:
         raise
     except Image.DecompressionBombError as error:
@@ -302,8 +308,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     turn = _TURNS.get(_orientation(image))
     clear = image.info.get("transparency")
     if image.mode.startswith("I") or image.mode == "F":
-        levels_HW, clear_HW = _levels(image, clear)
-        picture = Image.fromarray(np.where(clear_HW, np.uint8(255), levels_HW)).convert("RGB")
+        picture = Image.fromarray(_levels(image, clear)).convert("RGB")
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or clear is not None:
         drawn = image.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", drawn.size, WHITE), drawn).convert("RGB")
@@ -321,23 +326,25 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) else 1
 
 
-def _levels(image: Image.Image, clear: object) -> tuple[np.ndarray, np.ndarray]:
-    """Grey of more than 8 bits as (H, W) uint8, and which pixels are transparent. Pillow's own conversion clips it."""
+def _levels(image: Image.Image, clear: object) -> np.ndarray:
+    """Grey of more than 8 bits as (H, W) uint8, white where it is transparent. Pillow's own conversion clips it."""
     numbers_HW = np.asarray(image)
     if image.mode == "F":
         if not (np.isfinite(numbers_HW).all() and numbers_HW.min() >= 0.0 and numbers_HW.max() <= 1.0):
             raise InputError(
                 "holds floats outside [0, 1], of which nobody says what is white; save it with 8 or 16 bits"
             )
-        return np.rint(numbers_HW * 255.0).astype(np.uint8), np.zeros(numbers_HW.shape, bool)
+        return np.rint(numbers_HW * np.float32(255.0)).astype(np.uint8)
     if image.mode == "I" and image.format == "TIFF":
         raise InputError("holds numbers of 32 bits, of which nobody says what is white; save it with 8 or 16 bits")
-    numbers_HW = numbers_HW.astype(np.int64)  # mode I: older Pillows read PNG, and all read PGM of 16 bits so
-    clear_HW = numbers_HW == clear if isinstance(clear, int) else np.zeros(numbers_HW.shape, bool)
-    tags = getattr(image, "tag_v2", {})
-    if tags.get(_PHOTOMETRIC) == 0:  # white is 0: Pillow turns 8 bits over, not 16
-        numbers_HW = 65535 - numbers_HW
-    return ((numbers_HW * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8), clear_HW
+    levels = np.rint(np.arange(65536) / 257.0).astype(np.uint8)
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # white is 0: Pillow turns 8 bits over, not 16
+        levels = levels[::-1].copy()
+    if isinstance(clear, int) and 0 <= clear < 65536:
+        levels[clear] = 255
+    if image.mode == "I":  # as older Pillows read PNG, and all of them PGM of 16 bits
+        numbers_HW = numbers_HW.clip(0, 65535)
+    return levels[numbers_HW]
 
 
 def passed_over(listings: Iterable[Listing]) -> str:

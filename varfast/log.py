@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import threading
 import unicodedata
 import uuid
 from collections.abc import Iterator, Sequence
@@ -84,10 +85,12 @@ class RunLog:
             save_text(self._metrics, "".join(line + "\n" for line in kept))
         self._wandb = _start_wandb(folder, config) if config is not None and config.log.wandb else None
         self._writer: SummaryWriter | None = None
+        self._excepthook = threading.excepthook
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            with self._optional("TensorBoard's events"):
+            threading.excepthook = self._of_thread
+            with self._events():
                 purge_step = start_step + 1 if start_step else None
                 self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
@@ -99,8 +102,9 @@ class RunLog:
     ) -> None:
         self._append("")
         if self._writer is not None:
-            with self._optional("TensorBoard's events"):
+            with self._events():
                 self._writer.close()
+        threading.excepthook = self._excepthook
         self._bar.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
@@ -110,7 +114,7 @@ class RunLog:
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._append(json.dumps({"step": step, **metrics}) + "\n")
         if self._writer is not None:
-            with self._optional("TensorBoard's events"):
+            with self._events():
                 for name, value in metrics.items():
                     self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
@@ -127,7 +131,7 @@ class RunLog:
         with self._optional("a grid of samples"):
             save_png(self._folder / "grids" / f"step_{step:06d}.png", picture)
         if self._writer is not None:
-            with self._optional("TensorBoard's events"):
+            with self._events():
                 self._writer.add_image("samples", picture, step, dataformats="HWC")
         if self._wandb is not None:
             self._wandb.log({"samples": import_wandb().Image(Image.fromarray(picture))}, step=step)
@@ -172,6 +176,21 @@ class RunLog:
             self._unwritten = ""
 
     @contextmanager
+    def _events(self) -> Iterator[None]:
+        """Write TensorBoard's events. Its thread ends at the first failure, and with it the events of this start."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            with self._optional("TensorBoard's events, which end here,"):
+                raise error
+
+    def _of_thread(self, failed: threading.ExceptHookArgs) -> None:
+        # TensorBoard's thread hands its error to whoever writes next, and raises it too: a traceback among the lines.
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard.")):
+            self._excepthook(failed)
+
+    @contextmanager
     def _optional(self, what: str) -> Iterator[None]:
         """Do what the run can go on without; if the disk does not let it, say so the first time."""
         try:
@@ -210,7 +229,10 @@ def _start_wandb(folder: Path, config: Config) -> Any:
         name = ""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):  # none yet, or damaged
         name = uuid.uuid4().hex[:8]
-        save_text(noted, name + "\n")
+        try:
+            save_text(noted, name + "\n")
+        except WriteError as error:
+            print(f"{error}. The run goes on; taken up after a stop, it will be another run of Weights & Biases")
     try:
         return wandb.init(
             project=config.log.wandb,

@@ -967,9 +967,22 @@ def available_bytes(device: torch.device) -> int:
 
 def usual_bytes(device: torch.device) -> int:
     """Memory of a device that a run may count on whatever else is there now: the same at every start."""
-    if device.type == "cuda":
-        return int(0.9 * torch.cuda.mem_get_info(device)[1])
-    return _cpu_memory()[0] // 2
+    return int(0.9 * whole_bytes(device)) if device.type == "cuda" else whole_bytes(device) // 2
+
+
+def whole_bytes(device: torch.device) -> int:
+    """Memory of a device, in bytes."""
+    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else _cpu_memory()[0]
+
+
+def check_states(config: Config, device: torch.device, shards: int = 1) -> None:
+    """Raises: InputError if what a run holds all the time is more than the device's memory, before it is asked for."""
+    needed, whole = memory(config, shards).states, whole_bytes(device)
+    if needed > whole:
+        raise InputError(
+            f"weights, gradients, moments and reference take {needed / 2**30:.1f} GiB, and {device} has "
+            f"{whole / 2**30:.1f} GiB; choose a smaller policy, an adapter (policy.lora={{}}), or another device"
+        )
 
 
 def _cpu_memory(root: Path = Path("/")) -> tuple[int, int]:

@@ -45,6 +45,7 @@ from varfast.randomness import GRID_STEP, deterministic
 from varfast.rewards import WeightedSum
 from varfast.roofline import (
     available_bytes,
+    check_states,
     lower_memory,
     memory,
     planned,
@@ -246,6 +247,7 @@ def _fitted(config: Config, device: torch.device, world: World, images: int) -> 
         config = share(config, images, -(-config.update.minibatch // world.size))
     shards = world.size if config.run.parallel == "fsdp" else 1
     free_bytes = -int(world.largest(-free_bytes))
+    check_states(config, device, shards)
     if config.update.cuda_graph is None and device.type == "cuda" and world.size == 1:
         captured = config.update.model_copy(update={"cuda_graph": True})
         found = planned(config.model_copy(update={"update": captured}), free_bytes, shards)

@@ -9,10 +9,12 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -76,7 +78,8 @@ def bounded():
 
 def outcome(call):
     """ "done", "refused: ..." by a clear error, or what must not be: a traceback, or no end."""
-    said = io.StringIO()
+    said, of_threads = io.StringIO(), []
+    threading.excepthook = lambda failed: of_threads.append(f"a thread: {failed.exc_value!r}")
     try:
         with bounded(), redirect_stdout(said), redirect_stderr(said):
             code = call()
@@ -86,7 +89,9 @@ def outcome(call):
         return "hung"
     except BaseException:  # noqa: BLE001 - whatever comes from the depths is what is looked for
         return traceback.format_exc()
-    return "done" if code in (0, None) else f"code {code}"
+    finally:
+        threading.excepthook = threading.__excepthook__
+    return of_threads[0] if of_threads else "done" if code == 0 else f"code {code}"
 
 
 def content(folder):
@@ -181,6 +186,30 @@ def test_a_run_on_a_disk_that_fails_goes_on_or_says_so_and_reaches_the_same_bits
 def test_the_disk_fails_at_every_call(tmp_path):
     counts = run_on_a_faulty_disk(tmp_path, 3600.0)
     assert counts["tried"] == counts["calls"]
+
+
+def test_a_limit_on_open_files_is_named_or_met(tmp_path):
+    """None can be opened beside this process's, up to more than a run needs."""
+    counts, failures = {"tried": 0, "went on": 0, "refused": 0}, []
+    with no_measurement():
+        assert outcome(lambda: train(config(tmp_path / "whole"))) == "done"  # what is loaded once is loaded
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for spare in range(1, 10):
+            run = tmp_path / str(spare)
+            free = os.open("/dev/null", os.O_RDONLY)  # the lowest number that is not in use
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free + spare, hard))
+            ended = outcome(lambda run=run: train(config(run)))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            named = ended.startswith("refused") and "Too many open files" in ended
+            counts["tried"] += 1
+            counts["went on"] += ended == "done"
+            counts["refused"] += named
+            if not (ended == "done" or named):
+                failures.append(f"{spare} files can be opened:\n{ended}")
+    print(f"\nlimits on open files: {counts}, {len(failures)} failures")
+    assert not failures, "\n\n".join(failures)
+    assert counts["went on"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -199,9 +199,9 @@ def test_http_addresses():
     for url in ("ftp://host/x", "file:///etc/passwd", "http://", "http://user:secret@host/", "localhost:8000"):
         with pytest.raises(ValueError, match="url"):
             HttpReward(type="http", url=url)
-    with pytest.raises(InputError, match=r"reward.mine.url=http://host:99999/ is no address"):
+    with pytest.raises(ValueError, match=r"'http://host:99999/' is no address"):
         http("http://host:99999/")
-    with pytest.raises(InputError, match="is no address"):
+    with pytest.raises(ValueError, match="is no address"):
         http("http://host/ä")
 
 
@@ -260,7 +260,7 @@ def test_http_answers_that_are_no_http_are_one_short_line(server, waits, images,
         ("http://" + "a" * 64 + ".com/", "is empty or too long"),
         ("http://" + "a." * 150 + "com/", "is empty or too long"),
         ("http://x\x00y/", r"it holds '\\x00'"),
-        ("http://x/\x1b[2J", r"url=http://x/\\x1b\[2J is no address that can be asked: it holds '\\x1b'"),
+        ("http://x/\x1b[2J", r"'http://x/\\x1b\[2J' is no address that can be asked: it holds '\\x1b'"),
         ("http://x:port/", "is no address that can be asked"),
         ("http://x:-1/", "is no address that can be asked"),
         ("http://x:0/", "there is no port 0"),

@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from varfast.printable import printable
+from varfast.settings.paths import address_parts
 from varfast.types import InputError
 
 _LONGEST_WAIT_S = 30.0
@@ -50,7 +50,7 @@ class Http:
     ) -> None:
         self._where = f"{key}.url={printable(url)}"
         try:
-            parts = _address(url)
+            parts = address_parts(url)
             self._host, self._port = parts.hostname, parts.port
         except ValueError as error:
             raise InputError(f"{self._where} is no address that can be asked: {printable(error)}") from error
@@ -165,23 +165,6 @@ def _shut(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
     except OSError:
         return  # closed already
-
-
-def _address(url: str) -> SplitResult:
-    """The parts of a URL that can be asked. Raises: ValueError, with the reason."""
-    url.encode("ascii")
-    if unprintable := next((c for c in url if not c.isprintable() or c == " "), None):
-        raise ValueError(f"it holds {unprintable!r}")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("want http://host/ or https://host/")
-    if ":" not in parts.hostname:  # no address of IPv6
-        labels = parts.hostname.removesuffix(".").split(".")
-        if not all(0 < len(label) < 64 for label in labels) or len(parts.hostname) > 253:
-            raise ValueError("the host's name, or a part of it, is empty or too long")
-    if parts.port == 0:
-        raise ValueError("there is no port 0")
-    return parts
 
 
 def _shown(content: bytes) -> str:

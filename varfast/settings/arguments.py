@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -53,9 +53,9 @@ def sort(
             found.paths.append(value if equals else words.pop(0) if words else "")
         elif word.startswith("--"):
             found.overrides.append(_dashed(word, words, model, [*flags, *options, "--help", "--version"]))
-        elif word.startswith("-") and not Path(word).exists():
+        elif word.startswith("-") and not _exists(word):
             _refuse_option(word, [*flags, *options, "--help", "--version"])
-        elif _HYDRA.fullmatch(word) and not Path(word).expanduser().exists():
+        elif _HYDRA.fullmatch(word) and not _exists(word):
             plain = word.lstrip("+~").partition("=")[0]
             raise InputError(f"argument {word!r}: want {plain}=value; every key has a value already, so none is added")
         elif is_path(word, model):
@@ -71,18 +71,24 @@ def is_path(word: str, model: type[BaseModel]) -> bool:
     key, equals, _ = word.partition("=")
     if not equals or not KEY.fullmatch(key):
         return bool(word.strip("=")) and bool(key)
-    path = Path(word).expanduser()
-    if path.suffix in (".yaml", ".yml") and path.is_file():
+    if word.endswith((".yaml", ".yml")) and os.path.isfile(word):
         return True
-    return not schema.exists(model, key.split(".")[0]) and path.exists()
+    return not schema.exists(model, key.split(".")[0]) and _exists(word)
+
+
+def _exists(word: str) -> bool:
+    """Not of pathlib, which raises for names that are too long and for users that there are not."""
+    return os.path.exists(os.path.expanduser(word))
 
 
 def _refuse_half(word: str, words: list[str], model: type[BaseModel]) -> None:
     """A key without "=", or with spaces round it."""
     key = word.partition(":")[0]
-    if KEY.fullmatch(key) and schema.exists(model, key) and not Path(word).exists():
+    if KEY.fullmatch(key) and schema.exists(model, key) and not _exists(word):
         value = word.partition(":")[2] or "".join(w for w in words[:2] if w != "=")[:40] or "value"
-        raise InputError(f"argument {word!r}: want key=value, without spaces, as in {key}={value.removeprefix('=')}")
+        raise InputError(
+            f"argument {word!r}: want key=value, without spaces, as in {key}={problems.name(value.removeprefix('='))}"
+        )
 
 
 def _dashed(word: str, words: list[str], model: type[BaseModel], options: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from typing import Any
 
@@ -17,37 +18,51 @@ _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxlev
 
 def explain(model: type[BaseModel], error: ValidationError) -> list[str]:
     """A line for each key that cannot be used; the members of a union that were tried make one of them."""
-    lines = [_explain(model, dict(problem)) for problem in error.errors(include_url=False, include_context=False)]
+    problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors(include_url=False)]
+    inside = [problem["loc"][:-1] for problem in problems]
+    lines = [_explain(model, p) for p in problems if not (p["type"] == "too_short" and p["loc"] in inside)]
     return list(dict.fromkeys(lines))
 
 
 def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
     location, kind = tuple(problem["loc"]), problem["type"]
+    if kind == "invalid_key" or location[-1:] == ("[key]",):
+        _, path = schema.find(model, location[: -2 if kind != "invalid_key" else -1])
+        return f"{'.'.join(map(name, path)) or 'config'}: got the key {show(problem['input'])}; want a name"
+    if kind == "extra_forbidden":
+        _, path = schema.find(model, location[:-1])
+        path.append(str(location[-1]))
+        return f"{'.'.join(map(name, path))}: {unknown_key(model, path)}"
     values, path = schema.find(model, location)
     key = ".".join(map(name, path))
-    if kind == "extra_forbidden":
-        return f"{key}: {unknown_key(model, path)}"
-    if kind == "invalid_key" or location[-1:] == ("[key]",):
-        return f"{'.'.join(map(name, path[:-1])) or 'config'}: got the key {show(problem['input'])}; want a name"
     if kind == "missing":
         return f"{key} is missing; want {_any_of(values)}"
     if kind in ("value_error", "assertion_error"):
-        return ": ".join([*filter(None, [key]), problem["msg"].removeprefix("Value error, ")])
+        message = problem["msg"].removeprefix("Value error, ")
+        return ": ".join([*([key] if key and not message.startswith(key) else []), message])
     given = problem["input"]
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return _explain_type(values, key, given)
-    hint = _near(schema.choices(values[0]), given) if values else ""
-    if isinstance(given, str) and given.lower() in ("yes", "no", "on", "off", "true", "false"):
-        hint = "; that is text in YAML 1.2: write true or false" if _is_switch(values) else hint
-    return f"{key}: got {show(given)}; want {_any_of(values)}{hint}"
+    return f"{key or 'config'}: got {show(given)}; want {_any_of(values)}{_hint(values, given)}"
 
 
 def _any_of(values: list[schema.Value]) -> str:
     return " or ".join(dict.fromkeys(map(schema.wanted, values))) or "another value"
 
 
-def _is_switch(values: list[schema.Value]) -> bool:
-    return any(member.annotation is bool for value in values for member in value.members())
+def _hint(values: list[schema.Value], given: Any) -> str:
+    """What a value of the wrong kind was meant to be."""
+    kinds = {member.annotation for value in values for member in value.members()}
+    if isinstance(given, str):
+        if bool in kinds and given.lower() in ("yes", "no", "on", "off", "true", "false"):
+            return f"; write {str(given.lower() in ('yes', 'on', 'true')).lower()}, without quotes"
+        if kinds & {int, float} and re.fullmatch(r"[-+]?[\d_]+(\.[\d_]*)?([eE][-+]?\d+)?", given):
+            return f"; write {given.replace('_', '')}, without quotes"
+    elif int in kinds and isinstance(given, float) and given.is_integer() and abs(given) < 2**53:
+        return f"; write {int(given)}"
+    elif str in kinds and isinstance(given, int | float):
+        return "; in quotes it is text"
+    return _near([choice for value in values for choice in schema.choices(value)], given)
 
 
 def _explain_type(values: list[schema.Value], key: str, given: Any) -> str:
@@ -62,7 +77,10 @@ def _explain_type(values: list[schema.Value], key: str, given: Any) -> str:
 
 
 def _near(known: list[str], given: Any) -> str:
-    found = difflib.get_close_matches(given.lower(), known, n=1, cutoff=0.6) if isinstance(given, str) else []
+    if not isinstance(given, str):
+        return ""
+    begun = [word for word in known if len(given) > 2 and word.startswith(given.lower())]
+    found = begun or difflib.get_close_matches(given.lower(), known, n=1, cutoff=0.6)
     return f"; did you mean {found[0]}?" if found else ""
 
 
@@ -73,8 +91,11 @@ def unknown_key(model: type[BaseModel], path: list[str]) -> str:
     meanings = [(key, note) for key, note in meanings if schema.exists(model, key)]
     if meanings:
         found = dict(meanings)
-        notes = "; ".join(f"{key}: {note}" if len(found) > 1 else note for key, note in found.items() if note)
-        return f"unknown key; did you mean {schema.listed(list(found))}?{f' ({notes})' if notes else ''}"
+        note = "; ".join(f"{key}: {text}" if len(found) > 1 else text for key, text in found.items() if text)
+        return f"unknown key; did you mean {schema.listed(list(found))}?{f' ({note})' if note else ''}"
+    if "." in last and schema.exists(model, ".".join(path)):
+        section, _, rest = last.partition(".")
+        return f"unknown key; in a file write {section}: {{{rest}: ...}}"
     at, _ = schema.find(model, parents)
     known = [field for value in at for section in value.sections() for field in section.model_fields]
     near = difflib.get_close_matches(last, known, n=1, cutoff=0.7)
@@ -87,9 +108,6 @@ def unknown_key(model: type[BaseModel], path: list[str]) -> str:
         return f"unknown key; did you mean {schema.listed(same[:3])}?"
     if notes:
         return f"unknown key; {notes[0]}"
-    if "." in last and schema.exists(model, ".".join(path)):
-        section, _, rest = last.partition(".")
-        return f"unknown key; in a file write {section}: {{{rest}: ...}}"
     near = difflib.get_close_matches(last, known, n=1, cutoff=0.5)
     if near:
         return f"unknown key; did you mean {'.'.join([*map(name, parents), near[0]])}?"

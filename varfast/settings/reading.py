@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from varfast.settings.paths import expanded
 from varfast.types import InputError
 
 # The longest config here has 4 kB; the names of 1000 classes have 25 kB. PyYAML reads 256 KiB in 2 s on one core.
@@ -116,7 +117,9 @@ def _construct_tagged(kind: str) -> Any:
 
 
 def _refuse_tag(loader: _Loader, node: yaml.Node) -> Any:
-    raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the tag {node.tag} is not read; remove it")
+    raise yaml.YAMLError(
+        f"line {node.start_mark.line + 1}: the tag {node.tag.replace(_TAG, '!!')} is not read; remove it"
+    )
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -126,6 +129,7 @@ _Loader.yaml_constructors = {
 for _kind in ("null", "bool", "int", "float"):
     _Loader.add_constructor(f"{_TAG}{_kind}", _construct_tagged(_kind))
 _Loader.add_constructor("!scalar", _construct_scalar)
+_Loader.add_constructor(f"{_TAG}merge", _construct_scalar)  # as a value it is text
 _Loader.add_constructor(None, _refuse_tag)
 _Loader.add_implicit_resolver(f"{_TAG}merge", re.compile(r"<<$"), ["<"])
 # Every other plain scalar: which of the five it is, is asked in one place.
@@ -154,8 +158,17 @@ def read_yaml(text: str, what: str) -> Any:
     try:
         data = yaml.load(text, _Loader)
     except _YAML_ERRORS as error:
-        raise InputError(f"{what} is not valid YAML: {error}") from error
+        raise InputError(f"{what} is not valid YAML: {_cause(error)}") from error
     return plain(data, what)
+
+
+def _cause(error: Exception) -> str:
+    """In one line, with the place."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return str(error)
+    mark = error.problem_mark or error.context_mark
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return f"{where}{' '.join(filter(None, [error.context, error.problem]))}"
 
 
 def plain(data: Any, what: str) -> Any:
@@ -192,6 +205,9 @@ def check_text(text: str, what: str) -> None:
         raise InputError(f"{what} holds {name}: {text[:100]!r}")
 
 
+_KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder"}
+
+
 def read_text_file(path: Path, what: str) -> str:
     """A small text file in UTF-8, with or without BOM.
 
@@ -199,15 +215,13 @@ def read_text_file(path: Path, what: str) -> str:
     """
     try:
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or socket"
-            kind = "a device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else kind
+        kind = _KINDS.get(stat.S_IFMT(mode), "a device, pipe or socket")
+        if kind != "a file":
             raise InputError(f"{what} is {kind}, want a YAML file; the examples are in configs/")
         with path.open("rb") as file:  # a file of /proc has no size until it is read
             content = file.read(LARGEST_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{what}: {why}; the examples are in configs/") from error
+    except OSError as error:
+        raise InputError(f"{what}: {error.strerror}; the examples are in configs/") from error
     if len(content) > LARGEST_FILE_BYTES:
         raise InputError(f"{what} has more than {LARGEST_FILE_BYTES // 1024} KiB, want a config; is it another file?")
     if content.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
@@ -223,9 +237,8 @@ def read_config(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     named = f" (the base of {readers[-1]})" if readers else ""
     data = read_yaml(read_text_file(path, f"config {path}{named}"), f"config {path}")
     if not isinstance(data, dict):
-        raise InputError(
-            f"config {path}: got {type(data).__name__} at the top, want sections as in configs/digits.yaml"
-        )
+        found = "nothing" if data is None else type(data).__name__
+        raise InputError(f"config {path}: got {found} at the top, want sections as in configs/digits.yaml")
     base = data.pop("base", None)
     if base is None:
         return data
@@ -233,7 +246,7 @@ def read_config(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise InputError(f"config {path}: base is {base!r}, want the path of a config, as in base: digits.yaml")
     if path in readers or len(readers) > 20:
         raise InputError(f"config {path}: base leads back to it, by {' -> '.join(map(str, (*readers, path)))}")
-    return merged(read_config(path.parent / Path(base).expanduser(), (*readers, path)), data)
+    return merged(read_config(path.parent / expanded(base), (*readers, path)), data)
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +41,8 @@ def _sections(model: type[BaseModel], prefix: str = "", about: str = "") -> Iter
         for section in value.sections():
             deeper += _sections(section, f"{prefix}{key}.")
         for member in value.members():
-            if get_origin(member.annotation) is dict:
+            elsewhere = any(mark.elsewhere for mark in value.metadata if isinstance(mark, schema.Wanted))
+            if get_origin(member.annotation) is dict and not elsewhere:
                 chosen = schema.Value.of(get_args(member.annotation)[1])
                 for section in chosen.sections():
                     tag = "".join(schema.types_of(section))
@@ -66,7 +68,7 @@ def _default(info: Any) -> str:
     if default is None:
         return "" if "efault:" in (info.description or "") else "default null"
     if isinstance(default, tuple):
-        default = list(default)
+        return f"default {list(default)}"
     return f"default {default if isinstance(default, str) and default else show(default)}"
 
 
@@ -95,6 +97,7 @@ def markdown(model: type[BaseModel]) -> str:
             lines += ["| key | wants | default | meaning |", "| --- | --- | --- | --- |"]
             for row in section.rows:
                 cells = [f"`{row.key}`", row.wanted, row.default.removeprefix("default "), row.meaning]
-                lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+                cells = [re.sub(r"([|*<])", r"\\\1", cell) for cell in cells]
+                lines.append(f"| {' | '.join(cells)} |")
             lines.append("")
     return "\n".join(lines)

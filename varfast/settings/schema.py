@@ -13,9 +13,14 @@ from pydantic.fields import FieldInfo
 
 @dataclass(frozen=True)
 class Wanted:
-    """In a field's Annotated: what it wants, where its type does not say it."""
+    """In a field's Annotated: what it wants, where its type does not say it.
+
+    Attributes:
+        elsewhere: the keys below it are listed with another section.
+    """
 
     text: str
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,18 +92,18 @@ def types_of(section: type[BaseModel]) -> tuple[str, ...]:
 def find(model: type[BaseModel], location: Sequence[str | int]) -> tuple[list[Value], list[str]]:
     """The types that stand at a location of pydantic's, and the location as a user wrote it.
 
-    pydantic puts the chosen members of unions into it: ("reward", "bright", "brightness", "mode").
+    pydantic puts the chosen members of unions into it, as in ("reward", "bright", "brightness", "mode").
+    A part that the schema does not know is left out: it is such a member.
     """
     at, shown = [Value(model)], []
     for part in location:
+        tagged = [value for a in at if len(a.sections()) > 1 for value in a.tagged(str(part))]
         below = [value for a in at for value in a.below(part)]
-        tagged = [value for a in at for value in a.tagged(str(part))] if not below else []
         if tagged:
             at = tagged
-        elif below or part == location[-1]:
+        elif below:
             at = below
             shown.append(str(part))
-        # else: a member of a union of another kind, as list[int]
     return at, shown
 
 
@@ -149,7 +154,8 @@ def _wanted(value: Value) -> str:
             return f"a list of {len(inside)}, each {wanted(Value.of(inside[0]))}"
         return f"a list, each {wanted(Value.of(inside[0]))}"
     if _is_section(annotation):
-        return "a section"
+        tagged = "type" in annotation.model_fields
+        return "a section with a type, such as {type: brightness}" if tagged else "a section"
     return "sections by names of your choice" if get_origin(annotation) is dict else "any value"
 
 
@@ -177,6 +183,10 @@ def _number(kind: type, metadata: tuple[Any, ...]) -> str:
 
 
 def _digits(number: Any) -> str:
+    if isinstance(number, float) and abs(number) >= 10**6:
+        return _digits(int(number))
+    if number < 0:
+        return f"-{_digits(-number)}"
     if isinstance(number, int) and number >= 2**20 and number & (number - 1) == 0:
         return f"2**{number.bit_length() - 1}"
     if isinstance(number, int) and number >= 10**6 and str(number).strip("0") == "1":
