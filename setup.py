@@ -182,7 +182,7 @@ if __name__ == "__main__":
             "varfast.kernels",
         ],
         package_dir={"varfast.kernels": "kernels"},
-        package_data={"varfast": ["py.typed"]},
+        package_data={"varfast": ["py.typed", "imagenet.txt"]},
         # optional: an install goes on without what could not be built. The source list is for its sake only.
         ext_modules=[Extension(EXTENSION, ["csrc/ops.cpp"], optional=True, py_limited_api=True)],
         cmdclass={"build_ext": BuildExtension},

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from varfast import InputError
 from varfast.checkpoint import Checkpoints, RunFolder
 from varfast.config import ExportConfig, parse_arguments
-from varfast.export import main
+from varfast.export import main, model_card
 from varfast.files import save_tensors
 from varfast.log import environment
 from varfast.models import VAR
@@ -221,6 +221,16 @@ def test_arguments_of_export():
     assert (config.dtype, config.overwrite) == ("float32", False)
     with pytest.raises(InputError, match="overwrit: unknown key; did you mean overwrite"):
         parse_arguments(["checkpoint=a", "out=b.pth", "overwrit=true"], ExportConfig)
+
+
+def test_the_card_of_a_model_with_imagenets_labels_says_so(make_run):
+    var = {"depth": 1, "patch_nums": [1, 2], "vocab_size": 16, "code_width": 4, "num_classes": 1000}
+    weights = {"policy__checkpoint": "a.pth", "policy__vqvae_checkpoint": "b.pth"}
+    folder, _ = make_run(policy__var=var, **weights)
+    card = model_card("m.pth", "float32", folder, folder.load_config(), 2)
+    assert "Taken for the 1000 classes of ImageNet (ILSVRC 2012), in the order of their WordNet ids, 0 tench to" in card
+    folder, _ = make_run(policy__var=var | {"num_classes": 999}, **weights, run__dir=str(folder.path) + "2")
+    assert "ImageNet" not in model_card("m.pth", "float32", folder, folder.load_config(), 2)
 
 
 def test_a_run_that_is_going_on_is_read_all_the_same(make_run, tmp_path):

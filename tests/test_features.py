@@ -76,7 +76,9 @@ def test_images_of_a_folder_are_fitted_and_made_rgb(network, tmp_path):
     wide = np.zeros((16, 40), dtype=np.uint8)
     wide[:, 4:36] = 200  # what is not, is cropped off
     Image.fromarray(wide).save(tmp_path / "grey.png")
-    Image.fromarray(np.full((8, 8, 4), 200, dtype=np.uint8)).save(tmp_path / "rgba.webp", lossless=True)
+    half = np.full((8, 8, 4), 145, dtype=np.uint8)
+    half[..., 3] = 128  # of 255, over white
+    Image.fromarray(half).save(tmp_path / "rgba.webp", lossless=True)
     found = load_real_images(str(tmp_path), network, 8).features_MD
     np.testing.assert_allclose(found, 200 / 255)
 
@@ -146,6 +148,36 @@ def test_real_images_that_cannot_be_used_are_refused(network, levels, tmp_path):
     for address, message in cases.items():
         with pytest.raises(InputError, match=message):
             load_real_images(address, network, 8)
+
+
+def test_both_readers_of_folders_see_the_same_picture(network, tmp_path):
+    """Of 16 bits, turned by the camera, transparent, in hidden folders."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    (tmp_path / "set" / "a" / ".ipynb_checkpoints").mkdir(parents=True)
+    Image.fromarray(ramp).save(tmp_path / "set" / "a" / "0.png", exif=exif)
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    clear.save(tmp_path / "set" / "a" / "1.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "set" / "a" / ".ipynb_checkpoints" / "2.png")
+    found = load_real_images(str(tmp_path / "set"), network, 8)
+    assert found.count == 2
+    np.testing.assert_allclose(found.features_MD[0].reshape(8, 8), ramp[::-1, ::-1] / 65535, atol=0.5 / 255)
+    np.testing.assert_allclose(found.features_MD[1], 1)
+
+
+def test_statistics_that_would_fill_the_memory_or_are_not_finite_are_refused(network, tmp_path):
+    header = (
+        b"\x93NUMPY\x01\0v\0" + b"{'descr': '<f8', 'fortran_order': False, 'shape': (400000000,), }".ljust(117) + b"\n"
+    )
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w") as archive:
+        archive.writestr("mu.npy", header)  # 3.2 GB, said by the header alone
+        archive.writestr("sigma.npy", header)
+    with pytest.raises(InputError, match=r"mu \(400000000,\) of float64 are statistics of other features"):
+        load_real_images(str(tmp_path / "bomb.npz"), network, 8)
+    path = save_npz(tmp_path / "nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64))
+    with pytest.raises(InputError, match="nan.npz: mu holds numbers that are not finite"):
+        load_real_images(path, network, 8)
 
 
 @pytest.fixture(scope="module")

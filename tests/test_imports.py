@@ -28,6 +28,7 @@ ORDER = [
     "rollout",
     "policy",
     "strict",
+    "images",
     "data",
     "labels",
     "rewards",

@@ -12,7 +12,7 @@ from PIL import Image
 
 import varfast.progress
 from varfast import InputError
-from varfast.log import RunLog, image_grid, profiled, save_png
+from varfast.log import RunLog, image_grid, profiled, save_picture, save_png
 from varfast.progress import Progress, duration
 from varfast.types import Rewards
 
@@ -30,6 +30,29 @@ def test_image_grid_places_and_enlarges():
     assert picture[60, 10].tolist() == [128, 128, 128]
     assert picture[60, 60].tolist() == [255, 255, 255]
     assert picture[10, 49].tolist() == [255, 255, 255]
+
+
+def test_image_grid_titles_stand_beside_the_images_and_change_none():
+    images = torch.rand(4, 3, 48, 48)
+    bare = image_grid(images, 2)
+    titled = image_grid(images, 2, ["0 tench", "1 猫"])
+    margin = titled[:, : -bare.shape[1]]
+    np.testing.assert_array_equal(titled[:, -bare.shape[1] :], bare)
+    rows = [margin[:48], margin[52:]]
+    assert all((row < 128).any() for row in rows)  # something is written
+    assert not np.array_equal(*rows)
+    assert (margin[48:52] == 255).all()
+    longest = image_grid(images[:1], 1, ["a very long name, which is cut off somewhere " * 9])
+    assert longest.shape[1] < 400
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "JPEG", "webp"])
+def test_save_picture_follows_the_suffix(tmp_path, kind):
+    picture = np.tile(np.array([200, 30, 60], np.uint8), (8, 8, 1))
+    save_picture(tmp_path / f"x.{kind}", picture)
+    with Image.open(tmp_path / f"x.{kind}") as found:
+        assert found.format == {"jpg": "JPEG"}.get(kind, kind.upper())
+        assert np.abs(np.asarray(found).astype(int) - picture).max() <= (0 if kind in ("png", "webp") else 3)
 
 
 def test_save_png_round_trip(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, one_hot
 
-from varfast import InputError, Policy
+from varfast import InputError, Policy, load_policy
 from varfast.models import KVCache
 from varfast.models.var import Head
 from varfast.policy import check_finite
@@ -136,9 +136,39 @@ def test_decode_encode_shapes_and_range(make_policy):
     assert policy.encode(images).shape == tokens.shape
 
 
+def test_encode_takes_floats_in_0_to_1_alone(make_policy):
+    policy = make_policy(patch_nums=(1, 2, 4))
+    images = torch.rand(2, 3, 4, 4)
+    assert policy.encode(images.half()).shape == (2, 21)
+    for wrong, said in (
+        ((images * 255).to(torch.uint8), "images are torch.uint8, want floats in [0, 1]; of bytes: images / 255"),
+        (images * 255, "want [0, 1]: images / 255"),
+        (images * 2 - 1, "want [0, 1]: (images + 1) / 2"),
+        (images * 3 - 1.5, "want [0, 1]: clamp(0, 1)"),
+        (images.log() * torch.nan, "images hold numbers from nan to nan"),
+    ):
+        with pytest.raises(InputError) as error:
+            policy.encode(wrong)
+        assert said in str(error.value)
+
+
+def test_a_device_that_is_not_there_is_refused_before_files_are_read(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="device=cuda: this machine has 0 GPUs; use cpu"):
+        load_policy("nowhere.pth", "nowhere.pth", device="cuda")
+    with pytest.raises(InputError, match="device='gpu': want cpu, cuda or cuda:1"):
+        load_policy("nowhere.pth", "nowhere.pth", device="gpu")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"labels_B": 3}, r"labels_B=3: want one label an image, as \[3\] or \[3\] \* 8"),
+        ({"labels_B": torch.tensor(3)}, r"labels_B is \(\), want \(B,\)"),
+        ({"labels_B": torch.tensor([0.5])}, "labels_B is torch.float32, want whole numbers"),
+        ({"labels_B": [0, 0.5]}, "labels_B holds 0.5, want whole numbers"),
+        ({"labels_B": [True]}, "labels_B holds True, want whole numbers"),
+        ({"labels_B": ["tench"]}, "labels_B holds 'tench', want whole numbers"),
         ({"labels_B": [0, 5]}, "labels_B holds 5; the model has labels 0..4"),
         ({"labels_B": [-1]}, "labels_B holds -1"),
         ({"labels_B": []}, "labels_B is empty"),

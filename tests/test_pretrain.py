@@ -1,15 +1,22 @@
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import varfast.pretrain
 from varfast import InputError, load_policy
-from varfast.data import digits
+from varfast.checkpoint import RunFolder
+from varfast.data import digits, load_images
+from varfast.export import model_card
+from varfast.labels import read_labels
 from varfast.models import VQVAE
-from varfast.pretrain import base_paths, main, pretrain, pretrained
+from varfast.pretrain import _batches, base_paths, main, pretrain, pretrained
 from varfast.randomness import deterministic
+from varfast.train import train
 
 SMALL = {
     "policy__checkpoint": "pretrain",
@@ -92,9 +99,6 @@ def test_pretrain_with_shared_adaln_and_drop_path(make_config):
 
 
 def test_pretrain_on_a_folder_of_images(tmp_path, make_config):
-    import numpy as np
-    from PIL import Image
-
     rng = np.random.RandomState(0)
     for name in ("a", "b", "c"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -107,14 +111,86 @@ def test_pretrain_on_a_folder_of_images(tmp_path, make_config):
         "pretrain__vqvae_steps": 3,
         "pretrain__var_steps": 3,
     }
+    for labels in (2, 10):
+        settings["policy__var"] = SMALL["policy__var"] | {"num_classes": labels}
+        with pytest.raises(
+            InputError, match=rf"has 3 class folders \(a, b, c\), policy.var.num_classes={labels}: .*=3"
+        ):
+            pretrain(make_config(**settings), CPU)
+    settings["policy__var"] = SMALL["policy__var"] | {"num_classes": 3}
     var, _, _ = pretrain(make_config(**settings), CPU)
-    assert var.config.num_classes == 10
-    settings["policy__var"] = SMALL["policy__var"] | {"num_classes": 2}
-    with pytest.raises(InputError, match=r"has label 2, but policy.var.num_classes=2; raise it"):
-        pretrain(make_config(**settings), CPU)
+    assert var.config.num_classes == 3
     settings["pretrain__batch_size"] = 13
     with pytest.raises(InputError, match="has 12 images, fewer than pretrain.batch_size=13"):
         pretrain(make_config(**settings), CPU)
+
+
+@pytest.fixture
+def own_images(tmp_path):
+    """Settings of a base for a folder of three classes."""
+    for label, name in enumerate(("2", "10", "dog")):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (12, 12), (80 * label, 60 * index, 128)).save(tmp_path / "set" / name / f"{index}.png")
+    return SMALL | {
+        "policy__var": SMALL["policy__var"] | {"num_classes": 3},
+        "pretrain__dataset": str(tmp_path / "set"),
+        "pretrain__batch_size": 6,
+        "pretrain__vqvae_steps": 3,
+        "pretrain__var_steps": 3,
+        "pretrain__num_workers": 1,
+    }
+
+
+def test_a_base_of_own_images_says_what_it_is_and_what_to_do(own_images, make_config, capsys):
+    config = make_config(**own_images)
+    var_path, _ = pretrained(config, CPU)
+    said = capsys.readouterr().out
+    assert (
+        "12 images\nlabel  folder  images\n    0  2            4\n    1  10           4\n    2  dog          4\n"
+        in said
+    )
+    assert "of the pixels' variance is lost by the VQ-VAE" in said
+    assert "raise pretrain.vqvae_steps=3, as to 12" in said
+    assert "guessing costs 3.47" in said
+    assert "raise pretrain.var_steps=3, as to 12" in said
+    for name, size in (("reconstructions.png", 2 * 52 - 4), ("samples.png", 3 * 52 - 4)):
+        with Image.open(var_path.with_name(name)) as picture:
+            assert picture.height == size
+    assert [row.folder for row in read_labels(var_path.parent)] == ["2", "10", "dog"]
+    report = json.loads(var_path.with_name("report.json").read_text())
+    pixels = np.stack([np.full((8, 8, 3), (80 * a, 60 * b, 128)) for a in range(3) for b in range(4)]) / 127.5 - 1
+    assert report["pixel_variance"] == pytest.approx(pixels.var(axis=(0, 1, 2)).mean(), rel=0.5)
+
+
+def test_a_run_keeps_the_labels_of_its_base_and_takes_their_names(own_images, make_config):
+    config = make_config(**own_images, rollout__labels=["dog", 0], run__steps=1, eval__samples_per_label=0)
+    assert train(config) == 0
+    folder = RunFolder(config.run.dir)
+    assert [row.images for row in read_labels(folder.path)] == [4, 4, 4]
+    card = model_card("m.pth", "float32", folder, config, 1)
+    assert "| 1 | 10 |  | 4 |" in card
+    Path(own_images["pretrain__dataset"]).rename(folder.path.parent / "moved")
+    longer = make_config(**own_images, rollout__labels=["dog", 0], run__steps=2, eval__samples_per_label=0)
+    assert train(longer) == 0  # the run needs its images no more
+
+
+def test_a_wrong_name_is_said_before_a_base_is_made(own_images, make_config, tmp_path):
+    with pytest.raises(InputError, match="rollout.labels holds 'dgo', which no label is called; did you mean 'dog'?"):
+        train(make_config(**own_images, rollout__labels=["dgo"]))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_breaks_while_training_is_named_without_a_traceback(own_images, make_config, workers):
+    config = make_config(**own_images | {"pretrain__num_workers": workers})
+    images = load_images(config.pretrain.dataset, 8)
+    for path in Path(config.pretrain.dataset).rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"png is broken or no image \(.*\); delete it or replace it") as error:
+        next(_batches(images, config, 1, CPU))
+    assert "Traceback" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_main_needs_a_config():

@@ -6,6 +6,7 @@ A config is a YAML file and overrides `a.b=c` from the command line. An unknown 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_origin
@@ -67,23 +68,29 @@ def _read_labels(value: Any) -> Any:
         labels = [scalar(part.strip()) for part in value.split(",")]
     elif isinstance(value, int) and not isinstance(value, bool):
         labels = [value]
-    whole = isinstance(labels, list) and all(type(label) is int and 0 <= label < 2**31 for label in labels)
-    if labels != "all" and not whole:
-        raise ValueError(f"got {show(value)}, want numbers of labels, such as [0, 1, 2]")
+    if labels != "all" and not (isinstance(labels, list) and all(map(_is_label, labels))):
+        raise ValueError(f"got {show(value)}, want numbers or names of labels, such as [0, 1, golden retriever]")
     return labels
 
 
-Labels = Annotated[list[int], BeforeValidator(_read_labels), Wanted("a list of labels, such as [0, 1, 2]")]
+def _is_label(label: Any) -> bool:
+    """A number, or a name: whose, labels.py knows."""
+    return 0 <= label < 2**31 if type(label) is int else isinstance(label, str) and bool(label.strip())
+
+
+Labels = Annotated[list[int | str], BeforeValidator(_read_labels), Wanted("a list of labels, such as [0, 1, 2]")]
 AllOrLabels = Annotated[
-    Literal["all"] | list[int], BeforeValidator(_read_labels), Wanted("all, or a list of labels, such as [0, 1, 2]")
+    Literal["all"] | list[int | str],
+    BeforeValidator(_read_labels),
+    Wanted("all, or a list of labels, such as [0, 1, 2]"),
 ]
 
 
-def check_labels(what: str, labels: list[int], num_classes: int) -> None:
-    """Raises: InputError if `labels` is empty or one of them is not in [0, num_classes)."""
+def check_labels(what: str, labels: Sequence[int | str], num_classes: int) -> None:
+    """Raises: InputError if `labels` is empty or a number in it is not in [0, num_classes). Names: see labels.py."""
     if not labels:
         raise InputError(f"{what} is empty; name labels in 0..{num_classes - 1}")
-    outside = [label for label in labels if not 0 <= label < num_classes]
+    outside = [label for label in labels if isinstance(label, int) and not 0 <= label < num_classes]
     if outside:
         raise InputError(f"{what} holds {outside[0]}; the model has labels 0..{num_classes - 1}")
 
@@ -321,7 +328,9 @@ class RolloutConfig(_Section):
     temperature: float = Field(
         0.7, ge=1e-3, le=1000, description="of the plain multinomial draw; no guidance, no filters"
     )
-    labels: AllOrLabels = Field("all", description="labels to draw from, uniformly")
+    labels: AllOrLabels = Field(
+        "all", description="labels to draw from, uniformly: numbers, or names of ImageNet's classes or of your folders"
+    )
     label_share: float = Field(1.0, gt=0, le=1, description="train on this share of the labels, chosen by run.seed")
     micro_batch: int | None = Field(
         None, ge=1, description="images sampled and decoded at a time; default: chosen from free memory"
@@ -865,7 +874,9 @@ class SampleConfig(_Section):
     checkpoint: Source = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
     vqvae: Source | None = Field(None, description="the VQ-VAE's weights, where checkpoint is not a run folder")
     out: LocalPath = Field("samples.png", description="the picture to write")
-    labels: Labels | None = Field(None, description="one row each; default: the first 8")
+    labels: Labels | None = Field(
+        None, description="numbers or names, as [207, golden retriever], one row each; default: the first 8"
+    )
     samples_per_label: int = Field(8, ge=1, le=10_000, description="columns")
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="of the draw")
     cfg: float = Field(
@@ -894,7 +905,7 @@ class EvaluateConfig(_Section):
         description="folder of results; an unfinished evaluation in it goes on. Default: evaluation, in the run folder "
         "if checkpoint is one",
     )
-    labels: AllOrLabels = Field("all", description="to sample")
+    labels: AllOrLabels = Field("all", description="to sample: numbers or names, as [207, golden retriever]")
     samples_per_label: int = Field(10, ge=1, le=1_000_000, description="images a label")
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="of the draw")
     cfg: float = Field(1.5, ge=0, le=1000, description="classifier-free guidance; 0: off")

@@ -41,19 +41,12 @@ from torch import Tensor
 
 from varfast.base import Base
 from varfast.checkpoint import RunFolder
-from varfast.config import (
-    ClassifierConfig,
-    EvaluateConfig,
-    RewardConfig,
-    check_labels,
-    parse_arguments,
-    reaches_outside,
-)
+from varfast.config import ClassifierConfig, EvaluateConfig, RewardConfig, parse_arguments, reaches_outside
 from varfast.data import DigitsClassifier
 from varfast.distributed import launched
-from varfast.features import Network, RealImages, load_network, load_real_images, to_levels
+from varfast.features import Network, RealImages, check_reference, load_network, load_real_images, to_levels
 from varfast.files import open_regular, parse_json, read_bytes, save_text, write_atomically
-from varfast.labels import label_pool
+from varfast.labels import label_names, label_numbers, label_pool, run_names
 from varfast.log import GAP_PX, environment, image_grid, save_png
 from varfast.metrics import (
     NEIGHBOUR_IMAGES,
@@ -634,6 +627,8 @@ def evaluate(config: EvaluateConfig, rank: int = 0, world: int = 1) -> list[Row]
     folder = EvaluationFolder(config.out)
     sides = {"reference": config.reference} if config.reference is not None else {}
     sides["checkpoint"] = config.checkpoint
+    if config.fid_reference is not None and rank == 0:
+        check_reference(config.fid_reference)  # before models are loaded
     judge: Judge | None = None
     plan: Plan | None = None
     real: RealImages | None = None
@@ -697,15 +692,15 @@ def _seen_labels(config: EvaluateConfig) -> set[int] | None:
     if not Path(config.checkpoint).expanduser().is_dir():
         return None
     run = RunFolder(config.checkpoint).load_config()
-    pool = label_pool(run.rollout, run.policy.sizes.num_classes, run.run.seed)
+    names = run_names(run, Path(config.checkpoint).expanduser(), made=True)
+    pool = label_pool(run.rollout, run.policy.sizes.num_classes, run.run.seed, names)
     return set(pool) if len(pool) < run.policy.sizes.num_classes else None
 
 
 def _labels(config: EvaluateConfig, num_classes: int) -> list[int]:
     if config.labels == "all":
         return list(range(num_classes))
-    check_labels("labels", config.labels, num_classes)
-    return sorted(set(config.labels))
+    return sorted(set(label_numbers("labels", config.labels, num_classes, label_names(config.checkpoint, num_classes))))
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:

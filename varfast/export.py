@@ -23,6 +23,7 @@ from torch import Tensor
 from varfast.checkpoint import RunFolder
 from varfast.config import Config, ExportConfig, LoRAConfig, VARConfig, VQVAEConfig, parse_arguments
 from varfast.files import read_json, read_leaves, read_text, save_tensors, save_text, write_atomically
+from varfast.labels import imagenet, read_labels
 from varfast.log import environment
 from varfast.models.weights import load_vqvae
 from varfast.printable import printable
@@ -108,6 +109,7 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
             f"## Evaluation\n\n{_evaluation(folder, done >= config.run.steps)}",
             f"## Load it\n\nWith varfast:\n\n```python\n{_with_varfast(name, config)}\n```",
             _with_public_code(name, _vqvae(name, config), sizes, config.policy.vqvae),
+            *_labels(folder, sizes.num_classes),
             "## Licence\n\nTo be stated by whoever publishes this model. The terms of the base model, of the VQ-VAE "
             "and of models used as a reward may bind it.",
             f"## All settings\n\n```yaml\n{settings}```\n",
@@ -165,6 +167,19 @@ def _measured(path: Path) -> str:
     except (InputError, KeyError, TypeError, AttributeError) as error:
         return f"`evaluation/{path.name}` is left out, as it is damaged: {printable(error)}"
     return "By `varfast.evaluate`, with the labels it is of:\n\n" + _table(["", *sides], cells)
+
+
+def _labels(folder: RunFolder, num_classes: int) -> list[str]:
+    """What the labels are: of a base that was pre-trained on a folder, or of ImageNet."""
+    found = read_labels(folder.path)
+    if found:
+        rows = [[row.label, row.folder, row.name if row.name != row.folder else None, row.images] for row in found]
+        return ["## Labels\n\n" + _table(["label", "folder", "name", "images"], rows)]
+    names = list(imagenet().values())
+    if folder.load_config().policy.checkpoint not in ("random", "pretrain") and num_classes == len(names):
+        order = f"in the order of their WordNet ids, 0 {names[0]} to {num_classes - 1} {names[-1]}"
+        return [f"## Labels\n\nTaken for the {num_classes} classes of ImageNet (ILSVRC 2012), {order}."]
+    return []
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:

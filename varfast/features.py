@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from varfast.data import DigitsClassifier, digits
+from varfast.images import SUFFIXES, Listing, check_images, list_images, passed_over, read_rgb
 from varfast.metrics import Statistics, check_installed, statistics, thinned
 from varfast.models.containers import Arrays, read_checkpoint, regular_file
 from varfast.models.hub import one_line
@@ -25,7 +26,6 @@ from varfast.rewards.files import fetch, file_name
 from varfast.types import InputError
 
 _BATCH_IMAGES = 64
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _INCEPTION_SHA256 = "6726825d"  # torch-fidelity names the file by its first digits
 
 
@@ -140,27 +140,44 @@ def load_real_images(address: str, network: Network, image_size: int) -> RealIma
     return RealImages(known or statistics(features_MD), thinned(features_MD), len(features_MD))
 
 
-def _folder(folder: Path, image_size: int) -> Iterator[Tensor]:
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
-    if not paths:
-        raise InputError(f"fid_reference={folder}: no images in it; want {', '.join(_SUFFIXES)} files, at any depth")
-    if len(paths) < 2:
-        raise InputError(f"fid_reference={folder}: one image in it; a covariance needs two at least")
-    with ThreadPoolExecutor(8) as pool:
-        for first in range(0, len(paths), _BATCH_IMAGES):
-            part = paths[first : first + _BATCH_IMAGES]
-            yield torch.stack(list(pool.map(lambda path: _read_image(path, image_size), part)))
+def check_reference(address: str) -> None:
+    """Whether the set of real images is there and can be read, without computing anything of it.
+
+    Raises: InputError as load_real_images, but for what depends on the network.
+    """
+    path = Path(address).expanduser()
+    if path.is_dir():
+        check_images(f"fid_reference={path}", _listed(path))
+    elif address != "digits" and not path.is_file():
+        raise InputError(f"fid_reference={address}: no such file or folder; want a folder of images, an .npz or digits")
 
 
-def _read_image(path: Path, image_size: int) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+def _listed(folder: Path) -> Listing:
+    found = list_images(str(folder))
+    if not found.files and not found.troubles:
+        others = passed_over([found])
         raise InputError(
-            f"fid_reference: {path} is broken or no image ({error}); delete it or replace it, and run the command again"
-        ) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+            f"fid_reference={folder}: no images in it; want {', '.join(SUFFIXES)} files, at any depth"
+            + (f". Files that are not read: {others}" if others else "")
+        )
+    if len(found.files) + len(found.troubles) < 2:
+        raise InputError(f"fid_reference={folder}: one image in it; a covariance needs two at least")
+    return found
+
+
+def _folder(folder: Path, image_size: int) -> Iterator[Tensor]:
+    found = _listed(folder)
+    if found.troubles:
+        check_images(f"fid_reference={folder}", found)
+    with ThreadPoolExecutor(8) as pool:
+        for first in range(0, len(found.files), _BATCH_IMAGES):
+            part = found.files[first : first + _BATCH_IMAGES]
+            yield torch.stack(list(pool.map(lambda file: _read_image(file.path, image_size), part)))
+
+
+def _read_image(path: str, image_size: int) -> Tensor:
+    picture = ImageOps.fit(read_rgb(path, "fid_reference"), (image_size, image_size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _archive(path: Path, width: int, image_size: int) -> tuple[Statistics | None, Iterator[Tensor]]:
@@ -175,6 +192,9 @@ def _archive(path: Path, width: int, image_size: int) -> tuple[Statistics | None
                     f"are {width} wide. Choose other features, or give the images"
                 )
             known = Statistics(arrays.read("mu", (width,)), arrays.read("sigma", (width, width)))
+            if not (np.isfinite(known.mu_D).all() and np.isfinite(known.sigma_DD).all()):
+                raise InputError(f"{where}: mu or sigma holds numbers that are not finite; compute them again, or give "
+                                 "the images")  # fmt: skip
         if known is None and "arr_0" not in names:
             held = one_line(", ".join(sorted(names)), 200) or "nothing named"
             raise InputError(f"{where} holds {held}; want arr_0, or mu and sigma")

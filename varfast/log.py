@@ -13,9 +13,10 @@ import platform
 import re
 import subprocess
 import threading
+import unicodedata
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from varfast.command import ALLOCATOR_VARIABLES
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 # Small images are enlarged by repetition, so that a grid of digits can be looked at.
 _SMALLEST_CELL_PX = 48
 GAP_PX = 4
+_TITLE_PX = 14
+_TITLE_LETTERS = 28
 # Best and worst samples kept a grid step: at 256 pixels two rows of 8 are a PNG of 2 MB.
 _EXTREMES = 8
 # A line of metrics.jsonl has 1 to 3 kB.
@@ -123,9 +126,9 @@ class RunLog:
             note.append(f"{metrics['images_per_s']:.0f} img/s")
         self._progress.update(" ".join(note))
 
-    def grid(self, step: int, images: Tensor, columns: int) -> None:
-        """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png."""
-        picture = image_grid(images, columns)
+    def grid(self, step: int, images: Tensor, columns: int, titles: Sequence[str] = ()) -> None:
+        """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png, with a title beside each row."""
+        picture = image_grid(images, columns, titles)
         with self._optional("a grid of samples"):
             save_png(self._folder / "grids" / f"step_{step:06d}.png", picture)
         if self._writer is not None:
@@ -338,8 +341,12 @@ def _lines(path: Path, last_step: int) -> list[str]:
     return [kept[step] for step in sorted(kept)]
 
 
-def image_grid(images: Tensor, columns: int) -> np.ndarray:
-    """(N, 3, H, W) in [0, 1] -> one (rows, columns) picture, (height, width, 3) uint8, row by row, with white gaps."""
+def image_grid(images: Tensor, columns: int, titles: Sequence[str] = ()) -> np.ndarray:
+    """(N, 3, H, W) in [0, 1] -> one (rows, columns) picture, (height, width, 3) uint8, row by row, with white gaps.
+
+    Args:
+        titles: of the rows; they stand in a column of their own at the left, beside the images.
+    """
     enlarge = max(1, math.ceil(_SMALLEST_CELL_PX / images.shape[-1]))
     images = images.detach().float().cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
     images = F.pad(images, (0, GAP_PX, 0, GAP_PX), value=1.0)
@@ -349,7 +356,38 @@ def image_grid(images: Tensor, columns: int) -> np.ndarray:
     cells[:num] = images
     picture = cells.view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2).reshape(rows * height, -1, 3)
     pixels: np.ndarray = picture[:-GAP_PX, :-GAP_PX].mul(255.0).round().clamp(0, 255).to(torch.uint8).numpy()
-    return pixels
+    return np.concatenate([_row_titles(titles, len(pixels), height), pixels], axis=1) if titles else pixels
+
+
+def _row_titles(titles: Sequence[str], height_px: int, row_px: int) -> np.ndarray:
+    """A white column with a line of text in the middle of each row, as wide as the longest."""
+    font = ImageFont.load_default(_TITLE_PX)
+    shown = [_drawable(title) for title in titles]
+    width_px = max(math.ceil(font.getlength(text)) for text in shown) + 2 * GAP_PX
+    column = Image.new("RGB", (width_px, height_px), "white")
+    draw = ImageDraw.Draw(column)
+    for row, text in enumerate(shown):
+        middle_px = row * row_px + (row_px - GAP_PX) // 2
+        draw.text((width_px - 2 * GAP_PX, middle_px), text, fill="black", font=font, anchor="rm")
+    return np.asarray(column)
+
+
+def _drawable(title: str) -> str:
+    """What the font that Pillow brings has letters for: accents are dropped, other scripts become question marks."""
+    plain = unicodedata.normalize("NFKD", title)
+    plain = "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace").decode()
+    return plain if len(plain) <= _TITLE_LETTERS else plain[: _TITLE_LETTERS - 2] + ".."
+
+
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    """Write an (H, W, 3) uint8 picture in the format of its suffix. Raises: InputError if it cannot be written."""
+    kind = PICTURE_FORMATS[path.suffix.lower()]
+    of_kind: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+    settings = of_kind.get(kind, {})
+    write_atomically(path, lambda file: Image.fromarray(picture).save(file, format=kind, **settings))
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:

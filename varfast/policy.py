@@ -422,14 +422,34 @@ class Policy:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images in [0, 1] -> (B, L) int64 tokens. Raises: ValueError for images of another size."""
+        """(B, 3, H, W) float images in [0, 1] -> (B, L) int64 tokens.
+
+        Raises: ValueError for images of another size; InputError, which is one, for whole numbers and for numbers
+            outside [0, 1].
+        """
+        if not images.is_floating_point():
+            raise InputError(f"images are {images.dtype}, want floats in [0, 1]; of bytes: images / 255")
+        low, high = (float(bound) for bound in torch.aminmax(images)) if images.numel() else (0.0, 1.0)
+        if not (low >= 0.0 and high <= 1.0):  # of NaN neither holds
+            raise InputError(f"images hold numbers from {low:.4g} to {high:.4g}, want [0, 1]: {_to_unit(low, high)}")
         return self.vqvae.encode(images.to(self.device, torch.float32).mul(2.0).sub(1.0))
 
     def _labels(self, labels_B: Tensor | Sequence[int]) -> Tensor:
+        if not hasattr(labels_B, "__iter__"):
+            raise InputError(f"labels_B={labels_B}: want one label an image, as [{labels_B}] or [{labels_B}] * 8")
+        if isinstance(labels_B, Tensor) and (labels_B.is_floating_point() or labels_B.dtype == torch.bool):
+            raise InputError(f"labels_B is {labels_B.dtype}, want whole numbers, as labels_B.long()")
         # Labels that come as a tensor on the device are checked where a user made them, not here: no synchronisation.
         if isinstance(labels_B, Tensor) and labels_B.device.type != "cpu":
             return labels_B
+        if not isinstance(labels_B, Tensor):
+            labels_B = list(labels_B)
+            wrong = [label for label in labels_B if isinstance(label, bool) or not hasattr(label, "__index__")]
+            if wrong:
+                raise InputError(f"labels_B holds {wrong[0]!r}, want whole numbers")
         labels = torch.as_tensor(labels_B, dtype=torch.int64)
+        if labels.ndim != 1:
+            raise InputError(f"labels_B is {tuple(labels.shape)}, want (B,): one label an image")
         check_labels("labels_B", labels.tolist(), self.num_classes)
         return labels.to(self.device)
 
@@ -467,12 +487,31 @@ def check_finite(rollout: Rollout | None, images: Tensor | None = None) -> None:
     )
 
 
+def _to_unit(low: float, high: float) -> str:
+    if low >= 0.0 and 1.0 < high <= 255.0:
+        return "images / 255, if they are levels"
+    if low >= -1.0 and high <= 1.0:
+        return "(images + 1) / 2, if they are in [-1, 1]"
+    return "clamp(0, 1) what sharpening or resizing left outside"
+
+
 @contextmanager
 def _after_this_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     """Inside, work goes to `stream`, after all that the current one was given."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield
+
+
+def _there(device: torch.device | str) -> torch.device:
+    """Raises: InputError for no device, and for one that this machine has not."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device={device!r}: want cpu, cuda or cuda:1") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device={found}: this machine has {torch.cuda.device_count()} GPUs; use cpu")
+    return found
 
 
 def load_policy(
@@ -495,8 +534,9 @@ def load_policy(
         var_config, vqvae_config: sizes the files must have.
         fast: False samples eagerly and decodes plainly: what the fast path is compared with.
         strict: the same bits in sampling and in teacher forcing, whatever the batch: see Policy.
-    Raises: InputError if a file cannot be read or does not fit.
+    Raises: InputError if a file cannot be read or does not fit, or for a device that is not there.
     """
+    device = _there(device)
     transformer = load_var(var, var_config)
     tokenizer = load_vqvae(vqvae, transformer.config.patch_nums, vqvae_config)
     return Policy(transformer, tokenizer, device, dtype, fast, strict)

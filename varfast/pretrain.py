@@ -22,22 +22,25 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from varfast.base import FileNote
 from varfast.command import read_config
 from varfast.config import Config
-from varfast.data import Images, fingerprint, load_images
+from varfast.data import FolderImages, Images, fingerprint, load_images
 from varfast.files import read_json, remove_leftovers, save_tensors, save_text
+from varfast.labels import LABELS_FILE, caption, label_table, labels_json, labels_of
 from varfast.lock import locked
+from varfast.log import image_grid, save_png
 from varfast.models import VAR, VQVAE
-from varfast.policy import pick_device
+from varfast.policy import Policy, pick_device
 from varfast.progress import Progress
-from varfast.randomness import order_may_vary
+from varfast.randomness import GRID_STEP, order_may_vary
 from varfast.signals import listen
 from varfast.types import InputError, NotFinitePolicy
 
@@ -46,6 +49,9 @@ _GRAD_CLIP = 1.0
 _REVIVE_EVERY = 25
 # Steps between plain lines, off a terminal; a step of the digits' base takes 20 to 100 ms on a CPU.
 _LINE_EVERY = 100
+# For advice() and the pictures of a user's own base.
+_BLURRED, _CODES_USED, _NEAR_GUESSING = 0.1, 0.5, 0.8
+_SHOWN_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,15 @@ class PretrainReport:
 
     Attributes:
         reconstruction_mse: of pixels in [-1, 1], mean over the last batches.
+        pixel_variance: of the images around their mean colour, in the same units: a VQ-VAE that has learned nothing
+            else has this error.
         codebook_usage: share of the codes that one pass over the last batches used.
         token_loss: cross-entropy of the transformer, nats a token, mean over the last batches.
         seconds: wall time of both trainings.
     """
 
     reconstruction_mse: float
+    pixel_variance: float
     codebook_usage: float
     token_loss: float
     seconds: float
@@ -86,7 +95,7 @@ def _code_digest() -> str:
     """Digest of the sources that decide what a base model is."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in [here / "pretrain.py", here / "data.py", *sorted((here / "models").glob("*.py"))]:
+    for path in [here / "pretrain.py", here / "data.py", here / "images.py", *sorted((here / "models").glob("*.py"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -117,6 +126,8 @@ def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
             except KeyboardInterrupt as error:
                 error.add_note("  pre-training keeps nothing of a base model that is not complete: it starts again")
                 raise
+        if config.pretrain.dataset != "digits":
+            save_text(folder / LABELS_FILE, labels_json(labels_of(_own_images(config))))
         for path, model in zip(paths, (var, vqvae), strict=True):
             save_tensors(path, model.state_dict())
         # Last: without it, the files count as missing.
@@ -126,6 +137,8 @@ def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
             f"base model: {report.seconds:.0f} s; reconstruction MSE {report.reconstruction_mse:.4f}, "
             f"{report.codebook_usage:.0%} of the codes in use, {report.token_loss:.2f} nats a token"
         )
+        if config.pretrain.dataset != "digits":
+            _show_own(config, var, vqvae, report, folder, device)
     return paths
 
 
@@ -147,6 +160,49 @@ def _damage(paths: tuple[Path, Path]) -> str | None:
     return next((f"{name} {problem}" for name, problem in found.items() if problem), None)
 
 
+def _own_images(config: Config) -> FolderImages:
+    images = load_images(config.pretrain.dataset, config.policy.vqvae.image_size, check=False)
+    assert isinstance(images, FolderImages)
+    return images
+
+
+def _show_own(
+    config: Config, var: VAR, vqvae: VQVAE, report: PretrainReport, folder: Path, device: torch.device
+) -> None:
+    """For images of a user's own: what the numbers mean, and pictures beside the base."""
+    images = _own_images(config)
+    labels = labels_of(images)
+    print("\n".join(f"  {line}" for line in advice(report, config)))
+    shown = sorted({i * (len(images) - 1) // (_SHOWN_IMAGES - 1) for i in range(_SHOWN_IMAGES)})
+    real = torch.stack([images[i][0] for i in shown]).to(device)
+    policy = Policy(var, vqvae, device)
+    rebuilt = policy.decode(policy.encode(real))
+    save_png(folder / "reconstructions.png", image_grid(torch.cat([real, rebuilt]), len(shown), ["image", "rebuilt"]))
+    rows = labels[:_SHOWN_IMAGES]
+    labels_B = torch.tensor([row.label for row in rows]).repeat_interleave(_SHOWN_IMAGES)
+    _, samples = policy.sample_images(labels_B, seed=config.run.seed, step=GRID_STEP, micro_batch=_SHOWN_IMAGES)
+    titles = [caption(row.label, [label.name for label in labels]) for row in rows]
+    save_png(folder / "samples.png", image_grid(samples, _SHOWN_IMAGES, titles))
+    print(f"  {folder}: reconstructions.png, samples.png, {LABELS_FILE}")
+
+
+def advice(report: PretrainReport, config: Config) -> list[str]:
+    """What the numbers of a base mean, and what to do about them. The bounds are rules of thumb from small runs."""
+    lost = report.reconstruction_mse / max(report.pixel_variance, 1e-12)
+    guessing = math.log(config.policy.sizes.vocab_size)
+    vqvae, var = config.pretrain.vqvae_steps, config.pretrain.var_steps
+    lines = [f"reconstruction MSE: {lost:.0%} of the pixels' variance is lost by the VQ-VAE (0 %: none, 100 %: all but "
+             "the mean colour)" + (f"; blurred above 10 %: raise pretrain.vqvae_steps={vqvae}, as to {4 * vqvae}"
+                                   if lost > _BLURRED else "")]  # fmt: skip
+    lines.append("codes in use: the share of the vocabulary that the last images needed" + (
+        f"; below {_CODES_USED:.0%}: raise pretrain.vqvae_steps, or take fewer codes than policy.var.vocab_size="
+        f"{config.policy.sizes.vocab_size}" if report.codebook_usage < _CODES_USED else ""))  # fmt: skip
+    lines.append(f"nats a token: guessing costs {guessing:.2f}; samples take shape as this falls" + (
+        f". It is near guessing: raise pretrain.var_steps={var}, as to {4 * var}"
+        if report.token_loss > _NEAR_GUESSING * guessing else ""))  # fmt: skip
+    return lines
+
+
 def pretrain(config: Config, device: torch.device) -> tuple[VAR, VQVAE, PretrainReport]:
     """Train VQ-VAE and transformer from scratch, a function of the config and its seed (on one machine).
 
@@ -154,18 +210,22 @@ def pretrain(config: Config, device: torch.device) -> tuple[VAR, VQVAE, Pretrain
         them diverges: it must not come into the cache.
     """
     start = time.perf_counter()
-    images = load_images(config.pretrain.dataset, config.policy.vqvae.image_size)
+    size, num_classes = config.policy.vqvae.image_size, config.policy.sizes.num_classes
+    images = load_images(config.pretrain.dataset, size, num_classes)
+    if isinstance(images, FolderImages):
+        print(f"{images.folder}: {len(images)} images\n{label_table(labels_of(images))}")
+        print("".join(f"note: {note}\n" for note in images.notes), end="")
     if len(images) < config.pretrain.batch_size:  # type: ignore[arg-type]
         raise InputError(
             f"{config.pretrain.dataset} has {len(images)} images, fewer than "  # type: ignore[arg-type]
             f"pretrain.batch_size={config.pretrain.batch_size}"
         )
     torch.manual_seed(config.run.seed)
-    vqvae, mse, usage = _train_vqvae(config, images, device)
+    vqvae, mse, variance, usage = _train_vqvae(config, images, device)
     _refuse_diverged(vqvae, "VQ-VAE", f"pretrain.vqvae_lr (now {config.pretrain.vqvae_lr:g})")
     var, token_loss = _train_var(config, images, vqvae, device)
     _refuse_diverged(var, "transformer", f"pretrain.var_lr (now {config.pretrain.var_lr:g})")
-    return var, vqvae, PretrainReport(mse, usage, token_loss, time.perf_counter() - start)
+    return var, vqvae, PretrainReport(mse, variance, usage, token_loss, time.perf_counter() - start)
 
 
 def _refuse_diverged(model: torch.nn.Module, what: str, key: str) -> None:
@@ -180,7 +240,8 @@ def _refuse_diverged(model: torch.nn.Module, what: str, key: str) -> None:
 def _batches(dataset: Images, config: Config, steps: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """`steps` shuffled batches, over as many passes as that takes; the last tensor of each are the labels."""
     loader = DataLoader(
-        dataset,
+        _Answers(dataset),
+        collate_fn=_collated,
         batch_size=config.pretrain.batch_size,
         shuffle=True,
         drop_last=True,
@@ -192,6 +253,8 @@ def _batches(dataset: Images, config: Config, steps: int, device: torch.device) 
         for batch in loader:
             if done == steps:
                 return
+            if isinstance(batch, InputError):
+                raise batch
             largest = int(batch[-1].max())
             if largest >= config.policy.sizes.num_classes:
                 raise InputError(
@@ -200,6 +263,27 @@ def _batches(dataset: Images, config: Config, steps: int, device: torch.device) 
                 )
             yield tuple(tensor.to(device) for tensor in batch)
             done += 1
+
+
+class _Answers(Dataset[Any]):
+    """A data set whose errors are items: a worker of DataLoader would put its traceback into the message."""
+
+    def __init__(self, dataset: Images) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._dataset[index]
+        except InputError as error:
+            return error
+
+
+def _collated(items: list[Any]) -> Any:
+    error = next((item for item in items if isinstance(item, InputError)), None)
+    return default_collate(items) if error is None else error
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -225,14 +309,14 @@ def _optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, lo
     optimizer.step()
 
 
-def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[VQVAE, float, float]:
+def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[VQVAE, float, float, float]:
     settings, steps = config.pretrain, config.pretrain.vqvae_steps
     vqvae = VQVAE(config.policy.vqvae).to(device)
     torch.nn.init.normal_(vqvae.quantize.embedding.weight, std=0.5)
     optimizer = torch.optim.AdamW(vqvae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     hits_V = torch.zeros(config.policy.vqvae.vocab_size, device=device)
     errors: list[Tensor] = []
-    usage = 0.0
+    usage, variance = 0.0, 0.0
     progress, note = Progress("vq-vae", steps, every=_LINE_EVERY), ""
     for step, (images_B3HW, _) in enumerate(_batches(images, config, steps, device)):
         batch = _pixels(images_B3HW)
@@ -242,14 +326,20 @@ def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[
         hits_V += torch.bincount(tokens_BL.flatten(), minlength=len(hits_V))
         errors.append(error.detach())
         if (step + 1) % _REVIVE_EVERY == 0:
-            usage = float((hits_V > 0).float().mean())
+            usage, variance = float((hits_V > 0).float().mean()), _variance(batch)
             note = f"mse={float(errors[-1]):.4f} codes={usage:.0%}"
             if step < steps * 3 // 4:
                 _revive(vqvae, optimizer, hits_V, batch)
             hits_V.zero_()
         progress.update(note)
     progress.close()
-    return vqvae.requires_grad_(False), float(torch.stack(errors[-_REVIVE_EVERY:]).mean()), usage
+    mse = float(torch.stack(errors[-_REVIVE_EVERY:]).mean())
+    return vqvae.requires_grad_(False), mse, variance or _variance(batch), usage
+
+
+def _variance(images: Tensor) -> float:
+    """Mean square of (B, 3, H, W) pixels around the mean colour of the batch."""
+    return float((images - images.mean(dim=(0, 2, 3), keepdim=True)).square().mean())
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
     python -m varfast.sample checkpoint=runs/digits out=digits.png
     python -m varfast.sample checkpoint=hf://FoundationVision/var/var_d16.pth \
-        vqvae=hf://FoundationVision/var/vae_ch160v4096z32.pth labels=[207,980] cfg=4 top_k=900 top_p=0.95
+        vqvae=hf://FoundationVision/var/vae_ch160v4096z32.pth 'labels=[golden retriever,980]' cfg=4 top_k=900 top_p=0.95
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import torch
 
 from varfast.checkpoint import RunFolder
 from varfast.config import SampleConfig, check_micro_batch, parse_arguments
-from varfast.log import image_grid, save_png
+from varfast.labels import caption, label_names, label_numbers
+from varfast.log import PICTURE_FORMATS, image_grid, save_picture
 from varfast.policy import Policy, load_policy, pick_device
 from varfast.progress import Progress
 from varfast.train import load_run
 from varfast.types import InputError
+
+_ROWS = 8
 
 
 def load(checkpoint: str, vqvae: str | None, device: torch.device, dtype: str, key: str = "checkpoint") -> Policy:
@@ -39,8 +42,16 @@ def load(checkpoint: str, vqvae: str | None, device: torch.device, dtype: str, k
 def main(arguments: list[str]) -> int:
     """python -m varfast.sample checkpoint=... [key=value ...]"""
     config = parse_arguments(arguments, SampleConfig)
+    out = Path(config.out).expanduser()
+    if out.is_dir() or config.out.endswith("/") or out.suffix.lower() not in PICTURE_FORMATS:
+        raise InputError(
+            f"out={config.out}: want the name of a picture, as samples.png; known: {', '.join(PICTURE_FORMATS)}"
+        )
     policy = load(config.checkpoint, config.vqvae, pick_device(config.device), config.dtype)
-    labels = config.labels if config.labels is not None else list(range(min(8, policy.num_classes)))
+    names = label_names(config.checkpoint, policy.num_classes)
+    labels = list(range(min(_ROWS, policy.num_classes)))
+    if config.labels is not None:
+        labels = label_numbers("labels", config.labels, policy.num_classes, names)
     labels_B = torch.tensor(labels).repeat_interleave(config.samples_per_label)
     check_micro_batch("micro_batch", config.micro_batch, len(labels_B))
     size = config.micro_batch or len(labels_B)
@@ -58,6 +69,12 @@ def main(arguments: list[str]) -> int:
             )
             parts.append(images)
             progress.update()
-    save_png(Path(config.out).expanduser(), image_grid(torch.cat(parts), config.samples_per_label))
-    print(f"{config.out}: {len(labels)} labels x {config.samples_per_label} samples")
+    titles = [caption(label, names) for label in labels]
+    save_picture(out, image_grid(torch.cat(parts), config.samples_per_label, titles))
+    print(f"{out}: {len(labels)} labels x {config.samples_per_label} samples")
+    if config.labels is None and len(labels) < policy.num_classes:
+        left_out = (
+            f"{len(labels)} to {policy.num_classes - 1}" if policy.num_classes > len(labels) + 1 else f"{len(labels)}"
+        )
+        print(f"labels 0 to {len(labels) - 1} are shown; for {left_out}: labels=[{len(labels)}, ...]")
     return 0

@@ -35,7 +35,7 @@ from varfast.distributed import World, gathered, joined, local_device, processes
 from varfast.divergence import diagnosis, refuse_diverged
 from varfast.files import save_tensors, save_text, write_atomically
 from varfast.grpo import combined_advantages, groups_without_signal, kl_to_reference
-from varfast.labels import draw_labels, label_pool
+from varfast.labels import LABELS_FILE, caption, draw_labels, label_pool, labels_json, read_labels, run_names
 from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled
 from varfast.models import VAR, VQVAE
 from varfast.models.lora import import_peft, merged_state, peft_adapter, without_lora
@@ -116,9 +116,11 @@ def _train(
     folder = RunFolder(config.run.dir)
     lock = at_end.enter_context(folder.held())
     found = folder.prepare(config)
+    names = run_names(config, folder.path, made=folder.base.exists())
+    labels = label_pool(config.rollout, config.policy.sizes.num_classes, config.run.seed, names)
     with world.leader_first():  # it pre-trains and downloads
         reward = WeightedSum(
-            config.reward, device, config.policy.sizes.num_classes, seed=config.run.seed, beside=beside
+            config.reward, device, config.policy.sizes.num_classes, names=names, seed=config.run.seed, beside=beside
         )
         on_device = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device)})})
         if world.leads:
@@ -135,7 +137,6 @@ def _train(
     update = config.update.model_copy(update=fits)
     of_loss = reference if config.grpo.kl_beta > 0.0 else None
     updater = Updater(policy, of_loss, config.grpo, update, config.run.steps, config.run.seed, world)
-    labels = label_pool(config.rollout, policy.num_classes, config.run.seed)
     further = updater.further_state()
     start, before, bad_rollouts = 0, {}, 0  # bad ones in a row
     here = environment() | {"processes": world.size}
@@ -163,7 +164,7 @@ def _train(
             log.say(f"going on after step {start} of {config.run.steps} in {folder.path}")
         elif log:
             log.environment(here)
-            _save_grid(log, 0, policy, labels, config)
+            _save_grid(log, 0, policy, labels, config, names)
         metrics: dict[str, float] = {}
         if log and not config.holds_reference:
             log.say("the KL to the base is not measured: grpo.kl_beta=0 holds no base; grpo.kl_every=10 measures it")
@@ -230,7 +231,7 @@ def _train(
             if log and limits:
                 log.step(done, metrics | limits.metrics(stages_ms, step_s) | held_bytes)
                 if done % config.log.grid_every == 0 or done == config.run.steps:
-                    _save_grid(log, done, policy, labels, config)
+                    _save_grid(log, done, policy, labels, config, names)
                     if isinstance(scores, Rewards):
                         log.samples(done, images, drawn.labels_B, scores)
             # A rollout that was left out changed nothing: when the run is taken up again, it is tried again.
@@ -353,7 +354,9 @@ def _prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch
         return
     base = Base(folder)
     if not resume:
-        base.keep(*_sources(config, device))
+        var, vqvae = _sources(config, device)
+        _keep_labels(folder, var.origin)
+        base.keep(var, vqvae)
         return
     if not base.noted:
         print(f"{folder.base} is gone; the base is what policy.checkpoint names now, unchecked")
@@ -425,6 +428,13 @@ def load_base(config: Config, folder: RunFolder, whole: bool = True) -> Policy:
     )
 
 
+def _keep_labels(folder: RunFolder, origin: Path) -> None:
+    """What the labels of the base are called, from beside it into the run's folder."""
+    found = read_labels(origin if origin.is_dir() else origin.parent)
+    if found is not None:
+        save_text(folder.path / LABELS_FILE, labels_json(found))
+
+
 def load_run(folder: RunFolder, device: torch.device, dtype: str) -> Policy:
     """What a run folder's run delivers, as of its last checkpoint: with update.ema_decay, the averaged policy."""
     config = folder.load_config()
@@ -492,11 +502,13 @@ def random_policy(config: Config, device: torch.device) -> Policy:
     return Policy(var, vqvae, device, config.run.dtype, config.run.fast, config.run.strict)
 
 
-def _save_grid(log: RunLog, step: int, policy: Policy, labels: list[int], config: Config) -> None:
-    columns = config.log.grid_samples
-    labels_B = torch.tensor(labels[: config.log.grid_labels]).repeat_interleave(columns)
+def _save_grid(
+    log: RunLog, step: int, policy: Policy, labels: list[int], config: Config, names: list[str] | None
+) -> None:
+    columns, rows = config.log.grid_samples, labels[: config.log.grid_labels]
+    labels_B = torch.tensor(rows).repeat_interleave(columns)
     rollout = policy.sample(labels_B, config.rollout.temperature, seed=config.run.seed, step=GRID_STEP)
-    log.grid(step, policy.decode(rollout.tokens_BL), columns)
+    log.grid(step, policy.decode(rollout.tokens_BL), columns, [caption(label, names) for label in rows])
 
 
 def _metrics(

@@ -41,8 +41,9 @@ def test_clip_equals_the_library(tiny_clip, images, model, batch_size):
 def test_clip_compares_each_image_with_the_text_of_its_label(tiny_clip, images, tmp_path):
     names = ["house finch", "goldfish", "tabby cat"]
     (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
+    (tmp_path / "windows.txt").write_bytes(("\ufeff" + "\r\n".join(names) + "\r\n").encode())
     table = cosine("tiny", tiny_clip, images, [f"a photo of a {name}" for name in names])
-    for given in (names, str(tmp_path / "names.txt")):
+    for given in (names, str(tmp_path / "names.txt"), str(tmp_path / "windows.txt")):
         config = clip(tiny_clip, prompt=None, label_prompt="a photo of a {name}", names=given, batch_size=2)
         scored = WeightedSum({"c": config}, num_classes=3)(images, LABELS)
         torch.testing.assert_close(scored.total_B, table[torch.arange(6), LABELS], rtol=0, atol=2e-6)
