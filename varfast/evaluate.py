@@ -67,6 +67,8 @@ _CHUNK_IMAGES = 128
 _PICTURE_LABELS, _PICTURE_SAMPLES = 8, 4
 # Arguments that the chunks do not depend on.
 _FREE_TO_CHANGE = ("out", "micro_batch", "device", "fid_reference", "inception_weights")
+# Where weights are; which they are is noted in every chunk. A run folder that was moved goes on with its evaluation.
+_PLACES = ("checkpoint", "reference", "vqvae")
 # A process that has written nothing for so long is taken for dead.
 _PATIENCE_S = 1800.0
 _INTERVALS = (
@@ -246,7 +248,7 @@ def _refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, 
     differences = [
         f"  {name}: {there.get(name)} there, {here.get(name)} here"
         for name in names
-        if there.get(name) != here.get(name)
+        if there.get(name) != here.get(name) and not (name in _PLACES and there.get(name) and here.get(name))
     ]
     if differences:
         raise InputError(
