@@ -233,6 +233,12 @@ class LoRAConfig(_Section):
     )
 
 
+def _names_a_file(checkpoint: str) -> bool:
+    """Whether it can be no run folder. What is on the disk does not count: a config is read elsewhere too."""
+    suffixes = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+    return checkpoint.startswith("hf://") or Path(checkpoint).suffix in suffixes
+
+
 class PolicyConfig(_Section):
     """The model that is trained, and the frozen VQ-VAE that turns its tokens into images."""
 
@@ -243,11 +249,13 @@ class PolicyConfig(_Section):
         description="sizes of the VQ-VAE; vocab_size, code_width and patch_nums default to those of the transformer",
     )
     checkpoint: Source = Field(
-        description="weights of the transformer: a path, hf://owner/repo/file, 'random', or 'pretrain' for the model "
-        "that the pretrain section describes (trained first if it is not in the cache)"
+        description="weights of the transformer: a path, hf://owner/repo/file, a run folder, 'random', or 'pretrain' "
+        "for the model that the pretrain section describes (trained first if it is not in the cache)"
     )
     vqvae_checkpoint: Source | None = Field(
-        None, description="weights of the VQ-VAE: a path or hf:// address; not with 'random' and 'pretrain'"
+        None,
+        description="weights of the VQ-VAE: a path or hf:// address; default: the run folder's; not with 'random' and "
+        "'pretrain'",
     )
     lora: LoRAConfig | None = Field(
         None, description="train an adapter beside the frozen weights; {} for its defaults; null: train all weights"
@@ -281,7 +289,7 @@ class PolicyConfig(_Section):
         if self.checkpoint in ("random", "pretrain"):
             if self.vqvae_checkpoint is not None:
                 raise ValueError(f"checkpoint={self.checkpoint} makes its own VQ-VAE; remove vqvae_checkpoint")
-        elif self.vqvae_checkpoint is None:
+        elif self.vqvae_checkpoint is None and _names_a_file(self.checkpoint):
             raise ValueError(
                 "vqvae_checkpoint is missing; for the public models it is hf://FoundationVision/var/vae_ch160v4096z32.pth"
             )

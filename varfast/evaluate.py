@@ -83,6 +83,8 @@ _ARCHIVE_ERRORS = (
     OSError, ValueError, EOFError, RuntimeError, ArithmeticError, LookupError, struct.error, zlib.error,
     zipfile.BadZipFile,
 )  # fmt: skip
+# Where weights are; which they are is noted in every chunk. A run folder that was moved goes on with its evaluation.
+_PLACES = ("checkpoint", "reference", "vqvae")
 # A process that has written nothing for so long is taken for dead.
 _PATIENCE_S = 1800.0
 _INTERVALS = (
@@ -337,7 +339,7 @@ def _refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, 
     differences = [
         f"  {printable(name)}: {printable(there.get(name))} there, {printable(here.get(name))} here"
         for name in names
-        if there.get(name) != here.get(name)
+        if there.get(name) != here.get(name) and not (name in _PLACES and there.get(name) and here.get(name))
     ]
     if differences:
         raise InputError(

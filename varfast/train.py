@@ -160,7 +160,9 @@ def _train(
         StageClock(device) as clock,
         signals.in_steps(),
     ):
-        if log and start:
+        if log and start > config.run.steps:
+            log.say(f"{folder.path} holds step {start}, more than run.steps={config.run.steps}: no step is left to do")
+        elif log and start:
             log.say(f"going on after step {start} of {config.run.steps} in {folder.path}")
         elif log:
             log.environment(here)
@@ -259,7 +261,7 @@ def _train(
         after = samples.after(policy, reward, reached, fitted.rollout.micro_batch, trained=reached > start)
         save_text(folder.path / "summary.json", json.dumps({"before": before, "after": means(after)}, indent=2) + "\n")
         print(f"\n{table(samples.values)}\n" if after else "")
-        print(f"run complete: {config.run.steps} steps. Weights {folder.weights}, curves and grids in {folder.path}")
+        print(f"run complete: {reached} steps. Weights {folder.weights}, curves and grids in {folder.path}")
     world.wait()
     return 0
 
@@ -284,7 +286,7 @@ def _fitted(config: Config, device: torch.device, world: World, images: int) -> 
 def _log(world: World, folder: RunFolder, start: int, config: Config) -> AbstractContextManager[RunLog | None]:
     if not world.leads:
         return nullcontext()
-    return RunLog(folder.path, start, config.run.steps, config.log.tensorboard, config)
+    return RunLog(folder.path, start, max(start, config.run.steps), config.log.tensorboard, config)
 
 
 def _score(
@@ -370,11 +372,16 @@ def _prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch
         else:  # begun before hashes were noted
             base.keep(*(Source(path, only_here, path) for path in (base.find("var"), base.find("vqvae"))))
     except InputError as lost:
-        print(f"{lost}\n  it is had again from policy.checkpoint={config.policy.checkpoint}")
-        sources = _sources(config, device)
+        again = f"from policy.checkpoint={config.policy.checkpoint}"
+        print(f"{lost}\n  it is had again {again}")
+        try:
+            sources = _sources(config, device)
+        except InputError as error:
+            lost.add_note(f"  it cannot be had again {again}: {error}")
+            raise lost from error
         for part, source in zip(PARTS, sources, strict=True):
             if other := base.differs(part, source):
-                lost.add_note(f"  it cannot be had again from policy.checkpoint={config.policy.checkpoint}: {other}")
+                lost.add_note(f"  it cannot be had again {again}: {other}")
                 raise
         base.keep(*sources)
 
