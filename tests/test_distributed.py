@@ -18,7 +18,7 @@ import torch
 
 import varfast.evaluate
 from varfast import InputError
-from varfast.checkpoint import dump_config
+from varfast.checkpoint import RunFolder, dump_config
 from varfast.config import load_config
 from varfast.distributed import Launch, World, _share, joined, launched, local_device
 from varfast.roofline import memory, planned, share
@@ -280,7 +280,7 @@ main(sys.argv[1:])
     assert_equal_runs(whole.run.dir, alone.run.dir, whole.update.lr)
 
 
-def torchrun(config, tmp_path, *options, count=2, **environment):
+def torchrun(config, tmp_path, *options, count=2, start_new_session=False, **environment):
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
@@ -290,6 +290,7 @@ def torchrun(config, tmp_path, *options, count=2, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=start_new_session,
     )
 
 
@@ -358,6 +359,22 @@ def test_torchrun_restarts_a_job_whose_rank_was_killed_and_it_goes_on(make_confi
         assert ("going on after step 4" in out) == bool(mortal)
     assert metrics(runs["mortal"].run.dir) == metrics(runs["whole"].run.dir)
     assert torch.equal(weights(runs["mortal"].run.dir), weights(runs["whole"].run.dir))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_processes_of_torchrun_saves(make_config, tmp_path, number):
+    """As the terminal sends it, to torchrun too, which sends it on: each process gets it twice."""
+    config = make_config(run__steps=100_000, log__checkpoint_every=100_000, eval__samples_per_label=0)
+    started = torchrun(config, tmp_path, start_new_session=True)
+    deadline = time.monotonic() + 90
+    while not (Path(config.run.dir) / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(started.pid, number)
+    _, (out,) = ends([started], timeout_s=60)
+    step = metrics(config.run.dir)[-1]["step"]
+    assert RunFolder(config.run.dir).newest().step == step >= 1, out
+    assert f"holds step {step} of 100000. The same command goes on." in out
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])

@@ -1,5 +1,10 @@
 import json
 import math
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +14,14 @@ from PIL import Image
 
 import varfast.pretrain
 from varfast import InputError, load_policy
-from varfast.checkpoint import RunFolder
+from varfast.checkpoint import RunFolder, dump_config
 from varfast.data import digits, load_images
 from varfast.export import model_card
 from varfast.labels import read_labels
 from varfast.models import VQVAE
-from varfast.pretrain import _batches, base_paths, main, pretrain, pretrained
+from varfast.pretrain import PretrainReport, _batches, base_paths, main, pretrain, pretrained
 from varfast.randomness import deterministic
+from varfast.signals import Stopped
 from varfast.train import train
 
 SMALL = {
@@ -89,6 +95,91 @@ def test_pretrained_is_cached_by_what_made_it(config, make_config, capsys):
         assert base_paths(make_config(**SMALL | change), CPU) != paths
     for free in ({"run__dir": "elsewhere"}, {"grpo__kl_beta": 0.0}, {"pretrain__num_workers": 1}):
         assert base_paths(make_config(**SMALL | free), CPU) == paths
+
+
+@pytest.fixture
+def instant(monkeypatch, make_models):
+    """Pre-training that takes no time; a list that grows by one for each base."""
+    made = []
+
+    def stand_in(config, device):
+        made.append(1)
+        return *make_models(), PretrainReport(0.1, 1.0, 0.5, 2.0, 1.0)
+
+    monkeypatch.setattr(varfast.pretrain, "pretrain", stand_in)
+    return made
+
+
+def test_a_cached_base_that_is_damaged_is_made_again(config, instant, capsys):
+    paths = pretrained(config, CPU)
+    whole = [path.read_bytes() for path in paths]
+    flipped = bytearray(whole[0])
+    flipped[len(flipped) // 2] ^= 1
+    report = paths[0].with_name("report.json")
+    damages = {
+        "var.pth has another SHA-256": lambda: paths[0].write_bytes(flipped),
+        "vqvae.pth has 100 of": lambda: paths[1].write_bytes(whole[1][:100]),
+        "var.pth has 0 of": lambda: paths[0].write_bytes(b""),
+        "vqvae.pth cannot be read: No such file": lambda: paths[1].unlink(),
+        "report.json does not say": lambda: report.write_text('{"seconds": 1.0}'),
+        "report.json does not say what": lambda: report.unlink(),
+    }
+    for number, (said, damage) in enumerate(damages.items()):
+        damage()
+        capsys.readouterr()
+        assert pretrained(config, CPU) == paths
+        assert f"{said}" in capsys.readouterr().out
+        assert len(instant) == number + 2
+        assert [path.read_bytes() for path in paths] == whole
+    assert sorted(path.name for path in paths[0].parent.iterdir()) == ["report.json", "var.pth", "vqvae.pth"]
+
+
+@pytest.mark.parametrize("cache", ["file/cache", "folder", "/proc/nothing"])
+def test_a_cache_that_cannot_be_written_is_said_before_anything_is_trained(make_config, tmp_path, instant, cache):
+    (tmp_path / "file").write_text("")
+    config = make_config(**SMALL, pretrain__cache_dir=str(tmp_path / cache))
+    key = base_paths(config, CPU)[0].parent.name
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / key).write_text("")  # a file where the base's folder should be
+    with pytest.raises(InputError, match="the base model in .* cannot be used: .*; choose another pretrain.cache_dir"):
+        pretrained(config, CPU)
+    assert not instant
+
+
+def test_of_two_that_want_one_base_the_second_waits_for_it(config, instant, capsys):
+    """Two threads; flock tells two descriptors of a process apart as it does two processes."""
+    began, go_on, pretrain_now = threading.Event(), threading.Event(), varfast.pretrain.pretrain
+
+    def slow(*given):
+        began.set()
+        assert go_on.wait(30)
+        return pretrain_now(*given)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as threads:
+        patch.setattr(varfast.pretrain, "pretrain", slow)
+        first = threads.submit(pretrained, config, CPU)
+        assert began.wait(30)
+        second = threads.submit(pretrained, config, CPU)
+        deadline = time.monotonic() + 30
+        while "waiting: the base model in" not in (out := capsys.readouterr().out):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert f"is in use by pid {os.getpid()} on host" in out
+        go_on.set()
+        assert first.result() == second.result()
+    assert len(instant) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_ends_pre_training_and_leaves_no_lock_and_no_half_file(config, tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(varfast.pretrain, "_train_vqvae", lambda *given: os.kill(os.getpid(), number))
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    with pytest.raises(Stopped, match=f"stopped by {number.name}") as caught:
+        main([str(path), "run.device=cpu"])
+    assert caught.value.code == 128 + number
+    assert "pre-training keeps nothing" in caught.value.__notes__[0]
+    assert list(base_paths(config, CPU)[0].parent.iterdir()) == []
 
 
 def test_pretrain_with_shared_adaln_and_drop_path(make_config):

@@ -16,9 +16,11 @@ if __name__ == "__main__":  # --help and a typo are answered before the imports 
     run_command("train")
 
 import json
+import os
+import resource
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -154,6 +156,7 @@ def _train(
     every = config.grpo.reference_every
     sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
     limits = StageLimits(fitted, device, config.rollout.images) if world.leads else None
+    spare = at_end.enter_context(_spare_descriptors())
     with (
         _log(world, folder, start, config) as log,
         Checkpoints(folder.checkpoints, config, here, log.say if log else lambda text: None) as checkpoints,
@@ -213,11 +216,14 @@ def _train(
                         log.say(f"step {step + 1} is left out: {scores}")
                 else:
                     held = step - bad_rollouts
-                    checkpoints.save(held, policy.var, updater.optimizer, before, None, further)
-                    checkpoints.wait()
-                    scores.add_note(
-                        f"  nothing is lost: {folder.path} holds step {held}; the same command goes on from there"
-                    )
+                    spare.close()
+                    try:
+                        checkpoints.save(held, policy.var, updater.optimizer, before, None, further)
+                        checkpoints.wait()
+                        note = f"nothing is lost: {folder.path} holds step {held}; the same command goes on from there"
+                    except InputError as unsaved:
+                        note = f"and step {held} was not saved: {unsaved}"
+                    scores.add_note(f"  {note}")
                     raise scores
                 stages_ms = clock.read()
                 step_s = time.perf_counter() - begin_s
@@ -264,6 +270,16 @@ def _train(
         print(f"run complete: {reached} steps. Weights {folder.weights}, curves and grids in {folder.path}")
     world.wait()
     return 0
+
+
+def _spare_descriptors() -> ExitStack:
+    """Open files to close before a failing reward's state is saved: it may have failed as it used up all there are."""
+    spare = ExitStack()
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 64:  # else the run needs them itself
+        with suppress(OSError):
+            for _ in range(16):
+                spare.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    return spare
 
 
 def _fitted(config: Config, device: torch.device, world: World, images: int) -> Config:
