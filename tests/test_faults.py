@@ -393,11 +393,12 @@ def test_bad_rollouts_with_good_ones_between_do_not_stop_the_run(make_config, mo
     assert len(metrics(config.run.dir)) == 5
 
 
-def test_a_sum_of_rewards_that_is_not_finite_is_left_out(make_config):
-    # 0.5 * 3e38 * 2 is beyond float32.
-    huge = {n: {"type": "brightness", "mode": "raw", "weight": 3e38} for n in ("a", "b", "c")}
+def test_a_sum_of_rewards_that_is_not_finite_is_left_out(make_config, moody_reward):
+    """3e38 is a number of float32, twice as much is not."""
+    moody_reward.bad, moody_reward.value = list(range(1, 9)), 3e38
+    twice = {name: {"type": "function", "function": "moody:reward"} for name in ("a", "b")}
     with pytest.raises(InputError, match=r"reward \(their weighted sum\) returned inf"):
-        train(make_config(reward=huge, run__max_bad_rollouts=1, eval__samples_per_label=0))
+        train(make_config(reward=twice, run__max_bad_rollouts=1, eval__samples_per_label=0))
 
 
 @pytest.fixture
