@@ -253,3 +253,11 @@ def test_sweeps_take_lists_and_keep_their_folders_apart(workplace):
     long = folders(f"log.wandb={'x' * 300},{'x' * 301}")
     assert len(set(long)) == 2
     assert all(len(Path(folder).name) < 256 for folder in long)
+
+
+def test_a_checkpoint_that_does_not_exist_is_called_so(tmp_path):
+    from varfast import sample
+
+    for word in ("nope", f"checkpoint={tmp_path}/nope"):
+        with pytest.raises(InputError, match=r"nope does not exist; want a run folder, or a transformer's weights"):
+            sample.main([word, "device=cpu"])

@@ -175,7 +175,7 @@ def start(folder, number, delay_s):
     time.sleep(delay_s)
     sys.argv = ["train", sys.argv[1], f"run.dir={folder}"]
     try:
-        run_command(train.main)
+        run_command("train")
     except SystemExit as end:
         os._exit(end.code)
     finally:

@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import sys
@@ -9,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+import varfast.progress
 from varfast import InputError
-from varfast.log import RunLog, image_grid, profiled, save_picture, save_png, table
+from varfast.log import RunLog, image_grid, profiled, save_picture, save_png
+from varfast.progress import Progress, duration
 from varfast.types import Rewards
 
 METRICS = {"reward_mean": 0.5, "kl": 0.1, "images_per_s": 3.0}
@@ -253,9 +256,100 @@ def test_a_special_file_in_place_of_earlier_steps_stops_nothing(tmp_path, make):
         pass
 
 
-def test_table_lines_up():
-    assert table({"reward": 0.1}, {"reward": 0.95, "accuracy": 0.5}).splitlines() == [
-        "            before     after",
-        "reward       0.100     0.950",
-        "accuracy       nan     0.500",
+class Terminal(io.StringIO):
+    def __init__(self, is_one):
+        super().__init__()
+        self._is_one, self.flushed = is_one, 0
+
+    def isatty(self):
+        return self._is_one
+
+    def flush(self):
+        self.flushed += 1
+
+
+@pytest.fixture
+def stream_to(monkeypatch):
+    """Standard output and standard error, terminals or not, and a clock that the test turns."""
+
+    def make(out=False, error=False):
+        monkeypatch.delenv("TQDM_DISABLE", raising=False)
+        streams = Terminal(out), Terminal(error)
+        monkeypatch.setattr(sys, "stdout", streams[0])
+        monkeypatch.setattr(sys, "stderr", streams[1])
+        clock = SimpleNamespace(now_s=100.0)
+        monkeypatch.setattr(varfast.progress, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+        return *streams, clock
+
+    return make
+
+
+@pytest.mark.parametrize("error_is_terminal", [False, True], ids=["nohup", "tee"])
+def test_progress_off_a_terminal_is_a_line_every_so_many_steps(stream_to, error_is_terminal):
+    out, error, clock = stream_to(False, error_is_terminal)
+    progress = Progress("grpo", 25, every=10)
+    flushed = []
+    for step in range(1, 26):
+        clock.now_s += 60.0 if step == 1 else 1.5
+        progress.update(f"reward={step / 100}")
+        flushed.append(out.flushed)
+    progress.close()
+    assert out.getvalue().splitlines() == [
+        "grpo: step 1 of 25, reward=0.01, 6e+04 ms a step, 24 min 0 s left",
+        "grpo: step 10 of 25, reward=0.1, 1500 ms a step, 22 s left",
+        "grpo: step 20 of 25, reward=0.2, 1500 ms a step, 8 s left",
+        "grpo: step 25 of 25, reward=0.25, 1500 ms a step, 0 s left",
     ]
+    assert "\r" not in out.getvalue()
+    assert error.getvalue() == ""
+    assert flushed[0] > 0  # at once, not when the buffer is full
+    assert flushed[9] > flushed[8]
+
+
+def test_progress_of_slow_steps_is_a_line_every_half_minute(stream_to):
+    out, _, clock = stream_to()
+    progress = Progress("grpo", 1000, done=500, every=100)
+    for _ in range(7):
+        clock.now_s += 11.0
+        progress.update()
+    steps = [line.split(",")[0] for line in out.getvalue().splitlines()]
+    assert steps == ["grpo: step 501 of 1000", "grpo: step 504 of 1000", "grpo: step 507 of 1000"]
+
+
+def test_progress_on_a_terminal_is_a_bar(stream_to):
+    out, error, _ = stream_to(True, True)
+    with Progress("grpo", 2) as progress:
+        progress.update("reward=0.5")
+        progress.say("a line")
+        progress.update()
+    assert "2/2" in error.getvalue()
+    assert "\r" in error.getvalue()
+    assert out.getvalue().splitlines() == ["a line"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_tqdm_disable_turns_lines_and_bar_off(stream_to, monkeypatch, terminal):
+    out, error, _ = stream_to(terminal, terminal)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with Progress("grpo", 2) as progress:
+        progress.update()
+        progress.say("a line")
+    assert (out.getvalue(), error.getvalue()) == ("a line\n", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (3601, "1 h 0 min"), (2e5, "55 h 33 min")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_steps_without_a_kl_have_none_in_their_line(stream_to, tmp_path):
+    out, _, _ = stream_to()
+    with RunLog(tmp_path, 0, 2, tensorboard=False) as log:
+        log.step(1, {"reward_mean": 0.5, "images_per_s": 3.0})
+        log.step(2, METRICS)
+    lines = out.getvalue().splitlines()
+    assert "step 1 of 2, reward=0.500 3 img/s," in lines[0]
+    assert "step 2 of 2, reward=0.500 kl=0.100 3 img/s," in lines[1]
+    assert ["kl" in json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [False, True]

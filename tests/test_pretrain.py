@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import varfast.pretrain
 from varfast import InputError, load_policy
 from varfast.checkpoint import RunFolder
 from varfast.data import digits, load_images
@@ -196,3 +197,22 @@ def test_a_file_that_breaks_while_training_is_named_without_a_traceback(own_imag
 def test_main_needs_a_config():
     with pytest.raises(InputError, match="usage: python -m varfast.pretrain"):
         main([])
+
+
+@pytest.mark.parametrize("which", ["vqvae", "var"])
+def test_a_base_model_that_diverges_does_not_come_into_the_cache(config, monkeypatch, which):
+    train_it = getattr(varfast.pretrain, f"_train_{which}")
+
+    def diverged(*args):
+        model, *measured = train_it(*args)
+        with torch.no_grad():
+            next(model.parameters()).fill_(math.nan)
+        return model, *measured
+
+    monkeypatch.setattr(f"varfast.pretrain._train_{which}", diverged)
+    config = config.model_copy(
+        update={"pretrain": config.pretrain.model_copy(update={"vqvae_steps": 2, "var_steps": 2})}
+    )
+    with pytest.raises(InputError, match=f"of the .* diverged: 1 of .*lower pretrain.{which}_lr .now 0.002"):
+        pretrained(config, CPU)
+    assert not any(path.exists() for path in base_paths(config, CPU))

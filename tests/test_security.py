@@ -86,7 +86,7 @@ def opened(folder, tmp_path):
         (varfast.evaluate.main, [f"checkpoint={folder}", *FEW, f"out={tmp_path / 'evaluated'}"]),
         (varfast.sample.main, [f"checkpoint={folder}", f"out={tmp_path / 'out.png'}", "device=cpu"]),
         (varfast.export.main, [f"checkpoint={folder}", f"out={tmp_path / 'model.safetensors'}"]),
-        (varfast.report.main, [str(folder)]),
+        (varfast.report.main, [str(folder), f"out={tmp_path / 'report.html'}"]),
     ):
         try:
             assert main(arguments) == 0
@@ -204,11 +204,20 @@ def test_a_config_that_is_passed_is_trusted_and_one_that_lies_in_the_folder_is_c
     data["run"]["steps"] = 2
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(data))
     change(reward={"mine": {"type": "function", "function": "mine.py:score"}})
-    with pytest.raises(InputError, match="holds a run with another config"):
-        train_main(["own.yaml"])
+    assert train_main(["own.yaml"]) == 0
     assert not Path("ran").exists()
     data["reward"] = {"mine": {"type": "function", "function": "mine.py:score"}}
     data["run"]["dir"] = str(tmp_path / "new")
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(data))
     assert train_main(["own.yaml"]) == 0
     assert Path("ran").exists()
+
+
+def test_a_folder_given_to_train_is_no_config_that_was_passed(handed_on):
+    folder, change = handed_on
+    change(reward=hostile(folder))
+    with pytest.raises(InputError, match=r"popen \(runs subprocess:Popen\).* as a file: .*/config.yaml run.dir="):
+        train_main([str(folder)])
+    assert not (folder / "PWNED").exists()
+    change(reward={"luma": {"type": "brightness", "mode": "raw"}})
+    assert train_main([str(folder)]) == 0

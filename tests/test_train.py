@@ -644,6 +644,7 @@ def test_memory_metrics_are_of_a_gpu_alone():
 )
 def test_update_is_captured_on_one_gpu_where_memory_allows(monkeypatch, asked, free_bytes, device, captured):
     monkeypatch.setattr("varfast.train.available_bytes", lambda device: free_bytes)
+    monkeypatch.setattr("varfast.roofline.whole_bytes", lambda device: 80 * 2**30)
     root = Path(__file__).parent.parent
     config = load_config(root / "configs" / "d30.yaml", ["run.dtype=bfloat16", f"update.cuda_graph={asked}"])
     fitted = _fitted(config, torch.device(device), ALONE, config.rollout.images)

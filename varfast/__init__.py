@@ -13,6 +13,10 @@ __version__ = "0.1.0"
 __all__ = ["InputError", "Policy", "Rollout", "__version__", "load_policy"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Import the policy, and PyTorch with it, when it is first asked for: `--help` and typos need neither."""
     if name in ("Policy", "load_policy"):

@@ -79,6 +79,7 @@ _FREE_TO_CHANGE = (
     "log",
     "eval",
     "kernels",
+    "grpo.kl_every",
     "rollout.micro_batch",
     "rollout.cuda_graph",
     "update.micro_batch",

@@ -32,6 +32,7 @@ from varfast.config import (
     SampleConfig,
     load_as,
     parse_arguments,
+    reaches_outside,
 )
 from varfast.printable import printable
 from varfast.settings import arguments as command_line
@@ -67,6 +68,7 @@ def read_train(arguments: list[str]) -> Runs:
     """Arguments of `train`. Every run of a sweep is checked before the first one starts. Raises: InputError."""
     found = command_line.sort(arguments, Config, ["--profile"], ["--sweep"])
     path, overrides = _config_path(found.paths, "train"), found.overrides
+    _refuse_rewards_of_a_folder(path, overrides)
     profile, beside = "--profile" in found.flags, expanded(path)
     beside = beside if os.path.isdir(beside) else beside.parent
     if not found.options:
@@ -125,6 +127,20 @@ def _load(model: type[_AnyConfig], path: str, overrides: list[str]) -> _AnyConfi
     if any(override.startswith(("run.dir=", "run=")) for override in overrides):
         return config
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": path})})
+
+
+def _refuse_rewards_of_a_folder(path: str, overrides: list[str]) -> None:
+    """Somebody may have handed a run folder on: to name it is not to name what its config runs (docs/security.md)."""
+    if not os.path.isfile(expanded(path) / "config.yaml") or any(o.startswith("reward=") for o in overrides):
+        return
+    config = _load(Config, path, overrides)
+    outside = {name: reaches_outside(reward) for name, reward in config.reward.items()}
+    named = ", ".join(f"{printable(name, 80)} ({printable(why)})" for name, why in outside.items() if why)
+    if named:
+        raise InputError(
+            f"the config in {path} names rewards that do more than compute on the images: {named}. If you trust it, "
+            f"pass it as a file: {path}/config.yaml run.dir={path}"
+        )
 
 
 def read_nothing(arguments: list[str]) -> None:

@@ -233,6 +233,12 @@ class LoRAConfig(_Section):
     )
 
 
+def _names_a_file(checkpoint: str) -> bool:
+    """Whether it can be no run folder. What is on the disk does not count: a config is read elsewhere too."""
+    suffixes = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+    return checkpoint.startswith("hf://") or Path(checkpoint).suffix in suffixes
+
+
 class PolicyConfig(_Section):
     """The model that is trained, and the frozen VQ-VAE that turns its tokens into images."""
 
@@ -243,11 +249,13 @@ class PolicyConfig(_Section):
         description="sizes of the VQ-VAE; vocab_size, code_width and patch_nums default to those of the transformer",
     )
     checkpoint: Source = Field(
-        description="weights of the transformer: a path, hf://owner/repo/file, 'random', or 'pretrain' for the model "
-        "that the pretrain section describes (trained first if it is not in the cache)"
+        description="weights of the transformer: a path, hf://owner/repo/file, a run folder, 'random', or 'pretrain' "
+        "for the model that the pretrain section describes (trained first if it is not in the cache)"
     )
     vqvae_checkpoint: Source | None = Field(
-        None, description="weights of the VQ-VAE: a path or hf:// address; not with 'random' and 'pretrain'"
+        None,
+        description="weights of the VQ-VAE: a path or hf:// address; default: the run folder's; not with 'random' and "
+        "'pretrain'",
     )
     lora: LoRAConfig | None = Field(
         None, description="train an adapter beside the frozen weights; {} for its defaults; null: train all weights"
@@ -281,7 +289,7 @@ class PolicyConfig(_Section):
         if self.checkpoint in ("random", "pretrain"):
             if self.vqvae_checkpoint is not None:
                 raise ValueError(f"checkpoint={self.checkpoint} makes its own VQ-VAE; remove vqvae_checkpoint")
-        elif self.vqvae_checkpoint is None:
+        elif self.vqvae_checkpoint is None and _names_a_file(self.checkpoint):
             raise ValueError(
                 "vqvae_checkpoint is missing; for the public models it is hf://FoundationVision/var/vae_ch160v4096z32.pth"
             )
@@ -356,7 +364,19 @@ class GRPOConfig(_Section):
     """The loss."""
 
     clip_eps: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped to 1 +- this")
-    kl_beta: float = Field(0.2, ge=0, le=1e6, description="weight of the KL to the base model; 0: no reference is held")
+    kl_beta: float = Field(
+        0.2,
+        ge=0,
+        le=1e6,
+        description="weight of the KL to the base model; 0: no reference is held, unless kl_every asks for it",
+    )
+    kl_every: int | None = Field(
+        None,
+        ge=1,
+        description="with kl_beta=0, steps between measurements of the KL to the base, for which the base is held as "
+        "with kl_beta > 0 (that of an adapter takes no memory) and runs forward once. Default: 10 with an adapter, "
+        "else the KL is not measured. With kl_beta > 0 every step measures it",
+    )
     reference_every: int | None = Field(
         None,
         ge=1,
@@ -612,6 +632,26 @@ RewardConfig = Annotated[
     Field(discriminator="type"),
 ]
 
+
+def reaches_outside(config: RewardConfig) -> str | None:
+    """What a reward does beyond computing on the images: the code, the server or the files that its config names.
+
+    None: nothing, so that it may be taken from a folder that somebody handed on (docs/security.md).
+    """
+    if isinstance(config, BrightnessReward) or (isinstance(config, ClassifierReward) and config.model == "digits"):
+        return None
+    if isinstance(config, FunctionReward):
+        return f"runs {config.function}"
+    if isinstance(config, HttpReward):
+        return f"asks {config.url}"
+    if isinstance(config, ClassifierReward):
+        return f"reads or fetches {config.file or f'the weights of {config.model}'}"
+    named = [config.head] if isinstance(config, AestheticReward) else []
+    if not isinstance(config, AestheticReward) and isinstance(config.names, str):
+        named.append(config.names)
+    return f"reads or fetches {', '.join([config.pretrained, *named])}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -779,6 +819,18 @@ class Config(_Section):
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
     kernels: KernelsConfig = KernelsConfig()
+
+    @property
+    def measure_kl_every(self) -> int | None:
+        """Steps between measurements of the KL apart from the loss; None with kl_beta > 0, or where none is asked."""
+        if self.grpo.kl_beta > 0.0:
+            return None
+        return self.grpo.kl_every or (10 if self.policy.lora else None)
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether the base model is held beside the policy: for the KL in the loss, or to measure it."""
+        return self.grpo.kl_beta > 0.0 or self.measure_kl_every is not None
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

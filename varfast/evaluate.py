@@ -38,17 +38,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from varfast.base import Base
 from varfast.checkpoint import RunFolder
-from varfast.config import ClassifierConfig, EvaluateConfig, RewardConfig, parse_arguments
+from varfast.config import ClassifierConfig, EvaluateConfig, RewardConfig, parse_arguments, reaches_outside
 from varfast.data import DigitsClassifier
 from varfast.distributed import launched
 from varfast.features import Network, RealImages, check_reference, load_network, load_real_images, to_levels
-from varfast.files import save_text, write_atomically
+from varfast.files import open_regular, parse_json, read_bytes, save_text, write_atomically
 from varfast.labels import label_names, label_numbers, label_pool, run_names
-from varfast.log import environment, image_grid, save_png
+from varfast.log import GAP_PX, environment, image_grid, save_png
 from varfast.metrics import (
     NEIGHBOUR_IMAGES,
     NEIGHBOURS,
@@ -62,12 +61,12 @@ from varfast.metrics import (
     statistics,
 )
 from varfast.models.weights import resolve
-from varfast.policy import Policy, pick_device
+from varfast.policy import Policy, check_finite, pick_device
 from varfast.printable import printable
+from varfast.progress import Progress
 from varfast.randomness import EVAL_STEP
-from varfast.rewards import WeightedSum, reaches_outside
+from varfast.rewards import WeightedSum
 from varfast.rewards.classifier import Confidence
-from varfast.rewards.files import open_regular
 from varfast.sample import load
 from varfast.train import load_base
 from varfast.types import InputError
@@ -79,18 +78,19 @@ _CHUNK_IMAGES = 128
 _PICTURE_LABELS, _PICTURE_SAMPLES = 8, 4
 # Arguments that the chunks do not depend on.
 _FREE_TO_CHANGE = ("out", "micro_batch", "device", "fid_reference", "inception_weights")
-# More than 128 images of 4096 pixels a side.
-_LARGEST_CHUNK_BYTES = 2**33
 # What zipfile, zlib and the checks of a chunk raise for a file that is no such archive.
 _ARCHIVE_ERRORS = (
     OSError, ValueError, EOFError, RuntimeError, ArithmeticError, LookupError, struct.error, zlib.error,
     zipfile.BadZipFile,
 )  # fmt: skip
+# Where weights are; which they are is noted in every chunk. A run folder that was moved goes on with its evaluation.
+_PLACES = ("checkpoint", "reference", "vqvae")
 # A process that has written nothing for so long is taken for dead.
 _PATIENCE_S = 1800.0
 _INTERVALS = (
-    "95 %: normal over images, Wilson's for shares; of a difference, normal over images paired by label and seed; of "
-    "diversity, over labels; none for FID, inception score and what compares neighbours"
+    "95 %: normal over images, Wilson's for shares; of a difference, the same over images paired by label and seed, "
+    "Bonett and Price's for shares; of diversity, over labels; none for FID, inception score and what compares "
+    "neighbours"
 )
 
 
@@ -207,7 +207,7 @@ def sample_chunk(policy: Policy, plan: Plan, chunk: list[int], config: EvaluateC
     """Images (B, 3, H, W) in [0, 1] and labels (B,) of a chunk."""
     parts = []
     for run in plan.runs(chunk, config.micro_batch):
-        _, images = policy.sample_images(
+        rollout, images = policy.sample_images(
             [plan.label(index) for index in run],
             config.temperature,
             seed=config.seed,
@@ -217,6 +217,7 @@ def sample_chunk(policy: Policy, plan: Plan, chunk: list[int], config: EvaluateC
             step=EVAL_STEP,
             first_sample=run[0],
         )
+        check_finite(rollout, images)
         parts.append(images)
     return torch.cat(parts), torch.tensor([plan.label(index) for index in chunk], device=policy.device)
 
@@ -292,7 +293,7 @@ class EvaluationFolder:
     def _read(self, side: str, number: int, names: list[str]) -> Numbers:
         path = self.chunk(side, number)
         try:
-            with open_regular(path, _LARGEST_CHUNK_BYTES, follow=False) as file, zipfile.ZipFile(file) as archive:
+            with open_regular(path, follow=False) as file, zipfile.ZipFile(file) as archive:
                 return {name: _read_array(archive, name) for name in names}
         except _ARCHIVE_ERRORS as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else printable(error)
@@ -324,8 +325,7 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        with open_regular(path, 10_000_000, follow=False) as file:
-            settings = json.loads(file.read())
+        settings = parse_json(read_bytes(path))
         if not isinstance(settings, dict):
             raise ValueError("it holds no settings")
     except (OSError, ValueError, RecursionError) as error:
@@ -339,7 +339,7 @@ def _refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, 
     differences = [
         f"  {printable(name)}: {printable(there.get(name))} there, {printable(here.get(name))} here"
         for name in names
-        if there.get(name) != here.get(name)
+        if there.get(name) != here.get(name) and not (name in _PLACES and there.get(name) and here.get(name))
     ]
     if differences:
         raise InputError(
@@ -372,7 +372,8 @@ def sample_side(
                 f"{folder.chunk(side, number)} holds images of other weights than {side} has now; choose another out "
                 "folder, or delete this one"
             )
-    for number in tqdm(todo, desc=side, unit="chunk", disable=None if rank == 0 else True):
+    progress = Progress(side, len(todo), unit="chunk", quiet=rank != 0)
+    for number in todo:
         chunk = plan.chunks[number]
         images, labels_B = sample_chunk(policy, plan, chunk, config)
         numbers = judge(images, labels_B)
@@ -383,6 +384,8 @@ def sample_side(
         arrays = {**numbers, "levels": levels[kept], "weights": np.array(weights)}
         arrays = {name: np.ascontiguousarray(array) if array.ndim else array for name, array in arrays.items()}
         write_atomically(folder.chunk(side, number), lambda file, arrays=arrays: np.savez(file, **arrays))  # type: ignore[misc]
+        progress.update()
+    progress.close()
 
 
 def _weights_hash(policy: Policy) -> str:
@@ -531,7 +534,7 @@ def _about(result: dict[str, Any]) -> str:
 
 
 def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan) -> dict[str, Any]:
-    """pictures.png: a row a label; the two models' images of a seed side by side, reference first."""
+    """pictures.png: a row a label; the reference's images, a gap, and the checkpoint's of the same seeds."""
     images: dict[tuple[str, int], np.ndarray] = {}
     for side in sides:
         for number, chunk in enumerate(plan.chunks):
@@ -540,10 +543,14 @@ def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan) -> di
             levels = folder.levels(side, number, plan)
             kept = chunk if len(levels) == len(chunk) else [index for index in chunk if plan.shown(index)]
             images |= {(side, index): levels[row] for row, index in enumerate(kept) if plan.shown(index)}
-    columns = [(side, sample) for sample in plan.picture_samples for side in sides]
-    cells = [images[side, plan.index(label, sample)] for label in plan.picture_labels for side, sample in columns]
-    pixels = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255.0
-    save_png(folder.path / "pictures.png", image_grid(pixels, len(columns)))
+    columns = [(side, sample) for side in sides for sample in plan.picture_samples]
+    grids = []
+    for side in sides:
+        cells = [images[side, plan.index(label, s)] for label in plan.picture_labels for s in plan.picture_samples]
+        pixels = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255.0
+        grids.append(image_grid(pixels, len(plan.picture_samples)))
+        grids.append(np.full((len(grids[-1]), 6 * GAP_PX, 3), 255, np.uint8))
+    save_png(folder.path / "pictures.png", np.concatenate(grids[:-1], axis=1))
     return {
         "file": "pictures.png",
         "rows": plan.picture_labels,

@@ -5,16 +5,12 @@ Axes: B image of a batch, M image of the set, D feature, K class; H, W pixels. L
 
 from __future__ import annotations
 
-import lzma
-import struct
-import tokenize
-import zipfile
-import zlib
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,18 +18,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from varfast.data import DigitsClassifier, digits
-from varfast.images import SUFFIXES, Listing, check_images, first_line, list_images, passed_over, read_rgb
+from varfast.images import SUFFIXES, Listing, check_images, list_images, passed_over, read_rgb
 from varfast.metrics import Statistics, check_installed, statistics, thinned
-from varfast.models.weights import read_checkpoint
-from varfast.printable import printable
+from varfast.models.containers import Arrays, read_checkpoint, regular_file
+from varfast.models.hub import one_line
 from varfast.rewards.files import fetch, file_name
 from varfast.types import InputError
 
 _BATCH_IMAGES = 64
-# What zipfile and NumPy's reader of headers raise for damaged bytes (tests/fuzz/test_images.py).
-_DAMAGED_ARCHIVE = (OSError, ValueError, EOFError, LookupError, TypeError, SyntaxError, ArithmeticError,
-                    NotImplementedError, RuntimeError, MemoryError, struct.error, zlib.error, lzma.LZMAError,
-                    zipfile.BadZipFile, tokenize.TokenError)  # fmt: skip
 _INCEPTION_SHA256 = "6726825d"  # torch-fidelity names the file by its first digits
 
 
@@ -132,16 +124,14 @@ def load_real_images(address: str, network: Network, image_size: int) -> RealIma
         network: computes the features.
     Raises: InputError if there are none, a file is broken, or the statistics are of other features.
     """
-    path = Path(address).expanduser()
     known = None
     if address == "digits":
         batches = iter(to_levels(digits(image_size)[0]).split(_BATCH_IMAGES))
-    elif path.is_dir():
-        batches = _folder(path, image_size)
-    elif path.is_file():
-        known, batches = _archive(path, network.width, image_size)
+    elif os.path.isdir(os.path.expanduser(address)):  # False, not an error, for what can be no path
+        batches = _folder(Path(address).expanduser(), image_size)
     else:
-        raise InputError(f"fid_reference={address}: no such file or folder; want a folder of images, an .npz or digits")
+        path = regular_file(address, "fid_reference", "a folder of images, an .npz or digits")
+        known, batches = _archive(path, network.width, image_size)
     features = [network(levels)[0] for levels in batches]
     if not features:
         assert known is not None
@@ -192,77 +182,36 @@ def _read_image(path: str, image_size: int) -> Tensor:
 
 def _archive(path: Path, width: int, image_size: int) -> tuple[Statistics | None, Iterator[Tensor]]:
     where = f"fid_reference={path}"
-    known = None
-    if _is_npy(path):
-        raise InputError(f"{where} holds nothing named; want arr_0, or mu and sigma, as numpy.savez writes them")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
-            if {"mu", "sigma"} <= names:
-                known = Statistics(_statistic(archive, "mu", (width,)), _statistic(archive, "sigma", (width, width)))
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    except _DAMAGED_ARCHIVE as error:
-        raise InputError(f"{where} is truncated or no .npz ({first_line(error)}); fetch it again") from error
-    if known is None and "arr_0" not in names:
-        raise InputError(
-            f"{where} holds {', '.join(map(printable, sorted(names))) or 'nothing'}; want arr_0, or mu and sigma"
-        )
+    with Arrays(path, "fid_reference") as arrays:
+        names, known = arrays.names, None
+        if {"mu", "sigma"} <= names:
+            shapes = {name: arrays.shape(name) for name in ("mu", "sigma")}
+            if shapes != {"mu": (width,), "sigma": (width, width)}:
+                raise InputError(
+                    f"{where}: mu {shapes['mu']} and sigma {shapes['sigma']} are statistics of other features; these "
+                    f"are {width} wide. Choose other features, or give the images"
+                )
+            known = Statistics(arrays.read("mu", (width,)), arrays.read("sigma", (width, width)))
+            if not (np.isfinite(known.mu_D).all() and np.isfinite(known.sigma_DD).all()):
+                raise InputError(f"{where}: mu or sigma holds numbers that are not finite; compute them again, or give "
+                                 "the images")  # fmt: skip
+        if known is None and "arr_0" not in names:
+            held = one_line(", ".join(sorted(names)), 200) or "nothing named"
+            raise InputError(f"{where} holds {held}; want arr_0, or mu and sigma")
     return known, _stored_images(path, image_size) if "arr_0" in names else iter(())
-
-
-def _is_npy(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(6) == b"\x93NUMPY"
-    except OSError:
-        return False
-
-
-def _statistic(archive: zipfile.ZipFile, name: str, wanted: tuple[int, ...]) -> np.ndarray:
-    """mu or sigma in float64. Its header is read first: a few MB of zip can hold gigabytes of zeros.
-
-    Raises: InputError if it is of other features, or not finite.
-    """
-    with archive.open(f"{name}.npy") as file:
-        shape, _, dtype = _npy_header(file)
-    if shape != wanted or dtype.kind not in "fiu":
-        raise InputError(
-            f"{name} {shape} of {dtype} are statistics of other features; these are {wanted[-1]} wide. Choose other "
-            "features, or give the images"
-        )
-    with archive.open(f"{name}.npy") as file:
-        numbers: np.ndarray = np.lib.format.read_array(file, allow_pickle=False).astype(np.float64)
-    if not np.isfinite(numbers).all():
-        raise InputError(f"{name} holds numbers that are not finite; compute it again, or give the images")
-    return numbers
-
-
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
 
 
 def _stored_images(path: Path, image_size: int) -> Iterator[Tensor]:
     """The rows of arr_0, a batch at a time: 50 000 images of 512 pixels would take 39 GB."""
-    shape_wanted = f"uint8 (images, {image_size}, {image_size}, 3)"
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            shape, fortran_order, dtype = _npy_header(file)
-            if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[1:] != (image_size, image_size, 3):
-                raise InputError(f"fid_reference={path}: arr_0 is {dtype} {shape}, want {shape_wanted}, or a folder of "
-                                 "images, which are resized")  # fmt: skip
-            if shape[0] < 2:
-                raise InputError(f"fid_reference={path}: {shape[0]} images in it; a covariance needs two at least")
-            for first in range(0, shape[0], _BATCH_IMAGES):
-                count = min(_BATCH_IMAGES, shape[0] - first)
-                content = file.read(count * image_size * image_size * 3)
-                pixels = np.frombuffer(content, np.uint8).reshape(count, image_size, image_size, 3)
-                yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
-    except InputError:
-        raise
-    except _DAMAGED_ARCHIVE as error:
-        raise InputError(
-            f"fid_reference={path} is truncated or damaged ({first_line(error)}); fetch it again"
-        ) from error
+    side = image_size
+    with Arrays(path, "fid_reference") as arrays, arrays.open("arr_0") as (file, shape, dtype, fortran_order):
+        if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[1:] != (side, side, 3):
+            raise InputError(f"fid_reference={path}: arr_0 is {dtype} {shape}, want uint8 (images, {side}, {side}, 3), "
+                             "or a folder of images, which are resized")  # fmt: skip
+        if shape[0] < 2:
+            raise InputError(f"fid_reference={path}: {shape[0]} images in it; a covariance needs two at least")
+        for first in range(0, shape[0], _BATCH_IMAGES):
+            count = min(_BATCH_IMAGES, shape[0] - first)
+            pixels = np.frombuffer(file.read(count * side * side * 3), np.uint8).reshape(count, side, side, 3)
+            yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
+        file.read(1)  # at its end zipfile compares the CRC

@@ -221,9 +221,12 @@ def free_space(path: Path) -> str:
 # Reading
 
 
-def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file, or a link to one. Raises: OSError, for a FIFO or a device too, which are not waited for."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+def open_regular(path: Path, follow: bool = True) -> io.BufferedReader:
+    """Open a regular file, or if `follow` a link to one.
+
+    Raises: OSError, for a FIFO or a device too, which are not waited for.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is no regular file", str(path))

@@ -15,6 +15,7 @@ import subprocess
 import threading
 import unicodedata
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
 from varfast.command import ALLOCATOR_VARIABLES
 from varfast.config import Config
@@ -41,6 +41,7 @@ from varfast.files import (
     save_text,
     write_atomically,
 )
+from varfast.progress import Progress
 from varfast.roofline import measure_here, speed_of_light_s, stage_counts
 from varfast.types import InputError, Rewards
 
@@ -78,7 +79,7 @@ class RunLog:
         self._folder = folder
         self._metrics = folder / "metrics.jsonl"
         self._said: set[str] = set()
-        self._bar = tqdm(total=total_steps, initial=start_step, desc="grpo", unit="step", dynamic_ncols=True)
+        self._progress = Progress("grpo", total_steps, start_step)
         self._unwritten = ""
         with self._optional("the lines of earlier steps"):
             kept = _lines(self._metrics, start_step)
@@ -105,7 +106,7 @@ class RunLog:
             with self._events():
                 self._writer.close()
         threading.excepthook = self._excepthook
-        self._bar.close()
+        self._progress.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -119,11 +120,11 @@ class RunLog:
                     self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
-        self._bar.update()
-        if "kl" in metrics:  # else the rollout, or all of its gradients, were left out
-            self._bar.set_postfix_str(
-                f"reward={metrics['reward_mean']:.3f} kl={metrics['kl']:.3f} {metrics['images_per_s']:.0f} img/s"
-            )
+        shown = {"reward": "reward_mean", "kl": "kl"}  # a rollout that was left out has neither
+        note = [f"{short}={metrics[name]:.3f}" for short, name in shown.items() if name in metrics]
+        if "reward_mean" in metrics and "images_per_s" in metrics:
+            note.append(f"{metrics['images_per_s']:.0f} img/s")
+        self._progress.update(" ".join(note))
 
     def grid(self, step: int, images: Tensor, columns: int, titles: Sequence[str] = ()) -> None:
         """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png, with a title beside each row."""
@@ -140,12 +141,17 @@ class RunLog:
         """Save the best and the worst of a step's (B, 3, H, W) images, with their rewards.
 
         samples/step_N.png: two rows, best first and worst first. samples/step_N.json: {"best": [...], "worst": [...]},
-        in the order of the rows, {"label", "reward", "rewards": {component: before its weight}} an image.
+        in the order of the rows, {"label", "reward", "rewards": {component: before its weight}} an image; "ties", how
+        many images of the step have the reward of the first one of each row, and "images", of the step. Of equal
+        rewards, as rewards of 0 and 1 are, images of as many labels as possible are shown.
         """
-        order_B = rewards.total_B.argsort(descending=True, stable=True)
-        shown = min(_EXTREMES, len(order_B))
-        rows = {"best": order_B[:shown], "worst": order_B.flip(0)[:shown]}
-        noted = {
+        shown = min(_EXTREMES, len(labels_B))
+        order_B, ties = _ranked(rewards.total_B, labels_B), {}
+        worst_B = _ranked(-rewards.total_B.flip(0), labels_B.flip(0))
+        rows = {"best": order_B[:shown], "worst": len(labels_B) - 1 - worst_B[:shown]}
+        for name, row in rows.items():
+            ties[name] = int((rewards.total_B == rewards.total_B[row[0]]).sum())
+        noted: dict[str, Any] = {
             name: [
                 {
                     "label": int(labels_B[i]),
@@ -157,6 +163,7 @@ class RunLog:
             for name, row in rows.items()
         }
         path = self._folder / "samples" / f"step_{step:06d}.png"
+        noted |= {"ties": ties, "images": len(labels_B)}
         with self._optional("the best and worst samples"):
             save_png(path, image_grid(images[torch.cat(list(rows.values())).to(images.device)], shown))
             save_text(path.with_suffix(".json"), json.dumps(noted, indent=1) + "\n")
@@ -202,8 +209,18 @@ class RunLog:
                 self.say(f"{what} could not be written: {text}. The run goes on; this is said once")
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        self._bar.write(text)
+        """Print a line; on a terminal above the progress bar."""
+        self._progress.say(text)
+
+
+def _ranked(rewards_B: Tensor, labels_B: Tensor) -> Tensor:
+    """Rows by reward, highest first; of equal rewards the first image of each label, then the second of each, ..."""
+    turns: Counter[tuple[float, int]] = Counter()
+    keys = []
+    for row, (reward, label) in enumerate(zip(rewards_B.tolist(), labels_B.tolist(), strict=True)):
+        keys.append((-reward, turns[reward, label], row))
+        turns[reward, label] += 1
+    return torch.tensor([row for *_, row in sorted(keys)])
 
 
 def import_wandb() -> Any:
@@ -376,14 +393,6 @@ def save_picture(path: Path, picture: np.ndarray) -> None:
 def save_png(path: Path, picture: np.ndarray) -> None:
     """Write an (H, W, 3) uint8 picture. Raises: InputError if it cannot be written."""
     write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))
-
-
-def table(before: dict[str, float], after: dict[str, float]) -> str:
-    """Rows of name, before, after."""
-    width = max(len(name) for name in after)
-    rows = [f"{'':{width}}  {'before':>8}  {'after':>8}"]
-    rows += [f"{name:{width}}  {before.get(name, math.nan):8.3f}  {value:8.3f}" for name, value in after.items()]
-    return "\n".join(rows)
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
-from tqdm import tqdm
 
 from varfast.base import FileNote
 from varfast.command import read_config
@@ -40,13 +39,16 @@ from varfast.lock import locked
 from varfast.log import image_grid, save_png
 from varfast.models import VAR, VQVAE
 from varfast.policy import Policy, pick_device
+from varfast.progress import Progress
 from varfast.randomness import GRID_STEP, order_may_vary
 from varfast.signals import listen
-from varfast.types import InputError
+from varfast.types import InputError, NotFinitePolicy
 
 _GRAD_CLIP = 1.0
 # Every so many batches, codes that none of them used are moved to where the data is.
 _REVIVE_EVERY = 25
+# Steps between plain lines, off a terminal; a step of the digits' base takes 20 to 100 ms on a CPU.
+_LINE_EVERY = 100
 # For advice() and the pictures of a user's own base.
 _BLURRED, _CODES_USED, _NEAR_GUESSING = 0.1, 0.5, 0.8
 _SHOWN_IMAGES = 8
@@ -204,7 +206,8 @@ def advice(report: PretrainReport, config: Config) -> list[str]:
 def pretrain(config: Config, device: torch.device) -> tuple[VAR, VQVAE, PretrainReport]:
     """Train VQ-VAE and transformer from scratch, a function of the config and its seed (on one machine).
 
-    Raises: InputError if the images' labels or sizes do not fit the models.
+    Raises: InputError if the images' labels or sizes do not fit the models; NotFinitePolicy, an InputError, if one of
+        them diverges: it must not come into the cache.
     """
     start = time.perf_counter()
     size, num_classes = config.policy.vqvae.image_size, config.policy.sizes.num_classes
@@ -219,8 +222,19 @@ def pretrain(config: Config, device: torch.device) -> tuple[VAR, VQVAE, Pretrain
         )
     torch.manual_seed(config.run.seed)
     vqvae, mse, variance, usage = _train_vqvae(config, images, device)
+    _refuse_diverged(vqvae, "VQ-VAE", f"pretrain.vqvae_lr (now {config.pretrain.vqvae_lr:g})")
     var, token_loss = _train_var(config, images, vqvae, device)
+    _refuse_diverged(var, "transformer", f"pretrain.var_lr (now {config.pretrain.var_lr:g})")
     return var, vqvae, PretrainReport(mse, variance, usage, token_loss, time.perf_counter() - start)
+
+
+def _refuse_diverged(model: torch.nn.Module, what: str, key: str) -> None:
+    wrong = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    if wrong:
+        raise NotFinitePolicy(
+            f"pre-training of the {what} diverged: {len(wrong)} of its weights hold NaN or infinite numbers, first "
+            f"{wrong[0]}; nothing was kept. Set a lower {key}"
+        )
 
 
 def _batches(dataset: Images, config: Config, steps: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
@@ -303,8 +317,8 @@ def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[
     hits_V = torch.zeros(config.policy.vqvae.vocab_size, device=device)
     errors: list[Tensor] = []
     usage, variance = 0.0, 0.0
-    bar = tqdm(_batches(images, config, steps, device), total=steps, desc="vq-vae", unit="step", dynamic_ncols=True)
-    for step, (images_B3HW, _) in enumerate(bar):
+    progress, note = Progress("vq-vae", steps, every=_LINE_EVERY), ""
+    for step, (images_B3HW, _) in enumerate(_batches(images, config, steps, device)):
         batch = _pixels(images_B3HW)
         reconstruction, vq_loss, tokens_BL = vqvae(batch)
         error = F.mse_loss(reconstruction, batch)
@@ -313,10 +327,12 @@ def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[
         errors.append(error.detach())
         if (step + 1) % _REVIVE_EVERY == 0:
             usage, variance = float((hits_V > 0).float().mean()), _variance(batch)
-            bar.set_postfix(mse=f"{float(errors[-1]):.4f}", codes=f"{usage:.0%}")
+            note = f"mse={float(errors[-1]):.4f} codes={usage:.0%}"
             if step < steps * 3 // 4:
                 _revive(vqvae, optimizer, hits_V, batch)
             hits_V.zero_()
+        progress.update(note)
+    progress.close()
     mse = float(torch.stack(errors[-_REVIVE_EVERY:]).mean())
     if steps < _REVIVE_EVERY:
         usage, variance = float((hits_V > 0).float().mean()), _variance(batch)
@@ -361,8 +377,8 @@ def _train_var(config: Config, images: Images, vqvae: VQVAE, device: torch.devic
     if isinstance(images, TensorDataset):  # the same images in every pass: their tokens too
         parts = [_tokens(vqvae, part.to(device)) for part in images.tensors[0].split(settings.batch_size)]
         dataset = TensorDataset(*(torch.cat(pieces).cpu() for pieces in zip(*parts, strict=True)), images.tensors[1])
-    bar = tqdm(_batches(dataset, config, steps, device), total=steps, desc="var", unit="step", dynamic_ncols=True)
-    for step, (*given, labels_B) in enumerate(bar):
+    progress, note = Progress("var", steps, every=_LINE_EVERY), ""
+    for step, (*given, labels_B) in enumerate(_batches(dataset, config, steps, device)):
         tokens_BL, var_input_BLC = given if len(given) == 2 else _tokens(vqvae, given[0])
         dropped_B = torch.rand(len(labels_B), device=device) < settings.class_dropout
         labels_B = torch.where(dropped_B, sizes.num_classes, labels_B)
@@ -371,7 +387,9 @@ def _train_var(config: Config, images: Images, vqvae: VQVAE, device: torch.devic
         _optimizer_step(var, optimizer, loss, _learning_rate(step, steps, settings.var_lr))
         losses.append(loss.detach())
         if (step + 1) % _REVIVE_EVERY == 0:
-            bar.set_postfix(loss=f"{float(losses[-1]):.3f}")
+            note = f"loss={float(losses[-1]):.3f}"
+        progress.update(note)
+    progress.close()
     return var, float(torch.stack(losses[-_REVIVE_EVERY:]).mean())
 
 

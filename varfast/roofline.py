@@ -506,8 +506,8 @@ class Memory:
         gradients: float32, of what is trained.
         moments: see `moment_bytes`.
         average: of what is trained, float32; 0 without update.ema_decay.
-        reference: the base model of the KL term, matrices in run.dtype; 0 with kl_beta = 0, and with an adapter, whose
-            frozen weights are the reference.
+        reference: the base model of the KL term, matrices in run.dtype; 0 where none is held, and with an adapter,
+            whose frozen weights are the reference.
         vqvae, reward: their weights, float32.
         images: of a step, float32 pixels, and the transformer's input, twice while micro-batches are put together.
         kv_cache: of a micro-batch, without the last scale, whose keys and values no later scale needs.
@@ -586,7 +586,7 @@ def memory(config: Config, shards: int = 1) -> Memory:
         gradients=_FLOAT32 * trained_parameters // shards,
         moments=moment_bytes(sizes, config.update.optimizer, lora) // shards,
         average=_FLOAT32 * trained_parameters // shards if config.update.ema_decay is not None else 0,
-        reference=round(_weight_bytes(sizes, dtype)) if config.grpo.kl_beta > 0.0 and not lora else 0,
+        reference=round(_weight_bytes(sizes, dtype)) if config.holds_reference and not lora else 0,
         vqvae=_FLOAT32 * num_vqvae_parameters(config.policy.vqvae),
         reward=_FLOAT32 * sum(network.parameters for network in _reward_networks(config)),
         images=images * _kept_bytes(config),

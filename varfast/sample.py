@@ -21,6 +21,7 @@ from varfast.config import SampleConfig, check_micro_batch, parse_arguments
 from varfast.labels import caption, label_names, label_numbers
 from varfast.log import PICTURE_FORMATS, image_grid, save_picture
 from varfast.policy import Policy, load_policy, pick_device
+from varfast.progress import Progress
 from varfast.train import load_run
 from varfast.types import InputError
 
@@ -31,6 +32,8 @@ def load(checkpoint: str, vqvae: str | None, device: torch.device, dtype: str, k
     """The policy of a run folder, or of a transformer's and a VQ-VAE's weights; `key` is its argument, for errors."""
     if Path(checkpoint).expanduser().is_dir():
         return load_run(RunFolder(checkpoint), device, dtype)
+    if not checkpoint.startswith("hf://") and not Path(checkpoint).expanduser().exists():
+        raise InputError(f"{key}={checkpoint} does not exist; want a run folder, or a transformer's weights")
     if vqvae is None:
         raise InputError(f"{key}={checkpoint} is not a run folder, so vqvae=... is needed too")
     return load_policy(checkpoint, vqvae, device, dtype)
@@ -51,18 +54,23 @@ def main(arguments: list[str]) -> int:
         labels = label_numbers("labels", config.labels, policy.num_classes, names)
     labels_B = torch.tensor(labels).repeat_interleave(config.samples_per_label)
     check_micro_batch("micro_batch", config.micro_batch, len(labels_B))
-    rollout = policy.sample(
-        labels_B,
-        config.temperature,
-        seed=config.seed,
-        cfg=config.cfg,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        micro_batch=config.micro_batch,
-    )
-    images = policy.decode(rollout.tokens_BL, config.micro_batch)
+    size = config.micro_batch or len(labels_B)
+    parts = []
+    with Progress("sample", len(labels_B) // size, unit="batch") as progress:
+        for first in range(0, len(labels_B), size):
+            _, images = policy.sample_images(
+                labels_B[first : first + size],
+                config.temperature,
+                seed=config.seed,
+                cfg=config.cfg,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                first_sample=first,
+            )
+            parts.append(images)
+            progress.update()
     titles = [caption(label, names) for label in labels]
-    save_picture(out, image_grid(images, config.samples_per_label, titles))
+    save_picture(out, image_grid(torch.cat(parts), config.samples_per_label, titles))
     print(f"{out}: {len(labels)} labels x {config.samples_per_label} samples")
     if config.labels is None and len(labels) < policy.num_classes:
         left_out = (

@@ -27,19 +27,20 @@ import torch
 
 from varfast import kernels, strict
 from varfast.base import PARTS, Base, Source
-from varfast.before_after import evaluate
+from varfast.before_after import BeforeAfter, means, table
 from varfast.checkpoint import Checkpoints, RunFolder
 from varfast.command import read_train
 from varfast.config import Config, VARConfig
 from varfast.distributed import World, gathered, joined, local_device, processes_here
+from varfast.divergence import diagnosis, refuse_diverged
 from varfast.files import save_tensors, save_text, write_atomically
-from varfast.grpo import combined_advantages, groups_without_signal
+from varfast.grpo import combined_advantages, groups_without_signal, kl_to_reference
 from varfast.labels import LABELS_FILE, caption, draw_labels, label_pool, labels_json, read_labels, run_names
-from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled, table
+from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled
 from varfast.models import VAR, VQVAE
 from varfast.models.lora import import_peft, merged_state, peft_adapter, without_lora
 from varfast.models.weights import load_var, load_vqvae, resolve
-from varfast.policy import Policy, load_policy, pick_device
+from varfast.policy import Policy, check_finite, load_policy, pick_device
 from varfast.pretrain import pretrained
 from varfast.randomness import GRID_STEP, deterministic
 from varfast.rewards import WeightedSum
@@ -57,7 +58,15 @@ from varfast.roofline import (
 )
 from varfast.signals import StopSignals, listen
 from varfast.stages import StageClock, stage
-from varfast.types import InputError, NotFiniteReward, Rewards, Rollout, ScoredRollout, StepStats
+from varfast.types import (
+    InputError,
+    NotFinitePolicy,
+    NotFiniteReward,
+    Rewards,
+    Rollout,
+    ScoredRollout,
+    StepStats,
+)
 from varfast.update import Updater
 
 
@@ -111,7 +120,7 @@ def _train(
     labels = label_pool(config.rollout, config.policy.sizes.num_classes, config.run.seed, names)
     with world.leader_first():  # it pre-trains and downloads
         reward = WeightedSum(
-            config.reward, device, config.policy.sizes.num_classes, seed=config.run.seed, beside=beside
+            config.reward, device, config.policy.sizes.num_classes, names=names, seed=config.run.seed, beside=beside
         )
         on_device = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device)})})
         if world.leads:
@@ -122,20 +131,25 @@ def _train(
     if config.run.strict:
         strict.check(policy, config.rollout.temperature, config.run.seed)
     policy.cuda_graph = fitted.rollout.cuda_graph is not False
-    reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
+    reference = policy.frozen_copy() if config.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)
     fits = {name: getattr(fitted.update, name) for name in ("micro_batch", "checkpointing", "cuda_graph")}
     update = config.update.model_copy(update=fits)
-    updater = Updater(policy, reference, config.grpo, update, config.run.steps, config.run.seed, world)
+    of_loss = reference if config.grpo.kl_beta > 0.0 else None
+    updater = Updater(policy, of_loss, config.grpo, update, config.run.steps, config.run.seed, world)
     further = updater.further_state()
     start, before, bad_rollouts = 0, {}, 0  # bad ones in a row
     here = environment() | {"processes": world.size}
+    samples = BeforeAfter(folder.path, config, labels)
+    if found is None:
+        refuse_diverged(policy, labels, config, world, folder.path, 0, {})
+    if world.leads:  # the policy is still the base, of a run that goes on too
+        before = means(samples.before(policy, reward, fitted.rollout.micro_batch))
     if found is not None:
         found.load(policy.var, updater.optimizer, further)
         policy.gather()
-        start, before = found.step, found.before
-    elif world.leads:
-        before = _evaluate(policy, reward, labels, fitted)
+        start = found.step
+        refuse_diverged(policy, labels, config, world, folder.path, start, {})
 
     every = config.grpo.reference_every
     sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
@@ -146,11 +160,16 @@ def _train(
         StageClock(device) as clock,
         signals.in_steps(),
     ):
-        if log and start:
+        if log and start > config.run.steps:
+            log.say(f"{folder.path} holds step {start}, more than run.steps={config.run.steps}: no step is left to do")
+        elif log and start:
             log.say(f"going on after step {start} of {config.run.steps} in {folder.path}")
         elif log:
             log.environment(here)
             _save_grid(log, 0, policy, labels, config, names)
+        metrics: dict[str, float] = {}
+        if log and not config.holds_reference:
+            log.say("the KL to the base is not measured: grpo.kl_beta=0 holds no base; grpo.kl_every=10 measures it")
         for step in range(start, config.run.steps):
             steady = profile and world.leads and step == min(start + 2, config.run.steps - 1)
             lock.check()
@@ -184,7 +203,10 @@ def _train(
                     # ... and make the better ones more likely.
                     # Guards that a reward's library kept may switch gradients off when Python frees them.
                     with _advised("update", fitted), torch.enable_grad():
+                        drift = _drift(reference, drawn, world, fitted, step + 1)
                         stats = updater.step(ScoredRollout(rollout, advantages_B), step)
+                elif isinstance(scores, NotFinitePolicy):
+                    raise diagnosis(scores, config, folder.path, step, metrics, checkpoints)
                 elif isinstance(scores, NotFiniteReward) and bad_rollouts + 1 < config.run.max_bad_rollouts:
                     bad_rollouts += 1
                     if log:
@@ -203,8 +225,11 @@ def _train(
 
             done, metrics = step + 1, {"skipped_rollouts": float(bad_rollouts > 0)}
             if not bad_rollouts:
-                metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats)
+                metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats) | drift
                 metrics |= {"reference_step": float(step // every * every)} if every else {}
+            # What cannot be sampled is neither shown nor saved, so that the last good checkpoint stays.
+            if done % config.log.grid_every == 0 or done == config.run.steps:
+                refuse_diverged(policy, labels, config, world, folder.path, done, metrics, checkpoints)
             if log and limits:
                 log.step(done, metrics | limits.metrics(stages_ms, step_s) | held_bytes)
                 if done % config.log.grid_every == 0 or done == config.run.steps:
@@ -215,6 +240,7 @@ def _train(
             held = done if done == config.run.steps else done - bad_rollouts
             stopped = int(world.largest(signals.received or 0))  # one process is told to stop: all of them do
             if checkpoints.due(done) or done == config.run.steps or stopped:
+                refuse_diverged(policy, labels, config, world, folder.path, done, metrics, checkpoints)
                 checkpoints.save(held, policy.var, updater.optimizer, before, metrics.get("reward_mean"), further)
             if stopped and done < config.run.steps:
                 checkpoints.wait()
@@ -231,10 +257,11 @@ def _train(
             weights = merged_state(policy.var, _base_weights(config, folder, device))
             _save_adapter(folder, policy, config)
         save_tensors(folder.weights, weights)
-        after = _evaluate(policy, reward, labels, fitted)
-        save_text(folder.path / "summary.json", json.dumps({"before": before, "after": after}, indent=2) + "\n")
-        print(f"\n{table(before, after)}\n" if after else "")
-        print(f"run complete: {config.run.steps} steps. Weights {folder.weights}, curves and grids in {folder.path}")
+        reached = max(start, config.run.steps)
+        after = samples.after(policy, reward, reached, fitted.rollout.micro_batch, trained=reached > start)
+        save_text(folder.path / "summary.json", json.dumps({"before": before, "after": means(after)}, indent=2) + "\n")
+        print(f"\n{table(samples.values)}\n" if after else "")
+        print(f"run complete: {reached} steps. Weights {folder.weights}, curves and grids in {folder.path}")
     world.wait()
     return 0
 
@@ -259,7 +286,7 @@ def _fitted(config: Config, device: torch.device, world: World, images: int) -> 
 def _log(world: World, folder: RunFolder, start: int, config: Config) -> AbstractContextManager[RunLog | None]:
     if not world.leads:
         return nullcontext()
-    return RunLog(folder.path, start, config.run.steps, config.log.tensorboard, config)
+    return RunLog(folder.path, start, max(start, config.run.steps), config.log.tensorboard, config)
 
 
 def _score(
@@ -274,15 +301,32 @@ def _score(
     """The rewards of this process's images, or what kept this process, or another one, from them."""
     found: Rewards | BaseException
     try:
+        check_finite(drawn, images)  # here, where the reward waits for the images anyway
         with stage("reward"), _advised("reward", config):
             found = reward(images, drawn.labels_B, step, first_sample)
     except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once all
         found = error  # processes know, and the state is saved
-    worst = world.largest(isinstance(found, BaseException) + (not isinstance(found, Rewards | NotFiniteReward)))
+    rank = 3 if isinstance(found, NotFinitePolicy) else 1 if isinstance(found, NotFiniteReward) else 2
+    worst = world.largest(0 if isinstance(found, Rewards) else rank)
+    if worst == 3 and not isinstance(found, NotFinitePolicy):
+        return NotFinitePolicy("the logits or images of another process, which says which, are not finite")
     if not isinstance(found, Rewards) or worst == 0:
         return found
     elsewhere = "the reward failed in another process, which says why"
     return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
+
+
+def _drift(reference: Policy | None, rollout: Rollout, world: World, config: Config, step: int) -> dict[str, float]:
+    """The KL to the base where the loss has none and it is due: of the policy that drew this step's images.
+
+    rollout: this process' share of them.
+    """
+    every = config.measure_kl_every
+    if reference is None or every is None or (step % every and step != config.run.steps):
+        return {}
+    kl_b = kl_to_reference(reference, rollout, config.update.micro_batch).double()
+    total, images = world.sum(torch.stack([kl_b.sum(), torch.ones_like(kl_b).sum()])).tolist()
+    return {"kl": total / images}
 
 
 def _gather(world: World, rollout: Rollout, rewards: Rewards, images: int) -> tuple[Rollout, Rewards]:
@@ -328,11 +372,16 @@ def _prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch
         else:  # begun before hashes were noted
             base.keep(*(Source(path, only_here, path) for path in (base.find("var"), base.find("vqvae"))))
     except InputError as lost:
-        print(f"{lost}\n  it is had again from policy.checkpoint={config.policy.checkpoint}")
-        sources = _sources(config, device)
+        again = f"from policy.checkpoint={config.policy.checkpoint}"
+        print(f"{lost}\n  it is had again {again}")
+        try:
+            sources = _sources(config, device)
+        except InputError as error:
+            lost.add_note(f"  it cannot be had again {again}: {error}")
+            raise lost from error
         for part, source in zip(PARTS, sources, strict=True):
             if other := base.differs(part, source):
-                lost.add_note(f"  it cannot be had again from policy.checkpoint={config.policy.checkpoint}: {other}")
+                lost.add_note(f"  it cannot be had again {again}: {other}")
                 raise
         base.keep(*sources)
 
@@ -460,11 +509,6 @@ def random_policy(config: Config, device: torch.device) -> Policy:
     return Policy(var, vqvae, device, config.run.dtype, config.run.fast, config.run.strict)
 
 
-def _evaluate(policy: Policy, reward: WeightedSum, labels: list[int], config: Config) -> dict[str, float]:
-    sampling = config.rollout
-    return evaluate(policy, reward, labels, config.eval, sampling.temperature, config.run.seed, sampling.micro_batch)
-
-
 def _save_grid(
     log: RunLog, step: int, policy: Policy, labels: list[int], config: Config, names: list[str] | None
 ) -> None:
@@ -487,8 +531,9 @@ def _metrics(
         "entropy": rollout.entropy_BL.mean(),
     }
     values = torch.stack(list(measured.values())).tolist()  # one copy from the device
+    of_update = {name: value for name, value in asdict(stats).items() if value is not None}  # kl, where not measured
     without_signal = groups_without_signal(advantages_B, group_size)
-    return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal, **asdict(stats)}
+    return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal, **of_update}
 
 
 @contextmanager

@@ -20,6 +20,10 @@ class NotFiniteReward(InputError):
     """A reward gave NaN or Inf. A run leaves such a rollout out; run.max_bad_rollouts of them in a row end it."""
 
 
+class NotFinitePolicy(InputError):
+    """A policy's logits, weights or images are not finite: it has diverged, or its files are damaged."""
+
+
 @dataclass(frozen=True)
 class Rollout:
     """Sampled images as tokens, with what the policy thought of them when it drew them.
@@ -112,7 +116,7 @@ class StepStats:
 
     Attributes:
         loss: as minimised.
-        kl: k3 estimate of KL(policy || reference), nats a token.
+        kl: k3 estimate of KL(policy || reference), nats a token; None without a reference: not measured.
         clip_fraction: share of tokens whose gradient the clip cut off.
         ratio_mean: mean ratio of new to old probability.
         ratio_gap_mean, ratio_gap_max: of |ratio - 1| over the first minibatch, before any optimizer step: what
@@ -123,7 +127,7 @@ class StepStats:
     """
 
     loss: float
-    kl: float
+    kl: float | None
     clip_fraction: float
     ratio_mean: float
     ratio_gap_mean: float

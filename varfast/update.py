@@ -146,7 +146,9 @@ class Updater:
         loss, kl, clip, ratio, gap_mean, gap_max, grad_norm = torch.cat([means[:4], gap, norm.unsqueeze(0)]).tolist()
         flags = torch.stack(skipped).tolist()
         self._count_skipped(flags)
-        return StepStats(loss, kl, clip, ratio, gap_mean, gap_max, grad_norm, lr, sum(flags))
+        return StepStats(
+            loss, kl if self.reference is not None else None, clip, ratio, gap_mean, gap_max, grad_norm, lr, sum(flags)
+        )
 
     def further_state(self) -> Mapping[str, Mapping[str, Tensor]]:
         """What a run is beside weights and optimizer, by kind and name: to save, or to load into, in place.

@@ -176,7 +176,7 @@ def run_on_a_faulty_disk(tmp_path, budget_s):
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
 def test_a_run_on_a_disk_that_fails_goes_on_or_says_so_and_reaches_the_same_bits(tmp_path):
-    counts = run_on_a_faulty_disk(tmp_path, 25.0)
+    counts = run_on_a_faulty_disk(tmp_path, 16.0)
     assert counts["tried"] >= 5
     assert counts["went on"] > 0
 
@@ -274,7 +274,7 @@ def of_a_resume(path):
 
 
 def test_changed_small_files_end_in_one_clear_error_or_change_nothing(finished, tmp_path):
-    change_small_files(finished, tmp_path, 20.0)
+    change_small_files(finished, tmp_path, 14.0)
 
 
 @pytest.mark.slow

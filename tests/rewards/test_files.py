@@ -14,10 +14,10 @@ def test_names_come_from_a_regular_file_with_or_without_a_byte_order_mark(tmp_pa
     (tmp_path / "huge.txt").touch()
     os.truncate(tmp_path / "huge.txt", 2**34)
     for path, reason in (
-        ("/dev/zero", "a folder, a device or a pipe"),
-        (tmp_path / "pipe", "a folder, a device or a pipe"),
-        (tmp_path, "a folder, a device or a pipe"),
-        (tmp_path / "huge.txt", "17179869184 bytes, more than"),
+        ("/dev/zero", "it is no regular file"),
+        (tmp_path / "pipe", "it is no regular file"),
+        (tmp_path, "it is no regular file"),
+        (tmp_path / "huge.txt", "it has more than 10000000 bytes"),
         ("nul\0", "null byte"),
         ("~nosuchuser/x", "home directory"),
     ):

@@ -59,6 +59,7 @@ _CHUNK_BYTES = 2**22
 _PICKLE_BYTES = 2**24
 _HEADER_BYTES = 2**25  # of safetensors; some 100 bytes a tensor too
 _MEMBERS = 200_000
+_MSDOS_FOLDER = 0x10
 # Deflate makes photographs 1.1 to 3 times smaller, and zeros 1000 times.
 _MOST_COMPRESSED = 200
 
@@ -285,6 +286,9 @@ def _check_torch_zip(path: Path) -> None:
                 f"bomb or was packed again; {_DOWNLOAD}"
             )
         for info in members:
+            # torch reads no byte of a member with this bit set, and returns whatever was in memory.
+            if info.external_attr & _MSDOS_FOLDER:
+                raise InputError(f"{named} is damaged: {one_line(info.filename, 80)} is marked a folder; {_DOWNLOAD}")
             if not info.CRC and info.file_size:  # torch.serialization.set_crc32_options(False) writes none
                 del info.CRC  # then zipfile compares nothing
             if info.filename.partition("/")[2] == "data.pkl":
@@ -475,6 +479,11 @@ class Arrays:
                     "of the file: damaged, or a zip bomb; fetch it again"
                 )
             yield file, shape, dtype, fortran_order
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As the header of an array declares it."""
+        with self.open(name) as (_, shape, _, _):
+            return shape
 
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """An array of real numbers as float64. Raises: InputError too if it has another shape or is not finite."""

@@ -7,8 +7,10 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
+from varfast.printable import printable
 from varfast.types import InputError
 
 _WANTED = "want hf://owner/repo/file or hf://owner/repo@revision/file, as hf://FoundationVision/var/var_d16.pth"
@@ -19,9 +21,8 @@ _LINE = 300  # characters of somebody else's text that are shown
 
 
 def one_line(text: object, limit: int = _LINE) -> str:
-    """Somebody else's text as it may stand in a message: one line, no control characters, not longer than `limit`."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 20 * limit]).split())
-    return line if len(line) <= limit else line[:limit] + " ..."
+    """Somebody else's text as it may stand in a message: one line, printable, cut after `limit` characters."""
+    return printable(" ".join(str(text)[: 20 * limit].split()), limit)
 
 
 def fetch_from_hub(address: str) -> Path:
@@ -37,7 +38,7 @@ def fetch_from_hub(address: str) -> Path:
             f"checkpoint {address}: HF_ENDPOINT={one_line(constants.ENDPOINT)} has no scheme; set it to "
             f"https://{one_line(constants.ENDPOINT)}, or unset it"
         )
-    given = {"revision": revision} if revision else {}
+    given: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         return Path(hf_hub_download(repo_id=f"{owner}/{repo}", filename=filename, **given))
     except (TypeError, AttributeError, NameError, AssertionError):
@@ -47,7 +48,7 @@ def fetch_from_hub(address: str) -> Path:
     except Exception as error:
         raise InputError(
             f"checkpoint {address} cannot be fetched and is not in the hub's cache: "
-            f"{_cause(error, f'{owner}/{repo}', filename, revision)}\n"
+            f"{hub_cause(error, f'{owner}/{repo}', filename, revision)}\n"
             "  check the address and the network, or download the file and give its path"
         ) from error
 
@@ -86,8 +87,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _cause(error: Exception, repository: str, filename: str, revision: str) -> str:
-    """One line: what happened, and what helps."""
+def hub_cause(error: Exception, repository: str, filename: str, revision: str = "") -> str:
+    """One line: what happened where the hub's client, or a library above it, raised `error`, and what helps."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{repository}"

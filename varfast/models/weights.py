@@ -347,7 +347,7 @@ def _assign(model: Any, state: State, path: Path, fits: str, sides: tuple[int, .
     used = {n: t for n, t in state.items() if n not in computed and not (n == _USAGE and _wrong(t))}
     wrong = {n: why for n, t in used.items() if (why := _wrong(t))}
     if wrong:
-        lines = [f"checkpoint {shown(path)} cannot be used: {len(wrong)} of its tensors are no finite real numbers"]
+        lines = [f"checkpoint {shown(path)} cannot be used: {len(wrong)} of its tensors hold what cannot be weights"]
         lines.extend(f"  {n} {why}" for n, why in list(wrong.items())[:4])
         lines.append("  take an earlier checkpoint, or save this one anew in float32")
         raise InputError("\n".join(lines))

@@ -23,6 +23,7 @@ from varfast.config import (
     AestheticReward,
     BrightnessReward,
     ClassifierReward,
+    ClipReward,
     FunctionReward,
     HPSv2Reward,
     HttpReward,
@@ -40,6 +41,7 @@ from varfast.rewards.scores import must_be_finite, scores
 from varfast.types import RewardBatch, Rewards
 
 Reward = Callable[[Tensor, Tensor], Tensor]
+_BuiltIn = BrightnessReward | AestheticReward | ClipReward | HPSv2Reward | ClassifierReward | HttpReward
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,11 @@ class WeightedSum:
         self._components = {}
         for name, config in components.items():
             key = f"{section}.{name}"
-            if isinstance(config, FunctionReward):
-                user = UserReward(key, config, backbones.device, seed, beside)
-                self._components[name] = _Component(config.weight, user)
-            else:
-                self._components[name] = _build(key, config, backbones, num_classes)
+            self._components[name] = (
+                _Component(config.weight, UserReward(key, config, backbones.device, seed, beside))
+                if isinstance(config, FunctionReward)
+                else _build(key, config, backbones, num_classes)
+            )
         backbones.drop_text_towers()
 
     @property
@@ -129,25 +131,6 @@ class WeightedSum:
         )
 
 
-def reaches_outside(config: RewardConfig) -> str | None:
-    """What a reward does beyond computing on the images: the code, the server or the files that its config names.
-
-    None: nothing, so that it may be taken from a folder that somebody handed on (docs/security.md).
-    """
-    if isinstance(config, BrightnessReward) or (isinstance(config, ClassifierReward) and config.model == "digits"):
-        return None
-    if isinstance(config, FunctionReward):
-        return f"runs {config.function}"
-    if isinstance(config, HttpReward):
-        return f"asks {config.url}"
-    if isinstance(config, ClassifierReward):
-        return f"reads or fetches {config.file or f'the weights of {config.model}'}"
-    named = [config.head] if isinstance(config, AestheticReward) else []
-    if not isinstance(config, AestheticReward) and isinstance(config.names, str):
-        named.append(config.names)
-    return f"reads or fetches {', '.join([config.pretrained, *named])}"
-
-
 class _Backbones:
     """Each CLIP model once, however many rewards name it."""
 
@@ -167,7 +150,7 @@ class _Backbones:
             backbone.drop_text_tower()
 
 
-def _build(key: str, config: RewardConfig, backbones: _Backbones, num_classes: int | None) -> _Component:
+def _build(key: str, config: _BuiltIn, backbones: _Backbones, num_classes: int | None) -> _Component:
     if isinstance(config, BrightnessReward):
         return _Component(config.weight, Brightness(config.mode, config.threshold))
     if isinstance(config, AestheticReward):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import http.client
-import os
-import stat
 from pathlib import Path
-from typing import IO
 from urllib.parse import unquote
 
 import torch
 
+from varfast.files import read_bytes
 from varfast.models.weights import resolve
 from varfast.printable import printable
 from varfast.types import InputError
@@ -46,36 +43,14 @@ def fetch(address: str, key: str, sha256: str = "") -> Path:
     return path
 
 
-def open_regular(path: Path, most_bytes: int, follow: bool = True) -> IO[bytes]:
-    """Open a file for reading that is a file: a device or a pipe might never end, nor even open.
-
-    Args:
-        most_bytes: a larger file is refused.
-        follow: whether `path` may be a link.
-    Raises: OSError, with the reason in strerror.
-    """
-    # O_NONBLOCK: to open a pipe would wait for its writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
-    status = os.fstat(descriptor)
-    reason = None
-    if not stat.S_ISREG(status.st_mode):
-        reason = "it is a folder, a device or a pipe, not a file"
-    elif status.st_size > most_bytes:
-        reason = f"it has {status.st_size} bytes, more than {most_bytes}"
-    if reason is not None:
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, reason)
-    return os.fdopen(descriptor, "rb")
-
-
 def read_names(address: str, key: str) -> list[str]:
     """The lines of a text file: one name each.
 
     Raises: InputError if it is no file of at most 10 MB in UTF-8.
     """
     try:
-        with open_regular(Path(address).expanduser(), _LONGEST_TEXT_BYTES) as file:
-            text = file.read().decode("utf-8-sig")  # Windows begins a text with U+FEFF
+        content = read_bytes(Path(address).expanduser(), _LONGEST_TEXT_BYTES)
+        text = content.decode("utf-8-sig")  # Windows begins a text with U+FEFF
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{key}={address} cannot be read: {printable(error)}; want a file with one name a line"
                          ) from error  # fmt: skip

@@ -77,10 +77,12 @@ class UserReward:
         """
         step = (0, 0) if batch.step is None else (1, batch.step)
         values = {"images": images.clone(), "batch": batch.copy()} | batch.copy().__dict__
-        with self._named("" if batch.step is None else f"in step {batch.step + 1}"):
-            with shielded(self._name, self._device, (*self._key, *step, first_sample)):
-                found = self._reward(*(values[p] for p in self._positional), **{p: values[p] for p in self._by_name})
-            return scores(self._name, found, len(images), images.device)
+        with (
+            self._named("" if batch.step is None else f"in step {batch.step + 1}"),
+            shielded(self._name, self._device, (*self._key, *step, first_sample)),
+        ):
+            found = self._reward(*(values[p] for p in self._positional), **{p: values[p] for p in self._by_name})
+        return scores(self._name, found, len(images), images.device)
 
     @contextmanager
     def _named(self, when: str) -> Iterator[None]:
@@ -91,13 +93,12 @@ class UserReward:
         except (SystemExit, GeneratorExit) as error:
             shown = f"{type(error).__name__}({printable(error, 80)})"
             raise InputError(
-                f"{where} raised {shown}, which would end the run as if it were complete; let it return numbers, or "
-                "raise an error"
+                f"{where}: it raised {shown}, which would end the run as if it were complete; let it return numbers, "
+                "or raise an error"
             ) from error
-        except InputError:
-            raise
         except BaseException as error:
-            error.add_note(f"  in {where}")
+            if not (isinstance(error, InputError) and self._name in str(error)):
+                error.add_note(f"  in {where}")
             raise
 
 

@@ -96,7 +96,7 @@ def _from_array(array: np.ndarray[Any, Any], images: int) -> Tensor | None:
     if array.size != images:
         return _shape_alone(array.shape)
     if isinstance(array, np.ma.MaskedArray):
-        array = array.astype(np.float64).filled(np.nan)
+        array = np.ma.filled(array.astype(np.float64), np.nan)
     return torch.from_numpy(np.array(array, dtype=np.float64))
 
 

@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,8 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (torch.get_default_device, _set_device),
     *(
         (
-            lambda kind=kind: torch.is_autocast_enabled(kind),  # type: ignore[misc]
-            lambda on, kind=kind: torch.set_autocast_enabled(kind, on),  # type: ignore[misc]
+            partial(torch.is_autocast_enabled, kind),
+            partial(torch.set_autocast_enabled, kind),
         )
         for kind in ("cpu", "cuda")
     ),
@@ -74,16 +75,21 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     _attribute(sys, "stderr"),
     (
         lambda: {name: os.environ.get(name) for name in _LAUNCHER},
-        lambda before: [_set_variable(name, value) for name, value in before.items()],
+        lambda before: _set_variables(before),
     ),
 )
 
 
-def _set_variable(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
+# Whose names a reward may have bound to something of its own, which the trainer would then call.
+_LIBRARY: tuple[Any, ...] = (torch, torch.nn.functional, torch.autograd, torch.Tensor, torch.nn.Module)
+
+
+def _set_variables(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _read(read: Callable[[], Any]) -> Any:
@@ -100,7 +106,8 @@ def shielded(name: str, device: torch.device, key: Sequence[int]) -> Iterator[No
     That is: grad mode, inference mode, autocast, default dtype and device, precision and determinism of PyTorch, its
     threads, NumPy's error state, random generators of Python, NumPy and PyTorch, the GPU and its stream, handlers of
     the signals that end a run, filters that turn warnings into errors, standard output, the working directory, and
-    torchrun's variables. A process that the body forked does not leave it.
+    torchrun's variables. Names of PyTorch that it bound to something else are put back with a warning. A process that
+    the body forked does not leave it.
 
     Args:
         name: of the reward, for messages.
@@ -111,6 +118,7 @@ def shielded(name: str, device: torch.device, key: Sequence[int]) -> Iterator[No
     before = [_read(read) for read, _ in _SETTINGS]
     handlers = _handlers()
     filters = list(warnings.filters)
+    library = [dict(vars(owner)) for owner in _LIBRARY]
     with _own_random_numbers(device, key), _own_gpu(device), torch.inference_mode(False):
         try:
             with torch.no_grad():
@@ -123,13 +131,29 @@ def shielded(name: str, device: torch.device, key: Sequence[int]) -> Iterator[No
             for (read, write), value in zip(_SETTINGS, before, strict=True):
                 if value is not None and _read(read) != value:
                     write(value)
+            replaced = _names_put_back(library)  # after the default dtype, which PyTorch binds a name to itself
             _put_back(handlers)
-            if len(warnings.filters) != len(filters) or list(warnings.filters) != filters:
+            if list(warnings.filters) != filters:  # others that a library sets for itself may stay
                 kept = [f for f in warnings.filters if f in filters or f[0] != "error"]
                 warnings.filters[:] = kept  # type: ignore[index]
             if folder is not None and _folder() != folder:
                 os.chdir(folder)
-    # inference_mode(False) has put grad mode back to what it was when it began.
+        # inference_mode(False) puts grad mode back to what it was when it began.
+    if replaced:
+        text = f"reward {printable(name)} replaced {', '.join(replaced[:4])} for the whole process; this was put back"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def _names_put_back(library: list[dict[str, Any]]) -> list[str]:
+    """What was bound to something else, by name, and is as before now."""
+    replaced = []
+    for owner, before in zip(_LIBRARY, library, strict=True):
+        now = vars(owner)
+        for name, value in before.items():
+            if now.get(name, _read) is not value and not name.startswith("_"):
+                setattr(owner, name, value)
+                replaced.append(f"{owner.__name__}.{name}")
+    return replaced
 
 
 def _folder() -> str | None:

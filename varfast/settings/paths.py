@@ -29,6 +29,10 @@ def check_source(text: str) -> str:
     """A path or an address (hf://, https://). Raises: ValueError."""
     if not text.strip() or "\0" in text:
         raise ValueError(f"got {text!r}, want a path")
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"got {text[:60]!r}: it holds bytes that are not UTF-8")
+    if re.match(r"[A-Za-z][\w+.-]+://", text):  # a signed address may have a part of 1000 letters
+        return text
     variable = _VARIABLE.search(text)
     if variable:
         raise ValueError(
@@ -37,8 +41,6 @@ def check_source(text: str) -> str:
         )
     if text.startswith("~") and os.path.expanduser(text).startswith("~"):
         raise ValueError(f"got {text!r}: there is no user {text.split('/')[0][1:]!r} on this machine; write the path")
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"got {text[:60]!r}: it holds bytes that are not UTF-8")
     if len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in text.split("/")):
         raise ValueError(f"got {text[:60]!r}...: a path has at most 4000 characters, and 255 bytes a name")
     return text
