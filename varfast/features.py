@@ -192,9 +192,6 @@ def _archive(path: Path, width: int, image_size: int) -> tuple[Statistics | None
                     f"are {width} wide. Choose other features, or give the images"
                 )
             known = Statistics(arrays.read("mu", (width,)), arrays.read("sigma", (width, width)))
-            if not (np.isfinite(known.mu_D).all() and np.isfinite(known.sigma_DD).all()):
-                raise InputError(f"{where}: mu or sigma holds numbers that are not finite; compute them again, or give "
-                                 "the images")  # fmt: skip
         if known is None and "arr_0" not in names:
             held = one_line(", ".join(sorted(names)), 200) or "nothing named"
             raise InputError(f"{where} holds {held}; want arr_0, or mu and sigma")
