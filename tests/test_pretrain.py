@@ -250,6 +250,7 @@ def test_a_base_of_own_images_says_what_it_is_and_what_to_do(own_images, make_co
             assert picture.height == size
     assert [row.folder for row in read_labels(var_path.parent)] == ["2", "10", "dog"]
     report = json.loads(var_path.with_name("report.json").read_text())
+    assert 0 < report["codebook_usage"] <= 1  # of fewer steps than it is measured over, too
     pixels = np.stack([np.full((8, 8, 3), (80 * a, 60 * b, 128)) for a in range(3) for b in range(4)]) / 127.5 - 1
     assert report["pixel_variance"] == pytest.approx(pixels.var(axis=(0, 1, 2)).mean(), rel=0.5)
 

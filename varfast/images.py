@@ -176,9 +176,10 @@ def _kind(mode: int) -> str:
 def check_images(what: str, listing: Listing) -> None:
     """Read every file once, so that training does not end at the first broken one: in 8 threads.
 
-    Up to 1 GB of files all are decoded. Of more (ImageNet has 1.28 million files, 138 GB: hours), JPEG and PNG files
-    are read at their two ends, which finds what is cut, empty, a web page or a git-lfs pointer: 0.12 ms a file on a
-    desk's disk, 3 minutes for ImageNet. Damage in the middle is then named when training meets it.
+    Up to 1 GB of files all are decoded. Of more (ImageNet has 138 GB: its 1.28 million files would take a core 40
+    minutes, at 1.75 ms each), JPEG and PNG files are read at their two ends, which finds what is cut, empty, a web page
+    or a git-lfs pointer: 0.12 ms a file, 3 minutes for ImageNet (measured on a CPU, on 1000 JPEGs of 71 kB from the
+    page cache). Damage in the middle is then named when training meets it.
 
     Args:
         what: the setting that names the folder, for errors.

@@ -334,7 +334,9 @@ def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[
         progress.update(note)
     progress.close()
     mse = float(torch.stack(errors[-_REVIVE_EVERY:]).mean())
-    return vqvae.requires_grad_(False), mse, variance or _variance(batch), usage
+    if steps < _REVIVE_EVERY:
+        usage, variance = float((hits_V > 0).float().mean()), _variance(batch)
+    return vqvae.requires_grad_(False), mse, variance, usage
 
 
 def _variance(images: Tensor) -> float:
