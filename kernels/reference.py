@@ -131,6 +131,7 @@ def sample_tokens(
     # product above was rounded up to the whole sum there is none: the token that completes the sum stands in.
     token_Bl1 = torch.searchsorted(cdf_BlV, target_Bl1, right=True)
     token_Bl1 = torch.minimum(token_Bl1, torch.searchsorted(cdf_BlV, cdf_BlV[..., -1:].contiguous()))
+    token_Bl1 = token_Bl1.clamp(max=logits.shape[-1] - 1)  # of a row with a NaN or +inf, whose log-probability is NaN
     entropy_Bl = -(prob_BlV.to(logits.dtype) * logp_BlV.masked_fill(prob_BlV == 0, 0.0)).sum(dim=-1)
     return token_Bl1.squeeze(-1), logp_BlV.gather(-1, token_Bl1).squeeze(-1), entropy_Bl
 
