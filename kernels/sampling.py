@@ -215,7 +215,7 @@ def _block(vocab: int) -> int:
 
 
 def _launch_settings(vocab: int, filtered: bool, device: torch.device | None = None) -> dict[str, int]:
-    """128 numbers a thread; 64 of 32768 codes, and 32 with a filter, as more spill. 32768 codes with top_p always do."""
+    """128 numbers a thread; 64 of 32768 codes, 32 with a filter: more spill. 32768 codes with top_p spill in any case."""
     block = _block(vocab)
     if filtered:
         return setting("sample_tokens_filtered", vocab, device, num_warps=min(16, max(1, block // 1024)))
