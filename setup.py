@@ -173,9 +173,16 @@ class BuildExtension(build_ext):
 
 if __name__ == "__main__":
     setup(
-        packages=["varfast", "varfast.models", "varfast.rewards", "varfast.kernels"],
+        packages=[
+            "varfast",
+            "varfast.models",
+            "varfast.report",
+            "varfast.rewards",
+            "varfast.settings",
+            "varfast.kernels",
+        ],
         package_dir={"varfast.kernels": "kernels"},
-        package_data={"varfast": ["py.typed"]},
+        package_data={"varfast": ["py.typed", "imagenet.txt"]},
         # optional: an install goes on without what could not be built. The source list is for its sake only.
         ext_modules=[Extension(EXTENSION, ["csrc/ops.cpp"], optional=True, py_limited_api=True)],
         cmdclass={"build_ext": BuildExtension},

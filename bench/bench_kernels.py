@@ -396,6 +396,31 @@ def test_channel_moments(benchmark, record, channels, side):
     harness.measure(benchmark, record, row, calls)
 
 
+@pytest.mark.parametrize("heads", [16, 30] if CUDA else [2])
+def test_adamw_step(benchmark, record, heads):
+    """Of all matrices of four blocks, with their 16-bit copies. The rest of a model, biases and norms, is under 1 %."""
+    width = 64 * heads
+    shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width), (6 * width, width)] * 4
+
+    def lists(**how):
+        return [torch.zeros(shape, device=DEVICE, **how) for shape in shapes]
+
+    copies = lists(dtype=torch.bfloat16)
+    steps = [torch.zeros((), device=DEVICE) for _ in shapes]
+    gradients = [randn(*shape) for shape in shapes]
+    tensors = kernels.AdamWTensors(lists(), gradients, lists(), lists(), steps, [0.0] * len(shapes), copies)
+    one, zero = torch.ones((), device=DEVICE), torch.zeros((), device=DEVICE)
+    numbers = sum(x.numel() for x in copies)
+
+    def by(impl):
+        return lambda: kernels.adamw_step(tensors, 1e-5, (0.9, 0.999), 1e-8, one, zero, impl=impl)
+
+    calls = {"ours": by("auto")} | {name: by(name) for name in other_impls("adamw_step")}
+    # Weight, gradient and two moments read, weight and moments written: 4 bytes each; the copy written: 2.
+    row = harness.Row("adamw_step", f"{numbers / 1e6:.0f} M numbers", "both", 0.0, io_bytes=30 * numbers)
+    harness.measure(benchmark, record, row, calls)
+
+
 def test_grpo_token_loss(benchmark, record):
     batch, length = 512, 680
     logp = randn(batch, length).requires_grad_()

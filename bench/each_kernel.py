@@ -129,6 +129,16 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
     def linear(impl: str, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         return (kernels.invariant_linear(x, weight, bias, gelu=True, impl=impl),)
 
+    def optimizer_step(impl: str, *leaves: Tensor) -> tuple[Tensor, ...]:
+        parameter, gradient, exp_avg, exp_avg_sq = (x.detach().clone() for x in leaves)
+        copy = torch.empty_like(parameter, dtype=torch.bfloat16)
+        lists = [[x] for x in (parameter, gradient, exp_avg, exp_avg_sq.square(), torch.full((), 7.0, device=device))]
+        one, zero = torch.ones((), device=device), torch.zeros((), device=device)
+        impl = "triton" if impl == "auto" and cannot_run_triton(device) is None else impl
+        tensors = kernels.AdamWTensors(*lists, [0.01], [copy])
+        kernels.adamw_step(tensors, 1e-3, (0.9, 0.999), 1e-8, 3.0 * one, zero, impl=impl)
+        return parameter, lists[2][0], lists[3][0]
+
     detached = tuple(y.detach() for y in (q, k, v))
     qkv = randn(batch, length, 3 * width)
     bias, bias_3 = randn(width, of=torch.float32), randn(3 * width, of=torch.float32)
@@ -156,6 +166,8 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
         Case("channel_moments", convolution_norm, (image, image, *vectors)),
         Case("invariant_linear", linear,
              (x, randn(4 * width, width, times=width**-0.5), randn(4 * width))),
+        Case("adamw_step", optimizer_step, tuple(randn(width, 4 * width + 3, of=torch.float32, grad=False)
+                                                 for _ in range(4))),
         Case("grpo_token_loss", loss, (logp,), floor=2e-6),
     ]  # fmt: skip
     if cannot_run_triton(device) is None:

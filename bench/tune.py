@@ -191,6 +191,16 @@ def convolution(channels: int, out_channels: int) -> Callable[[], object]:
     return lambda: kernels.conv3x3(x, weight, residual, impl="triton")
 
 
+def adamw() -> Callable[[], object]:
+    shapes = [(12288, 1024), (4096, 1024)] * 4
+    lists = [[torch.zeros(s, device=harness.DEVICE) for s in shapes] for _ in range(4)]
+    copies = [torch.zeros(s, device=harness.DEVICE, dtype=torch.bfloat16) for s in shapes]
+    steps = [torch.zeros((), device=harness.DEVICE) for _ in shapes]
+    tensors = kernels.AdamWTensors(*lists, steps, [0.0] * len(shapes), copies)
+    one, zero = torch.ones((), device=harness.DEVICE), torch.zeros((), device=harness.DEVICE)
+    return lambda: kernels.adamw_step(tensors, 1e-5, (0.9, 0.999), 1e-8, one, zero, impl="triton")
+
+
 def linear(features: int, channels: int, gelu: bool) -> Callable[[], object]:
     x, weight, bias = randn(64 * 680, channels), randn(features, channels), randn(features)
     return lambda: kernels.invariant_linear(x, weight, bias, gelu)
@@ -217,6 +227,7 @@ def targets() -> list[Target]:
         Target(
             "attention_fused", 16, "block_causal_attention, fused", FUSED, lambda: attention(True, "triton_fused"), {}
         ),
+        Target("adamw", 0, "adamw_step", product(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8)), adamw, {}),
         # One warp a row; 168 registers a thread of one, 96 of two (triton 3.6). The check is made at 4096 codes.
         Target("sample_tokens", 4096, "sample_tokens", product(num_warps=(1, 2, 4, 8)), lambda: sampling(4096), {}),
         Target("sample_tokens", 16384, "sample_tokens", product(num_warps=(4, 8, 16)), lambda: sampling(16384), {}),

@@ -5,6 +5,7 @@ Imports torch, triton and the extension, never the rest of varfast.
 """
 
 from varfast.kernels.adaln import gated_residual, gated_residual_norm, layer_norm_modulate
+from varfast.kernels.adamw import AdamWTensors, adamw_step
 from varfast.kernels.attention import block_causal_attention, cached_attention
 from varfast.kernels.conv import conv3x3
 from varfast.kernels.gelu import gelu_bias, linear_gelu
@@ -18,8 +19,10 @@ from varfast.kernels.selection import Choice, check_implementation, choices, con
 
 __all__ = [
     "GRPO_STATS",
+    "AdamWTensors",
     "ChannelMoments",
     "Choice",
+    "adamw_step",
     "block_causal_attention",
     "cached_attention",
     "channel_moments",

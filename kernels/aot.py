@@ -28,7 +28,7 @@ from typing import Any
 
 from varfast.kernels import selection, settings
 
-MODULES = ("sampling", "logprob", "attention", "qkv", "adaln", "gelu", "group_norm", "conv", "matmul")
+MODULES = ("sampling", "logprob", "attention", "qkv", "adaln", "gelu", "group_norm", "conv", "matmul", "adamw")
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 _MAX_REGISTERS = 255
 _OPTIONS = ("num_warps", "num_stages")

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from varfast.kernels.adamw import AdamWTensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Counter-based random numbers
@@ -119,6 +123,7 @@ def sample_tokens(
     top_p: float,
     bias_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """A row that holds NaN or +inf, or -inf alone, returns some token in [0, V), and NaN as logp and entropy."""
     logits = _with_bias(logits_BlV, bias_V)
     if uncond_logits_BlV is not None:
         logits = (1.0 + guidance) * logits - guidance * _with_bias(uncond_logits_BlV, bias_V)
@@ -131,7 +136,9 @@ def sample_tokens(
     # product above was rounded up to the whole sum there is none: the token that completes the sum stands in.
     token_Bl1 = torch.searchsorted(cdf_BlV, target_Bl1, right=True)
     token_Bl1 = torch.minimum(token_Bl1, torch.searchsorted(cdf_BlV, cdf_BlV[..., -1:].contiguous()))
-    token_Bl1 = token_Bl1.clamp(max=logits.shape[-1] - 1)  # of a row with a NaN or +inf, whose log-probability is NaN
+    # Logits that are no distribution make all of the row's log-probabilities NaN, and no number is above the target:
+    # the token past the end would be a device assert in the next lookup.
+    token_Bl1 = token_Bl1.clamp_max(logits.shape[-1] - 1)
     entropy_Bl = -(prob_BlV.to(logits.dtype) * logp_BlV.masked_fill(prob_BlV == 0, 0.0)).sum(dim=-1)
     return token_Bl1.squeeze(-1), logp_BlV.gather(-1, token_Bl1).squeeze(-1), entropy_Bl
 
@@ -374,3 +381,26 @@ def grpo_token_loss(
             [kl_BL.mean(), is_clipped_BL.to(loss.dtype).mean(), ratio_BL.mean(), gap_BL.mean(), gap_BL.max()]
         )
     return loss, stats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+def adamw_step(
+    tensors: AdamWTensors, lr: float, betas: tuple[float, float], eps: float, clip: Tensor, skip: Tensor
+) -> None:
+    """AdamW with decoupled weight decay, in place, in the dtype of the parameters. See kernels/adamw.py."""
+    if bool(skip != 0):
+        return
+    lists = (tensors.parameters, tensors.gradients, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps)
+    for p, gradient, m, v, step, decay, low in zip(*lists, tensors.weight_decays, tensors.copies, strict=True):
+        step += 1
+        g = gradient / clip
+        m.mul_(betas[0]).add_(g, alpha=1.0 - betas[0])
+        v.mul_(betas[1]).addcmul_(g, g, value=1.0 - betas[1])
+        m_hat = m / (1.0 - betas[0] ** float(step))
+        v_hat = v / (1.0 - betas[1] ** float(step))
+        p.sub_(lr * decay * p + lr * m_hat / (v_hat.sqrt() + eps))
+        if low is not None:
+            low.copy_(p)

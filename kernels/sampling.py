@@ -215,7 +215,7 @@ def _block(vocab: int) -> int:
 
 
 def _launch_settings(vocab: int, filtered: bool, device: torch.device | None = None) -> dict[str, int]:
-    """128 numbers a thread; 64 of 32768 codes, 32 with a filter: more spill. 32768 codes with top_p spill in any case."""
+    """128 numbers a thread; 64 of 32768 codes, 32 with a filter: more spill. 32768 codes with top_p always do."""
     block = _block(vocab)
     if filtered:
         return setting("sample_tokens_filtered", vocab, device, num_warps=min(16, max(1, block // 1024)))
@@ -359,6 +359,8 @@ def sample_tokens(
     Returns:
         tokens (B, l) int64; their log-probability (B, l) and the entropy in nats (B, l), float32 (float64 for
         float64), of the distribution drawn from, that is after guidance, temperature and filters. No gradient.
+        Logits that are no distribution (NaN or +inf among them, or all of them -inf) draw some token in [0, V), whose
+        log-probability and entropy are NaN: so the caller sees it, without an assert on the device.
     Raises: ValueError for a temperature that is not positive, a key of another shape or type, an impl that is unknown
         or cannot run.
     """

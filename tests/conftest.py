@@ -10,6 +10,8 @@ import pytest
 import torch
 
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+# Empty counts as unset. A run refuses to be one of several tasks of the job that the tests run in.
+os.environ["SLURM_NTASKS"] = os.environ["SLURM_STEP_NUM_TASKS"] = ""
 if not torch.cuda.is_available():  # Triton kernels run interpreted then; read when varfast.kernels is imported
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -379,7 +379,18 @@ def test_every_target_names_a_kernel_that_asks_for_its_setting(monkeypatch):
     asked = set()
     original = settings.setting
     names = {target.kernel for target in tune.targets()}
-    for module in ("adaln", "attention_tiles", "conv", "gelu", "group_norm", "logprob", "matmul", "qkv", "sampling"):
+    for module in (
+        "adaln",
+        "adamw",
+        "attention_tiles",
+        "conv",
+        "gelu",
+        "group_norm",
+        "logprob",
+        "matmul",
+        "qkv",
+        "sampling",
+    ):
         monkeypatch.setattr(
             f"varfast.kernels.{module}.setting", lambda k, *a, **b: asked.add(k) or original(k, *a, **b)
         )

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -16,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from varfast import InputError
-from varfast.checkpoint import Checkpoints, RunFolder, dump_config, newest_checkpoint, save_text, write_atomically
+from varfast.checkpoint import Checkpoints, RunFolder, dump_config, newest_checkpoint
 from varfast.config import parse_config
+from varfast.files import save_text, write_atomically
 
 
 def networks(seed=0, steps=2):
@@ -77,7 +79,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
         import resource, torch
         from pathlib import Path
         from varfast import InputError
-        from varfast.checkpoint import save_tensors
+        from varfast.files import save_tensors
         path = Path({str(path)!r})
         save_tensors(path, {{"w": torch.ones(10)}})
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
@@ -270,6 +272,204 @@ def test_what_a_killed_save_left_is_removed(tmp_path, make_config):
     assert names(folder) == ["step_000004"]
 
 
+def test_what_a_run_killed_in_its_first_write_left_is_not_foreign(tmp_path, make_config):
+    folder = RunFolder(tmp_path / "run")
+    for leftovers in (["lock.json"], ["config.yaml.incomplete"], ["lock.json", "config.yaml.0123456789ab.incomplete"]):
+        folder.path.mkdir()
+        for name in leftovers:
+            (folder.path / name).touch()
+        assert folder.prepare(make_config()) is None
+        assert {p.name for p in folder.path.iterdir()} <= {"config.yaml", "lock.json"}
+        shutil.rmtree(folder.path)
+
+
+def test_a_log_of_the_run_in_its_folder_is_not_foreign(tmp_path, make_config):
+    """varfast.train ... > run/output; run/slurm-7.out of a queue, run/log of a tee: this process cannot see those."""
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    for name in ("slurm-7.out", "log"):
+        (folder.path / name).write_text("line\n")
+    kept = os.dup(1)
+    with (folder.path / "output").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        try:
+            folder.prepare(make_config())
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+    (folder.path / "config.yaml").unlink()
+    with pytest.raises(InputError, match=r"holds other files and no run \(output\); choose another run.dir, or move"):
+        folder.prepare(make_config())
+
+
+DAMAGED = [
+    b"",
+    b"\xff\xfe\x00",
+    b"run: [",
+    b"[" * 5000,
+    b"x: 2001-13-45",
+    b"a: &a [*a]",
+    b"just text",
+    b"update: {lr: !!python/object/apply:os.system [true]}",
+    os.mkfifo,
+    os.mkdir,
+    lambda path: os.symlink("/dev/zero", path),
+]
+
+
+def put(path, content):
+    path.unlink(missing_ok=True)
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_config_is_named_by_whoever_reads_it(tmp_path, make_config, content):
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(make_config())
+    put(folder.config, content)
+    with pytest.raises(InputError, match=r"config.yaml"):
+        folder.load_config()
+
+
+@pytest.mark.parametrize("content", [*DAMAGED[:4], None])
+def test_a_run_goes_on_without_its_config_file(tmp_path, make_config, content):
+    """What its settings were stands in the checkpoint, under a SHA-256."""
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(make_config())
+    save(folder, make_config())
+    folder.config.unlink() if content is None else put(folder.config, content)
+    with pytest.raises(InputError, match="update.lr: 0.0001 there, 0.001 here"):
+        folder.prepare(make_config(update__lr=1e-3))
+    assert folder.prepare(make_config()).step == 4
+    assert folder.load_config() == make_config()
+
+
+def test_an_edited_config_file_does_not_change_a_run(tmp_path, make_config):
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(make_config())
+    save(folder, make_config())
+    save_text(folder.config, dump_config(make_config(update__lr=1e-3)))
+    with pytest.raises(InputError, match="update.lr: 0.0001 there, 0.001 here"):
+        folder.prepare(folder.load_config())
+
+
+def craft(folder, **changes):
+    """Change the newest checkpoint's manifest, with the sum that belongs to it."""
+    path = max(folder.checkpoints.iterdir())
+    manifest = json.loads((path / "manifest.json").read_text())
+    for key, change in changes.items():
+        manifest[key] = change(manifest[key]) if callable(change) else change
+    text = json.dumps(manifest).encode()
+    (path / "manifest.json").write_bytes(text)
+    (path / "manifest.sha256").write_text(f"{hashlib.sha256(text).hexdigest()}  manifest.json\n")
+    return path
+
+
+EMPTY = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/dev/zero", "../x.safetensors", "a/x.safetensors", "fifo", "x\0.safetensors", "\ud800.safetensors", "x.pth", ""],
+)
+def test_a_manifest_names_files_of_its_own_folder_alone(tmp_path, make_config, name):
+    folder = RunFolder(tmp_path)
+    save(folder, make_config())
+    os.mkfifo(folder.checkpoints / "step_000004" / "fifo")
+    craft(folder, files=lambda files: files | {name: EMPTY})
+    with pytest.raises(InputError, match="step_000004: manifest.json is not of this version of varfast"):
+        folder.newest()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+@pytest.mark.parametrize("name", ["more.safetensors", "manifest.json", "manifest.sha256"])
+def test_a_special_file_in_a_checkpoint_is_not_waited_for(tmp_path, make_config, make, name):
+    folder = RunFolder(tmp_path)
+    save(folder, make_config())
+    path = craft(folder, files=lambda files: files | {"more.safetensors": EMPTY})
+    (path / name).unlink(missing_ok=True)
+    make(path / name)
+    with pytest.raises(InputError, match=f"step_000004: {name}: it is no regular file"):
+        folder.newest()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 8, b"\xff" * 8, (10**9).to_bytes(8, "little"), (2).to_bytes(8, "little") + b"{}", b"[" * 3000],
+    ids=range(6),
+)
+def test_crafted_tensors_under_an_agreeing_manifest_are_refused(tmp_path, make_config, content):
+    folder = RunFolder(tmp_path)
+    save(folder, make_config())
+    (file,) = (folder.checkpoints / "step_000004").glob("*.safetensors")
+    file.write_bytes(content)
+    craft(folder, files={file.name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
+    with pytest.raises(InputError, match="step_000004"):
+        folder.newest().load(*networks(seed=1))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "wanted"),
+    [
+        (None, "holds an optimizer's state without its settings"),
+        ([], "is of another optimizer"),
+        (lambda groups: groups[:1], "is of another optimizer"),
+        (lambda groups: [*groups, {}], "is of another optimizer"),
+        (lambda groups: [group | {"betas": "x"} for group in groups], "is of another optimizer"),
+        (lambda groups: [group | {"betas": [0.9, [0.95]]} for group in groups], "is of another optimizer"),
+        (lambda groups: [group | {"lr": True} for group in groups], "is of another optimizer"),
+        (lambda groups: [group | {"more": 1} for group in groups], "is of another optimizer"),
+    ],
+)
+def test_crafted_settings_of_the_optimizer_are_refused(tmp_path, make_config, optimizer, wanted):
+    folder = RunFolder(tmp_path)
+    save(folder, make_config())
+    craft(folder, optimizer=optimizer)
+    with pytest.raises(InputError, match=wanted):
+        folder.newest().load(*networks(seed=1))
+
+
+def test_links_in_the_place_of_checkpoints_are_removed_as_links(tmp_path, make_config):
+    folder, theirs = RunFolder(tmp_path / "run"), tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "x").touch()
+    folder.prepare(make_config())
+    save(folder, make_config(), 4)
+    for name in ("step_000003", "step_000006.part", "step_000008", "step_000008.damaged"):
+        (folder.checkpoints / name).symlink_to(theirs)
+    assert folder.prepare(make_config()).step == 4
+    assert save(folder, make_config(log__keep_last=1), 6) == []
+    assert names(folder) == ["step_000006", "step_000008.damaged"]
+    assert [p.name for p in theirs.iterdir()] == ["x"]
+
+
+def test_where_folders_cannot_be_renamed_checkpoints_are_written_and_dropped(tmp_path, make_config, monkeypatch):
+    """EXDEV: an overlay, for a folder that its image brought along."""
+    rename = os.rename
+
+    def refuse(path, to):
+        if os.path.isdir(path):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        rename(path, to)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    folder, config = RunFolder(tmp_path), make_config(log__keep_last=1)
+    for step in (4, 5, 6):
+        assert save(folder, config, step) == []
+    assert names(folder) == ["step_000006"]
+    assert folder.newest().step == 6
+
+
+def test_an_older_checkpoint_that_cannot_be_removed_costs_no_new_one(tmp_path, make_config, monkeypatch):
+    folder, config = RunFolder(tmp_path), make_config(log__keep_last=1)
+    save(folder, config, 4)
+    monkeypatch.setattr(shutil, "rmtree", mock.Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
+    assert save(folder, config, 6) == [
+        "step_000006 is written, but an older checkpoint cannot be removed: Input/output error"
+    ]
+    assert folder.newest().step == 6
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, make_config):
     folder = RunFolder(tmp_path)
     save(folder, make_config())
@@ -380,14 +580,6 @@ def test_another_number_of_processes_goes_on_from_a_checkpoint(tmp_path, make_co
     assert equal(dict(model.state_dict()), stepped)
     assert equal({n: optimizer.state[p]["exp_avg"] for n, p in model.named_parameters()}, moments)
     assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
-
-
-def test_base_is_noted(tmp_path):
-    folder = RunFolder(tmp_path)
-    assert folder.load_base() is None
-    folder.save_base("a.pth", "b.pth")
-    assert folder.load_base() == ("a.pth", "b.pth")
-    assert json.loads(folder.base.read_text()) == {"var": "a.pth", "vqvae": "b.pth"}
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -79,15 +81,98 @@ def test_image_folder(folder):
     assert int(images[0][1]) == 0
 
 
-def test_fingerprint_follows_the_files(folder):
+def test_images_are_resized_and_cropped_as_by_torchvision(folder):
+    from torchvision import transforms
+
+    Image.fromarray(np.arange(40 * 9 * 3, dtype=np.uint8).reshape(9, 40, 3)).save(folder / "cat" / "wide.png")
+    steps = [
+        transforms.Resize(18, interpolation=transforms.InterpolationMode.LANCZOS),
+        transforms.RandomCrop(16),
+        transforms.ToTensor(),
+    ]
+    images = load_images(str(folder), 16)
+    paths = [*(f"bird/{i}.png" for i in range(3)), *(f"cat/{n}.png" for n in (0, 1, 2, "wide"))]
+    for index, path in enumerate(paths):
+        torch.manual_seed(index)
+        found = images[index][0]
+        torch.manual_seed(index)
+        assert torch.equal(found, transforms.Compose(steps)(Image.open(folder / path))), path
+
+
+def test_a_line_of_pixels_takes_no_gigabytes(folder):
+    Image.new("RGB", (1, 60_000), "red").save(folder / "cat" / "line.png")
+    images = load_images(str(folder), 64)
+    assert images[6][0].shape == (3, 64, 64)
+
+
+def classes(folder, *names):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / name / "0.png")
+    return str(folder)
+
+
+def test_class_folders_are_read_in_natural_order_and_hidden_ones_passed_over(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "0.JPG")
+    hidden = (".ipynb_checkpoints", "__MACOSX", "@eaDir")
+    folder = classes(tmp_path / "set", *map(str, range(12)), "Cat", "cat", "n02099601", *hidden)
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    Image.new("RGB", (8, 8)).save(tmp_path / "set" / "loose.png")
+    (tmp_path / "set" / "cat" / "phone.HEIC").write_bytes(b"x")
+    images = load_images(folder, 8)
+    assert images.classes == [*map(str, range(12)), "Cat", "cat", "linked", "n02099601"]
+    assert images.class_to_idx["2"] == 2
+    assert images.counts == [1] * 16
+    assert [int(label) for _, label in images] == list(range(16))
+    notes = "\n".join(images.notes)
+    for said in ("Cat and cat look alike and are two labels", *(f"{name} is passed over" for name in hidden),
+                 "1 images beside the class folders belong to no class", "not read: 1 .heic"):  # fmt: skip
+        assert said in notes
+
+
+def test_as_many_class_folders_as_labels_are_wanted_before_any_file_is_read(tmp_path):
+    folder = classes(tmp_path, "train", "val")
+    (tmp_path / "val" / "0.png").write_bytes(b"broken")
+    for labels, said in ((1, "the last ones would have no label"), (5, "labels 2 to 4 would have no image")):
+        with pytest.raises(InputError) as error:
+            load_images(folder, 8, labels)
+        assert f"has 2 class folders (train, val), policy.var.num_classes={labels}: {said}" in str(error.value)
+        assert "set policy.var.num_classes=2, or name one of them, as pretrain.dataset=" in str(error.value)
+    with pytest.raises(
+        InputError, match=r"val/0.png is broken or no image \(.*\)\n  Each of them: delete it or replace it"
+    ):
+        load_images(folder, 8, 2)
+
+
+def test_fingerprint_follows_the_files_and_the_order_of_the_labels(folder):
     before = fingerprint(str(folder))
     assert fingerprint(str(folder)) == before
+    (folder / "notes.txt").write_bytes(b"x")
+    assert fingerprint(str(folder)) == before  # what is not read does not count
     (folder / "cat" / "new.png").write_bytes(b"x")
-    assert fingerprint(str(folder)) != before
+    assert (after := fingerprint(str(folder))) != before
+    (folder / "cat").rename(folder / "ant")
+    assert fingerprint(str(folder)) != after
+    (folder / "ant").rename(folder / os.fsdecode(b"\xff"))
+    fingerprint(str(folder))
 
 
 def test_image_folder_errors(tmp_path):
     with pytest.raises(InputError, match="no such folder; want 'digits' or a folder"):
         load_images(str(tmp_path / "none"), 16)
-    with pytest.raises(InputError, match="Couldn't find any class folder"):
+    with pytest.raises(InputError, match="no class folders in it"):
+        load_images(str(tmp_path), 16)
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    with pytest.raises(InputError, match=r"1 images lie in it directly; .* put them all into one sub-folder"):
+        load_images(str(tmp_path), 16)
+    with pytest.raises(InputError, match="0.png: a file; want a folder"):
+        load_images(str(tmp_path / "0.png"), 16)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.heic").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"no images in empty; every sub-folder is a label.* not read: 1 .heic"):
+        load_images(str(tmp_path), 16)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "one.jpg").mkdir()
+    with pytest.raises(InputError, match=r"gone is a link to nothing; one.jpg is a folder with the name of an image"):
         load_images(str(tmp_path), 16)

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import varfast.evaluate
 from varfast import InputError
-from varfast.checkpoint import dump_config
+from varfast.checkpoint import RunFolder, dump_config
 from varfast.config import load_config
-from varfast.distributed import World, _share, local_device
+from varfast.distributed import Launch, World, _share, joined, launched, local_device
 from varfast.roofline import memory, planned, share
 from varfast.train import train
 
@@ -279,7 +280,7 @@ main(sys.argv[1:])
     assert_equal_runs(whole.run.dir, alone.run.dir, whole.update.lr)
 
 
-def torchrun(config, tmp_path, *options, count=2, **environment):
+def torchrun(config, tmp_path, *options, count=2, start_new_session=False, **environment):
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
@@ -289,6 +290,7 @@ def torchrun(config, tmp_path, *options, count=2, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=start_new_session,
     )
 
 
@@ -359,6 +361,22 @@ def test_torchrun_restarts_a_job_whose_rank_was_killed_and_it_goes_on(make_confi
     assert torch.equal(weights(runs["mortal"].run.dir), weights(runs["whole"].run.dir))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_processes_of_torchrun_saves(make_config, tmp_path, number):
+    """As the terminal sends it, to torchrun too, which sends it on: each process gets it twice."""
+    config = make_config(run__steps=100_000, log__checkpoint_every=100_000, eval__samples_per_label=0)
+    started = torchrun(config, tmp_path, start_new_session=True)
+    deadline = time.monotonic() + 90
+    while not (Path(config.run.dir) / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(started.pid, number)
+    _, (out,) = ends([started], timeout_s=60)
+    step = metrics(config.run.dir)[-1]["step"]
+    assert RunFolder(config.run.dir).newest().step == step >= 1, out
+    assert f"holds step {step} of 100000. The same command goes on." in out
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("count", [0, 1, 6, 8])
 def test_shares_are_consecutive_whole_and_even(size, count):
@@ -384,12 +402,94 @@ def test_a_world_of_one_process_changes_nothing():
 def test_local_device_is_one_gpu_a_process(monkeypatch):
     assert local_device("cuda:1") == "cuda:1"
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match="LOCAL_RANK is not set, .* start it with torchrun"):
+        local_device("auto")
+    monkeypatch.setenv("LOCAL_RANK", "2")
     assert local_device("auto") == local_device("cuda") == "cuda:2"
     assert local_device("cpu") == "cpu"
     with pytest.raises(InputError, match="names one GPU for all processes"):
         local_device("cuda:1")
+
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS",
+         "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set these variables and none of the others that say how a process was started."""
+
+    def set_to(**variables):
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4, but RANK is not set.*torchrun --nproc-per-node 4"),
+        ({"WORLD_SIZE": "4", "RANK": ""}, "WORLD_SIZE=4, but RANK is not set"),
+        ({"RANK": "1"}, "RANK=1, but WORLD_SIZE is not set.*torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2, but WORLD_SIZE=2: want RANK < WORLD_SIZE"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE=two: want a number"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK=-1: want a number"),
+        ({"WORLD_SIZE": "²", "RANK": "0"}, "WORLD_SIZE=²: want a number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: want the number of processes"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "SLURM_NTASKS=2: srun starts tasks.*torchrun"),
+        ({"WORLD_SIZE": "1", "SLURM_NTASKS": "2"}, "SLURM_NTASKS=2: srun starts tasks"),
+        ({"OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE=8: mpirun starts tasks.*torchrun"),
+        ({"PMI_SIZE": "8"}, "PMI_SIZE=8: mpiexec starts tasks.*torchrun"),
+    ],
+)
+def test_processes_that_nobody_brings_together_are_refused_in_one_line(environment, make_config, variables, message):
+    environment(**variables)
+    with pytest.raises(InputError, match=message) as caught:
+        train(make_config())
+    assert "\n" not in str(caught.value)
+    assert not Path(make_config().run.dir).exists()
+    with pytest.raises(InputError, match=message):
+        varfast.evaluate.main(["checkpoint=nowhere", "vqvae=nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("variables", "process"),
+    [
+        ({}, Launch()),
+        ({"WORLD_SIZE": "", "RANK": " "}, Launch()),
+        ({"WORLD_SIZE": "1"}, Launch()),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "SLURM_NTASKS": "2"}, Launch(0, 1, 0)),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, Launch(3, 4, 1, 2)),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, Launch()),  # srun --ntasks=1 within an allocation of 4
+        ({"SLURM_NTASKS": "1"}, Launch()),
+    ],
+)
+def test_launched_reads_what_torchrun_sets(environment, variables, process):
+    environment(**variables)
+    assert launched() == process
+
+
+def test_processes_that_do_not_meet_say_where(environment, monkeypatch):
+    environment(WORLD_SIZE="2", RANK="1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match="MASTER_ADDR=.*Start them with torchrun"), joined(torch.device("cpu"), 1.0):
+        pass
+    (port,) = free_ports(1)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    with pytest.raises(InputError, match=f"MASTER_PORT={port}"), joined(torch.device("cpu"), 1.0):
+        pass
+    environment(WORLD_SIZE="2", RANK="0")
+    with (
+        pytest.raises(InputError, match="1/2 clients joined. Start them with torchrun"),
+        joined(torch.device("cpu"), 1.0),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("optimizer", ["apex", "adamw8bit"])

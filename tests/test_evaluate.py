@@ -13,7 +13,7 @@ from varfast.config import EvaluateConfig, parse_arguments
 from varfast.data import DigitsClassifier, digits
 from varfast.evaluate import BASE, EvaluationFolder, Plan, evaluate, main, resolved, table, tabulate
 from varfast.features import DigitsPixels, load_real_images, to_levels
-from varfast.labels import label_pool
+from varfast.labels import Label, label_pool, labels_json
 from varfast.metrics import diversity, fid, inception_score, mean_interval, neighbours, statistics
 from varfast.randomness import EVAL_STEP
 from varfast.rewards.brightness import brightness
@@ -136,14 +136,15 @@ def test_an_image_of_the_page_stands_where_the_file_says(make, tmp_path):
     evaluate(make(save="png", samples_per_label=5))
     shown = json.loads((tmp_path / "out" / "evaluation.json").read_text())["pictures"]
     assert shown["rows"] == [0, 1, 2, 3, 5, 6, 7, 8]
-    assert shown["columns"] == [{"of": side, "sample": s} for s in range(4) for side in ("reference", "checkpoint")]
+    assert shown["columns"] == [{"of": side, "sample": s} for side in ("reference", "checkpoint") for s in range(4)]
     page = np.array(Image.open(tmp_path / "out" / shown["file"]))
     pictures = {side: levels_of(tmp_path / "out", side) for side in ("reference", "checkpoint")}
     for row, label in enumerate(shown["rows"]):
         for column, cell in enumerate(shown["columns"]):
             picture = pictures[cell["of"]][label, cell["sample"]]
             enlarge = 48 // len(picture)
-            at = page[row * 52 : row * 52 + 48, column * 52 : column * 52 + 48]
+            left = column * 52 + 20 * (cell["of"] == "checkpoint")  # a wide gap between the two models
+            at = page[row * 52 : row * 52 + 48, left : left + 48]
             np.testing.assert_array_equal(at[::enlarge, ::enlarge], picture)
 
 
@@ -178,7 +179,8 @@ def test_resolved_takes_what_is_left_open_from_the_run(make_config, make_models,
     train(config)
     noted = (Path(config.run.dir) / "base.json").stat().st_mtime_ns
     found = resolved(EvaluateConfig(checkpoint=config.run.dir))
-    assert (found.reference, found.vqvae, found.classifier.model) == (BASE, f"{tmp_path}/q.pth", "digits")
+    assert (found.reference, found.classifier.model) == (BASE, "digits")
+    assert Path(found.vqvae).samefile(tmp_path / "q.pth")
     assert found.scores == config.reward
     kept = resolved(EvaluateConfig(checkpoint=config.run.dir, reference=None, classifier=None, scores={}))
     assert (kept.reference, kept.classifier, kept.scores) == (None, None, {})
@@ -193,6 +195,26 @@ def test_resolved_takes_what_is_left_open_from_the_run(make_config, make_models,
     assert found.out == f"{config.run.dir}/evaluation"
     plain = EvaluateConfig(**models)
     assert resolved(plain) == plain.model_copy(update={"out": "evaluation"})
+
+
+def test_labels_are_sampled_by_name(make, tmp_path):
+    names = [Label(label, f"class {label}", f"class {label}", 1) for label in range(10)]
+    (tmp_path / "labels.json").write_text(labels_json(names))
+    config = make(labels=["Class_7", 2], save="png", reference=None)
+    evaluate(config)
+    assert {label for label, _ in levels_of(config.out)} == {2, 7}
+    with pytest.raises(InputError, match="labels holds 'clas 7', which no label is called; did you mean 'class 7'"):
+        evaluate(make(labels=["clas 7"], out=str(tmp_path / "other")))
+
+
+def test_real_images_are_looked_at_before_models_are_loaded(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(varfast.evaluate, "_load", lambda *_: pytest.fail("a model is loaded"))
+    for name in ("a", "b"):
+        (tmp_path / "real").mkdir(exist_ok=True)
+        (tmp_path / "real" / f"{name}.png").write_bytes(b"x")
+    for address, said in (("nowhere", "no such file or folder"), (f"{tmp_path}/real", "2 of its files cannot be used")):
+        with pytest.raises(InputError, match=f"fid_reference=.*{said}"):
+            evaluate(make(fid_reference=address, features="digits"))
 
 
 def test_seen_and_unseen_labels_are_told_apart(make_config, tmp_path):

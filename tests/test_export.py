@@ -8,9 +8,10 @@ import yaml
 from safetensors.torch import load_file
 
 from varfast import InputError
-from varfast.checkpoint import Checkpoints, RunFolder, save_tensors
+from varfast.checkpoint import Checkpoints, RunFolder
 from varfast.config import ExportConfig, parse_arguments
-from varfast.export import main
+from varfast.export import main, model_card
+from varfast.files import save_tensors
 from varfast.log import environment
 from varfast.models import VAR
 from varfast.models.weights import load_var
@@ -55,7 +56,7 @@ def test_export_round_trip_is_bit_for_bit(make_run, tmp_path, name, capsys):
     assert main([f"checkpoint={folder.path}", f"out={out}"]) == 0
     assert same(read(out), state)
     assert same(load_var(str(out)).state_dict(), state)
-    assert {p.name for p in out.parent.iterdir()} == {name, "model.md"}
+    assert {p.name for p in out.parent.iterdir()} == {name, f"model.vqvae{out.suffix}", "model.md"}
     assert f"Model card: {out.with_suffix('.md')}" in capsys.readouterr().out
 
 
@@ -120,9 +121,9 @@ def test_weights_of_other_sizes_are_refused(make_run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["out=a.pth"], "checkpoint: Field required"),
+        (["out=a.pth"], "checkpoint is missing; want a path"),
         (["checkpoint=runs/x", "out=a.bin"], "got a.bin, want a name that ends with .safetensors or .pth"),
-        (["checkpoint=runs/x", "out=a.pth", "dtype=float16"], "'float32' or 'bfloat16'"),
+        (["checkpoint=runs/x", "out=a.pth", "dtype=float16"], "want float32 or bfloat16"),
         (["checkpoint=nowhere", "out=a.pth"], "nowhere is no run folder"),
     ],
 )
@@ -220,3 +221,31 @@ def test_arguments_of_export():
     assert (config.dtype, config.overwrite) == ("float32", False)
     with pytest.raises(InputError, match="overwrit: unknown key; did you mean overwrite"):
         parse_arguments(["checkpoint=a", "out=b.pth", "overwrit=true"], ExportConfig)
+
+
+def test_the_card_of_a_model_with_imagenets_labels_says_so(make_run):
+    var = {"depth": 1, "patch_nums": [1, 2], "vocab_size": 16, "code_width": 4, "num_classes": 1000}
+    weights = {"policy__checkpoint": "a.pth", "policy__vqvae_checkpoint": "b.pth"}
+    folder, _ = make_run(policy__var=var, **weights)
+    card = model_card("m.pth", "float32", folder, folder.load_config(), 2)
+    assert "Taken for the 1000 classes of ImageNet (ILSVRC 2012), in the order of their WordNet ids, 0 tench to" in card
+    folder, _ = make_run(policy__var=var | {"num_classes": 999}, **weights, run__dir=str(folder.path) + "2")
+    assert "ImageNet" not in model_card("m.pth", "float32", folder, folder.load_config(), 2)
+
+
+def test_a_run_that_is_going_on_is_read_all_the_same(make_run, tmp_path):
+    folder, _ = make_run()
+    with folder.held():
+        assert main([f"checkpoint={folder.path}", f"out={tmp_path / 'x.pth'}"]) == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"rows": 5}', '{"rows": [5]}', '{"rows": [{"name": "x"}]}', "[" * 5000, '{"rows": "\\ud800"}'],
+)
+def test_a_damaged_evaluation_is_left_out_of_the_card(make_run, tmp_path, content):
+    folder, _ = make_run()
+    (folder.path / "evaluation").mkdir()
+    (folder.path / "evaluation" / "evaluation.json").write_text(content)
+    assert main([f"checkpoint={folder.path}", f"out={tmp_path / 'x.pth'}"]) == 0
+    assert "`evaluation/evaluation.json` is left out, as it is damaged: " in (tmp_path / "x.md").read_text()

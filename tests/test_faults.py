@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -153,7 +154,76 @@ def test_a_save_killed_at_any_moment_leaves_a_whole_checkpoint(make_config, tmp_
     assert moments > 6
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+TWO_AT_ONCE = """
+import os, random, sys, time
+import varfast.train as train
+from varfast.command import run_command
+
+draw_labels = train.draw_labels
+def slowly(*args):  # else the first may be done before the second one starts
+    time.sleep(0.15)
+    return draw_labels(*args)
+train.draw_labels = slowly
+
+def start(folder, number, delay_s):
+    child = os.fork()
+    if child:
+        return child
+    output = os.open(f"{folder}_{number}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    time.sleep(delay_s)
+    sys.argv = ["train", sys.argv[1], f"run.dir={folder}"]
+    try:
+        run_command("train")
+    except SystemExit as end:
+        os._exit(end.code)
+    finally:
+        os._exit(99)
+
+for repeat in range(int(sys.argv[3])):
+    folder = f"{sys.argv[2]}/{repeat}"
+    random.seed(repeat)
+    delay_s = random.choice([0.0, random.uniform(0, 0.1), random.uniform(0, 2.5)])
+    pids = [start(folder, number, delay) for number, delay in enumerate((0.0, delay_s))]
+    print(folder, *pids, *[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids], flush=True)
+"""
+
+
+def two_at_once(config, tmp_path, repeats):
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_AT_ONCE, str(tmp_path / "config.yaml"), str(tmp_path), str(repeats)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100 + 60 * repeats,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == repeats
+    for line in lines:
+        folder, *pids_and_codes = line.split()
+        first, second, *codes = map(int, pids_and_codes)
+        outputs = [Path(f"{folder}_{number}.txt").read_text() for number in (0, 1)]
+        assert sorted(codes) == [0, 2], outputs
+        winner, refused = (first, outputs[1]) if codes[0] == 0 else (second, outputs[0])
+        wanted = f"error: run.dir={folder} is in use by pid {winner} on host {socket.gethostname()} since "
+        assert refused.startswith(wanted), refused
+        assert len(refused.splitlines()) == 1
+        assert [line["step"] for line in metrics(folder)] == list(range(1, config.run.steps + 1))
+        assert not (Path(folder) / "lock.json").exists()
+    return lines
+
+
+def test_of_two_processes_on_one_run_folder_one_runs_and_one_is_refused(make_config, tmp_path):
+    two_at_once(make_config(run__steps=30, eval__samples_per_label=0, log__checkpoint_every=5), tmp_path, 2)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+    ids=["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"],
+)
 def test_a_signal_saves_and_ends_with_its_code(make_config, tmp_path, start, number, code):
     config = make_config(run__steps=100_000, log__checkpoint_every=100_000, eval__samples_per_label=0)
     process = start(config, Path(config.run.dir) / "metrics.jsonl")
@@ -255,7 +325,8 @@ def test_a_run_that_cannot_save_goes_on_and_says_so_at_its_end(make_config, smal
         train(config)
     assert [line["step"] for line in metrics(config.run.dir)] == [1, 2, 3]
     out = capsys.readouterr().out
-    assert out.count("there is no earlier one. Free space there; the run goes on and tries again") == 3
+    assert out.count("no earlier one. The limit is on the size of a file (ulimit -f") == 3
+    assert out.count("; the run goes on and tries again") == 3
     assert names(config) == []
 
 
@@ -322,11 +393,12 @@ def test_bad_rollouts_with_good_ones_between_do_not_stop_the_run(make_config, mo
     assert len(metrics(config.run.dir)) == 5
 
 
-def test_a_sum_of_rewards_that_is_not_finite_is_left_out(make_config):
-    # 0.5 * 3e38 * 2 is beyond float32.
-    huge = {n: {"type": "brightness", "mode": "raw", "weight": 3e38} for n in ("a", "b", "c")}
+def test_a_sum_of_rewards_that_is_not_finite_is_left_out(make_config, moody_reward):
+    """3e38 is a number of float32, twice as much is not."""
+    moody_reward.bad, moody_reward.value = list(range(1, 9)), 3e38
+    twice = {name: {"type": "function", "function": "moody:reward"} for name in ("a", "b")}
     with pytest.raises(InputError, match=r"reward \(their weighted sum\) returned inf"):
-        train(make_config(reward=huge, run__max_bad_rollouts=1, eval__samples_per_label=0))
+        train(make_config(reward=twice, run__max_bad_rollouts=1, eval__samples_per_label=0))
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,9 @@ def test_images_of_a_folder_are_fitted_and_made_rgb(network, tmp_path):
     wide = np.zeros((16, 40), dtype=np.uint8)
     wide[:, 4:36] = 200  # what is not, is cropped off
     Image.fromarray(wide).save(tmp_path / "grey.png")
-    Image.fromarray(np.full((8, 8, 4), 200, dtype=np.uint8)).save(tmp_path / "rgba.webp", lossless=True)
+    half = np.full((8, 8, 4), 145, dtype=np.uint8)
+    half[..., 3] = 128  # of 255, over white
+    Image.fromarray(half).save(tmp_path / "rgba.webp", lossless=True)
     found = load_real_images(str(tmp_path), network, 8).features_MD
     np.testing.assert_allclose(found, 200 / 255)
 
@@ -100,6 +103,17 @@ def test_a_broken_image_is_named(network, levels, tmp_path):
             load_real_images(folder, network, 8)
 
 
+def bomb(path):
+    """300 MB of images in 300 kB."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("arr_0.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (1_600_000, 8, 8, 3)}
+        )
+        for _ in range(300):
+            file.write(bytes(1_024_000))
+    return str(path)
+
+
 def test_real_images_that_cannot_be_used_are_refused(network, levels, tmp_path):
     pixels = levels.permute(0, 2, 3, 1).numpy()
     (tmp_path / "empty").mkdir()
@@ -111,22 +125,59 @@ def test_real_images_that_cannot_be_used_are_refused(network, levels, tmp_path):
     damaged[len(whole) // 2] ^= 1  # the archive has a check sum
     (tmp_path / "damaged.npz").write_bytes(damaged)
     cases = {
-        str(tmp_path / "nowhere"): "no such file or folder; want a folder of images",
+        str(tmp_path / "nowhere"): "nowhere does not exist; give a folder of images, an .npz or digits",
+        "/dev/zero": "is a device, want a file",
+        "~nosuchuser/x": "there is no such user",
+        "x" * 5000: "cannot be read: File name too long",
         str(tmp_path / "empty"): "no images in it",
         save_images(tmp_path / "one", levels[:1]): "one image in it",
-        str(tmp_path / "plain.npy"): "holds nothing named; want arr_0, or mu and sigma",
-        str(tmp_path / "noise.npz"): "truncated or no .npz",
-        str(tmp_path / "cut.npz"): "truncated or no .npz",
+        str(tmp_path / "plain.npy"): "is a single NumPy array",
+        str(tmp_path / "noise.npz"): "is a text file, which begins 'noise'",
+        str(tmp_path / "cut.npz"): "truncated or damaged",
         str(tmp_path / "damaged.npz"): "truncated or damaged",
         save_npz(tmp_path / "other.npz", x=pixels): "holds x; want arr_0, or mu and sigma",
         save_npz(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048)): r"mu \(2048,\) .* these are 64 wide",
         save_npz(tmp_path / "float.npz", arr_0=pixels / 255): r"arr_0 is float64 \(100, 8, 8, 3\), want uint8",
         save_npz(tmp_path / "size.npz", arr_0=pixels[:, :4]): r"\(100, 4, 8, 3\), want uint8 \(images, 8, 8, 3\)",
         save_npz(tmp_path / "single.npz", arr_0=pixels[:1]): "1 images in it",
+        save_npz(tmp_path / "nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64)): "mu holds 64 numbers that are not",
+        save_npz(tmp_path / "complex.npz", mu=np.zeros(64), sigma=1j * np.eye(64)): "sigma is complex128, want real",
+        save_npz(tmp_path / "code.npz", mu=np.zeros(64), sigma=np.array([Path()])): "sigma holds Python objects, which",
+        bomb(tmp_path / "bomb.npz"): "declares uint8 .* bytes, in .* bytes of the file: damaged, or a zip bomb",
     }
     for address, message in cases.items():
         with pytest.raises(InputError, match=message):
             load_real_images(address, network, 8)
+
+
+def test_both_readers_of_folders_see_the_same_picture(network, tmp_path):
+    """Of 16 bits, turned by the camera, transparent, in hidden folders."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    (tmp_path / "set" / "a" / ".ipynb_checkpoints").mkdir(parents=True)
+    Image.fromarray(ramp).save(tmp_path / "set" / "a" / "0.png", exif=exif)
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    clear.save(tmp_path / "set" / "a" / "1.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "set" / "a" / ".ipynb_checkpoints" / "2.png")
+    found = load_real_images(str(tmp_path / "set"), network, 8)
+    assert found.count == 2
+    np.testing.assert_allclose(found.features_MD[0].reshape(8, 8), ramp[::-1, ::-1] / 65535, atol=0.5 / 255)
+    np.testing.assert_allclose(found.features_MD[1], 1)
+
+
+def test_statistics_that_would_fill_the_memory_or_are_not_finite_are_refused(network, tmp_path):
+    header = (
+        b"\x93NUMPY\x01\0v\0" + b"{'descr': '<f8', 'fortran_order': False, 'shape': (400000000,), }".ljust(117) + b"\n"
+    )
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w") as archive:
+        archive.writestr("mu.npy", header)  # 3.2 GB, said by the header alone
+        archive.writestr("sigma.npy", header)
+    with pytest.raises(InputError, match=r"mu declares float64 \(400000000,\), 3200000000 bytes, .* or a zip bomb"):
+        load_real_images(str(tmp_path / "bomb.npz"), network, 8)
+    path = save_npz(tmp_path / "nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64))
+    with pytest.raises(InputError, match="nan.npz: mu holds 64 numbers that are not finite"):
+        load_real_images(path, network, 8)
 
 
 @pytest.fixture(scope="module")

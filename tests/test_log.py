@@ -1,4 +1,7 @@
+import errno
+import io
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -7,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+import varfast.progress
 from varfast import InputError
-from varfast.log import RunLog, image_grid, save_png, table
+from varfast.log import RunLog, image_grid, profiled, save_picture, save_png
+from varfast.progress import Progress, duration
 from varfast.types import Rewards
 
 METRICS = {"reward_mean": 0.5, "kl": 0.1, "images_per_s": 3.0}
@@ -25,6 +30,29 @@ def test_image_grid_places_and_enlarges():
     assert picture[60, 10].tolist() == [128, 128, 128]
     assert picture[60, 60].tolist() == [255, 255, 255]
     assert picture[10, 49].tolist() == [255, 255, 255]
+
+
+def test_image_grid_titles_stand_beside_the_images_and_change_none():
+    images = torch.rand(4, 3, 48, 48)
+    bare = image_grid(images, 2)
+    titled = image_grid(images, 2, ["0 tench", "1 猫"])
+    margin = titled[:, : -bare.shape[1]]
+    np.testing.assert_array_equal(titled[:, -bare.shape[1] :], bare)
+    rows = [margin[:48], margin[52:]]
+    assert all((row < 128).any() for row in rows)  # something is written
+    assert not np.array_equal(*rows)
+    assert (margin[48:52] == 255).all()
+    longest = image_grid(images[:1], 1, ["a very long name, which is cut off somewhere " * 9])
+    assert longest.shape[1] < 400
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "JPEG", "webp"])
+def test_save_picture_follows_the_suffix(tmp_path, kind):
+    picture = np.tile(np.array([200, 30, 60], np.uint8), (8, 8, 1))
+    save_picture(tmp_path / f"x.{kind}", picture)
+    with Image.open(tmp_path / f"x.{kind}") as found:
+        assert found.format == {"jpg": "JPEG"}.get(kind, kind.upper())
+        assert np.abs(np.asarray(found).astype(int) - picture).max() <= (0 if kind in ("png", "webp") else 3)
 
 
 def test_save_png_round_trip(tmp_path):
@@ -147,17 +175,181 @@ def test_wandb_is_not_imported_unless_asked(make_config, install_wandb, tmp_path
         log.step(1, METRICS)
 
 
-def test_metrics_that_cannot_be_written_are_named(tmp_path):
-    with RunLog(tmp_path, 0, 1, tensorboard=False) as log:
+def test_what_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path, capsys):
+    """A folder and FIFOs in the files' places stand for whatever the disk refuses."""
+    for name in ("grids", "samples", "tensorboard", "environment.json"):
+        (tmp_path / name).mkdir() if "." in name else (tmp_path / name).write_text("")
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    image = torch.zeros(2, 3, 4, 4)
+    with RunLog(tmp_path, 0, 3, tensorboard=True) as log:
+        log.environment({"varfast": "0"})
+        for step in (1, 2):
+            log.step(step, METRICS)
+            log.grid(step, image, 2)
+            log.samples(step, image, torch.tensor([0, 1]), Rewards(torch.tensor([0.5, 0.2]), {}))
         (tmp_path / "metrics.jsonl").unlink()
-        (tmp_path / "metrics.jsonl").mkdir()
-        with pytest.raises(InputError, match=r"cannot write .*metrics.jsonl"):
-            log.step(1, METRICS)
+        log.step(3, METRICS)
+    said = capsys.readouterr().out.splitlines()
+    assert all(line.endswith("The run goes on; this is said once") for line in said), said
+    wanted = (
+        "a grid of samples",
+        "a line of metrics",
+        "environment.json",
+        "TensorBoard's events",
+        "the best and worst",
+    )
+    assert sorted(line[:12] for line in said if "of earlier" not in line) == sorted(text[:12] for text in wanted)
+    # There is space again: nothing of the curves is lost.
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
-def test_table_lines_up():
-    assert table({"reward": 0.1}, {"reward": 0.95, "accuracy": 0.5}).splitlines() == [
-        "            before     after",
-        "reward       0.100     0.950",
-        "accuracy       nan     0.500",
+def test_a_profile_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+    (tmp_path / "profile").write_text("")
+    with profiled(tmp_path / "profile", torch.device("cpu")):
+        torch.ones(2).sum()
+    assert "the profile could not be written: " in capsys.readouterr().out
+
+
+def test_half_a_line_is_taken_back(tmp_path, monkeypatch):
+    with RunLog(tmp_path, 0, 2, tensorboard=False) as log:
+        log.step(1, METRICS)
+        write = os.write
+
+        def full(descriptor, content):
+            if len(content) < 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(descriptor, content[:20])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            log.step(2, METRICS)
+        assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+        assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_damaged_lines_of_earlier_steps_stop_nothing(tmp_path):
+    """What a killed run, two runs at once or a fault of the disk leave there; each step stays once."""
+    deep = b'{"step": ' + b"[" * 100_000
+    lines = [
+        b'{"step": 1, "kl": 1}',
+        b"\xff\xfe",
+        deep,
+        b'{"step": ' + b"9" * 5000 + b"}",
+        b'{"step": true}',
+        b'{"step": 2, "kl": 2}',
+        b"[]",
+        b'{"step": 1, "kl": 3}',
+        b'{"step": 7}',
+        b'{"step": 2, "k',
     ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    with RunLog(tmp_path, 3, 4, tensorboard=False):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "kl": 3}\n{"step": 2, "kl": 2}\n'
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()])
+def test_a_special_file_in_place_of_earlier_steps_stops_nothing(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with RunLog(tmp_path, 3, 4, tensorboard=False):
+        pass
+
+
+class Terminal(io.StringIO):
+    def __init__(self, is_one):
+        super().__init__()
+        self._is_one, self.flushed = is_one, 0
+
+    def isatty(self):
+        return self._is_one
+
+    def flush(self):
+        self.flushed += 1
+
+
+@pytest.fixture
+def stream_to(monkeypatch):
+    """Standard output and standard error, terminals or not, and a clock that the test turns."""
+
+    def make(out=False, error=False):
+        monkeypatch.delenv("TQDM_DISABLE", raising=False)
+        streams = Terminal(out), Terminal(error)
+        monkeypatch.setattr(sys, "stdout", streams[0])
+        monkeypatch.setattr(sys, "stderr", streams[1])
+        clock = SimpleNamespace(now_s=100.0)
+        monkeypatch.setattr(varfast.progress, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+        return *streams, clock
+
+    return make
+
+
+@pytest.mark.parametrize("error_is_terminal", [False, True], ids=["nohup", "tee"])
+def test_progress_off_a_terminal_is_a_line_every_so_many_steps(stream_to, error_is_terminal):
+    out, error, clock = stream_to(False, error_is_terminal)
+    progress = Progress("grpo", 25, every=10)
+    flushed = []
+    for step in range(1, 26):
+        clock.now_s += 60.0 if step == 1 else 1.5
+        progress.update(f"reward={step / 100}")
+        flushed.append(out.flushed)
+    progress.close()
+    assert out.getvalue().splitlines() == [
+        "grpo: step 1 of 25, reward=0.01, 6e+04 ms a step, 24 min 0 s left",
+        "grpo: step 10 of 25, reward=0.1, 1500 ms a step, 22 s left",
+        "grpo: step 20 of 25, reward=0.2, 1500 ms a step, 8 s left",
+        "grpo: step 25 of 25, reward=0.25, 1500 ms a step, 0 s left",
+    ]
+    assert "\r" not in out.getvalue()
+    assert error.getvalue() == ""
+    assert flushed[0] > 0  # at once, not when the buffer is full
+    assert flushed[9] > flushed[8]
+
+
+def test_progress_of_slow_steps_is_a_line_every_half_minute(stream_to):
+    out, _, clock = stream_to()
+    progress = Progress("grpo", 1000, done=500, every=100)
+    for _ in range(7):
+        clock.now_s += 11.0
+        progress.update()
+    steps = [line.split(",")[0] for line in out.getvalue().splitlines()]
+    assert steps == ["grpo: step 501 of 1000", "grpo: step 504 of 1000", "grpo: step 507 of 1000"]
+
+
+def test_progress_on_a_terminal_is_a_bar(stream_to):
+    out, error, _ = stream_to(True, True)
+    with Progress("grpo", 2) as progress:
+        progress.update("reward=0.5")
+        progress.say("a line")
+        progress.update()
+    assert "2/2" in error.getvalue()
+    assert "\r" in error.getvalue()
+    assert out.getvalue().splitlines() == ["a line"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_tqdm_disable_turns_lines_and_bar_off(stream_to, monkeypatch, terminal):
+    out, error, _ = stream_to(terminal, terminal)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with Progress("grpo", 2) as progress:
+        progress.update()
+        progress.say("a line")
+    assert (out.getvalue(), error.getvalue()) == ("a line\n", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (3601, "1 h 0 min"), (2e5, "55 h 33 min")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_steps_without_a_kl_have_none_in_their_line(stream_to, tmp_path):
+    out, _, _ = stream_to()
+    with RunLog(tmp_path, 0, 2, tensorboard=False) as log:
+        log.step(1, {"reward_mean": 0.5, "images_per_s": 3.0})
+        log.step(2, METRICS)
+    lines = out.getvalue().splitlines()
+    assert "step 1 of 2, reward=0.500 3 img/s," in lines[0]
+    assert "step 2 of 2, reward=0.500 kl=0.100 3 img/s," in lines[1]
+    assert ["kl" in json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [False, True]

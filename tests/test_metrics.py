@@ -41,8 +41,34 @@ def test_difference_interval_is_that_of_the_pairs():
     found = metrics.difference_interval(before, after)
     low, high = scipy.stats.norm.interval(0.95, loc=(after - before).mean(), scale=scipy.stats.sem(after - before))
     assert (found.value, found.low, found.high) == pytest.approx(((after - before).mean(), low, high), rel=1e-12)
-    assert metrics.difference_interval(np.array([True, False]), np.array([True, True])).value == 0.5
-    assert metrics.difference_interval(np.array([True]), np.array([False])) == metrics.Estimate(-1.0)
+    assert metrics.difference_interval(np.array([0.5]), np.array([0.25])) == metrics.Estimate(-0.25)
+
+
+def test_difference_interval_of_shares_has_a_width_where_all_images_changed():
+    none, all_of_them = np.zeros(50, bool), np.ones(50, bool)
+    gone = metrics.difference_interval(all_of_them, none)
+    assert (gone.value, gone.low) == (-1.0, -1.0)
+    assert -0.9 < gone.high < -0.85
+    same = metrics.difference_interval(none, none)
+    assert same.value == 0.0
+    assert 0.01 < same.high < 0.1
+    assert same.low == -same.high
+    # Written out: of 40 pairs 10 gained and 2 lost.
+    before, after = np.repeat([0, 0, 1, 1], [10, 8, 2, 20]), np.repeat([1, 0, 0, 1], [10, 8, 2, 20])
+    found, p12, p21 = metrics.difference_interval(before, after), 11 / 42, 3 / 42
+    half = 1.959964 * ((p12 + p21 - (p12 - p21) ** 2) / 42) ** 0.5
+    assert (found.value, found.low, found.high) == pytest.approx((0.2, p12 - p21 - half, p12 - p21 + half), abs=1e-6)
+
+
+def test_difference_interval_of_shares_covers_the_difference_19_times_of_20():
+    rng = np.random.RandomState(0)
+    covered = []
+    for _ in range(1000):
+        before = rng.rand(60) < 0.1
+        after = before | (rng.rand(60) < 0.9)
+        found = metrics.difference_interval(before, after)
+        covered.append(found.low < 0.9 * 0.9 < found.high)
+    assert np.mean(covered) > 0.93
 
 
 def test_fid_equals_the_formula_with_a_matrix_root():

@@ -1,10 +1,14 @@
+import math
+
 import pytest
 import torch
 from torch.nn.functional import linear, one_hot
 
-from varfast import InputError
+from varfast import InputError, Policy, load_policy
 from varfast.models import KVCache
 from varfast.models.var import Head
+from varfast.policy import check_finite
+from varfast.types import NotFinitePolicy
 
 PATCH_NUMS = [(1,), (1, 2), (1, 2, 3, 4), (2, 3), (1, 3, 5)]
 
@@ -109,8 +113,6 @@ def _first_logits(policy, label):
 
 
 def test_sample_in_bfloat16_stays_near_float32(make_models):
-    from varfast import Policy
-
     exact = Policy(*make_models(depth=2))
     rollout = exact.sample([0, 1, 2, 3] * 8, 1.0, seed=0)
     rough = Policy(*make_models(depth=2), dtype="bfloat16")
@@ -134,9 +136,39 @@ def test_decode_encode_shapes_and_range(make_policy):
     assert policy.encode(images).shape == tokens.shape
 
 
+def test_encode_takes_floats_in_0_to_1_alone(make_policy):
+    policy = make_policy(patch_nums=(1, 2, 4))
+    images = torch.rand(2, 3, 4, 4)
+    assert policy.encode(images.half()).shape == (2, 21)
+    for wrong, said in (
+        ((images * 255).to(torch.uint8), "images are torch.uint8, want floats in [0, 1]; of bytes: images / 255"),
+        (images * 255, "want [0, 1]: images / 255"),
+        (images * 2 - 1, "want [0, 1]: (images + 1) / 2"),
+        (images * 3 - 1.5, "want [0, 1]: clamp(0, 1)"),
+        (images.log() * torch.nan, "images hold numbers from nan to nan"),
+    ):
+        with pytest.raises(InputError) as error:
+            policy.encode(wrong)
+        assert said in str(error.value)
+
+
+def test_a_device_that_is_not_there_is_refused_before_files_are_read(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="device=cuda: this machine has 0 GPUs; use cpu"):
+        load_policy("nowhere.pth", "nowhere.pth", device="cuda")
+    with pytest.raises(InputError, match="device='gpu': want cpu, cuda or cuda:1"):
+        load_policy("nowhere.pth", "nowhere.pth", device="gpu")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"labels_B": 3}, r"labels_B=3: want one label an image, as \[3\] or \[3\] \* 8"),
+        ({"labels_B": torch.tensor(3)}, r"labels_B is \(\), want \(B,\)"),
+        ({"labels_B": torch.tensor([0.5])}, "labels_B is torch.float32, want whole numbers"),
+        ({"labels_B": [0, 0.5]}, "labels_B holds 0.5, want whole numbers"),
+        ({"labels_B": [True]}, "labels_B holds True, want whole numbers"),
+        ({"labels_B": ["tench"]}, "labels_B holds 'tench', want whole numbers"),
         ({"labels_B": [0, 5]}, "labels_B holds 5; the model has labels 0..4"),
         ({"labels_B": [-1]}, "labels_B holds -1"),
         ({"labels_B": []}, "labels_B is empty"),
@@ -163,3 +195,63 @@ def test_nothing_depends_on_train_or_eval(make_policy):
     training = policy.token_logp([0, 1], tokens)
     policy.var.eval()
     assert torch.equal(training, policy.token_logp([0, 1], tokens))
+
+
+def spoiled(make_policy, name="head.weight", value=math.nan, **sizes):
+    policy = make_policy(**sizes)
+    with torch.no_grad():
+        policy.var.get_parameter(name).fill_(value)
+    return policy
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("inference", [{}, {"cfg": 1.5, "top_k": 9, "top_p": 0.9}])
+def test_sample_says_that_logits_are_not_finite_and_draws_tokens_of_the_vocabulary(make_policy, value, inference):
+    policy = spoiled(make_policy, value=value)
+    with pytest.raises(NotFinitePolicy, match="logits hold NaN or infinite numbers in 2 of 2 images, from token 0 on"):
+        policy.sample([0, 1], seed=0, **inference)
+    rollout, images = policy.sample_images([0, 1], seed=0, **inference)
+    assert ((rollout.tokens_BL >= 0) & (rollout.tokens_BL < 32)).all()
+    assert rollout.logp_BL.isnan().all()
+    with pytest.raises(NotFinitePolicy, match="logits"):
+        check_finite(rollout, images)
+
+
+def test_sample_counts_the_images_that_diverged(make_policy):
+    policy = make_policy()
+    with torch.no_grad():
+        policy.var.class_emb.weight[3] = math.nan
+    with pytest.raises(NotFinitePolicy, match="in 1 of 3 images"):
+        policy.sample([0, 3, 1], seed=0)
+    policy.sample([0, 1], seed=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("fast", [True, False])
+def test_decode_says_that_the_decoder_is_not_finite(make_models, value, fast):
+    policy = Policy(*make_models(), fast=fast)
+    with torch.no_grad():
+        policy.vqvae.decoder.conv_out.bias[1] = value
+    rollout = policy.sample([0, 1], seed=0)
+    with pytest.raises(NotFinitePolicy, match="decoder gives NaN or infinite numbers in 2 of 2 images"):
+        policy.decode(rollout.tokens_BL)
+    with pytest.raises(NotFinitePolicy, match="decoder"):
+        check_finite(*policy.sample_images([0, 1], seed=0))
+
+
+def test_check_usable_looks_at_each_label(make_policy):
+    policy = make_policy()
+    with torch.no_grad():
+        policy.var.class_emb.weight[3] = 3e38
+    policy.check_usable([0, 1, 2, 4], 1.0, 0)
+    with pytest.raises(NotFinitePolicy, match="in 1 of 2 images"):
+        policy.check_usable([0, 3], 1.0, 0)
+
+
+def test_check_usable_names_the_weights_and_draws_an_image(make_policy):
+    make_policy().check_usable([0, 3], 1.0, 0)
+    with pytest.raises(NotFinitePolicy, match="1 of .* weights hold NaN or infinite numbers, the first is class_emb"):
+        spoiled(make_policy, "class_emb.weight", math.inf).check_usable([0, 3], 1.0, 0)
+    with pytest.raises(NotFinitePolicy, match="logits hold NaN"):
+        make_policy().check_usable([0], 1e-44, 0)
+    spoiled(make_policy, "head.bias", 3e38).check_usable([0, 3], 1.0, 0)  # a sum that overflows, of numbers that do not

@@ -1,14 +1,28 @@
 import json
 import math
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import varfast.pretrain
 from varfast import InputError, load_policy
-from varfast.data import digits
+from varfast.checkpoint import RunFolder, dump_config
+from varfast.data import digits, load_images
+from varfast.export import model_card
+from varfast.labels import read_labels
 from varfast.models import VQVAE
-from varfast.pretrain import base_paths, main, pretrain, pretrained
+from varfast.pretrain import PretrainReport, _batches, base_paths, main, pretrain, pretrained
 from varfast.randomness import deterministic
+from varfast.signals import Stopped
+from varfast.train import train
 
 SMALL = {
     "policy__checkpoint": "pretrain",
@@ -83,6 +97,91 @@ def test_pretrained_is_cached_by_what_made_it(config, make_config, capsys):
         assert base_paths(make_config(**SMALL | free), CPU) == paths
 
 
+@pytest.fixture
+def instant(monkeypatch, make_models):
+    """Pre-training that takes no time; a list that grows by one for each base."""
+    made = []
+
+    def stand_in(config, device):
+        made.append(1)
+        return *make_models(), PretrainReport(0.1, 1.0, 0.5, 2.0, 1.0)
+
+    monkeypatch.setattr(varfast.pretrain, "pretrain", stand_in)
+    return made
+
+
+def test_a_cached_base_that_is_damaged_is_made_again(config, instant, capsys):
+    paths = pretrained(config, CPU)
+    whole = [path.read_bytes() for path in paths]
+    flipped = bytearray(whole[0])
+    flipped[len(flipped) // 2] ^= 1
+    report = paths[0].with_name("report.json")
+    damages = {
+        "var.pth has another SHA-256": lambda: paths[0].write_bytes(flipped),
+        "vqvae.pth has 100 of": lambda: paths[1].write_bytes(whole[1][:100]),
+        "var.pth has 0 of": lambda: paths[0].write_bytes(b""),
+        "vqvae.pth cannot be read: No such file": lambda: paths[1].unlink(),
+        "report.json does not say": lambda: report.write_text('{"seconds": 1.0}'),
+        "report.json does not say what": lambda: report.unlink(),
+    }
+    for number, (said, damage) in enumerate(damages.items()):
+        damage()
+        capsys.readouterr()
+        assert pretrained(config, CPU) == paths
+        assert f"{said}" in capsys.readouterr().out
+        assert len(instant) == number + 2
+        assert [path.read_bytes() for path in paths] == whole
+    assert sorted(path.name for path in paths[0].parent.iterdir()) == ["report.json", "var.pth", "vqvae.pth"]
+
+
+@pytest.mark.parametrize("cache", ["file/cache", "folder", "/proc/nothing"])
+def test_a_cache_that_cannot_be_written_is_said_before_anything_is_trained(make_config, tmp_path, instant, cache):
+    (tmp_path / "file").write_text("")
+    config = make_config(**SMALL, pretrain__cache_dir=str(tmp_path / cache))
+    key = base_paths(config, CPU)[0].parent.name
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / key).write_text("")  # a file where the base's folder should be
+    with pytest.raises(InputError, match="the base model in .* cannot be used: .*; choose another pretrain.cache_dir"):
+        pretrained(config, CPU)
+    assert not instant
+
+
+def test_of_two_that_want_one_base_the_second_waits_for_it(config, instant, capsys):
+    """Two threads; flock tells two descriptors of a process apart as it does two processes."""
+    began, go_on, pretrain_now = threading.Event(), threading.Event(), varfast.pretrain.pretrain
+
+    def slow(*given):
+        began.set()
+        assert go_on.wait(30)
+        return pretrain_now(*given)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as threads:
+        patch.setattr(varfast.pretrain, "pretrain", slow)
+        first = threads.submit(pretrained, config, CPU)
+        assert began.wait(30)
+        second = threads.submit(pretrained, config, CPU)
+        deadline = time.monotonic() + 30
+        while "waiting: the base model in" not in (out := capsys.readouterr().out):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert f"is in use by pid {os.getpid()} on host" in out
+        go_on.set()
+        assert first.result() == second.result()
+    assert len(instant) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_ends_pre_training_and_leaves_no_lock_and_no_half_file(config, tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(varfast.pretrain, "_train_vqvae", lambda *given: os.kill(os.getpid(), number))
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    with pytest.raises(Stopped, match=f"stopped by {number.name}") as caught:
+        main([str(path), "run.device=cpu"])
+    assert caught.value.code == 128 + number
+    assert "pre-training keeps nothing" in caught.value.__notes__[0]
+    assert list(base_paths(config, CPU)[0].parent.iterdir()) == []
+
+
 def test_pretrain_with_shared_adaln_and_drop_path(make_config):
     policy = SMALL["policy__var"] | {"depth": 2, "shared_adaln": True}
     config = make_config(**SMALL | {"policy__var": policy, "pretrain__drop_path": 0.5, "pretrain__vqvae_steps": 5})
@@ -91,9 +190,6 @@ def test_pretrain_with_shared_adaln_and_drop_path(make_config):
 
 
 def test_pretrain_on_a_folder_of_images(tmp_path, make_config):
-    import numpy as np
-    from PIL import Image
-
     rng = np.random.RandomState(0)
     for name in ("a", "b", "c"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -106,16 +202,108 @@ def test_pretrain_on_a_folder_of_images(tmp_path, make_config):
         "pretrain__vqvae_steps": 3,
         "pretrain__var_steps": 3,
     }
+    for labels in (2, 10):
+        settings["policy__var"] = SMALL["policy__var"] | {"num_classes": labels}
+        with pytest.raises(
+            InputError, match=rf"has 3 class folders \(a, b, c\), policy.var.num_classes={labels}: .*=3"
+        ):
+            pretrain(make_config(**settings), CPU)
+    settings["policy__var"] = SMALL["policy__var"] | {"num_classes": 3}
     var, _, _ = pretrain(make_config(**settings), CPU)
-    assert var.config.num_classes == 10
-    settings["policy__var"] = SMALL["policy__var"] | {"num_classes": 2}
-    with pytest.raises(InputError, match=r"has label 2, but policy.var.num_classes=2; raise it"):
-        pretrain(make_config(**settings), CPU)
+    assert var.config.num_classes == 3
     settings["pretrain__batch_size"] = 13
     with pytest.raises(InputError, match="has 12 images, fewer than pretrain.batch_size=13"):
         pretrain(make_config(**settings), CPU)
 
 
+@pytest.fixture
+def own_images(tmp_path):
+    """Settings of a base for a folder of three classes."""
+    for label, name in enumerate(("2", "10", "dog")):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (12, 12), (80 * label, 60 * index, 128)).save(tmp_path / "set" / name / f"{index}.png")
+    return SMALL | {
+        "policy__var": SMALL["policy__var"] | {"num_classes": 3},
+        "pretrain__dataset": str(tmp_path / "set"),
+        "pretrain__batch_size": 6,
+        "pretrain__vqvae_steps": 3,
+        "pretrain__var_steps": 3,
+        "pretrain__num_workers": 1,
+    }
+
+
+def test_a_base_of_own_images_says_what_it_is_and_what_to_do(own_images, make_config, capsys):
+    config = make_config(**own_images)
+    var_path, _ = pretrained(config, CPU)
+    said = capsys.readouterr().out
+    assert (
+        "12 images\nlabel  folder  images\n    0  2            4\n    1  10           4\n    2  dog          4\n"
+        in said
+    )
+    assert "of the pixels' variance is lost by the VQ-VAE" in said
+    assert "raise pretrain.vqvae_steps=3, as to 12" in said
+    assert "guessing costs 3.47" in said
+    assert "raise pretrain.var_steps=3, as to 12" in said
+    for name, size in (("reconstructions.png", 2 * 52 - 4), ("samples.png", 3 * 52 - 4)):
+        with Image.open(var_path.with_name(name)) as picture:
+            assert picture.height == size
+    assert [row.folder for row in read_labels(var_path.parent)] == ["2", "10", "dog"]
+    report = json.loads(var_path.with_name("report.json").read_text())
+    assert 0 < report["codebook_usage"] <= 1  # of fewer steps than it is measured over, too
+    pixels = np.stack([np.full((8, 8, 3), (80 * a, 60 * b, 128)) for a in range(3) for b in range(4)]) / 127.5 - 1
+    assert report["pixel_variance"] == pytest.approx(pixels.var(axis=(0, 1, 2)).mean(), rel=0.5)
+
+
+def test_a_run_keeps_the_labels_of_its_base_and_takes_their_names(own_images, make_config):
+    config = make_config(**own_images, rollout__labels=["dog", 0], run__steps=1, eval__samples_per_label=0)
+    assert train(config) == 0
+    folder = RunFolder(config.run.dir)
+    assert [row.images for row in read_labels(folder.path)] == [4, 4, 4]
+    card = model_card("m.pth", "float32", folder, config, 1)
+    assert "| 1 | 10 |  | 4 |" in card
+    Path(own_images["pretrain__dataset"]).rename(folder.path.parent / "moved")
+    longer = make_config(**own_images, rollout__labels=["dog", 0], run__steps=2, eval__samples_per_label=0)
+    assert train(longer) == 0  # the run needs its images no more
+
+
+def test_a_wrong_name_is_said_before_a_base_is_made(own_images, make_config, tmp_path):
+    with pytest.raises(InputError, match="rollout.labels holds 'dgo', which no label is called; did you mean 'dog'?"):
+        train(make_config(**own_images, rollout__labels=["dgo"]))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_breaks_while_training_is_named_without_a_traceback(own_images, make_config, workers):
+    config = make_config(**own_images | {"pretrain__num_workers": workers})
+    images = load_images(config.pretrain.dataset, 8)
+    for path in Path(config.pretrain.dataset).rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"png is broken or no image \(.*\); delete it or replace it") as error:
+        next(_batches(images, config, 1, CPU))
+    assert "Traceback" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_main_needs_a_config():
     with pytest.raises(InputError, match="usage: python -m varfast.pretrain"):
         main([])
+
+
+@pytest.mark.parametrize("which", ["vqvae", "var"])
+def test_a_base_model_that_diverges_does_not_come_into_the_cache(config, monkeypatch, which):
+    train_it = getattr(varfast.pretrain, f"_train_{which}")
+
+    def diverged(*args):
+        model, *measured = train_it(*args)
+        with torch.no_grad():
+            next(model.parameters()).fill_(math.nan)
+        return model, *measured
+
+    monkeypatch.setattr(f"varfast.pretrain._train_{which}", diverged)
+    config = config.model_copy(
+        update={"pretrain": config.pretrain.model_copy(update={"vqvae_steps": 2, "var_steps": 2})}
+    )
+    with pytest.raises(InputError, match=f"of the .* diverged: 1 of .*lower pretrain.{which}_lr .now 0.002"):
+        pretrained(config, CPU)
+    assert not any(path.exists() for path in base_paths(config, CPU))

@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -16,9 +17,14 @@ import torch
 from PIL import Image
 
 import varfast.evaluate
+import varfast.metrics
 from varfast import InputError
 from varfast.log import RunLog, save_png
-from varfast.report import HEALTHY, charts, curve, load_run, main, page, ticks
+from varfast.report import load_run, main, page
+from varfast.report.charts import charts, curve, ticks
+from varfast.report.elements import brief, printable
+from varfast.report.reading import parse_metrics
+from varfast.report.verdicts import HEALTHY, verdict
 from varfast.train import train
 from varfast.types import Rewards
 
@@ -113,11 +119,13 @@ def test_report_of_a_real_run(make_config, tmp_path, capsys):
     logged = json.loads((Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()[0])
     titles = re.findall(r"<figcaption><b>(.*?)</b>", out.read_text())
     stages = {name for name in logged if name.endswith(("_ms", "_share"))}
-    assert set(titles) == set(logged) - {"step"} - stages | {"stages, *_ms", "stages, *_share"}
+    assert set(titles) == set(logged) - {"step", "reward/luma"} - stages | {"stages, *_ms", "stages, *_share"}
     assert {line["name"] for chart in parsed.numbers for line in chart["curves"]} == stages | {"run"}
-    assert [a["data-step"] for a in parsed.all("img") if "data-step" in a] == ["0", "2", "3"]
-    assert len(parsed.all("img", alt="")) == 16  # 8 best, 8 worst
-    for shown in ("kl_beta: 0.2", "before", "after", "torch", "reward/luma"):
+    assert [a["data-step"] for a in parsed.all("img") if "data-step" in a] == ["2", "3"]  # beside that of step 0
+    assert len([a for a in parsed.all("img") if re.match(r"(best|worst) \d: label \d, reward 0", a["alt"])]) == 16
+    assert all(a["alt"] for a in parsed.all("img"))
+    assert "Left out" not in parsed.text
+    for shown in ("kl_beta: 0.2", "before", "after", "torch", "reward (luma)", "10 fresh images", "3 of 3 steps"):
         assert shown in parsed.text
 
 
@@ -184,9 +192,9 @@ def test_a_run_killed_while_it_wrote_is_shown(make_run):
         file.write('{"step": 4, "rew')
     parsed = report(folder)
     assert parsed.numbers[0]["x"] == [1, 3]
-    assert "x: left out: 1 lines of metrics.jsonl, cut off or damaged." in parsed.text
+    assert "x: 1 lines of metrics.jsonl, cut off or damaged" in parsed.text
     assert "No sample grids" in parsed.text
-    assert "No summary.json yet" in parsed.text
+    assert "Not measured: before and after are written when a run is complete." in parsed.text
 
 
 def test_values_that_are_not_finite_are_left_out(make_run):
@@ -194,7 +202,7 @@ def test_values_that_are_not_finite_are_left_out(make_run):
     assert "NaN" not in parsed.scripts[0]
     kl = next(chart for chart in parsed.numbers if chart["curves"][0]["points"][-1][1] == 0.04)
     assert [point[0] for point in kl["curves"][0]["points"]] == [1, 4]
-    assert "x: left out: 2 values of kl that are no finite number." in parsed.text
+    assert "x: 2 values of kl that are no finite number" in parsed.text
 
 
 def test_a_run_without_a_step_is_shown(make_run):
@@ -203,21 +211,35 @@ def test_a_run_without_a_step_is_shown(make_run):
 
 def test_what_is_no_run_folder_is_refused(tmp_path, make_run):
     folder = make_run()
-    (folder / "metrics.jsonl").unlink()
-    with pytest.raises(InputError, match=r"x is no run folder, or its run has no step yet: metrics.jsonl missing"):
+    for file in folder.iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match=r"x is no run folder, or its run has not begun: it holds none of config.yaml"):
         load_run(folder, "x")
-    (folder / "config.yaml").unlink()
-    with pytest.raises(InputError, match="config.yaml and metrics.jsonl missing"):
+    (folder / "config.yaml").write_text("a: [1")
+    with pytest.raises(InputError, match=r"x holds nothing to show: config.yaml: not valid YAML"):
         load_run(folder, "x")
     with pytest.raises(InputError, match="nowhere is no run folder: it does not exist"):
         main([str(tmp_path / "nowhere")])
-    with pytest.raises(InputError, match=r"usage: python -m varfast.report runs/x"):
+    with pytest.raises(InputError, match="runs is missing; want a list, each a path"):
         main(["out=x.html"])
+    with pytest.raises(InputError, match="there is no user 'nobody-of-this-name'"):
+        main(["~nobody-of-this-name/x"])
 
 
-def test_config_that_is_no_yaml_is_refused(make_run):
-    with pytest.raises(InputError, match="x cannot be read"):
-        load_run(make_run(config="a: [1"), "x")
+def test_of_several_folders_those_without_a_run_are_named_and_left_out(tmp_path, make_run, capsys):
+    (tmp_path / "notes.txt").write_text("no run")
+    assert main([str(make_run()), str(tmp_path / "notes.txt"), f"out={tmp_path / 'r.html'}"]) == 0
+    shown = capsys.readouterr()
+    assert "1 run," in shown.out
+    assert shown.err == f"left out: {tmp_path / 'notes.txt'} is no run folder: a file\n"
+
+
+def test_config_that_is_no_yaml_is_left_out_and_the_rest_shown(make_run, tmp_path, capsys):
+    assert main([str(make_run(config="a: [1")), f"out={tmp_path / 'r.html'}"]) == 0
+    assert "x: left out: config.yaml: not valid YAML" in capsys.readouterr().err
+    parsed = Page((tmp_path / "r.html").read_text())
+    assert "config.yaml: not valid YAML" in parsed.text
+    assert parsed.numbers[0]["x"] == [1, 3]
 
 
 def test_folders_of_one_name_are_told_apart(make_run, tmp_path):
@@ -308,6 +330,7 @@ def test_best_and_worst_samples_are_shown_with_their_rewards(make_run, tmp_path)
     assert all(
         pixels.shape == (48, 48, 3) and (pixels == grey).all() for (_, pixels), grey in zip(shown, wanted, strict=True)
     )
+    assert "have the" not in parsed.text  # no ties
     assert re.findall(r"label (\d+)(\d{3})luma", parsed.text)[:2] == [("19", "190"), ("18", "180")]
     assert re.findall(r"luma (-?\d+?)other", parsed.text)[-1] == "7"
 
@@ -330,7 +353,7 @@ def test_grids_of_a_long_run_are_few_and_small(make_run):
     (folder / "grids" / "step_000000.png").write_bytes(b"no picture")
     grids = [a for a in report(folder).all("img") if "data-step" in a]
     steps = [int(a["data-step"]) for a in grids]
-    assert len(steps) == 23
+    assert len(steps) == 22  # of 24 the first cannot be read, and the next is what the others are compared with
     assert steps[-1] == 99
     assert "hidden" not in grids[-1]
     assert all("hidden" in a for a in grids[:-1])
@@ -400,7 +423,227 @@ def test_page_shows_what_evaluate_measured(make_config, tmp_path):
     assert "varfast.evaluate" in shown
     row = measured["rows"][0]
     for side in ("reference", "checkpoint", "difference"):
-        assert f"{row[side]['value']:.4g} [{row[side]['low']:.4g}, {row[side]['high']:.4g}]" in shown
+        value, low, high = (f"{row[side][n]:{'+' * (side == 'difference')}.4g}" for n in ("value", "low", "high"))
+        assert f"{value} [{low}, {high}]" in shown
+    assert re.search(r'<figure class="measured"><img src="data:image/png;base64,[^"]+" alt="A row a label', shown)
+    assert "from the left: reference, then checkpoint, the same seeds" in shown
     (folder / "evaluation" / "evaluation.json").write_text('{"rows": [{"name": "<b>x</b>"}]}')
     broken = page([load_run(folder, "run")])
-    assert "evaluation left out, it cannot be read (KeyError)" in broken
+    assert "evaluation/evaluation.json: images: Field required" in broken
+    assert "varfast.evaluate" not in broken
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What changed
+
+
+def before_after(before, after, step=3):
+    return {"settings": {}, "labels": [], "step": step, "before": before, "after": after}
+
+
+def test_the_headline_is_before_to_after_with_the_interval_of_the_pairs(make_run):
+    values = {"reward": [0.0] * 30 + [1.0] * 10}, {"reward": [0.0] * 4 + [1.0] * 36}
+    parsed = report(make_run(before_after=before_after(*values)))
+    found = varfast.metrics.difference_interval(*(np.array(v["reward"]) for v in values))
+    wanted = f"reward 0.25 → 0.9 +0.65 [{found.low:+.4g}, {found.high:+.4g}]"
+    assert wanted in parsed.text
+    assert parsed.text.index(wanted) < parsed.text.index("Is it healthy?")
+    assert "40 fresh images" in parsed.text
+
+
+def test_means_alone_have_no_interval(make_run):
+    parsed = report(make_run(summary={"before": {"reward": 0.25, "accuracy": 1.0}, "after": {"reward": 0.5}}))
+    assert "reward 0.25 → 0.5 +0.25" in parsed.text
+    assert "no interval, since before_after.json does not hold" in parsed.text
+    assert "[" not in parsed.text[: parsed.text.index("Is it healthy?")]
+
+
+@pytest.mark.parametrize(
+    ("weights", "names"),
+    [((1.0,), ["reward (a)"]), ((2.0,), ["reward", "reward/a"]), ((1.0, 1.0), ["reward", "reward/a", "reward/b"])],
+)
+def test_the_only_reward_is_not_shown_twice(make_run, weights, names):
+    parts = {f"reward/{name}": [0.5, 0.25] for name, _ in zip("ab", weights, strict=False)}
+    total = {"reward": [sum(w * v for w in weights) for v in (0.5, 0.25)]}
+    rows = [metrics(1, **dict.fromkeys(parts, 0.5))]
+    folder = make_run(rows=rows, before_after=before_after(total | parts, total | parts))
+    text = page([load_run(folder, "x")])
+    top = text[: text.index("Is it healthy?")]
+    assert re.findall(r'<th scope="row">(reward.*?)</th>', top) == names
+    titles = re.findall(r"<figcaption><b>(.*?)</b>", text)
+    assert [t for t in titles if t.startswith("reward/")] == ([] if len(weights) == 1 else ["reward/a", "reward/b"])
+
+
+def test_more_steps_than_asked_for_are_said(make_run):
+    values = {"reward": [0.5, 0.5]}
+    rows = [metrics(step) for step in range(1, 9)]
+    folder = make_run(rows=rows, config="run: {steps: 6}\n", before_after=before_after(values, values, step=6))
+    shown = report(folder).text
+    assert '8 steps are done; the config now asks for 6. "After" was sampled after step 6.' in shown
+
+
+def test_grids_of_first_and_last_step_stand_side_by_side_before_all_else(make_run):
+    folder = make_run()
+    for step, grey in ((0, 10), (2, 20), (3, 30)):
+        save_png(folder / "grids" / f"step_{step:06d}.png", np.full((8, 8, 3), grey, np.uint8))
+    text = page([load_run(folder, "x")])
+    parsed = Page(text[: text.index("<section><h2>Is it healthy?")] + "</main></body></html>")
+    shown = [a for a in parsed.all("img") if "hidden" not in a]
+    assert [picture(a["src"])[1][0, 0, 0] for a in shown] == [10, 30]
+    assert [a["alt"] for a in shown] == ["grid of samples at step 0, before", "grid of the same samples at step 3"]
+
+
+def test_ties_are_spread_over_labels_and_said(make_run):
+    """Rewards of 0 and 1: eight images of eight labels, not the first group's eight."""
+    folder = make_run()
+    labels_B = torch.arange(10).repeat_interleave(16)
+    ones_B = (torch.arange(160) % 16 < 12).float()
+    images = torch.zeros(160, 3, 8, 8)
+    with RunLog(folder, 3, 5, tensorboard=False) as log:
+        log.samples(3, images, labels_B, Rewards(ones_B, {"bright": ones_B}))
+        noted = json.loads((folder / "samples" / "step_000003.json").read_text())
+        for title, reward in (("best", 1.0), ("worst", 0.0)):
+            assert {sample["reward"] for sample in noted[title]} == {reward}
+            assert len({sample["label"] for sample in noted[title]}) == 8
+        text = report(folder).text
+        assert "120 of the step's 160 have the best reward; 8 of them are shown" in text
+        assert "40 of the step's 160 have the worst reward" in text
+        log.samples(4, images, labels_B, Rewards(torch.ones(160), {"bright": torch.ones(160)}))
+    noted = json.loads((folder / "samples" / "step_000004.json").read_text())
+    assert len({sample["label"] for sample in noted["best"] + noted["worst"]}) == 10
+    assert "All samples shown have the reward 1: none is better than another." in report(folder).text
+
+
+@pytest.mark.parametrize(
+    "content", [[{"label": 3, "name": "cat", "images": 5}], {"labels": [{"label": 3, "folder": "cat"}]}]
+)
+def test_labels_are_called_by_name_where_the_folder_gives_names(make_run, content):
+    folder = make_run(labels=content)
+    rewards = Rewards(torch.arange(4.0), {"luma": torch.arange(4.0)})
+    with RunLog(folder, 3, 3, tensorboard=False) as log:
+        log.samples(3, torch.zeros(4, 3, 8, 8), torch.arange(4), rewards)
+    parsed = report(folder)
+    assert "label 3 cat3" in parsed.text
+    assert parsed.all("img", alt="best 1: label 3 cat, reward 3")
+    assert "label 22" in parsed.text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts
+
+
+def run_of(make_run, metric, values, config="{}"):
+    rows = [{"step": step, metric: value} for step, value in enumerate(values, start=1)]
+    return load_run(make_run(rows=rows, config=config), "x")
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "config", "level"),
+    [
+        ("clip_fraction", [0.5, 0.1], "{}", "good"),
+        ("clip_fraction", [0.15], "{}", "watch"),
+        ("clip_fraction", [0.3], "{}", "bad"),
+        ("groups_without_signal", [2.0], "rollout: {labels_per_step: 32}", "good"),
+        ("groups_without_signal", [18.8], "rollout: {labels_per_step: 32}", "watch"),
+        ("groups_without_signal", [30.0], "rollout: {labels_per_step: 32}", "bad"),
+        ("groups_without_signal", [30.0], "{}", None),
+        ("ratio_gap_max", [1e-5, 1e-6], "run: {dtype: float32}", "good"),
+        ("ratio_gap_max", [5e-4, 1e-6], "run: {dtype: float32}", "watch"),
+        ("ratio_gap_max", [0.05], "run: {dtype: float32}", "bad"),
+        ("ratio_gap_max", [0.05], "run: {dtype: bfloat16}", "good"),
+        ("ratio_gap_max", [0.5], "run: {dtype: bfloat16}", "bad"),
+        ("ratio_gap_max", [0.5], "{}", None),
+        ("kl", [0.1 * (1 - 0.9**step) for step in range(60)], "{}", "good"),
+        ("kl", [0.01 * step for step in range(60)], "{}", "watch"),
+        ("kl", [0.001 * step**2 for step in range(60)], "{}", "bad"),
+        ("kl", [0.01 * step for step in range(10)], "{}", None),
+        ("kl", [0.0] * 30, "{}", "good"),
+    ],
+)
+def test_verdicts(make_run, metric, values, config, level):
+    run = run_of(make_run, metric, values, config)
+    assert verdict(run, metric).level == level
+    text = page([run])
+    sign = {"good": "✓ good", "watch": "! watch", "bad": "✗ bad", None: "no verdict"}[level]
+    assert text.count(f'<span class="badge {level or "none"}">{sign}</span>') == 2  # the table's, and the chart's
+    assert verdict(run, "clip_fraction" if metric != "clip_fraction" else "kl") is None
+
+
+def test_kl_that_was_not_measured_is_said(make_run):
+    run = run_of(make_run, "reward_mean", [0.5], "grpo: {kl_beta: 0.0}")
+    assert verdict(run, "kl").value == "not measured"
+    parsed = Page(page([run]))
+    assert "klnot measured no verdict grpo.kl_beta=0 holds no base to compare with" in parsed.text
+    assert verdict(run_of(lambda **k: make_run("y", **k), "reward_mean", [0.5]), "kl") is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damaged and crafted files; tests/fuzz/test_report.py tries many more
+
+
+def test_metrics_take_the_later_of_equal_steps():
+    lines = [
+        {"step": 2, "a": 1.0, "b": 5.0},
+        {"step": 1, "a": 3.0},
+        {"step": 2, "a": 2.0},
+        {"step": True, "a": 9.0},
+        [1],
+        7,
+    ]
+    found = parse_metrics("\n".join(map(json.dumps, lines)).encode())
+    assert found.columns == {"a": ([1, 2], [3.0, 2.0])}
+    assert (found.last_step, found.left_out) == (2, ["3 lines of metrics.jsonl, cut off or damaged"])
+
+
+def test_a_file_of_many_lines_is_read(make_run):
+    folder = make_run()
+    (folder / "metrics.jsonl").write_text("".join(f'{{"step":{i},"kl":0.5}}\n' for i in range(100_000)))
+    chart = report(folder).numbers[0]
+    assert chart["x"][0] < 1000
+    assert chart["x"][1] > 99_000
+    assert len(chart["curves"][0]["points"]) == 200
+
+
+def test_special_files_and_links_out_of_the_folder_are_left_out(make_run, tmp_path):
+    folder = make_run()
+    (tmp_path / "secret.json").write_text('{"key": "secret"}')
+    for name in ("environment.json", "summary.json", "labels.json", "before_after.json"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "environment.json").symlink_to(tmp_path / "secret.json")
+    os.mkfifo(folder / "summary.json")
+    (folder / "labels.json").symlink_to("labels.json")
+    (folder / "before_after.json").symlink_to("/dev/zero")
+    (folder / "grids").mkdir()
+    (folder / "grids" / "step_000001.png").mkdir()
+    (folder / "grids" / "step_000002.png").symlink_to(folder / "nothing.png")
+    (folder / "evaluation").write_text("a file")
+    text = report(folder).text
+    assert "secret" not in text
+    for note in (
+        "environment.json: a link that leads out of the run folder",
+        "summary.json: a FIFO",
+        "labels.json: Too many levels of symbolic links",
+        "before_after.json: a device",
+        "grids/step_000001.png: a folder",
+        "grids/step_000002.png: a link to nothing",
+        "evaluation/evaluation.json: Not a directory",
+    ):
+        assert f"x: {note}" in text
+
+
+def test_brief_looks_at_no_more_than_it_shows():
+    level = "ha"
+    for _ in range(40):
+        level = [level] * 10  # 10^40 values
+    assert len(brief(level)) < 400
+    assert len(brief({"a": level})) < 400
+    assert brief({"a": [1, 2.5, None], "b": "x"}) == "{a: [1, 2.5, None], b: x}"
+    assert brief(10**5000) == "an integer of too many digits"
+    loop = []
+    loop.append(loop)
+    assert brief(loop) == "[[[[[[...]]]]]]"
+
+
+def test_printable_keeps_letters_and_drops_what_terminals_obey():
+    assert printable("é\u3000\xa0日\n") == "é\u3000\xa0日\n"
+    assert printable("\x1b[2J\ud800\x00\u202e") == "?[2J???"

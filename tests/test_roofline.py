@@ -4,6 +4,7 @@ import math
 import socket
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -684,3 +685,51 @@ def test_dtype_auto_means_what_the_device_computes_in(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer)
         assert roofline.with_dtype(automatic, torch.device("cpu")).run.dtype == expected
     assert roofline.with_dtype(config(dtype="float32"), torch.device("cuda")).run.dtype == "float32"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_of_a_container_counts_not_that_of_its_host(tmp_path, version):
+    """Trees as Linux shows them: a group with a limit below one with a larger limit, in either version."""
+    limit, current, cache, unlimited = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", str(2**63 - 4096)),
+        ("memory.max", "memory.current", "inactive_file", "max"),
+    )[version - 1]
+    mount = tmp_path / "sys/fs/cgroup" / ("memory" if version == 1 else "")
+    own = "9:name=systemd:/x\n4:cpu,memory:/job/step\n" if version == 1 else "0::/job/step\n"
+
+    def group(path, bytes_limit, bytes_used, bytes_cache):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / limit).write_text(f"{bytes_limit}\n")
+        (path / current).write_text(f"{bytes_used}\n")
+        (path / "memory.stat").write_text(f"anon 5\n{cache} {bytes_cache}\nother 7\n")
+
+    assert list(roofline._cgroup_memory(tmp_path)) == []  # no /proc
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(own)
+    assert roofline._cpu_memory(tmp_path)[0] == psutil.virtual_memory().total  # no such group
+    group(mount / "job/step", unlimited, 1, 0)
+    assert roofline._cpu_memory(tmp_path)[0] == psutil.virtual_memory().total
+    group(mount / "job", 64 * 2**20, 24 * 2**20, 8 * 2**20)
+    assert roofline._cpu_memory(tmp_path) == (64 * 2**20, 48 * 2**20)
+    group(mount / "job/step", 32 * 2**20, 40 * 2**20, 2**20)
+    assert roofline._cpu_memory(tmp_path) == (32 * 2**20, 0)
+    (mount / "job/step" / limit).unlink()  # a container sees its own group at the mount
+    group(mount, 16 * 2**20, 2**20, 0)
+    assert roofline._cpu_memory(tmp_path) == (16 * 2**20, 15 * 2**20)
+    (mount / limit).write_text("much\n")
+    assert roofline._cpu_memory(tmp_path) == (64 * 2**20, 48 * 2**20)
+
+
+def test_a_limit_of_the_container_makes_smaller_micro_batches(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(roofline, "_cgroup_memory", lambda root: [(2**30, 2**29)])
+    assert roofline.available_bytes(cpu) == 2**29
+    assert roofline.usual_bytes(cpu) == 2**29
+    assert roofline.measure_here(cpu, torch.float32).memory_bytes == 2**30
+
+
+def test_a_model_beyond_the_memory_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(roofline, "_cpu_memory", lambda: (10 * 2**30, 2**30))
+    with pytest.raises(InputError, match=r"take [\d.]+ GiB, and cpu has 10.0 GiB; choose a smaller policy"):
+        roofline.check_states(config("d30"), torch.device("cpu"))
+    roofline.check_states(config("d16"), torch.device("cpu"))

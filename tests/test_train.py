@@ -16,10 +16,12 @@ import varfast.env
 import varfast.export
 import varfast.sample
 from varfast import InputError, kernels, load_policy
+from varfast.base import Base
 from varfast.checkpoint import Checkpoints, RunFolder, dump_config
 from varfast.command import expand_segments
 from varfast.config import load_config
 from varfast.distributed import ALONE
+from varfast.labels import Label, labels_json
 from varfast.log import environment, memory_metrics
 from varfast.train import _fitted, load_run, main, random_policy, train
 from varfast.update import Updater
@@ -312,6 +314,7 @@ TRITON_OPS = [
     "layer_norm_modulate",
     "gated_residual",
     "gated_residual_norm",
+    "adamw_step",
 ]
 
 
@@ -456,7 +459,7 @@ def test_a_run_that_has_no_checkpoint_starts_afresh_from_what_the_config_says(ma
     with pytest.raises(InputError, match="holds no checkpoint yet"):
         varfast.sample.main([f"checkpoint={config('a').run.dir}"])
     train(config("b"))
-    assert RunFolder(config("b").run.dir).load_base()[0].endswith("b.pth")
+    assert Base(RunFolder(config("b").run.dir)).find("var").samefile(tmp_path / "b.pth")
 
 
 def test_missing_checkpoint_is_named(make_config, tmp_path):
@@ -479,6 +482,24 @@ def test_train_from_checkpoints_and_with_other_sizes(make_config, make_models, t
         train(make_config(**paths, **deeper))
 
 
+def test_sample_says_what_it_leaves_out_and_writes_what_the_suffix_says(make_models, tmp_path, capsys):
+    var, vqvae = make_models(num_classes=10)
+    torch.save(var.state_dict(), tmp_path / "var.pth")
+    torch.save(vqvae.state_dict(), tmp_path / "vqvae.pth")
+    names = [Label(label, f"class {label}", f"class {label}", 1) for label in range(10)]
+    (tmp_path / "labels.json").write_text(labels_json(names))
+    given = [f"checkpoint={tmp_path}/var.pth", f"vqvae={tmp_path}/vqvae.pth", "samples_per_label=1", "device=cpu"]
+    assert varfast.sample.main([*given, f"out={tmp_path}/x.jpg"]) == 0
+    assert "labels 0 to 7 are shown; for 8 to 9: labels=[8, ...]" in capsys.readouterr().out
+    assert (tmp_path / "x.jpg").read_bytes().startswith(b"\xff\xd8")
+    assert varfast.sample.main([*given, f"out={tmp_path}/y.png", "labels=[class 9, 3]"]) == 0
+    assert "are shown" not in capsys.readouterr().out
+    (tmp_path / "folder.png").mkdir()
+    for out in (f"{tmp_path}/", f"{tmp_path}/new/", f"{tmp_path}/x", f"{tmp_path}/x.bmp", f"{tmp_path}/folder.png"):
+        with pytest.raises(InputError, match="want the name of a picture, as samples.png; known: .png, .jpg"):
+            varfast.sample.main([*given, f"out={out}"])
+
+
 def test_sample_from_a_run_and_from_weights(make_config, make_models, tmp_path, capsys):
     from PIL import Image
 
@@ -487,7 +508,9 @@ def test_sample_from_a_run_and_from_weights(make_config, make_models, tmp_path, 
     out = tmp_path / "grid.png"
     arguments = [f"out={out}", "labels=[0, 4]", "samples_per_label=3", "cfg=1.5", "top_k=5", "device=cpu"]
     assert varfast.sample.main([f"checkpoint={config.run.dir}", *arguments]) == 0
-    assert Image.open(out).size == (3 * 52 - 4, 2 * 52 - 4)
+    width, height = Image.open(out).size
+    assert height == 2 * 52 - 4
+    assert 0 < width - (3 * 52 - 4) < 40  # a title beside each row
     assert "2 labels x 3 samples" in capsys.readouterr().out
     var, vqvae = make_models()
     torch.save(var.state_dict(), tmp_path / "var.pth")
@@ -497,7 +520,7 @@ def test_sample_from_a_run_and_from_weights(make_config, make_models, tmp_path, 
     assert (varfast.sample.main([*weights_of, *arguments]), out.read_bytes()) == first
     with pytest.raises(InputError, match=r"so vqvae=... is needed"):
         varfast.sample.main(weights_of[:1])
-    with pytest.raises(InputError, match="labels_B holds 7; the model has labels 0..4"):
+    with pytest.raises(InputError, match="labels holds 7; the model has labels 0..4"):
         varfast.sample.main([*weights_of, "labels=[7]", f"out={out}"])
 
 
@@ -621,6 +644,7 @@ def test_memory_metrics_are_of_a_gpu_alone():
 )
 def test_update_is_captured_on_one_gpu_where_memory_allows(monkeypatch, asked, free_bytes, device, captured):
     monkeypatch.setattr("varfast.train.available_bytes", lambda device: free_bytes)
+    monkeypatch.setattr("varfast.roofline.whole_bytes", lambda device: 80 * 2**30)
     root = Path(__file__).parent.parent
     config = load_config(root / "configs" / "d30.yaml", ["run.dtype=bfloat16", f"update.cuda_graph={asked}"])
     fitted = _fitted(config, torch.device(device), ALONE, config.rollout.images)

@@ -1,7 +1,26 @@
 """varfast: GRPO fine-tuning of next-scale visual autoregressive image models (VAR)."""
 
-from varfast.policy import Policy, load_policy
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from varfast.types import InputError, Rollout
+
+if TYPE_CHECKING:
+    from varfast.policy import Policy, load_policy
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "Policy", "Rollout", "__version__", "load_policy"]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def __getattr__(name: str) -> Any:
+    """Import the policy, and PyTorch with it, when it is first asked for: `--help` and typos need neither."""
+    if name in ("Policy", "load_policy"):
+        from varfast import policy
+
+        return getattr(policy, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

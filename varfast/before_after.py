@@ -1,57 +1,142 @@
 """The table of before and after that training prints: fresh samples, scored, and read by a classifier.
 
-Axes: B image.
+The values of every image are kept in before_after.json of the run folder, so that the difference has an interval over
+pairs of images, and so that a run that goes on knows what its "before" was measured on.
+
+Axes: B, N image.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 
-from varfast.config import EvalConfig
+from varfast.config import Config
 from varfast.data import DigitsClassifier
+from varfast.files import save_text
+from varfast.metrics import difference_interval
 from varfast.policy import Policy
+from varfast.progress import Progress
 from varfast.randomness import EVAL_STEP
 from varfast.rewards import WeightedSum
 
+# (N,) float64 by name: reward, reward/<component>, entropy, accuracy (0 or 1).
+Numbers = dict[str, np.ndarray]
+
+FILE = "before_after.json"
 _CHUNK_IMAGES = 256
 
 
-def evaluate(
-    policy: Policy,
-    reward: WeightedSum,
-    labels: list[int],
-    config: EvalConfig,
-    temperature: float,
-    seed: int,
-    micro_batch: int | None = None,
-) -> dict[str, float]:
-    """Mean reward, each of its components, entropy, and the classifier's accuracy, over samples of each label.
-
-    The same seed draws with the same random numbers before and after training.
+class BeforeAfter:
+    """What the same labels and random numbers give before training and after it.
 
     Args:
-        labels: to sample, samples_per_label images each, the first max_labels of them.
-        temperature, seed: of the samples: the rollout's.
-        micro_batch: images at a time; default 256.
-    Returns: numbers by name; empty with samples_per_label = 0.
+        folder: of the run.
+        config: of the run.
+        labels: that it trains on; the first eval.max_labels are sampled, eval.samples_per_label images each.
+    Attributes:
+        values: "before" and "after" as far as they are known.
     """
-    labels_B = torch.tensor(labels[: config.max_labels]).repeat_interleave(config.samples_per_label)
-    if not len(labels_B):
-        return {}
-    classifier = DigitsClassifier() if config.classifier == "digits" else None
-    sums: dict[str, float] = {}
-    chunk = micro_batch or _CHUNK_IMAGES
-    for first in range(0, len(labels_B), chunk):
-        rollout = policy.sample(
-            labels_B[first : first + chunk], temperature, seed=seed, step=EVAL_STEP, first_sample=first
-        )
-        images = policy.decode(rollout.tokens_BL)
-        rewards = reward(images, rollout.labels_B)
-        means = {"reward": float(rewards.total_B.mean())}
-        means |= {f"reward/{name}": float(score_B.mean()) for name, score_B in rewards.components.items()}
-        means["entropy"] = float(rollout.entropy_BL.mean())
-        if classifier is not None:
-            means["accuracy"] = classifier.accuracy(images, rollout.labels_B)
-        for name, mean in means.items():
-            sums[name] = sums.get(name, 0.0) + mean * len(images)
-    return {name: total / len(labels_B) for name, total in sums.items()}
+
+    def __init__(self, folder: Path, config: Config, labels: list[int]) -> None:
+        self._path, self._config = folder / FILE, config
+        self._labels = np.repeat(labels[: config.eval.max_labels], config.eval.samples_per_label).tolist()
+        # All that the samples and their values depend on and that may change when a run goes on.
+        self._settings = config.eval.model_dump(mode="json") | {
+            "temperature": config.rollout.temperature,
+            "seed": config.run.seed,
+        }
+        self.values: dict[str, Numbers] = {}
+        self._step: int | None = None
+        self._read()
+
+    def before(self, base: Policy, reward: WeightedSum, micro_batch: int | None) -> Numbers:
+        """The values of the base; measured now, unless the run folder holds those of the same settings."""
+        if self._labels and "before" not in self.values:
+            self.values = {"before": self._measure("before", base, reward, micro_batch)}
+            self._save()
+        return self.values.get("before", {})
+
+    def after(
+        self, policy: Policy, reward: WeightedSum, step: int, micro_batch: int | None, trained: bool = True
+    ) -> Numbers:
+        """The values of the policy after `step` steps. trained: False where it did none just now: kept ones serve."""
+        if self._labels and (trained or self._step != step):
+            self.values["after"], self._step = self._measure("after", policy, reward, micro_batch), step
+            self._save()
+        return self.values.get("after", {})
+
+    def _measure(self, name: str, policy: Policy, reward: WeightedSum, micro_batch: int | None) -> Numbers:
+        config, labels_N = self._config, torch.tensor(self._labels)
+        classifier = DigitsClassifier() if config.eval.classifier == "digits" else None
+        chunk = micro_batch or _CHUNK_IMAGES
+        chunks = -(-len(labels_N) // chunk)
+        parts: dict[str, list[torch.Tensor]] = {}
+        with Progress(f"table of {name}", chunks, unit="chunk", quiet=chunks == 1) as progress:
+            for first in range(0, len(labels_N), chunk):
+                rollout = policy.sample(
+                    labels_N[first : first + chunk],
+                    config.rollout.temperature,
+                    seed=config.run.seed,
+                    step=EVAL_STEP,
+                    first_sample=first,
+                )
+                images = policy.decode(rollout.tokens_BL)
+                rewards = reward(images, rollout.labels_B)
+                found = {"reward": rewards.total_B}
+                found |= {f"reward/{component}": score_B for component, score_B in rewards.components.items()}
+                found["entropy"] = rollout.entropy_BL.mean(dim=1)
+                if classifier is not None:
+                    found["accuracy"] = classifier.ranks(images, rollout.labels_B) < 1
+                for key, values_B in found.items():
+                    parts.setdefault(key, []).append(values_B.double().cpu())
+                progress.update()
+        return {key: torch.cat(values).numpy() for key, values in parts.items()}
+
+    def _save(self) -> None:
+        content: dict[str, Any] = {"settings": self._settings, "labels": self._labels, "step": self._step}
+        for when, numbers in self.values.items():
+            content[when] = {name: values_N.tolist() for name, values_N in numbers.items()}
+        save_text(self._path, json.dumps(content) + "\n")
+
+    def _read(self) -> None:
+        """Take what the folder holds, if it is of these settings; a file that is damaged is as good as none."""
+        try:
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+            if content["settings"] != self._settings or content["labels"] != self._labels:
+                return
+            values = {when: as_numbers(content[when]) for when in ("before", "after") if when in content}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            return
+        if all(len(values_N) == len(self._labels) for found in values.values() for values_N in found.values()):
+            self.values = values
+            self._step = content["step"] if "after" in values else None
+
+
+def as_numbers(content: dict[str, Any]) -> Numbers:
+    """Values by name, from JSON. Raises: ValueError, TypeError, AttributeError or OverflowError for something else."""
+    numbers = {str(name): np.array(values, dtype=np.float64) for name, values in content.items()}
+    if not all(values_N.ndim == 1 and np.isfinite(values_N).all() for values_N in numbers.values()):
+        raise ValueError("want lists of finite numbers")
+    return numbers
+
+
+def means(numbers: Numbers) -> dict[str, float]:
+    """The mean over images, by name."""
+    return {name: float(values_N.mean()) for name, values_N in numbers.items()}
+
+
+def table(values: dict[str, Numbers]) -> str:
+    """Text: name, before, after, their difference with its 95 % interval over pairs of images."""
+    before, after = values["before"], values["after"]
+    width = max(len(name) for name in after)
+    rows = [f"{'':{width}}  {'before':>8}  {'after':>8}  difference [95 % interval]"]
+    for name, after_N in after.items():
+        change = difference_interval(before[name], after_N)
+        bounds = "" if change.low is None else f" [{change.low:+.3f}, {change.high:+.3f}]"
+        rows.append(f"{name:{width}}  {before[name].mean():8.3f}  {after_N.mean():8.3f}  {change.value:+10.3f}{bounds}")
+    return "\n".join(rows)

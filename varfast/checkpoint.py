@@ -10,24 +10,26 @@ A run's randomness is a function of seed and step (varfast.randomness), so there
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 import re
-import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -42,6 +44,26 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from varfast.config import Config, parse_config
+from varfast.files import (
+    INCOMPLETE,
+    advice,
+    free_space,
+    leaves,
+    move_folder,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_text,
+    reason,
+    remove_leftovers,
+    remove_tree,
+    save_text,
+    sync_file,
+    sync_folder,
+)
+from varfast.lock import LOCK_NAME, FolderLock
+from varfast.printable import printable
+from varfast.settings.reading import dump_yaml, read_yaml
 from varfast.types import InputError
 
 _FORMAT = 2
@@ -57,6 +79,7 @@ _FREE_TO_CHANGE = (
     "log",
     "eval",
     "kernels",
+    "grpo.kl_every",
     "rollout.micro_batch",
     "rollout.cuda_graph",
     "update.micro_batch",
@@ -68,50 +91,21 @@ _FREE_TO_CHANGE = (
 # Frozen weights are those of the base, which the run has noted: a checkpoint of an adapter holds the adapter.
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 _T = TypeVar("_T")
+# What makes a folder of tensors a checkpoint, in the order in which it is written.
+_SEAL = ("manifest.json", "manifest.sha256")
 
 # One process is what we mean then, and the warning comes from a thread, where it cannot be caught.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Create or replace `path` in one step: it holds the old content or the new, never a part of it.
-
-    Args:
-        path: its folder is created.
-        write: gets a file opened for writing.
-    Raises: InputError if the disk is full or the folder cannot be written; what stood at `path` is still there.
-    """
-    beside = path.with_name(path.name + ".incomplete")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        _sync(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch reports a failed write as a RuntimeError that carries no errno.
-        beside.unlink(missing_ok=True) if beside.parent.is_dir() else None
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        whole = "; the earlier one is whole" if path.is_file() else ""
-        raise InputError(f"cannot write {path}: {reason}{whole}. Free space there, or choose another folder") from error
-
-
-def save_tensors(path: Path, content: Any) -> None:
-    """Write what torch.save can write, atomically. Raises: InputError as write_atomically."""
-    write_atomically(path, lambda file: torch.save(content, file))
-
-
-def save_text(path: Path, text: str) -> None:
-    """Write a text file, atomically. Raises: InputError as write_atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-    bytes: int
+    bytes: Annotated[int, Field(ge=0)]
     sha256: str
+
+
+# Of files in the checkpoint's own folder, as its writer names them.
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,200}\.safetensors$")]
 
 
 class _Manifest(BaseModel):
@@ -127,7 +121,7 @@ class _Manifest(BaseModel):
     before: dict[str, float]
     reward_mean: float | None
     optimizer: list[dict[str, Any]] | None
-    files: dict[str, _File]
+    files: dict[_FileName, _File]
 
 
 @dataclass(frozen=True)
@@ -139,12 +133,14 @@ class Checkpoint:
         step: steps done.
         before: evaluation of the base model.
         reward_mean: of the last step; None if there is none.
+        config: of the run when it was written, as a nested dictionary.
     """
 
     path: Path
     step: int
     before: dict[str, float]
     reward_mean: float | None
+    config: dict[str, Any]
     _optimizer: list[dict[str, Any]] | None
 
     def load(
@@ -160,12 +156,14 @@ class Checkpoint:
         """
         if optimizer is not None and self._optimizer is not None:
             state: Any = get_optimizer_state_dict(model, optimizer)
-            if len(state["param_groups"]) != len(self._optimizer):
-                raise InputError(f"{self.path} is of another optimizer; take the settings under update back")
-            self._read(_named("optimizer", state["state"]), "optimizer.")
-            for group, saved in zip(state["param_groups"], self._optimizer, strict=True):
+            for group, saved in itertools.zip_longest(state["param_groups"], self._optimizer):
+                if group is None or saved is None or not _fits(group, saved):
+                    raise InputError(f"{self.path} is of another optimizer; take the settings under update back")
                 group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+            self._read(_named("optimizer", state["state"]), "optimizer.")
             set_optimizer_state_dict(model, optimizer, state)
+        elif optimizer is not None and self._saved("optimizer."):
+            raise InputError(f"{self.path} holds an optimizer's state without its settings; use another checkpoint")
         weights = get_model_state_dict(model, options=_TRAINED)
         self._read(_named("model", weights), "model.")
         set_model_state_dict(model, weights, options=_TRAINED)
@@ -194,13 +192,18 @@ class Checkpoint:
         try:
             load(tensors, storage_reader=HuggingFaceStorageReader(str(self.path)), no_dist=not dist.is_initialized())
         except CheckpointException as error:
-            raise InputError(f"{self.path} cannot be read: {_cause(error)}") from error
+            raise InputError(f"{self.path} cannot be read: {printable(_cause(error))}") from error
 
     def _saved(self, prefix: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of the tensors whose names begin so."""
+        try:
+            there = HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata
+        # The files are as the manifest says, but somebody may have made both: headers of any content.
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise InputError(f"{self.path} cannot be read: {printable(error)}") from error
         return {
             name: (tuple(entry.size), entry.properties.dtype)
-            for name, entry in HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata.items()
+            for name, entry in there.items()
             if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
 
@@ -307,7 +310,6 @@ class Checkpoints:
                 written.result()
                 if self._first:
                     self._seal(part, notes)
-                    self._drop_old()
             except CheckpointException as error:
                 cause = _cause(error)
                 if not isinstance(cause, OSError):
@@ -315,16 +317,22 @@ class Checkpoints:
                 raise cause from error
         except OSError as error:
             if self._first:
-                shutil.rmtree(part, ignore_errors=True)
+                with suppress(OSError):
+                    remove_tree(part)
             whole = [folder.name for folder in _folders(self._path)]
             earlier = f"{whole[-1]} is whole" if whole else "there is no earlier one"
             failure = (
-                f"checkpoint {part.stem} could not be written: {error.strerror}, {_disk(self._path)}; {earlier}. "
-                "Free space there"
+                f"checkpoint {part.stem} could not be written: {reason(error)}, {free_space(self._path)}; {earlier}. "
+                f"{advice(error)}"
             )
             if self._first:
                 self._say(f"{failure}; the run goes on and tries again when the next one is due")
             return failure
+        if self._first:
+            try:
+                self._drop_old()
+            except OSError as error:
+                self._say(f"{part.stem} is written, but an older checkpoint cannot be removed: {reason(error)}")
         return None
 
     def _seal(self, part: Path, notes: dict[str, Any]) -> None:
@@ -333,7 +341,7 @@ class Checkpoints:
             format=_FORMAT,
             varfast=self._environment["varfast"],
             config_sha256=hashlib.sha256(config.encode()).hexdigest(),
-            config=yaml.safe_load(config),
+            config=read_yaml(config, "the config"),
             environment=self._environment,
             files={
                 file.name: _File(bytes=file.stat().st_size, sha256=_sha256(file)) for file in sorted(part.iterdir())
@@ -341,17 +349,17 @@ class Checkpoints:
             **notes,
         )
         text = json.dumps(manifest.model_dump(), indent=1).encode() + b"\n"
-        for name, content in (("manifest.json", text), ("manifest.sha256", _sum_of(text))):
+        for name, content in zip(_SEAL, (text, _sum_of(text)), strict=True):
             with (part / name).open("wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
-        _sync(part)
+                sync_file(file.fileno())
+        sync_folder(part)
         final = part.with_suffix("")
-        if final.exists():
+        if os.path.lexists(final):
             _remove(final)
-        os.rename(part, final)
-        _sync(self._path)
+        move_folder(part, final, _SEAL)
+        sync_folder(self._path)
 
     def _drop_old(self) -> None:
         """Keep the last ones, and the one with the highest reward."""
@@ -382,8 +390,8 @@ def newest_checkpoint(path: Path, say: Callable[[str], object] = print) -> Check
     for folder in reversed(_folders(path)):
         try:
             found = _verified(folder)
-        except InputError as error:
-            damaged.append(f"{folder.name}: {error}")
+        except (InputError, OSError) as error:
+            damaged.append(f"{folder.name}: {reason(error) if isinstance(error, OSError) else error}")
             continue
         if damaged:
             say(f"{'; '.join(damaged)}. Using {folder.name}, the one before")
@@ -397,33 +405,33 @@ def newest_checkpoint(path: Path, say: Callable[[str], object] = print) -> Check
 
 
 def _verified(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder. Raises: InputError or OSError that says what is wrong with it."""
     manifest = _manifest(folder)
     found = {file.name for file in folder.iterdir() if file.suffix == ".safetensors"}
     if strange := found - manifest.files.keys():
         raise InputError(f"{min(strange)} does not belong to it")
     for name, noted in manifest.files.items():
-        file = folder / name
         try:
-            size = file.stat().st_size
-            if size != noted.bytes:
-                raise InputError(f"{name} has {size} of {noted.bytes} bytes")
-            if _sha256(file) != noted.sha256:
-                raise InputError(f"{name} is damaged: its SHA-256 is another one")
+            with open_regular(folder / name) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != noted.bytes:
+                    raise InputError(f"{name} has {size} of {noted.bytes} bytes")
+                if hashlib.file_digest(file, "sha256").hexdigest() != noted.sha256:
+                    raise InputError(f"{name} is damaged: its SHA-256 is another one")
         except OSError as error:
-            raise InputError(f"{name}: {error.strerror}") from error
-    return Checkpoint(folder, manifest.step, manifest.before, manifest.reward_mean, manifest.optimizer)
+            raise InputError(f"{name}: {reason(error)}") from error
+    return Checkpoint(folder, manifest.step, manifest.before, manifest.reward_mean, manifest.config, manifest.optimizer)
 
 
 def _manifest(folder: Path) -> _Manifest:
     try:
-        text = (folder / "manifest.json").read_bytes()
-        noted = (folder / "manifest.sha256").read_bytes()
+        text, noted = (read_bytes(folder / name) for name in _SEAL)
     except OSError as error:
-        raise InputError(f"{Path(error.filename).name}: {error.strerror}") from error
+        raise InputError(f"{Path(error.filename or folder).name}: {reason(error)}") from error
     if noted != _sum_of(text):
         raise InputError("manifest.json is damaged: its SHA-256 is another one")
     try:
-        manifest = _Manifest.model_validate(json.loads(text))
+        manifest = _Manifest.model_validate(parse_json(text))
     except (ValidationError, ValueError, RecursionError) as error:
         raise InputError(f"manifest.json is not of this version of varfast (format {_FORMAT})") from error
     if manifest.step != _step(folder):
@@ -433,9 +441,10 @@ def _manifest(folder: Path) -> _Manifest:
 
 def _folders(path: Path) -> list[Path]:
     """Those of checkpoints, whole or damaged, by step."""
-    if not path.is_dir():
+    try:
+        return sorted((f for f in path.iterdir() if re.fullmatch(r"step_[0-9]{6,}", f.name)), key=_step)
+    except OSError:  # what keeps a folder from being read keeps it from being written too, which says why
         return []
-    return sorted((f for f in path.iterdir() if re.fullmatch(r"step_\d{6,}", f.name)), key=_step)
 
 
 def _step(folder: Path) -> int:
@@ -443,10 +452,17 @@ def _step(folder: Path) -> int:
 
 
 def _remove(folder: Path) -> None:
-    # Renamed first: killed half-way, it is no checkpoint any more.
+    # Renamed first: killed half-way, it is no checkpoint any more. Nor is it without its seal, where an overlay refuses
+    # to rename a folder.
     half = folder.with_name(folder.name + ".part")
-    os.rename(folder, half)
-    shutil.rmtree(half)
+    remove_tree(half)
+    try:
+        os.rename(folder, half)
+    except OSError:
+        with suppress(OSError):
+            (folder / _SEAL[-1]).unlink()
+        half = folder
+    remove_tree(half)
 
 
 def _named(kind: str, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -476,6 +492,17 @@ def _cause(error: CheckpointException) -> BaseException:
     return min(error.failures.items())[1][0]
 
 
+def _fits(group: dict[str, Any], saved: dict[str, Any]) -> bool:
+    """Whether saved settings of an optimizer's group are of its kind: the same names, and values of the same types."""
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [kind(entry) for entry in value]
+        return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value)
+
+    return {k: kind(v) for k, v in group.items() if k != "params"} == {k: kind(v) for k, v in saved.items()}
+
+
 def _of_first(decide: Callable[[], _T]) -> _T:
     """What the first process finds, on all of them; its InputError too."""
     if not dist.is_initialized():
@@ -502,22 +529,6 @@ def _sum_of(manifest: bytes) -> bytes:
     return f"{hashlib.sha256(manifest).hexdigest()}  manifest.json\n".encode()
 
 
-def _sync(folder: Path) -> None:
-    """Bring what was created and renamed in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _disk(path: Path) -> str:
-    mount = path.resolve()
-    while not mount.exists() or not os.path.ismount(mount):
-        mount = mount.parent
-    return f"{shutil.disk_usage(mount).free / 2**20:.0f} MiB free on the disk at {mount}"
-
-
 class RunFolder:
     """The files of a run. Raises: InputError if the folder cannot be used.
 
@@ -533,8 +544,21 @@ class RunFolder:
         self.base = self.path / "base.json"
         self.adapter = self.path / "adapter"
 
+    @contextmanager
+    def held(self) -> Iterator[FolderLock]:
+        """Keep other runs out of the folder in the body. The first process of a run holds the lock for all of them.
+
+        Raises: InputError if another run has it, that says which.
+        """
+        lock = FolderLock(self.path, f"run.dir={self.path}", "choose another run.dir")
+        _of_first(lock.take)
+        try:
+            yield lock
+        finally:
+            lock.release()
+
     def prepare(self, config: Config) -> Checkpoint | None:
-        """Make the folder ready for this config; the checkpoint to go on from, if there is one.
+        """Make the folder, held, ready for this config; the checkpoint to go on from, if there is one.
 
         What killed saves left behind is removed; a damaged checkpoint is set aside as step_000050.damaged.
 
@@ -546,25 +570,35 @@ class RunFolder:
     def _prepare(self, config: Config) -> Checkpoint | None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            occupied = any(self.path.iterdir())
+            names = sorted(path.name for path in self.path.iterdir() if not _is_ours(path))
         except OSError as error:
-            raise InputError(f"run.dir={self.path} cannot be used: {error.strerror}; choose another run.dir") from error
-        if occupied and not self.config.exists():
-            raise InputError(f"run.dir={self.path} holds other files and no run; choose another run.dir")
+            raise InputError(f"run.dir={self.path} cannot be used: {reason(error)}; choose another run.dir") from error
+        if names and not self.config.exists() and not _folders(self.checkpoints):
+            shown = ", ".join([*names[:3], "..."] if len(names) > 3 else names)
+            raise InputError(
+                f"run.dir={self.path} holds other files and no run ({shown}); choose another run.dir, or move them"
+            )
         self._refuse_old_format()
         found = newest_checkpoint(self.checkpoints)
         if found is not None:
-            self._refuse_other_config(config)
+            self._refuse_other_config(found, config)
         self._tidy(found)
         save_text(self.config, dump_config(config))
         return found
 
     def load_config(self) -> Config:
-        """The resolved config of the run in this folder."""
+        """The resolved config of the run in this folder. Raises: InputError if there is none, or it is damaged."""
+        if not os.path.lexists(self.config):
+            raise InputError(f"{self.path} is no run folder: {self.config.name}: {os.strerror(errno.ENOENT)}")
+        text = read_text(self.config)
         try:
-            data = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{self.path} is no run folder: {self.config.name}: {error.strerror}") from error
+            data = read_yaml(text, self.config.name)
+        except InputError as error:
+            what = printable(" ".join(str(error).split()))
+            raise InputError(
+                f"{self.config} is damaged: it is not YAML as varfast writes it ({what}); the command that started the "
+                "run writes it again"
+            ) from error
         return parse_config(data, str(self.config))
 
     def newest(self) -> Checkpoint:
@@ -575,17 +609,6 @@ class RunFolder:
             raise InputError(f"{self.path} holds no checkpoint yet; its run has not reached log.checkpoint_every steps")
         return found
 
-    def save_base(self, var: str, vqvae: str) -> None:
-        """Note the files that the run started from: a resumed run must find the same reference."""
-        save_text(self.base, json.dumps({"var": var, "vqvae": vqvae}, indent=2) + "\n")
-
-    def load_base(self) -> tuple[str, str] | None:
-        """The files that the run started from; None for random weights, which the config alone defines."""
-        if not self.base.exists():
-            return None
-        noted = json.loads(self.base.read_text(encoding="utf-8"))
-        return noted["var"], noted["vqvae"]
-
     def _refuse_old_format(self) -> None:
         if (self.path / "checkpoint.pt").exists():
             raise InputError(
@@ -594,24 +617,28 @@ class RunFolder:
             )
 
     def _tidy(self, found: Checkpoint | None) -> None:
+        for folder in (self.path, self.checkpoints, self.adapter, self.path / "grids", self.path / "samples"):
+            remove_leftovers(folder)
         try:
             for part in self.checkpoints.glob("step_*.part"):
-                shutil.rmtree(part)
+                remove_tree(part)
             for folder in _folders(self.checkpoints) if found is not None else ():
                 if found is not None and _step(folder) > found.step:
                     aside = folder.with_name(folder.name + ".damaged")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    os.rename(folder, aside)
+                    remove_tree(aside)
+                    move_folder(folder, aside)
         except OSError as error:
-            raise InputError(f"{self.checkpoints} cannot be written: {error.strerror}; mend its rights") from error
+            raise InputError(f"{self.checkpoints} cannot be written: {reason(error)}. {advice(error)}") from error
 
-    def _refuse_other_config(self, config: Config) -> None:
+    def _refuse_other_config(self, found: Checkpoint, config: Config) -> None:
+        """Compare with what the checkpoint was made with: config.yaml may be damaged, or edited."""
+        there = parse_config(found.config, f"{found.path}/manifest.json: config")
         differences = [
             f"  {key}: {old} there, {new} here"
-            for key, (old, new) in _differences(self.load_config(), config).items()
+            for key, (old, new) in _differences(there, config).items()
             if not any(key == free or key.startswith(free + ".") for free in _FREE_TO_CHANGE)
         ]
-        if config.update.lr_schedule != "constant" and self.load_config().run.steps != config.run.steps:
+        if config.update.lr_schedule != "constant" and there.run.steps != config.run.steps:
             differences.append(f"  run.steps: update.lr_schedule={config.update.lr_schedule} depends on it")
         if differences:
             raise InputError(
@@ -620,25 +647,25 @@ class RunFolder:
             )
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a file in a run folder without a run is no reason to refuse it.
+
+    The lock and what a killed first write left behind, and a log of this very run that a shell redirects into it.
+    """
+    if path.name == LOCK_NAME or path.name.endswith(INCOMPLETE):
+        return True
+    if path.suffix in (".log", ".out", ".err") or path.name in ("log", "stdout", "stderr"):
+        return True  # of a tee or a queue, whose files this process does not hold
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return True
+    return False
+
+
 def dump_config(config: Config) -> str:
     """The whole config, defaults included, as YAML that load_config reads."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
-
-
-def read_leaves(path: Path) -> dict[str, Any]:
-    """The leaves of a JSON file; empty if it is not there or cannot be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return leaves(content) if isinstance(content, dict) else {}
-
-
-def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-    """What a nested dictionary holds, by key, as update.lr."""
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {k: v for name, child in node.items() for k, v in leaves(child, f"{prefix}.{name}".strip(".")).items()}
+    return dump_yaml(config.model_dump(mode="json", exclude_none=True))
 
 
 def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -1,29 +1,354 @@
-"""What the commands share: how they end when the user's input is at fault."""
+"""The commands: how their arguments are read, their --help, and how they end when the user's input is at fault.
+
+`varfast train ...`, `python -m varfast train ...` and `python -m varfast.train ...` are the same. Nothing here imports
+PyTorch, which takes seconds: `--help` and a typo are answered at once.
+"""
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import itertools
+import math
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
+from pydantic import BaseModel
+
+import varfast
+from varfast.config import (
+    Config,
+    EvaluateConfig,
+    ExportConfig,
+    ReportConfig,
+    RooflineConfig,
+    SampleConfig,
+    load_as,
+    parse_arguments,
+    reaches_outside,
+)
+from varfast.printable import printable
+from varfast.settings import arguments as command_line
+from varfast.settings import reference
+from varfast.settings.paths import expanded
 from varfast.types import InputError
 
 # torch 2.11 and 2.14 read both; the first has been used on a GPU.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_LONGEST_MESSAGE = 20_000  # characters of an error; a config with a hundred wrong keys has 10 000
+
+_AnyConfig = TypeVar("_AnyConfig", bound=Config)
 
 
-def run_command(main: Callable[[list[str]], int]) -> None:
-    """Run a command on the command line's arguments and exit with its code; for bad input with 2 and no traceback."""
-    expand_segments()
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What `train` was asked for: one run, or those of a sweep, in folders side by side in `parent`.
+
+    beside: folder of the config file, in which a reward's file may lie.
+    """
+
+    configs: list[Config]
+    beside: Path
+    parent: str | None
+    profile: bool
+
+
+def read_train(arguments: list[str]) -> Runs:
+    """Arguments of `train`. Every run of a sweep is checked before the first one starts. Raises: InputError."""
+    found = command_line.sort(arguments, Config, ["--profile"], ["--sweep"])
+    path, overrides = _config_path(found.paths, "train"), found.overrides
+    _refuse_rewards_of_a_folder(path, overrides)
+    profile, beside = "--profile" in found.flags, expanded(path)
+    beside = beside if os.path.isdir(beside) else beside.parent
+    if not found.options:
+        return Runs([_load(Config, path, overrides)], beside, None, profile)
+    sweeps = [_swept(text) for _, text in found.options]
+    if math.prod(map(len, sweeps)) > 1000:
+        raise InputError(f"--sweep: {math.prod(map(len, sweeps))} runs, want at most 1000; name fewer values")
+    choices = list(itertools.product(*sweeps))
+    read = [_load(Config, path, [*overrides, *choice]) for choice in choices]
+    parent = read[0].run.dir
+    configs = []
+    for config, name in zip(read, command_line.file_names([",".join(c) for c in choices]), strict=True):
+        folder = f"{parent.rstrip('/') or '/'}/{name}"
+        configs.append(config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})}))
+    return Runs(configs, beside, parent, profile)
+
+
+def _swept(text: str) -> list[str]:
+    """The overrides of `--sweep key=a,b`."""
+    key, equals, values = text.partition("=")
+    split = command_line.split_values(values)
+    if not equals or not key or not all(value.strip() for value in split):
+        raise InputError(
+            f"--sweep wants key=value,value, as in --sweep grpo.kl_beta=0,0.05,0.2; usage: {_usage('train')}"
+        )
+    return [f"{key}={value}" for value in split]
+
+
+def read_config(arguments: list[str], name: str = "pretrain") -> Config:
+    """Arguments of a command that takes a config and overrides. Raises: InputError."""
+    found = command_line.sort(arguments, Config)
+    return _load(Config, _config_path(found.paths, name), found.overrides)
+
+
+def read_roofline(arguments: list[str]) -> tuple[str, RooflineConfig]:
+    """Arguments of `roofline`: the config's path, and what it says. Raises: InputError."""
+    found = command_line.sort(arguments, RooflineConfig)
+    path = _config_path(found.paths, "roofline")
+    return path, _load(RooflineConfig, path, found.overrides)
+
+
+def _config_path(paths: list[str], name: str) -> str:
+    if not paths:
+        raise InputError(f"usage: {_usage(name)}; the examples are in configs/")
+    if len(paths) > 1:
+        raise InputError(f"arguments {paths[0]!r} and {paths[1]!r}: want one config; usage: {_usage(name)}")
+    return paths[0]
+
+
+def _load(model: type[_AnyConfig], path: str, overrides: list[str]) -> _AnyConfig:
+    """A config, or a run folder: its own config, with the folder where it is now as run.dir."""
+    folder = expanded(path)
+    if not os.path.isfile(folder / "config.yaml"):
+        return load_as(model, path, overrides)
+    config = load_as(model, folder / "config.yaml", overrides)
+    if any(override.startswith(("run.dir=", "run=")) for override in overrides):
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": path})})
+
+
+def _refuse_rewards_of_a_folder(path: str, overrides: list[str]) -> None:
+    """Somebody may have handed a run folder on: to name it is not to name what its config runs (docs/security.md)."""
+    if not os.path.isfile(expanded(path) / "config.yaml") or any(o.startswith("reward=") for o in overrides):
+        return
+    config = _load(Config, path, overrides)
+    outside = {name: reaches_outside(reward) for name, reward in config.reward.items()}
+    named = ", ".join(f"{printable(name, 80)} ({printable(why)})" for name, why in outside.items() if why)
+    if named:
+        raise InputError(
+            f"the config in {path} names rewards that do more than compute on the images: {named}. If you trust it, "
+            f"pass it as a file: {path}/config.yaml run.dir={path}"
+        )
+
+
+def read_nothing(arguments: list[str]) -> None:
+    if arguments:
+        raise InputError(f"argument {arguments[0]!r}: env takes none; usage: {_usage('env')}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of varfast.
+
+    Attributes:
+        about: one line, for the list of commands.
+        usage: what stands after its name.
+        read: takes its arguments; raises InputError for what is wrong with them, without importing PyTorch.
+        schema: of its keys; None: it takes none.
+        options: what it takes beside keys, with what each one does.
+        sections: those that its --help shows; default: all of them.
+    """
+
+    about: str
+    usage: str
+    read: Callable[[list[str]], object]
+    schema: type[BaseModel] | None = None
+    options: tuple[tuple[str, str], ...] = ()
+    sections: tuple[str, ...] = ()
+
+
+_CONFIG = ("CONFIG", "a YAML file, as configs/digits.yaml, or a run folder; KEY=VALUE changes what it says")
+
+COMMANDS = {
+    "train": Command(
+        "fine-tune a VAR with GRPO; the same command goes on with an unfinished run",
+        "CONFIG [--profile] [--sweep KEY=A,B ...] [KEY=VALUE ...]",
+        read_train,
+        Config,
+        (
+            _CONFIG,
+            ("--profile", "write a trace and the memory use of one step into the run folder"),
+            ("--sweep KEY=A,B", "one run for each value, one after another; several sweeps: for each combination"),
+        ),
+    ),
+    "sample": Command(
+        "write a grid of samples of a run, or of any checkpoint",
+        "RUN|CHECKPOINT [KEY=VALUE ...]",
+        partial(parse_arguments, model=SampleConfig),
+        SampleConfig,
+    ),
+    "evaluate": Command(
+        "sample, and measure FID, accuracy and rewards against the base",
+        "RUN|CHECKPOINT [KEY=VALUE ...]",
+        partial(parse_arguments, model=EvaluateConfig),
+        EvaluateConfig,
+    ),
+    "report": Command(
+        "write one page about one or several runs",
+        "RUN [RUN ...] [out=report.html]",
+        partial(parse_arguments, model=ReportConfig),
+        ReportConfig,
+    ),
+    "export": Command(
+        "write a run's model in the format of the public checkpoints",
+        "RUN out=model.safetensors [KEY=VALUE ...]",
+        partial(parse_arguments, model=ExportConfig),
+        ExportConfig,
+    ),
+    "pretrain": Command(
+        "make the base model of a config, or find it in the cache",
+        "CONFIG [KEY=VALUE ...]",
+        read_config,
+        Config,
+        (_CONFIG,),
+        ("run", "policy", "pretrain"),
+    ),
+    "roofline": Command(
+        "predict a config's time and memory on a GPU, from counts",
+        "CONFIG [device=H200] [KEY=VALUE ...]",
+        read_roofline,
+        RooflineConfig,
+        (_CONFIG,),
+    ),
+    "env": Command("show versions, hardware, and which kernels run here and why", "", read_nothing),
+}
+
+
+def _usage(name: str) -> str:
+    return f"python -m varfast.{name} {COMMANDS[name].usage}".rstrip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Help
+
+
+def help_text(name: str, only: list[str], width: int = 100) -> str:
+    """What `varfast NAME --help` prints; `only`: names of sections. Raises: InputError for a name that is none."""
+    command = COMMANDS[name]
+    lines = [f"usage: {_usage(name)}", f"       {f'varfast {name} {command.usage}'.rstrip()}", "", command.about]
+    lines += [""] if command.options else []
+    options = list(command.options)
+    if command.schema is not None and "run" in command.schema.model_fields and not only:
+        options.append(("--help SECTION", "the keys of one section alone, as --help rollout"))
+    for option, meaning in options:
+        lines += textwrap.wrap(f"{option:16} {meaning}", width, initial_indent="  ", subsequent_indent=" " * 19)
+    if command.schema is None:
+        return "\n".join(lines).rstrip()
+    keys = reference.terminal(command.schema, only or command.sections, width)
+    if not keys:
+        raise InputError(
+            f"{name} has no section {' '.join(only)}; the sections: {', '.join(command.schema.model_fields)}"
+        )
+    return "\n".join([*lines, "", keys])
+
+
+def overview() -> str:
+    """What `varfast` alone prints."""
+    lines = [f"varfast {varfast.__version__}: {(varfast.__doc__ or '').partition(': ')[2]}", ""]
+    lines += ["usage: varfast COMMAND [arguments]", "       varfast COMMAND --help", ""]
+    lines += [f"  {name:10} {command.about}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "first: varfast train configs/digits.yaml"])
+
+
+def key_reference() -> str:
+    """docs/config.md: `python -m varfast --markdown > docs/config.md`."""
+    lines = ["# Every key", ""]
+    lines += ["Made by `python -m varfast --markdown > docs/config.md`; the same text as `--help`.", ""]
+    lines += ["A config is a YAML file with these sections. On the command line a key is dotted: `update.lr=3e-5`.", ""]
+    lines.append(reference.markdown(Config))
+    for name in ("sample", "evaluate", "report", "export"):
+        schema = COMMANDS[name].schema
+        assert schema is not None
+        lines += [reference.markdown(schema).replace("## Sections", f"## `varfast {name}`", 1)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def run_command(name: str, arguments: list[str] | None = None) -> NoReturn:
+    """Run a command and exit with its code; for bad input with 2 and a message, without a traceback.
+
+    Arguments are read here once before the command's module, and PyTorch with it, is imported.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = main(sys.argv[1:])
+        code = _run(name, arguments)
     except InputError as error:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        _complain(f"error: {error}", error)
         code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+    except KeyboardInterrupt as error:
+        _complain(str(error) or "interrupted", error)
+        code = getattr(error, "code", 130)  # of another signal than Ctrl-C
     sys.exit(code)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        only = [a for a in arguments if not a.startswith("-") and "=" not in a and not os.path.exists(a)]
+        return _print(help_text(name, only, min(100, max(60, shutil.get_terminal_size().columns))))
+    if "--version" in arguments:
+        return _print(f"varfast {varfast.__version__}")
+    COMMANDS[name].read(arguments)
+    expand_segments()
+    code: int = importlib.import_module(f"varfast.{name}").main(arguments)
+    return code
+
+
+def _print(text: str) -> int:
+    """Print, also into a pipe whose reader has gone."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def main() -> NoReturn:
+    """`varfast COMMAND ...`, which is also `python -m varfast COMMAND ...`."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        run_command(name, arguments)
+    if name == "help" and arguments and arguments[0] in COMMANDS:
+        run_command(arguments[0], ["--help", *arguments[1:]])
+    shown = {
+        "-h": overview,
+        "--help": overview,
+        "help": overview,
+        "--version": lambda: f"varfast {varfast.__version__}",
+        "--markdown": lambda: key_reference().rstrip("\n"),
+    }
+    if name in shown:
+        sys.exit(_print(shown[name]()))
+    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+    if name.endswith((".yaml", ".yml")):
+        hint = f"did you mean varfast train {name}?"
+    print(f"error: varfast has no command {name!r}; {hint}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _complain(text: str, error: BaseException) -> None:
+    # An error may quote a server, a file or a folder that somebody handed on: here all of it meets the terminal.
+    for part in (text, *getattr(error, "__notes__", [])):
+        print(printable(part, _LONGEST_MESSAGE, lines=True), file=sys.stderr)
 
 
 def expand_segments() -> None:
@@ -34,11 +359,3 @@ def expand_segments() -> None:
     """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
-
-
-def split_arguments(arguments: list[str], usage: str) -> tuple[str, list[str]]:
-    """The config's path and the overrides. Raises: InputError with the usage if there is no single path."""
-    paths = [a for a in arguments if "=" not in a]
-    if len(paths) != 1 or paths[0].startswith("-"):
-        raise InputError(f"usage: {usage}")
-    return paths[0], [a for a in arguments if "=" in a]

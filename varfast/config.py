@@ -5,16 +5,28 @@ A config is a YAML file and overrides `a.b=c` from the command line. An unknown 
 
 from __future__ import annotations
 
-import difflib
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from varfast.kernels import check_implementation
+from varfast.settings.arguments import sort as arguments_of
+from varfast.settings.paths import address_parts, check_local, check_source, expanded
+from varfast.settings.problems import explain, show
+from varfast.settings.reading import apply_override, is_finite, plain, read_config, scalar
+from varfast.settings.schema import Wanted
 from varfast.types import InputError
 
 HEAD_DIM = 64
@@ -24,14 +36,61 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    # strict: text is not a number, nor a number a boolean. Where a list stands for a tuple, the field is strict=False.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
 
 
-def check_labels(what: str, labels: list[int], num_classes: int) -> None:
-    """Raises: InputError if `labels` is empty or one of them is not in [0, num_classes)."""
+# A count that nothing but patience limits.
+_MANY = 1_000_000_000
+
+# A folder or file of this machine; a path or an address.
+LocalPath = Annotated[str, AfterValidator(check_local), Wanted("a path")]
+Source = Annotated[str, AfterValidator(check_source), Wanted("a path or address")]
+
+
+def _check_device(device: str) -> str:
+    name, colon, number = device.partition(":")
+    # torch counts devices in 8 bits.
+    if name not in ("auto", "cpu", "cuda") or (
+        colon and not (name == "cuda" and number.isdecimal() and int(number[:4]) < 128)
+    ):
+        raise ValueError(f"got {device[:60]!r}, want auto, cpu, cuda, or cuda:0 and so on to cuda:127")
+    return device
+
+
+Device = Annotated[str, AfterValidator(_check_device), Wanted("auto, cpu, cuda or cuda:0")]
+
+
+def _read_labels(value: Any) -> Any:
+    """`3` and `0,1,2` are lists too: on a command line nobody thinks of brackets."""
+    labels = value
+    if isinstance(value, str) and value != "all":
+        labels = [scalar(part.strip()) for part in value.split(",")]
+    elif isinstance(value, int) and not isinstance(value, bool):
+        labels = [value]
+    if labels != "all" and not (isinstance(labels, list) and all(map(_is_label, labels))):
+        raise ValueError(f"got {show(value)}, want numbers or names of labels, such as [0, 1, golden retriever]")
+    return labels
+
+
+def _is_label(label: Any) -> bool:
+    """A number, or a name: whose, labels.py knows."""
+    return 0 <= label < 2**31 if type(label) is int else isinstance(label, str) and bool(label.strip())
+
+
+Labels = Annotated[list[int | str], BeforeValidator(_read_labels), Wanted("a list of labels, such as [0, 1, 2]")]
+AllOrLabels = Annotated[
+    Literal["all"] | list[int | str],
+    BeforeValidator(_read_labels),
+    Wanted("all, or a list of labels, such as [0, 1, 2]"),
+]
+
+
+def check_labels(what: str, labels: Sequence[int | str], num_classes: int) -> None:
+    """Raises: InputError if `labels` is empty or a number in it is not in [0, num_classes). Names: see labels.py."""
     if not labels:
         raise InputError(f"{what} is empty; name labels in 0..{num_classes - 1}")
-    outside = [label for label in labels if not 0 <= label < num_classes]
+    outside = [label for label in labels if isinstance(label, int) and not 0 <= label < num_classes]
     if outside:
         raise InputError(f"{what} holds {outside[0]}; the model has labels 0..{num_classes - 1}")
 
@@ -52,29 +111,33 @@ def _check_divides(what: str, part: int | None, whole: int, of: str) -> None:
 # Models
 
 
+def _check_sides(sides: tuple[int, ...]) -> tuple[int, ...]:
+    if not sides or not 1 <= sides[0] <= sides[-1] <= 128 or any(a >= b for a, b in pairwise(sides)):
+        raise ValueError(
+            f"got {show(list(sides))}, want sides of 1 to 128 that grow from scale to scale, as in [1, 2, 3, 4]"
+        )
+    return sides
+
+
+PatchNums = Annotated[tuple[int, ...], AfterValidator(_check_sides), Wanted("a list, such as [1, 2, 3, 4]")]
+
+
 class VARConfig(_Section):
     """Sizes of the transformer. Width is 64 * depth, with `depth` heads of 64, as in all public models."""
 
-    depth: int = Field(16, ge=1, description="number of blocks, and of heads")
-    patch_nums: tuple[int, ...] = Field(
-        (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), description="side of the token map of each scale, coarse to fine"
+    depth: int = Field(16, ge=1, le=64, description="number of blocks, and of heads")
+    patch_nums: PatchNums = Field(
+        (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        strict=False,
+        description="side of the token map of each scale, coarse to fine",
     )
-    vocab_size: int = Field(4096, ge=2, description="V, number of codes")
-    code_width: int = Field(32, ge=1, description="channels of a code")
-    num_classes: int = Field(1000, ge=1, description="labels; one more embedding stands for 'no label'")
+    vocab_size: int = Field(4096, ge=2, le=2**20, description="V, number of codes")
+    code_width: int = Field(32, ge=1, le=4096, description="channels of a code")
+    num_classes: int = Field(1000, ge=1, le=1_000_000, description="labels; one more embedding stands for 'no label'")
     shared_adaln: bool = Field(False, description="one adaLN projection for all blocks (d36)")
     qk_l2_norm: bool = Field(True, description="L2-normalise queries and keys, with a learned scale a head")
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP over the width")
-    norm_eps: float = Field(1e-6, gt=0, description="added to the variance in LayerNorm")
-
-    @field_validator("patch_nums")
-    @classmethod
-    def _increasing(cls, sides: tuple[int, ...]) -> tuple[int, ...]:
-        if not sides or sides[0] < 1 or any(a >= b for a, b in pairwise(sides)):
-            raise ValueError(
-                f"got {list(sides)}, want positive sides that grow from scale to scale, as in [1, 2, 3, 4]"
-            )
-        return sides
+    mlp_ratio: float = Field(4.0, ge=0.0625, le=64, description="hidden width of the MLP over the width")
+    norm_eps: float = Field(1e-6, ge=1e-12, le=1, description="added to the variance in LayerNorm")
 
     @property
     def width(self) -> int:
@@ -98,21 +161,38 @@ class VARConfig(_Section):
 class VQVAEConfig(_Section):
     """Sizes of the multi-scale VQ-VAE. The defaults are those of vae_ch160v4096z32.pth."""
 
-    vocab_size: int = Field(4096, ge=2, description="V, number of codes")
-    code_width: int = Field(32, ge=1, description="channels of a code")
-    patch_nums: tuple[int, ...] = Field(
-        (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), description="side of the token map of each scale, coarse to fine"
+    vocab_size: int = Field(4096, ge=2, le=2**20, description="V, number of codes")
+    code_width: int = Field(32, ge=1, le=4096, description="channels of a code")
+    patch_nums: PatchNums = Field(
+        (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        strict=False,
+        description="side of the token map of each scale, coarse to fine",
     )
-    base_channels: int = Field(160, ge=32, multiple_of=32, description="channels at full resolution")
-    channel_multipliers: tuple[int, ...] = Field(
-        (1, 1, 2, 2, 4), min_length=1, description="channels over base_channels; each further level halves the side"
+    base_channels: int = Field(160, ge=32, le=4096, multiple_of=32, description="channels at full resolution")
+    channel_multipliers: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=64)], ...], Wanted("a list of 1 to 8 whole numbers from 1 to 64")
+    ] = Field(
+        (1, 1, 2, 2, 4),
+        min_length=1,
+        max_length=8,
+        strict=False,
+        description="channels over base_channels; each further level halves the side",
     )
-    num_res_blocks: int = Field(2, ge=1, description="residual blocks a level of the encoder; the decoder has one more")
-    num_phi: int = Field(4, ge=0, description="residual convolutions shared by the scales; 0: one a scale")
+    num_res_blocks: int = Field(
+        2, ge=1, le=64, description="residual blocks a level of the encoder; the decoder has one more"
+    )
+    num_phi: int = Field(4, ge=0, le=128, description="residual convolutions shared by the scales; 0: one a scale")
     phi_ratio: float = Field(0.5, ge=0, le=1, description="phi(x) = (1 - ratio) x + ratio conv(x)")
-    commitment: float = Field(0.25, ge=0, description="weight of the commitment loss")
+    commitment: float = Field(0.25, ge=0, le=1e6, description="weight of the commitment loss")
 
-    _increasing = field_validator("patch_nums")(VARConfig._increasing.__func__)  # type: ignore[attr-defined]
+    @model_validator(mode="after")
+    def _has_a_size(self) -> VQVAEConfig:
+        if self.image_size > 4096 or sum(side * side for side in self.patch_nums) > 2**16:
+            raise ValueError(
+                f"patch_nums and channel_multipliers make images of {self.image_size} pixels a side, of "
+                f"{sum(side * side for side in self.patch_nums)} tokens; want at most 4096 pixels and 65536 tokens"
+            )
+        return self
 
     @property
     def downsampling(self) -> int:
@@ -142,14 +222,21 @@ class LoRAConfig(_Section):
     they are: their products are few, and the head's are summed in float32, which peft's layers would not keep.
     """
 
-    rank: int = Field(16, ge=1, description="rows of A and columns of B")
-    alpha: float = Field(32.0, gt=0, description="B A is multiplied by alpha / rank")
+    rank: int = Field(16, ge=1, le=4096, description="rows of A and columns of B")
+    alpha: float = Field(32.0, gt=0, le=1e6, description="B A is multiplied by alpha / rank")
     targets: tuple[Literal["mat_qkv", "proj", "fc1", "fc2", "ada_lin"], ...] = Field(
         ("mat_qkv", "proj", "fc1", "fc2"),
         min_length=1,
+        strict=False,
         description="matrices with an adapter: attention's two and the MLP's two of every block; ada_lin is the "
         "projection of the class, of every block or (d36) the one that all share",
     )
+
+
+def _names_a_file(checkpoint: str) -> bool:
+    """Whether it can be no run folder. What is on the disk does not count: a config is read elsewhere too."""
+    suffixes = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+    return checkpoint.startswith("hf://") or Path(checkpoint).suffix in suffixes
 
 
 class PolicyConfig(_Section):
@@ -161,12 +248,14 @@ class PolicyConfig(_Section):
         default_factory=VQVAEConfig,
         description="sizes of the VQ-VAE; vocab_size, code_width and patch_nums default to those of the transformer",
     )
-    checkpoint: str = Field(
-        description="weights of the transformer: a path, hf://owner/repo/file, 'random', or 'pretrain' for the model "
-        "that the pretrain section describes (trained first if it is not in the cache)"
+    checkpoint: Source = Field(
+        description="weights of the transformer: a path, hf://owner/repo/file, a run folder, 'random', or 'pretrain' "
+        "for the model that the pretrain section describes (trained first if it is not in the cache)"
     )
-    vqvae_checkpoint: str | None = Field(
-        None, description="weights of the VQ-VAE: a path or hf:// address; not with 'random' and 'pretrain'"
+    vqvae_checkpoint: Source | None = Field(
+        None,
+        description="weights of the VQ-VAE: a path or hf:// address; default: the run folder's; not with 'random' and "
+        "'pretrain'",
     )
     lora: LoRAConfig | None = Field(
         None, description="train an adapter beside the frozen weights; {} for its defaults; null: train all weights"
@@ -181,7 +270,7 @@ class PolicyConfig(_Section):
         preset, var = data.get("preset"), data.get("var")
         if (preset is None) == (var is None):
             raise ValueError("name a preset (d16, d20, d24, d30, d36) or give the sizes under var, one of the two")
-        sizes: dict[str, Any] = PRESETS[preset].model_dump() if preset in PRESETS else {}
+        sizes: dict[str, Any] = PRESETS[preset].model_dump() if isinstance(preset, str) and preset in PRESETS else {}
         if isinstance(var, VARConfig):
             sizes = var.model_dump()
         elif isinstance(var, dict):
@@ -200,7 +289,7 @@ class PolicyConfig(_Section):
         if self.checkpoint in ("random", "pretrain"):
             if self.vqvae_checkpoint is not None:
                 raise ValueError(f"checkpoint={self.checkpoint} makes its own VQ-VAE; remove vqvae_checkpoint")
-        elif self.vqvae_checkpoint is None:
+        elif self.vqvae_checkpoint is None and _names_a_file(self.checkpoint):
             raise ValueError(
                 "vqvae_checkpoint is missing; for the public models it is hf://FoundationVision/var/vae_ch160v4096z32.pth"
             )
@@ -218,15 +307,17 @@ class PolicyConfig(_Section):
 class PretrainConfig(_Section):
     """How the base model is made when policy.checkpoint is 'pretrain': for the digits, or for your own small folder."""
 
-    dataset: str = Field("digits", description="'digits' (scikit-learn), or a folder with one sub-folder a class")
-    cache_dir: str = Field("~/.cache/varfast", description="where base models are kept, by a hash of what made them")
-    batch_size: int = Field(64, ge=1, description="images a step, for both models")
-    num_workers: int = Field(0, ge=0, description="processes that read images; 0 for data in memory")
-    vqvae_steps: int = Field(1000, ge=1, description="optimizer steps of the VQ-VAE")
-    vqvae_lr: float = Field(1e-3, gt=0, description="peak learning rate of the VQ-VAE")
-    var_steps: int = Field(1000, ge=1, description="optimizer steps of the transformer")
-    var_lr: float = Field(1e-3, gt=0, description="peak learning rate of the transformer")
-    weight_decay: float = Field(0.05, ge=0, description="of AdamW, for the transformer's matrices")
+    dataset: LocalPath = Field("digits", description="'digits' (scikit-learn), or a folder with one sub-folder a class")
+    cache_dir: LocalPath = Field(
+        "~/.cache/varfast", description="where base models are kept, by a hash of what made them"
+    )
+    batch_size: int = Field(64, ge=1, le=1_000_000, description="images a step, for both models")
+    num_workers: int = Field(0, ge=0, le=1024, description="processes that read images; 0 for data in memory")
+    vqvae_steps: int = Field(1000, ge=1, le=_MANY, description="optimizer steps of the VQ-VAE")
+    vqvae_lr: float = Field(1e-3, gt=0, le=1e9, description="peak learning rate of the VQ-VAE")
+    var_steps: int = Field(1000, ge=1, le=_MANY, description="optimizer steps of the transformer")
+    var_lr: float = Field(1e-3, gt=0, le=1e9, description="peak learning rate of the transformer")
+    weight_decay: float = Field(0.05, ge=0, le=1e6, description="of AdamW, for the transformer's matrices")
     class_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels replaced by 'no label'")
     drop_path: float = Field(0.0, ge=0, lt=1, description="DropPath rate of the last block; it grows linearly from 0")
 
@@ -242,8 +333,12 @@ class RolloutConfig(_Section):
     group_size: int = Field(
         16, ge=2, le=1_000_000, description="G, images a label; the group within which advantages are relative"
     )
-    temperature: float = Field(0.7, gt=0, description="of the plain multinomial draw; no guidance, no filters")
-    labels: Literal["all"] | list[int] = Field("all", description="labels to draw from, uniformly")
+    temperature: float = Field(
+        0.7, ge=1e-3, le=1000, description="of the plain multinomial draw; no guidance, no filters"
+    )
+    labels: AllOrLabels = Field(
+        "all", description="labels to draw from, uniformly: numbers, or names of ImageNet's classes or of your folders"
+    )
     label_share: float = Field(1.0, gt=0, le=1, description="train on this share of the labels, chosen by run.seed")
     micro_batch: int | None = Field(
         None, ge=1, description="images sampled and decoded at a time; default: chosen from free memory"
@@ -269,14 +364,27 @@ class GRPOConfig(_Section):
     """The loss."""
 
     clip_eps: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped to 1 +- this")
-    kl_beta: float = Field(0.2, ge=0, description="weight of the KL to the base model; 0: no reference is held")
+    kl_beta: float = Field(
+        0.2,
+        ge=0,
+        le=1e6,
+        description="weight of the KL to the base model; 0: no reference is held, unless kl_every asks for it",
+    )
+    kl_every: int | None = Field(
+        None,
+        ge=1,
+        description="with kl_beta=0, steps between measurements of the KL to the base, for which the base is held as "
+        "with kl_beta > 0 (that of an adapter takes no memory) and runs forward once. Default: 10 with an adapter, "
+        "else the KL is not measured. With kl_beta > 0 every step measures it",
+    )
     reference_every: int | None = Field(
         None,
         ge=1,
+        le=_MANY,
         description="steps (rollouts) after which, again and again, the policy becomes the reference of the KL; "
         "default: the base model stays it",
     )
-    advantage_eps: float = Field(1e-6, gt=0, description="added to a group's standard deviation")
+    advantage_eps: float = Field(1e-6, ge=1e-30, le=1e6, description="added to a group's standard deviation")
     combine: Literal["sum_then_normalise", "normalise_then_sum"] = Field(
         "sum_then_normalise",
         description="several rewards: advantages of their weighted sum, or the weighted sum of each one's advantages",
@@ -292,10 +400,13 @@ class GRPOConfig(_Section):
         return self
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class UpdateConfig(_Section):
     """From a scored rollout to new weights."""
 
-    minibatch: int = Field(32, ge=1, description="images an optimizer step")
+    minibatch: int = Field(32, ge=1, le=_MANY, description="images an optimizer step")
     micro_batch: int | None = Field(
         None, ge=1, description="images a forward and backward pass; default: chosen from free memory"
     )
@@ -309,18 +420,22 @@ class UpdateConfig(_Section):
         description="on one GPU, replay captured forward and backward passes, which hold on to the memory of a "
         "micro-batch during the rollout; default: where memory allows it",
     )
-    epochs: int = Field(1, ge=1, description="passes over a rollout")
+    epochs: int = Field(1, ge=1, le=_MANY, description="passes over a rollout")
     optimizer: Literal["adamw", "apex", "adamw8bit"] = Field(
         "adamw",
         description="PyTorch's fused AdamW, NVIDIA Apex's FusedAdam, or bitsandbytes' AdamW with moments of 8 bits: "
         "a quarter of their memory",
     )
-    lr: float = Field(1e-4, gt=0, description="learning rate")
+    lr: float = Field(1e-4, gt=0, le=1e9, description="learning rate")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, to 0")
-    warmup_steps: int = Field(0, ge=0, description="steps (rollouts) of linear warm-up")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW, for matrices; the KL already holds the weights")
-    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    warmup_steps: int = Field(0, ge=0, le=_MANY, description="steps (rollouts) of linear warm-up")
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.999), strict=False, description="of AdamW: how much of the moments stays from step to step"
+    )
+    weight_decay: float = Field(
+        0.0, ge=0, le=1e6, description="of AdamW, for matrices; the KL already holds the weights"
+    )
+    grad_clip: float = Field(1.0, gt=0, le=1e30, description="largest gradient norm; 1e30: none")
     ema_decay: float | None = Field(
         None,
         gt=0,
@@ -332,6 +447,7 @@ class UpdateConfig(_Section):
     max_skipped_steps: int = Field(
         10,
         ge=1,
+        le=_MANY,
         description="optimizer steps in a row left out for a gradient that is not finite, before the run stops",
     )
 
@@ -345,22 +461,27 @@ class UpdateConfig(_Section):
 # Rewards
 
 
+Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
+
+
 class BrightnessReward(_Section):
     """Mean luma of the image, in [0, 1]."""
 
-    type: Literal["brightness"]
-    weight: float = Field(1.0, description="factor in the sum")
+    type: Literal["brightness"] = Field(description="the kind of reward")
+    weight: Weight = Field(1.0, description="factor in the sum")
     mode: Literal["bright", "dark", "raw"] = Field(
         "bright", description="1 if >= threshold; 1 if < it; the luma itself"
     )
-    threshold: float | None = Field(None, description="default: 0.8 for bright, 0.2 for dark")
+    threshold: float | None = Field(None, ge=-1e6, le=1e6, description="default: 0.8 for bright, 0.2 for dark")
 
 
 class _ClipModel(_Section):
     """How a CLIP runs; rewards that name the same one share its pass over the images."""
 
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the CLIP model; scores are float32")
-    batch_size: int = Field(64, ge=1, description="images at a time; the smallest counts where rewards share a model")
+    batch_size: int = Field(
+        64, ge=1, le=1_000_000, description="images at a time; the smallest counts where rewards share a model"
+    )
 
 
 class _Text(_Section):
@@ -368,7 +489,7 @@ class _Text(_Section):
 
     prompt: str | None = Field(None, min_length=1, description="one text for all images, as 'a painting'")
     label_prompt: str | None = Field(None, description="a text a label, as 'a photo of a {name}'; needs names")
-    names: list[str] | str | None = Field(
+    names: list[str] | Source | None = Field(
         None, description="what stands for {name}: a list in the order of the labels, or a file with one a line"
     )
 
@@ -388,15 +509,15 @@ class _Text(_Section):
 class AestheticReward(_ClipModel):
     """LAION aesthetic predictor V2: linear layers on the embedding of OpenAI's CLIP ViT-L/14; about 1 to 10."""
 
-    type: Literal["aesthetic"]
-    weight: float = Field(1.0, description="factor in the sum")
-    head: str = Field(
+    type: Literal["aesthetic"] = Field(description="the kind of reward")
+    weight: Weight = Field(1.0, description="factor in the sum")
+    head: Source = Field(
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
         "sac%2Blogos%2Bava1-l14-linearMSE.pth",
         description="weights of the layers: a path, hf://owner/repo/file or https address; the default is the public "
         "file, and a file of its name must have its SHA-256",
     )
-    pretrained: str = Field(
+    pretrained: Source = Field(
         "openai", description="weights of ViT-L-14: open_clip's tag, or a path or hf:// address of the same weights"
     )
 
@@ -404,10 +525,10 @@ class AestheticReward(_ClipModel):
 class ClipReward(_ClipModel, _Text):
     """Cosine of image and text under a CLIP of open_clip."""
 
-    type: Literal["clip"]
-    weight: float = Field(1.0, description="factor in the sum")
+    type: Literal["clip"] = Field(description="the kind of reward")
+    weight: Weight = Field(1.0, description="factor in the sum")
     model: str = Field("ViT-L-14", description="a name of open_clip.list_models()")
-    pretrained: str = Field(
+    pretrained: Source = Field(
         "openai",
         description="a tag of open_clip.list_pretrained(), a path or hf://owner/repo/file; for a file whose model was "
         "trained with QuickGELU (OpenAI, DFN, MetaCLIP) the model's name ends with -quickgelu",
@@ -417,9 +538,9 @@ class ClipReward(_ClipModel, _Text):
 class HPSv2Reward(_ClipModel, _Text):
     """Human Preference Score v2.1: cosine of image and text under a ViT-H-14 tuned to people's choices."""
 
-    type: Literal["hpsv2"]
-    weight: float = Field(1.0, description="factor in the sum")
-    pretrained: str = Field(
+    type: Literal["hpsv2"] = Field(description="the kind of reward")
+    weight: Weight = Field(1.0, description="factor in the sum")
+    pretrained: Source = Field(
         "hf://xswu/HPSv2/HPS_v2.1_compressed.pt", description="the tuned weights: a path or hf://owner/repo/file"
     )
 
@@ -431,50 +552,105 @@ class ClassifierConfig(_Section):
         "resnet50", description="a classifier of torchvision.models.list_models(), or 'digits' for the handwritten ones"
     )
     weights: str = Field("IMAGENET1K_V2", description="name of the weights in torchvision, with their preprocessing")
-    file: str | None = Field(
+    file: Source | None = Field(
         None,
         description="the weights' path, hf:// or https address; default: torchvision's cache, then its address. A file "
         "of the public name must have its SHA-256",
     )
-    batch_size: int = Field(64, ge=1, description="images at a time")
+    batch_size: int = Field(64, ge=1, le=1_000_000, description="images at a time")
 
 
 class ClassifierReward(ClassifierConfig):
     """Probability that a classifier gives to the label."""
 
-    type: Literal["classifier"]
-    weight: float = Field(1.0, description="factor in the sum")
+    type: Literal["classifier"] = Field(description="the kind of reward")
+    weight: Weight = Field(1.0, description="factor in the sum")
+
+
+def _check_url(url: str) -> str:
+    try:
+        parts = address_parts(url)
+    except ValueError as error:
+        raise ValueError(f"{show(url)} is no address that can be asked: {error}") from error
+    if "@" in parts.netloc or "#" in url:
+        raise ValueError(f"got {show(url)}, want an address without user and without #")
+    return url
 
 
 class HttpReward(_Section):
     """A server of yours: gets images and labels, answers one number an image. The format is in docs/rewards.md."""
 
-    type: Literal["http"]
-    weight: float = Field(1.0, description="factor in the sum")
-    url: str = Field(
-        pattern=r"^https?://[^/?#@\s]+(/[^#\s]*)?$", description="http:// or https://; redirects are not followed"
+    type: Literal["http"] = Field(description="the kind of reward")
+    weight: Weight = Field(1.0, description="factor in the sum")
+    url: Annotated[str, AfterValidator(_check_url), Wanted("an address, such as http://127.0.0.1:8000/score")] = Field(
+        description="http:// or https://; redirects are not followed"
     )
     timeout_s: float = Field(60.0, gt=0, le=86400, description="for one request, to the last byte of the answer")
     retries: int = Field(
-        3, ge=0, description="further attempts after no connection, no time, 429 or 5xx; 1, 2, 4 ... s"
+        3, ge=0, le=10, description="further attempts after no connection, no time, 429 or 5xx; 1, 2, 4 ... s"
     )
-    batch_size: int = Field(64, ge=1, description="images a request")
-    max_response_bytes: int = Field(1_000_000, ge=1, description="a longer answer is refused")
+    batch_size: int = Field(64, ge=1, le=1_000_000, description="images a request")
+    max_response_bytes: int = Field(1_000_000, ge=1, le=_MANY, description="a longer answer is refused")
+
+
+def _check_function(function: str) -> str:
+    source, colon, name = function.rpartition(":")
+    in_file = source.endswith(".py") and "\0" not in source
+    if not colon or not (in_file or all(part.isidentifier() for part in source.split("."))):
+        module, _, attribute = function.rpartition(".")
+        meant = f"; did you mean {module}:{attribute}?" if module and attribute.isidentifier() and not colon else ""
+        raise ValueError(f"want module:name or file.py:name, as my_rewards:redness or ./my_rewards.py:redness{meant}")
+    if not name.isidentifier():
+        raise ValueError(
+            f"{name!r} is no name of a module's own; name a function, or a class whose instance is called; for a "
+            "method, write a function that calls it"
+        )
+    return check_source(function)
 
 
 class FunctionReward(_Section):
     """Your own function or class, by import path. Importing it runs its code."""
 
-    type: Literal["function"]
-    weight: float = Field(1.0, description="factor in the sum")
-    function: str = Field(pattern=r"^[\w.]+:\w+$", description="module:name; called with (images, labels)")
+    type: Literal["function"] = Field(description="the kind of reward")
+    weight: Weight = Field(1.0, description="factor in the sum")
+    function: Annotated[str, AfterValidator(_check_function), Wanted("module:name or file.py:name")] = Field(
+        description="module:name, or file.py:name, from the working directory or the config's folder; called with "
+        "(images, labels), or what its parameters name (docs/rewards.md)"
+    )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments, given once")
+
+    @field_validator("args")
+    @classmethod
+    def _finite(cls, args: dict[str, Any]) -> dict[str, Any]:
+        if not is_finite(args):
+            raise ValueError(f"got {show(args)}; want finite numbers, below 2**63")
+        return args
 
 
 RewardConfig = Annotated[
     BrightnessReward | FunctionReward | AestheticReward | ClipReward | HPSv2Reward | ClassifierReward | HttpReward,
     Field(discriminator="type"),
 ]
+
+
+def reaches_outside(config: RewardConfig) -> str | None:
+    """What a reward does beyond computing on the images: the code, the server or the files that its config names.
+
+    None: nothing, so that it may be taken from a folder that somebody handed on (docs/security.md).
+    """
+    if isinstance(config, BrightnessReward) or (isinstance(config, ClassifierReward) and config.model == "digits"):
+        return None
+    if isinstance(config, FunctionReward):
+        return f"runs {config.function}"
+    if isinstance(config, HttpReward):
+        return f"asks {config.url}"
+    if isinstance(config, ClassifierReward):
+        return f"reads or fetches {config.file or f'the weights of {config.model}'}"
+    named = [config.head] if isinstance(config, AestheticReward) else []
+    if not isinstance(config, AestheticReward) and isinstance(config.names, str):
+        named.append(config.names)
+    return f"reads or fetches {', '.join([config.pretrained, *named])}"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
@@ -483,10 +659,10 @@ RewardConfig = Annotated[
 class RunConfig(_Section):
     """Where and how long."""
 
-    dir: str = Field(description="folder of the run; an unfinished run in it goes on")
-    steps: int = Field(ge=1, description="rollouts; each is followed by images / minibatch optimizer steps")
+    dir: LocalPath = Field(description="folder of the run; an unfinished run in it goes on")
+    steps: int = Field(ge=1, le=_MANY, description="rollouts; each is followed by images / minibatch optimizer steps")
     seed: int = Field(0, ge=0, lt=2**63, description="fixes labels, samples and minibatches")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one")
+    device: Device = Field("auto", description="auto: cuda if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "float32",
         description="of activations; weights stay float32. auto: bfloat16 where the device computes in it (a CPU with "
@@ -499,7 +675,10 @@ class RunConfig(_Section):
         "what is free. On a CPU no cost was seen (docs/measured.md); not measured on a GPU",
     )
     max_bad_rollouts: int = Field(
-        3, ge=1, description="rollouts in a row left out for a reward that is not finite, before the run stops"
+        3,
+        ge=1,
+        le=_MANY,
+        description="rollouts in a row left out for a reward that is not finite, before the run stops",
     )
     fast: bool = Field(
         True, description="false: sample eagerly, decode plainly: what the fast path is compared with; see also kernels"
@@ -519,6 +698,7 @@ class RunConfig(_Section):
     timeout_s: float = Field(
         1800.0,
         gt=0,
+        le=30 * 86400,
         description="under torchrun: a process waits so long for the others, which wait while the first "
         "one pre-trains, evaluates or writes a checkpoint",
     )
@@ -531,55 +711,97 @@ class LogConfig(_Section):
     wandb: str | None = Field(
         None, min_length=1, description="project of Weights & Biases to log to as well; WANDB_MODE=offline: no upload"
     )
-    grid_every: int = Field(10, ge=1, description="steps between sample grids (one at start and end in any case)")
-    grid_labels: int = Field(8, ge=1, description="rows of the grid: the first labels trained on")
-    grid_samples: int = Field(8, ge=1, description="columns of the grid; the seeds are the same in every grid")
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints (one at the end in any case)")
-    checkpoint_minutes: float = Field(30.0, gt=0, description="minutes after which one is due in any case")
-    keep_last: int = Field(2, ge=1, description="checkpoints kept; the one before serves where the last is damaged")
+    grid_every: int = Field(
+        10, ge=1, le=_MANY, description="steps between sample grids (one at start and end in any case)"
+    )
+    grid_labels: int = Field(8, ge=1, le=1000, description="rows of the grid: the first labels trained on")
+    grid_samples: int = Field(8, ge=1, le=1000, description="columns of the grid; the seeds are the same in every grid")
+    checkpoint_every: int = Field(
+        50, ge=1, le=_MANY, description="steps between checkpoints (one at the end in any case)"
+    )
+    checkpoint_minutes: float = Field(30.0, gt=0, le=1e6, description="minutes after which one is due in any case")
+    keep_last: int = Field(
+        2, ge=1, le=_MANY, description="checkpoints kept; the one before serves where the last is damaged"
+    )
     keep_best: bool = Field(False, description="keep the one with the highest reward_mean too")
 
 
 class EvalConfig(_Section):
     """The table of before and after, sampled with the rollout's temperature."""
 
-    samples_per_label: int = Field(2, ge=0, description="images a label; 0: no table")
-    max_labels: int = Field(1000, ge=1, description="the first labels, up to this many")
+    samples_per_label: int = Field(2, ge=0, le=100_000, description="images a label; 0: no table")
+    max_labels: int = Field(1000, ge=1, le=_MANY, description="the first labels, up to this many")
     classifier: Literal["digits"] | None = Field(None, description="whose accuracy on the samples is reported")
 
 
 class KernelsConfig(_Section):
-    """Which implementation of each op runs. `python -m varfast.env` says what auto means on a machine, and why."""
+    """Which implementation of each op runs. `python -m varfast.env` says what auto means on a machine, and why.
 
-    sample_tokens: str = Field("auto", description="auto, triton or reference")
-    selective_log_softmax: str = Field("auto", description="auto, triton or reference")
-    split_heads: str = Field("auto", description="auto, triton, cpp or reference")
-    split_heads_to_cache: str = Field("auto", description="auto, triton, cpp or reference")
-    block_causal_attention: str = Field(
+    The names are those of `implementations(...)` in kernels/, which would import PyTorch (tests/test_config.py).
+    """
+
+    sample_tokens: Literal["auto", "triton", "reference"] = Field("auto", description="draws a token from its logits")
+    selective_log_softmax: Literal["auto", "triton", "reference"] = Field(
+        "auto", description="log-probability and entropy of tokens, from logits"
+    )
+    split_heads: Literal["auto", "triton", "cpp", "reference"] = Field(
+        "auto", description="queries, keys and values of a block from one product"
+    )
+    split_heads_to_cache: Literal["auto", "triton", "cpp", "reference"] = Field(
+        "auto", description="the same while sampling: keys and values go into the cache"
+    )
+    block_causal_attention: Literal[
         "auto",
-        description="auto, triton, triton_fused (one backward kernel instead of two), cpp, flex, flash_attn, sdpa, "
-        "fa4 or flex_flash (the package flash-attn-4, called directly or by FlexAttention), triton_invariant, "
-        "sdpa_invariant or reference",
+        "triton",
+        "triton_fused",
+        "cpp",
+        "flex",
+        "flex_flash",
+        "fa4",
+        "flash_attn",
+        "sdpa",
+        "triton_invariant",
+        "sdpa_invariant",
+        "reference",
+    ] = Field(
+        "auto",
+        description="attention of the update; triton_fused: one backward kernel instead of two; fa4 and flex_flash: "
+        "the package flash-attn-4, called directly or by FlexAttention",
     )
-    cached_attention: str = Field(
-        "auto", description="auto, triton, cpp, flash_attn, fa4, triton_invariant, sdpa_invariant or reference"
+    cached_attention: Literal[
+        "auto", "triton", "cpp", "fa4", "flash_attn", "triton_invariant", "sdpa_invariant", "reference"
+    ] = Field("auto", description="attention while sampling")
+    layer_norm_modulate: Literal["auto", "triton", "cpp", "reference"] = Field(
+        "auto", description="LayerNorm, then the class's scale and shift"
     )
-    layer_norm_modulate: str = Field("auto", description="auto, triton, cpp or reference")
-    gated_residual: str = Field("auto", description="auto, triton or reference")
-    gated_residual_norm: str = Field("auto", description="auto, triton, cpp or reference")
-    gelu_bias: str = Field("auto", description="auto, triton, cpp or reference")
-    linear_gelu: str = Field("auto", description="auto, library, quack or reference; epilogue is for sampling alone")
-    group_norm_silu: str = Field("auto", description="auto, triton, cpp or reference")
-    channel_moments: str = Field("auto", description="auto, triton or reference")
-    conv3x3: str = Field("auto", description="auto, triton, library or reference")
-    grpo_token_loss: str = Field("auto", description="auto, cuda, cpp or reference")
-    invariant_linear: str = Field("auto", description="of run.strict: auto, triton, blocks or reference")
-
-    @model_validator(mode="after")
-    def _exist(self) -> KernelsConfig:
-        for op, impl in self.model_dump().items():
-            check_implementation(op, impl)
-        return self
+    gated_residual: Literal["auto", "triton", "reference"] = Field(
+        "auto", description="a branch's result times the class's gate, added to the residual stream"
+    )
+    gated_residual_norm: Literal["auto", "triton", "cpp", "reference"] = Field(
+        "auto", description="gated_residual and the layer_norm_modulate after it"
+    )
+    gelu_bias: Literal["auto", "triton", "cpp", "reference"] = Field("auto", description="bias and GELU of the MLP")
+    linear_gelu: Literal["auto", "library", "epilogue", "quack", "reference"] = Field(
+        "auto", description="product, bias and GELU of the MLP; epilogue is for sampling alone"
+    )
+    group_norm_silu: Literal["auto", "triton", "cpp", "reference"] = Field(
+        "auto", description="GroupNorm and SiLU of the VQ-VAE"
+    )
+    channel_moments: Literal["auto", "triton", "reference"] = Field(
+        "auto", description="sum and sum of squares of each channel, for the next GroupNorm"
+    )
+    conv3x3: Literal["auto", "triton", "library", "reference"] = Field(
+        "auto", description="convolutions of the VQ-VAE's decoder"
+    )
+    grpo_token_loss: Literal["auto", "cuda", "cpp", "reference"] = Field(
+        "auto", description="the loss, from log-probabilities"
+    )
+    adamw_step: Literal["auto", "triton", "library", "reference"] = Field(
+        "auto", description="of update.optimizer=adamw: one step; library: PyTorch's fused AdamW"
+    )
+    invariant_linear: Literal["auto", "triton", "blocks", "reference"] = Field(
+        "auto", description="products of run.strict, the same bits whatever the batch"
+    )
 
 
 class Config(_Section):
@@ -589,12 +811,26 @@ class Config(_Section):
     policy: PolicyConfig
     pretrain: PretrainConfig = PretrainConfig()
     rollout: RolloutConfig = RolloutConfig()
-    reward: dict[str, RewardConfig] = Field(min_length=1, description="components by name; their weighted sum counts")
+    reward: Annotated[
+        dict[str, RewardConfig], Wanted("rewards by names of your choice, such as {bright: {type: brightness}}")
+    ] = Field(min_length=1, description="components by name; their weighted sum counts")
     grpo: GRPOConfig = GRPOConfig()
     update: UpdateConfig = UpdateConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
     kernels: KernelsConfig = KernelsConfig()
+
+    @property
+    def measure_kl_every(self) -> int | None:
+        """Steps between measurements of the KL apart from the loss; None with kl_beta > 0, or where none is asked."""
+        if self.grpo.kl_beta > 0.0:
+            return None
+        return self.grpo.kl_every or (10 if self.policy.lora else None)
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether the base model is held beside the policy: for the KL in the loss, or to measure it."""
+        return self.grpo.kl_beta > 0.0 or self.measure_kl_every is not None
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
@@ -643,52 +879,58 @@ class Config(_Section):
 class SampleConfig(_Section):
     """Arguments of `python -m varfast.sample`."""
 
-    checkpoint: str = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
-    vqvae: str | None = Field(None, description="the VQ-VAE's weights, where checkpoint is not a run folder")
-    out: str = Field("samples.png", description="the picture to write")
-    labels: list[int] | None = Field(None, description="one row each; default: the first 8")
-    samples_per_label: int = Field(8, ge=1, description="columns")
-    temperature: float = Field(1.0, gt=0, description="of the draw")
-    cfg: float = Field(0.0, ge=0, description="classifier-free guidance; VAR's demo: 4, its FID numbers: 1.5")
-    top_k: int = Field(0, ge=0, description="0: off; VAR: 900")
+    checkpoint: Source = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
+    vqvae: Source | None = Field(None, description="the VQ-VAE's weights, where checkpoint is not a run folder")
+    out: LocalPath = Field("samples.png", description="the picture to write")
+    labels: Labels | None = Field(
+        None, description="numbers or names, as [207, golden retriever], one row each; default: the first 8"
+    )
+    samples_per_label: int = Field(8, ge=1, le=10_000, description="columns")
+    temperature: float = Field(1.0, ge=1e-3, le=1000, description="of the draw")
+    cfg: float = Field(
+        0.0, ge=0, le=1000, description="classifier-free guidance; 0: off; VAR's demo: 4, its FID numbers: 1.5"
+    )
+    top_k: int = Field(0, ge=0, lt=2**31, description="0: off; VAR: 900")
     top_p: float = Field(0.0, ge=0, le=1, description="0: off; VAR's demo: 0.95, its FID numbers: 0.96")
-    seed: int = Field(0, ge=0, description="one seed, one picture")
+    seed: int = Field(0, ge=0, lt=2**63, description="one seed, one picture")
     micro_batch: int | None = Field(None, ge=1, description="images at a time; default: all")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one")
+    device: Device = Field("auto", description="auto: cuda if there is one")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations")
 
 
 class EvaluateConfig(_Section):
     """Arguments of `python -m varfast.evaluate`. Sampling defaults to the settings of VAR's FID numbers."""
 
-    checkpoint: str = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
-    reference: str | None = Field(
+    checkpoint: Source = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
+    reference: Source | None = Field(
         None,
         description="what it is compared with: as checkpoint, or 'base' for the model that the run folder started "
         "from, which is the default for a run folder; null: nothing",
     )
-    vqvae: str | None = Field(None, description="the VQ-VAE's weights, for a transformer's weights")
-    out: str | None = Field(
+    vqvae: Source | None = Field(None, description="the VQ-VAE's weights, for a transformer's weights")
+    out: LocalPath | None = Field(
         None,
         description="folder of results; an unfinished evaluation in it goes on. Default: evaluation, in the run folder "
         "if checkpoint is one",
     )
-    labels: Literal["all"] | list[int] = Field("all", description="to sample")
-    samples_per_label: int = Field(10, ge=1, description="images a label")
-    temperature: float = Field(1.0, gt=0, description="of the draw")
-    cfg: float = Field(1.5, ge=0, description="classifier-free guidance; 0: off")
-    top_k: int = Field(900, ge=0, description="0: off; no filter either for a model with no more codes than this")
+    labels: AllOrLabels = Field("all", description="to sample: numbers or names, as [207, golden retriever]")
+    samples_per_label: int = Field(10, ge=1, le=1_000_000, description="images a label")
+    temperature: float = Field(1.0, ge=1e-3, le=1000, description="of the draw")
+    cfg: float = Field(1.5, ge=0, le=1000, description="classifier-free guidance; 0: off")
+    top_k: int = Field(
+        900, ge=0, lt=2**31, description="0: off; no filter either for a model with no more codes than this"
+    )
     top_p: float = Field(0.96, ge=0, le=1, description="0: off")
     seed: int = Field(0, ge=0, lt=2**63, description="an image is a function of seed, label and number alone")
-    micro_batch: int = Field(32, ge=1, description="images sampled and decoded at a time")
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda if there is one; each process its own"
-    )
+    micro_batch: int = Field(32, ge=1, le=1_000_000, description="images sampled and decoded at a time")
+    device: Device = Field("auto", description="auto: cuda if there is one; each process its own")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations")
     save: Literal["none", "png", "npz"] = Field(
         "none", description="keep the images: a PNG each, or one .npz of uint8 (N, H, W, 3) a model, as ADM's evaluator"
     )
-    scores: dict[str, RewardConfig] = Field(
+    scores: Annotated[
+        dict[str, RewardConfig], Wanted("sections as those of reward, whose keys `train --help reward` shows", True)
+    ] = Field(
         default_factory=dict,
         description="means to report, by names of your choice, as scores.aes.type=aesthetic; weights do not count. "
         "Default for a run folder: its rewards",
@@ -698,7 +940,7 @@ class EvaluateConfig(_Section):
         description="whose top-1 and top-5 accuracy on the samples is reported: digits, resnet50 or another of "
         "torchvision. Default for a run folder: its eval.classifier",
     )
-    fid_reference: str | None = Field(
+    fid_reference: Source | None = Field(
         None,
         description="real images for FID, precision, recall, density and coverage: a folder, 'digits', or an .npz with "
         "arr_0, uint8 (N, H, W, 3), or with mu and sigma, which are enough for FID",
@@ -708,7 +950,7 @@ class EvaluateConfig(_Section):
         description="what FID compares: Inception-v3's 2048, or 8 x 8 grey levels. Default: digits for "
         "fid_reference=digits, inception for another one, none without",
     )
-    inception_weights: str | None = Field(
+    inception_weights: Source | None = Field(
         None, description="path, hf:// or https address; default: torch-fidelity's public file"
     )
 
@@ -728,8 +970,10 @@ class EvaluateConfig(_Section):
 class ExportConfig(_Section):
     """Arguments of `python -m varfast.export`."""
 
-    checkpoint: str = Field(description="a run folder")
-    out: str = Field(description="the file to write, .safetensors or .pth; a model card is written beside it as .md")
+    checkpoint: LocalPath = Field(description="a run folder")
+    out: LocalPath = Field(
+        description="the file to write, .safetensors or .pth; a model card is written beside it as .md"
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights in the file")
     overwrite: bool = Field(False, description="replace files that exist")
 
@@ -739,6 +983,19 @@ class ExportConfig(_Section):
         if Path(out).suffix not in (".safetensors", ".pth"):
             raise ValueError(f"got {out}, want a name that ends with .safetensors or .pth")
         return out
+
+
+class ReportConfig(_Section):
+    """Arguments of `python -m varfast.report`."""
+
+    runs: list[LocalPath] = Field(min_length=1, description="run folders, each an argument of its own")
+    out: LocalPath = Field("report.html", description="the page to write")
+
+
+class RooflineConfig(Config):
+    """Arguments of `python -m varfast.roofline`: a run's, and the device that it is predicted for."""
+
+    device: str = Field("H200", description="H200, H100, A100, RTX4090 and others (a wrong name lists them), or here")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -752,47 +1009,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         path: the YAML file. Its key `base` may name another, from the same folder, whose sections it changes; `reward`
             replaces the base's as a whole.
         overrides: "a.b=c" each; c is read as YAML, so `true`, `3`, `[1, 2]` and `null` mean what they mean there.
-    Raises: InputError if the file is missing or no YAML, for unknown keys (with the nearest known one), wrong types
-        and values out of range, all of them in one message.
+    Raises: InputError if the file is missing or not valid YAML, for unknown keys (with the nearest known one), wrong
+        types and values out of range, all of them in one message.
     """
-    data = _read(Path(path), ())
-    for override in overrides or []:
-        _apply_override(data, override)
-    return parse_config(data, str(path))
+    return load_as(Config, path, overrides or [])
 
 
-def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
-    """A YAML file over the one that its key `base` names, by a path from its folder, over that one's base, ..."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        named = f" (the base of {readers[-1]})" if readers else ""
-        raise InputError(f"config {path}{named}: {error.strerror}; the examples are in configs/") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"config {path} is no text in UTF-8: {error}; the examples are in configs/") from error
-    data = _read_yaml(text, f"config {path}")
-    if not isinstance(data, dict):
-        raise InputError(
-            f"config {path}: got {type(data).__name__} at the top, want sections as in configs/digits.yaml"
-        )
-    base = data.pop("base", None)
-    if base is None:
-        return data
-    if not isinstance(base, str):
-        raise InputError(f"config {path}: base is {base!r}, want the path of a config, as in base: digits.yaml")
-    if path in readers:
-        raise InputError(f"config {path}: base leads back to it, by {' -> '.join(map(str, (*readers, path)))}")
-    return _merged(_read(path.parent / base, (*readers, path)), data)
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Sections key by key; but rewards are replaced as a whole: a run has the rewards that its own file names."""
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict) and key != "reward"
-        merged[key] = _merged(below, value) if both else value  # type: ignore[arg-type]
-    return merged
+def load_as(model: type[_Model], path: str | Path, overrides: list[str]) -> _Model:
+    """As load_config, for a command whose arguments are a config and more."""
+    data = read_config(expanded(str(path)))
+    for override in overrides:
+        apply_override(data, override)
+    return _validate(model, data, str(path))
 
 
 def parse_config(data: dict[str, Any], source: str = "config") -> Config:
@@ -801,83 +1029,28 @@ def parse_config(data: dict[str, Any], source: str = "config") -> Config:
 
 
 def parse_arguments(arguments: list[str], model: type[_Model]) -> _Model:
-    """Arguments of the form a.b=c, as a `model`. Raises: InputError, as load_config."""
-    data: dict[str, Any] = {}
-    for argument in arguments:
-        _apply_override(data, argument)
+    """A command's arguments, `a.b=c` or `--a.b c` each; a word alone is the command's first key. Raises: InputError."""
+    found, data = arguments_of(arguments, model), dict[str, Any]()
+    for override in found.overrides:
+        apply_override(data, override)
+    key = next(iter(model.model_fields))
+    if get_origin(model.model_fields[key].annotation) is list:
+        if found.paths:
+            data[key] = found.paths
+    elif len(found.paths) > 1:
+        raise InputError(
+            f"arguments {found.paths[0]!r} and {found.paths[1]!r}: want one {key}; the others as key=value"
+        )
+    elif found.paths:
+        if key in data:
+            raise InputError(f"argument {found.paths[0]!r} and {key}={data[key]}: want one of the two")
+        data[key] = found.paths[0]
     return _validate(model, data, "arguments")
 
 
-def _validate(model: type[_Model], data: dict[str, Any], source: str) -> _Model:
+def _validate(model: type[_Model], data: Any, source: str) -> _Model:
+    data = plain(data, source)
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(model, dict(problem)) for problem in error.errors()]
-        raise InputError("\n  ".join([f"{source} cannot be used:", *problems])) from error
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise InputError(f"argument {override!r}: want key=value, as in update.lr=3e-5")
-    node: Any = data
-    *parents, last = key.split(".")
-    for parent in parents:
-        if node.get(parent) is None:
-            node[parent] = {}
-        node = node[parent]
-        if not isinstance(node, dict):
-            raise InputError(f"argument {override!r}: {parent} is a value, not a section")
-    node[last] = _read_yaml(text, f"argument {override!r}: the value")
-
-
-# PyYAML lets what int(), datetime() and its own tables raise through: `2001-13-45`, `0x_`, `!!bool x`, `!!timestamp x`.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
-
-
-def _read_yaml(text: str, what: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except _YAML_ERRORS as error:
-        raise InputError(f"{what} is no YAML: {error}") from error
-
-
-def _explain(root: type[BaseModel], problem: dict[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(root, problem["loc"][:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*_shown(location[:-1]), near[0]])}?" if near else f"known: {', '.join(known)}"
-        return f"{'.'.join(_shown(location))}: unknown key; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in ("value_error", "missing"):
-        return ": ".join([*filter(None, [".".join(_shown(location))]), message])
-    return f"{'.'.join(_shown(location))}: got {_repr(problem['input'])}; {message[0].lower()}{message[1:]}"
-
-
-def _repr(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # an int of more than 4300 digits
-        return "a number that is too long to show"
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _shown(location: list[str]) -> list[str]:
-    # pydantic names the chosen member of a union too: reward.bright.brightness.mode
-    return [p for i, p in enumerate(location) if not (i == 2 and location[0] in ("reward", "scores"))]
-
-
-def _known_keys(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    model: Any = root
-    for part in location:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            model = model.model_fields[str(part)].annotation
-        elif get_origin(model) is dict:
-            model = get_args(model)[1]
-        else:
-            members = get_args(get_args(model)[0]) if get_origin(model) is Annotated else get_args(model)
-            model = next(m for m in members if get_args(m.model_fields["type"].annotation) == (part,))
-        if type(None) in get_args(model):
-            model = next(m for m in get_args(model) if m is not type(None))
-    return list(model.model_fields)
+        raise InputError("\n  ".join([f"{source} cannot be used:", *explain(model, error)])) from error

@@ -7,14 +7,28 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from varfast.images import (
+    SUFFIXES,
+    Listing,
+    check_images,
+    is_hidden,
+    list_images,
+    passed_over,
+    read_rgb,
+    sorted_entries,
+)
+from varfast.printable import printable
 from varfast.types import InputError
 
 Images = Dataset[tuple[Tensor, ...]]
@@ -22,20 +36,46 @@ Images = Dataset[tuple[Tensor, ...]]
 # Ink and paper of the drawn digits: about one in eleven images is bright by the paper's rule (mean luma >= 0.8).
 _PAPER = (0.6, 1.0)
 _INK_OVER_PAPER = (0.2, 0.75)
+# Of a longer image the middle counts.
+_MOST_LONG = 8
 
 
-def load_images(dataset: str, image_size: int) -> Images:
+def load_images(dataset: str, image_size: int, num_classes: int | None = None, check: bool = True) -> Images:
     """Images and labels for pre-training.
 
     Args:
-        dataset: "digits", or a folder with one sub-folder a class; labels follow the sub-folders' sorted names.
-        image_size: side in pixels. Digits come at 8, or at a multiple of 8 by repetition; other images are resized
-            (shorter side, Lanczos) to 9/8 of it and cropped at random.
-    Raises: InputError if the folder is missing or holds no images, or if a package is missing.
+        dataset: "digits", or a folder with one sub-folder a class: see FolderImages.
+        image_size: side in pixels. Digits come at 8, or at a multiple of 8 by repetition.
+        num_classes: labels of the model: a folder must have as many classes. None: any number.
+        check: read every file once, to name all that cannot be read.
+    Raises: InputError if the folder is missing, has other classes, or one without images, if files cannot be read, or
+        a package is missing.
     """
     if dataset == "digits":
         return TensorDataset(*digits(image_size))
-    return _image_folder(Path(dataset).expanduser(), image_size)
+    images = FolderImages(str(Path(dataset).expanduser()), image_size)
+    if num_classes is not None and len(images.classes) != num_classes:
+        raise InputError(_other_number(images, num_classes))
+    if check:
+        images.check()
+    return images
+
+
+def _other_number(images: FolderImages, num_classes: int) -> str:
+    count = len(images.classes)
+    names = ", ".join(map(printable, images.classes[:5])) + (", ..." if count > 5 else "")
+    without = (
+        f"labels {count} to {num_classes - 1} would have no image, and a run would draw them all the same"
+        if count < num_classes
+        else "the last ones would have no label"
+    )
+    splits = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
+    split = next((name for name in images.classes if name.lower() in splits), None)
+    hint = f", or name one of them, as pretrain.dataset={images.folder}/{split}" if split else ""
+    return (
+        f"pretrain.dataset={images.folder} has {count} class folders ({names}), policy.var.num_classes={num_classes}: "
+        f"{without}; set policy.var.num_classes={count}{hint}"
+    )
 
 
 def digits(image_size: int = 8) -> tuple[Tensor, Tensor]:
@@ -65,41 +105,139 @@ def _load_digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(data.images.astype(np.float32) / 16.0), torch.from_numpy(data.target.astype(np.int64))
 
 
-def _image_folder(folder: Path, image_size: int) -> Images:
-    if not folder.is_dir():
-        raise InputError(
-            f"pretrain.dataset={folder}: no such folder; want 'digits' or a folder with a sub-folder a class"
+class FolderImages(Dataset[tuple[Tensor, ...]]):
+    """A folder with one sub-folder a class. Labels follow the names of the sub-folders in natural order: 2 before 10.
+
+    Hidden folders are passed over. Images may lie at any depth of a class folder; suffixes may be in upper case.
+    An image is brought to 9/8 of image_size (shorter side, Lanczos) and cropped at random.
+
+    Attributes:
+        folder: the data set's.
+        classes: names of the sub-folders in the order of the labels.
+        counts: number of images of each.
+        notes: what a user should know of how the folder was read.
+
+    Raises: InputError if there are no class folders, one holds no images, or a file cannot be read.
+    """
+
+    def __init__(self, folder: str, image_size: int) -> None:
+        self.folder, self._size = folder, image_size
+        self.classes = class_folders(folder)
+        listings = [list_images(os.path.join(folder, name)) for name in self.classes]
+        self.counts = [len(listing.files) for listing in listings]
+        empty = [n for n, found in zip(self.classes, listings, strict=True) if not (found.files or found.troubles)]
+        if empty:
+            others = passed_over(listings)
+            raise InputError(
+                f"pretrain.dataset={folder}: no images in {', '.join(map(printable, empty[:10]))}"
+                f"{f' and {len(empty) - 10} more' if len(empty) > 10 else ''}; every sub-folder is a label. Put images "
+                f"there ({', '.join(SUFFIXES)}), or delete it{f'. Files that are not read: {others}' if others else ''}"
+            )
+        self._files = [(f.path, label) for label, found in enumerate(listings) for f in found.files]
+        self._listing = Listing(
+            [f for found in listings for f in found.files], [t for found in listings for t in found.troubles]
         )
+        self.notes = _notes(folder, self.classes, listings)
+
+    def check(self) -> None:
+        """Read every file once. Raises: InputError as images.check_images."""
+        check_images(f"pretrain.dataset={self.folder}", self._listing)
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        """Label of each class folder, by torchvision's name."""
+        return {name: label for label, name in enumerate(self.classes)}
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        path, label = self._files[index]
+        picture = read_rgb(path, f"pretrain.dataset={self.folder}")
+        return _random_crop(picture, self._size), torch.tensor(label)
+
+
+def class_folders(folder: str) -> list[str]:
+    """Names of the class folders of a data set, in the order of the labels.
+
+    Raises: InputError if there are none.
+    """
+    where = f"pretrain.dataset={folder}"
+    if os.path.isfile(folder):
+        raise InputError(f"{where}: a file; want a folder with a sub-folder a class (unpack an archive first)")
+    if not os.path.isdir(folder):
+        raise InputError(f"{where}: no such folder; want 'digits' or a folder with a sub-folder a class")
     try:
-        from torchvision import transforms
-        from torchvision.datasets import ImageFolder
-    except ImportError as error:
+        entries = [entry for entry in sorted_entries(folder) if not is_hidden(entry.name)]
+        gone = [entry.name for entry in entries if entry.is_symlink() and not os.path.exists(entry.path)]
+        found = [entry.name for entry in entries if entry.name not in gone and entry.is_dir()]
+    except OSError as error:
+        raise InputError(f"{where}: the folder cannot be read: {error.strerror}; mend its rights") from error
+    odd = [f"{name} is a link to nothing" for name in map(printable, gone)]
+    odd += [f"{printable(n)} is a folder with the name of an image" for n in found if n.lower().endswith(SUFFIXES)]
+    if odd:
         raise InputError(
-            f"images in a folder are read by torchvision; pip install 'varfast[images]' ({error})"
-        ) from error
-    transform = transforms.Compose(
-        [
-            transforms.Resize(round(image_size * 9 / 8), interpolation=transforms.InterpolationMode.LANCZOS),
-            transforms.RandomCrop(image_size),
-            transforms.ToTensor(),
-        ]
+            f"{where}: {'; '.join(odd[:10])}. A label less would shift all others: delete it or replace it"
+        )
+    if not found:
+        loose = sum(entry.name.lower().endswith(SUFFIXES) for entry in entries)
+        advice = (
+            f"{loose} images lie in it directly; for a model with one label, put them all into one sub-folder, and set "
+            "policy.var.num_classes=1"
+            if loose
+            else "every sub-folder with images is a label"
+        )
+        raise InputError(f"{where}: no class folders in it; {advice}")
+    return found
+
+
+def _notes(folder: str, classes: list[str], listings: list[Listing]) -> list[str]:
+    notes = []
+    by_sight: dict[str, str] = {}
+    for name in classes:
+        other = by_sight.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            notes.append(f"{printable(other)} and {printable(name)} look alike and are two labels")
+    for entry in sorted_entries(folder):
+        if is_hidden(entry.name) and entry.is_dir():
+            notes.append(f"{printable(entry.name)} is passed over: a hidden folder is no class")
+    loose = sum(e.name.lower().endswith(SUFFIXES) and not is_hidden(e.name) and not e.is_dir()
+                for e in sorted_entries(folder))  # fmt: skip
+    if loose:
+        notes.append(f"{loose} images beside the class folders belong to no class and are not read")
+    if others := passed_over(listings):
+        notes.append(f"files in class folders that are not read: {others}")
+    return notes
+
+
+def _random_crop(picture: Image.Image, size: int) -> Tensor:
+    """(3, size, size) in [0, 1], as torchvision's Resize, RandomCrop and ToTensor give it, with its random numbers."""
+    width, height = picture.size
+    if max(width, height) > _MOST_LONG * min(width, height):  # a line of pixels would become gigabytes
+        left, top = (max(0, side - _MOST_LONG * min(width, height)) // 2 for side in (width, height))
+        picture = picture.crop((left, top, width - left, height - top))
+        width, height = picture.size
+    short = round(size * 9 / 8)
+    scaled = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    picture = picture.resize(scaled, Image.Resampling.LANCZOS)
+    top, left = (
+        int(torch.randint(0, room + 1, (1,))) if scaled != (size, size) else 0
+        for room in (scaled[1] - size, scaled[0] - size)
     )
-    try:
-        images: Images = ImageFolder(str(folder), transform, target_transform=torch.tensor)
-    except FileNotFoundError as error:
-        raise InputError(f"pretrain.dataset={folder}: {error}") from error
-    return images
+    pixels_HW3 = np.array(picture.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels_HW3).permute(2, 0, 1).contiguous().float().div(255.0)
 
 
 def fingerprint(dataset: str) -> str:
-    """What the content of a data set is known by: names, sizes and times of its files."""
+    """What the content of a data set is known by: its labels' order, and names, sizes and times of its images."""
     if dataset == "digits":
         return "digits"
     digest = hashlib.sha256()
-    folder = Path(dataset).expanduser()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        stat = path.stat()
-        digest.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    folder = str(Path(dataset).expanduser())
+    for label, name in enumerate(class_folders(folder)):
+        digest.update(b"label %d %s\n" % (label, os.fsencode(name)))
+        for file in list_images(os.path.join(folder, name)).files:
+            digest.update(os.fsencode(file.path[len(folder) :]) + b" %d %d\n" % (file.bytes, file.modified_ns))
     return digest.hexdigest()
 
 

@@ -108,21 +108,92 @@ def _share(rank: int, size: int, count: int) -> slice:
     return slice(start, start + rows + (rank < more))
 
 
+# What else starts several processes, each of which would be alone: number of tasks, by who sets it. Slurm's step comes
+# first: SLURM_NTASKS may be the allocation's.
+_TASKS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "SLURM_NTASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the environment says about this process, before any other one is asked.
+
+    Attributes:
+        rank, size: this process among those of the run.
+        local_rank, local_size: among those on this machine; local_rank is None where nobody says.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int | None = None
+    local_size: int = 1
+
+
+def launched() -> Launch:
+    """How this process was started: by torchrun, or alone. An empty variable counts as unset.
+
+    Raises: InputError for variables that contradict each other, and for tasks of srun or mpirun, which would each be a
+        process alone in the same folder.
+    """
+    rank, size = _number("RANK"), _number("WORLD_SIZE")
+    if size == 0:
+        raise InputError("WORLD_SIZE=0: want the number of processes; unset it for one process")
+    if rank is None and (size or 1) > 1:
+        raise InputError(
+            f"WORLD_SIZE={size}, but RANK is not set, as it is in processes of torchrun. Start them with "
+            f"`torchrun --nproc-per-node {size} -m varfast...`, or unset WORLD_SIZE for one process"
+        )
+    if rank is not None and rank >= (size or 1):
+        raise InputError(
+            f"RANK={rank}, but WORLD_SIZE{' is not set' if size is None else f'={size}'}: want RANK < WORLD_SIZE. "
+            "Start the processes with torchrun, which sets both, or unset RANK for one process"
+        )
+    if rank is None:
+        _refuse_lone_tasks()
+        return Launch()
+    return Launch(rank, size or 1, _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE") or 1)
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise InputError(f"{name}={text}: want a number, as torchrun sets it; unset it for one process")
+    return int(text)
+
+
+def _refuse_lone_tasks() -> None:
+    name = next((name for name in _TASKS if os.environ.get(name, "").isdigit()), None)
+    if name is not None and int(os.environ[name]) > 1:
+        raise InputError(
+            f"{name}={os.environ[name]}: {_TASKS[name]} starts tasks that do not know one another. Start one task a "
+            f"machine and in it `torchrun --nproc-per-node GPUS -m varfast...`; for one process unset {name}"
+        )
+
+
 def local_device(name: str) -> str:
     """run.device as it is meant for this process: auto and cuda are a GPU for each process of a machine.
 
-    Raises: InputError for one GPU named for several processes.
+    Raises: InputError for one GPU named for several processes, or if nobody says which one is this process's.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or name == "cpu" or not torch.cuda.is_available():
+    process = launched()
+    if process.size == 1 or name == "cpu" or not torch.cuda.is_available():
         return name
     if name not in ("auto", "cuda"):
         raise InputError(f"run.device={name} names one GPU for all processes of torchrun; use auto or cuda")
-    return f"cuda:{os.environ['LOCAL_RANK']}"
+    if process.local_rank is None:
+        raise InputError("LOCAL_RANK is not set, so this process has no GPU of its own; start it with torchrun")
+    return f"cuda:{process.local_rank}"
 
 
 def processes_here() -> int:
     """Processes of the run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return launched().local_size
 
 
 @contextmanager
@@ -134,8 +205,9 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[World]:
     Args:
         device: of this process.
         timeout_s: how long to wait for another process before it counts as lost.
+    Raises: InputError if the processes do not meet.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if launched().size == 1:
         yield World()
         return
     on_gpu = device.type == "cuda"
@@ -166,7 +238,14 @@ def _met(timeout: timedelta) -> tuple[Store, int, int]:
     torch 2.15 then connects to them, fails or waits for ever. So process 0 draws a name, and tells it to whoever asks
     by a number drawn now. What is left of an earlier attempt asks by other numbers; nobody reads those answers.
     """
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+    except (RuntimeError, ValueError) as error:  # no address, no connection, a port that is taken
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise InputError(
+            f"the processes do not meet at MASTER_ADDR={os.environ.get('MASTER_ADDR', '')} "
+            f"MASTER_PORT={os.environ.get('MASTER_PORT', '')}: {reason}. Start them with torchrun, which sets both"
+        ) from error
     drawn = uuid.uuid4().hex
     if rank > 0:
         store.set(f"asks/{rank}", drawn)
@@ -181,7 +260,7 @@ def _met(timeout: timedelta) -> tuple[Store, int, int]:
             elif store.check([f"asks/{other}"]):
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", drawn)
         if time.monotonic() > deadline_s:
-            raise RuntimeError(
+            raise InputError(
                 f"processes {sorted(waiting_for)} did not come within run.timeout_s={timeout.total_seconds():g}"
             )
         time.sleep(0.01)

@@ -5,11 +5,16 @@ python -m varfast.env
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("env")
+
 import importlib.util
 from importlib import metadata
 
 from varfast import kernels
-from varfast.command import run_command
+from varfast.command import read_nothing
 from varfast.log import environment
 from varfast.policy import pick_device
 
@@ -33,6 +38,7 @@ _OPTIONAL_MODULES = ("flash_attn", "apex")
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.env"""
+    read_nothing(arguments)
     for name, value in environment().items():
         print(f"{name:16} {value}")
     for package in _PACKAGES:
@@ -47,7 +53,3 @@ def main(arguments: list[str]) -> int:
     for choice in kernels.choices(pick_device("auto")):
         print(f"{choice.op:24} {choice.impl:11} {choice.why}")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -13,30 +13,41 @@ Axes: B image of a chunk, N image, D feature, K class; H, W pixels.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("evaluate")
+
+import errno
 import hashlib
 import json
-import os
+import math
+import re
+import shlex
+import struct
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from varfast.checkpoint import RunFolder, save_text, write_atomically
-from varfast.command import run_command
-from varfast.config import ClassifierConfig, EvaluateConfig, check_labels, parse_arguments
+from varfast.base import Base
+from varfast.checkpoint import RunFolder
+from varfast.config import ClassifierConfig, EvaluateConfig, RewardConfig, parse_arguments, reaches_outside
 from varfast.data import DigitsClassifier
-from varfast.features import Network, RealImages, load_network, load_real_images, to_levels
-from varfast.labels import label_pool
-from varfast.log import environment, image_grid, save_png
+from varfast.distributed import launched
+from varfast.features import Network, RealImages, check_reference, load_network, load_real_images, to_levels
+from varfast.files import open_regular, parse_json, read_bytes, save_text, write_atomically
+from varfast.labels import label_names, label_numbers, label_pool, run_names
+from varfast.log import GAP_PX, environment, image_grid, save_png
 from varfast.metrics import (
     NEIGHBOUR_IMAGES,
     NEIGHBOURS,
@@ -50,7 +61,9 @@ from varfast.metrics import (
     statistics,
 )
 from varfast.models.weights import resolve
-from varfast.policy import Policy, pick_device
+from varfast.policy import Policy, check_finite, pick_device
+from varfast.printable import printable
+from varfast.progress import Progress
 from varfast.randomness import EVAL_STEP
 from varfast.rewards import WeightedSum
 from varfast.rewards.classifier import Confidence
@@ -65,11 +78,19 @@ _CHUNK_IMAGES = 128
 _PICTURE_LABELS, _PICTURE_SAMPLES = 8, 4
 # Arguments that the chunks do not depend on.
 _FREE_TO_CHANGE = ("out", "micro_batch", "device", "fid_reference", "inception_weights")
+# What zipfile, zlib and the checks of a chunk raise for a file that is no such archive.
+_ARCHIVE_ERRORS = (
+    OSError, ValueError, EOFError, RuntimeError, ArithmeticError, LookupError, struct.error, zlib.error,
+    zipfile.BadZipFile,
+)  # fmt: skip
+# Where weights are; which they are is noted in every chunk. A run folder that was moved goes on with its evaluation.
+_PLACES = ("checkpoint", "reference", "vqvae")
 # A process that has written nothing for so long is taken for dead.
 _PATIENCE_S = 1800.0
 _INTERVALS = (
-    "95 %: normal over images, Wilson's for shares; of a difference, normal over images paired by label and seed; of "
-    "diversity, over labels; none for FID, inception score and what compares neighbours"
+    "95 %: normal over images, Wilson's for shares; of a difference, the same over images paired by label and seed, "
+    "Bonett and Price's for shares; of diversity, over labels; none for FID, inception score and what compares "
+    "neighbours"
 )
 
 
@@ -120,6 +141,13 @@ class Judge:
         if self.network is not None:
             numbers["features"], numbers["logits"] = self.network(to_levels(images))
         return numbers
+
+
+def _columns(config: EvaluateConfig) -> list[str]:
+    """Names of the numbers that a Judge gives of each image."""
+    columns = [f"score/{name}" for name in config.scores]
+    columns += ["top1", "top5"] if config.classifier else []
+    return columns + (["features", "logits"] if config.feature_network else [])
 
 
 def _classifier(config: ClassifierConfig, num_classes: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
@@ -179,7 +207,7 @@ def sample_chunk(policy: Policy, plan: Plan, chunk: list[int], config: EvaluateC
     """Images (B, 3, H, W) in [0, 1] and labels (B,) of a chunk."""
     parts = []
     for run in plan.runs(chunk, config.micro_batch):
-        _, images = policy.sample_images(
+        rollout, images = policy.sample_images(
             [plan.label(index) for index in run],
             config.temperature,
             seed=config.seed,
@@ -189,19 +217,24 @@ def sample_chunk(policy: Policy, plan: Plan, chunk: list[int], config: EvaluateC
             step=EVAL_STEP,
             first_sample=run[0],
         )
+        check_finite(rollout, images)
         parts.append(images)
     return torch.cat(parts), torch.tensor([plan.label(index) for index in chunk], device=policy.device)
 
 
 class EvaluationFolder:
-    """The files of an evaluation.
+    """The files of an evaluation. What is read back from it is looked at with care: somebody may have handed it on.
 
     Attributes:
         path: the folder.
+        columns: names of what a chunk holds of each image, as Judge names them.
+        image_size: of the images, pixels a side.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, columns: Iterable[str] = (), image_size: int = 0) -> None:
         self.path = Path(path).expanduser()
+        self.columns = list(columns)
+        self.image_size = image_size
 
     def prepare(self, settings: dict[str, Any], rank: int) -> None:
         """Note the settings, a file a process. Raises: InputError if others are noted there, or something else is."""
@@ -213,42 +246,104 @@ class EvaluationFolder:
         noted = [name for name in names if name.startswith("settings_")]
         if names and not noted:
             raise InputError(f"out={self.path} holds other files and no evaluation; choose another folder")
+        for name in names:
+            if (self.path / name).is_symlink():
+                raise InputError(f"out={self.path}: {printable(name)} is a link, through which other files would be "
+                                 "written; delete it, or choose another folder")  # fmt: skip
         for name in noted:
             if name.endswith(".json"):
-                _refuse_other_settings(self.path, json.loads((self.path / name).read_text(encoding="utf-8")), settings)
+                _refuse_other_settings(self.path, _read_settings(self.path / name), settings)
         save_text(self.path / f"settings_{rank}.json", json.dumps(settings, indent=2) + "\n")
 
     def chunk(self, side: str, number: int) -> Path:
         return self.path / "chunks" / f"{side}_{number:05d}.npz"
 
-    def read(self, side: str, number: int) -> Any:
-        """The arrays of a chunk. Raises: InputError if it cannot be read."""
-        path = self.chunk(side, number)
-        try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} cannot be read ({error}); delete it and run the command again") from error
+    def weights(self, side: str, number: int) -> str:
+        """The hash of the weights that a chunk is of. Raises: InputError if it cannot be read."""
+        return str(self._read(side, number, ["weights"])["weights"])
+
+    def levels(self, side: str, number: int, plan: Plan, whole: bool = False) -> np.ndarray:
+        """The images of a chunk that are kept: all, or those of the picture. Raises: InputError as weights."""
+        chunk = plan.chunks[number]
+        levels = self._read(side, number, ["levels"])["levels"]
+        counts = (len(chunk),) if whole else (len(chunk), sum(plan.shown(index) for index in chunk))
+        if levels.dtype != np.uint8 or levels.shape[1:] != (self.image_size, self.image_size, 3):
+            self._refuse(side, number, f"its images are {levels.dtype} {levels.shape}")
+        if len(levels) not in counts:
+            self._refuse(side, number, f"it holds {len(levels)} images")
+        return levels
 
     def gather(self, side: str, plan: Plan) -> Numbers:
-        """The arrays of all chunks but the images, in the order of the plan."""
+        """The arrays of all chunks but the images, in the order of the plan. Raises: InputError as weights."""
         parts: list[Numbers] = []
-        for number in range(len(plan.chunks)):
-            arrays = self.read(side, number)
-            per_image = [n for n in arrays.files if n not in ("levels", "weights")]
-            parts.append({name: arrays[name] for name in per_image})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for number, chunk in enumerate(plan.chunks):
+            part = self._read(side, number, self.columns)
+            for name, array in part.items():
+                wanted = (len(chunk), *(parts[0][name].shape[1:] if parts else array.shape[1:]))
+                axes, kind = (
+                    (2, "f") if name in ("features", "logits") else (1, "b" if name in ("top1", "top5") else "f")
+                )
+                if array.ndim != axes or array.shape != wanted or array.dtype.kind != kind:
+                    self._refuse(side, number, f"{printable(name)} is {array.dtype} {array.shape}")
+                if kind == "f" and not np.isfinite(array).all():
+                    self._refuse(side, number, f"{printable(name)} holds numbers that are not finite")
+            parts.append(part)
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.columns}
+
+    def _read(self, side: str, number: int, names: list[str]) -> Numbers:
+        path = self.chunk(side, number)
+        try:
+            with open_regular(path, follow=False) as file, zipfile.ZipFile(file) as archive:
+                return {name: _read_array(archive, name) for name in names}
+        except _ARCHIVE_ERRORS as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else printable(error)
+            self._refuse(side, number, reason or type(error).__name__)
+
+    def _refuse(self, side: str, number: int, reason: str) -> NoReturn:
+        raise InputError(f"{self.chunk(side, number)} cannot be read ({reason}); delete it and run the command again")
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array as numpy.savez wrote it. By hand: NumPy evaluates the header, and makes room for what it promises."""
+    members = [member for member in archive.infolist() if member.filename == f"{name}.npy"]
+    if len(members) != 1:
+        raise ValueError(f"it holds {name} {len(members)} times")
+    if members[0].compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed, which no chunk is")
+    with archive.open(members[0]) as member:
+        content = member.read()
+    header = re.match(rb"\x93NUMPY\x01\x00..\{'descr': '([<|][biufU]\d{1,3})', 'fortran_order': False, 'shape': "
+                      rb"\(([\d, ]{0,80})\), \} *\n", content[:1000], re.S)  # fmt: skip
+    if header is None:
+        raise ValueError(f"{name} is no array of numbers")
+    dtype = np.dtype(header[1].decode())
+    shape = tuple(int(side) for side in header[2].split(b",") if side.strip())
+    if math.prod(shape) * dtype.itemsize != len(content) - header.end():
+        raise ValueError(f"{name} is {len(content) - header.end()} bytes for {dtype} {shape}")
+    return np.frombuffer(content, dtype, offset=header.end()).reshape(shape)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = parse_json(read_bytes(path))
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else printable(error)
+        raise InputError(f"{path} cannot be read ({reason}); delete it and run the command again") from error
+    return settings
 
 
 def _refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     names = [*there, *(name for name in here if name not in there)]
     differences = [
-        f"  {name}: {there.get(name)} there, {here.get(name)} here"
+        f"  {printable(name)}: {printable(there.get(name))} there, {printable(here.get(name))} here"
         for name in names
-        if there.get(name) != here.get(name)
+        if there.get(name) != here.get(name) and not (name in _PLACES and there.get(name) and here.get(name))
     ]
     if differences:
         raise InputError(
-            "\n".join([f"out={folder} holds an evaluation with other settings:", *differences])
+            "\n".join([f"out={folder} holds an evaluation with other settings:", *differences[:40]])
             + "\n  choose another folder, or take these back"
         )
 
@@ -272,12 +367,13 @@ def sample_side(
     for number in range(rank, len(plan.chunks), world):
         if not folder.chunk(side, number).exists():
             todo.append(number)
-        elif str(folder.read(side, number)["weights"]) != weights:
+        elif folder.weights(side, number) != weights:
             raise InputError(
                 f"{folder.chunk(side, number)} holds images of other weights than {side} has now; choose another out "
                 "folder, or delete this one"
             )
-    for number in tqdm(todo, desc=side, unit="chunk", disable=None if rank == 0 else True):
+    progress = Progress(side, len(todo), unit="chunk", quiet=rank != 0)
+    for number in todo:
         chunk = plan.chunks[number]
         images, labels_B = sample_chunk(policy, plan, chunk, config)
         numbers = judge(images, labels_B)
@@ -286,7 +382,10 @@ def sample_side(
             _save_pngs(folder.path / "images" / side, levels, plan, chunk)
         kept = [row for row, index in enumerate(chunk) if config.save == "npz" or plan.shown(index)]
         arrays = {**numbers, "levels": levels[kept], "weights": np.array(weights)}
+        arrays = {name: np.ascontiguousarray(array) if array.ndim else array for name, array in arrays.items()}
         write_atomically(folder.chunk(side, number), lambda file, arrays=arrays: np.savez(file, **arrays))  # type: ignore[misc]
+        progress.update()
+    progress.close()
 
 
 def _weights_hash(policy: Policy) -> str:
@@ -302,8 +401,13 @@ def _save_pngs(folder: Path, levels: np.ndarray, plan: Plan, chunk: list[int]) -
     # Not atomically: until the chunk is written, after them, all of them count as missing.
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link")
         for picture, index in zip(levels, chunk, strict=True):
-            Image.fromarray(picture).save(folder / f"{plan.label(index):04d}_{plan.sample(index):04d}.png")
+            path = folder / f"{plan.label(index):04d}_{plan.sample(index):04d}.png"
+            path.unlink(missing_ok=True)  # a link would be followed, and its target overwritten
+            with path.open("xb") as file:
+                Image.fromarray(picture).save(file, format="PNG")
     except OSError as error:
         raise InputError(f"cannot write into {folder}: {error.strerror}; free space there and go on") from error
 
@@ -316,7 +420,7 @@ def _save_npz(folder: EvaluationFolder, side: str, plan: Plan) -> None:
         with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 for number in range(len(plan.chunks)):
-                    levels = folder.read(side, number)["levels"]
+                    levels = folder.levels(side, number, plan, whole=True)
                     if number == 0:
                         header = {"descr": "|u1", "fortran_order": False, "shape": (images, *levels.shape[1:])}
                         np.lib.format.write_array_header_1_0(member, header)
@@ -396,7 +500,7 @@ def _of_the_set(numbers: Numbers, real: RealImages | None) -> dict[str, float]:
 
 def table(rows: list[Row]) -> str:
     """Text: name, reference, checkpoint, difference, with intervals."""
-    names = [row.name if row.labels == "all" else f"{row.name}, {row.labels} labels" for row in rows]
+    names = [printable(row.name if row.labels == "all" else f"{row.name}, {row.labels} labels") for row in rows]
     columns = [("", names), ("checkpoint", [_shown(row.checkpoint) for row in rows])]
     if any(row.reference for row in rows):
         columns.insert(1, ("reference", [_shown(row.reference) for row in rows]))
@@ -430,19 +534,23 @@ def _about(result: dict[str, Any]) -> str:
 
 
 def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan) -> dict[str, Any]:
-    """pictures.png: a row a label; the two models' images of a seed side by side, reference first."""
+    """pictures.png: a row a label; the reference's images, a gap, and the checkpoint's of the same seeds."""
     images: dict[tuple[str, int], np.ndarray] = {}
     for side in sides:
         for number, chunk in enumerate(plan.chunks):
             if not any(plan.shown(index) for index in chunk):
                 continue
-            levels = folder.read(side, number)["levels"]
+            levels = folder.levels(side, number, plan)
             kept = chunk if len(levels) == len(chunk) else [index for index in chunk if plan.shown(index)]
             images |= {(side, index): levels[row] for row, index in enumerate(kept) if plan.shown(index)}
-    columns = [(side, sample) for sample in plan.picture_samples for side in sides]
-    cells = [images[side, plan.index(label, sample)] for label in plan.picture_labels for side, sample in columns]
-    pixels = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255.0
-    save_png(folder.path / "pictures.png", image_grid(pixels, len(columns)))
+    columns = [(side, sample) for side in sides for sample in plan.picture_samples]
+    grids = []
+    for side in sides:
+        cells = [images[side, plan.index(label, s)] for label in plan.picture_labels for s in plan.picture_samples]
+        pixels = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255.0
+        grids.append(image_grid(pixels, len(plan.picture_samples)))
+        grids.append(np.full((len(grids[-1]), 6 * GAP_PX, 3), 255, np.uint8))
+    save_png(folder.path / "pictures.png", np.concatenate(grids[:-1], axis=1))
     return {
         "file": "pictures.png",
         "rows": plan.picture_labels,
@@ -454,9 +562,14 @@ def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan) -> di
 # The command
 
 
-def resolved(config: EvaluateConfig) -> EvaluateConfig:
+def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> EvaluateConfig:
     """What the arguments leave open: the out folder, and from the run folder its base, its rewards, its classifier.
 
+    Of its rewards, those that only compute on the images: what runs code, asks a server, or reads files by name counts
+    when the arguments name it (docs/security.md).
+
+    Args:
+        say: told which rewards were left out.
     Raises: InputError if there is no such checkpoint.
     """
     checkpoint = Path(config.checkpoint).expanduser()
@@ -471,18 +584,34 @@ def resolved(config: EvaluateConfig) -> EvaluateConfig:
         resolve(config.checkpoint)
     else:
         folder = RunFolder(config.checkpoint)
-        run, noted, given = folder.load_config(), folder.load_base(), config.model_fields_set
+        run, given = folder.load_config(), config.model_fields_set
         found: dict[str, Any] = {} if "reference" in given else {"reference": BASE}
         if "scores" not in given:
-            found["scores"] = run.reward
+            found["scores"] = {name: reward for name, reward in run.reward.items() if not reaches_outside(reward)}
+            if len(found["scores"]) < len(run.reward):
+                say(_left_out(folder, run.reward))
         if "classifier" not in given and run.eval.classifier is not None:
             found["classifier"] = ClassifierConfig(model=run.eval.classifier)
-        if config.vqvae is None and noted is not None:
-            found["vqvae"] = noted[1]
+        if config.vqvae is None and run.policy.checkpoint != "random":
+            found["vqvae"] = str(Base(folder).find("vqvae"))
         config = config.model_copy(update=found)
     if config.reference not in (None, BASE) and not Path(config.reference).expanduser().is_dir():
         resolve(config.reference)
     return config
+
+
+def _left_out(folder: RunFolder, rewards: dict[str, RewardConfig]) -> str:
+    """One line: what is not measured, why, and the argument that brings it back, ready for a shell."""
+    outside = {name: reaches_outside(reward) for name, reward in rewards.items()}
+    names = ", ".join(f"{printable(name, 80)} ({printable(why)})" for name, why in outside.items() if why)
+    content = {name: reward.model_dump(mode="json", exclude_defaults=True) for name, reward in rewards.items()}
+    argument = f"scores={json.dumps(content, ensure_ascii=False)}"
+    fits = argument.isprintable() and len(argument) <= 1000
+    override = shlex.quote(argument) if fits else "scores=..., with what you trust of the section reward there"
+    return (
+        f"left out of the scores, as {printable(folder.config)} names it and not the command line: {names}. If you "
+        f"trust it, add {override}"
+    )
 
 
 def evaluate(config: EvaluateConfig, rank: int = 0, world: int = 1) -> list[Row]:
@@ -494,12 +623,14 @@ def evaluate(config: EvaluateConfig, rank: int = 0, world: int = 1) -> list[Row]
     Returns: the table; empty for another process than 0.
     Raises: InputError for whatever cannot be used; what was sampled so far stays in the folder.
     """
-    config = resolved(config)
+    config = resolved(config, print if rank == 0 else _silent)
     device = pick_device(config.device)
     assert config.out is not None
     folder = EvaluationFolder(config.out)
     sides = {"reference": config.reference} if config.reference is not None else {}
     sides["checkpoint"] = config.checkpoint
+    if config.fid_reference is not None and rank == 0:
+        check_reference(config.fid_reference)  # before models are loaded
     judge: Judge | None = None
     plan: Plan | None = None
     real: RealImages | None = None
@@ -509,6 +640,7 @@ def evaluate(config: EvaluateConfig, rank: int = 0, world: int = 1) -> list[Row]
         sizes = {"labels": policy.num_classes, "pixels a side": policy.vqvae.config.image_size}
         if judge is None or plan is None:
             first_sizes = sizes
+            folder.columns, folder.image_size = _columns(config), policy.vqvae.config.image_size
             plan = Plan(_labels(config, policy.num_classes), config.samples_per_label, policy.num_classes)
             judge = Judge(config, policy.num_classes, device)
             if config.fid_reference is not None and judge.network is not None and rank == 0:
@@ -562,15 +694,15 @@ def _seen_labels(config: EvaluateConfig) -> set[int] | None:
     if not Path(config.checkpoint).expanduser().is_dir():
         return None
     run = RunFolder(config.checkpoint).load_config()
-    pool = label_pool(run.rollout, run.policy.sizes.num_classes, run.run.seed)
+    names = run_names(run, Path(config.checkpoint).expanduser(), made=True)
+    pool = label_pool(run.rollout, run.policy.sizes.num_classes, run.run.seed, names)
     return set(pool) if len(pool) < run.policy.sizes.num_classes else None
 
 
 def _labels(config: EvaluateConfig, num_classes: int) -> list[int]:
     if config.labels == "all":
         return list(range(num_classes))
-    check_labels("labels", config.labels, num_classes)
-    return sorted(set(config.labels))
+    return sorted(set(label_numbers("labels", config.labels, num_classes, label_names(config.checkpoint, num_classes))))
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
@@ -596,24 +728,22 @@ def _load(side: str, address: str, config: EvaluateConfig, device: torch.device)
     folder = RunFolder(config.checkpoint)
     run = folder.load_config()
     run = run.model_copy(update={"run": run.run.model_copy(update={"device": str(device), "dtype": config.dtype})})
-    return load_base(run, folder, resume=True)
+    return load_base(run, folder)
+
+
+def _silent(text: str) -> None:
+    """For all processes but the first."""
 
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.evaluate checkpoint=... [reference=...] [key=value ...]"""
-    config = resolved(parse_arguments(arguments, EvaluateConfig))
-    rank, world, local_rank = (
-        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    process = launched()
+    config = resolved(parse_arguments(arguments, EvaluateConfig), print if process.rank == 0 else _silent)
     if config.device == "auto" and torch.cuda.is_available():
-        config = config.model_copy(update={"device": f"cuda:{local_rank}"})
-    rows = evaluate(config, rank, world)
-    if rank == 0:
+        config = config.model_copy(update={"device": f"cuda:{process.local_rank or 0}"})
+    rows = evaluate(config, process.rank, process.size)
+    if process.rank == 0:
         assert config.out is not None
         result = json.loads((Path(config.out).expanduser() / "evaluation.json").read_text(encoding="utf-8"))
         print(f"\n{table(rows)}\n\n{_about(result)}\n{config.out}: evaluation.json, pictures.png")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -6,48 +6,30 @@ python -m varfast.export checkpoint=runs/x out=model.pth dtype=bfloat16
 
 from __future__ import annotations
 
-import json
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("export")
+
+import errno
+import os
+import re
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from varfast.checkpoint import RunFolder, read_leaves, save_tensors, save_text, write_atomically
-from varfast.command import run_command
+from varfast.checkpoint import RunFolder
 from varfast.config import Config, ExportConfig, LoRAConfig, VARConfig, VQVAEConfig, parse_arguments
+from varfast.files import read_json, read_leaves, read_text, save_tensors, save_text, write_atomically
+from varfast.labels import imagenet, read_labels
 from varfast.log import environment
-from varfast.models import VAR
-from varfast.models.lora import merged_state, without_lora
-from varfast.models.weights import load_var
-from varfast.policy import pick_device
-from varfast.train import load_run
+from varfast.models.weights import load_vqvae
+from varfast.printable import printable
+from varfast.settings.reading import dump_yaml
+from varfast.train import delivered_state, vqvae_of
 from varfast.types import InputError
-
-
-def public_state(folder: RunFolder, sizes: VARConfig, dtype: torch.dtype) -> tuple[dict[str, Tensor], int | None]:
-    """Names, shapes and order of the public checkpoints, buffers included; what is no integer in `dtype`.
-
-    Returns: what the run delivers as of the last checkpoint (with update.ema_decay, the average), or var.pth where that
-        alone is left, and the steps that made it (None for var.pth).
-    Raises: InputError if the folder holds no weights, or others than its config says.
-    """
-    step, config = None, folder.load_config()
-    if folder.weights.exists() and not folder.checkpoints.exists():
-        found: dict[str, Tensor] = load_var(str(folder.weights), sizes).state_dict()
-    elif config.policy.lora:
-        # Random weights are those of the device that they were drawn on.
-        device = pick_device(config.run.device if config.policy.checkpoint == "random" else "cpu")
-        var, step = load_run(folder, device, "float32").var, folder.newest().step
-        found = merged_state(var, without_lora(var).state_dict())
-    else:
-        checkpoint, var = folder.newest(), VAR(sizes)
-        checkpoint.load_result(var)
-        found, step = var.state_dict(), checkpoint.step
-    with torch.device("meta"):
-        wanted = VAR(sizes).state_dict()
-    return {n: found[n].to(dtype if t.is_floating_point() else t.dtype).contiguous() for n, t in wanted.items()}, step
 
 
 def export(config: ExportConfig) -> Path:
@@ -57,17 +39,32 @@ def export(config: ExportConfig) -> Path:
     """
     folder, out = RunFolder(config.checkpoint), Path(config.out).expanduser()
     run = folder.load_config()
-    card = out.with_suffix(".md")
-    in_the_way = [path for path in (out, card) if path.exists()]
+    card, vqvae = out.with_suffix(".md"), vqvae_file(out, run)
+    in_the_way = [path for path in (out, vqvae, card) if path is not None and path.exists()]
     if in_the_way and not config.overwrite:
         raise InputError(f"{in_the_way[0]} exists; choose another out, or overwrite=true")
-    state, step = public_state(folder, run.policy.sizes, getattr(torch, config.dtype))
-    if out.suffix == ".safetensors":
-        write_atomically(out, lambda file: _save_safetensors(state, file))
-    else:
-        save_tensors(out, state)
+    state, step = delivered_state(folder, run.policy.sizes, getattr(torch, config.dtype))
+    _save(state, out)
+    if vqvae is not None:
+        content = vqvae_of(folder)
+        if isinstance(content, Path):
+            content = load_vqvae(str(content), run.policy.sizes.patch_nums, run.policy.vqvae).state_dict()
+        _save(content, vqvae)
     save_text(card, model_card(out.name, config.dtype, folder, run, step))
     return card
+
+
+def vqvae_file(out: Path, config: Config) -> Path | None:
+    """Where the VQ-VAE is written; None if whoever gets the model can fetch it from the hub, as the config does."""
+    address = config.policy.vqvae_checkpoint
+    return None if address is not None and address.startswith("hf://") else out.with_suffix(f".vqvae{out.suffix}")
+
+
+def _save(state: dict[str, Tensor], path: Path) -> None:
+    if path.suffix == ".safetensors":
+        write_atomically(path, lambda file: _save_safetensors(state, file))
+    else:
+        save_tensors(path, state)
 
 
 def _save_safetensors(state: dict[str, Tensor], file: IO[bytes]) -> None:
@@ -78,7 +75,9 @@ def _save_safetensors(state: dict[str, Tensor], file: IO[bytes]) -> None:
         # By name: safetensors.torch.save would hold the file in memory once more.
         save_file(state, file.name, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(None, str(error)) from error
+        number = re.search(r"os error (\d+)", str(error))  # as Rust puts it
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else printable(error)) from error
 
 
 def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: int | None) -> str:
@@ -90,31 +89,42 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
         "sizes": f"{config.policy.preset or f'depth {sizes.depth}'}, images of {config.policy.vqvae.image_size} x "
         f"{config.policy.vqvae.image_size} pixels, {sizes.num_classes} labels",
         "base model": _base(config),
-        "VQ-VAE, not in this file": _vqvae(folder, config),
+        "VQ-VAE, not in this file": _vqvae(name, config),
         **({"trained": _adapter(config.policy.lora)} if config.policy.lora else {}),
-        "steps": f"{done} of {config.run.steps}, {sampling.images} images each ({sampling.labels_per_step} labels x "
-        f"{sampling.group_size} samples)",
+        "steps": f"{_steps(done, config.run.steps)}, {sampling.images} images each "
+        f"({sampling.labels_per_step} labels x {sampling.group_size} samples)",
         "KL weight, clip, learning rate": f"{config.grpo.kl_beta}, {config.grpo.clip_eps}, {config.update.lr}",
         "temperature of the samples": f"{sampling.temperature}, no guidance and no filters",
         "numbers in the file": dtype if decay is None else f"{dtype}, averaged over optimizer steps, decay {decay}",
         "written by": f"varfast {here['varfast']}, commit {here['commit'] or 'unknown'}",
     }
-    reward = yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)["reward"], sort_keys=False)
-    settings = folder.config.read_text(encoding="utf-8")
-    return "\n\n".join(
+    reward = dump_yaml(config.model_dump(mode="json", exclude_none=True)["reward"])
+    settings = read_text(folder.config)
+    card = "\n\n".join(
         [
             f"# {Path(name).stem}",
             "A VAR transformer, fine-tuned with GRPO.",
             _table(["", ""], [[key, value] for key, value in rows.items()]),
             f"## Reward\n\n```yaml\n{reward}```",
-            f"## Evaluation\n\n{_evaluation(folder, done == config.run.steps)}",
-            f"## Load it\n\nWith varfast:\n\n```python\n{_with_varfast(name, folder, config)}\n```",
-            _with_public_code(name, _vqvae(folder, config), sizes, config.policy.vqvae),
+            f"## Evaluation\n\n{_evaluation(folder, done >= config.run.steps)}",
+            f"## Load it\n\nWith varfast:\n\n```python\n{_with_varfast(name, config)}\n```",
+            _with_public_code(name, _vqvae(name, config), sizes, config.policy.vqvae),
+            *_labels(folder, sizes.num_classes),
             "## Licence\n\nTo be stated by whoever publishes this model. The terms of the base model, of the VQ-VAE "
             "and of models used as a reward may bind it.",
             f"## All settings\n\n```yaml\n{settings}```\n",
         ]
     )
+    return _without_home(card)
+
+
+def _without_home(text: str) -> str:
+    """Paths of home folders, which name who made the model, as ~."""
+    return re.sub(rf"({re.escape(os.path.expanduser('~'))}|/home/[^/\s]+|/Users/[^/\s]+)(?=/|\s|$)", "~", text)
+
+
+def _steps(done: int, wanted: int) -> str:
+    return f"{done} of {wanted}" if done <= wanted else f"{done}, more than the {wanted} that run.steps says now"
 
 
 def _base(config: Config) -> str:
@@ -127,9 +137,9 @@ def _adapter(lora: LoRAConfig) -> str:
     return f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}; merged into the weights"
 
 
-def _vqvae(folder: RunFolder, config: Config) -> str:
-    base = folder.load_base()
-    return config.policy.vqvae_checkpoint or (base[1] if base is not None else "random weights")
+def _vqvae(name: str, config: Config) -> str:
+    beside = vqvae_file(Path(name), config)
+    return config.policy.vqvae_checkpoint or "" if beside is None else beside.name
 
 
 def _evaluation(folder: RunFolder, complete: bool) -> str:
@@ -141,35 +151,55 @@ def _evaluation(folder: RunFolder, complete: bool) -> str:
         parts.append("Fresh samples, the same labels and random numbers before and after:")
         parts.append(_table(["", "before", "after"], rows))
     measured = folder.path / "evaluation" / "evaluation.json"
-    if measured.exists():
-        rows = json.loads(measured.read_text(encoding="utf-8"))["rows"]
+    if os.path.lexists(measured):
+        parts.append(_measured(measured))
+    return "\n\n".join(parts) or "None: the run was not complete, or had no evaluation."
+
+
+def _measured(path: Path) -> str:
+    """The table of an evaluation.json, or that it cannot be read: the card says it, and the weights are exported."""
+    try:
+        rows = read_json(path)["rows"]
         sides = [side for side in ("reference", "checkpoint", "difference") if any(row[side] for row in rows)]
         cells = [
             [f"{row['name']}, {row['labels']}", *((row[side] or {}).get("value") for side in sides)] for row in rows
         ]
-        parts.append("By `varfast.evaluate`, with the labels it is of:")
-        parts.append(_table(["", *sides], cells))
-    return "\n\n".join(parts) or "None: the run was not complete, or had no evaluation."
+    except (InputError, KeyError, TypeError, AttributeError) as error:
+        return f"`evaluation/{path.name}` is left out, as it is damaged: {printable(error)}"
+    return "By `varfast.evaluate`, with the labels it is of:\n\n" + _table(["", *sides], cells)
+
+
+def _labels(folder: RunFolder, num_classes: int) -> list[str]:
+    """What the labels are: of a base that was pre-trained on a folder, or of ImageNet."""
+    found = read_labels(folder.path)
+    if found:
+        rows = [[row.label, row.folder, row.name if row.name != row.folder else None, row.images] for row in found]
+        return ["## Labels\n\n" + _table(["label", "folder", "name", "images"], rows)]
+    names = list(imagenet().values())
+    if folder.load_config().policy.checkpoint not in ("random", "pretrain") and num_classes == len(names):
+        order = f"in the order of their WordNet ids, 0 {names[0]} to {num_classes - 1} {names[-1]}"
+        return [f"## Labels\n\nTaken for the {num_classes} classes of ImageNet (ILSVRC 2012), {order}."]
+    return []
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:
     def line(cells: list[Any]) -> str:
-        texts = [f"{c:.4g}" if isinstance(c, float) else "" if c is None else str(c) for c in cells]
-        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+        texts = [f"{c:.4g}" if isinstance(c, float) else "" if c is None else str(c)[:200] for c in cells]
+        return "| " + " | ".join(" ".join(text.replace("|", "\\|").split()) for text in texts) + " |"
 
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
 
 
-def _with_varfast(name: str, folder: RunFolder, config: Config) -> str:
+def _with_varfast(name: str, config: Config) -> str:
     return (
         "import varfast\n\n"
-        f"policy = varfast.load_policy(var={name!r}, vqvae={_vqvae(folder, config)!r})\n"
+        f"policy = varfast.load_policy(var={name!r}, vqvae={_vqvae(name, config)!r})\n"
         "rollout = policy.sample([0, 1], temperature=1.0, seed=0)\n"
         "images = policy.decode(rollout.tokens_BL)"
     )
 
 
-def _with_public_code(name: str, vqvae_file: str, var: VARConfig, vqvae: VQVAEConfig) -> str:
+def _with_public_code(name: str, vqvae_name: str, var: VARConfig, vqvae: VQVAEConfig) -> str:
     # What build_vae_var fixes.
     public = VQVAEConfig()
     fixed = {key: getattr(public, key) for key in ("channel_multipliers", "num_res_blocks", "phi_ratio")}
@@ -183,7 +213,12 @@ def _with_public_code(name: str, vqvae_file: str, var: VARConfig, vqvae: VQVAECo
             "mlp_ratio and norm_eps, are others than there."
         )
     safe = name.endswith(".safetensors")
-    load = f"safetensors.torch.load_file({name!r})" if safe else f"torch.load({name!r}, map_location='cpu')"
+
+    def load(file: str) -> str:
+        if file.endswith(".safetensors"):
+            return f"safetensors.torch.load_file({file!r})"
+        return f"torch.load({file!r}, map_location='cpu')"
+
     imports = "import safetensors.torch\nimport torch" if safe else "import torch"
     return f"""With the public code, in a checkout of github.com/FoundationVision/VAR:
 
@@ -196,8 +231,8 @@ vae, var = build_vae_var(
     share_quant_resi={vqvae.num_phi}, num_classes={var.num_classes}, depth={var.depth}, shared_aln={var.shared_adaln},
     attn_l2_norm={var.qk_l2_norm},
 )
-vae.load_state_dict(torch.load({Path(vqvae_file).name!r}, map_location="cpu"))
-var.load_state_dict({load})
+vae.load_state_dict({load(Path(vqvae_name).name)})
+var.load_state_dict({load(name)})
 ```"""
 
 
@@ -208,7 +243,3 @@ def main(arguments: list[str]) -> int:
     size = Path(config.out).expanduser().stat().st_size
     print(f"{config.out}: {size / 1e6:.1f} MB, {config.dtype}. Model card: {card}")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

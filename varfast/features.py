@@ -5,7 +5,7 @@ Axes: B image of a batch, M image of the set, D feature, K class; H, W pixels. L
 
 from __future__ import annotations
 
-import zipfile
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,13 +18,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from varfast.data import DigitsClassifier, digits
+from varfast.images import SUFFIXES, Listing, check_images, list_images, passed_over, read_rgb
 from varfast.metrics import Statistics, check_installed, statistics, thinned
-from varfast.models.weights import read_checkpoint
+from varfast.models.containers import Arrays, read_checkpoint, regular_file
+from varfast.models.hub import one_line
 from varfast.rewards.files import fetch, file_name
 from varfast.types import InputError
 
 _BATCH_IMAGES = 64
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _INCEPTION_SHA256 = "6726825d"  # torch-fidelity names the file by its first digits
 
 
@@ -123,16 +124,14 @@ def load_real_images(address: str, network: Network, image_size: int) -> RealIma
         network: computes the features.
     Raises: InputError if there are none, a file is broken, or the statistics are of other features.
     """
-    path = Path(address).expanduser()
     known = None
     if address == "digits":
         batches = iter(to_levels(digits(image_size)[0]).split(_BATCH_IMAGES))
-    elif path.is_dir():
-        batches = _folder(path, image_size)
-    elif path.is_file():
-        known, batches = _archive(path, network.width, image_size)
+    elif os.path.isdir(os.path.expanduser(address)):  # False, not an error, for what can be no path
+        batches = _folder(Path(address).expanduser(), image_size)
     else:
-        raise InputError(f"fid_reference={address}: no such file or folder; want a folder of images, an .npz or digits")
+        path = regular_file(address, "fid_reference", "a folder of images, an .npz or digits")
+        known, batches = _archive(path, network.width, image_size)
     features = [network(levels)[0] for levels in batches]
     if not features:
         assert known is not None
@@ -141,68 +140,75 @@ def load_real_images(address: str, network: Network, image_size: int) -> RealIma
     return RealImages(known or statistics(features_MD), thinned(features_MD), len(features_MD))
 
 
-def _folder(folder: Path, image_size: int) -> Iterator[Tensor]:
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
-    if not paths:
-        raise InputError(f"fid_reference={folder}: no images in it; want {', '.join(_SUFFIXES)} files, at any depth")
-    if len(paths) < 2:
-        raise InputError(f"fid_reference={folder}: one image in it; a covariance needs two at least")
-    with ThreadPoolExecutor(8) as pool:
-        for first in range(0, len(paths), _BATCH_IMAGES):
-            part = paths[first : first + _BATCH_IMAGES]
-            yield torch.stack(list(pool.map(lambda path: _read_image(path, image_size), part)))
+def check_reference(address: str) -> None:
+    """Whether the set of real images is there and can be read, without computing anything of it.
+
+    Raises: InputError as load_real_images, but for what depends on the network.
+    """
+    path = Path(address).expanduser()
+    if path.is_dir():
+        check_images(f"fid_reference={path}", _listed(path))
+    elif address != "digits" and not path.is_file():
+        raise InputError(f"fid_reference={address}: no such file or folder; want a folder of images, an .npz or digits")
 
 
-def _read_image(path: Path, image_size: int) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+def _listed(folder: Path) -> Listing:
+    found = list_images(str(folder))
+    if not found.files and not found.troubles:
+        others = passed_over([found])
         raise InputError(
-            f"fid_reference: {path} is broken or no image ({error}); delete it or replace it, and run the command again"
-        ) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+            f"fid_reference={folder}: no images in it; want {', '.join(SUFFIXES)} files, at any depth"
+            + (f". Files that are not read: {others}" if others else "")
+        )
+    if len(found.files) + len(found.troubles) < 2:
+        raise InputError(f"fid_reference={folder}: one image in it; a covariance needs two at least")
+    return found
+
+
+def _folder(folder: Path, image_size: int) -> Iterator[Tensor]:
+    found = _listed(folder)
+    if found.troubles:
+        check_images(f"fid_reference={folder}", found)
+    with ThreadPoolExecutor(8) as pool:
+        for first in range(0, len(found.files), _BATCH_IMAGES):
+            part = found.files[first : first + _BATCH_IMAGES]
+            yield torch.stack(list(pool.map(lambda file: _read_image(file.path, image_size), part)))
+
+
+def _read_image(path: str, image_size: int) -> Tensor:
+    picture = ImageOps.fit(read_rgb(path, "fid_reference"), (image_size, image_size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _archive(path: Path, width: int, image_size: int) -> tuple[Statistics | None, Iterator[Tensor]]:
     where = f"fid_reference={path}"
-    try:
-        arrays = np.load(path, allow_pickle=False)
-        names = set(getattr(arrays, "files", ()))
-        known = None
+    with Arrays(path, "fid_reference") as arrays:
+        names, known = arrays.names, None
         if {"mu", "sigma"} <= names:
-            known = Statistics(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{where} is truncated or no .npz ({error}); fetch it again") from error
-    if known is None and "arr_0" not in names:
-        raise InputError(f"{where} holds {', '.join(sorted(names)) or 'nothing named'}; want arr_0, or mu and sigma")
-    if known is not None and (known.mu_D.shape, known.sigma_DD.shape) != ((width,), (width, width)):
-        raise InputError(
-            f"{where}: mu {known.mu_D.shape} and sigma {known.sigma_DD.shape} are statistics of other features; these "
-            f"are {width} wide. Choose other features, or give the images"
-        )
+            shapes = {name: arrays.shape(name) for name in ("mu", "sigma")}
+            if shapes != {"mu": (width,), "sigma": (width, width)}:
+                raise InputError(
+                    f"{where}: mu {shapes['mu']} and sigma {shapes['sigma']} are statistics of other features; these "
+                    f"are {width} wide. Choose other features, or give the images"
+                )
+            known = Statistics(arrays.read("mu", (width,)), arrays.read("sigma", (width, width)))
+        if known is None and "arr_0" not in names:
+            held = one_line(", ".join(sorted(names)), 200) or "nothing named"
+            raise InputError(f"{where} holds {held}; want arr_0, or mu and sigma")
     return known, _stored_images(path, image_size) if "arr_0" in names else iter(())
 
 
 def _stored_images(path: Path, image_size: int) -> Iterator[Tensor]:
     """The rows of arr_0, a batch at a time: 50 000 images of 512 pixels would take 39 GB."""
-    shape_wanted = f"uint8 (images, {image_size}, {image_size}, 3)"
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran_order, dtype = read(file)
-            if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[1:] != (image_size, image_size, 3):
-                raise InputError(f"fid_reference={path}: arr_0 is {dtype} {shape}, want {shape_wanted}, or a folder of "
-                                 "images, which are resized")  # fmt: skip
-            if shape[0] < 2:
-                raise InputError(f"fid_reference={path}: {shape[0]} images in it; a covariance needs two at least")
-            for first in range(0, shape[0], _BATCH_IMAGES):
-                count = min(_BATCH_IMAGES, shape[0] - first)
-                content = file.read(count * image_size * image_size * 3)
-                pixels = np.frombuffer(content, np.uint8).reshape(count, image_size, image_size, 3)
-                yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"fid_reference={path} is truncated or damaged ({error}); fetch it again") from error
+    side = image_size
+    with Arrays(path, "fid_reference") as arrays, arrays.open("arr_0") as (file, shape, dtype, fortran_order):
+        if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[1:] != (side, side, 3):
+            raise InputError(f"fid_reference={path}: arr_0 is {dtype} {shape}, want uint8 (images, {side}, {side}, 3), "
+                             "or a folder of images, which are resized")  # fmt: skip
+        if shape[0] < 2:
+            raise InputError(f"fid_reference={path}: {shape[0]} images in it; a covariance needs two at least")
+        for first in range(0, shape[0], _BATCH_IMAGES):
+            count = min(_BATCH_IMAGES, shape[0] - first)
+            pixels = np.frombuffer(file.read(count * side * side * 3), np.uint8).reshape(count, side, side, 3)
+            yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
+        file.read(1)  # at its end zipfile compares the CRC

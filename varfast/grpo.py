@@ -1,6 +1,6 @@
-"""Group-relative advantages. The loss that uses them is `varfast.kernels.grpo_token_loss`.
+"""Group-relative advantages, and the KL of a rollout. The loss is `varfast.kernels.grpo_token_loss`.
 
-Axes: B image; B = P labels x G samples, group-major.
+Axes: B image; B = P labels x G samples, group-major; L token over all scales.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from varfast.types import Rewards
+from varfast.kernels.reference import k3
+from varfast.policy import Policy
+from varfast.stages import stage
+from varfast.types import Rewards, Rollout
 
 
 def group_advantages(rewards_B: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
@@ -62,6 +65,29 @@ def combined_advantages(
 def groups_without_signal(rewards_B: Tensor, group_size: int) -> int:
     """Number of groups whose rewards, or advantages, are all equal: only the KL term moves the policy there."""
     return int(_all_equal(_groups(rewards_B, group_size)).sum())
+
+
+@torch.no_grad()
+def kl_to_reference(reference: Policy, rollout: Rollout, micro_batch: int | None = None) -> Tensor:
+    """KL(policy || reference) of each image of a rollout, for a run whose loss has no KL term: k3, nats a token.
+
+    One forward pass of the reference. The policy's log-probabilities are the rollout's, so that equal weights give what
+    separates sampling from teacher forcing: 1e-10 in float32, about 1e-4 in bfloat16.
+
+    Args:
+        reference: a frozen copy of the base.
+        micro_batch: images at a time; default all.
+    Returns: (B,) float32.
+    """
+    parts = []
+    with stage("reference"):
+        for rows in torch.arange(len(rollout.labels_B)).split(micro_batch or len(rollout.labels_B)):
+            part = rollout.rows(slice(int(rows[0]), int(rows[-1]) + 1))
+            logp_ref_BL = reference.token_logp(
+                part.labels_B, part.tokens_BL, part.temperature, var_input_BLC=part.var_input_BLC
+            )
+            parts.append(k3(part.logp_BL, logp_ref_BL).mean(dim=1))
+    return torch.cat(parts)
 
 
 def _groups(rewards_B: Tensor, group_size: int) -> Tensor:

@@ -1,20 +1,45 @@
-"""Which labels a run trains on, and which ones a step draws.
+"""Which labels a run trains on, which ones a step draws, and what they are called.
+
+Names come from labels.json, which pre-training on a folder writes beside the base and a run keeps; else a model with
+1000 labels is taken for one of ImageNet's, as all public ones are.
 
 Axes: P labels.
 """
 
 from __future__ import annotations
 
+import difflib
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from varfast.config import RolloutConfig
+from varfast.config import Config, RolloutConfig, check_labels
+from varfast.data import FolderImages, class_folders
+from varfast.files import read_json
+from varfast.printable import printable
 from varfast.randomness import Purpose, keyed_generator
+from varfast.types import InputError
+
+LABELS_FILE = "labels.json"
+_SHOWN_ROWS = 40
 
 
-def label_pool(config: RolloutConfig, num_classes: int, seed: int) -> list[int]:
-    """The labels of the run, ascending: all or those listed, of these the configured share, chosen by the seed."""
-    pool = list(range(num_classes)) if config.labels == "all" else sorted(set(config.labels))
+def label_pool(config: RolloutConfig, num_classes: int, seed: int, names: list[str] | None = None) -> list[int]:
+    """The labels of the run, ascending: all or those listed, of these the configured share, chosen by the seed.
+
+    Args:
+        names: of all labels, where the config may list some by name.
+    Raises: InputError for a name that is not among them.
+    """
+    if config.labels == "all":
+        pool = list(range(num_classes))
+    else:
+        pool = sorted(set(label_numbers("rollout.labels", config.labels, num_classes, names)))
     if config.label_share < 1.0:
         kept = max(1, round(config.label_share * len(pool)))
         order = torch.randperm(len(pool), generator=keyed_generator(seed, Purpose.LABEL_POOL))
@@ -26,3 +51,159 @@ def draw_labels(pool: list[int], count: int, seed: int, step: int) -> Tensor:
     """(P,) int64 labels of a step, drawn uniformly and independently from the pool."""
     index_P = torch.randint(len(pool), (count,), generator=keyed_generator(seed, Purpose.LABELS, step))
     return torch.tensor(pool)[index_P]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What labels are called
+
+
+@dataclass(frozen=True)
+class Label:
+    """A label of a data set.
+
+    Attributes:
+        label: its number.
+        folder: name of its sub-folder.
+        name: what people call it: ImageNet's name for a WordNet id (n02099601), else the folder's.
+        images: how many there are.
+    """
+
+    label: int
+    folder: str
+    name: str
+    images: int
+
+
+@functools.cache
+def imagenet() -> dict[str, str]:
+    """Names of ImageNet's classes by WordNet id, in the order of the labels.
+
+    Source: ILSVRC 2012, by torchvision's weights (names, each of them once) and timm (ids).
+    """
+    lines = (Path(__file__).parent / "imagenet.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split(" ", 1) for line in lines)
+
+
+def _named(folders: Sequence[str]) -> list[str]:
+    known = imagenet()
+    return [known.get(folder, folder) for folder in folders] if set(folders) <= known.keys() else list(folders)
+
+
+def labels_of(images: FolderImages) -> list[Label]:
+    """The labels of a folder of images."""
+    rows = zip(images.classes, _named(images.classes), images.counts, strict=True)
+    return [Label(label, printable(f), printable(name), count) for label, (f, name, count) in enumerate(rows)]
+
+
+def label_table(labels: Sequence[Label]) -> str:
+    """Rows of label, folder, images; of many the first and the last."""
+    shown = list(labels) if len(labels) <= _SHOWN_ROWS else [*labels[: _SHOWN_ROWS - 10], *labels[-5:]]
+    cells = [("label", "folder", "images")]
+    cells += [
+        (str(row.label), row.folder + f" ({row.name})" * (row.name != row.folder), str(row.images)) for row in shown
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [f"{a:>{widths[0]}}  {b:{widths[1]}}  {c:>{widths[2]}}" for a, b, c in cells]
+    if len(shown) < len(labels):
+        lines.insert(-5, f"... {len(labels) - len(shown)} more")
+    return "\n".join(lines)
+
+
+def labels_json(labels: Sequence[Label]) -> str:
+    """Content of labels.json."""
+    return json.dumps({"labels": [asdict(label) for label in labels]}, indent=1) + "\n"
+
+
+def read_labels(folder: Path) -> list[Label] | None:
+    """The labels that a folder's labels.json describes; None without one that can be read: only names depend on it."""
+    path = folder / LABELS_FILE
+    if not path.exists():
+        return None
+    try:
+        rows = read_json(path)["labels"]
+        found = [
+            Label(int(row["label"]), printable(row["folder"]), printable(row["name"]), int(row["images"]))
+            for row in rows
+        ]
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
+        return None
+    return found if found and [row.label for row in found] == list(range(len(found))) else None
+
+
+def label_names(place: str | Path, num_classes: int) -> list[str] | None:
+    """Names of a model's labels; None if nobody knows them.
+
+    Args:
+        place: a run folder, or the file of the weights: labels.json lies in it, or beside it.
+    """
+    path = Path(place).expanduser()
+    found = read_labels(path if path.is_dir() else path.parent)
+    if found is not None and len(found) == num_classes:
+        return [row.name for row in found]
+    return list(imagenet().values()) if num_classes == len(imagenet()) else None
+
+
+def run_names(config: Config, folder: Path, made: bool) -> list[str] | None:
+    """Names of a run's labels: of its folder, its data set, or the weights that it starts from.
+
+    Args:
+        made: the base of a run is there. Without labels.json it is of a time when folders had another order.
+    """
+    num_classes, checkpoint = config.policy.sizes.num_classes, config.policy.checkpoint
+    if read_labels(folder) is not None:
+        return label_names(folder, num_classes)
+    if checkpoint != "pretrain":
+        return label_names(checkpoint, num_classes)
+    if config.pretrain.dataset == "digits":
+        return [str(digit) for digit in range(10)] if num_classes == 10 else None
+    if made:
+        return None
+    return [printable(name) for name in _named(class_folders(str(Path(config.pretrain.dataset).expanduser())))]
+
+
+def label_numbers(what: str, given: Sequence[int | str], num_classes: int, names: Sequence[str] | None) -> list[int]:
+    """Labels that were given by number or name, as numbers.
+
+    A name may be written in any case, and with _ or - for a space; for ImageNet, a WordNet id is one too.
+
+    Args:
+        what: the setting, for errors.
+        names: of all labels; None: nobody knows them.
+    Raises: InputError for a name that none or several labels have, and for a number out of range.
+    """
+    numbers = [entry if isinstance(entry, int) else _number(what, entry, names) for entry in given]
+    check_labels(what, numbers, num_classes)
+    return numbers
+
+
+def _number(what: str, name: str, names: Sequence[str] | None) -> int:
+    if names is None:
+        raise InputError(f"{what} holds {name!r}, but the labels of this model have no names; give numbers")
+    ways: list[Sequence[str]] = [names, [_plain(known) for known in names]]
+    if list(names) == list(imagenet().values()):
+        ways.append(list(imagenet()))
+    for known, wanted in zip(ways, (name, _plain(name), name.strip()), strict=False):
+        found = [label for label, other in enumerate(known) if other == wanted]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise InputError(
+                f"{what} holds {name!r}, which labels {', '.join(map(str, found))} are called; give a number"
+            )
+    plain = ways[1]
+    near = [names[plain.index(n)] for n in difflib.get_close_matches(_plain(name), plain, n=3, cutoff=0.5)]
+    near += [known for known in names if _plain(name) in _plain(known) and known not in near][: 3 - len(near)]
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(map(repr, names[:10]))}"
+    number = f"; for label {name} leave the quotes out" if name.isdecimal() else ""
+    raise InputError(f"{what} holds {name!r}, which no label is called; {hint}{number}")
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def caption(label: int, names: Sequence[str] | None) -> str:
+    """A label for people, as "207 golden retriever"."""
+    if names is None or label >= len(names) or names[label] == str(label):
+        return f"{label}"
+    return f"{label} {names[label]}"

@@ -10,10 +10,14 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
+import threading
+import unicodedata
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,13 +25,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
-from varfast.checkpoint import save_text, write_atomically
 from varfast.command import ALLOCATOR_VARIABLES
 from varfast.config import Config
+from varfast.files import (
+    WriteError,
+    advice,
+    append,
+    open_regular,
+    parse_json,
+    read_text,
+    reason,
+    save_text,
+    write_atomically,
+)
+from varfast.progress import Progress
 from varfast.roofline import measure_here, speed_of_light_s, stage_counts
 from varfast.types import InputError, Rewards
 
@@ -37,12 +51,19 @@ if TYPE_CHECKING:
 # Small images are enlarged by repetition, so that a grid of digits can be looked at.
 _SMALLEST_CELL_PX = 48
 GAP_PX = 4
+_TITLE_PX = 14
+_TITLE_LETTERS = 28
 # Best and worst samples kept a grid step: at 256 pixels two rows of 8 are a PNG of 2 MB.
 _EXTREMES = 8
+# A line of metrics.jsonl has 1 to 3 kB.
+_MOST_LINE_BYTES = 2**20
 
 
 class RunLog:
     """Metrics and pictures of a run, in its folder. A context manager.
+
+    None of it is what a run is for: what cannot be written is said, once of each kind, and the run goes on. Lines of
+    metrics.jsonl are kept and written when there is space again.
 
     Args:
         folder: of the run.
@@ -57,15 +78,22 @@ class RunLog:
     ) -> None:
         self._folder = folder
         self._metrics = folder / "metrics.jsonl"
-        kept = [line for line in _lines(self._metrics) if json.loads(line)["step"] <= start_step]
-        save_text(self._metrics, "".join(line + "\n" for line in kept))
+        self._said: set[str] = set()
+        self._progress = Progress("grpo", total_steps, start_step)
+        self._unwritten = ""
+        with self._optional("the lines of earlier steps"):
+            kept = _lines(self._metrics, start_step)
+            save_text(self._metrics, "".join(line + "\n" for line in kept))
         self._wandb = _start_wandb(folder, config) if config is not None and config.log.wandb else None
         self._writer: SummaryWriter | None = None
+        self._excepthook = threading.excepthook
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
-        self._bar = tqdm(total=total_steps, initial=start_step, desc="grpo", unit="step", dynamic_ncols=True)
+            threading.excepthook = self._of_thread
+            with self._events():
+                purge_step = start_step + 1 if start_step else None
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
     def __enter__(self) -> RunLog:
         return self
@@ -73,40 +101,39 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.close()
+        self._append("")
         if self._writer is not None:
-            self._writer.close()
+            with self._events():
+                self._writer.close()
+        threading.excepthook = self._excepthook
+        self._progress.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the metrics of a step, counted from 1, but for those that are not finite: JSON has no NaN.
-
-        Raises: InputError if the disk is full.
-        """
+        """Record the metrics of a step, counted from 1, but for those that are not finite: JSON has no NaN."""
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        try:
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {self._metrics}: {error.strerror}; free space there and go on") from error
+        self._append(json.dumps({"step": step, **metrics}) + "\n")
         if self._writer is not None:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name, value, step)
+            with self._events():
+                for name, value in metrics.items():
+                    self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
-        self._bar.update()
-        if "kl" in metrics:  # else the rollout, or all of its gradients, were left out
-            self._bar.set_postfix_str(
-                f"reward={metrics['reward_mean']:.3f} kl={metrics['kl']:.3f} {metrics['images_per_s']:.0f} img/s"
-            )
+        shown = {"reward": "reward_mean", "kl": "kl"}  # a rollout that was left out has neither
+        note = [f"{short}={metrics[name]:.3f}" for short, name in shown.items() if name in metrics]
+        if "reward_mean" in metrics and "images_per_s" in metrics:
+            note.append(f"{metrics['images_per_s']:.0f} img/s")
+        self._progress.update(" ".join(note))
 
-    def grid(self, step: int, images: Tensor, columns: int) -> None:
-        """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png."""
-        picture = image_grid(images, columns)
-        save_png(self._folder / "grids" / f"step_{step:06d}.png", picture)
+    def grid(self, step: int, images: Tensor, columns: int, titles: Sequence[str] = ()) -> None:
+        """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png, with a title beside each row."""
+        picture = image_grid(images, columns, titles)
+        with self._optional("a grid of samples"):
+            save_png(self._folder / "grids" / f"step_{step:06d}.png", picture)
         if self._writer is not None:
-            self._writer.add_image("samples", picture, step, dataformats="HWC")
+            with self._events():
+                self._writer.add_image("samples", picture, step, dataformats="HWC")
         if self._wandb is not None:
             self._wandb.log({"samples": import_wandb().Image(Image.fromarray(picture))}, step=step)
 
@@ -114,12 +141,17 @@ class RunLog:
         """Save the best and the worst of a step's (B, 3, H, W) images, with their rewards.
 
         samples/step_N.png: two rows, best first and worst first. samples/step_N.json: {"best": [...], "worst": [...]},
-        in the order of the rows, {"label", "reward", "rewards": {component: before its weight}} an image.
+        in the order of the rows, {"label", "reward", "rewards": {component: before its weight}} an image; "ties", how
+        many images of the step have the reward of the first one of each row, and "images", of the step. Of equal
+        rewards, as rewards of 0 and 1 are, images of as many labels as possible are shown.
         """
-        order_B = rewards.total_B.argsort(descending=True, stable=True)
-        shown = min(_EXTREMES, len(order_B))
-        rows = {"best": order_B[:shown], "worst": order_B.flip(0)[:shown]}
-        noted = {
+        shown = min(_EXTREMES, len(labels_B))
+        order_B, ties = _ranked(rewards.total_B, labels_B), {}
+        worst_B = _ranked(-rewards.total_B.flip(0), labels_B.flip(0))
+        rows = {"best": order_B[:shown], "worst": len(labels_B) - 1 - worst_B[:shown]}
+        for name, row in rows.items():
+            ties[name] = int((rewards.total_B == rewards.total_B[row[0]]).sum())
+        noted: dict[str, Any] = {
             name: [
                 {
                     "label": int(labels_B[i]),
@@ -131,12 +163,64 @@ class RunLog:
             for name, row in rows.items()
         }
         path = self._folder / "samples" / f"step_{step:06d}.png"
-        save_png(path, image_grid(images[torch.cat(list(rows.values())).to(images.device)], shown))
-        save_text(path.with_suffix(".json"), json.dumps(noted, indent=1) + "\n")
+        noted |= {"ties": ties, "images": len(labels_B)}
+        with self._optional("the best and worst samples"):
+            save_png(path, image_grid(images[torch.cat(list(rows.values())).to(images.device)], shown))
+            save_text(path.with_suffix(".json"), json.dumps(noted, indent=1) + "\n")
+
+    def environment(self, here: dict[str, Any]) -> None:
+        """Save environment.json: versions and hardware."""
+        with self._optional("environment.json"):
+            save_text(self._folder / "environment.json", json.dumps(here, indent=2) + "\n")
+
+    def _append(self, line: str) -> None:
+        """Add a line to metrics.jsonl, with those that could not be written before."""
+        self._unwritten += line
+        if not self._unwritten:
+            return
+        with self._optional("a line of metrics.jsonl, kept until there is space,"):
+            append(self._metrics, self._unwritten.encode())
+            self._unwritten = ""
+
+    @contextmanager
+    def _events(self) -> Iterator[None]:
+        """Write TensorBoard's events. Its thread ends at the first failure, and with it the events of this start."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            with self._optional("TensorBoard's events, which end here,"):
+                raise error
+
+    def _of_thread(self, failed: threading.ExceptHookArgs) -> None:
+        # TensorBoard's thread hands its error to whoever writes next, and raises it too: a traceback among the lines.
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard.")):
+            self._excepthook(failed)
+
+    @contextmanager
+    def _optional(self, what: str) -> Iterator[None]:
+        """Do what the run can go on without; if the disk does not let it, say so the first time."""
+        try:
+            yield
+        except (OSError, WriteError) as error:
+            if what not in self._said:
+                self._said.add(what)
+                text = str(error) if isinstance(error, WriteError) else f"{reason(error)}. {advice(error)}"
+                self.say(f"{what} could not be written: {text}. The run goes on; this is said once")
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        self._bar.write(text)
+        """Print a line; on a terminal above the progress bar."""
+        self._progress.say(text)
+
+
+def _ranked(rewards_B: Tensor, labels_B: Tensor) -> Tensor:
+    """Rows by reward, highest first; of equal rewards the first image of each label, then the second of each, ..."""
+    turns: Counter[tuple[float, int]] = Counter()
+    keys = []
+    for row, (reward, label) in enumerate(zip(rewards_B.tolist(), labels_B.tolist(), strict=True)):
+        keys.append((-reward, turns[reward, label], row))
+        turns[reward, label] += 1
+    return torch.tensor([row for *_, row in sorted(keys)])
 
 
 def import_wandb() -> Any:
@@ -156,12 +240,20 @@ def _start_wandb(folder: Path, config: Config) -> Any:
     """The run of Weights & Biases that belongs to a run folder, and again the same one after a stop."""
     wandb = import_wandb()
     noted = folder / "wandb_id.txt"
-    if not noted.exists():
-        save_text(noted, uuid.uuid4().hex[:8] + "\n")
+    try:
+        name = read_text(noted).strip()
+    except InputError:
+        name = ""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):  # none yet, or damaged
+        name = uuid.uuid4().hex[:8]
+        try:
+            save_text(noted, name + "\n")
+        except WriteError as error:
+            print(f"{error}. The run goes on; taken up after a stop, it will be another run of Weights & Biases")
     try:
         return wandb.init(
             project=config.log.wandb,
-            id=noted.read_text(encoding="utf-8").strip(),
+            id=name,
             resume="allow",
             dir=str(folder),
             name=folder.resolve().name,
@@ -208,7 +300,6 @@ def profiled(folder: Path, device: torch.device) -> Iterator[None]:
 
     On a GPU memory.pickle, the allocator's history, for pytorch.org/memory_viz; on a CPU memory.txt, by operator.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     activities = [torch.profiler.ProfilerActivity.CPU]
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -216,25 +307,46 @@ def profiled(folder: Path, device: torch.device) -> Iterator[None]:
         torch.cuda.memory._record_memory_history(max_entries=200_000)
     with torch.profiler.profile(activities=activities, profile_memory=not on_gpu) as profiler:
         yield
-    profiler.export_chrome_trace(str(folder / "trace.json"))
-    if on_gpu:
-        torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
-        torch.cuda.memory._record_memory_history(enabled=None)
-    else:
-        save_text(folder / "memory.txt", profiler.key_averages().table(sort_by="self_cpu_memory_usage", row_limit=50))
-    print(f"profile of one step: {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        if on_gpu:
+            torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
+        else:
+            of_operators = profiler.key_averages().table(sort_by="self_cpu_memory_usage", row_limit=50)
+            save_text(folder / "memory.txt", of_operators)
+        print(f"profile of one step: {folder}")
+    except (OSError, WriteError) as error:
+        print(f"the profile could not be written: {error}. The run goes on")
+    finally:
+        if on_gpu:
+            torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def _lines(path: Path) -> list[str]:
-    # The last line of a killed run may be cut off; json.loads would refuse it.
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return text.split("\n")[:-1]
+def _lines(path: Path, last_step: int) -> list[str]:
+    """The lines of a metrics.jsonl up to a step, one a step: the last, where two processes wrote.
+
+    Left out: half a line, which a killed run leaves at the end, and whatever else is no line of metrics.
+    """
+    kept: dict[int, str] = {}
+    with suppress(OSError), open_regular(path) as file:
+        while line := file.readline(_MOST_LINE_BYTES):
+            try:
+                step = parse_json(line)["step"]
+                text = line.decode().rstrip("\n")
+            except (ValueError, RecursionError, TypeError, KeyError):
+                continue
+            if isinstance(step, int) and not isinstance(step, bool) and line.endswith(b"\n") and 0 < step <= last_step:
+                kept[step] = text
+    return [kept[step] for step in sorted(kept)]
 
 
-def image_grid(images: Tensor, columns: int) -> np.ndarray:
-    """(N, 3, H, W) in [0, 1] -> one (rows, columns) picture, (height, width, 3) uint8, row by row, with white gaps."""
+def image_grid(images: Tensor, columns: int, titles: Sequence[str] = ()) -> np.ndarray:
+    """(N, 3, H, W) in [0, 1] -> one (rows, columns) picture, (height, width, 3) uint8, row by row, with white gaps.
+
+    Args:
+        titles: of the rows; they stand in a column of their own at the left, beside the images.
+    """
     enlarge = max(1, math.ceil(_SMALLEST_CELL_PX / images.shape[-1]))
     images = images.detach().float().cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
     images = F.pad(images, (0, GAP_PX, 0, GAP_PX), value=1.0)
@@ -244,20 +356,43 @@ def image_grid(images: Tensor, columns: int) -> np.ndarray:
     cells[:num] = images
     picture = cells.view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2).reshape(rows * height, -1, 3)
     pixels: np.ndarray = picture[:-GAP_PX, :-GAP_PX].mul(255.0).round().clamp(0, 255).to(torch.uint8).numpy()
-    return pixels
+    return np.concatenate([_row_titles(titles, len(pixels), height), pixels], axis=1) if titles else pixels
+
+
+def _row_titles(titles: Sequence[str], height_px: int, row_px: int) -> np.ndarray:
+    """A white column with a line of text in the middle of each row, as wide as the longest."""
+    font = ImageFont.load_default(_TITLE_PX)
+    shown = [_drawable(title) for title in titles]
+    width_px = max(math.ceil(font.getlength(text)) for text in shown) + 2 * GAP_PX
+    column = Image.new("RGB", (width_px, height_px), "white")
+    draw = ImageDraw.Draw(column)
+    for row, text in enumerate(shown):
+        middle_px = row * row_px + (row_px - GAP_PX) // 2
+        draw.text((width_px - 2 * GAP_PX, middle_px), text, fill="black", font=font, anchor="rm")
+    return np.asarray(column)
+
+
+def _drawable(title: str) -> str:
+    """What the font that Pillow brings has letters for: accents are dropped, other scripts become question marks."""
+    plain = unicodedata.normalize("NFKD", title)
+    plain = "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace").decode()
+    return plain if len(plain) <= _TITLE_LETTERS else plain[: _TITLE_LETTERS - 2] + ".."
+
+
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    """Write an (H, W, 3) uint8 picture in the format of its suffix. Raises: InputError if it cannot be written."""
+    kind = PICTURE_FORMATS[path.suffix.lower()]
+    of_kind: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+    settings = of_kind.get(kind, {})
+    write_atomically(path, lambda file: Image.fromarray(picture).save(file, format=kind, **settings))
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:
     """Write an (H, W, 3) uint8 picture. Raises: InputError if it cannot be written."""
     write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))
-
-
-def table(before: dict[str, float], after: dict[str, float]) -> str:
-    """Rows of name, before, after."""
-    width = max(len(name) for name in after)
-    rows = [f"{'':{width}}  {'before':>8}  {'after':>8}"]
-    rows += [f"{name:{width}}  {before.get(name, math.nan):8.3f}  {value:8.3f}" for name, value in after.items()]
-    return "\n".join(rows)
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

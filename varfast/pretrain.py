@@ -10,6 +10,11 @@ Axes: B image, L token over all scales, V vocabulary.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("pretrain")
+
 import hashlib
 import json
 import math
@@ -17,25 +22,36 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from varfast.checkpoint import save_tensors, save_text
-from varfast.command import run_command, split_arguments
-from varfast.config import Config, load_config
-from varfast.data import Images, fingerprint, load_images
+from varfast.base import FileNote
+from varfast.command import read_config
+from varfast.config import Config
+from varfast.data import FolderImages, Images, fingerprint, load_images
+from varfast.files import read_json, remove_leftovers, save_tensors, save_text
+from varfast.labels import LABELS_FILE, caption, label_table, labels_json, labels_of
+from varfast.lock import locked
+from varfast.log import image_grid, save_png
 from varfast.models import VAR, VQVAE
-from varfast.policy import pick_device
-from varfast.randomness import order_may_vary
-from varfast.types import InputError
+from varfast.policy import Policy, pick_device
+from varfast.progress import Progress
+from varfast.randomness import GRID_STEP, order_may_vary
+from varfast.signals import listen
+from varfast.types import InputError, NotFinitePolicy
 
 _GRAD_CLIP = 1.0
 # Every so many batches, codes that none of them used are moved to where the data is.
 _REVIVE_EVERY = 25
+# Steps between plain lines, off a terminal; a step of the digits' base takes 20 to 100 ms on a CPU.
+_LINE_EVERY = 100
+# For advice() and the pictures of a user's own base.
+_BLURRED, _CODES_USED, _NEAR_GUESSING = 0.1, 0.5, 0.8
+_SHOWN_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -44,12 +60,15 @@ class PretrainReport:
 
     Attributes:
         reconstruction_mse: of pixels in [-1, 1], mean over the last batches.
+        pixel_variance: of the images around their mean colour, in the same units: a VQ-VAE that has learned nothing
+            else has this error.
         codebook_usage: share of the codes that one pass over the last batches used.
         token_loss: cross-entropy of the transformer, nats a token, mean over the last batches.
         seconds: wall time of both trainings.
     """
 
     reconstruction_mse: float
+    pixel_variance: float
     codebook_usage: float
     token_loss: float
     seconds: float
@@ -76,51 +95,153 @@ def _code_digest() -> str:
     """Digest of the sources that decide what a base model is."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in [here / "pretrain.py", here / "data.py", *sorted((here / "models").glob("*.py"))]:
+    for path in [here / "pretrain.py", here / "data.py", here / "images.py", *sorted((here / "models").glob("*.py"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
-    """The transformer's and the VQ-VAE's checkpoint for this config, trained now if they are not in the cache."""
-    var_path, vqvae_path = base_paths(config, device)
-    if not (var_path.exists() and vqvae_path.exists()):
+    """The transformer's and the VQ-VAE's checkpoint for this config, trained now if they are not whole in the cache.
+
+    Of several processes that want the same base at once, on whatever machines, one makes it and the others wait.
+
+    Raises: InputError if the cache cannot be written, which is tried before anything is trained; or as pretrain.
+    """
+    paths = base_paths(config, device)
+    if _damage(paths) is None:
+        return paths
+    folder = paths[0].parent
+    with locked(folder, f"the base model in {folder}", "choose another pretrain.cache_dir", math.inf):
+        damage = _damage(paths)  # another process may have made it meanwhile
+        if damage is None:
+            return paths
+        remove_leftovers(folder)
+        if damage:
+            print(f"base model in {folder}: {damage}; it is made again")
         # The base is made once and kept. No operation of it is known to lack a fixed order now that upsampling is a
         # product; on a GPU that has not been tried.
         with order_may_vary():
-            var, vqvae, report = pretrain(config, device)
-        save_tensors(vqvae_path, vqvae.state_dict())
-        save_tensors(var_path, var.state_dict())
-        save_text(var_path.with_name("report.json"), json.dumps(asdict(report), indent=2) + "\n")
+            try:
+                var, vqvae, report = pretrain(config, device)
+            except KeyboardInterrupt as error:
+                error.add_note("  pre-training keeps nothing of a base model that is not complete: it starts again")
+                raise
+        if config.pretrain.dataset != "digits":
+            save_text(folder / LABELS_FILE, labels_json(labels_of(_own_images(config))))
+        for path, model in zip(paths, (var, vqvae), strict=True):
+            save_tensors(path, model.state_dict())
+        # Last: without it, the files count as missing.
+        files = {path.name: FileNote.of(path).model_dump() for path in paths}
+        save_text(_report(paths), json.dumps(asdict(report) | {"files": files}, indent=2) + "\n")
         print(
             f"base model: {report.seconds:.0f} s; reconstruction MSE {report.reconstruction_mse:.4f}, "
             f"{report.codebook_usage:.0%} of the codes in use, {report.token_loss:.2f} nats a token"
         )
-    return var_path, vqvae_path
+        if config.pretrain.dataset != "digits":
+            _show_own(config, var, vqvae, report, folder, device)
+    return paths
+
+
+def _report(paths: tuple[Path, Path]) -> Path:
+    return paths[0].with_name("report.json")
+
+
+def _damage(paths: tuple[Path, Path]) -> str | None:
+    """What is wrong with a base model in the cache: None if it is whole, "" if there is none."""
+    report = _report(paths)
+    if not any(path.exists() for path in (report, *paths)):
+        return ""
+    try:
+        files = read_json(report)["files"]
+        notes = [FileNote.model_validate(files[path.name]) for path in paths]
+    except (ValueError, LookupError, TypeError):
+        return f"{report.name} does not say what belongs there"
+    found = {path.name: note.differs(path) for path, note in zip(paths, notes, strict=True)}
+    return next((f"{name} {problem}" for name, problem in found.items() if problem), None)
+
+
+def _own_images(config: Config) -> FolderImages:
+    images = load_images(config.pretrain.dataset, config.policy.vqvae.image_size, check=False)
+    assert isinstance(images, FolderImages)
+    return images
+
+
+def _show_own(
+    config: Config, var: VAR, vqvae: VQVAE, report: PretrainReport, folder: Path, device: torch.device
+) -> None:
+    """For images of a user's own: what the numbers mean, and pictures beside the base."""
+    images = _own_images(config)
+    labels = labels_of(images)
+    print("\n".join(f"  {line}" for line in advice(report, config)))
+    shown = sorted({i * (len(images) - 1) // (_SHOWN_IMAGES - 1) for i in range(_SHOWN_IMAGES)})
+    real = torch.stack([images[i][0] for i in shown]).to(device)
+    policy = Policy(var, vqvae, device)
+    rebuilt = policy.decode(policy.encode(real))
+    save_png(folder / "reconstructions.png", image_grid(torch.cat([real, rebuilt]), len(shown), ["image", "rebuilt"]))
+    rows = labels[:_SHOWN_IMAGES]
+    labels_B = torch.tensor([row.label for row in rows]).repeat_interleave(_SHOWN_IMAGES)
+    _, samples = policy.sample_images(labels_B, seed=config.run.seed, step=GRID_STEP, micro_batch=_SHOWN_IMAGES)
+    titles = [caption(row.label, [label.name for label in labels]) for row in rows]
+    save_png(folder / "samples.png", image_grid(samples, _SHOWN_IMAGES, titles))
+    print(f"  {folder}: reconstructions.png, samples.png, {LABELS_FILE}")
+
+
+def advice(report: PretrainReport, config: Config) -> list[str]:
+    """What the numbers of a base mean, and what to do about them. The bounds are rules of thumb from small runs."""
+    lost = report.reconstruction_mse / max(report.pixel_variance, 1e-12)
+    guessing = math.log(config.policy.sizes.vocab_size)
+    vqvae, var = config.pretrain.vqvae_steps, config.pretrain.var_steps
+    lines = [f"reconstruction MSE: {lost:.0%} of the pixels' variance is lost by the VQ-VAE (0 %: none, 100 %: all but "
+             "the mean colour)" + (f"; blurred above 10 %: raise pretrain.vqvae_steps={vqvae}, as to {4 * vqvae}"
+                                   if lost > _BLURRED else "")]  # fmt: skip
+    lines.append("codes in use: the share of the vocabulary that the last images needed" + (
+        f"; below {_CODES_USED:.0%}: raise pretrain.vqvae_steps, or take fewer codes than policy.var.vocab_size="
+        f"{config.policy.sizes.vocab_size}" if report.codebook_usage < _CODES_USED else ""))  # fmt: skip
+    lines.append(f"nats a token: guessing costs {guessing:.2f}; samples take shape as this falls" + (
+        f". It is near guessing: raise pretrain.var_steps={var}, as to {4 * var}"
+        if report.token_loss > _NEAR_GUESSING * guessing else ""))  # fmt: skip
+    return lines
 
 
 def pretrain(config: Config, device: torch.device) -> tuple[VAR, VQVAE, PretrainReport]:
     """Train VQ-VAE and transformer from scratch, a function of the config and its seed (on one machine).
 
-    Raises: InputError if the images' labels or sizes do not fit the models.
+    Raises: InputError if the images' labels or sizes do not fit the models; NotFinitePolicy, an InputError, if one of
+        them diverges: it must not come into the cache.
     """
     start = time.perf_counter()
-    images = load_images(config.pretrain.dataset, config.policy.vqvae.image_size)
+    size, num_classes = config.policy.vqvae.image_size, config.policy.sizes.num_classes
+    images = load_images(config.pretrain.dataset, size, num_classes)
+    if isinstance(images, FolderImages):
+        print(f"{images.folder}: {len(images)} images\n{label_table(labels_of(images))}")
+        print("".join(f"note: {note}\n" for note in images.notes), end="")
     if len(images) < config.pretrain.batch_size:  # type: ignore[arg-type]
         raise InputError(
             f"{config.pretrain.dataset} has {len(images)} images, fewer than "  # type: ignore[arg-type]
             f"pretrain.batch_size={config.pretrain.batch_size}"
         )
     torch.manual_seed(config.run.seed)
-    vqvae, mse, usage = _train_vqvae(config, images, device)
+    vqvae, mse, variance, usage = _train_vqvae(config, images, device)
+    _refuse_diverged(vqvae, "VQ-VAE", f"pretrain.vqvae_lr (now {config.pretrain.vqvae_lr:g})")
     var, token_loss = _train_var(config, images, vqvae, device)
-    return var, vqvae, PretrainReport(mse, usage, token_loss, time.perf_counter() - start)
+    _refuse_diverged(var, "transformer", f"pretrain.var_lr (now {config.pretrain.var_lr:g})")
+    return var, vqvae, PretrainReport(mse, variance, usage, token_loss, time.perf_counter() - start)
+
+
+def _refuse_diverged(model: torch.nn.Module, what: str, key: str) -> None:
+    wrong = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    if wrong:
+        raise NotFinitePolicy(
+            f"pre-training of the {what} diverged: {len(wrong)} of its weights hold NaN or infinite numbers, first "
+            f"{wrong[0]}; nothing was kept. Set a lower {key}"
+        )
 
 
 def _batches(dataset: Images, config: Config, steps: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """`steps` shuffled batches, over as many passes as that takes; the last tensor of each are the labels."""
     loader = DataLoader(
-        dataset,
+        _Answers(dataset),
+        collate_fn=_collated,
         batch_size=config.pretrain.batch_size,
         shuffle=True,
         drop_last=True,
@@ -132,6 +253,8 @@ def _batches(dataset: Images, config: Config, steps: int, device: torch.device) 
         for batch in loader:
             if done == steps:
                 return
+            if isinstance(batch, InputError):
+                raise batch
             largest = int(batch[-1].max())
             if largest >= config.policy.sizes.num_classes:
                 raise InputError(
@@ -140,6 +263,27 @@ def _batches(dataset: Images, config: Config, steps: int, device: torch.device) 
                 )
             yield tuple(tensor.to(device) for tensor in batch)
             done += 1
+
+
+class _Answers(Dataset[Any]):
+    """A data set whose errors are items: a worker of DataLoader would put its traceback into the message."""
+
+    def __init__(self, dataset: Images) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._dataset[index]
+        except InputError as error:
+            return error
+
+
+def _collated(items: list[Any]) -> Any:
+    error = next((item for item in items if isinstance(item, InputError)), None)
+    return default_collate(items) if error is None else error
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -165,16 +309,16 @@ def _optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, lo
     optimizer.step()
 
 
-def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[VQVAE, float, float]:
+def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[VQVAE, float, float, float]:
     settings, steps = config.pretrain, config.pretrain.vqvae_steps
     vqvae = VQVAE(config.policy.vqvae).to(device)
     torch.nn.init.normal_(vqvae.quantize.embedding.weight, std=0.5)
     optimizer = torch.optim.AdamW(vqvae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     hits_V = torch.zeros(config.policy.vqvae.vocab_size, device=device)
     errors: list[Tensor] = []
-    usage = 0.0
-    bar = tqdm(_batches(images, config, steps, device), total=steps, desc="vq-vae", unit="step", dynamic_ncols=True)
-    for step, (images_B3HW, _) in enumerate(bar):
+    usage, variance = 0.0, 0.0
+    progress, note = Progress("vq-vae", steps, every=_LINE_EVERY), ""
+    for step, (images_B3HW, _) in enumerate(_batches(images, config, steps, device)):
         batch = _pixels(images_B3HW)
         reconstruction, vq_loss, tokens_BL = vqvae(batch)
         error = F.mse_loss(reconstruction, batch)
@@ -182,12 +326,22 @@ def _train_vqvae(config: Config, images: Images, device: torch.device) -> tuple[
         hits_V += torch.bincount(tokens_BL.flatten(), minlength=len(hits_V))
         errors.append(error.detach())
         if (step + 1) % _REVIVE_EVERY == 0:
-            usage = float((hits_V > 0).float().mean())
-            bar.set_postfix(mse=f"{float(errors[-1]):.4f}", codes=f"{usage:.0%}")
+            usage, variance = float((hits_V > 0).float().mean()), _variance(batch)
+            note = f"mse={float(errors[-1]):.4f} codes={usage:.0%}"
             if step < steps * 3 // 4:
                 _revive(vqvae, optimizer, hits_V, batch)
             hits_V.zero_()
-    return vqvae.requires_grad_(False), float(torch.stack(errors[-_REVIVE_EVERY:]).mean()), usage
+        progress.update(note)
+    progress.close()
+    mse = float(torch.stack(errors[-_REVIVE_EVERY:]).mean())
+    if steps < _REVIVE_EVERY:
+        usage, variance = float((hits_V > 0).float().mean()), _variance(batch)
+    return vqvae.requires_grad_(False), mse, variance, usage
+
+
+def _variance(images: Tensor) -> float:
+    """Mean square of (B, 3, H, W) pixels around the mean colour of the batch."""
+    return float((images - images.mean(dim=(0, 2, 3), keepdim=True)).square().mean())
 
 
 @torch.no_grad()
@@ -223,8 +377,8 @@ def _train_var(config: Config, images: Images, vqvae: VQVAE, device: torch.devic
     if isinstance(images, TensorDataset):  # the same images in every pass: their tokens too
         parts = [_tokens(vqvae, part.to(device)) for part in images.tensors[0].split(settings.batch_size)]
         dataset = TensorDataset(*(torch.cat(pieces).cpu() for pieces in zip(*parts, strict=True)), images.tensors[1])
-    bar = tqdm(_batches(dataset, config, steps, device), total=steps, desc="var", unit="step", dynamic_ncols=True)
-    for step, (*given, labels_B) in enumerate(bar):
+    progress, note = Progress("var", steps, every=_LINE_EVERY), ""
+    for step, (*given, labels_B) in enumerate(_batches(dataset, config, steps, device)):
         tokens_BL, var_input_BLC = given if len(given) == 2 else _tokens(vqvae, given[0])
         dropped_B = torch.rand(len(labels_B), device=device) < settings.class_dropout
         labels_B = torch.where(dropped_B, sizes.num_classes, labels_B)
@@ -233,7 +387,9 @@ def _train_var(config: Config, images: Images, vqvae: VQVAE, device: torch.devic
         _optimizer_step(var, optimizer, loss, _learning_rate(step, steps, settings.var_lr))
         losses.append(loss.detach())
         if (step + 1) % _REVIVE_EVERY == 0:
-            bar.set_postfix(loss=f"{float(losses[-1]):.3f}")
+            note = f"loss={float(losses[-1]):.3f}"
+        progress.update(note)
+    progress.close()
     return var, float(torch.stack(losses[-_REVIVE_EVERY:]).mean())
 
 
@@ -250,12 +406,8 @@ def _undecayed(name: str) -> bool:
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.pretrain config.yaml [a.b=c ...]"""
-    path, overrides = split_arguments(arguments, "python -m varfast.pretrain config.yaml [a.b=c ...]")
-    config = load_config(path, overrides)
-    var_path, vqvae_path = pretrained(config, pick_device(config.run.device))
+    config = read_config(arguments)
+    with listen():
+        var_path, vqvae_path = pretrained(config, pick_device(config.run.device))
     print(f"transformer {var_path}\nVQ-VAE      {vqvae_path}")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     LABELS = 2
     MINIBATCHES = 3
     ADAPTER = 4
+    REWARD = 5
 
 
 # Values of `step` in the key of token sampling that no training step has (steps are below 2^32 - 2).

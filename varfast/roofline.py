@@ -21,6 +21,11 @@ Axes: B image, L token over all scales, l token of one scale, V vocabulary, C ch
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("roofline")
+
 import math
 import os
 import statistics
@@ -28,12 +33,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import psutil
 import torch
 
-from varfast.command import ALLOCATOR_VARIABLES, run_command, split_arguments
+from varfast.command import ALLOCATOR_VARIABLES, read_roofline
 from varfast.config import (
     AestheticReward,
     ClipReward,
@@ -42,7 +48,6 @@ from varfast.config import (
     LoRAConfig,
     VARConfig,
     VQVAEConfig,
-    load_config,
 )
 from varfast.types import InputError
 
@@ -501,8 +506,8 @@ class Memory:
         gradients: float32, of what is trained.
         moments: see `moment_bytes`.
         average: of what is trained, float32; 0 without update.ema_decay.
-        reference: the base model of the KL term, matrices in run.dtype; 0 with kl_beta = 0, and with an adapter, whose
-            frozen weights are the reference.
+        reference: the base model of the KL term, matrices in run.dtype; 0 where none is held, and with an adapter,
+            whose frozen weights are the reference.
         vqvae, reward: their weights, float32.
         images: of a step, float32 pixels, and the transformer's input, twice while micro-batches are put together.
         kv_cache: of a micro-batch, without the last scale, whose keys and values no later scale needs.
@@ -581,7 +586,7 @@ def memory(config: Config, shards: int = 1) -> Memory:
         gradients=_FLOAT32 * trained_parameters // shards,
         moments=moment_bytes(sizes, config.update.optimizer, lora) // shards,
         average=_FLOAT32 * trained_parameters // shards if config.update.ema_decay is not None else 0,
-        reference=round(_weight_bytes(sizes, dtype)) if config.grpo.kl_beta > 0.0 and not lora else 0,
+        reference=round(_weight_bytes(sizes, dtype)) if config.holds_reference and not lora else 0,
         vqvae=_FLOAT32 * num_vqvae_parameters(config.policy.vqvae),
         reward=_FLOAT32 * sum(network.parameters for network in _reward_networks(config)),
         images=images * _kept_bytes(config),
@@ -918,7 +923,7 @@ def measure_here(device: torch.device, dtype: torch.dtype) -> Ceilings:
     target = torch.empty_like(source)
     product_s = _median_s(lambda: torch.mm(a, b), device)
     copy_s = _median_s(lambda: target.copy_(source), device)
-    total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
+    total = torch.cuda.get_device_properties(device).total_memory if on_gpu else _cpu_memory()[0]
     return Ceilings(2 * side**3 / product_s, 2 * size / copy_s, total)
 
 
@@ -957,14 +962,80 @@ def available_bytes(device: torch.device) -> int:
     """Memory of a device that is free now, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return _cpu_memory()[1]
 
 
 def usual_bytes(device: torch.device) -> int:
     """Memory of a device that a run may count on whatever else is there now: the same at every start."""
-    if device.type == "cuda":
-        return int(0.9 * torch.cuda.mem_get_info(device)[1])
-    return int(psutil.virtual_memory().total) // 2
+    return int(0.9 * whole_bytes(device)) if device.type == "cuda" else whole_bytes(device) // 2
+
+
+def whole_bytes(device: torch.device) -> int:
+    """Memory of a device, in bytes."""
+    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else _cpu_memory()[0]
+
+
+def check_states(config: Config, device: torch.device, shards: int = 1) -> None:
+    """Raises: InputError if what a run holds all the time is more than the device's memory, before it is asked for."""
+    needed, whole = memory(config, shards).states, whole_bytes(device)
+    if needed > whole:
+        raise InputError(
+            f"weights, gradients, moments and reference take {needed / 2**30:.1f} GiB, and {device} has "
+            f"{whole / 2**30:.1f} GiB; choose a smaller policy, an adapter (policy.lora={{}}), or another device"
+        )
+
+
+def _cpu_memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes of memory that this process may use in all, and that are free of it: the machine's, or its container's.
+
+    A container, a job of Slurm or a systemd scope has a limit of its own (cgroup v1 or v2), which psutil does not know;
+    whoever goes beyond it is killed.
+    """
+    machine = psutil.virtual_memory()
+    total, available = int(machine.total), int(machine.available)
+    for limit, used in _cgroup_memory(root):
+        if limit < machine.total:
+            total, available = min(total, limit), min(available, max(0, limit - used))
+    return total, available
+
+
+def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use in bytes, cache of files aside, of each control group with a limit that this process is in.
+
+    Source: Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst of Linux.
+    """
+    mounts = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return  # not Linux, or no /proc
+    for line in lines:
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:  # v2
+            mount, names = mounts, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount, names = mounts / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # Limits of the groups above count too. In a container the path may be the host's, of which there is the end
+        # alone: the mount itself.
+        folder = mount / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            found = _limit_and_use(group, *names)
+            if found is not None:
+                yield found
+            if group == mount:
+                break
+
+
+def _limit_and_use(group: Path, limit_name: str, use_name: str, cache_name: str) -> tuple[int, int] | None:
+    try:
+        limit, used = int((group / limit_name).read_text()), int((group / use_name).read_text())
+        entries = dict(line.split(maxsplit=1) for line in (group / "memory.stat").read_text().splitlines())
+        return limit, max(0, used - int(entries.get(cache_name, 0)))  # the kernel gives up cache before it kills
+    except (OSError, ValueError):  # no such group, or no limit: "max"
+        return None
 
 
 def _here() -> torch.device:
@@ -1165,16 +1236,9 @@ def _scaling_table(config: Config, ceilings: Ceilings) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.roofline config.yaml [device=H200] [a.b=c ...]"""
-    device = [a.removeprefix("device=") for a in arguments if a.startswith("device=")]
-    others = [a for a in arguments if not a.startswith("device=")]
-    path, overrides = split_arguments(others, "python -m varfast.roofline config.yaml [device=H200] [a.b=c ...]")
-    config = load_config(path, overrides)
-    name = device[-1] if device else "H200"
-    config = with_dtype(config, _here() if name == "here" else torch.device("cuda"))
+    path, found = read_roofline(arguments)
+    name = found.device
+    config = with_dtype(found, _here() if name == "here" else torch.device("cuda"))
     ceilings, source = _find_ceilings(name, config.run.dtype)
     print(report(config, ceilings, f"{path} on {name} ({source})"))
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

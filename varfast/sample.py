@@ -2,28 +2,38 @@
 
     python -m varfast.sample checkpoint=runs/digits out=digits.png
     python -m varfast.sample checkpoint=hf://FoundationVision/var/var_d16.pth \
-        vqvae=hf://FoundationVision/var/vae_ch160v4096z32.pth labels=[207,980] cfg=4 top_k=900 top_p=0.95
+        vqvae=hf://FoundationVision/var/vae_ch160v4096z32.pth 'labels=[golden retriever,980]' cfg=4 top_k=900 top_p=0.95
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("sample")
 
 from pathlib import Path
 
 import torch
 
 from varfast.checkpoint import RunFolder
-from varfast.command import run_command
 from varfast.config import SampleConfig, check_micro_batch, parse_arguments
-from varfast.log import image_grid, save_png
+from varfast.labels import caption, label_names, label_numbers
+from varfast.log import PICTURE_FORMATS, image_grid, save_picture
 from varfast.policy import Policy, load_policy, pick_device
+from varfast.progress import Progress
 from varfast.train import load_run
 from varfast.types import InputError
+
+_ROWS = 8
 
 
 def load(checkpoint: str, vqvae: str | None, device: torch.device, dtype: str, key: str = "checkpoint") -> Policy:
     """The policy of a run folder, or of a transformer's and a VQ-VAE's weights; `key` is its argument, for errors."""
     if Path(checkpoint).expanduser().is_dir():
         return load_run(RunFolder(checkpoint), device, dtype)
+    if not checkpoint.startswith("hf://") and not Path(checkpoint).expanduser().exists():
+        raise InputError(f"{key}={checkpoint} does not exist; want a run folder, or a transformer's weights")
     if vqvae is None:
         raise InputError(f"{key}={checkpoint} is not a run folder, so vqvae=... is needed too")
     return load_policy(checkpoint, vqvae, device, dtype)
@@ -32,24 +42,39 @@ def load(checkpoint: str, vqvae: str | None, device: torch.device, dtype: str, k
 def main(arguments: list[str]) -> int:
     """python -m varfast.sample checkpoint=... [key=value ...]"""
     config = parse_arguments(arguments, SampleConfig)
+    out = Path(config.out).expanduser()
+    if out.is_dir() or config.out.endswith("/") or out.suffix.lower() not in PICTURE_FORMATS:
+        raise InputError(
+            f"out={config.out}: want the name of a picture, as samples.png; known: {', '.join(PICTURE_FORMATS)}"
+        )
     policy = load(config.checkpoint, config.vqvae, pick_device(config.device), config.dtype)
-    labels = config.labels if config.labels is not None else list(range(min(8, policy.num_classes)))
+    names = label_names(config.checkpoint, policy.num_classes)
+    labels = list(range(min(_ROWS, policy.num_classes)))
+    if config.labels is not None:
+        labels = label_numbers("labels", config.labels, policy.num_classes, names)
     labels_B = torch.tensor(labels).repeat_interleave(config.samples_per_label)
     check_micro_batch("micro_batch", config.micro_batch, len(labels_B))
-    rollout = policy.sample(
-        labels_B,
-        config.temperature,
-        seed=config.seed,
-        cfg=config.cfg,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        micro_batch=config.micro_batch,
-    )
-    images = policy.decode(rollout.tokens_BL, config.micro_batch)
-    save_png(Path(config.out), image_grid(images, config.samples_per_label))
-    print(f"{config.out}: {len(labels)} labels x {config.samples_per_label} samples")
+    size = config.micro_batch or len(labels_B)
+    parts = []
+    with Progress("sample", len(labels_B) // size, unit="batch") as progress:
+        for first in range(0, len(labels_B), size):
+            _, images = policy.sample_images(
+                labels_B[first : first + size],
+                config.temperature,
+                seed=config.seed,
+                cfg=config.cfg,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                first_sample=first,
+            )
+            parts.append(images)
+            progress.update()
+    titles = [caption(label, names) for label in labels]
+    save_picture(out, image_grid(torch.cat(parts), config.samples_per_label, titles))
+    print(f"{out}: {len(labels)} labels x {config.samples_per_label} samples")
+    if config.labels is None and len(labels) < policy.num_classes:
+        left_out = (
+            f"{len(labels)} to {policy.num_classes - 1}" if policy.num_classes > len(labels) + 1 else f"{len(labels)}"
+        )
+        print(f"labels 0 to {len(labels) - 1} are shown; for {left_out}: labels=[{len(labels)}, ...]")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

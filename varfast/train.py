@@ -10,35 +10,45 @@ Source: arXiv:2505.23331.
 
 from __future__ import annotations
 
-import itertools
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("train")
+
 import json
-import signal
+import os
+import resource
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from varfast import kernels, strict
-from varfast.before_after import evaluate
-from varfast.checkpoint import Checkpoints, RunFolder, save_tensors, save_text, write_atomically
-from varfast.command import run_command, split_arguments
-from varfast.config import Config, load_config
+from varfast.base import PARTS, Base, Source
+from varfast.before_after import BeforeAfter, means, table
+from varfast.checkpoint import Checkpoints, RunFolder
+from varfast.command import read_train
+from varfast.config import Config, VARConfig
 from varfast.distributed import World, gathered, joined, local_device, processes_here
-from varfast.grpo import combined_advantages, groups_without_signal
-from varfast.labels import draw_labels, label_pool
-from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled, table
+from varfast.divergence import diagnosis, refuse_diverged
+from varfast.files import save_tensors, save_text, write_atomically
+from varfast.grpo import combined_advantages, groups_without_signal, kl_to_reference
+from varfast.labels import LABELS_FILE, caption, draw_labels, label_pool, labels_json, read_labels, run_names
+from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled
 from varfast.models import VAR, VQVAE
-from varfast.models.lora import import_peft, merged_state, peft_adapter
-from varfast.models.weights import load_var
-from varfast.policy import Policy, load_policy, pick_device
+from varfast.models.lora import import_peft, merged_state, peft_adapter, without_lora
+from varfast.models.weights import load_var, load_vqvae, resolve
+from varfast.policy import Policy, check_finite, load_policy, pick_device
 from varfast.pretrain import pretrained
 from varfast.randomness import GRID_STEP, deterministic
 from varfast.rewards import WeightedSum
 from varfast.roofline import (
     available_bytes,
+    check_states,
     lower_memory,
     memory,
     planned,
@@ -48,27 +58,50 @@ from varfast.roofline import (
     usual_bytes,
     with_dtype,
 )
+from varfast.signals import StopSignals, listen
 from varfast.stages import StageClock, stage
-from varfast.types import InputError, NotFiniteReward, Rewards, Rollout, ScoredRollout, StepStats
+from varfast.types import (
+    InputError,
+    NotFinitePolicy,
+    NotFiniteReward,
+    Rewards,
+    Rollout,
+    ScoredRollout,
+    StepStats,
+)
 from varfast.update import Updater
 
-_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
-
-def train(config: Config, profile: bool = False) -> int:
+def train(config: Config, profile: bool = False, beside: Path | None = None) -> int:
     """Run, or go on with, the experiment that `config` describes.
 
     Args:
         profile: write a trace and the memory use of one steady step into the run folder.
-    Returns: 0 when the run is complete, 130 or 143 when a signal ended it after a checkpoint.
-    Raises: InputError for anything in the config, the files or the reward that cannot be used.
+        beside: the folder of the config file: a reward of the user's is looked for there too.
+    Returns: 0 when the run is complete, 128 + its number when a signal (SIGINT, SIGTERM, SIGHUP, SIGUSR1) ended it
+        after a checkpoint.
+    Raises: InputError for anything in the config, the files or the reward that cannot be used; Stopped (a
+        KeyboardInterrupt) for a signal before the first step or after the last one.
     """
     device = pick_device(local_device(config.run.device))
-    with deterministic(config.run.deterministic), joined(device, config.run.timeout_s) as world:
-        return _train(config, device, world, profile)
+    with (
+        listen() as signals,
+        deterministic(config.run.deterministic),
+        joined(device, config.run.timeout_s) as world,
+        ExitStack() as at_end,
+    ):
+        return _train(config, device, world, signals, at_end, profile, beside)
 
 
-def _train(config: Config, device: torch.device, world: World, profile: bool) -> int:
+def _train(
+    config: Config,
+    device: torch.device,
+    world: World,
+    signals: StopSignals,
+    at_end: ExitStack,
+    profile: bool,
+    beside: Path | None,
+) -> int:
     if world.size > config.rollout.images:
         raise InputError(f"{world.size} processes for {config.rollout.images} images a step; start fewer")
     config = with_dtype(config, device)
@@ -83,49 +116,66 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
     mine = world.share(config.rollout.images)  # the images of a step that this process samples and scores
     fitted = _fitted(config, device, world, mine.stop - mine.start)
     folder = RunFolder(config.run.dir)
+    lock = at_end.enter_context(folder.held())
     found = folder.prepare(config)
+    names = run_names(config, folder.path, made=folder.base.exists())
+    labels = label_pool(config.rollout, config.policy.sizes.num_classes, config.run.seed, names)
     with world.leader_first():  # it pre-trains and downloads
-        reward = WeightedSum(config.reward, device, config.policy.sizes.num_classes)
-        on_device = config.run.model_copy(update={"device": str(device)})
-        noted = found is not None or not world.leads
-        policy = load_base(config.model_copy(update={"run": on_device}), folder, resume=noted)
+        reward = WeightedSum(
+            config.reward, device, config.policy.sizes.num_classes, names=names, seed=config.run.seed, beside=beside
+        )
+        on_device = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device)})})
+        if world.leads:
+            _prepare_base(on_device, folder, found is not None, device)
+        policy = load_base(on_device, folder, whole=False)
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
     if config.run.strict:
         strict.check(policy, config.rollout.temperature, config.run.seed)
     policy.cuda_graph = fitted.rollout.cuda_graph is not False
-    reference = policy.frozen_copy() if config.grpo.kl_beta > 0.0 else None
+    reference = policy.frozen_copy() if config.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)
     fits = {name: getattr(fitted.update, name) for name in ("micro_batch", "checkpointing", "cuda_graph")}
     update = config.update.model_copy(update=fits)
-    updater = Updater(policy, reference, config.grpo, update, config.run.steps, config.run.seed, world)
-    labels = label_pool(config.rollout, policy.num_classes, config.run.seed)
+    of_loss = reference if config.grpo.kl_beta > 0.0 else None
+    updater = Updater(policy, of_loss, config.grpo, update, config.run.steps, config.run.seed, world)
     further = updater.further_state()
     start, before, bad_rollouts = 0, {}, 0  # bad ones in a row
     here = environment() | {"processes": world.size}
+    samples = BeforeAfter(folder.path, config, labels)
+    if found is None:
+        refuse_diverged(policy, labels, config, world, folder.path, 0, {})
+    if world.leads:  # the policy is still the base, of a run that goes on too
+        before = means(samples.before(policy, reward, fitted.rollout.micro_batch))
     if found is not None:
         found.load(policy.var, updater.optimizer, further)
         policy.gather()
-        start, before = found.step, found.before
-    elif world.leads:
-        save_text(folder.path / "environment.json", json.dumps(here, indent=2) + "\n")
-        before = _evaluate(policy, reward, labels, fitted)
+        start = found.step
+        refuse_diverged(policy, labels, config, world, folder.path, start, {})
 
     every = config.grpo.reference_every
     sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
     limits = StageLimits(fitted, device, config.rollout.images) if world.leads else None
+    spare = at_end.enter_context(_spare_descriptors())
     with (
         _log(world, folder, start, config) as log,
         Checkpoints(folder.checkpoints, config, here, log.say if log else lambda text: None) as checkpoints,
         StageClock(device) as clock,
-        _catch_signals() as received,
+        signals.in_steps(),
     ):
-        if log and start:
+        if log and start > config.run.steps:
+            log.say(f"{folder.path} holds step {start}, more than run.steps={config.run.steps}: no step is left to do")
+        elif log and start:
             log.say(f"going on after step {start} of {config.run.steps} in {folder.path}")
         elif log:
-            _save_grid(log, 0, policy, labels, config)
+            log.environment(here)
+            _save_grid(log, 0, policy, labels, config, names)
+        metrics: dict[str, float] = {}
+        if log and not config.holds_reference:
+            log.say("the KL to the base is not measured: grpo.kl_beta=0 holds no base; grpo.kl_every=10 measures it")
         for step in range(start, config.run.steps):
             steady = profile and world.leads and step == min(start + 2, config.run.steps - 1)
+            lock.check()
             with profiled(folder.path / "profile", device) if steady else nullcontext():
                 clock.read()
                 begin_s = time.perf_counter()
@@ -143,7 +193,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
                         keep_input=True,
                     )
                 # ... score them against one another, ...
-                scores = _score(reward, images, drawn, world, fitted)
+                scores = _score(reward, images, drawn, world, fitted, step, mine.start)
                 if isinstance(scores, Rewards):
                     # A refresh that a left-out rollout kept from its step is made up for here.
                     if reference and every and step // every > (step - bad_rollouts - 1) // every:
@@ -154,19 +204,26 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
                         rewards, reward.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
                     )
                     # ... and make the better ones more likely.
-                    with _advised("update", fitted):
+                    # Guards that a reward's library kept may switch gradients off when Python frees them.
+                    with _advised("update", fitted), torch.enable_grad():
+                        drift = _drift(reference, drawn, world, fitted, step + 1)
                         stats = updater.step(ScoredRollout(rollout, advantages_B), step)
+                elif isinstance(scores, NotFinitePolicy):
+                    raise diagnosis(scores, config, folder.path, step, metrics, checkpoints)
                 elif isinstance(scores, NotFiniteReward) and bad_rollouts + 1 < config.run.max_bad_rollouts:
                     bad_rollouts += 1
                     if log:
                         log.say(f"step {step + 1} is left out: {scores}")
                 else:
                     held = step - bad_rollouts
-                    checkpoints.save(held, policy.var, updater.optimizer, before, None, further)
-                    checkpoints.wait()
-                    scores.add_note(
-                        f"  nothing is lost: {folder.path} holds step {held}; the same command goes on from there"
-                    )
+                    spare.close()
+                    try:
+                        checkpoints.save(held, policy.var, updater.optimizer, before, None, further)
+                        checkpoints.wait()
+                        note = f"nothing is lost: {folder.path} holds step {held}; the same command goes on from there"
+                    except InputError as unsaved:
+                        note = f"and step {held} was not saved: {unsaved}"
+                    scores.add_note(f"  {note}")
                     raise scores
                 stages_ms = clock.read()
                 step_s = time.perf_counter() - begin_s
@@ -174,18 +231,22 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
 
             done, metrics = step + 1, {"skipped_rollouts": float(bad_rollouts > 0)}
             if not bad_rollouts:
-                metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats)
+                metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats) | drift
                 metrics |= {"reference_step": float(step // every * every)} if every else {}
+            # What cannot be sampled is neither shown nor saved, so that the last good checkpoint stays.
+            if done % config.log.grid_every == 0 or done == config.run.steps:
+                refuse_diverged(policy, labels, config, world, folder.path, done, metrics, checkpoints)
             if log and limits:
                 log.step(done, metrics | limits.metrics(stages_ms, step_s) | held_bytes)
                 if done % config.log.grid_every == 0 or done == config.run.steps:
-                    _save_grid(log, done, policy, labels, config)
+                    _save_grid(log, done, policy, labels, config, names)
                     if isinstance(scores, Rewards):
                         log.samples(done, images, drawn.labels_B, scores)
             # A rollout that was left out changed nothing: when the run is taken up again, it is tried again.
             held = done if done == config.run.steps else done - bad_rollouts
-            stopped = int(world.largest(max(received, default=0)))  # one process is told to stop: all of them do
+            stopped = int(world.largest(signals.received or 0))  # one process is told to stop: all of them do
             if checkpoints.due(done) or done == config.run.steps or stopped:
+                refuse_diverged(policy, labels, config, world, folder.path, done, metrics, checkpoints)
                 checkpoints.save(held, policy.var, updater.optimizer, before, metrics.get("reward_mean"), further)
             if stopped and done < config.run.steps:
                 checkpoints.wait()
@@ -193,7 +254,7 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
                     log.say(
                         f"stopped; {folder.path} holds step {held} of {config.run.steps}. The same command goes on."
                     )
-                return _INTERRUPTED[signal.Signals(stopped)]
+                return 128 + stopped
 
     updater.deliver()  # the average of the weights, where the config asks for one
     weights = gathered(policy.var.state_dict(), world)
@@ -202,12 +263,23 @@ def _train(config: Config, device: torch.device, world: World, profile: bool) ->
             weights = merged_state(policy.var, _base_weights(config, folder, device))
             _save_adapter(folder, policy, config)
         save_tensors(folder.weights, weights)
-        after = _evaluate(policy, reward, labels, fitted)
-        save_text(folder.path / "summary.json", json.dumps({"before": before, "after": after}, indent=2) + "\n")
-        print(f"\n{table(before, after)}\n" if after else "")
-        print(f"run complete: {config.run.steps} steps. Weights {folder.weights}, curves and grids in {folder.path}")
+        reached = max(start, config.run.steps)
+        after = samples.after(policy, reward, reached, fitted.rollout.micro_batch, trained=reached > start)
+        save_text(folder.path / "summary.json", json.dumps({"before": before, "after": means(after)}, indent=2) + "\n")
+        print(f"\n{table(samples.values)}\n" if after else "")
+        print(f"run complete: {reached} steps. Weights {folder.weights}, curves and grids in {folder.path}")
     world.wait()
     return 0
+
+
+def _spare_descriptors() -> ExitStack:
+    """Open files to close before a failing reward's state is saved: it may have failed as it used up all there are."""
+    spare = ExitStack()
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 64:  # else the run needs them itself
+        with suppress(OSError):
+            for _ in range(16):
+                spare.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    return spare
 
 
 def _fitted(config: Config, device: torch.device, world: World, images: int) -> Config:
@@ -218,6 +290,7 @@ def _fitted(config: Config, device: torch.device, world: World, images: int) -> 
         config = share(config, images, -(-config.update.minibatch // world.size))
     shards = world.size if config.run.parallel == "fsdp" else 1
     free_bytes = -int(world.largest(-free_bytes))
+    check_states(config, device, shards)
     if config.update.cuda_graph is None and device.type == "cuda" and world.size == 1:
         captured = config.update.model_copy(update={"cuda_graph": True})
         found = planned(config.model_copy(update={"update": captured}), free_bytes, shards)
@@ -229,24 +302,47 @@ def _fitted(config: Config, device: torch.device, world: World, images: int) -> 
 def _log(world: World, folder: RunFolder, start: int, config: Config) -> AbstractContextManager[RunLog | None]:
     if not world.leads:
         return nullcontext()
-    return RunLog(folder.path, start, config.run.steps, config.log.tensorboard, config)
+    return RunLog(folder.path, start, max(start, config.run.steps), config.log.tensorboard, config)
 
 
 def _score(
-    reward: WeightedSum, images: torch.Tensor, drawn: Rollout, world: World, config: Config
-) -> Rewards | Exception:
+    reward: WeightedSum,
+    images: torch.Tensor,
+    drawn: Rollout,
+    world: World,
+    config: Config,
+    step: int,
+    first_sample: int,
+) -> Rewards | BaseException:
     """The rewards of this process's images, or what kept this process, or another one, from them."""
-    found: Rewards | Exception
+    found: Rewards | BaseException
     try:
+        check_finite(drawn, images)  # here, where the reward waits for the images anyway
         with stage("reward"), _advised("reward", config):
-            found = reward(images, drawn.labels_B)
-    except Exception as error:  # noqa: BLE001 - whatever a user's reward raises is raised once all processes know
-        found = error
-    worst = world.largest(isinstance(found, Exception) + (not isinstance(found, Rewards | NotFiniteReward)))
+            found = reward(images, drawn.labels_B, step, first_sample)
+    except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once all
+        found = error  # processes know, and the state is saved
+    rank = 3 if isinstance(found, NotFinitePolicy) else 1 if isinstance(found, NotFiniteReward) else 2
+    worst = world.largest(0 if isinstance(found, Rewards) else rank)
+    if worst == 3 and not isinstance(found, NotFinitePolicy):
+        return NotFinitePolicy("the logits or images of another process, which says which, are not finite")
     if not isinstance(found, Rewards) or worst == 0:
         return found
     elsewhere = "the reward failed in another process, which says why"
     return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
+
+
+def _drift(reference: Policy | None, rollout: Rollout, world: World, config: Config, step: int) -> dict[str, float]:
+    """The KL to the base where the loss has none and it is due: of the policy that drew this step's images.
+
+    rollout: this process' share of them.
+    """
+    every = config.measure_kl_every
+    if reference is None or every is None or (step % every and step != config.run.steps):
+        return {}
+    kl_b = kl_to_reference(reference, rollout, config.update.micro_batch).double()
+    total, images = world.sum(torch.stack([kl_b.sum(), torch.ones_like(kl_b).sum()])).tolist()
+    return {"kl": total / images}
 
 
 def _gather(world: World, rollout: Rollout, rewards: Rewards, images: int) -> tuple[Rollout, Rewards]:
@@ -266,25 +362,86 @@ def _gather(world: World, rollout: Rollout, rewards: Rewards, images: int) -> tu
     return of_all, Rewards(world.gather(rewards.total_B, images), components)
 
 
-def load_base(config: Config, folder: RunFolder, resume: bool) -> Policy:
-    """The model that a run starts from: random, pre-trained now or earlier, or from checkpoints.
+def _prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.device) -> None:
+    """Have what the run starts from in place and noted: pre-train, fetch or copy it. Of the process that leads.
 
-    With `resume`, the very files that the run in the folder started from.
+    With `resume`, the very files that the run in the folder started from; what is lost of them is made or fetched
+    again, if it can be had bit for bit.
+    """
+    if config.policy.checkpoint == "random":
+        return
+    base = Base(folder)
+    if not resume:
+        var, vqvae = _sources(config, device)
+        _keep_labels(folder, var.origin)
+        base.keep(var, vqvae)
+        return
+    if not base.noted:
+        print(f"{folder.base} is gone; the base is what policy.checkpoint names now, unchecked")
+        base.keep(*_sources(config, device))
+        return
+    only_here = config.policy.checkpoint == "pretrain" or Path(config.policy.checkpoint).expanduser().is_dir()
+    try:
+        if base.hashed:
+            base.heal("var", only_here)
+            base.heal("vqvae", only_here)
+        else:  # begun before hashes were noted
+            base.keep(*(Source(path, only_here, path) for path in (base.find("var"), base.find("vqvae"))))
+    except InputError as lost:
+        again = f"from policy.checkpoint={config.policy.checkpoint}"
+        print(f"{lost}\n  it is had again {again}")
+        try:
+            sources = _sources(config, device)
+        except InputError as error:
+            lost.add_note(f"  it cannot be had again {again}: {error}")
+            raise lost from error
+        for part, source in zip(PARTS, sources, strict=True):
+            if other := base.differs(part, source):
+                lost.add_note(f"  it cannot be had again {again}: {other}")
+                raise
+        base.keep(*sources)
+
+
+def _sources(config: Config, device: torch.device) -> tuple[Source, Source]:
+    """What policy.checkpoint names: transformer and VQ-VAE, pre-trained now or earlier, files, or of another run."""
+    address, vqvae_address = config.policy.checkpoint, config.policy.vqvae_checkpoint
+    if address == "pretrain":
+        var, vqvae = pretrained(config, device)
+        return Source(var, True, var), Source(vqvae, True, vqvae)
+    path = Path(address).expanduser()
+    if not path.is_dir():
+        var = resolve(address)
+        if vqvae_address is None:
+            raise InputError(f"policy.checkpoint={address} is no run folder, so policy.vqvae_checkpoint is needed too")
+        vqvae = resolve(vqvae_address)
+        return Source(var, False, var), Source(vqvae, False, vqvae)
+    other = RunFolder(path)
+    state, _ = delivered_state(other, other.load_config().policy.sizes, torch.float32)
+    vqvae_content = vqvae_of(other) if vqvae_address is None else resolve(vqvae_address)
+    return Source(state, True, path), Source(vqvae_content, vqvae_address is None, path)
+
+
+def vqvae_of(folder: RunFolder) -> Path | dict[str, torch.Tensor]:
+    """The VQ-VAE of a run: its file, or of random weights, which have none, the tensors. Raises: as Base.find."""
+    run = folder.load_config()
+    if run.policy.checkpoint == "random":
+        return random_policy(run, pick_device(run.run.device)).vqvae.state_dict()
+    return Base(folder).find("vqvae")
+
+
+def load_base(config: Config, folder: RunFolder, whole: bool = True) -> Policy:
+    """The model that a run started from: random, or the files that its folder notes. Nothing is made or fetched.
+
+    whole: compare the files' SHA-256; False where that has just been done.
+    Raises: InputError if the files are not there as they were.
     """
     device = pick_device(config.run.device)
     if config.policy.checkpoint == "random":
         return random_policy(config, device)
-    noted = folder.load_base() if resume else None
-    if noted is not None:
-        var, vqvae = noted
-    elif config.policy.checkpoint == "pretrain":
-        var, vqvae = (str(path) for path in pretrained(config, device))
-    else:
-        assert config.policy.vqvae_checkpoint is not None
-        var, vqvae = config.policy.checkpoint, config.policy.vqvae_checkpoint
-    policy = load_policy(
-        var,
-        vqvae,
+    base = Base(folder)
+    return load_policy(
+        str(base.find("var", whole)),
+        str(base.find("vqvae", whole)),
         device,
         config.run.dtype,
         config.policy.sizes,
@@ -292,35 +449,68 @@ def load_base(config: Config, folder: RunFolder, resume: bool) -> Policy:
         config.run.fast,
         config.run.strict,
     )
-    if noted is None:
-        folder.save_base(var, vqvae)
-    return policy
+
+
+def _keep_labels(folder: RunFolder, origin: Path) -> None:
+    """What the labels of the base are called, from beside it into the run's folder."""
+    found = read_labels(origin if origin.is_dir() else origin.parent)
+    if found is not None:
+        save_text(folder.path / LABELS_FILE, labels_json(found))
 
 
 def load_run(folder: RunFolder, device: torch.device, dtype: str) -> Policy:
     """What a run folder's run delivers, as of its last checkpoint: with update.ema_decay, the averaged policy."""
     config = folder.load_config()
     config = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device), "dtype": dtype})})
-    policy = load_base(config, folder, resume=True)
     if config.policy.lora:
+        policy = load_base(config, folder)
         policy.add_lora(config.policy.lora, config.run.seed)
+    elif config.policy.checkpoint == "random":
+        policy = random_policy(config, device)
+    else:  # the checkpoint holds the whole transformer: the base's is not needed
+        vqvae = load_vqvae(str(Base(folder).find("vqvae")), config.policy.sizes.patch_nums, config.policy.vqvae)
+        policy = Policy(VAR(config.policy.sizes), vqvae, device, dtype, config.run.fast, config.run.strict)
     folder.newest().load_result(policy.var)
     return policy
 
 
+def delivered_state(
+    folder: RunFolder, sizes: VARConfig, dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], int | None]:
+    """Names, shapes and order of the public checkpoints, buffers included; what is no integer in `dtype`.
+
+    Returns: what the run delivers as of the last checkpoint (with update.ema_decay, the average), or var.pth where that
+        alone is left, and the steps that made it (None for var.pth).
+    Raises: InputError if the folder holds no weights, or others than its config says.
+    """
+    step, config = None, folder.load_config()
+    if folder.weights.exists() and not folder.checkpoints.exists():
+        found: dict[str, torch.Tensor] = load_var(str(folder.weights), sizes).state_dict()
+    elif config.policy.lora:
+        # Random weights are those of the device that they were drawn on.
+        device = pick_device(config.run.device if config.policy.checkpoint == "random" else "cpu")
+        var, step = load_run(folder, device, "float32").var, folder.newest().step
+        found = merged_state(var, without_lora(var).state_dict())
+    else:
+        checkpoint, var = folder.newest(), VAR(sizes)
+        checkpoint.load_result(var)
+        found, step = var.state_dict(), checkpoint.step
+    with torch.device("meta"):
+        wanted = VAR(sizes).state_dict()
+    return {n: found[n].to(dtype if t.is_floating_point() else t.dtype).contiguous() for n, t in wanted.items()}, step
+
+
 def _base_weights(config: Config, folder: RunFolder, device: torch.device) -> dict[str, torch.Tensor]:
     """What the run started from, in float32: in memory the frozen weights may be rounded to 16 bits."""
-    noted = folder.load_base()
-    if noted is None:
+    if config.policy.checkpoint == "random":
         return random_policy(config, device).var.state_dict()
-    return load_var(noted[0], config.policy.sizes).state_dict()
+    return load_var(str(Base(folder).find("var", whole=False)), config.policy.sizes).state_dict()
 
 
 def _save_adapter(folder: RunFolder, policy: Policy, config: Config) -> None:
     """The adapter alone, as peft reads it."""
     assert config.policy.lora is not None
-    base = folder.load_base()
-    settings, tensors = peft_adapter(policy.var, config.policy.lora, base[0] if base else config.policy.checkpoint)
+    settings, tensors = peft_adapter(policy.var, config.policy.lora, config.policy.checkpoint)
     save_text(folder.adapter / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
     content = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_atomically(folder.adapter / "adapter_model.safetensors", lambda file: file.write(content))
@@ -335,16 +525,13 @@ def random_policy(config: Config, device: torch.device) -> Policy:
     return Policy(var, vqvae, device, config.run.dtype, config.run.fast, config.run.strict)
 
 
-def _evaluate(policy: Policy, reward: WeightedSum, labels: list[int], config: Config) -> dict[str, float]:
-    sampling = config.rollout
-    return evaluate(policy, reward, labels, config.eval, sampling.temperature, config.run.seed, sampling.micro_batch)
-
-
-def _save_grid(log: RunLog, step: int, policy: Policy, labels: list[int], config: Config) -> None:
-    columns = config.log.grid_samples
-    labels_B = torch.tensor(labels[: config.log.grid_labels]).repeat_interleave(columns)
+def _save_grid(
+    log: RunLog, step: int, policy: Policy, labels: list[int], config: Config, names: list[str] | None
+) -> None:
+    columns, rows = config.log.grid_samples, labels[: config.log.grid_labels]
+    labels_B = torch.tensor(rows).repeat_interleave(columns)
     rollout = policy.sample(labels_B, config.rollout.temperature, seed=config.run.seed, step=GRID_STEP)
-    log.grid(step, policy.decode(rollout.tokens_BL), columns)
+    log.grid(step, policy.decode(rollout.tokens_BL), columns, [caption(label, names) for label in rows])
 
 
 def _metrics(
@@ -360,8 +547,9 @@ def _metrics(
         "entropy": rollout.entropy_BL.mean(),
     }
     values = torch.stack(list(measured.values())).tolist()  # one copy from the device
+    of_update = {name: value for name, value in asdict(stats).items() if value is not None}  # kl, where not measured
     without_signal = groups_without_signal(advantages_B, group_size)
-    return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal, **asdict(stats)}
+    return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal, **of_update}
 
 
 @contextmanager
@@ -378,60 +566,15 @@ def _advised(part: str, config: Config) -> Iterator[None]:
         raise InputError(f"out of memory in the {part}: {reason}\n  {advice}") from error
 
 
-@contextmanager
-def _catch_signals() -> Iterator[list[signal.Signals]]:
-    """Collect the first SIGINT or SIGTERM, so that the step at hand can end; a second one acts at once."""
-    received: list[signal.Signals] = []
-
-    def note(number: int, frame: object) -> None:
-        received.append(signal.Signals(number))
-        print("\nstopping after this step; once more to stop at once (back to the last checkpoint)", flush=True)
-        for name in _INTERRUPTED:
-            signal.signal(name, previous[name])
-
-    previous = {name: signal.signal(name, note) for name in _INTERRUPTED}
-    try:
-        yield received
-    finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
-
-
-_USAGE = "python -m varfast.train config.yaml [--profile] [--sweep a.b=c,d ...] [a.b=c ...]"
-
-
 def main(arguments: list[str]) -> int:
     """python -m varfast.train config.yaml [--profile] [--sweep a.b=c,d ...] [a.b=c ...]"""
-    swept, rest = split_sweep(arguments, _USAGE)
-    path, overrides = split_arguments([a for a in rest if a != "--profile"], _USAGE)
-    parent = load_config(path, overrides).run.dir
-    configs = []
-    for choice in itertools.product(*swept):  # all of them are read before the first one runs
-        folder = [f"run.dir={parent}/{','.join(choice)}"] if choice else []
-        configs.append(load_config(path, [*overrides, *choice, *folder]))
-    for number, config in enumerate(configs):
-        if swept:
-            print(f"\nsweep {number + 1} of {len(configs)}: {config.run.dir}")
-        code = train(config, profile="--profile" in arguments)
+    runs = read_train(arguments)
+    for number, config in enumerate(runs.configs):
+        if runs.parent is not None:
+            print(f"\nsweep {number + 1} of {len(runs.configs)}: {config.run.dir}")
+        code = train(config, runs.profile, runs.beside)
         if code:
             return code
-    if swept:
-        print(f"\nside by side: python -m varfast.report {parent}/*")
+    if runs.parent is not None:
+        print(f"\nside by side: python -m varfast.report {runs.parent}/*")
     return 0
-
-
-def split_sweep(arguments: list[str], usage: str) -> tuple[list[list[str]], list[str]]:
-    """Take `--sweep key=a,b` out of the arguments: the overrides of each, and what is left."""
-    swept, rest = [], list(arguments)
-    while "--sweep" in rest:
-        at = rest.index("--sweep")
-        key, equals, values = (rest[at + 1] if at + 1 < len(rest) else "").partition("=")
-        if not equals or not all(values.split(",")):
-            raise InputError(f"--sweep wants key=value,value, as in --sweep grpo.kl_beta=0,0.05,0.2; usage: {usage}")
-        swept.append([f"{key}={value}" for value in values.split(",")])
-        del rest[at : at + 2]
-    return swept, rest
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -6,8 +6,10 @@ Axes: B image, L token over all scales; B = P labels x G samples, group-major (t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # varfast/command.py answers a typo before PyTorch is imported
+    from torch import Tensor
 
 
 class InputError(ValueError):
@@ -16,6 +18,10 @@ class InputError(ValueError):
 
 class NotFiniteReward(InputError):
     """A reward gave NaN or Inf. A run leaves such a rollout out; run.max_bad_rollouts of them in a row end it."""
+
+
+class NotFinitePolicy(InputError):
+    """A policy's logits, weights or images are not finite: it has diverged, or its files are damaged."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,30 @@ class Rewards:
 
 
 @dataclass(frozen=True)
+class RewardBatch:
+    """What a reward may ask of the images beside their pixels; docs/rewards.md.
+
+    Attributes:
+        labels: (B,) int64.
+        names: the class name of each image; None where the labels have none.
+        prompts: in words what each image is to show: its class name, or else the number of its label.
+        step: of the training, from 0; None in an evaluation.
+        seed: of the run.
+    """
+
+    labels: Tensor
+    names: list[str] | None
+    prompts: list[str]
+    step: int | None
+    seed: int
+
+    def copy(self) -> RewardBatch:
+        """One whose tensors and lists may be written to."""
+        names = None if self.names is None else list(self.names)
+        return replace(self, labels=self.labels.clone(), names=names, prompts=list(self.prompts))
+
+
+@dataclass(frozen=True)
 class ScoredRollout:
     """A rollout with its advantages: all that an update needs.
 
@@ -86,7 +116,7 @@ class StepStats:
 
     Attributes:
         loss: as minimised.
-        kl: k3 estimate of KL(policy || reference), nats a token.
+        kl: k3 estimate of KL(policy || reference), nats a token; None without a reference: not measured.
         clip_fraction: share of tokens whose gradient the clip cut off.
         ratio_mean: mean ratio of new to old probability.
         ratio_gap_mean, ratio_gap_max: of |ratio - 1| over the first minibatch, before any optimizer step: what
@@ -97,7 +127,7 @@ class StepStats:
     """
 
     loss: float
-    kl: float
+    kl: float | None
     clip_fraction: float
     ratio_mean: float
     ratio_gap_mean: float

@@ -125,7 +125,6 @@ class Updater:
                     differing = self._differing.clone()
                 with stage("optimizer"):
                     norm, not_finite = self._clipped_step()
-                    self.policy.var.refresh_copies()
                     self._average()
                 if len(used):
                     measured.append(torch.where(not_finite, math.nan, stats))
@@ -147,7 +146,9 @@ class Updater:
         loss, kl, clip, ratio, gap_mean, gap_max, grad_norm = torch.cat([means[:4], gap, norm.unsqueeze(0)]).tolist()
         flags = torch.stack(skipped).tolist()
         self._count_skipped(flags)
-        return StepStats(loss, kl, clip, ratio, gap_mean, gap_max, grad_norm, lr, sum(flags))
+        return StepStats(
+            loss, kl if self.reference is not None else None, clip, ratio, gap_mean, gap_max, grad_norm, lr, sum(flags)
+        )
 
     def further_state(self) -> Mapping[str, Mapping[str, Tensor]]:
         """What a run is beside weights and optimizer, by kind and name: to save, or to load into, in place.
@@ -310,11 +311,16 @@ class Updater:
         return torch.cat([self.world.sum(stats_N6[:, :-1].clone()), self.world.max(stats_N6[:, -1:].clone())], dim=1)
 
     def _clipped_step(self) -> tuple[Tensor, Tensor]:
-        """Clip and step, unless the gradient is not finite; its norm, and whether it was not."""
+        """Clip, step, write 16-bit copies, unless the gradient is not finite; its norm, and whether it was not."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = self._gradients.norm() if self._gradients else whole(torch.nn.utils.get_total_norm(gradients))
         not_finite = ~norm.isfinite()
         too_long = ((norm + 1e-6) / self.config.grad_clip).clamp_min(1.0)
+        if self.config.optimizer == "adamw" and not isinstance(self._parameters[0], DTensor):
+            group, tensors = self.optimizer.param_groups[0], self._adamw_tensors()
+            kernels.adamw_step(tensors, group["lr"], group["betas"], group["eps"], too_long, not_finite.float())
+            self.policy.var.mark_copies_fresh()
+            return norm, not_finite
         if isinstance(self.optimizer, torch.optim.AdamW):
             # The hooks of torch.amp.GradScaler: the kernel divides by the one, and does nothing where the other is 1.
             self.optimizer.grad_scale, self.optimizer.found_inf = too_long, not_finite.float()  # type: ignore[attr-defined]
@@ -324,7 +330,32 @@ class Updater:
             # A gradient of 0 everywhere (no image has one) is left out with 8 bits: see adamw8bit, float32.
             torch._foreach_div_(gradients, too_long)
             self.optimizer.step()
+        self.policy.var.refresh_copies()
         return norm, not_finite
+
+    def _adamw_tensors(self) -> kernels.AdamWTensors:
+        """Of the parameters that have a gradient. The state is torch.optim.AdamW's, which saves and loads it."""
+        copy_of = {id(weight): low for weight, low in self.policy.var.low_precision_copies()}
+        trained = [
+            (p, group["weight_decay"])
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        states = [self.optimizer.state[p] for p, _ in trained]
+        for state, (p, _) in zip(states, trained, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), device=p.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        return kernels.AdamWTensors(
+            parameters=[p for p, _ in trained],
+            gradients=[p.grad for p, _ in trained if p.grad is not None],
+            exp_avgs=[state["exp_avg"] for state in states],
+            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+            steps=[state["step"] for state in states],
+            weight_decays=[decay for _, decay in trained],
+            copies=[copy_of.get(id(p)) for p, _ in trained],
+        )
 
     def _count_skipped(self, skipped: list[bool]) -> None:
         for flag in skipped:

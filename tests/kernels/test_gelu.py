@@ -201,7 +201,7 @@ def test_linear_gelu_by_quack_says_what_is_missing(monkeypatch):
         gelu._cannot_quack.cache_clear()
 
 
-def test_linear_gelu_by_quack_takes_its_functions_results(monkeypatch):
+def test_linear_gelu_by_quack_takes_its_functions_results(monkeypatch, assert_as_exact):
     """With quack's product in PyTorch: names and order of its arguments, which are checked on a GPU."""
     asked = []
 
@@ -215,14 +215,23 @@ def test_linear_gelu_by_quack_takes_its_functions_results(monkeypatch):
     monkeypatch.setattr(gelu, "_quack", lambda: Quack)
     monkeypatch.setattr(gelu, "_gelu_backward_op", by_autograd)
     x, weight, bias, upstream = layer(torch.bfloat16)
-    found = []
-    for function in (gelu._by_quack, gelu._product_then_gelu):
-        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-        out = function(leaves[0], leaves[1], weight.bfloat16(), leaves[2])
-        out.backward(upstream)
-        found.append([out.detach(), *(leaf.grad for leaf in leaves)])
-    for got, wanted in zip(*found, strict=True):
-        torch.testing.assert_close(got.float(), wanted.float(), rtol=0.02, atol=0.1)
+
+    def results(function, dtype):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, weight, bias)]
+        out = function(*leaves)
+        out.backward(upstream.to(out.dtype))
+        names = ("out", "d_x", "d_weight", "d_bias")
+        return dict(zip(names, [out.detach(), *(leaf.grad for leaf in leaves)], strict=True))
+
+    def by(function):
+        def call(x, w, b):
+            return function(x.bfloat16(), w, w.detach().bfloat16(), b)
+
+        return call
+
+    exact = results(lambda x, w, b: F.gelu(F.linear(x, w, b), approximate="tanh"), torch.float64)
+    plain = results(by(gelu._product_then_gelu), torch.float32)
+    assert_as_exact(results(by(gelu._by_quack), torch.float32), plain, exact, floor=1e-6)
     with torch.no_grad():
         gelu._by_quack(x, weight, weight.bfloat16(), bias)
     assert asked == [("gelu_tanh_approx", True, False), ("gelu_tanh_approx", False, False)]

@@ -262,3 +262,37 @@ def test_sample_tokens_opcheck():
     arguments = (torch.randn(2, 3, 40, device=device), key().to(device), 1, 0.7, None, 0.0, 0, 0.0)
     for bias in (None, torch.randn(40, device=device)):
         torch.library.opcheck(_sample_triton, (*arguments, bias))
+
+
+@pytest.mark.parametrize("inference", [{}, {"top_k": 3}, {"top_p": 0.7}, {"top_k": 40, "top_p": 0.9}])
+@pytest.mark.parametrize("vocab", [5, 64, 129])
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter
+def test_logits_that_are_no_distribution_draw_a_token_of_the_vocabulary_and_nan(draw, vocab, inference):
+    logits = torch.randn(7, 2, vocab, generator=torch.Generator().manual_seed(1))
+    logits[0, 0, 2] = math.nan
+    logits[1, 0, 2] = -math.nan
+    logits[2, 0, 2] = math.inf
+    logits[3, 0] = -math.inf
+    logits[4, 0] = math.nan
+    logits[5, 0, 1:3] = torch.tensor([math.inf, -math.inf])
+    tokens, logp, entropy = draw(logits, key(3), 1, 0.9, **inference)
+    assert ((tokens >= 0) & (tokens < vocab)).all()
+    wrong = torch.zeros(7, 2, dtype=torch.bool)
+    wrong[:6, 0] = True
+    assert torch.equal(logp.isnan(), wrong)
+    assert torch.equal(entropy.isnan(), wrong)
+    # The other rows are drawn as if nothing stood beside them.
+    good = draw(logits.nan_to_num(0.0, 0.0, 0.0), key(3), 1, 0.9, **inference)
+    assert torch.equal(tokens[~wrong], good[0][~wrong])
+    assert torch.equal(logp[~wrong], good[1][~wrong])
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_guidance_and_temperature_that_overflow_draw_a_token_of_the_vocabulary_and_nan(draw):
+    huge = torch.full((1, 2, 33), 3e38)
+    tokens, logp, _ = draw(huge, key(), 0, 1.0, uncond_logits_BlV=-huge, guidance=3.0)
+    assert ((tokens >= 0) & (tokens < 33)).all()
+    assert logp.isnan().all()
+    tokens, logp, _ = draw(torch.randn(1, 2, 33), key(), 0, 1e-40)
+    assert ((tokens >= 0) & (tokens < 33)).all()
+    assert logp.isnan().all()

@@ -74,7 +74,11 @@ def first_of(outputs):
 
 
 REFUSED = [
-    *((op, {"dtype": torch.float64}) for op in selection._OPS if selection._OPS[op][0].name == "triton"),
+    *(
+        (op, {"dtype": torch.float64})
+        for op in selection._OPS
+        if selection._OPS[op][0].name == "triton" and op != "adamw_step"
+    ),
     *((op, {"head_dim": 32}) for op in selection._OPS if "attention" in op or "heads" in op),
     *((op, {"vocab": 32769}) for op in ("sample_tokens", "selective_log_softmax")),
     *((op, {"width": 8200}) for op in ("layer_norm_modulate", "gated_residual", "gated_residual_norm")),

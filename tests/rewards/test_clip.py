@@ -41,8 +41,9 @@ def test_clip_equals_the_library(tiny_clip, images, model, batch_size):
 def test_clip_compares_each_image_with_the_text_of_its_label(tiny_clip, images, tmp_path):
     names = ["house finch", "goldfish", "tabby cat"]
     (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
+    (tmp_path / "windows.txt").write_bytes(("\ufeff" + "\r\n".join(names) + "\r\n").encode())
     table = cosine("tiny", tiny_clip, images, [f"a photo of a {name}" for name in names])
-    for given in (names, str(tmp_path / "names.txt")):
+    for given in (names, str(tmp_path / "names.txt"), str(tmp_path / "windows.txt")):
         config = clip(tiny_clip, prompt=None, label_prompt="a photo of a {name}", names=given, batch_size=2)
         scored = WeightedSum({"c": config}, num_classes=3)(images, LABELS)
         torch.testing.assert_close(scored.total_B, table[torch.arange(6), LABELS], rtol=0, atol=2e-6)
@@ -133,5 +134,35 @@ def test_a_file_that_would_run_code_is_not_loaded(tiny_clip, tmp_path):
     from pathlib import Path
 
     torch.save({"state_dict": Path("x")}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match=r"reward.c: .*evil.pt holds more than tensors; loading it could run code"):
+    with pytest.raises(InputError, match=r"reward.c: .*evil.pt holds more than tensors: pathlib.*could run code"):
         WeightedSum({"c": clip(str(tmp_path / "evil.pt"))})
+
+
+@pytest.mark.parametrize(
+    ("model", "needed"),
+    [
+        ("ViT-B-16-SigLIP", r"a tokenizer .timm/ViT-B-16-SigLIP. from the hub"),
+        ("roberta-ViT-B-32", r"a tokenizer .roberta-base. and a description of the text tower .roberta-base. from"),
+    ],
+)
+def test_a_model_that_reads_more_of_the_hub_than_its_weights_says_what(tmp_path, monkeypatch, model, needed):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    torch.save({"logit_scale": torch.ones(1)}, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match=f"reward.c: {model} reads {needed}") as caught:
+        WeightedSum({"c": clip(str(tmp_path / "weights.pt"), model=model)})
+    assert "beside its weights, which cannot be had" in str(caught.value)
+    assert f"hf download {'timm/' if 'SigLIP' in model else ''}" in str(caught.value)
+    assert "copy the hub's cache (HF_HOME)" in str(caught.value)
+
+
+def test_a_file_that_is_no_weights_is_named(tiny_clip, tmp_path):
+    (tmp_path / "x.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(InputError, match=r"reward.c: checkpoint .*x.pt is a git-lfs pointer"):
+        WeightedSum({"c": clip(str(tmp_path / "x.pt"))})
+    state = torch.load(tiny_clip, weights_only=True)
+    state["visual.proj"] = torch.full_like(state["visual.proj"], float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    with pytest.raises(InputError, match=r"reward.c: .*nan.pt holds numbers that are not finite, first in visual.proj"):
+        WeightedSum({"c": clip(str(tmp_path / "nan.pt"))})

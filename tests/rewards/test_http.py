@@ -118,6 +118,9 @@ def test_the_server_of_the_docs_works(images):
         (respond(200, {"rewards": [1.0] * 5}), r"the server answered 5 numbers; want .* with 6"),
         (respond(200, {"rewards": [1.0, float("nan")] * 3}), "the server answered nan for image 1"),
         (respond(200, {"rewards": [1.0, 1.0, float("inf")] * 2}), "the server answered inf for image 2"),
+        (respond(200, {"rewards": [1.0, 1e39] * 3}), r"answered 1e\+39, more than float32 holds .* for image 1"),
+        (respond(200, b"\x1b]0;owned\x07"), r"the server answered '\\x1b\]0;owned\\x07'; want"),
+        (respond(302, b"", Location="\x1b[2J" + "x" * 60_000), r"redirects to '\\x1b\[2Jx+\.\.\. \(60004 char"),
         (respond(200, b"[" + b" " * 2_000_000 + b"]"), "more than 1000000 bytes"),
         (respond(404, b"no such page"), "the server answered 404 Not Found: 'no such page'; want 200"),
         (respond(302, b"", Location="file:///etc/passwd"), "redirects to 'file:///etc/passwd'; redirects are not"),
@@ -196,7 +199,74 @@ def test_http_addresses():
     for url in ("ftp://host/x", "file:///etc/passwd", "http://", "http://user:secret@host/", "localhost:8000"):
         with pytest.raises(ValueError, match="url"):
             HttpReward(type="http", url=url)
-    with pytest.raises(InputError, match=r"reward.mine.url=http://host:99999/ is no address"):
+    with pytest.raises(ValueError, match=r"'http://host:99999/' is no address"):
         http("http://host:99999/")
-    with pytest.raises(InputError, match="is no address"):
+    with pytest.raises(ValueError, match="is no address"):
         http("http://host/ä")
+
+
+def raw(answer):
+    """Bytes in place of an answer in HTTP."""
+
+    def send(handler, body, _):
+        handler.wfile.write(answer)
+        handler.close_connection = True
+        handler.wfile.flush()
+        handler.connection.close()
+
+    return send
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        CHUNKED + b"-5\r\nx",
+        CHUNKED + b"f" * 60 + b"\r\nx",
+        CHUNKED + b"1_0\r\nx",
+        CHUNKED + b"zz\r\nx",
+        CHUNKED + b"\xff\r\n",
+        CHUNKED,
+        b"HTTP/1.1 99999999999999999999 OK\r\n\r\n",
+        b"HTTP/9.9 200 OK\r\n\r\n",
+        b"HTTP/1.1 500 " + b"\x1b[2J" * 12_000 + b"\r\n\r\n",
+        b"HTTP/1.1 500 " + b"r" * 70_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n{}",
+        b"HTTP/1.1 503 OK\r\nContent-Length: -5\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 500 + b"\r\n",
+        b"\x1b[31mgarbage\x07\r\n",
+        b"\x00\xff\xfe\r\n\r\n",
+        b"",
+    ],
+    ids=lambda answer: repr(answer[-60:-4]),
+)
+def test_http_answers_that_are_no_http_are_one_short_line(server, waits, images, answer):
+    server.answers.append(raw(answer))
+    with pytest.raises(InputError, match=r"^reward.mine.url=") as caught:
+        http(server.url, retries=1, timeout_s=5)(images, LABELS)
+    text = str(caught.value)
+    assert text.isprintable()
+    assert len(text) < 700
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://[::1/score", "Invalid IPv6 URL"),
+        ("http://[zz]/", "is no address that can be asked"),
+        ("http://a..b/", "the host's name, or a part of it, is empty or too long"),
+        ("http://" + "a" * 64 + ".com/", "is empty or too long"),
+        ("http://" + "a." * 150 + "com/", "is empty or too long"),
+        ("http://x\x00y/", r"it holds '\\x00'"),
+        ("http://x/\x1b[2J", r"'http://x/\\x1b\[2J' is no address that can be asked: it holds '\\x1b'"),
+        ("http://x:port/", "is no address that can be asked"),
+        ("http://x:-1/", "is no address that can be asked"),
+        ("http://x:0/", "there is no port 0"),
+        ("http://:80/", "want http://host/ or https://host/"),
+    ],
+)
+def test_http_addresses_that_cannot_be_asked_are_refused_before_training(url, message):
+    with pytest.raises(ValueError, match=message):
+        http(url)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -429,6 +429,15 @@ class AdaLNBeforeHead(nn.Module):
         return scale, shift
 
 
+def scale_buffers(patch_nums: Sequence[int]) -> dict[str, Tensor]:
+    """lvl_1L: (1, L) int64, the scale of each token. attn_bias_for_masking: (1, 1, L, L) float32, 0 where a token sees
+    another, of its own scale or a coarser one, and -inf elsewhere.
+    """
+    level_L = torch.cat([torch.full((side * side,), k) for k, side in enumerate(patch_nums)])
+    mask_LL = torch.where(level_L.unsqueeze(1) >= level_L.unsqueeze(0), 0.0, -torch.inf)
+    return {"lvl_1L": level_L.unsqueeze(0), "attn_bias_for_masking": mask_LL.unsqueeze(0).unsqueeze(0)}
+
+
 class VAR(nn.Module):
     """Class-conditional next-scale autoregressive transformer.
 
@@ -456,10 +465,8 @@ class VAR(nn.Module):
         self.head_nm = AdaLNBeforeHead(config)
         self.head = Head(width, config.vocab_size)
         # Both buffers are constants that the public checkpoints carry. The mask is not used: see scale_ends.
-        level_L = torch.cat([torch.full((side * side,), k) for k, side in enumerate(config.patch_nums)])
-        self.register_buffer("lvl_1L", level_L.unsqueeze(0))
-        mask_LL = torch.where(level_L.unsqueeze(1) >= level_L.unsqueeze(0), 0.0, -torch.inf)
-        self.register_buffer("attn_bias_for_masking", mask_LL.reshape(1, 1, num_tokens, num_tokens))
+        for name, constant in scale_buffers(config.patch_nums).items():
+            self.register_buffer(name, constant)
 
     def make_strict(self) -> None:
         """From now on a token's bits do not depend on the batch, nor on whether its scale came alone."""

@@ -1,7 +1,8 @@
 """Rewards: what the policy is trained to earn. One file a reward; composed here by the names they have in the config.
 
 A reward is any callable (images, labels) -> (B,) of finite numbers: images (B, 3, H, W) float32 in [0, 1] and labels
-(B,) int64, both on the policy's device. Your own is named in the config by its import path::
+(B,) int64, both on the policy's device. Your own is named in the config by its module or file, and may ask for more
+than labels (docs/rewards.md)::
 
     reward:
       redness: {type: function, function: "my_rewards:redness", weight: 0.5}
@@ -11,12 +12,9 @@ Axes: B image, N text, D embedding.
 
 from __future__ import annotations
 
-import difflib
-import functools
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +23,7 @@ from varfast.config import (
     AestheticReward,
     BrightnessReward,
     ClassifierReward,
+    ClipReward,
     FunctionReward,
     HPSv2Reward,
     HttpReward,
@@ -35,11 +34,14 @@ from varfast.rewards.backbone import Backbone, BackboneSpec, backbone_spec
 from varfast.rewards.brightness import Brightness
 from varfast.rewards.classifier import Confidence, DigitsConfidence
 from varfast.rewards.clip import TextSimilarity, prompts
+from varfast.rewards.function import UserReward
 from varfast.rewards.hpsv2 import hpsv2_spec
 from varfast.rewards.http import Http
-from varfast.types import InputError, NotFiniteReward, Rewards
+from varfast.rewards.scores import must_be_finite, scores
+from varfast.types import RewardBatch, Rewards
 
-Reward = Callable[[Tensor, Tensor], Any]
+Reward = Callable[[Tensor, Tensor], Tensor]
+_BuiltIn = BrightnessReward | AestheticReward | ClipReward | HPSv2Reward | ClassifierReward | HttpReward
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class _Component:
     """A reward with its weight. One with a backbone is called with its (B, D) embeddings in place of the images."""
 
     weight: float
-    reward: Reward
+    reward: Reward | UserReward
     backbone: Backbone | None = None
 
 
@@ -61,6 +63,9 @@ class WeightedSum:
         device: of the images.
         num_classes: number of labels, to check texts and classifiers against; None: not checked.
         section: where the components stand in the config, for errors.
+        seed: of the run, for what a user's reward draws at random.
+        names: class names of the labels, for user's rewards that ask for them; None: the labels have none.
+        beside: folder of the config file, where a user's reward is looked for too.
     Raises: InputError if a user's function cannot be imported, or weights cannot be had or used.
     """
 
@@ -70,11 +75,20 @@ class WeightedSum:
         device: torch.device | str = "cpu",
         num_classes: int | None = None,
         section: str = "reward",
+        seed: int = 0,
+        names: Sequence[str] | None = None,
+        beside: Path | None = None,
     ) -> None:
+        self._seed, self._names = seed, names
         backbones = _Backbones(torch.device(device))
-        self._components = {
-            name: _build(f"{section}.{name}", config, backbones, num_classes) for name, config in components.items()
-        }
+        self._components = {}
+        for name, config in components.items():
+            key = f"{section}.{name}"
+            self._components[name] = (
+                _Component(config.weight, UserReward(key, config, backbones.device, seed, beside))
+                if isinstance(config, FunctionReward)
+                else _build(key, config, backbones, num_classes)
+            )
         backbones.drop_text_towers()
 
     @property
@@ -83,23 +97,38 @@ class WeightedSum:
         return {name: part.weight for name, part in self._components.items()}
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, labels_B: Tensor) -> Rewards:
+    def __call__(self, images: Tensor, labels_B: Tensor, step: int | None = None, first_sample: int = 0) -> Rewards:
         """Score (B, 3, H, W) images in [0, 1].
 
-        Raises: InputError if a component returns another shape than (B,); NotFiniteReward, which is one too, if it
-            or the sum holds a number that is not finite.
+        Args:
+            step: of the training; None in an evaluation.
+            first_sample: number of the first image among those of the step.
+        Raises: InputError if a component returns anything but (B,) numbers; NotFiniteReward, which is one too, if it or
+            the sum holds a number that is not finite.
         """
+        batch = self._batch(labels_B, step)
         embeddings: dict[Backbone, Tensor] = {}
-        scores = {}
+        found = {}
         for name, part in self._components.items():
+            if isinstance(part.reward, UserReward):
+                found[name] = part.reward(images, batch, first_sample)
+                continue
             seen = images
             if part.backbone is not None:
                 if part.backbone not in embeddings:
                     embeddings[part.backbone] = part.backbone.embed_images(images)
                 seen = embeddings[part.backbone]
-            scores[name] = _checked(name, part.reward(seen, labels_B), images)
-        total_B = torch.stack([weight * scores[name] for name, weight in self.weights.items()]).sum(dim=0)
-        return Rewards(_checked("(their weighted sum)", total_B, images), scores)
+            found[name] = scores(name, part.reward(seen, labels_B), len(images), images.device)
+        total_B = torch.stack([weight * found[name] for name, weight in self.weights.items()]).sum(dim=0)
+        must_be_finite("(their weighted sum)", total_B)
+        return Rewards(total_B, found)
+
+    def _batch(self, labels_B: Tensor, step: int | None) -> RewardBatch:
+        labels = labels_B.tolist()
+        names = None if self._names is None else [self._names[label] for label in labels]
+        return RewardBatch(
+            labels_B, names, [str(label) for label in labels] if names is None else names, step, self._seed
+        )
 
 
 class _Backbones:
@@ -121,11 +150,9 @@ class _Backbones:
             backbone.drop_text_tower()
 
 
-def _build(key: str, config: RewardConfig, backbones: _Backbones, num_classes: int | None) -> _Component:
+def _build(key: str, config: _BuiltIn, backbones: _Backbones, num_classes: int | None) -> _Component:
     if isinstance(config, BrightnessReward):
         return _Component(config.weight, Brightness(config.mode, config.threshold))
-    if isinstance(config, FunctionReward):
-        return _Component(config.weight, _import(key, config))
     if isinstance(config, AestheticReward):
         head = aesthetic.Aesthetic(config.head, backbones.device, f"{key}.head")
         spec = backbone_spec(aesthetic.CLIP_MODEL, config.pretrained, config.dtype, key)
@@ -150,37 +177,3 @@ def _build(key: str, config: RewardConfig, backbones: _Backbones, num_classes: i
     backbone = backbones.load(spec, config.batch_size, key)
     texts_ND = backbone.embed_texts(texts, key)
     return _Component(config.weight, TextSimilarity(texts_ND, config.label_prompt is not None), backbone)
-
-
-def _import(key: str, config: FunctionReward) -> Reward:
-    where = f"{key}.function={config.function}"
-    module_name, _, attribute = config.function.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != module_name.split(".")[0] and error.name != module_name:
-            raise  # something that the user's module imports
-        raise InputError(f"{where}: no module {module_name}; run from its folder, or set PYTHONPATH to it") from error
-    target: Any = getattr(module, attribute, None)
-    if not callable(target):
-        near = difflib.get_close_matches(attribute, vars(module), n=1)
-        raise InputError(f"{where}: {module_name} has no such function{f'; did you mean {near[0]}?' if near else ''}")
-    if isinstance(target, type):
-        return target(**config.args)
-    return functools.partial(target, **config.args)
-
-
-def _checked(name: str, scores: Any, images: Tensor) -> Tensor:
-    scores_B = torch.as_tensor(scores, device=images.device).float()
-    if scores_B.shape != images.shape[:1]:
-        raise InputError(
-            f"reward {name} returned shape {tuple(scores_B.shape)} for {len(images)} images; want ({len(images)},), "
-            "one number an image"
-        )
-    bad = (~scores_B.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise NotFiniteReward(
-            f"reward {name} returned {float(scores_B[bad[0]])} for image {bad[0]} ({len(bad)} of {len(images)} are not "
-            "finite); mend the reward, or clamp it"
-        )
-    return scores_B

@@ -6,7 +6,7 @@ Axes: B image, N text, D embedding; H, W pixels.
 from __future__ import annotations
 
 import difflib
-import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varfast.models.containers import check_file
+from varfast.models.hub import hub_cause, one_line
 from varfast.rewards.files import fetch
 from varfast.rewards.preprocess import Preprocessing
 from varfast.types import InputError
@@ -79,13 +81,21 @@ class Backbone:
     Raises: InputError if its weights cannot be had, or belong to another model.
 
     The weights of a tag come from the hub, which promises no hash; those in its cache are used without a network
-    (HF_HUB_OFFLINE=1 makes that certain).
+    (HF_HUB_OFFLINE=1 makes that certain). Some models read further files of the hub beside their weights, whether
+    these come from there or not: a tokenizer (SigLIP), a description of the text tower (RoBERTa).
     """
 
     def __init__(self, spec: BackboneSpec, device: torch.device, batch_size: int, key: str) -> None:
         open_clip = import_open_clip()
         tag = open_clip.get_pretrained_cfg(spec.model, spec.pretrained)
+        # First, for it is quick: without it no text can be read.
+        self._tokenizer = _from_the_hub(lambda: open_clip.get_tokenizer(spec.model), spec, key)
         path = _tag_file(spec, tag, key) if tag else fetch(spec.pretrained, f"{key}.pretrained")
+        try:
+            check_file(path)
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from error
+        _from_the_hub(lambda: _text_config(spec), spec, key)
         try:
             self._model: Any = open_clip.create_model(
                 spec.model,
@@ -96,18 +106,19 @@ class Backbone:
                 force_preprocess_cfg=tag | ({"resize_mode": spec.resize_mode} if spec.resize_mode else {}),
                 weights_only=True,
             )
-        except pickle.UnpicklingError as error:
+        except ImportError as error:
+            raise InputError(f"{key}: {spec.model} needs another package: {one_line(error)}; pip install it") from error
+        # check_file has found the file whole and harmless; what is left is another model.
+        except (RuntimeError, LookupError, EOFError, ValueError, AssertionError, OSError, TypeError,
+                AttributeError) as error:  # fmt: skip
             raise InputError(
-                f"{key}: {path} holds more than tensors; loading it could run code, so it was not loaded. Save its "
-                f"state_dict as safetensors. Detail: {str(error).splitlines()[0]}"
+                f"{key}: {path} does not hold the weights of {spec.model}, or is damaged. Detail: "
+                f"{one_line(str(error).partition(chr(10))[0] or type(error).__name__)}"
             ) from error
-        except (RuntimeError, KeyError, EOFError, ValueError, AssertionError) as error:
-            raise InputError(
-                f"{key}: {path} does not hold the weights of {spec.model}, or is damaged. A TorchScript archive "
-                f"(OpenAI's ViT-L-14.pt) must be saved as a state_dict first. Detail: {str(error).splitlines()[0]}"
-            ) from error
+        wrong = [name for name, p in self._model.named_parameters() if not bool(p.isfinite().all())]
+        if wrong:
+            raise InputError(f"{key}: {path} holds numbers that are not finite, first in {wrong[0]}; fetch it again")
         self._model.eval().requires_grad_(False)
-        self._tokenizer = open_clip.get_tokenizer(spec.model)
         self._device = device
         self._dtype = torch.float32 if spec.dtype == "float32" else torch.bfloat16
         self.batch_size = batch_size
@@ -170,14 +181,54 @@ def import_open_clip() -> Any:
     return open_clip
 
 
+def _beside(spec: BackboneSpec) -> dict[str, str]:
+    """What a model reads of the hub beside its weights: repository by what it is."""
+    text = (import_open_clip().get_model_config(spec.model) or {}).get("text_cfg", {})
+    parts = {"tokenizer": text.get("hf_tokenizer_name"), "description of the text tower": text.get("hf_model_name")}
+    return {what: repository for what, repository in parts.items() if repository}
+
+
+def _text_config(spec: BackboneSpec) -> None:
+    """Read the description of a text tower of transformers, which open_clip reads again where it makes the model."""
+    if repository := _beside(spec).get("description of the text tower"):
+        from transformers import AutoConfig
+
+        AutoConfig.from_pretrained(repository)
+
+
+def _from_the_hub(read: Callable[[], Any], spec: BackboneSpec, key: str) -> Any:
+    """Raises: InputError that says what the model needs in the hub's cache beside its weights, if `read` fails."""
+    beside = _beside(spec)
+    try:
+        return read()
+    except ModuleNotFoundError as error:
+        raise InputError(f"{key}: {spec.model} reads its texts by {error.name}; pip install {error.name}") from error
+    except Exception as error:
+        if not beside:
+            raise
+        # transformers raises what it finds: OSError, ValueError, its tokenizers' own, the hub's and its HTTP library's.
+        parts = " and ".join(f"a {what} ({repository})" for what, repository in beside.items())
+        commands = "; ".join(f"hf download {repository}" + _ONLY_SMALL for repository in dict.fromkeys(beside.values()))
+        raise InputError(
+            f"{key}: {spec.model} reads {parts} from the hub beside its weights, which cannot be had: "
+            f"{hub_cause(error, next(iter(beside.values())), 'config.json')}\n"
+            f"  where there is a network: {commands}; without one, copy the hub's cache (HF_HOME) from there"
+        ) from error
+
+
+# Not the weights: they are given.
+_ONLY_SMALL = " --exclude '*.bin' '*.safetensors' '*.h5' '*.msgpack' '*.ot'"
+
+
 def _tag_file(spec: BackboneSpec, tag: dict[str, Any], key: str) -> Path:
     try:
         return Path(import_open_clip().download_pretrained(tag))
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of open_clip, the hub's client and its HTTP library: see fetch_from_hub
         where = f"hf://{tag['hf_hub'].rstrip('/')}" if tag.get("hf_hub") else tag.get("url", "")
+        cause = hub_cause(error, tag["hf_hub"].rstrip("/"), "") if tag.get("hf_hub") else one_line(error)
         raise InputError(
             f"{key}.pretrained={spec.pretrained}: the weights of {spec.model} cannot be fetched from {where} and are "
-            f"not in the cache: {str(error).splitlines()[0]}\n"
+            f"not in the cache: {cause}\n"
             f"  without a network, set {key}.pretrained to the path of the weights (.safetensors)"
         ) from error
 

@@ -5,10 +5,9 @@ Axes: B image, N text, D embedding.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor
 
+from varfast.rewards.files import read_names
 from varfast.types import InputError
 
 
@@ -46,13 +45,7 @@ def prompts(
     assert label_prompt is not None
     assert names is not None
     if isinstance(names, str):
-        try:
-            text = Path(names).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{key}.names={names} cannot be read: {error}; want a file with one name a line"
-            ) from error
-        names = text.rstrip("\n").split("\n")
+        names = read_names(names, f"{key}.names")
     blank = [label for label, name in enumerate(names) if not name.strip()]
     if blank:
         raise InputError(f"{key}.names: the name of label {blank[0]} is blank")

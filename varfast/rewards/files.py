@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 from pathlib import Path
 from urllib.parse import unquote
 
 import torch
 
+from varfast.files import read_bytes
 from varfast.models.weights import resolve
+from varfast.printable import printable
 from varfast.types import InputError
+
+_LONGEST_TEXT_BYTES = 10_000_000
 
 
 def file_name(address: str) -> str:
@@ -28,13 +33,28 @@ def fetch(address: str, key: str, sha256: str = "") -> Path:
     """
     path = _download(address, key) if address.startswith("https://") else _resolve(address, key)
     if sha256:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
         if not found.startswith(sha256):
             raise InputError(
                 f"{key}={address}: {path} has SHA-256 {found}, the public file has {sha256}; it is damaged, or another "
                 "file of that name. Delete it and fetch it again; a file of your own needs another name"
             )
     return path
+
+
+def read_names(address: str, key: str) -> list[str]:
+    """The lines of a text file: one name each.
+
+    Raises: InputError if it is no file of at most 10 MB in UTF-8.
+    """
+    try:
+        content = read_bytes(Path(address).expanduser(), _LONGEST_TEXT_BYTES)
+        text = content.decode("utf-8-sig")  # Windows begins a text with U+FEFF
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{key}={address} cannot be read: {printable(error)}; want a file with one name a line"
+                         ) from error  # fmt: skip
+    return text.rstrip("\n").split("\n")
 
 
 def _resolve(address: str, key: str) -> Path:
@@ -47,12 +67,12 @@ def _resolve(address: str, key: str) -> Path:
 def _download(address: str, key: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / file_name(address)
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(address, str(path), progress=False)
-        except OSError as error:
+        except (OSError, http.client.HTTPException, ValueError, RuntimeError) as error:
             raise InputError(
-                f"{key}={address} cannot be fetched, and {path} does not exist: {error}\n"
+                f"{key}={address} cannot be fetched, and {path} does not exist: {printable(error)}\n"
                 f"  without a network, put the file there, or set {key} to its path"
             ) from error
     return path

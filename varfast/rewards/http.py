@@ -14,16 +14,18 @@ import socket
 import threading
 import time
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from varfast.printable import printable
+from varfast.settings.paths import address_parts
 from varfast.types import InputError
 
 _LONGEST_WAIT_S = 30.0
+_LARGEST = float(torch.finfo(torch.float32).max)
 
 
 class _TryAgain(Exception):
@@ -46,15 +48,13 @@ class Http:
     def __init__(
         self, url: str, timeout_s: float, retries: int, batch_size: int, max_response_bytes: int, key: str
     ) -> None:
-        self._where = f"{key}.url={url}"
-        parts = urlsplit(url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._where = f"{key}.url={printable(url)}"
         try:
-            url.encode("ascii")
+            parts = address_parts(url)
             self._host, self._port = parts.hostname, parts.port
         except ValueError as error:
-            raise InputError(f"{self._where} is no address that can be asked: {error}") from error
-        self._connection = kind
+            raise InputError(f"{self._where} is no address that can be asked: {printable(error)}") from error
+        self._connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         self._timeout_s = timeout_s
         self._retries = retries
@@ -104,27 +104,27 @@ class Http:
                 raise TimeoutError
             if response.length and len(content) <= self._max_response_bytes:
                 raise _TryAgain(f"the answer broke off after {len(content)} bytes")
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError, ArithmeticError) as error:
+            # http.client lets through what int() and read() say of the sizes of chunks.
             if time.monotonic() >= deadline or isinstance(error, TimeoutError):
                 raise _TryAgain(
                     f"no answer within {self._timeout_s:g} s; raise timeout_s, or lower batch_size"
                 ) from error
-            raise _TryAgain(f"no answer: {error or type(error).__name__}") from error
+            raise _TryAgain(f"no answer: {printable(error) or type(error).__name__}") from error
         finally:
             if cut is not None:
                 cut.cancel()
             connection.close()
+        answered = f"{response.status} {printable(response.reason, 80)}: {_shown(content)}"
         if response.status == 429 or response.status >= 500:
-            raise _TryAgain(f"the server answered {response.status} {response.reason}: {_shown(content)}")
+            raise _TryAgain(f"the server answered {answered}")
         if 300 <= response.status < 400:
             raise InputError(
-                f"{self._where}: the server redirects to {response.getheader('Location')!r}; redirects are not "
-                "followed, give the final address"
+                f"{self._where}: the server redirects to '{printable(response.getheader('Location'))}'; redirects are "
+                "not followed, give the final address"
             )
         if response.status != 200:
-            raise InputError(
-                f"{self._where}: the server answered {response.status} {response.reason}: {_shown(content)}; want 200"
-            )
+            raise InputError(f"{self._where}: the server answered {answered}; want 200")
         if len(content) > self._max_response_bytes:
             raise InputError(
                 f"{self._where}: the answer has more than {self._max_response_bytes} bytes; it should hold one number "
@@ -145,9 +145,10 @@ class Http:
             raise InputError(f"{self._where}: the server answered {_shown(content)}; {want}") from error
         if len(numbers) != count:
             raise InputError(f"{self._where}: the server answered {len(numbers)} numbers; {want}")
-        bad = [i for i, number in enumerate(numbers) if not math.isfinite(number)]
+        bad = [i for i, number in enumerate(numbers) if not abs(number) <= _LARGEST]  # NaN is not, either
         if bad:
-            raise InputError(f"{self._where}: the server answered {numbers[bad[0]]} for image {bad[0]}; {want}")
+            much = f", more than float32 holds ({_LARGEST:.3g})" if math.isfinite(numbers[bad[0]]) else ""
+            raise InputError(f"{self._where}: the server answered {numbers[bad[0]]}{much} for image {bad[0]}; {want}")
         return numbers
 
 
@@ -167,5 +168,4 @@ def _shut(sock: socket.socket) -> None:
 
 
 def _shown(content: bytes) -> str:
-    text = content[:200].decode("utf-8", "replace")
-    return repr(text) + (" ..." if len(content) > 200 else "")
+    return f"'{printable(content[:200])}'" + (" ..." if len(content) > 200 else "")

@@ -1,0 +1,147 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from varfast import Policy
+from varfast.before_after import FILE, means, table
+from varfast.randomness import EVAL_STEP
+from varfast.train import train
+
+
+def content(config):
+    return json.loads((Path(config.run.dir) / FILE).read_text())
+
+
+def summary(config):
+    return json.loads((Path(config.run.dir) / "summary.json").read_text())
+
+
+def test_the_summary_is_the_mean_of_the_images_that_are_kept(make_config, capsys):
+    config = make_config(update__lr=1e-2)
+    train(config)
+    kept = content(config)
+    assert kept["labels"] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert kept["step"] == 3
+    for when in ("before", "after"):
+        assert {name: np.mean(values) for name, values in kept[when].items()} == summary(config)[when]
+        assert all(len(values) == 10 for values in kept[when].values())
+    assert kept["before"] != kept["after"]
+    assert "difference [95 % interval]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", [{"eval__samples_per_label": 3}, {"eval__max_labels": 2}])
+def test_before_is_measured_again_where_the_table_is_of_other_samples(make_config, tmp_path, other):
+    """What a run that goes on with another setting says of its base is what a whole run with it says."""
+    config = make_config(run__steps=2, update__lr=1e-2)
+    train(config)
+    train(make_config(run__steps=4, update__lr=1e-2, **other))
+    whole = make_config(run__steps=4, update__lr=1e-2, run__dir=str(tmp_path / "whole"), **other)
+    train(whole)
+    assert content(config) == content(whole)
+    assert summary(config) == summary(whole)
+
+
+def test_before_is_measured_once_where_nothing_changed(make_config, monkeypatch):
+    sampled = []
+
+    def count(self, *arguments, sample=Policy.sample, **keywords):
+        sampled.append(keywords["step"])
+        return sample(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Policy, "sample", count)
+    train(make_config(run__steps=2))
+    before_and_after = sampled.count(EVAL_STEP)
+    sampled.clear()
+    train(make_config(run__steps=3))
+    assert 2 * sampled.count(EVAL_STEP) == before_and_after
+    sampled.clear()
+    train(make_config(run__steps=3))  # a finished run: its table is there
+    assert sampled == []
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", '{"settings": {}}', "[" * 100_000, None, "values", "nan"])
+def test_a_damaged_file_is_measured_again(make_config, tmp_path, damage):
+    config = make_config(run__steps=1)
+    train(config)
+    whole, path = content(config), Path(config.run.dir) / FILE
+    if damage is None:
+        path.unlink()
+    elif damage == "values":
+        path.write_text(json.dumps(whole | {"before": {"reward": [1.0]}}))
+    elif damage == "nan":
+        path.write_text(json.dumps(whole | {"before": {"reward": [float("nan")] * 10}}))
+    else:
+        path.write_text(damage)
+    train(make_config(run__steps=2))
+    assert content(config)["before"] == whole["before"]
+
+
+def test_no_samples_no_table(make_config, capsys):
+    config = make_config(eval__samples_per_label=0)
+    train(config)
+    assert summary(config) == {"before": {}, "after": {}}
+    assert not (Path(config.run.dir) / FILE).exists()
+    assert "before " not in capsys.readouterr().out
+
+
+def test_table_lines_up():
+    values = {
+        "before": {"reward": np.array([0.0, 0.2]), "accuracy": np.array([0.0, 0.0])},
+        "after": {"reward": np.array([1.0, 1.2]), "accuracy": np.array([1.0, 1.0])},
+    }
+    assert table(values).splitlines() == [
+        "            before     after  difference [95 % interval]",
+        "reward       0.100     1.100      +1.000 [+1.000, +1.000]",
+        "accuracy     0.000     1.000      +1.000 [-0.349, +1.000]",
+    ]
+    assert means(values["after"]) == {"reward": 1.1, "accuracy": 1.0}
+
+
+def kl_of(config):
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line["kl"] for line in map(json.loads, lines) if "kl" in line}
+
+
+def test_kl_that_nothing_measures_is_absent(make_config, capsys):
+    config = make_config(grpo__kl_beta=0.0)
+    train(config)
+    assert kl_of(config) == {}
+    assert "grpo.kl_every" in capsys.readouterr().out
+
+
+def test_kl_measured_without_a_kl_term_is_that_of_the_policy_and_changes_nothing(make_config, tmp_path):
+    """Against the KL that the loss's own path gives: an infinitesimal weight, one optimizer step a rollout."""
+    settings = {"run__steps": 5, "update__lr": 1e-2, "update__minibatch": 8, "grpo__kl_beta": 0.0}
+    plain = make_config(**settings)
+    train(plain)
+    measured = make_config(**settings, grpo__kl_every=2, run__dir=str(tmp_path / "measured"))
+    train(measured)
+    found = kl_of(measured)
+    assert list(found) == [2, 4, 5]
+    states = [torch.load(Path(c.run.dir) / "var.pth", weights_only=True) for c in (plain, measured)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    weighted = make_config(**settings | {"grpo__kl_beta": 1e-12}, run__dir=str(tmp_path / "weighted"))
+    train(weighted)
+    of_loss = kl_of(weighted)
+    assert found[4] > 1e-4
+    for step, kl in found.items():
+        assert kl == pytest.approx(of_loss[step], rel=1e-3, abs=1e-7)
+
+
+def test_an_adapter_measures_its_kl_by_itself(make_config):
+    pytest.importorskip("peft")
+    config = make_config(grpo__kl_beta=0.0, policy__lora={"rank": 2}, update__lr=1e-2)
+    assert config.measure_kl_every == 10
+    train(config)
+    assert list(kl_of(config)) == [3]
+    assert kl_of(config)[3] > 0
+
+
+def test_kl_every_may_change_when_a_run_goes_on(make_config):
+    train(make_config(grpo__kl_beta=0.0, run__steps=2))
+    config = make_config(grpo__kl_beta=0.0, run__steps=4, grpo__kl_every=2, update__lr=1e-4)
+    train(config)
+    assert list(kl_of(config)) == [4]

@@ -1,0 +1,109 @@
+"""A policy that diverges ends with a diagnosis, and the last good checkpoint is still there."""
+
+import math
+
+import pytest
+import torch
+
+from varfast.checkpoint import RunFolder
+from varfast.distributed import ALONE, World
+from varfast.divergence import diagnosis, refuse_diverged
+from varfast.policy import check_finite
+from varfast.train import _score, load_run, train
+from varfast.types import NotFinitePolicy, NotFiniteReward
+from varfast.update import Updater
+
+
+def test_a_learning_rate_that_is_too_large_ends_with_a_diagnosis(make_config):
+    config = make_config(update__lr=1e9, run__steps=50, log__checkpoint_every=1, log__keep_last=2)
+    with pytest.raises(NotFinitePolicy) as caught:
+        train(config)
+    message = str(caught.value)
+    for text in ("the policy diverged: after step ", " of 50 it cannot be sampled: ", "learning_rate 1e+09, grad_norm ",
+                 "in another run.dir, set a lower update.lr (now 1e+09)", "a higher grpo.kl_beta"):  # fmt: skip
+        assert text in message
+    for folder in (RunFolder(config.run.dir).checkpoints).glob("step_*"):  # whatever is there can be sampled
+        assert folder.suffix == ""
+        load_run(RunFolder(config.run.dir), torch.device("cpu"), "float32").sample([0, 1, 2, 3, 4], seed=0)
+    with pytest.raises(NotFinitePolicy):  # the same command ends alike, and quickly
+        train(config)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("every", [{"log__checkpoint_every": 1}, {"log__checkpoint_every": 3, "log__grid_every": 1}])
+def test_weights_that_are_not_finite_are_neither_saved_nor_shown(make_config, monkeypatch, value, every):
+    step_of = Updater.step
+
+    def poisoned(self, scored, step):
+        stats = step_of(self, scored, step)
+        if step == 3:
+            with torch.no_grad():
+                self.policy.var.class_emb.weight[5, 0] = value  # of "no label": no logit of a rollout shows it
+        return stats
+
+    monkeypatch.setattr(Updater, "step", poisoned)
+    config = make_config(run__steps=8, log__keep_last=1, **every)
+    with pytest.raises(NotFinitePolicy, match="1 of .* weights hold NaN or infinite numbers, the first is class_emb"):
+        train(config)
+    folder = RunFolder(config.run.dir)
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step_000003"]
+    monkeypatch.undo()
+    assert train(config) == 0  # the poison was not in the checkpoint
+
+
+def test_a_rollout_that_is_not_finite_is_not_scored(make_config, monkeypatch):
+    config = make_config(log__checkpoint_every=2, run__steps=4)
+    calls = []
+
+    def diverged(rollout, images=None):
+        calls.append(rollout)
+        if len(calls) == 4:
+            raise NotFinitePolicy("logits")
+        check_finite(rollout, images)
+
+    monkeypatch.setattr("varfast.train.check_finite", diverged)
+    with pytest.raises(NotFinitePolicy, match="step_000002 is the last good checkpoint") as caught:
+        train(config)
+    assert "after step 3 of 4 it cannot be sampled: logits\n  step 3: learning_rate " in str(caught.value)
+    assert f"python -m varfast.export checkpoint={config.run.dir} out=good.pth" in str(caught.value)
+
+
+class OfTwo(World):
+    """As if another process had said that its policy or reward failed."""
+
+    def __init__(self, worst):
+        super().__init__(1, 2)
+        object.__setattr__(self, "worst", worst)
+
+    def largest(self, number):
+        return max(number, self.worst)
+
+
+def test_all_processes_end_alike(make_policy, make_config, tmp_path):
+    policy, config = make_policy(), make_config()
+    refuse_diverged(policy, [0, 1], config, ALONE, tmp_path, 2, {})
+    with pytest.raises(NotFinitePolicy, match="after step 2 .*the weights of another process"):
+        refuse_diverged(policy, [0, 1], config, OfTwo(1), tmp_path, 2, {})
+    rollout, images = policy.sample_images([0, 1], seed=0)
+    found = _score(lambda *_: None, images, rollout, OfTwo(3), config, 0, 0)
+    assert isinstance(found, NotFinitePolicy)
+    found = _score(lambda *_: None, images.fill_(math.nan), rollout, OfTwo(1), config, 0, 0)
+    assert isinstance(found, NotFinitePolicy)
+
+    def bad(*_):
+        raise NotFiniteReward("nan")
+
+    assert isinstance(_score(bad, images.zero_(), rollout, OfTwo(0), config, 0, 0), NotFiniteReward)
+
+
+def test_the_diagnosis_says_what_holds_the_weights(make_config, tmp_path):
+    config, found = make_config(), NotFinitePolicy("logits")
+    assert "before the first step: logits" in str(diagnosis(found, config, tmp_path, 0, {}))
+    assert "there is no earlier checkpoint" in str(diagnosis(found, config, tmp_path, 2, {}))
+    for name in ("step_000001", "step_000002", "step_000002.part", "step_000003.damaged"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    message = str(diagnosis(found, config, tmp_path, 2, {"kl": 0.5}))
+    assert "step_000002 holds these weights; delete it to go on from an earlier one" in message
+    assert "step_000001 is the last good checkpoint" in message
+    assert "export" not in message
+    assert "step 2: kl 0.5" in message

@@ -1,0 +1,246 @@
+"""The two files that a run starts from: known by their SHA-256, and still found when the run folder has moved.
+
+base.json of a run folder notes of the transformer's and of the VQ-VAE's file where it was, its size and its SHA-256:
+a resumed run must have the same reference, and the same decoder, bit for bit. The folder base/ beside it holds
+
+- what was made for the run (pre-trained, or taken from another run), as copies: a few MB, and nobody else has them;
+- files that the config names, as hard links, which cost no space. Where the disk does not allow one, the VQ-VAE is
+  copied (0.4 GB for the public one): without it no image can be decoded. The transformer (8 GB for d30, which a sweep
+  would copy for every run) stays where it is, and whoever needs it is told what to put where.
+
+So a run folder that is copied or handed on can be sampled from, exported and evaluated. What stands in base.json is
+data that anybody may have written: a file is taken for a base only if it is a regular one with the noted size and
+SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from varfast.checkpoint import RunFolder
+from varfast.files import (
+    INCOMPLETE,
+    open_regular,
+    read_json,
+    reason,
+    remove_leftovers,
+    save_tensors,
+    save_text,
+    write_atomically,
+)
+from varfast.models.weights import State
+from varfast.types import InputError
+
+Part = Literal["var", "vqvae"]
+PARTS: tuple[Part, Part] = ("var", "vqvae")
+_WHAT = {"var": "transformer", "vqvae": "VQ-VAE"}
+
+
+class FileNote(BaseModel):
+    """What a file is known by."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @classmethod
+    def of(cls, path: Path) -> FileNote:
+        """Raises: InputError if the file cannot be read."""
+        try:
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                return cls(bytes=size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {reason(error)}") from error
+
+    def differs(self, path: Path, whole: bool = True) -> str | None:
+        """How the file at `path` differs from the noted one; None if it is the same. whole: compare its SHA-256 too."""
+        try:
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != self.bytes:
+                    return f"has {size} of {self.bytes} bytes"
+                if whole and hashlib.file_digest(file, "sha256").hexdigest() != self.sha256:
+                    return "has another SHA-256"
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+            return f"cannot be read: {reason(error) if isinstance(error, OSError) else error}"
+        return None
+
+
+class _Noted(BaseModel):
+    """An entry of base.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    path: str
+    file: FileNote
+
+
+class _BaseNote(BaseModel):
+    """base.json. A text is the path or hf:// address alone, as varfast noted it before it noted hashes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    var: _Noted | str
+    vqvae: _Noted | str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a part of the base comes from.
+
+    Attributes:
+        content: its file, or tensors that no file of their own holds yet.
+        only_here: it was made for this run, so the run folder gets a copy.
+        origin: where it was taken from.
+    """
+
+    content: Path | State
+    only_here: bool
+    origin: Path
+
+
+class Base:
+    """base.json and base/ of a run folder."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._json, self._files = folder.base, folder.path / "base"
+
+    @property
+    def noted(self) -> bool:
+        """Whether the run has noted what it started from; of random weights the config says it all."""
+        return self._json.exists()
+
+    @property
+    def hashed(self) -> bool:
+        """Whether it noted the hashes of both files. Raises: InputError if base.json is damaged."""
+        return self.noted and all(isinstance(getattr(self._read(), part), _Noted) for part in PARTS)
+
+    def keep(self, var: Source, vqvae: Source) -> None:
+        """Bring the files into base/ and note them. Raises: InputError if the disk is full."""
+        remove_leftovers(self._files)
+        parts = {"var": self._keep("var", var), "vqvae": self._keep("vqvae", vqvae)}
+        save_text(self._json, json.dumps({name: note.model_dump() for name, note in parts.items()}, indent=2) + "\n")
+
+    def find(self, part: Part, whole: bool = True) -> Path:
+        """The file of a part: in base/, or where it was. Nothing is made, fetched or written.
+
+        Args:
+            whole: compare its SHA-256; False where another process has just done so.
+        Raises: InputError if it is nowhere as it was, with what to put where.
+        """
+        note = self._read().var if part == "var" else self._read().vqvae
+        if isinstance(note, str):
+            return self._unhashed(part, note)
+        inside = self._inside(part, note.path)
+        problems = []
+        for path in dict.fromkeys((inside, Path(note.path))):
+            problem = note.file.differs(path, whole)
+            if problem is None:
+                return path
+            problems.append(f"  {path} {problem}")
+        raise InputError(
+            "\n".join([f"the {_WHAT[part]} that {self._folder.path} started from is not there as it was:", *problems])
+            + f"\n  bring it back, as {inside}: {note.file.bytes} bytes, SHA-256 {note.file.sha256}"
+        )
+
+    def differs(self, part: Part, source: Source) -> str | None:
+        """How a source differs from what was noted; None where it is the same, or no hash was noted.
+
+        Tensors are written into base/ for that; what stands there is overwritten.
+        """
+        note = getattr(self._read(), part)
+        if isinstance(note, str):
+            return None
+        path = source.content
+        if not isinstance(path, Path):
+            save_tensors(self._inside(part, ""), path)
+            path = self._inside(part, "")
+        problem = note.file.differs(path)
+        return problem and f"{path} {problem}"
+
+    def heal(self, part: Part, only_here: bool) -> None:
+        """Bring a part into base/ again where that one is missing or damaged, if it is whole where it was.
+
+        Raises: InputError as find.
+        """
+        found = self.find(part)
+        if found != self._inside(part, found):
+            self._bring(part, found, only_here)
+
+    def _inside(self, part: Part, origin: str | Path) -> Path:
+        suffix = Path(origin).suffix
+        return self._files / f"{part}{suffix if suffix == '.safetensors' else '.pth'}"
+
+    def _keep(self, part: Part, source: Source) -> _Noted:
+        if isinstance(source.content, Path):
+            found = self._bring(part, source.content, source.only_here)
+        else:
+            found = self._inside(part, "")
+            save_tensors(found, source.content)
+        return _Noted(path=os.path.abspath(source.origin), file=FileNote.of(found))
+
+    def _bring(self, part: Part, path: Path, copy: bool) -> Path:
+        """A file as a copy or hard link in base/; itself, where it is a transformer that cannot be linked."""
+        inside = self._inside(part, path)
+        if inside.exists() and os.path.samefile(inside, path):
+            return inside
+        if not copy:
+            beside = inside.with_name(f"{inside.name}.{uuid.uuid4().hex[:12]}{INCOMPLETE}")
+            try:
+                inside.parent.mkdir(parents=True, exist_ok=True)
+                os.link(os.path.realpath(path), beside)  # the hub's cache holds symbolic links
+                os.replace(beside, inside)
+                return inside
+            except OSError:  # another disk, one without links, or a file of another user
+                if part == "var":
+                    inside.unlink(missing_ok=True)
+                    return path
+        with path.open("rb") as source:
+            write_atomically(inside, lambda file: shutil.copyfileobj(source, file, 2**24))
+        return inside
+
+    def _read(self) -> _BaseNote:
+        if not os.path.lexists(self._json):
+            raise InputError(
+                f"{self._folder.path} has no {self._json.name}, which says what the run started from; "
+                "`python -m varfast.train` with its config writes it again"
+            )
+        try:
+            return _BaseNote.model_validate(read_json(self._json))
+        except ValueError as error:  # pydantic's too
+            raise InputError(
+                f"{self._json} cannot be read; delete it, and `python -m varfast.train` with the run's config starts "
+                "from what that names again"
+            ) from error
+
+    def _unhashed(self, part: Part, address: str) -> Path:
+        path = _in_hub_cache(address) if address.startswith("hf://") else Path(address).expanduser()
+        if path is None or not path.is_file():
+            raise InputError(
+                f"the {_WHAT[part]} that {self._folder.path} started from, {address}, is not there; bring it back, or "
+                f"let `python -m varfast.train {self._folder.config}` make or fetch it again"
+            )
+        return path
+
+
+def _in_hub_cache(address: str) -> Path | None:
+    """The file of an hf:// address, if it has been fetched: what a run folder names is not asked for on the network."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    owner, _, rest = address.removeprefix("hf://").partition("/")
+    repo, _, name = rest.partition("/")
+    try:
+        found = try_to_load_from_cache(f"{owner}/{repo}", name)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None

@@ -1,0 +1,94 @@
+"""A policy whose numbers stopped being finite: found before it is shown or saved, and said with what is known of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from varfast.checkpoint import Checkpoints
+from varfast.config import Config
+from varfast.distributed import World
+from varfast.policy import Policy
+from varfast.types import NotFinitePolicy
+
+_PROBED = 8  # labels at most
+# Of the metrics of the last step, what tells why.
+_TELLING = ("learning_rate", "grad_norm", "skipped_steps", "loss", "kl", "clip_fraction", "ratio_gap_max", "entropy",
+            "reward_mean")  # fmt: skip
+
+
+def refuse_diverged(
+    policy: Policy,
+    labels: list[int],
+    config: Config,
+    world: World,
+    folder: Path,
+    step: int,
+    metrics: dict[str, float],
+    checkpoints: Checkpoints | None = None,
+) -> None:
+    """Do nothing if the weights are finite and give images; of all processes.
+
+    Args:
+        labels: those of the run; an image of some of them is sampled.
+        others: as of diagnosis.
+    Raises: NotFinitePolicy, in all processes, if they are not in one of them.
+    """
+    found = None
+    try:
+        policy.check_usable(labels[:: -(-len(labels) // _PROBED)], config.rollout.temperature, config.run.seed)
+    except NotFinitePolicy as error:
+        found = error
+    if world.any(found is not None):
+        found = found or NotFinitePolicy("the weights of another process, which says which, are not finite")
+        raise diagnosis(found, config, folder, step, metrics, checkpoints)
+
+
+def diagnosis(
+    found: NotFinitePolicy,
+    config: Config,
+    folder: Path,
+    step: int,
+    metrics: dict[str, float],
+    checkpoints: Checkpoints | None = None,
+) -> NotFinitePolicy:
+    """What is known of a policy that diverged, and how to go on.
+
+    Args:
+        found: what was seen.
+        folder: of the run.
+        step: steps that made the policy.
+        metrics: of the last of them; empty if this process took none.
+        checkpoints: those of the run; the one that is being written is waited for.
+    """
+    if not step:
+        return NotFinitePolicy(
+            f"the policy cannot be sampled before the first step: {found}\n"
+            f"  rollout.temperature={config.rollout.temperature:g}, run.dtype={config.run.dtype}: try a temperature "
+            "near 1, float32, or another policy.checkpoint"
+        )
+    if checkpoints is not None:
+        checkpoints.wait()
+    whole = sorted(path.name for path in (folder / "checkpoints").glob("step_*") if not path.suffix)
+    lines = [f"the policy diverged: after step {step} of {config.run.steps} it cannot be sampled: {found}"]
+    if seen := ", ".join(f"{name} {metrics[name]:.4g}" for name in _TELLING if name in metrics):
+        lines.append(f"  step {step}: {seen}")
+    good = [name for name in whole if name != f"step_{step:06d}"]
+    if len(good) < len(whole):
+        held = folder / "checkpoints" / whole[-1]
+        lines.append(f"  {held} holds these weights; delete it to go on from an earlier one")
+    if good:
+        lines.append(f"  {folder / 'checkpoints' / good[-1]} is the last good checkpoint; to go on from it with these "
+                     "settings would end alike")  # fmt: skip
+    else:
+        lines.append("  these weights were not saved, and there is no earlier checkpoint")
+    lines.append(
+        f"  in another run.dir, set a lower update.lr (now {config.update.lr:g}), a higher grpo.kl_beta (now "
+        f"{config.grpo.kl_beta:g}) or a lower update.grad_clip (now {config.update.grad_clip:g})"
+        + ("" if config.run.dtype == "float32" else ", or run.dtype=float32")
+    )
+    if good and len(good) == len(whole):
+        lines.append(
+            f"  to start there from {good[-1]}: python -m varfast.export checkpoint={folder} out=good.pth, then "
+            "policy.checkpoint=good.pth"
+        )
+    return NotFinitePolicy("\n".join(lines))

@@ -1,0 +1,3 @@
+from varfast.command import run_command
+
+run_command("report")

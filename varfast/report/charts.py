@@ -1,0 +1,254 @@
+"""Curves over steps, as SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from varfast.report.elements import brief, text
+from varfast.report.run import Run
+from varfast.report.verdicts import HEALTHY, badge, verdict
+
+# A curve of more than 40 steps is drawn as its moving mean over a twentieth of the run, in a band from minimum to
+# maximum; of more than 200, at 200 places.
+SMOOTHED = 40
+_POINTS = 200
+_UNITS = {
+    "reward_mean": "reward",
+    "reward_std": "reward",
+    "kl": "nats a token",
+    "entropy": "nats a token",
+    "clip_fraction": "share of tokens",
+    "ratio_mean": "new / old probability",
+    "ratio_gap_mean": "|ratio - 1|, log scale",
+    "ratio_gap_max": "|ratio - 1|, log scale",
+    "groups_without_signal": "labels of a step",
+    "images_per_s": "images/s",
+    "step_s": "s",
+    "mfu": "share of peak FLOP/s",
+    "skipped_steps": "optimizer steps",
+    "grad_norm": "before clipping, log scale",
+}
+_LOG_SCALE = ("ratio_gap_max", "ratio_gap_mean", "grad_norm")
+# Their own range says more than their distance from 0.
+_OWN_RANGE = ("reward_mean", "entropy", "ratio_mean", "loss", "advantage_mean")
+_SPEED = ("images_per_s", "mfu", "step_s")
+_POLICY = ("kl", "entropy", "clip_fraction", "ratio_gap_max", "groups_without_signal")
+_COLOURS = 6
+
+Point = tuple[int, float, float, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart.
+
+    Attributes:
+        name: in the legend.
+        style: number of its colour and dashes.
+        points: (step, value, lowest, highest); the last two over the steps that the point stands for.
+    """
+
+    name: str
+    style: int
+    points: list[Point]
+
+    @property
+    def css(self) -> str:
+        return f"c{self.style % _COLOURS} d{self.style % 3}"
+
+
+def curve(name: str, style: int, steps: Sequence[int], values: Sequence[float]) -> Curve:
+    """Up to 40 steps as they are; more as moving means over a twentieth of the steps, at 200 places at most."""
+    if len(steps) <= SMOOTHED:
+        return Curve(name, style, [(step, value, value, value) for step, value in zip(steps, values, strict=True)])
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    reach = len(values) // 40
+    points = []
+    for bucket in np.array_split(np.arange(len(values)), min(_POINTS, len(values))):
+        middle = int(bucket[len(bucket) // 2])
+        first, end = max(0, middle - reach), min(len(values), middle + reach + 1)
+        part = [values[i] for i in bucket] if len(bucket) > 1 else values[first:end]
+        points.append((steps[middle], float(sums[end] - sums[first]) / (end - first), min(part), max(part)))
+    return Curve(name, style, points)
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """At most `most` + 1 round numbers in [low, high], 1, 2 or 5 times a power of ten apart."""
+    rough = (high - low) / most
+    if not rough > 1e-300:  # equal, or too close for a power of ten between them
+        return [low]
+    power = 10.0 ** math.floor(math.log10(rough))
+    apart = next(m * power for m in (1.0, 2.0, 5.0, 10.0, 20.0) if m * power >= rough * (1 - 1e-9))
+    return [k * apart for k in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The values' axis: of a height in [low, high], how far down it is, in thousandths of the plot."""
+
+    low: float
+    high: float
+    log: bool
+    tiniest: float
+
+    def height(self, value: float) -> float:
+        return math.log10(max(value, self.tiniest)) if self.log else value
+
+    def place(self, height: float) -> float:
+        return min(max(1000.0 - 1000.0 * (height - self.low) / (self.high - self.low), -1e6), 1e6)
+
+    def y(self, value: float) -> float:
+        return self.place(self.height(value))
+
+    def labels(self) -> list[tuple[float, str]]:
+        marks = [t for t in ticks(self.low, self.high) if not self.log or t == round(t)]
+        return [(self.place(t), f"1e{t:.0f}" if self.log else f"{t:.6g}") for t in marks]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over the same axes.
+
+    Attributes:
+        title: the metric's name, or what several have in common.
+        unit: of the values.
+        curves: not empty.
+        log: the axis of the values is logarithmic.
+        from_zero: it begins at 0, or below.
+        legend: name the curves.
+        cut: values beyond three times what 90 % of a curve stay below are cut off: a first step that compiles.
+        notes: HTML, lines beneath the title.
+    """
+
+    title: str
+    unit: str
+    curves: list[Curve]
+    log: bool = False
+    from_zero: bool = True
+    legend: bool = False
+    cut: bool = False
+    notes: tuple[str, ...] = ()
+
+    def draw(self, number: int) -> tuple[str, dict[str, Any]]:
+        """The chart as HTML, and what the script needs to show values: {"x": [low, high], "curves": [...]}."""
+        axis, cut = self._axis()
+        ends = [line.points[i][0] for line in self.curves for i in (0, -1)]
+        first, last = min(ends), max(ends)
+
+        def x(step: float) -> float:
+            return 1000.0 * (step - first) / (last - first) if last > first else 500.0
+
+        labels = axis.labels()
+        rules = "".join(f"M0 {level:.1f}H1000" for level, _ in labels)
+        parts = [f'<path class="rule" d="{rules}"/>', *(_path(line, x, axis.y) for line in self.curves)]
+        steps = [t for t in ticks(first, last) if t == round(t)]
+        notes = "".join(f"<p>{note}</p>" for note in (*self.notes, *cut))
+        drawn = (
+            f'<figure class="chart"><figcaption><b>{text(brief(self.title))}</b> <span>{text(self.unit)}</span>'
+            f"{notes}</figcaption>"
+            f'<div class="plot" data-chart="{number}" tabindex="0" role="img" aria-label="{text(self._spoken())}">'
+            f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(parts)}</svg>'
+            + "".join(f'<span class="y" style="top:{level / 10:.1f}%">{text(label)}</span>' for level, label in labels)
+            + "".join(f'<span class="x" style="left:{x(step) / 10:.1f}%">{step:.0f}</span>' for step in steps)
+            + '<i class="cross" hidden></i><output hidden></output><span class="axis">step</span></div>'
+            + (_legend(self.curves) if self.legend else "")
+            + "</figure>"
+        )
+        rounded = [
+            {"name": brief(line.name), "points": [[p[0], *(float(f"{v:.4g}") for v in p[1:])] for p in line.points]}
+            for line in self.curves
+        ]
+        return drawn, {"x": [first, last], "curves": rounded}
+
+    def _axis(self) -> tuple[_Axis, list[str]]:
+        """The axis of the values, and what it cuts off."""
+        points = [point for line in self.curves for point in line.points]
+        tiniest = min((low for _, _, low, _ in points if low > 0), default=1.0)
+        whole = _Axis(0.0, 1.0, self.log, tiniest)
+        low, high = min(whole.height(p[2]) for p in points), max(whole.height(p[3]) for p in points)
+        notes = []
+        usual = max(float(np.percentile([p[3] for p in line.points], 90)) for line in self.curves)
+        if self.cut and high > 3.0 * usual > 0.0:
+            notes = [f"Cut off at the top; the highest is {high:.4g}."]
+            high = 1.5 * usual
+        if self.log:
+            low, high = math.floor(low), math.ceil(high)
+        elif self.from_zero:
+            low, high = min(low, 0.0), max(high, 0.0)
+        if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-290):  # all values are equal
+            apart = max(0.5, 1e-3 * abs(high))
+            low, high = low - apart * (low != 0.0), high + apart
+        if not self.log:
+            margin = 0.04 * (high - low)
+            low, high = low - margin * (low != 0.0), high + margin
+        return _Axis(low, high, self.log, tiniest), notes
+
+    def _spoken(self) -> str:
+        ends = [f"{line.name}: {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for line in self.curves]
+        return brief(f"{self.title} over steps; {'; '.join(ends)}")
+
+
+def _path(line: Curve, x: Any, y: Any) -> str:
+    """A curve, and its band where it has one."""
+    band = ""
+    if any(p[2] != p[3] for p in line.points):
+        upper = " ".join(f"{x(p[0]):.1f},{y(p[3]):.1f}" for p in line.points)
+        lower = " ".join(f"{x(p[0]):.1f},{y(p[2]):.1f}" for p in reversed(line.points))
+        band = f'<path class="band {line.css}" d="M{upper} {lower}Z"/>'
+    path = " ".join(f"{x(p[0]):.1f},{y(p[1]):.1f}" for p in line.points)
+    return f'{band}<path class="line {line.css}" d="M{path}{"h.1" if len(line.points) == 1 else ""}"/>'
+
+
+def _legend(curves: Sequence[Curve]) -> str:
+    key = '<svg viewBox="0 0 24 8" aria-hidden="true"><path class="line {}" d="M0 4H24"/></svg>'
+    return f'<ul class="legend">{"".join(f"<li>{key.format(c.css)}{text(brief(c.name))}</li>" for c in curves)}</ul>'
+
+
+def _metric_chart(runs: Sequence[Run], metric: str) -> Chart | None:
+    """One metric, a curve a run; None if no run has it."""
+    curves = [curve(run.name, i, *run.series(metric)) for i, run in enumerate(runs) if run.series(metric)[0]]
+    if not curves:
+        return None
+    unit = _UNITS.get(metric, "reward" if metric.startswith("reward/") else "")
+    unit = unit or {"ms": "ms", "share": "share of the limit"}.get(metric.rpartition("_")[2], "")
+    own_range = metric in _OWN_RANGE or metric.startswith("reward/")
+    notes = _notes(runs, metric)
+    legend, time = len(runs) > 1, unit in ("ms", "s")
+    return Chart(metric, unit, curves, metric in _LOG_SCALE, not own_range, legend, time, notes)
+
+
+def _notes(runs: Sequence[Run], metric: str) -> tuple[str, ...]:
+    if metric not in HEALTHY:
+        return ()
+    healthy = "Healthy: {}. Otherwise: {}.".format(*map(text, HEALTHY[metric]))
+    found = [(run, verdict(run, metric)) for run in runs]
+    badges = [badge(v) + (f" {text(run.name)}" if len(runs) > 1 else "") for run, v in found if v is not None]
+    return (healthy, " ".join(badges)) if badges else (healthy,)
+
+
+def _stage_charts(runs: Sequence[Run], metrics: Sequence[str], suffix: str, unit: str) -> list[Chart]:
+    """All stages of one run in one chart; of several runs, a chart a stage."""
+    chosen = [metric for metric in metrics if metric.endswith(suffix)]
+    if len(runs) > 1:
+        return [chart for metric in chosen if (chart := _metric_chart(runs, metric))]
+    lines = [curve(m, i, *runs[0].series(m)) for i, m in enumerate(chosen) if runs[0].series(m)[0]]
+    return [Chart(f"stages, *{suffix}", unit, lines, legend=True, cut=unit == "ms")] if lines else []
+
+
+def charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
+    """The charts of the runs, by section. Every metric is in one of them; of a single reward, reward_mean alone."""
+    metrics = list(dict.fromkeys(name for run in runs for name in run.metrics.columns))
+    components = [m for m in metrics if m.startswith("reward/")]
+    rewards = ["reward_mean", "reward_std", *(components if len(components) > 1 else [])]
+    stages = [m for m in metrics if m.endswith(("_ms", "_share"))]
+    others = [m for m in metrics if m not in (*rewards, *components, *_POLICY, *_SPEED, *stages)]
+    groups = {"Reward": rewards, "Policy": _POLICY, "Speed": _SPEED, "Other metrics": others}
+    found = {title: [c for name in group if (c := _metric_chart(runs, name))] for title, group in groups.items()}
+    found["Speed"] += _stage_charts(runs, metrics, "_ms", "ms")
+    found["Speed"] += _stage_charts(runs, metrics, "_share", "share of the limit")
+    return {title: group for title, group in found.items() if group}

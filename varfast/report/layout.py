@@ -1,0 +1,328 @@
+"""The page: what changed first, then whether it went well, then everything else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from varfast.metrics import Estimate, difference_interval
+from varfast.report.charts import SMOOTHED, charts
+from varfast.report.elements import Markup, brief, printable, table, text
+from varfast.report.pictures import Extremes
+from varfast.report.reading import Estimated, Sample
+from varfast.report.run import Run
+from varfast.report.style import SCRIPT, STYLE
+from varfast.report.verdicts import HEALTHY, badge, last_tenth, mean, verdict
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The report as HTML."""
+    drawn, numbers = _curves(runs)
+    sections = [("What changed", _changed(runs)), ("Is it healthy?", _health(runs)), *drawn]
+    sections += [
+        ("Best and worst samples", "".join(map(_extremes, runs))),
+        ("Evaluation", _evaluation(runs)),
+        ("Settings", _settings(runs)),
+        ("Environment", _environment(runs)),
+        ("Left out", _left_out(runs)),
+    ]
+    names = ", ".join(brief(run.name) for run in runs)
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>varfast: {text(names)}</title><style>{STYLE}</style></head><body>"
+        f"<header><h1>{text(names)}</h1></header><main>{body}</main>"
+        f'<script type="application/json" id="numbers">{_script_safe(numbers)}</script>'
+        f"<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _script_safe(content: Any) -> str:
+    """JSON that cannot end the script element it stands in; letters beyond ASCII are escaped."""
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What changed
+
+
+def _changed(runs: Sequence[Run]) -> str:
+    parts = []
+    for run in runs:
+        name = f"<h3>{text(brief(run.name))}</h3>" if len(runs) > 1 else ""
+        parts.append(f'{name}<div class="run"><div>{_headline(run)}</div>{_before_after_pictures(run)}</div>')
+    return "".join(parts)
+
+
+def _headline(run: Run) -> str:
+    """Before -> after on the samples of the table, with the interval of the difference; else why there is none."""
+    steps = _steps(run)
+    if not run.summary:
+        reason = "Not measured: before and after are written when a run is complete"
+        reason += ", and this one has eval.samples_per_label=0." if run.number("eval.samples_per_label") == 0 else "."
+        return f"<p>{reason}</p>{_first_to_last(run)}<p>{text(steps)}</p>"
+    changes = {name: _change(run, name) for name in _of_summary(run)}
+    first = "reward" if "reward" in changes else next(iter(changes))
+    before, after = (run.summary.get(when, {}).get(first) for when in ("before", "after"))
+    difference = _shown(changes[first], "+") if changes[first] is not None else ""
+    headline = f"{text(_reward_name(run, first))} <b>{text(brief(before))} \u2192 {text(brief(after))}</b>"
+    about = "Means over images; no interval, since before_after.json does not hold the images' values."
+    if run.pairs:
+        images = len(next(iter(run.pairs["after"].values())))
+        about = (
+            f"{images} fresh images, before and after with the same labels and random numbers; intervals: 95 %, over "
+            "pairs of images."
+        )
+    rows = [
+        (
+            _reward_name(run, name),
+            [*(run.summary.get(when, {}).get(name) for when in ("before", "after")), _shown(c, "+")],
+        )
+        for name, c in changes.items()
+    ]
+    detail = table(["before", "after", "difference"], rows)
+    top = f'<p class="headline">{headline} <small>{text(difference)}</small></p>'
+    return f"{top}{detail}<p>{about}</p><p>{text(steps)}</p>"
+
+
+def _of_summary(run: Run) -> list[str]:
+    """Names of the table, but for the only reward's where it repeats the sum."""
+    names = list(dict.fromkeys(name for numbers in run.summary.values() for name in numbers))
+    components = [name for name in names if name.startswith("reward/")]
+    return [name for name in names if name not in components or len(components) > 1 or not _repeats(run, name)]
+
+
+def _repeats(run: Run, component: str) -> bool:
+    return all(numbers.get("reward") == numbers.get(component) for numbers in run.summary.values())
+
+
+def _reward_name(run: Run, name: str) -> str:
+    components = {n for numbers in run.summary.values() for n in numbers if n.startswith("reward/")}
+    only = next(iter(components)) if len(components) == 1 else ""
+    return f"reward ({only.removeprefix('reward/')})" if name == "reward" and only and _repeats(run, only) else name
+
+
+def _change(run: Run, name: str) -> Estimate | None:
+    if run.pairs:
+        return difference_interval(run.pairs["before"][name], run.pairs["after"][name])
+    before, after = (run.summary.get(when, {}).get(name) for when in ("before", "after"))
+    return None if before is None or after is None else Estimate(after - before)
+
+
+def _shown(estimate: Estimate | Estimated | None, sign: str = "") -> str:
+    if estimate is None or estimate.value is None:
+        return ""
+    shown = f"{estimate.value:{sign}.4g}"
+    if estimate.low is None or estimate.high is None:
+        return shown
+    return f"{shown} [{estimate.low:{sign}.4g}, {estimate.high:{sign}.4g}]"
+
+
+def _steps(run: Run) -> str:
+    done, asked = run.metrics.last_step, run.number("run.steps")
+    said = f"{done} of {asked:g} steps." if asked is not None and done <= asked else f"{done} steps."
+    if asked is not None and done > asked:
+        said = f"{done} steps are done; the config now asks for {asked:g}."
+    if run.measured_step is not None and run.summary and run.measured_step != done:
+        said += f' "After" was sampled after step {run.measured_step}.'
+    return said
+
+
+def _first_to_last(run: Run) -> str:
+    values = run.series("reward_mean")[1]
+    if not values:
+        return ""
+    first = mean(values[: max(1, len(values) // 10)])
+    return (
+        f'<p class="headline">reward_mean <b>{first:.4g} \u2192 {last_tenth(values):.4g}</b></p>'
+        "<p>In training: means of the first and the last tenth of the steps, each over samples of its own.</p>"
+    )
+
+
+def _before_after_pictures(run: Run) -> str:
+    """The first sample grid beside the others: the same labels and random numbers in all of them."""
+    if not run.grids:
+        return "<p>No sample grids.</p>"
+    first, *later = run.grids
+    when = "before" if first.step == 0 else "at first"
+    left = (
+        f"<figure><figcaption>{when}: step {first.step}</figcaption>"
+        f'<img src="{first.uri}" alt="grid of samples at step {first.step}, {when}" width="{first.width}" '
+        f'height="{first.height}"></figure>'
+    )
+    if not later:
+        return f'<div class="grids pair">{left}</div>'
+    images = "".join(
+        f'<img src="{grid.uri}" alt="grid of the same samples at step {grid.step}" data-step="{grid.step}" '
+        f'width="{grid.width}" height="{grid.height}"{"" if grid is later[-1] else " hidden"}>'
+        for grid in later
+    )
+    last = later[-1].step
+    slider = (
+        f'<label>step <output>{last}</output> <input type="range" min="0" max="{len(later) - 1}" '
+        f'value="{len(later) - 1}" aria-label="step of the grid on the right"></label>'
+        if len(later) > 1
+        else ""
+    )
+    hidden = f"; {len(run.grids)} of {run.num_grids} grids are shown" if len(run.grids) < run.num_grids else ""
+    return (
+        f'<div class="grids pair">{left}<figure><figcaption>after: step <output>{last}</output></figcaption>{images}'
+        f"</figure>{slider}<p>A row a label; the same random numbers at every step{hidden}.</p></div>"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Is it healthy?
+
+
+def _health(runs: Sequence[Run]) -> str:
+    rows = []
+    for metric, (healthy, _) in HEALTHY.items():
+        found = [verdict(run, metric) for run in runs]
+        if any(found):
+            cells = [Markup(f"{text(v.value)} {badge(v)}") if v else "" for v in found]
+            rows.append((metric, [*cells, healthy]))
+    if not rows:
+        return "<p>No step is complete yet.</p>"
+    columns = [run.name for run in runs] if len(runs) > 1 else ["found"]
+    return table([*columns, "healthy is"], rows) + _glance(runs)
+
+
+def _glance(runs: Sequence[Run]) -> str:
+    """First and last tenth of other metrics that are looked at first."""
+
+    def first_to_last(run: Run, metric: str) -> str:
+        values = run.series(metric)[1]
+        tenth = max(1, len(values) // 10)
+        return f"{mean(values[:tenth]):.4g} \u2192 {last_tenth(values):.4g}" if values else ""
+
+    names = ("reward_mean", "kl", "entropy", "images_per_s")
+    rows = [(name, [first_to_last(run, name) for run in runs]) for name in names]
+    rows = [(name, cells) for name, cells in rows if any(cells)]
+    columns = [run.name for run in runs] if len(runs) > 1 else ["first \u2192 last"]
+    arrows = "<p>In training: from the mean of the first tenth of the steps to that of the last.</p>"
+    return f"<details><summary>Numbers of the steps</summary>{table(columns, rows)}{arrows}</details>"
+
+
+def _curves(runs: Sequence[Run]) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
+    """Sections of charts, and the numbers of all charts, in the order of their appearance."""
+    numbers: list[dict[str, Any]] = []
+    sections = []
+    long = any(len(steps) > SMOOTHED for run in runs for steps, _ in run.metrics.columns.values())
+    for title, group in charts(runs).items():
+        drawn = []
+        for chart in group:
+            figure, values = chart.draw(len(numbers))
+            numbers.append(values)
+            drawn.append(figure)
+        body = f'<div class="charts">{"".join(drawn)}</div>'
+        if title == "Reward" and long:
+            body = "<p>Lines: moving mean over a twentieth of the steps. Bands: minimum to maximum.</p>" + body
+        if title == "Other metrics":
+            body = f"<details><summary>show</summary>{body}</details>"
+        sections.append((title, body))
+    return sections, numbers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples, evaluation, settings
+
+
+def _extremes(run: Run) -> str:
+    found = run.extremes
+    if found is None:
+        return f"<h3>{text(brief(run.name))}</h3><p>No samples.</p>"
+    rows = [f"<h3>{text(brief(run.name))}, step {found.step}</h3>{_tied(found)}"]
+    for title, samples in (("best", found.noted.best), ("worst", found.noted.worst)):
+        cells = [
+            f'<figure><img src="{uri}" alt="{title} {place}: label {text(run.label(sample.label))}, reward '
+            f'{text(brief(sample.reward))}"><figcaption>{_sample_caption(run, sample)}</figcaption></figure>'
+            for place, (sample, uri) in enumerate(zip(samples, found.uris[title], strict=True), start=1)
+        ]
+        rows.append(f'<h4>{title} of the step, by reward</h4><div class="samples">{"".join(cells)}</div>')
+    return "".join(rows)
+
+
+def _tied(found: Extremes) -> str:
+    """Said where equal rewards, and not the images, decide which ones are shown."""
+    best, worst = found.noted.best, found.noted.worst
+    rewards = {sample.reward for sample in (*best, *worst)}
+    if len(rewards) == 1:
+        return f"<p>All samples shown have the reward {text(brief(rewards.pop()))}: none is better than another.</p>"
+    notes = []
+    for title, samples in (("best", best), ("worst", worst)):
+        ties = found.noted.ties.get(title, 0)
+        if len({sample.reward for sample in samples}) == 1 and ties > len(samples):
+            of_step = f"{ties} of the step's {brief(found.noted.images) or 'samples'} have the {title} reward"
+            notes.append(f"{of_step}; {len(samples)} of them are shown, of as many labels as possible.")
+    return "".join(f"<p>{text(note)}</p>" for note in notes)
+
+
+def _sample_caption(run: Run, sample: Sample) -> str:
+    shown = f"label {text(run.label(sample.label))}<br>{text(brief(sample.reward))}"
+    if len(sample.rewards) > 1:
+        shown += "".join(f"<br><small>{text(brief(n, 60))} {text(brief(v))}</small>" for n, v in sample.rewards.items())
+    return shown
+
+
+def _evaluation(runs: Sequence[Run]) -> str:
+    return "".join(_measured(run) for run in runs if run.evaluation is not None)
+
+
+def _measured(run: Run) -> str:
+    """The table and the pictures of `python -m varfast.evaluate`, whose folder lies in the run's."""
+    found = run.evaluation
+    assert found is not None
+    sides = [side for side in ("reference", "checkpoint", "difference") if any(getattr(r, side) for r in found.rows)]
+    rows = [
+        (
+            row.name if row.labels == "all" else f"{row.name}, {row.labels} labels",
+            [_shown(getattr(row, side), "+" if side == "difference" else "") for side in sides],
+        )
+        for row in found.rows
+    ]
+    about = f"{found.images} images a model, of {found.labels} labels. Intervals: {brief(found.intervals, 1000)}."
+    parts = [f"<h3>{text(brief(run.name))}: varfast.evaluate</h3>{table(sides, rows)}<p>{text(about)}</p>"]
+    if run.evaluation_picture is not None:
+        shown = found.pictures
+        columns = ", then ".join(dict.fromkeys(brief(column.of, 60) for column in shown.columns)) if shown else ""
+        labels = ", ".join(run.label(label) for label in shown.rows[:20]) if shown else ""
+        rows_are = f"A row a label ({labels})" if labels else "A row a label"
+        caption = f"{rows_are}; from the left: {columns or 'the models'}, the same seeds."
+        parts.append(
+            f'<figure class="measured"><img src="{run.evaluation_picture}" alt="{text(caption)}"><figcaption>'
+            f"{text(caption)}</figcaption></figure>"
+        )
+    return "".join(parts)
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    parts = []
+    if len(runs) > 1:
+        keys = dict.fromkeys(key for run in runs for key in run.settings if key != "run.dir")
+        rows = [(key, [run.settings.get(key, "not set") for run in runs]) for key in keys]
+        rows = [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+        parts.append(table([run.name for run in runs], rows) if rows else "<p>The runs have the same settings.</p>")
+    for run in runs:
+        if run.config:
+            title = f"<summary>{text(brief(run.name))}: config.yaml, resolved</summary>"
+            parts.append(f"<details>{title}<pre>{text(run.config)}</pre></details>")
+    return "".join(parts)
+
+
+def _environment(runs: Sequence[Run]) -> str:
+    names = dict.fromkeys(name for run in runs for name in run.environment)
+    rows = [(name, [run.environment.get(name) for run in runs]) for name in names]
+    return table([run.name for run in runs], rows) if rows else ""
+
+
+def _left_out(runs: Sequence[Run]) -> str:
+    notes = [f"{run.name}: {note}" for run in runs for note in run.left_out[:100]]
+    return "".join(f"<p>{text(printable(note))}</p>" for note in notes)

@@ -1,0 +1,290 @@
+"""What a run folder holds, read with care: any file may be missing, cut off, of other types, huge, or no file at all.
+
+A file that cannot be used becomes a sentence in `Run.left_out`; nothing here waits for a FIFO, follows a link out of
+the folder, or grows with what a file claims to hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from varfast.report.elements import brief
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+METRICS_BYTES = 256 * 2**20  # 40 000 steps are 40 MB
+_LINE_BYTES = 2**20
+# PyYAML reads about 0.1 MB a second; a config with 1000 labels and their names has 50 kB.
+CONFIG_BYTES = 256 * 2**10
+_JSON_BYTES = 64 * 2**20
+PICTURE_BYTES = 64 * 2**20
+_MOST_METRICS = 300
+_MOST_SETTINGS = 2000
+# Sums and differences of 10^6 of these are finite.
+_LARGEST = 1e300
+_LAST_STEP = 10**12
+# What PyYAML's own constructors and parser let through for text that is not valid YAML.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+_KINDS = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISFIFO: "a FIFO",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
+
+
+class Unreadable(Exception):
+    """A file of a run folder that cannot be used; the text says why."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def read_bytes(folder: Path, name: str, most_bytes: int) -> bytes:
+    """The content of a file of a run folder.
+
+    Raises: FileNotFoundError if there is none; Unreadable for a link out of the folder, something else than a file, a
+        file that is too large, or one that the system refuses to read.
+    """
+    path = folder / name
+    try:
+        found = path.stat()
+        _refuse_special(found.st_mode)
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise Unreadable("a link that leads out of the run folder")
+        # Between the two looks the name may become a FIFO: opening one without O_NONBLOCK waits for a writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            _refuse_special(os.fstat(descriptor).st_mode)
+            content = file.read(most_bytes + 1)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise Unreadable("a link to nothing") from None
+        raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: resolve() of links in a circle
+        raise Unreadable(getattr(error, "strerror", None) or str(error)) from error
+    if len(content) > most_bytes:
+        raise Unreadable(f"more than {most_bytes / 2**20:.3g} MiB")
+    return content
+
+
+def _refuse_special(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise Unreadable(next((kind for is_kind, kind in _KINDS.items() if is_kind(mode)), "no file"))
+
+
+def read_json(folder: Path, name: str) -> Any:
+    """The content of a JSON file. Raises: as read_bytes; Unreadable for what is no JSON."""
+    content = read_bytes(folder, name, _JSON_BYTES)
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise Unreadable("nested too deeply") from error
+    except ValueError as error:
+        raise Unreadable(f"not valid JSON: {brief(str(error), 100)}") from error
+
+
+def validated(model: type[_Model], content: Any) -> _Model:
+    """JSON as a model. Raises: Unreadable, naming the first place that is of another type."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(brief(part, 40) for part in first["loc"]) or "the top"
+        raise Unreadable(f"{place}: {brief(first['msg'], 100)}") from error
+    except (RecursionError, OverflowError) as error:
+        raise Unreadable(f"cannot be read ({type(error).__name__})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What some files hold
+
+
+class Estimated(BaseModel):
+    """A number and its 95 % interval, where it has one."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+class EvaluationRow(BaseModel):
+    name: str
+    labels: str
+    reference: Estimated | None
+    checkpoint: Estimated | None
+    difference: Estimated | None
+
+
+class _Column(BaseModel):
+    of: str
+    sample: int
+
+
+class _Pictures(BaseModel):
+    columns: list[_Column] = Field(max_length=1000)
+    rows: list[int] = Field(max_length=1000)
+
+
+class Evaluation(BaseModel):
+    """evaluation.json of `python -m varfast.evaluate`."""
+
+    images: int
+    labels: int
+    intervals: str
+    rows: list[EvaluationRow] = Field(max_length=1000)
+    pictures: _Pictures | None = None
+
+
+class Sample(BaseModel):
+    label: int | str
+    reward: float
+    rewards: dict[str, float] = Field(max_length=_MOST_METRICS)
+
+
+class Samples(BaseModel):
+    """samples/step_N.json: a row each of its picture. ties: images of the step with the reward of the first one."""
+
+    best: list[Sample] = Field(min_length=1, max_length=64)
+    worst: list[Sample] = Field(min_length=1, max_length=64)
+    ties: dict[str, int] = {}
+    images: int | None = None
+
+
+class Label(BaseModel):
+    label: int
+    name: str | None = None
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.jsonl by column.
+
+    Attributes:
+        columns: steps and values of each metric, ascending by step, of a step that is there twice the later one.
+        last_step: of all lines; 0 without one.
+        left_out: what no column holds, a sentence each.
+    """
+
+    columns: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+    last_step: int = 0
+    left_out: list[str] = field(default_factory=list)
+
+
+def parse_metrics(content: bytes) -> Metrics:
+    """Read the lines of metrics.jsonl; those that are damaged are counted."""
+    steps = array("q")
+    columns: dict[str, tuple[array[int], array[float]]] = {}  # numbers of lines, and values
+    unreadable, bad, too_many = 0, Counter[str](), 0
+    for line in content.decode("utf-8", "replace").split("\n"):  # of bytes json.loads guesses the encoding each time
+        if not line.strip():
+            continue
+        row = _row(line)
+        if row is None:
+            unreadable += 1
+            continue
+        for name, value in row.items():
+            if name == "step":
+                continue
+            number = finite(value)
+            if name not in columns and (len(columns) == _MOST_METRICS or len(name) > 1000):
+                too_many += 1
+            elif number is None:
+                bad[name] += 1
+            else:
+                lines, values = columns.setdefault(name, (array("q"), array("d")))
+                lines.append(len(steps))
+                values.append(number)
+        steps.append(row["step"])
+    notes = [f"{unreadable} lines of metrics.jsonl, cut off or damaged"] if unreadable else []
+    notes += [f"{count} values of {brief(name, 60)} that are no finite number" for name, count in bad.most_common(20)]
+    if too_many:
+        notes.append(f"{too_many} values of metrics after the first {_MOST_METRICS}")
+    return Metrics(_by_step(steps, columns), max(steps, default=0), notes)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    if len(line) > _LINE_BYTES:
+        return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # a run killed while it wrote
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step <= _LAST_STEP
+    return row if is_step else None
+
+
+def _by_step(
+    steps: array[int], columns: dict[str, tuple[array[int], array[float]]]
+) -> dict[str, tuple[list[int], list[float]]]:
+    if not len(steps):
+        return {}
+    steps_N = np.array(steps)
+    # Of equal steps the last line counts: a run that was killed does its last steps again.
+    _, last = np.unique(steps_N[::-1], return_index=True)
+    kept_N = np.zeros(len(steps_N), dtype=bool)
+    kept_N[len(steps_N) - 1 - last] = True
+    found = {}
+    for name, (lines, values) in columns.items():
+        lines_n, values_n = np.array(lines), np.array(values)
+        lines_n, values_n = lines_n[kept_N[lines_n]], values_n[kept_N[lines_n]]
+        order = np.argsort(steps_N[lines_n], kind="stable")
+        if len(order):
+            found[name] = (steps_N[lines_n][order].tolist(), values_n[order].tolist())
+    return found
+
+
+def finite(value: Any) -> float | None:
+    """A number that a curve can hold; None for all else, and for more than 1e300 either way."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if abs(number) <= _LARGEST else None
+
+
+def parse_config(content: bytes) -> tuple[str, dict[str, str]]:
+    """config.yaml as text, and its leaves by key, as update.lr. Values stay text: nothing is constructed.
+
+    Raises: Unreadable for what holds no settings.
+    """
+    shown = content.decode("utf-8", "replace")
+    try:
+        settings = yaml.load(shown, Loader=yaml.BaseLoader)  # it makes strings, lists and dicts alone
+    except _YAML_ERRORS as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else brief(str(error), 100)
+        raise Unreadable(f"not valid YAML: {reason}") from error
+    if not isinstance(settings, dict):
+        raise Unreadable("it holds no settings")
+    return shown, leaves(settings)
+
+
+def leaves(content: dict[Any, Any]) -> dict[str, str]:
+    """What nested dictionaries hold, by key, as update.lr, and as text; at most 2000 of them, 8 deep."""
+    found: dict[str, str] = {}
+    waiting: list[tuple[str, Any, int]] = [("", content, 0)]
+    while waiting and len(found) < _MOST_SETTINGS:
+        key, node, depth = waiting.pop()
+        if isinstance(node, dict) and depth < 8:
+            children = [(f"{key}.{brief(name, 100)}".strip("."), node[name], depth + 1) for name in list(node)[:1000]]
+            waiting = (waiting + children[::-1])[-_MOST_SETTINGS * 10 :]
+        else:
+            found[key] = brief(node)
+    return found

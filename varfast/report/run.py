@@ -1,0 +1,209 @@
+"""A run folder as the page shows it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from varfast.before_after import FILE as BEFORE_AFTER
+from varfast.before_after import Numbers, as_numbers, means
+from varfast.report.elements import brief
+from varfast.report.pictures import Extremes, Grid, picture_uri, read_extremes, read_grids
+from varfast.report.reading import (
+    CONFIG_BYTES,
+    METRICS_BYTES,
+    Evaluation,
+    Label,
+    Metrics,
+    Unreadable,
+    finite,
+    leaves,
+    parse_config,
+    parse_metrics,
+    read_bytes,
+    read_json,
+    validated,
+)
+from varfast.types import InputError
+
+# One of these is in every run folder.
+_OF_A_RUN = ("config.yaml", "metrics.jsonl", "summary.json", BEFORE_AFTER, "grids", "samples", "evaluation")
+
+
+@dataclass
+class Run:
+    """What a run folder holds, as far as it can be used.
+
+    Attributes:
+        name: how the page calls it.
+        path: of the folder.
+        config: the resolved config, as text.
+        settings: the same by key, as update.lr; text.
+        metrics: the columns of metrics.jsonl.
+        summary: "before" and "after": means by name.
+        pairs: "before" and "after": values of every image, by name; what intervals are computed from.
+        measured_step: after which "after" was sampled.
+        names: of labels, by number.
+        environment: by key.
+        evaluation, evaluation_picture: of varfast.evaluate.
+        grids, num_grids, extremes: sample grids that are shown, of how many; best and worst samples.
+        left_out: what is not shown and why, a sentence each.
+    """
+
+    name: str
+    path: Path
+    config: str = ""
+    settings: dict[str, str] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
+    summary: dict[str, dict[str, float]] = field(default_factory=dict)
+    pairs: dict[str, Numbers] = field(default_factory=dict)
+    measured_step: int | None = None
+    names: dict[int, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    evaluation_picture: str | None = None
+    grids: list[Grid] = field(default_factory=list)
+    num_grids: int = 0
+    extremes: Extremes | None = None
+    left_out: list[str] = field(default_factory=list)
+
+    def leave_out(self, file: str, why: object) -> None:
+        """Note a file that is not shown."""
+        self.left_out.append(f"{brief(file, 100)}: {brief(str(why))}")
+
+    def series(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps, and values at them."""
+        return self.metrics.columns.get(metric, ([], []))
+
+    def number(self, setting: str) -> float | None:
+        """A setting that is a number."""
+        try:
+            return finite(float(self.settings[setting]))
+        except (KeyError, ValueError):
+            return None
+
+    def label(self, label: int | str) -> str:
+        """A label with its name, where one is known."""
+        named = self.names.get(label) if isinstance(label, int) else None
+        return f"{brief(label, 60)} {named}" if named and named != str(label) else brief(label, 60)
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is something to show."""
+        found = (self.settings, self.metrics.columns, self.metrics.last_step, self.summary, self.grids)
+        return any(map(bool, (*found, self.extremes, self.evaluation)))
+
+    @contextmanager
+    def reading(self, file: str) -> Iterator[None]:
+        """Around the use of a file: one that cannot be used is left out, one that is not there is passed over."""
+        try:
+            yield
+        except FileNotFoundError:
+            pass
+        except Unreadable as error:
+            self.leave_out(file, error)
+
+
+def load_run(path: Path, name: str) -> Run:
+    """Read a run folder; of a run that goes on, was killed or is damaged, what can be used.
+
+    Raises: InputError if it is none, or nothing in it can be shown.
+    """
+    run = Run(name, path)
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+        present = [file for file in _OF_A_RUN if os.path.lexists(path / file)]
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, links in a circle
+        raise InputError(f"{path} is no run folder: {error}") from error
+    if not is_folder:
+        raise InputError(f"{path} is no run folder: {'a file' if exists else 'it does not exist'}")
+    if not present:
+        raise InputError(f"{path} is no run folder, or its run has not begun: it holds none of {', '.join(_OF_A_RUN)}")
+    parts: tuple[Callable[[Run], None], ...] = (_config, _metrics, _summary, _pairs, _names, _environment, _evaluation)
+    for read in parts:
+        read(run)
+    run.grids, run.num_grids = read_grids(path, run.leave_out)
+    run.extremes = read_extremes(path, run.leave_out)
+    if not run.anything:
+        reasons = "; ".join(run.left_out[:5])
+        raise InputError(f"{path} holds nothing to show" + (f": {reasons}" if reasons else ""))
+    return run
+
+
+def _config(run: Run) -> None:
+    with run.reading("config.yaml"):
+        run.config, run.settings = parse_config(read_bytes(run.path, "config.yaml", CONFIG_BYTES))
+
+
+def _metrics(run: Run) -> None:
+    with run.reading("metrics.jsonl"):
+        run.metrics = parse_metrics(read_bytes(run.path, "metrics.jsonl", METRICS_BYTES))
+        run.left_out += run.metrics.left_out
+
+
+def _summary(run: Run) -> None:
+    with run.reading("summary.json"):
+        content = _object(read_json(run.path, "summary.json"))
+        for when in ("before", "after"):
+            numbers = _object(content.get(when, {}))
+            found = {brief(name, 100): finite(value) for name, value in list(numbers.items())[:1000]}
+            run.summary[when] = {name: value for name, value in found.items() if value is not None}
+            if len(run.summary[when]) < len(numbers):
+                run.leave_out("summary.json", f"values of {when} that are no finite number")
+        if not any(run.summary.values()):
+            run.summary = {}
+
+
+def _pairs(run: Run) -> None:
+    """Values by image: before and after of the same labels and random numbers."""
+    with run.reading(BEFORE_AFTER):
+        content = _object(read_json(run.path, BEFORE_AFTER))
+        try:
+            found = {when: as_numbers(_object(content[when])) for when in ("before", "after") if when in content}
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise Unreadable(f"no lists of finite numbers ({type(error).__name__})") from error
+        if {len(values) for numbers in found.values() for values in numbers.values()} == {0} or len(found) < 2:
+            return
+        before, after = found["before"], found["after"]
+        if before.keys() != after.keys() or len({len(v) for v in (*before.values(), *after.values())}) != 1:
+            raise Unreadable("before and after are not of the same images")
+        if any(abs(values).max() > 1e100 for values in (*before.values(), *after.values())):
+            raise Unreadable("numbers beyond 1e100")
+        run.pairs = found
+        run.summary = {when: means(numbers) for when, numbers in found.items()}
+        step = content.get("step")
+        run.measured_step = step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def _names(run: Run) -> None:
+    with run.reading("labels.json"):
+        content = read_json(run.path, "labels.json")
+        rows = content.get("labels") if isinstance(content, dict) else content
+        if not isinstance(rows, list):
+            raise Unreadable("it holds no list of labels")
+        labels = [validated(Label, row) for row in rows[:100_000]]
+        run.names = {row.label: brief(row.name or row.folder or "", 60) for row in labels}
+
+
+def _environment(run: Run) -> None:
+    with run.reading("environment.json"):
+        run.environment = leaves(_object(read_json(run.path, "environment.json")))
+
+
+def _evaluation(run: Run) -> None:
+    """What `python -m varfast.evaluate` measured, whose folder lies in the run's."""
+    with run.reading("evaluation/evaluation.json"):
+        run.evaluation = validated(Evaluation, read_json(run.path, "evaluation/evaluation.json"))
+    if run.evaluation is not None:
+        with run.reading("evaluation/pictures.png"):
+            run.evaluation_picture, _ = picture_uri(run.path, "evaluation/pictures.png")
+
+
+def _object(content: Any) -> dict[Any, Any]:
+    if not isinstance(content, dict):
+        raise Unreadable(f"it holds {brief(type(content).__name__)}, want an object")
+    return content

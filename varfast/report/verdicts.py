@@ -1,0 +1,105 @@
+"""Good, watch or bad: what the numbers of a run say about its health, by thresholds that the page states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from varfast.report.elements import text
+from varfast.report.run import Run
+
+# What the README says under "Read the numbers": healthy, and otherwise.
+HEALTHY = {
+    "ratio_gap_max": (
+        "at rounding: 1e-5 in float32, a few hundredths in bfloat16",
+        "rollout and update disagree about the policy; nothing else can be trusted",
+    ),
+    "kl": ("grows, then levels off", "still growing steeply: raise kl_beta, and look at the grids"),
+    "groups_without_signal": (
+        "well below labels_per_step",
+        "all samples of a label earn the same, nothing to learn from",
+    ),
+    "clip_fraction": ("below about 0.1", "steps are too large: lower update.lr"),
+}
+_SIGNS = {"good": "\u2713", "watch": "!", "bad": "\u2717"}
+# Steps from which on a rise, or a tenth of the run, says something.
+_ENOUGH_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is thought of a metric.
+
+    Attributes:
+        level: "good", "watch" or "bad"; None where nothing can be said.
+        value: what was looked at.
+        rule: the thresholds, or why there is no verdict.
+    """
+
+    level: Literal["good", "watch", "bad"] | None
+    value: str
+    rule: str
+
+
+def verdict(run: Run, metric: str) -> Verdict | None:
+    """Of one of HEALTHY's metrics; None where the run has no number of it."""
+    values = run.series(metric)[1]
+    if metric == "kl" and not values and run.number("grpo.kl_beta") == 0.0:
+        return Verdict(None, "not measured", "grpo.kl_beta=0 holds no base to compare with; grpo.kl_every=10 does")
+    if not values:
+        return None
+    if metric == "ratio_gap_max":
+        return _rounding(values, run.settings.get("run.dtype", ""))
+    if metric == "kl":
+        return _levels_off(values)
+    late = last_tenth(values)
+    if metric == "clip_fraction":
+        return _judged(late, f"{late:.3g} at the end", 0.1, 0.2, "the mean of the last tenth of the steps")
+    labels = run.number("rollout.labels_per_step")
+    if not labels or labels < 1:
+        return Verdict(None, f"{late:.3g} at the end", "rollout.labels_per_step is not known")
+    what = "the mean of the last tenth of the steps, as a share of labels_per_step"
+    return _judged(late / labels, f"{late:.3g} of {labels:g} at the end", 0.5, 0.8, what)
+
+
+def _judged(number: float, value: str, good: float, watch: float, what: str) -> Verdict:
+    level: Literal["good", "watch", "bad"] = "good" if number <= good else "watch" if number <= watch else "bad"
+    return Verdict(level, value, f"good up to {good:g}, watch up to {watch:g}: {what}")
+
+
+def _rounding(values: Sequence[float], dtype: str) -> Verdict:
+    largest = max(values)
+    value = f"{largest:.3g} at most"
+    if dtype == "float32":
+        return _judged(largest, value, 1e-4, 1e-3, "the largest of all steps, in float32")
+    if dtype == "bfloat16":
+        return _judged(largest, value, 0.1, 0.3, "the largest of all steps, in bfloat16")
+    return Verdict(None, value, "run.dtype is not known")
+
+
+def _levels_off(values: Sequence[float]) -> Verdict:
+    """How much of the KL came in the last quarter of the steps: a quarter where it grows as steadily as ever."""
+    late = last_tenth(values)
+    if len(values) < _ENOUGH_STEPS:
+        return Verdict(None, f"{late:.3g} at the end", f"no verdict on fewer than {_ENOUGH_STEPS} values")
+    earlier = last_tenth(values[: len(values) - len(values) // 4])
+    rise = (late - earlier) / late if late > 1e-12 else 0.0
+    what = "the share of it that came in the last quarter of the steps; a quarter comes there at a steady pace"
+    return _judged(rise, f"{late:.3g} at the end, {max(rise, 0.0):.0%} of it late", 0.2, 0.3, what)
+
+
+def last_tenth(values: Sequence[float]) -> float:
+    """Mean of the last tenth of the values."""
+    return mean(values[-max(1, len(values) // 10) :])
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def badge(found: Verdict) -> str:
+    """HTML: a sign and a word, so that colour is not needed; then the thresholds."""
+    word = "no verdict" if found.level is None else f"{_SIGNS[found.level]} {found.level}"
+    return f'<span class="badge {found.level or "none"}">{word}</span> <small>{text(found.rule)}</small>'

@@ -1,0 +1,244 @@
+"""A reward of the user's own: found, imported, asked with what its parameters name, and kept from the trainer.
+
+Axes: B image.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varfast.config import FunctionReward
+from varfast.printable import printable
+from varfast.randomness import Purpose
+from varfast.rewards.scores import scores
+from varfast.rewards.shield import shielded
+from varfast.types import InputError, RewardBatch
+
+_NAMED = ("labels", "batch", "names", "prompts", "step", "seed")
+_TAKES = (
+    "a reward takes (images, labels), (images), or images and any of labels, batch, names, prompts, step, seed by name"
+)
+
+
+class UserReward:
+    """A function, a class, or an instance with __call__, of the user's.
+
+    What it returns is checked, and what it changes of the process put back (varfast.rewards.shield). Its random
+    numbers are a function of seed, step and image alone, so that a resumed run draws the same.
+
+    Args:
+        key: where the reward stands in the config, as reward.mine; for errors.
+        config: what names it.
+        device: of the images; an nn.Module is moved there, and put in eval().
+        seed: of the run.
+        beside: a folder that is searched after Python's path and the working directory: that of the config file.
+    Raises: InputError if it cannot be found or made, or has parameters that nothing stands for. What its own code
+        raises goes on as it is, with a note that names the reward.
+    """
+
+    def __init__(
+        self, key: str, config: FunctionReward, device: torch.device, seed: int = 0, beside: Path | None = None
+    ) -> None:
+        self._name = key.partition(".")[2] or key
+        self._source = config.function
+        self._device = device
+        self._key = (seed, int(Purpose.REWARD), zlib.crc32(self._name.encode("utf-8", "replace")))
+        where = f"{key}.function={printable(config.function)}"
+        with shielded(self._name, device, self._key), self._named("while it was imported or made"):
+            target = _found(where, config.function, beside)
+            reward = _made(where, target, config.args)
+            if isinstance(reward, nn.Module):
+                reward.to(device).eval()
+            self._positional, self._by_name = _arguments(self._name, reward, set(config.args))
+        takes_args = bool(config.args) and reward is target
+        self._reward: Callable[..., Any] = functools.partial(reward, **config.args) if takes_args else reward
+
+    def __call__(self, images: Tensor, batch: RewardBatch, first_sample: int = 0) -> Tensor:
+        """Score (B, 3, H, W) images in [0, 1]; both are copied before the reward sees them. -> (B,) float32.
+
+        Args:
+            first_sample: number of the first image among those of the step, for the random numbers.
+        Raises: InputError if it returns no (B,) numbers, or ends the process by SystemExit.
+        """
+        step = (0, 0) if batch.step is None else (1, batch.step)
+        values = {"images": images.clone(), "batch": batch.copy()} | batch.copy().__dict__
+        with (
+            self._named("" if batch.step is None else f"in step {batch.step + 1}"),
+            shielded(self._name, self._device, (*self._key, *step, first_sample)),
+        ):
+            found = self._reward(*(values[p] for p in self._positional), **{p: values[p] for p in self._by_name})
+        return scores(self._name, found, len(images), images.device)
+
+    @contextmanager
+    def _named(self, when: str) -> Iterator[None]:
+        """What comes out of the reward's own code names it; nothing in it ends the process in silence."""
+        where = f"reward {self._name} ({printable(self._source)}){when and ', '}{when}"
+        try:
+            yield
+        except (SystemExit, GeneratorExit) as error:
+            shown = f"{type(error).__name__}({printable(error, 80)})"
+            raise InputError(
+                f"{where}: it raised {shown}, which would end the run as if it were complete; let it return numbers, "
+                "or raise an error"
+            ) from error
+        except BaseException as error:
+            if not (isinstance(error, InputError) and self._name in str(error)):
+                error.add_note(f"  in {where}")
+            raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding it
+
+
+def _found(where: str, function: str, beside: Path | None) -> Any:
+    """The object that module:name or file.py:name names."""
+    source, _, name = function.rpartition(":")
+    places = list(dict.fromkeys([Path.cwd(), *([] if beside is None else [beside.resolve()])]))
+    find = _of_file if source.endswith(".py") else _of_name
+    module = find(where, source, places)
+    target = getattr(module, name, None)
+    if not callable(target):
+        near = difflib.get_close_matches(name, vars(module), n=1)
+        raise InputError(f"{where}: {source} has no such function{f'; did you mean {near[0]}?' if near else ''}")
+    return target
+
+
+def _of_file(where: str, source: str, places: list[Path]) -> ModuleType:
+    path = Path(source).expanduser()
+    files = [path] if path.is_absolute() else [place / path for place in places]
+    file = next((f.resolve() for f in files if f.is_file()), None)
+    if file is None:
+        raise InputError(f"{where}: no file {' nor '.join(str(f) for f in files)}")
+    for module in list(sys.modules.values()):  # another reward of the same file
+        if getattr(module, "__file__", None) == str(file):
+            return module
+    taken = file.stem in sys.modules or importlib.util.find_spec(file.stem) is not None
+    name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}" if taken else file.stem
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[name] = made  # before it runs: pickles and dataclasses ask for it by its name
+    _search(file.parent)
+    try:
+        spec.loader.exec_module(made)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return made
+
+
+def _of_name(where: str, source: str, places: list[Path]) -> ModuleType:
+    first = source.partition(".")[0]
+    importlib.invalidate_caches()
+    for place in (None, *places):
+        if place is not None:
+            if not ((place / f"{first}.py").is_file() or (place / first).is_dir()):
+                continue
+            _search(place)
+        try:
+            return importlib.import_module(source)
+        except ModuleNotFoundError as error:
+            if not f"{source}.".startswith(f"{error.name}."):
+                raise  # something that the user's module imports
+    raise InputError(
+        f"{where}: no module {source}; run from its folder, or set PYTHONPATH to it, or name the file, as in "
+        f"./my_rewards.py:redness (searched: Python's path, {', '.join(map(str, places))})"
+    )
+
+
+def _search(folder: Path) -> None:
+    # At the end: a file of the user's hides none of the installed packages.
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _made(where: str, target: Any, args: dict[str, Any]) -> Callable[..., Any]:
+    """An instance of a class; anything else as it is. `args` must fit it."""
+    if isinstance(target, type) and not any("__call__" in kind.__dict__ for kind in target.__mro__):
+        raise InputError(
+            f"{where}: instances of {target.__name__} cannot be called; give it __call__(self, images, labels)"
+        )
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # built in
+        pass
+    else:
+        try:
+            (signature.bind if isinstance(target, type) else signature.bind_partial)(**args)
+        except TypeError as error:
+            fits = printable(f"{target.__name__}{signature}")
+            raise InputError(f"{where}: args do not fit {fits}: {printable(error)}") from error
+    return target(**args) if isinstance(target, type) else target
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking it
+
+
+def _arguments(name: str, reward: Callable[..., Any], given: set[str]) -> tuple[list[str], list[str]]:
+    """What of images, labels, batch ... the parameters get, by position and by name.
+
+    The first parameter gets the images, whatever its name; further ones what their names say; a second one of any other
+    name the labels. One with a default keeps it, but None.
+
+    Raises: InputError for a parameter that nothing stands for.
+    """
+    asked: Any = reward.forward if isinstance(reward, nn.Module) else reward
+    shown = getattr(asked, "__qualname__", None) or f"{type(reward).__name__}.__call__"
+    if inspect.iscoroutinefunction(asked) or inspect.iscoroutinefunction(getattr(asked, "__call__", None)):  # noqa: B004
+        raise InputError(f"reward {name}: {shown} is async; {_TAKES}, and returns (B,) numbers at once")
+    try:
+        parameters = list(inspect.signature(asked).parameters.values())
+    except (TypeError, ValueError):
+        return ["images", "labels"], []
+    images_by_name = any(p.name == "images" for p in parameters)
+    positional: list[str] = []
+    by_name: list[str] = []
+    missing: list[str] = []
+    skipped = False
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_KEYWORD or parameter.name in given:
+            continue
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            positional += [] if by_name or skipped else ["images", "labels"][len(positional) :]
+            continue
+        optional = parameter.default is not parameter.empty
+        by_position = parameter.kind is not parameter.KEYWORD_ONLY and not skipped
+        if parameter.name == "images" or (by_position and not positional and not images_by_name):
+            what = "images"
+        elif parameter.name in _NAMED and (not optional or parameter.default is None):
+            what = parameter.name
+        elif optional:
+            skipped = True
+            continue
+        elif by_position and positional == ["images"]:
+            what = "labels"
+        else:
+            missing.append(parameter.name)
+            continue
+        if by_position:
+            positional.append(what)
+        else:
+            by_name.append(what)
+    if missing or "images" not in (*positional, *by_name):
+        needs = f"needs {', '.join(map(repr, missing))}" if missing else "takes no images"
+        raise InputError(f"reward {name} must take (images, labels); {shown} {needs}. {_TAKES[0].upper()}{_TAKES[1:]}; "
+                         "other parameters need a default, or a value under args")  # fmt: skip
+    return positional, by_name
