@@ -218,7 +218,7 @@ def _launch_settings(vocab: int, filtered: bool, device: torch.device | None = N
     """128 numbers a thread; 64 of 32768 codes, 32 with a filter: more spill. 32768 codes with top_p always do."""
     block = _block(vocab)
     if filtered:
-        return setting("sample_tokens_filtered", vocab, device, num_warps=min(16, max(1, block // 1024)))
+        return setting("sample_tokens", (vocab, "filtered"), device, num_warps=min(16, max(1, block // 1024)))
     return setting("sample_tokens", vocab, device, num_warps=16 if block == 32768 else max(1, block // 4096))
 
 
