@@ -147,9 +147,10 @@ def timed(function: Callable[[], Any], leaves: list[torch.Tensor], backward: boo
     return lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
 
 
-def sampling() -> Callable[[], object]:
-    logits, key = randn(512, 256, 4096, dtype=torch.float32), torch.tensor([0, 0, 0], device=harness.DEVICE)
-    return lambda: kernels.sample_tokens(logits, key, 9, 0.7)
+def sampling(vocab: int, **inference: Any) -> Callable[[], object]:
+    logits = randn(2**21 // vocab, 256, vocab, dtype=torch.float32)
+    key = torch.tensor([0, 0, 0], device=harness.DEVICE)
+    return lambda: kernels.sample_tokens(logits, key, 9, 0.7, **inference)
 
 
 def log_softmax(backward: bool) -> Callable[[], object]:
@@ -227,7 +228,17 @@ def targets() -> list[Target]:
             "attention_fused", 16, "block_causal_attention, fused", FUSED, lambda: attention(True, "triton_fused"), {}
         ),
         Target("adamw", 0, "adamw_step", product(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8)), adamw, {}),
-        Target("sample_tokens", 4096, "sample_tokens", product(num_warps=(2, 4, 8, 16)), sampling, {}),
+        # One warp a row; 168 registers a thread of one, 96 of two (triton 3.6). The check is made at 4096 codes.
+        Target("sample_tokens", 4096, "sample_tokens", product(num_warps=(1, 2, 4, 8)), lambda: sampling(4096), {}),
+        Target("sample_tokens", 16384, "sample_tokens", product(num_warps=(4, 8, 16)), lambda: sampling(16384), {}),
+        Target(
+            "sample_tokens",
+            (4096, "filtered"),
+            "sample_tokens",
+            product(num_warps=(2, 4, 8)),
+            lambda: sampling(4096, top_k=900, top_p=0.95),
+            {},
+        ),
     ]
     for width, heads in ((1024, 16), (1920, 30)):
         # Chains of at most 16 rows, and what keeps its registers: of 1920 channels two rows want 8 warps or 16.
