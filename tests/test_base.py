@@ -20,8 +20,9 @@ from varfast.base import PARTS, Base, FileNote
 from varfast.checkpoint import RunFolder, dump_config
 from varfast.train import load_base, load_run, train
 
+from .runs import assert_same_run, metrics, weights
+
 CPU = torch.device("cpu")
-TIMES = ("step_s", "images_per_s", "mfu")
 PRETRAINED = {
     "policy__checkpoint": "pretrain",
     "policy__var": {"depth": 1, "patch_nums": [1, 2], "vocab_size": 16, "code_width": 4, "num_classes": 10},
@@ -32,21 +33,6 @@ PRETRAINED = {
     "eval__samples_per_label": 1,
 }
 SIZES = {"patch_nums": (1, 2), "vocab_size": 16, "code_width": 4, "num_classes": 5}
-
-
-def metrics(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES and not k.endswith(("_ms", "_share"))} for line in lines]
-
-
-def weights(folder):
-    return torch.load(Path(folder) / "var.pth", weights_only=True)
-
-
-def assert_same_run(a, b):
-    assert metrics(a) == metrics(b)
-    ours, theirs = weights(a), weights(b)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def damage(path, how):

@@ -24,8 +24,9 @@ from varfast.distributed import Launch, World, _share, joined, launched, local_d
 from varfast.roofline import memory, planned, share
 from varfast.train import train
 
+from .runs import metrics
+
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.yaml"
-TIMES = ("step_s", "images_per_s", "mfu")
 # A process that trains every config of the file it is given, one after the other, each at a port of its own.
 TRAIN_ALL = """
 import json, os, sys
@@ -79,11 +80,6 @@ def free_ports(count):
     for each in sockets:
         each.close()
     return ports
-
-
-def metrics(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in x.items() if k not in TIMES and not k.endswith(("_ms", "_share"))} for x in lines]
 
 
 def weights(folder):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import varfast.sample
 from varfast.checkpoint import RunFolder
 from varfast.distributed import ALONE, World
 from varfast.divergence import diagnosis, refuse_diverged
@@ -66,6 +67,16 @@ def test_a_rollout_that_is_not_finite_is_not_scored(make_config, monkeypatch):
         train(config)
     assert "after step 3 of 4 it cannot be sampled: logits\n  step 3: learning_rate " in str(caught.value)
     assert f"python -m varfast.export checkpoint={config.run.dir} out=good.pth" in str(caught.value)
+
+
+def test_sample_says_that_a_policy_diverged_and_writes_no_picture(make_policy, monkeypatch, tmp_path):
+    policy = make_policy()
+    with torch.no_grad():
+        policy.var.head.weight.fill_(math.inf)
+    monkeypatch.setattr("varfast.sample.load", lambda *_: policy)
+    with pytest.raises(NotFinitePolicy, match="the transformer's logits hold NaN or infinite numbers"):
+        varfast.sample.main(["checkpoint=some.pth", f"out={tmp_path / 'out.png'}", "device=cpu"])
+    assert not list(tmp_path.iterdir())
 
 
 class OfTwo(World):

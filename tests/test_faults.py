@@ -1,6 +1,5 @@
 """Each fault is injected for real: signals to a process, bytes flipped on the disk, a disk that is full, NaN."""
 
-import json
 import math
 import os
 import resource
@@ -21,23 +20,7 @@ from varfast import InputError, Policy, kernels
 from varfast.checkpoint import Checkpoints, RunFolder, dump_config, newest_checkpoint
 from varfast.train import train
 
-TIMES = ("step_s", "images_per_s", "mfu")
-
-
-def metrics(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES and not k.endswith(("_ms", "_share"))} for line in lines]
-
-
-def weights(folder):
-    return torch.load(Path(folder) / "var.pth", weights_only=True)
-
-
-def assert_same_run(a, b):
-    assert metrics(a) == metrics(b)
-    ours, theirs = weights(a), weights(b)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+from .runs import assert_same_run, metrics, weights
 
 
 def names(config):

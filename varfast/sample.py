@@ -20,7 +20,7 @@ from varfast.checkpoint import RunFolder
 from varfast.config import SampleConfig, check_micro_batch, parse_arguments
 from varfast.labels import caption, label_names, label_numbers
 from varfast.log import PICTURE_FORMATS, image_grid, save_picture
-from varfast.policy import Policy, load_policy, pick_device
+from varfast.policy import Policy, check_finite, load_policy, pick_device
 from varfast.progress import Progress
 from varfast.train import load_run
 from varfast.types import InputError
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     parts = []
     with Progress("sample", len(labels_B) // size, unit="batch") as progress:
         for first in range(0, len(labels_B), size):
-            _, images = policy.sample_images(
+            rollout, images = policy.sample_images(
                 labels_B[first : first + size],
                 config.temperature,
                 seed=config.seed,
@@ -67,6 +67,7 @@ def main(arguments: list[str]) -> int:
                 top_p=config.top_p,
                 first_sample=first,
             )
+            check_finite(rollout, images)
             parts.append(images)
             progress.update()
     titles = [caption(label, names) for label in labels]

@@ -233,22 +233,23 @@ def _train(
             if not bad_rollouts:
                 metrics |= _metrics(rollout, rewards, advantages_B, group_size, stats) | drift
                 metrics |= {"reference_step": float(step // every * every)} if every else {}
+            stopped = int(world.largest(signals.received or 0))  # one process is told to stop: all of them do
+            last = done == config.run.steps
+            shown, saved = last or done % config.log.grid_every == 0, bool(last or stopped or checkpoints.due(done))
             # What cannot be sampled is neither shown nor saved, so that the last good checkpoint stays.
-            if done % config.log.grid_every == 0 or done == config.run.steps:
+            if shown or saved:
                 refuse_diverged(policy, labels, config, world, folder.path, done, metrics, checkpoints)
             if log and limits:
                 log.step(done, metrics | limits.metrics(stages_ms, step_s) | held_bytes)
-                if done % config.log.grid_every == 0 or done == config.run.steps:
+                if shown:
                     _save_grid(log, done, policy, labels, config, names)
                     if isinstance(scores, Rewards):
                         log.samples(done, images, drawn.labels_B, scores)
             # A rollout that was left out changed nothing: when the run is taken up again, it is tried again.
-            held = done if done == config.run.steps else done - bad_rollouts
-            stopped = int(world.largest(signals.received or 0))  # one process is told to stop: all of them do
-            if checkpoints.due(done) or done == config.run.steps or stopped:
-                refuse_diverged(policy, labels, config, world, folder.path, done, metrics, checkpoints)
+            held = done if last else done - bad_rollouts
+            if saved:
                 checkpoints.save(held, policy.var, updater.optimizer, before, metrics.get("reward_mean"), further)
-            if stopped and done < config.run.steps:
+            if stopped and not last:
                 checkpoints.wait()
                 if log:
                     log.say(

@@ -4,14 +4,12 @@ Seeded, so that a failure is a failure of the change at hand; counts are printed
 """
 
 import collections
-import json
 import os
 import random
 import resource
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +23,9 @@ from varfast.checkpoint import RunFolder, dump_config
 from varfast.pretrain import PretrainReport, pretrained
 from varfast.train import load_run, train
 
+from ..runs import assert_same_run
+
 CPU = torch.device("cpu")
-TIMES = ("step_s", "images_per_s", "mfu")
 PRETRAINED = {
     "policy__checkpoint": "pretrain",
     "policy__var": {"depth": 1, "patch_nums": [1, 2], "vocab_size": 16, "code_width": 4, "num_classes": 10},
@@ -34,21 +33,6 @@ PRETRAINED = {
     "pretrain__vqvae_steps": 2,
     "pretrain__var_steps": 2,
 }
-
-
-def metrics(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES and not k.endswith(("_ms", "_share"))} for line in lines]
-
-
-def weights(folder):
-    return torch.load(Path(folder) / "var.pth", weights_only=True)
-
-
-def assert_same_run(a, b):
-    assert metrics(a) == metrics(b)
-    ours, theirs = weights(a), weights(b)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.fixture
