@@ -156,3 +156,14 @@ def make_config(tmp_path):
         return parse_config(data)
 
     return make
+
+
+@pytest.fixture
+def forget_modules(tmp_path):
+    """Forget the modules that a test imported from its own folder, and what was added to the path."""
+    known, path = set(sys.modules), list(sys.path)
+    yield
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+    sys.path[:] = path

@@ -25,6 +25,7 @@ from varfast.evaluate import resolved
 from varfast.train import main as train_main
 from varfast.train import train
 
+pytestmark = pytest.mark.usefixtures("forget_modules")
 FEW = ["samples_per_label=1", "labels=[0]", "device=cpu"]
 
 

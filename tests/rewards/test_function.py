@@ -23,9 +23,8 @@ LABELS = torch.tensor([3, 1, 4, 1, 5, 0])
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
-    """Write a module and forget it afterwards, with what was added to the path."""
-    known, path = set(sys.modules), list(sys.path)
+def write(tmp_path, monkeypatch, forget_modules):
+    """Write a module, which is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
 
     def write(source, name="mine.py"):
@@ -34,11 +33,7 @@ def write(tmp_path, monkeypatch):
         file.write_text(textwrap.dedent(source))
         return file
 
-    yield write
-    for name in set(sys.modules) - known:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
-            del sys.modules[name]
-    sys.path[:] = path
+    return write
 
 
 def reward(function="./mine.py:score", args=None, **settings):
