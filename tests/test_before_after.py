@@ -62,7 +62,7 @@ def test_before_is_measured_once_where_nothing_changed(make_config, monkeypatch)
     assert sampled == []
 
 
-@pytest.mark.parametrize("damage", ["", "[1]", '{"settings": {}}', "[" * 100_000, None, "values", "nan"])
+@pytest.mark.parametrize("damage", ["", "[1]", "\ufeff{}", '{"settings": {}}', "[" * 100_000, None, "values", "nan"])
 def test_a_damaged_file_is_measured_again(make_config, tmp_path, damage):
     config = make_config(run__steps=1)
     train(config)

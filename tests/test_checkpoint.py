@@ -322,6 +322,20 @@ def put(path, content):
     path.write_bytes(content) if isinstance(content, bytes) else content(path)
 
 
+@pytest.mark.parametrize("make", DAMAGED[-3:])
+def test_what_is_no_file_is_set_aside_where_a_run_writes(tmp_path, make_config, make):
+    folder = RunFolder(tmp_path / "run")
+    save(folder, make_config())
+    names = ("before_after.json", "config.yaml", "metrics.jsonl", "summary.json", "var.pth")
+    for name in names:
+        put(folder.path / name, make)
+    assert folder.prepare(make_config()).step == 4
+    assert folder.config.is_file()
+    for name in names:
+        assert name == "config.yaml" or not os.path.lexists(folder.path / name)
+        assert os.path.lexists(folder.path / (name + ".damaged"))
+
+
 @pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_config_is_named_by_whoever_reads_it(tmp_path, make_config, content):
     folder = RunFolder(tmp_path / "run")

@@ -17,12 +17,13 @@ import torch
 
 from varfast.config import Config
 from varfast.data import DigitsClassifier
-from varfast.files import save_text
+from varfast.files import read_json, save_text
 from varfast.metrics import difference_interval
 from varfast.policy import Policy
 from varfast.progress import Progress
 from varfast.randomness import EVAL_STEP
 from varfast.rewards import WeightedSum
+from varfast.types import InputError
 
 # (N,) float64 by name: reward, reward/<component>, entropy, accuracy (0 or 1).
 Numbers = dict[str, np.ndarray]
@@ -106,11 +107,11 @@ class BeforeAfter:
     def _read(self) -> None:
         """Take what the folder holds, if it is of these settings; a file that is damaged is as good as none."""
         try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
+            content = read_json(self._path)
             if content["settings"] != self._settings or content["labels"] != self._labels:
                 return
             values = {when: as_numbers(content[when]) for when in ("before", "after") if when in content}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        except (InputError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return
         if all(len(values_N) == len(self._labels) for found in values.values() for values_N in found.values()):
             self.values = values

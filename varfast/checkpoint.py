@@ -529,6 +529,12 @@ def _sum_of(manifest: bytes) -> bytes:
     return f"{hashlib.sha256(manifest).hexdigest()}  manifest.json\n".encode()
 
 
+# Of a run folder, what a run that goes on writes anew or can do without.
+_REWRITTEN = (
+    "before_after.json", "config.yaml", "environment.json", "labels.json", "metrics.jsonl", "summary.json", "var.pth"
+)  # fmt: skip
+
+
 class RunFolder:
     """The files of a run. Raises: InputError if the folder cannot be used.
 
@@ -560,7 +566,8 @@ class RunFolder:
     def prepare(self, config: Config) -> Checkpoint | None:
         """Make the folder, held, ready for this config; the checkpoint to go on from, if there is one.
 
-        What killed saves left behind is removed; a damaged checkpoint is set aside as step_000050.damaged.
+        What killed saves left behind is removed; a damaged checkpoint is set aside as step_000050.damaged, and so is a
+        pipe, a device or a folder in the place of a file that the run writes again.
 
         Raises: InputError if the folder cannot be written, holds something else, or holds a run with another config,
             or checkpoints of which none is whole.
@@ -620,6 +627,9 @@ class RunFolder:
         for folder in (self.path, self.checkpoints, self.adapter, self.path / "grids", self.path / "samples"):
             remove_leftovers(folder)
         try:
+            for path in (self.path / name for name in _REWRITTEN):
+                if os.path.lexists(path) and not path.is_file():
+                    os.rename(path, path.with_name(path.name + ".damaged"))
             for part in self.checkpoints.glob("step_*.part"):
                 remove_tree(part)
             for folder in _folders(self.checkpoints) if found is not None else ():
