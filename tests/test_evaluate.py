@@ -139,11 +139,14 @@ def test_an_image_of_the_page_stands_where_the_file_says(make, tmp_path):
     assert shown["columns"] == [{"of": side, "sample": s} for side in ("reference", "checkpoint") for s in range(4)]
     page = np.array(Image.open(tmp_path / "out" / shown["file"]))
     pictures = {side: levels_of(tmp_path / "out", side) for side in ("reference", "checkpoint")}
+    titles = page.shape[1] - (8 * 52 - 4 + 20)  # pixels of the column in which the labels stand
+    assert titles > 0
     for row, label in enumerate(shown["rows"]):
+        assert (page[row * 52 : row * 52 + 48, :titles] < 128).any()
         for column, cell in enumerate(shown["columns"]):
             picture = pictures[cell["of"]][label, cell["sample"]]
             enlarge = 48 // len(picture)
-            left = column * 52 + 20 * (cell["of"] == "checkpoint")  # a wide gap between the two models
+            left = titles + column * 52 + 20 * (cell["of"] == "checkpoint")  # a wide gap between the two models
             at = page[row * 52 : row * 52 + 48, left : left + 48]
             np.testing.assert_array_equal(at[::enlarge, ::enlarge], picture)
 

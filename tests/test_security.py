@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import varfast.evaluate
@@ -220,5 +221,45 @@ def test_a_folder_given_to_train_is_no_config_that_was_passed(handed_on):
     with pytest.raises(InputError, match=r"popen \(runs subprocess:Popen\).* as a file: .*/config.yaml run.dir="):
         train_main([str(folder)])
     assert not (folder / "PWNED").exists()
-    change(reward={"luma": {"type": "brightness", "mode": "raw"}})
+    luma = {"luma": {"type": "brightness", "mode": "raw"}}
+    change(reward=luma, log={"wandb": "evil"})
+    with pytest.raises(InputError, match=r"log.wandb \(sends the run's metrics to evil\).* as a file: "):
+        train_main([str(folder)])
+    change(reward=luma, log={})
     assert train_main([str(folder)]) == 0
+
+
+@pytest.mark.parametrize("address", ["hf://evil/repo/model.pth", "{weights}", "pretrain"])
+def test_a_folder_given_to_train_starts_from_nothing_outside_of_it(
+    make_config, make_policy, tmp_path, no_network, address
+):
+    """Its base is lost, or was never there: what the config names in its place is not read, fetched or made."""
+    policy, weights = make_policy(patch_nums=(1, 2), vocab_size=16, code_width=4), tmp_path / "var.pth"
+    torch.save(policy.var.state_dict(), weights)
+    torch.save(policy.vqvae.state_dict(), tmp_path / "vqvae.pth")
+    named = {"policy__checkpoint": str(weights), "policy__vqvae_checkpoint": str(tmp_path / "vqvae.pth")}
+    config = make_config(run__steps=1, eval__samples_per_label=0, **named)
+    train(config)
+    folder = tmp_path / "handed_on"
+    shutil.copytree(config.run.dir, folder)
+    assert train_main([str(folder), "run.steps=2"]) == 0
+
+    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "base")
+    note = (folder / "base.json").read_text()
+    (folder / "base.json").write_text(note.replace(str(tmp_path), str(tmp_path / "elsewhere")))
+    data = yaml.safe_load((folder / "config.yaml").read_text())
+    data["policy"]["checkpoint"] = address.format(weights=weights)
+    if address == "pretrain":
+        del data["policy"]["vqvae_checkpoint"]
+        data["pretrain"]["dataset"] = "/etc"
+    (folder / "config.yaml").write_text(yaml.safe_dump(data))
+    for lost in ("is not there as it was", "is not in its folder"):
+        with pytest.raises(InputError, match=lost) as raised:
+            train_main([str(folder), "run.steps=3"])
+        said = "\n".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+        assert f"pass it as a file: {folder}/config.yaml run.dir={folder}" in said
+        (folder / "base.json").unlink(missing_ok=True)
+    assert no_network == []
+    if address == "{weights}":
+        assert train_main([f"{folder}/config.yaml", f"run.dir={folder}", "run.steps=3"]) == 0

@@ -56,23 +56,27 @@ class Runs:
     """What `train` was asked for: one run, or those of a sweep, in folders side by side in `parent`.
 
     beside: folder of the config file, in which a reward's file may lie.
+    of_folder: a run folder was named in place of a config.
     """
 
     configs: list[Config]
     beside: Path
     parent: str | None
     profile: bool
+    of_folder: bool
 
 
 def read_train(arguments: list[str]) -> Runs:
     """Arguments of `train`. Every run of a sweep is checked before the first one starts. Raises: InputError."""
     found = command_line.sort(arguments, Config, ["--profile"], ["--sweep"])
     path, overrides = _config_path(found.paths, "train"), found.overrides
-    _refuse_rewards_of_a_folder(path, overrides)
+    of_folder = _is_run_folder(path)
+    if of_folder:
+        _refuse_what_reaches_outside(path, overrides)
     profile, beside = "--profile" in found.flags, expanded(path)
     beside = beside if os.path.isdir(beside) else beside.parent
     if not found.options:
-        return Runs([_load(Config, path, overrides)], beside, None, profile)
+        return Runs([_load(Config, path, overrides)], beside, None, profile, of_folder)
     sweeps = [_swept(text) for _, text in found.options]
     if math.prod(map(len, sweeps)) > 1000:
         raise InputError(f"--sweep: {math.prod(map(len, sweeps))} runs, want at most 1000; name fewer values")
@@ -83,7 +87,7 @@ def read_train(arguments: list[str]) -> Runs:
     for config, name in zip(read, command_line.file_names([",".join(c) for c in choices]), strict=True):
         folder = f"{parent.rstrip('/') or '/'}/{name}"
         configs.append(config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})}))
-    return Runs(configs, beside, parent, profile)
+    return Runs(configs, beside, parent, profile, of_folder)
 
 
 def _swept(text: str) -> list[str]:
@@ -120,26 +124,31 @@ def _config_path(paths: list[str], name: str) -> str:
 
 def _load(model: type[_AnyConfig], path: str, overrides: list[str]) -> _AnyConfig:
     """A config, or a run folder: its own config, with the folder where it is now as run.dir."""
-    folder = expanded(path)
-    if not os.path.isfile(folder / "config.yaml"):
+    if not _is_run_folder(path):
         return load_as(model, path, overrides)
-    config = load_as(model, folder / "config.yaml", overrides)
+    config = load_as(model, expanded(path) / "config.yaml", overrides)
     if any(override.startswith(("run.dir=", "run=")) for override in overrides):
         return config
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": path})})
 
 
-def _refuse_rewards_of_a_folder(path: str, overrides: list[str]) -> None:
+def _is_run_folder(path: str) -> bool:
+    return os.path.isfile(expanded(path) / "config.yaml")
+
+
+def _refuse_what_reaches_outside(folder: str, overrides: list[str]) -> None:
     """Somebody may have handed a run folder on: to name it is not to name what its config runs (docs/security.md)."""
-    if not os.path.isfile(expanded(path) / "config.yaml") or any(o.startswith("reward=") for o in overrides):
-        return
-    config = _load(Config, path, overrides)
-    outside = {name: reaches_outside(reward) for name, reward in config.reward.items()}
-    named = ", ".join(f"{printable(name, 80)} ({printable(why)})" for name, why in outside.items() if why)
+    config = _load(Config, folder, overrides)
+    named = []
+    if not any(override.startswith("reward=") for override in overrides):
+        outside = {name: reaches_outside(reward) for name, reward in config.reward.items()}
+        named = [f"reward.{printable(name, 80)} ({printable(why)})" for name, why in outside.items() if why]
+    if config.log.wandb and not any(override.startswith(("log=", "log.wandb=")) for override in overrides):
+        named.append(f"log.wandb (sends the run's metrics to {printable(config.log.wandb, 80)})")
     if named:
         raise InputError(
-            f"the config in {path} names rewards that do more than compute on the images: {named}. If you trust it, "
-            f"pass it as a file: {path}/config.yaml run.dir={path}"
+            f"the config in {folder} does more than compute on the images: {', '.join(named)}. If you trust it, pass "
+            f"it as a file: {folder}/config.yaml run.dir={folder}"
         )
 
 

@@ -46,7 +46,7 @@ from varfast.data import DigitsClassifier
 from varfast.distributed import launched
 from varfast.features import Network, RealImages, check_reference, load_network, load_real_images, to_levels
 from varfast.files import open_regular, parse_json, read_bytes, save_text, write_atomically
-from varfast.labels import label_names, label_numbers, label_pool, run_names
+from varfast.labels import caption, label_names, label_numbers, label_pool, run_names
 from varfast.log import GAP_PX, environment, image_grid, save_png
 from varfast.metrics import (
     NEIGHBOUR_IMAGES,
@@ -171,12 +171,13 @@ class Plan:
     labels, so that they fill batches.
 
     Attributes:
+        num_classes: labels that the model has.
         chunks: indices of each chunk.
         picture_labels, picture_samples: of the images that are shown.
     """
 
     def __init__(self, labels: list[int], samples_per_label: int, num_classes: int) -> None:
-        self._num_classes = num_classes
+        self.num_classes = num_classes
         indices = [self.index(label, sample) for sample in range(samples_per_label) for label in labels]
         self.chunks = [indices[i : i + _CHUNK_IMAGES] for i in range(0, len(indices), _CHUNK_IMAGES)]
         shown = min(_PICTURE_LABELS, len(labels))
@@ -184,13 +185,13 @@ class Plan:
         self.picture_samples = list(range(min(_PICTURE_SAMPLES, samples_per_label)))
 
     def index(self, label: int, sample: int) -> int:
-        return sample * self._num_classes + label
+        return sample * self.num_classes + label
 
     def label(self, index: int) -> int:
-        return index % self._num_classes
+        return index % self.num_classes
 
     def sample(self, index: int) -> int:
-        return index // self._num_classes
+        return index // self.num_classes
 
     def shown(self, index: int) -> bool:
         return self.label(index) in self.picture_labels and self.sample(index) in self.picture_samples
@@ -533,8 +534,9 @@ def _about(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"Intervals: {result['intervals']}."])
 
 
-def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan) -> dict[str, Any]:
+def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan, names: list[str] | None) -> dict[str, Any]:
     """pictures.png: a row a label; the reference's images, a gap, and the checkpoint's of the same seeds."""
+    titles = [caption(label, names) for label in plan.picture_labels]
     images: dict[tuple[str, int], np.ndarray] = {}
     for side in sides:
         for number, chunk in enumerate(plan.chunks):
@@ -544,11 +546,11 @@ def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan) -> di
             kept = chunk if len(levels) == len(chunk) else [index for index in chunk if plan.shown(index)]
             images |= {(side, index): levels[row] for row, index in enumerate(kept) if plan.shown(index)}
     columns = [(side, sample) for side in sides for sample in plan.picture_samples]
-    grids = []
+    grids: list[np.ndarray] = []
     for side in sides:
         cells = [images[side, plan.index(label, s)] for label in plan.picture_labels for s in plan.picture_samples]
         pixels = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255.0
-        grids.append(image_grid(pixels, len(plan.picture_samples)))
+        grids.append(image_grid(pixels, len(plan.picture_samples), titles if not grids else ()))
         grids.append(np.full((len(grids[-1]), 6 * GAP_PX, 3), 255, np.uint8))
     save_png(folder.path / "pictures.png", np.concatenate(grids[:-1], axis=1))
     return {
@@ -666,7 +668,7 @@ def _finish(
     numbers = {side: folder.gather(side, plan) for side in sides}
     labels_N = np.array([plan.label(index) for chunk in plan.chunks for index in chunk])
     rows = tabulate(numbers.get("reference"), numbers["checkpoint"], labels_N, _seen_labels(config), real)
-    pictures = _save_pictures(folder, sides, plan)
+    pictures = _save_pictures(folder, sides, plan, label_names(config.checkpoint, plan.num_classes))
     if config.save == "npz":
         for side in sides:
             _save_npz(folder, side, plan)

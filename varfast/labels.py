@@ -152,8 +152,8 @@ def run_names(config: Config, folder: Path, made: bool) -> list[str] | None:
     num_classes, checkpoint = config.policy.sizes.num_classes, config.policy.checkpoint
     if read_labels(folder) is not None:
         return label_names(folder, num_classes)
-    if checkpoint != "pretrain":
-        return label_names(checkpoint, num_classes)
+    if checkpoint != "pretrain":  # a run keeps the names of what it starts from: no need to look there again
+        return label_names(folder if made else checkpoint, num_classes)
     if config.pretrain.dataset == "digits":
         return [str(digit) for digit in range(10)] if num_classes == 10 else None
     if made:

@@ -44,6 +44,7 @@ from varfast.models.lora import import_peft, merged_state, peft_adapter, without
 from varfast.models.weights import load_var, load_vqvae, resolve
 from varfast.policy import Policy, check_finite, load_policy, pick_device
 from varfast.pretrain import pretrained
+from varfast.printable import printable
 from varfast.randomness import GRID_STEP, deterministic
 from varfast.rewards import WeightedSum
 from varfast.roofline import (
@@ -72,12 +73,14 @@ from varfast.types import (
 from varfast.update import Updater
 
 
-def train(config: Config, profile: bool = False, beside: Path | None = None) -> int:
+def train(config: Config, profile: bool = False, beside: Path | None = None, of_folder: bool = False) -> int:
     """Run, or go on with, the experiment that `config` describes.
 
     Args:
         profile: write a trace and the memory use of one steady step into the run folder.
         beside: the folder of the config file: a reward of the user's is looked for there too.
+        of_folder: the config is a run folder's own, which somebody may have handed on: what the run starts from is
+            taken from the folder, and not from where the config says (docs/security.md).
     Returns: 0 when the run is complete, 128 + its number when a signal (SIGINT, SIGTERM, SIGHUP, SIGUSR1) ended it
         after a checkpoint.
     Raises: InputError for anything in the config, the files or the reward that cannot be used; Stopped (a
@@ -90,7 +93,7 @@ def train(config: Config, profile: bool = False, beside: Path | None = None) -> 
         joined(device, config.run.timeout_s) as world,
         ExitStack() as at_end,
     ):
-        return _train(config, device, world, signals, at_end, profile, beside)
+        return _train(config, device, world, signals, at_end, profile, beside, of_folder)
 
 
 def _train(
@@ -101,6 +104,7 @@ def _train(
     at_end: ExitStack,
     profile: bool,
     beside: Path | None,
+    of_folder: bool,
 ) -> int:
     if world.size > config.rollout.images:
         raise InputError(f"{world.size} processes for {config.rollout.images} images a step; start fewer")
@@ -126,7 +130,7 @@ def _train(
         )
         on_device = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device)})})
         if world.leads:
-            _prepare_base(on_device, folder, found is not None, device)
+            _prepare_base(on_device, folder, found is not None, device, of_folder)
         policy = load_base(on_device, folder, whole=False)
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
@@ -363,16 +367,24 @@ def _gather(world: World, rollout: Rollout, rewards: Rewards, images: int) -> tu
     return of_all, Rewards(world.gather(rewards.total_B, images), components)
 
 
-def _prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.device) -> None:
+def _prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.device, of_folder: bool) -> None:
     """Have what the run starts from in place and noted: pre-train, fetch or copy it. Of the process that leads.
 
     With `resume`, the very files that the run in the folder started from; what is lost of them is made or fetched
-    again, if it can be had bit for bit.
+    again, if it can be had bit for bit. With `of_folder`, nothing is read or fetched that the config names.
     """
-    if config.policy.checkpoint == "random":
+    address = config.policy.checkpoint
+    if address == "random":
         return
     base = Base(folder)
-    if not resume:
+    outside = of_folder and not (address == "pretrain" and config.pretrain.dataset == "digits")
+    untrusted = (
+        f"{folder.path} was named, and not its config: if you trust that, and what it starts from "
+        f"(policy.checkpoint={printable(address)}), pass it as a file: {folder.config} run.dir={folder.path}"
+    )
+    if outside and not base.noted:
+        raise InputError(f"what the run starts from is not in its folder. {untrusted}")
+    if not resume and not outside:
         var, vqvae = _sources(config, device)
         _keep_labels(folder, var.origin)
         base.keep(var, vqvae)
@@ -381,7 +393,7 @@ def _prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch
         print(f"{folder.base} is gone; the base is what policy.checkpoint names now, unchecked")
         base.keep(*_sources(config, device))
         return
-    only_here = config.policy.checkpoint == "pretrain" or Path(config.policy.checkpoint).expanduser().is_dir()
+    only_here = address == "pretrain" or Path(address).expanduser().is_dir()
     try:
         if base.hashed:
             base.heal("var", only_here)
@@ -389,7 +401,10 @@ def _prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch
         else:  # begun before hashes were noted
             base.keep(*(Source(path, only_here, path) for path in (base.find("var"), base.find("vqvae"))))
     except InputError as lost:
-        again = f"from policy.checkpoint={config.policy.checkpoint}"
+        if outside:
+            lost.add_note(f"  {untrusted}")
+            raise
+        again = f"from policy.checkpoint={address}"
         print(f"{lost}\n  it is had again {again}")
         try:
             sources = _sources(config, device)
@@ -573,7 +588,7 @@ def main(arguments: list[str]) -> int:
     for number, config in enumerate(runs.configs):
         if runs.parent is not None:
             print(f"\nsweep {number + 1} of {len(runs.configs)}: {config.run.dir}")
-        code = train(config, runs.profile, runs.beside)
+        code = train(config, runs.profile, runs.beside, runs.of_folder)
         if code:
             return code
     if runs.parent is not None:
