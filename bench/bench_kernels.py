@@ -112,11 +112,14 @@ def test_invariant_linear(benchmark, record, rows, features, channels, gelu):
     run(benchmark, record, "invariant_linear", shape, "forward", functions, [x, weight], flop, io_bytes)
 
 
-@pytest.mark.parametrize("batch", [16, 64, 512] if CUDA else [2])
-def test_sample_tokens(benchmark, record, batch):
+@pytest.mark.parametrize(
+    ("batch", "vocab"), [(16, 4096), (64, 4096), (512, 4096), (64, 16384)] if CUDA else [(2, 4096)]
+)
+def test_sample_tokens(benchmark, record, batch, vocab):
     side = 16
-    logits = randn(batch, side * side, 4096) * 4
+    logits = randn(batch, side * side, vocab) * 4
     key = torch.tensor([0, 0, 0], device=DEVICE)
+    given = torch.zeros(batch, side * side, dtype=torch.int64, device=DEVICE)
 
     def eager(x):
         logp = (x / 0.7).log_softmax(dim=-1)
@@ -125,11 +128,15 @@ def test_sample_tokens(benchmark, record, batch):
 
     calls = {
         "ours": lambda: kernels.sample_tokens(logits, key, 9, 0.7),
+        # Max, exponential and sums of the same rows: what is left of ours is the counts and the draw.
+        "log-prob alone": lambda: kernels.selective_log_softmax(logits, given, 0.7),
         "eager": lambda: eager(logits),
     }
+    if CUDA:
+        calls["segments"] = lambda: kernels.sample_tokens(logits, key, 9, 0.7, impl="triton_segments")
     calls |= {name: lambda f=f: f(logits) for name, f in compiled(eager).items()}
     tokens = batch * side * side  # read 4 V, write 8 + 4 + 4
-    row = harness.Row("sample_tokens", f"{tokens} x 4096 fp32", "forward", 0.0, io_bytes=tokens * (4 * 4096 + 16))
+    row = harness.Row("sample_tokens", f"{tokens} x {vocab} fp32", "forward", 0.0, io_bytes=tokens * (4 * vocab + 16))
     harness.measure(benchmark, record, row, calls)
 
 

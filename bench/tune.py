@@ -11,6 +11,7 @@ the gain is larger than the spread of the two.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -147,9 +148,10 @@ def timed(function: Callable[[], Any], leaves: list[torch.Tensor], backward: boo
     return lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
 
 
-def sampling() -> Callable[[], object]:
-    logits, key = randn(512, 256, 4096, dtype=torch.float32), torch.tensor([0, 0, 0], device=harness.DEVICE)
-    return lambda: kernels.sample_tokens(logits, key, 9, 0.7)
+def sampling(impl: str, vocab: int, **inference: Any) -> Callable[[], object]:
+    logits = randn(2**21 // vocab, 256, vocab, dtype=torch.float32)
+    key = torch.tensor([0, 0, 0], device=harness.DEVICE)
+    return lambda: kernels.sample_tokens(logits, key, 9, 0.7, impl=impl, **inference)
 
 
 def log_softmax(backward: bool) -> Callable[[], object]:
@@ -227,7 +229,30 @@ def targets() -> list[Target]:
             "attention_fused", 16, "block_causal_attention, fused", FUSED, lambda: attention(True, "triton_fused"), {}
         ),
         Target("adamw", 0, "adamw_step", product(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8)), adamw, {}),
-        Target("sample_tokens", 4096, "sample_tokens", product(num_warps=(2, 4, 8, 16)), sampling, {}),
+        Target(
+            "sample_tokens",
+            4096,
+            "sample_tokens",
+            product(num_warps=(2, 4, 8, 16)),
+            lambda: sampling("triton", 4096),
+            {},
+        ),
+        # One warp a row; 168 registers a thread of one, 96 of two (triton 3.6).
+        *(
+            Target(
+                "sample_tokens_segments",
+                size,
+                "sample_tokens, segments",
+                product(num_warps=warps),
+                functools.partial(sampling, "triton_segments", vocab, **inference),
+                {},
+            )
+            for size, vocab, warps, inference in (
+                (4096, 4096, (1, 2, 4, 8), {}),
+                (16384, 16384, (4, 8, 16), {}),
+                ((4096, "filtered"), 4096, (2, 4, 8), {"top_k": 900, "top_p": 0.95}),
+            )
+        ),
     ]
     for width, heads in ((1024, 16), (1920, 30)):
         # Chains of at most 16 rows, and what keeps its registers: of 1920 channels two rows want 8 warps or 16.

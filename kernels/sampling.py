@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from varfast.kernels import reference
+from varfast.kernels.sampling_segments import empty_outputs, sample_segments
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 from varfast.kernels.settings import setting
 
@@ -159,7 +160,7 @@ def _sample_triton(
     batch, length, vocab = logits_BlV.shape
     logits = logits_BlV.contiguous()
     uncond = logits if uncond_logits_BlV is None else uncond_logits_BlV.contiguous()
-    tokens, logp, entropy = _empty_outputs(logits)
+    tokens, logp, entropy = empty_outputs(logits)
     if tokens.numel():
         block, count_scale = _block(vocab)
         with torch.cuda.device_of(logits):
@@ -192,16 +193,7 @@ def _sample_triton(
 
 @_sample_triton.register_fake
 def _(logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p, bias_V=None):
-    return _empty_outputs(logits_BlV)
-
-
-def _empty_outputs(logits_BlV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    shape = logits_BlV.shape[:2]
-    return (
-        logits_BlV.new_empty(shape, dtype=torch.int64),
-        logits_BlV.new_empty(shape, dtype=torch.float32),
-        logits_BlV.new_empty(shape, dtype=torch.float32),
-    )
+    return empty_outputs(logits_BlV)
 
 
 def _refuses(logits_BlV: Tensor, *_: Any) -> str | None:
@@ -213,35 +205,43 @@ def _refuses(logits_BlV: Tensor, *_: Any) -> str | None:
 implementations(
     "sample_tokens",
     Implementation("triton", _sample_triton, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("triton_segments", sample_segments, cannot_run_triton, (), _refuses),
     Implementation("reference", reference.sample_tokens),
 )
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """In training, and with every filter at inference; odd shapes. Not yet at 16384 codes, where it spills."""
+    """In training, and with every filter at inference; vocabularies of VAR and of next-token models; odd shapes.
+
+    The first kernel spills at 16384 codes, so it is not among these there.
+    """
     from varfast.kernels.aot import recorded
 
-    def call(dtype: torch.dtype, batch: int, length: int, vocab: int, filtered: bool, biased: bool = False) -> None:
+    def call(impl: str, dtype: torch.dtype, length: int, vocab: int, filtered: bool, biased: bool = False) -> None:
         bias = torch.empty(vocab) if biased else None
-        logits, key = torch.empty(batch, length, vocab, dtype=dtype), torch.zeros(3, dtype=torch.int64)
+        logits, key = torch.empty(min(2, length), length, vocab, dtype=dtype), torch.zeros(3, dtype=torch.int64)
         if filtered:
-            sample_tokens(logits, key, 9, 0.7, logits, 1.5, 900, 0.95, bias_V=bias, impl="triton")
+            sample_tokens(logits, key, 9, 0.7, logits, 1.5, 900, 0.95, bias_V=bias, impl=impl)
         else:
-            sample_tokens(logits, key, 9, 0.7, bias_V=bias, impl="triton")
+            sample_tokens(logits, key, 9, 0.7, bias_V=bias, impl=impl)
 
     items = []
-    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        for filtered in (False, True):
-            what = f"sample_tokens {name}{' guided, filtered' if filtered else ''}"
-            items += recorded(what, partial(call, dtype, 2, 256, 4096, filtered))
-            if dtype == torch.float32:  # as the head writes them
-                biased = partial(call, dtype, 2, 256, 4096, filtered, True)
-                items += recorded(f"{what}, bias", biased, also_blackwell=not filtered)
-    for vocab in (1, 4097):
-        for filtered in (False, True):
-            items += recorded(
-                f"sample_tokens one token V={vocab}", partial(call, torch.float32, 1, 1, vocab, filtered), fast=False
-            )
+    sizes = [("triton", 4096, True), ("triton_segments", 4096, True), ("triton_segments", 16384, True)]
+    for impl, vocab, with_filters in [*sizes, ("triton_segments", 32768, False)]:
+        of = ("" if impl == "triton" else ", segments") + ("" if vocab == 4096 else f" V={vocab}")
+        for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+            for filtered in (False, True) if with_filters else (False,):
+                what = f"sample_tokens {name}{' guided, filtered' if filtered else ''}{of}"
+                items += recorded(what, partial(call, impl, dtype, 256, vocab, filtered))
+                if dtype == torch.float32:  # as the head writes them
+                    biased = partial(call, impl, dtype, 256, vocab, filtered, True)
+                    also = vocab == 4096 and not filtered
+                    items += recorded(f"{what}, bias", biased, also_blackwell=also)
+        if vocab == 4096:
+            for odd in (1, 4097):
+                for filtered in (False, True):
+                    one = partial(call, impl, torch.float32, 1, odd, filtered)
+                    items += recorded(f"sample_tokens one token V={odd}{of}", one, fast=False)
     return items
 
 
@@ -272,8 +272,8 @@ def sample_tokens(
         top_k: keep the k most probable tokens (ties with the k-th stay); 0 keeps all.
         top_p: keep the nucleus of this probability (ties stay); 0 or 1 keeps all.
         bias_V: (V,) added to both logits in float32 as they are read, so that the head's product need not add it.
-        impl: "auto", "triton" or "reference". They draw the same tokens, but where the uniform number falls within
-            float32 rounding of the border between two.
+        impl: "auto", "triton", "triton_segments" (sampling_segments.py, which "auto" never picks) or "reference". They
+            draw the same tokens, but where the uniform number falls within float32 rounding of the border between two.
     Returns:
         tokens (B, l) int64; their log-probability (B, l) and the entropy in nats (B, l), float32 (float64 for
         float64), of the distribution drawn from, that is after guidance, temperature and filters. No gradient.

@@ -390,6 +390,7 @@ def test_every_target_names_a_kernel_that_asks_for_its_setting(monkeypatch):
         "matmul",
         "qkv",
         "sampling",
+        "sampling_segments",
     ):
         monkeypatch.setattr(
             f"varfast.kernels.{module}.setting", lambda k, *a, **b: asked.add(k) or original(k, *a, **b)

@@ -740,7 +740,9 @@ class KernelsConfig(_Section):
     The names are those of `implementations(...)` in kernels/, which would import PyTorch (tests/test_config.py).
     """
 
-    sample_tokens: Literal["auto", "triton", "reference"] = Field("auto", description="draws a token from its logits")
+    sample_tokens: Literal["auto", "triton", "triton_segments", "reference"] = Field(
+        "auto", description="draws a token from its logits; triton_segments: fewer instructions by count, not measured"
+    )
     selective_log_softmax: Literal["auto", "triton", "reference"] = Field(
         "auto", description="log-probability and entropy of tokens, from logits"
     )

@@ -23,10 +23,14 @@ PATHS = {
 
 
 def pytest_generate_tests(metafunc):
-    """Every path of a test that takes `path`; C++ on the CPU too in the files that say HAS_CPP."""
+    """Every path of a test that takes `path`: C++ on the CPU too in files that say HAS_CPP, and MORE_TRITON kernels."""
     if "path" in metafunc.fixturenames:
-        cpp = {"cpp": Path("cpp", "cpu")} if getattr(metafunc.module, "HAS_CPP", False) else {}
-        paths = PATHS | cpp
+        paths = dict(PATHS)
+        if getattr(metafunc.module, "HAS_CPP", False):
+            paths["cpp"] = Path("cpp", "cpu")
+        for impl in getattr(metafunc.module, "MORE_TRITON", ()):
+            paths[f"{impl} interpreted"] = Path(impl, "cpu")
+            paths[f"{impl} cuda"] = pytest.param(Path(impl, "cuda"), marks=pytest.mark.gpu)
         metafunc.parametrize("path", paths.values(), ids=paths, indirect=True)
 
 
@@ -34,7 +38,11 @@ def pytest_generate_tests(metafunc):
 def path(request):
     if request.param.impl == "cpp" and NO_EXTENSION:
         pytest.skip(NO_EXTENSION)
-    if request.param == Path("triton", "cpu") and os.environ.get("TRITON_INTERPRET") != "1":
+    if (
+        request.param.impl.startswith("triton")
+        and request.param.device == "cpu"
+        and os.environ.get("TRITON_INTERPRET") != "1"
+    ):
         pytest.skip("needs TRITON_INTERPRET=1; the kernel runs on the GPU here")
     return request.param
 

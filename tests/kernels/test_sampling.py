@@ -6,8 +6,11 @@ import torch
 from scipy import stats
 from scipy.special import log_softmax
 
-from varfast.kernels import sample_tokens
+from varfast.kernels import sample_tokens, sampling_segments
 from varfast.kernels.reference import philox4x32, uniform_Bl
+from varfast.kernels.selection import INTERPRETED
+
+MORE_TRITON = ("triton_segments",)
 
 
 def key(seed=0, step=0, first=0):
@@ -26,7 +29,7 @@ def draw(path):
         return tuple(x.cpu() for x in sample_tokens(*map(on_device, args), **kwargs, impl=path.impl))
 
     # The interpreter runs a row at a time, in Python.
-    run.rows = 600 if (path.impl, path.device) == ("triton", "cpu") else 1_000_000
+    run.rows = 600 if path.impl != "reference" and path.device == "cpu" else 1_000_000
     return run
 
 
@@ -112,7 +115,7 @@ def test_sample_tokens_never_draws_probability_zero(draw):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_sample_tokens_logp_and_entropy_equal_float64(draw, path, dtype):
-    if dtype == torch.float64 and path.impl == "triton":
+    if dtype == torch.float64 and path.impl != "reference":
         with pytest.raises(ValueError, match="takes float32, bfloat16 or float16, got torch.float64"):
             draw(torch.zeros(1, 1, 4, dtype=dtype), key(), 0)
         return
@@ -182,7 +185,7 @@ def test_sample_tokens_extreme_logits(draw):
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"key": torch.zeros(2, dtype=torch.int64)}, "key: got"),
         ({"bias_V": torch.zeros(3)}, "bias_V is"),
-        ({"impl": "fast"}, "impl='fast': sample_tokens has triton, reference"),
+        ({"impl": "fast"}, "impl='fast': sample_tokens has triton, triton_segments, reference"),
     ],
 )
 def test_sample_tokens_refuses_bad_input(arguments, message):
@@ -215,6 +218,26 @@ def test_bias_is_added_to_the_logits_before_anything_else(draw, guided):
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-5)
     torch.testing.assert_close(got[2], want[2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the settings are tried with the kernel interpreted or on a GPU")
+def test_tokens_and_logp_do_not_depend_on_the_number_of_segments_or_the_storage(monkeypatch):
+    logits = (4 * torch.randn(1, 8, 4097, generator=torch.Generator().manual_seed(5))).bfloat16()
+    whole = sample_tokens(logits, key(5), 1, 0.7, impl="triton_segments")
+    monkeypatch.setattr(sampling_segments, "_SEGMENTS", 32)
+    for given in (logits, logits.float()):
+        parts = sample_tokens(given, key(5), 1, 0.7, impl="triton_segments")
+        assert torch.equal(parts[0], whole[0])
+        assert torch.equal(parts[1], whole[1])
+
+
+@pytest.mark.parametrize("inference", [{}, {"top_k": 2000, "top_p": 0.95}], ids=["all", "filtered"])
+def test_tokens_of_16384_codes_are_those_of_the_reference(draw, assert_as_exact, inference):
+    logits = 4 * torch.randn(2, 8, 16384, generator=torch.Generator().manual_seed(8))
+    got = draw(logits, key(6), 2, 0.7, **inference)
+    plain, exact = (sample_tokens(x, key(6), 2, 0.7, **inference, impl="reference") for x in (logits, logits.double()))
+    assert torch.equal(got[0], plain[0])
+    assert_as_exact(*(dict(zip(("logp", "entropy"), of[1:], strict=True)) for of in (got, plain, exact)))
 
 
 def test_sample_tokens_reads_strided_logits_and_nothing_beside_them(draw):

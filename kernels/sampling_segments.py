@@ -1,0 +1,280 @@
+"""The second Triton kernel of sample_tokens, impl="triton_segments": few warps a row, and a draw in two levels.
+
+A row is read once and held in the registers of few warps: 4096 codes in those of one warp, which waits on no barrier.
+Each code's weight becomes a whole number. Sums of these are the same in any order, and so are tokens and
+log-probabilities whatever the block shape and the batch split. The draw has two levels: the sums of 8 segments of the
+row say in which of them the token lies; only that segment, still in the cache, is read again and scanned.
+
+It has run interpreted and compiles for sm_90 and sm_100; no GPU has run it. So impl="auto" does not pick it before it
+was measured. By count, not measured: binaries for sm_90, triton 3.6, 131072 rows of 4096 float32 codes with a bias, on
+an H100, which issues 528 instructions a cycle. The first kernel was measured at 1.77 ms, 40 % of the bandwidth.
+
+    a row                     triton       triton_segments
+    warps x instructions      8 x 1216     1 x 2656   issued in 1.38 ms and 0.38; the bytes take 0.71
+    exponentials, 64-bit      4096 each    4608 each  16 a cycle and multiprocessor: 0.29 ms and 0.33, beside the issue
+      conversions
+    registers                 32768        5376       of 65536: 2 rows on a multiprocessor, and 12
+    barriers                  19           0
+    16384 codes               spills       4 x 2808   168 to 178 registers a thread, no spills, 18 barriers
+
+Under some 1600 rows it may be slower: one warp then has a row's latency to itself.
+
+Axes: B image, l token of one scale, V vocabulary, N = B * l rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from varfast.kernels.settings import setting
+
+try:
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # never launched then: cannot_run_triton says why
+
+    def jit(function):
+        return function
+
+
+_SUM_BITS = 52  # of the sum of a row's counts: exact in float64 too
+_SEGMENTS = 8  # 16 take as many instructions, 4 and 32 more
+_LOG2_E = math.log2(math.e)
+
+
+@jit
+def _scores(
+    logits_ptr,
+    uncond_ptr,
+    bias_ptr,
+    first,
+    column,
+    vocab,
+    guidance,
+    BIAS: tl.constexpr,
+    GUIDED: tl.constexpr,
+    READ_AGAIN: tl.constexpr = False,
+):
+    """Logits of the row that begins at `first`, with bias and guidance; -inf beyond the vocabulary."""
+    inside = column < vocab
+    other = -float("inf")
+    KEEP: tl.constexpr = "evict_last" if READ_AGAIN else ""
+    x = tl.load(logits_ptr + first + column, mask=inside, other=other, eviction_policy=KEEP).to(tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0, eviction_policy=KEEP)
+        x += bias
+    if GUIDED:
+        uncond = tl.load(uncond_ptr + first + column, mask=inside, other=0.0, eviction_policy=KEEP).to(tl.float32)
+        if BIAS:
+            uncond += bias
+        # Rounded as written, wherever this is computed: thresholds found in one pass hold in the next.
+        x = tl.fma(1.0 + guidance, x, -(guidance * uncond))
+    return x
+
+
+@jit
+def _order(x):
+    """float32 -> int32 with the same order; -0 counts as 0."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def _weigh(
+    x,
+    largest,
+    inv_temperature_log2,
+    least_order,
+    least_weight,
+    COUNT_BITS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+):
+    """Of each code, in units of the most probable one: exponent of 2, weight, and weight as a count, after the filters.
+
+    2^40 counts for the most probable token at 4096 codes: what has less than 1e-12 of its probability is not drawn.
+    A NaN passes the filters and stays one in the first two, so that the row's sums show it.
+    """
+    if TOP_K:
+        x = tl.where((_order(x) >= least_order) | (x != x), x, -float("inf"))
+    # Subtracted first: the product of a large logit would overflow. Below 2^-126 a weight is 0, and 0 * exponent too.
+    exponent = tl.maximum((x - largest) * inv_temperature_log2, -200.0, propagate_nan=tl.PropagateNan.ALL)
+    weight = tl.exp2(exponent)
+    if TOP_P:
+        weight = tl.where((weight >= least_weight) | (weight != weight), weight, 0.0)
+    return exponent, weight, (weight * 2.0**COUNT_BITS).to(tl.int64)
+
+
+@jit
+def _sample_kernel(
+    logits_ptr,
+    uncond_ptr,
+    bias_ptr,
+    key_ptr,
+    tokens_ptr,
+    logp_ptr,
+    entropy_ptr,
+    row_stride,
+    num_tokens,
+    vocab,
+    scale,
+    inv_temperature_log2,
+    guidance,
+    top_k,
+    drop_share,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    COUNT_BITS: tl.constexpr,
+    BIAS: tl.constexpr,
+    GUIDED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+):
+    """One row a program."""
+    row = tl.program_id(0)
+    first = row.to(tl.int64) * row_stride
+    column = tl.arange(0, BLOCK)
+    # With a filter the row is read again, from the cache: kept through the search, it would take registers. Without the
+    # hint the compiler makes one load of the two.
+    x = _scores(logits_ptr, uncond_ptr, bias_ptr, first, column, vocab, guidance, BIAS, GUIDED, TOP_K or TOP_P)
+    largest = tl.max(x, axis=0)
+
+    # Filters: bit by bit, from the top, the largest threshold that still keeps enough. Ties stay together.
+    least_order = 0
+    least_weight = 0.0
+    if TOP_K:
+        order = _order(x)
+        lowest = tl.full((), -(1 << 31), tl.int64)
+        for step in range(32):
+            candidate = lowest + (tl.full((), 1 << 31, tl.int64) >> step)
+            enough = tl.sum((order >= candidate.to(tl.int32)).to(tl.int32), axis=0) >= top_k
+            lowest = tl.where(enough, candidate, lowest)
+        least_order = lowest.to(tl.int32)
+    if TOP_P:
+        _, weight, count = _weigh(x, largest, inv_temperature_log2, least_order, 0.0, COUNT_BITS, TOP_K, False)
+        may_drop = (tl.sum(count, axis=0).to(tl.float64) * drop_share).to(tl.int64)
+        lowest = tl.zeros((), tl.int32)  # bits of a float32 in [0, 1], of which the order is their own
+        for step in range(30):
+            candidate = lowest + (tl.full((), 1 << 29, tl.int32) >> step)
+            below = tl.where(weight < candidate.to(tl.float32, bitcast=True), weight, 0.0)
+            fits = tl.sum((below * 2.0**COUNT_BITS).to(tl.int64), axis=0) <= may_drop
+            lowest = tl.where(fits, candidate, lowest)
+        least_weight = tl.minimum(lowest.to(tl.float32, bitcast=True), 1.0)  # the most probable token stays
+    if TOP_K or TOP_P:
+        x = _scores(logits_ptr, uncond_ptr, bias_ptr, first, column, vocab, guidance, BIAS, GUIDED)
+
+    exponent, weight, count = _weigh(
+        x, largest, inv_temperature_log2, least_order, least_weight, COUNT_BITS, TOP_K, TOP_P
+    )
+    expected = tl.sum(weight * exponent, axis=0)
+    in_segment = tl.sum(tl.reshape(count, (SEGMENTS, BLOCK // SEGMENTS)), axis=1)
+    total = tl.sum(in_segment, axis=0)
+
+    # 52 random bits of this token alone.
+    image = row // num_tokens
+    position = (row % num_tokens).to(tl.uint32)
+    seed = tl.load(key_ptr)
+    step = tl.load(key_ptr + 1).to(tl.uint32)
+    sample = (tl.load(key_ptr + 2) + image).to(tl.uint32)
+    word0, word1, _, _ = tl.philox(seed, position, sample, (position * 0 + scale).to(tl.uint32), step)
+    bits = ((word0 >> 6).to(tl.int64) << 26) + (word1 >> 6).to(tl.int64)
+    uniform = (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16
+    target = (uniform * total.to(tl.float64)).to(tl.int64)
+
+    # The segment, then the token in it. The limits hold where a NaN has made nonsense of the counts.
+    ends = tl.cumsum(in_segment, axis=0)
+    segment = tl.minimum(tl.sum((ends <= target).to(tl.int32), axis=0), SEGMENTS - 1)
+    start = tl.max(tl.where(ends <= target, ends, 0), axis=0)
+    column = segment * (BLOCK // SEGMENTS) + tl.arange(0, BLOCK // SEGMENTS)
+    x = _scores(logits_ptr, uncond_ptr, bias_ptr, first, column, vocab, guidance, BIAS, GUIDED)
+    exponent, _, count = _weigh(x, largest, inv_temperature_log2, least_order, least_weight, COUNT_BITS, TOP_K, TOP_P)
+    below = start + tl.cumsum(count, axis=0)
+    token = segment * (BLOCK // SEGMENTS) + tl.sum((below <= target).to(tl.int32), axis=0)
+    token = tl.minimum(token, vocab - 1)
+    log2_weight = tl.sum(tl.where(column == token, exponent, 0.0), axis=0)
+
+    total_weight = total.to(tl.float32) * 2.0**-COUNT_BITS
+    log2_total = tl.log2(total_weight)
+    finite = expected == expected
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(logp_ptr + row, tl.where(finite, (log2_weight - log2_total) * 0.6931471805599453, float("nan")))
+    tl.store(entropy_ptr + row, (log2_total - expected / total_weight) * 0.6931471805599453)
+
+
+def _block(vocab: int) -> int:
+    return max(128, 1 << (vocab - 1).bit_length())
+
+
+def _launch_settings(vocab: int, filtered: bool, device: torch.device | None = None) -> dict[str, int]:
+    """128 numbers a thread; 64 of 32768 codes, 32 with a filter: more spill. 32768 codes with top_p always do."""
+    block = _block(vocab)
+    if filtered:
+        return setting("sample_tokens_segments", (vocab, "filtered"), device, num_warps=min(16, max(1, block // 1024)))
+    return setting("sample_tokens_segments", vocab, device, num_warps=16 if block == 32768 else max(1, block // 4096))
+
+
+@torch.library.custom_op("varfast::sample_tokens_segments", mutates_args=())
+def sample_segments(
+    logits_BlV: Tensor,
+    key: Tensor,
+    scale: int,
+    temperature: float,
+    uncond_logits_BlV: Tensor | None,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    bias_V: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sample_tokens of kernels/sampling.py, its arguments checked there."""
+    batch, length, vocab = logits_BlV.shape
+    logits = logits_BlV.contiguous()
+    uncond = logits if uncond_logits_BlV is None else uncond_logits_BlV.contiguous()
+    tokens, logp, entropy = empty_outputs(logits)
+    if tokens.numel():
+        block = _block(vocab)
+        top_k_on, top_p_on = 0 < top_k < vocab, 0.0 < top_p < 1.0
+        with torch.cuda.device_of(logits):
+            _sample_kernel[(batch * length,)](
+                logits,
+                uncond,
+                logits if bias_V is None else bias_V.float().contiguous(),
+                key,
+                tokens,
+                logp,
+                entropy,
+                vocab,
+                length,
+                vocab,
+                scale,
+                _LOG2_E / temperature,
+                guidance,
+                top_k,
+                1.0 - top_p,
+                BLOCK=block,
+                SEGMENTS=_SEGMENTS,
+                COUNT_BITS=_SUM_BITS - (block.bit_length() - 1),
+                BIAS=bias_V is not None,
+                GUIDED=uncond_logits_BlV is not None,
+                TOP_K=top_k_on,
+                TOP_P=top_p_on,
+                **_launch_settings(vocab, top_k_on or top_p_on, logits.device),
+            )
+    return tokens, logp, entropy
+
+
+@sample_segments.register_fake
+def _(logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p, bias_V=None):
+    return empty_outputs(logits_BlV)
+
+
+def empty_outputs(logits_BlV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, log-probabilities and entropies, not yet written."""
+    shape = logits_BlV.shape[:2]
+    return (
+        logits_BlV.new_empty(shape, dtype=torch.int64),
+        logits_BlV.new_empty(shape, dtype=torch.float32),
+        logits_BlV.new_empty(shape, dtype=torch.float32),
+    )
