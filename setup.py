@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -173,16 +173,9 @@ class BuildExtension(build_ext):
 
 if __name__ == "__main__":
     setup(
-        packages=[
-            "varfast",
-            "varfast.models",
-            "varfast.report",
-            "varfast.rewards",
-            "varfast.settings",
-            "varfast.kernels",
-        ],
+        packages=[*find_packages(include=["varfast", "varfast.*"]), "varfast.kernels"],
         package_dir={"varfast.kernels": "kernels"},
-        package_data={"varfast": ["py.typed", "imagenet.txt"]},
+        package_data={"varfast": ["py.typed"], "varfast.data": ["imagenet.txt"]},
         # optional: an install goes on without what could not be built. The source list is for its sake only.
         ext_modules=[Extension(EXTENSION, ["csrc/ops.cpp"], optional=True, py_limited_api=True)],
         cmdclass={"build_ext": BuildExtension},

@@ -20,8 +20,8 @@ from bench_kernels import compiled
 from torch.utils.flop_counter import FlopCounterMode
 
 from varfast.models import VQVAE, VQVAEConfig
-from varfast.models.decoder import FastDecoder, _Upsample
-from varfast.models.vqvae import Upsample
+from varfast.policies.var.decoder import FastDecoder, _Upsample
+from varfast.policies.var.tokenizer import Upsample
 
 CUDA, DEVICE = harness.CUDA, harness.DEVICE
 LARGE = CUDA or os.environ.get("VARFAST_BENCH_LARGE") == "1"
@@ -33,7 +33,7 @@ BATCH = 64 if CUDA else 4 if LARGE else 512
 def vqvae():
     """Random weights: times do not depend on their values."""
     torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = False  # as in varfast.policy
+    torch.backends.cudnn.allow_tf32 = False  # as in varfast.policies.var.policy
     config = VQVAEConfig() if LARGE else VQVAEConfig(vocab_size=64, code_width=16, **DIGITS)
     return VQVAE(config).to(DEVICE).requires_grad_(False)
 

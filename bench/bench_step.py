@@ -31,11 +31,13 @@ import torch._dynamo
 
 from varfast import kernels
 from varfast.config import Config, load_config
-from varfast.grpo import group_advantages
 from varfast.kernels import reference
 from varfast.kernels.selection import _OPS
-from varfast.models.var import FFN
-from varfast.policy import Policy
+from varfast.learner import Updater
+from varfast.losses.grpo import group_advantages
+from varfast.perf.stages import StageClock, stage
+from varfast.policies.var.policy import Policy
+from varfast.policies.var.transformer import FFN
 from varfast.rewards import WeightedSum
 from varfast.roofline import (
     Ceilings,
@@ -47,10 +49,8 @@ from varfast.roofline import (
     stage_counts,
     with_dtype,
 )
-from varfast.stages import StageClock, stage
 from varfast.train import random_policy
 from varfast.types import ScoredRollout
-from varfast.update import Updater
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CUDA, DEVICE = harness.CUDA, harness.DEVICE

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from varfast.log import environment
 from varfast.roofline import Ceilings
+from varfast.runs.log import environment
 
 RECORDS = Path(__file__).parent / "records"
 CUDA = torch.cuda.is_available()

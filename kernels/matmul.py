@@ -1,4 +1,4 @@
-"""A linear layer whose rows do not depend on one another: the product of strict mode (varfast/strict.py).
+"""A linear layer whose rows do not depend on one another: the product of strict mode (varfast/policies/strict.py).
 
 cuBLAS and oneDNN choose tile shapes, and whether to split the sum, by the number of rows. The rows of a rollout's scale
 and those of the update are as many as their batches, so the two differ in the last bits. Here a row's result depends on
@@ -192,7 +192,7 @@ def _by_triton(
 
 
 # Rows of a product. Measured on two CPUs' worth of oneDNN and MKL (AVX2, AVX512-BF16): at a fixed shape a row's bits do
-# not depend on where it stands (tests/kernels/test_matmul.py); varfast.strict asks again at the start of a run.
+# not depend on where it stands (tests/kernels/test_matmul.py); strict mode asks again at the start of a run.
 _ROWS = 64
 # PyTorch hands out pieces of 32768 numbers to threads, and computes what is left of a vector at a piece's end by
 # another function: below that there is one piece.

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from varfast import Policy
-from varfast.before_after import FILE, means, table
 from varfast.randomness import EVAL_STEP
+from varfast.runs.before_after import FILE, means, table
 from varfast.train import train
 
 

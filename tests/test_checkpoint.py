@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from varfast import InputError
-from varfast.checkpoint import Checkpoints, RunFolder, dump_config, newest_checkpoint
 from varfast.config import parse_config
 from varfast.files import save_text, write_atomically
+from varfast.runs.checkpoint import Checkpoints, RunFolder, dump_config, newest_checkpoint
 
 
 def networks(seed=0, steps=2):
@@ -176,7 +176,7 @@ def test_a_checkpoint_holds_the_moment_of_its_save(tmp_path, make_config, monkey
 
 
 def test_a_state_larger_than_a_file_is_spread_over_several(tmp_path, make_config, monkeypatch):
-    monkeypatch.setattr("varfast.checkpoint._FILE_BYTES", 40)
+    monkeypatch.setattr("varfast.runs.checkpoint._FILE_BYTES", 40)
     folder = RunFolder(tmp_path)
     save(folder, make_config())
     assert len(list((folder.checkpoints / "step_000004").glob("*.safetensors"))) > 4
@@ -535,7 +535,7 @@ SHARDED = """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from varfast.checkpoint import Checkpoints, newest_checkpoint, parse_config
+    from varfast.runs.checkpoint import Checkpoints, newest_checkpoint, parse_config
     import yaml
 
     rank, path = int(sys.argv[1]), Path(sys.argv[2])

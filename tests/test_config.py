@@ -12,7 +12,6 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 
 from varfast import InputError
-from varfast.checkpoint import dump_config
 from varfast.config import (
     Config,
     EvaluateConfig,
@@ -25,6 +24,7 @@ from varfast.config import (
     parse_arguments,
     parse_config,
 )
+from varfast.runs.checkpoint import dump_config
 from varfast.settings import schema
 from varfast.settings.aliases import ALIASES
 from varfast.settings.reading import apply_override, dump_yaml, read_yaml

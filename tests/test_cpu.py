@@ -3,12 +3,12 @@ import sys
 
 import pytest
 
-from varfast.cpu import keep_freed_memory
+from varfast.perf.cpu import keep_freed_memory
 
 # Pages that come anew for ten tensors of 64 MB, one after the other, once the heap has grown.
 PROGRAM = """
 import resource, torch
-from varfast.cpu import keep_freed_memory
+from varfast.perf.cpu import keep_freed_memory
 if {keep}: assert keep_freed_memory()
 for _ in range(10): torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

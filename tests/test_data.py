@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from varfast import InputError
-from varfast.data import DigitsClassifier, digits, fingerprint, load_images
+from varfast.data.datasets import DigitsClassifier, digits, fingerprint, load_images
 
 
 def test_digits_are_the_real_ones_in_ink_on_paper():

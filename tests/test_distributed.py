@@ -18,10 +18,10 @@ import torch
 
 import varfast.evaluate
 from varfast import InputError
-from varfast.checkpoint import RunFolder, dump_config
 from varfast.config import load_config
 from varfast.distributed import Launch, World, _share, joined, launched, local_device
 from varfast.roofline import memory, planned, share
+from varfast.runs.checkpoint import RunFolder, dump_config
 from varfast.train import train
 
 from .runs import metrics
@@ -245,7 +245,7 @@ def test_processes_killed_in_the_middle_of_a_save_go_on_as_many_or_as_one(make_c
     dying = f"""
 import sys, time
 from pathlib import Path
-from varfast import checkpoint
+from varfast.runs import checkpoint
 from varfast.train import main
 sha256 = checkpoint._sha256
 def slow(path):

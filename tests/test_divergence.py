@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import varfast.sample
-from varfast.checkpoint import RunFolder
 from varfast.distributed import ALONE, World
-from varfast.divergence import diagnosis, refuse_diverged
-from varfast.policy import check_finite
+from varfast.learner import Updater
+from varfast.policies.var.policy import check_finite
+from varfast.runs.checkpoint import RunFolder
+from varfast.runs.divergence import diagnosis, refuse_diverged
 from varfast.train import _score, load_run, train
 from varfast.types import NotFinitePolicy, NotFiniteReward
-from varfast.update import Updater
 
 
 def test_a_learning_rate_that_is_too_large_ends_with_a_diagnosis(make_config):

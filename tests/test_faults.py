@@ -17,7 +17,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from varfast import InputError, Policy, kernels
-from varfast.checkpoint import Checkpoints, RunFolder, dump_config, newest_checkpoint
+from varfast.runs.checkpoint import Checkpoints, RunFolder, dump_config, newest_checkpoint
 from varfast.train import train
 
 from .runs import assert_same_run, metrics, weights
@@ -69,7 +69,7 @@ def test_sigkill_in_the_middle_of_a_save_loses_the_steps_since_the_last_one(make
     reached = tmp_path / "reached"
     slow = f"""
         from pathlib import Path
-        from varfast import checkpoint
+        from varfast.runs import checkpoint
         sha256 = checkpoint._sha256
         def slow(path):
             if path.parent.name == "step_000010.part":  # the tensors are written, the manifest is not

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from varfast import InputError, metrics
-from varfast.data import digits
-from varfast.features import DigitsPixels, Inception, load_network, load_real_images, to_levels
-from varfast.metrics import statistics
+from varfast.data.datasets import digits
+from varfast.evaluation.features import DigitsPixels, Inception, load_network, load_real_images, to_levels
+from varfast.evaluation.metrics import statistics
 
 
 @pytest.fixture(scope="module")

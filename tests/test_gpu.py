@@ -11,9 +11,9 @@ import torch
 from varfast import Policy
 from varfast.config import GRPOConfig, UpdateConfig
 from varfast.kernels import sample_tokens
+from varfast.learner import Updater
 from varfast.train import train
 from varfast.types import ScoredRollout
-from varfast.update import Updater
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from varfast import InputError, images
-from varfast.images import check_images, list_images, natural_key, read_rgb
+from varfast.data.images import check_images, list_images, natural_key, read_rgb
 
 RAMP = np.linspace(0, 65535, 576).reshape(24, 24).astype(np.uint16)
 RAMP_LEVELS = np.rint(RAMP / 257.0).astype(np.uint8)

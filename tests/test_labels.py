@@ -6,7 +6,7 @@ from scipy import stats
 
 from varfast import InputError
 from varfast.config import RolloutConfig
-from varfast.labels import (
+from varfast.data.labels import (
     Label,
     caption,
     draw_labels,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from varfast import InputError, lock
-from varfast.lock import LOCK_NAME, FolderLock, locked
+from varfast.runs.lock import LOCK_NAME, FolderLock, locked
 
 ADVICE = "take another folder"
 

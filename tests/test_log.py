@@ -12,8 +12,8 @@ from PIL import Image
 
 import varfast.progress
 from varfast import InputError
-from varfast.log import RunLog, image_grid, profiled, save_picture, save_png
 from varfast.progress import Progress, duration
+from varfast.runs.log import RunLog, image_grid, profiled, save_picture, save_png
 from varfast.types import Rewards
 
 METRICS = {"reward_mean": 0.5, "kl": 0.1, "images_per_s": 3.0}

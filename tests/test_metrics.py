@@ -4,8 +4,8 @@ import scipy.linalg
 import scipy.spatial
 import scipy.stats
 
-from varfast import metrics
-from varfast.metrics import Statistics
+from varfast.evaluation import metrics
+from varfast.evaluation.metrics import Statistics
 
 
 def features(count, seed, width=6, shift=0.0):

@@ -6,8 +6,8 @@ from torch.nn.functional import linear, one_hot
 
 from varfast import InputError, Policy, load_policy
 from varfast.models import KVCache
-from varfast.models.var import Head
-from varfast.policy import check_finite
+from varfast.policies.var.policy import check_finite
+from varfast.policies.var.transformer import Head
 from varfast.types import NotFinitePolicy
 
 PATCH_NUMS = [(1,), (1, 2), (1, 2, 3, 4), (2, 3), (1, 3, 5)]

@@ -14,14 +14,14 @@ from PIL import Image
 
 import varfast.pretrain
 from varfast import InputError, load_policy
-from varfast.checkpoint import RunFolder, dump_config
-from varfast.data import digits, load_images
+from varfast.data.datasets import digits, load_images
+from varfast.data.labels import read_labels
 from varfast.export import model_card
-from varfast.labels import read_labels
 from varfast.models import VQVAE
 from varfast.pretrain import PretrainReport, _batches, base_paths, main, pretrain, pretrained
 from varfast.randomness import deterministic
-from varfast.signals import Stopped
+from varfast.runs.checkpoint import RunFolder, dump_config
+from varfast.runs.signals import Stopped
 from varfast.train import train
 
 SMALL = {

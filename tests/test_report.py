@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 
 import varfast.evaluate
-import varfast.metrics
+import varfast.evaluation.metrics
 from varfast import InputError
-from varfast.log import RunLog, save_png
 from varfast.report import load_run, main, page
 from varfast.report.charts import charts, curve, ticks
 from varfast.report.elements import brief, printable
 from varfast.report.reading import parse_metrics
 from varfast.report.verdicts import HEALTHY, verdict
+from varfast.runs.log import RunLog, save_png
 from varfast.train import train
 from varfast.types import Rewards
 
@@ -444,7 +444,7 @@ def before_after(before, after, step=3):
 def test_the_headline_is_before_to_after_with_the_interval_of_the_pairs(make_run):
     values = {"reward": [0.0] * 30 + [1.0] * 10}, {"reward": [0.0] * 4 + [1.0] * 36}
     parsed = report(make_run(before_after=before_after(*values)))
-    found = varfast.metrics.difference_interval(*(np.array(v["reward"]) for v in values))
+    found = varfast.evaluation.metrics.difference_interval(*(np.array(v["reward"]) for v in values))
     wanted = f"reward 0.25 → 0.9 +0.65 [{found.low:+.4g}, {found.high:+.4g}]"
     assert wanted in parsed.text
     assert parsed.text.index(wanted) < parsed.text.index("Is it healthy?")

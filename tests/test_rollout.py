@@ -4,7 +4,7 @@ import torch
 from varfast import Policy
 from varfast.config import LoRAConfig
 from varfast.kernels.selection import _OPS, configure
-from varfast.policy import _DTYPES
+from varfast.policies.var.policy import _DTYPES
 
 SIZES = [
     {"depth": 2, "patch_nums": (1, 2, 3, 4)},

@@ -16,8 +16,8 @@ from varfast import InputError, kernels, roofline
 from varfast.config import PRESETS, LoRAConfig, VARConfig, VQVAEConfig, parse_config
 from varfast.kernels.selection import _OPS, INTERPRETED
 from varfast.models import VAR, VQVAE, KVCache
-from varfast.models.lora import add_lora
-from varfast.rollout import SamplingSettings, sample
+from varfast.policies.var.lora import add_lora
+from varfast.policies.var.sampler import SamplingSettings, sample
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from varfast.signals import STOPPING, Stopped, StopSignals, listen
+from varfast.runs.signals import STOPPING, Stopped, StopSignals, listen
 
 
 @pytest.mark.parametrize("number", STOPPING)
@@ -83,7 +83,7 @@ def test_a_forked_process_ends_by_a_signal(number):
 def test_what_is_printed_after_a_terminal_hung_up_fails_nothing(tmp_path):
     ready, done = tmp_path / "ready", tmp_path / "done"
     script = (
-        "import time, pathlib, sys\nfrom varfast.signals import listen\n"
+        "import time, pathlib, sys\nfrom varfast.runs.signals import listen\n"
         "with listen() as signals, signals.in_steps():\n"
         f"    pathlib.Path({str(ready)!r}).touch()\n"
         "    while signals.received is None: time.sleep(0.01)\n"

@@ -2,7 +2,7 @@ import time
 
 import torch
 
-from varfast.stages import StageClock, stage
+from varfast.perf.stages import StageClock, stage
 
 
 def test_clock_adds_up_a_stage_and_starts_anew_after_reading():

@@ -16,15 +16,15 @@ import varfast.env
 import varfast.export
 import varfast.sample
 from varfast import InputError, kernels, load_policy
-from varfast.base import Base
-from varfast.checkpoint import Checkpoints, RunFolder, dump_config
 from varfast.command import expand_segments
 from varfast.config import load_config
+from varfast.data.labels import Label, labels_json
 from varfast.distributed import ALONE
-from varfast.labels import Label, labels_json
-from varfast.log import environment, memory_metrics
+from varfast.learner import Updater
+from varfast.runs.base import Base
+from varfast.runs.checkpoint import Checkpoints, RunFolder, dump_config
+from varfast.runs.log import environment, memory_metrics
 from varfast.train import _fitted, load_run, main, random_policy, train
-from varfast.update import Updater
 
 STAGES = ("rollout", "decode", "reward", "reference", "update", "optimizer")
 TIMES = ("step_s", "images_per_s", "mfu", *(f"{stage}_{what}" for stage in STAGES for what in ("ms", "share")))

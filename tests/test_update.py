@@ -9,13 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from varfast import InputError, Policy
 from varfast.config import GRPOConfig, LoRAConfig, UpdateConfig
-from varfast.gradients import Gradients
-from varfast.graphs import GraphPool, Replayed
-from varfast.grpo import group_advantages
+from varfast.learner import Updater, learning_rate
+from varfast.losses.grpo import group_advantages
+from varfast.optim.gradients import Gradients
+from varfast.perf.graphs import GraphPool, Replayed
 from varfast.randomness import Purpose, keyed_generator
 from varfast.roofline import moment_bytes
 from varfast.types import ScoredRollout
-from varfast.update import Updater, learning_rate
 
 
 def scored_rollout(policy, count=8, seed=0, **inference):
@@ -400,7 +400,7 @@ def test_adamw8bit_says_what_it_lacks(make_policy, monkeypatch, bitsandbytes):
         patch.setattr(bitsandbytes.functional, "optimizer_update_8bit_blockwise", no_kernel)
         with pytest.raises(InputError, match="bitsandbytes cannot step on cpu: no kernel for this device"):
             updater(make_policy(), **EIGHT_BITS)
-    monkeypatch.delitem(sys.modules, "varfast.adamw8bit")
+    monkeypatch.delitem(sys.modules, "varfast.optim.adamw8bit")
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     with pytest.raises(InputError, match=r"bitsandbytes cannot be imported; pip install 'varfast\[adamw8bit\]'"):
         updater(make_policy(), **EIGHT_BITS)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from varfast.types import InputError, Rollout
 
 if TYPE_CHECKING:
-    from varfast.policy import Policy, load_policy
+    from varfast.policies.var.policy import Policy, load_policy
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "Policy", "Rollout", "__version__", "load_policy"]
@@ -20,7 +20,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     """Import the policy, and PyTorch with it, when it is first asked for: `--help` and typos need neither."""
     if name in ("Policy", "load_policy"):
-        from varfast import policy
+        from varfast.policies.var import policy
 
         return getattr(policy, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

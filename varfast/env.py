@@ -15,8 +15,8 @@ from importlib import metadata
 
 from varfast import kernels
 from varfast.command import read_nothing
-from varfast.log import environment
-from varfast.policy import pick_device
+from varfast.policies.var.policy import pick_device
+from varfast.runs.log import environment
 
 _PACKAGES = (
     "numpy",

@@ -39,16 +39,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from varfast.base import Base
-from varfast.checkpoint import RunFolder
 from varfast.config import ClassifierConfig, EvaluateConfig, RewardConfig, parse_arguments, reaches_outside
-from varfast.data import DigitsClassifier
+from varfast.data.datasets import DigitsClassifier
+from varfast.data.labels import caption, label_names, label_numbers, label_pool, run_names
 from varfast.distributed import launched
-from varfast.features import Network, RealImages, check_reference, load_network, load_real_images, to_levels
-from varfast.files import open_regular, parse_json, read_bytes, save_text, write_atomically
-from varfast.labels import caption, label_names, label_numbers, label_pool, run_names
-from varfast.log import GAP_PX, environment, image_grid, save_png
-from varfast.metrics import (
+from varfast.evaluation.features import Network, RealImages, check_reference, load_network, load_real_images, to_levels
+from varfast.evaluation.metrics import (
     NEIGHBOUR_IMAGES,
     NEIGHBOURS,
     Estimate,
@@ -60,13 +56,17 @@ from varfast.metrics import (
     neighbours,
     statistics,
 )
-from varfast.models.weights import resolve
-from varfast.policy import Policy, check_finite, pick_device
+from varfast.files import open_regular, parse_json, read_bytes, save_text, write_atomically
+from varfast.policies.var.policy import Policy, check_finite, pick_device
+from varfast.policies.var.weights import resolve
 from varfast.printable import printable
 from varfast.progress import Progress
 from varfast.randomness import EVAL_STEP
 from varfast.rewards import WeightedSum
 from varfast.rewards.classifier import Confidence
+from varfast.runs.base import Base
+from varfast.runs.checkpoint import RunFolder
+from varfast.runs.log import GAP_PX, environment, image_grid, save_png
 from varfast.sample import load
 from varfast.train import load_base
 from varfast.types import InputError

@@ -20,13 +20,13 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from varfast.checkpoint import RunFolder
 from varfast.config import Config, ExportConfig, LoRAConfig, VARConfig, VQVAEConfig, parse_arguments
+from varfast.data.labels import imagenet, read_labels
 from varfast.files import read_json, read_leaves, read_text, save_tensors, save_text, write_atomically
-from varfast.labels import imagenet, read_labels
-from varfast.log import environment
-from varfast.models.weights import load_vqvae
+from varfast.policies.var.weights import load_vqvae
 from varfast.printable import printable
+from varfast.runs.checkpoint import RunFolder
+from varfast.runs.log import environment
 from varfast.settings.reading import dump_yaml
 from varfast.train import delivered_state, vqvae_of
 from varfast.types import InputError

@@ -29,19 +29,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from varfast.base import FileNote
 from varfast.command import read_config
 from varfast.config import Config
-from varfast.data import FolderImages, Images, fingerprint, load_images
+from varfast.data.datasets import FolderImages, Images, fingerprint, load_images
+from varfast.data.labels import LABELS_FILE, caption, label_table, labels_json, labels_of
 from varfast.files import read_json, remove_leftovers, save_tensors, save_text
-from varfast.labels import LABELS_FILE, caption, label_table, labels_json, labels_of
-from varfast.lock import locked
-from varfast.log import image_grid, save_png
-from varfast.models import VAR, VQVAE
-from varfast.policy import Policy, pick_device
+from varfast.policies.var.policy import Policy, pick_device
+from varfast.policies.var.tokenizer import VQVAE
+from varfast.policies.var.transformer import VAR
 from varfast.progress import Progress
 from varfast.randomness import GRID_STEP, order_may_vary
-from varfast.signals import listen
+from varfast.runs.base import FileNote
+from varfast.runs.lock import locked
+from varfast.runs.log import image_grid, save_png
+from varfast.runs.signals import listen
 from varfast.types import InputError, NotFinitePolicy
 
 _GRAD_CLIP = 1.0
@@ -95,7 +96,11 @@ def _code_digest() -> str:
     """Digest of the sources that decide what a base model is."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in [here / "pretrain.py", here / "data.py", here / "images.py", *sorted((here / "models").glob("*.py"))]:
+    for path in [
+        here / "pretrain.py",
+        *sorted((here / "data").glob("*.py")),
+        *sorted((here / "policies").rglob("*.py")),
+    ]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

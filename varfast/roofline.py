@@ -96,7 +96,7 @@ def _tensors(sizes: VARConfig) -> tuple[list[int], list[int]]:
 
 
 def moment_bytes(sizes: VARConfig, optimizer: str, lora: LoRAConfig | None = None) -> int:
-    """Adam's two moments: float32, or with adamw8bit (varfast.adamw8bit) 8 bits and a float32 a block of 256.
+    """Adam's two moments: float32, or with adamw8bit (varfast.optim.adamw8bit) 8 bits and a float32 a block of 256.
 
     There embeddings and tensors of fewer than 4096 numbers stay float32.
     """

@@ -27,22 +27,21 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from varfast import kernels, strict
-from varfast.base import PARTS, Base, Source
-from varfast.before_after import BeforeAfter, means, table
-from varfast.checkpoint import Checkpoints, RunFolder
+from varfast import kernels
 from varfast.command import read_train
 from varfast.config import Config, VARConfig
+from varfast.data.labels import LABELS_FILE, caption, draw_labels, label_pool, labels_json, read_labels, run_names
 from varfast.distributed import World, gathered, joined, local_device, processes_here
-from varfast.divergence import diagnosis, refuse_diverged
 from varfast.files import save_tensors, save_text, write_atomically
-from varfast.grpo import combined_advantages, groups_without_signal, kl_to_reference
-from varfast.labels import LABELS_FILE, caption, draw_labels, label_pool, labels_json, read_labels, run_names
-from varfast.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled
-from varfast.models import VAR, VQVAE
-from varfast.models.lora import import_peft, merged_state, peft_adapter, without_lora
-from varfast.models.weights import load_var, load_vqvae, resolve
-from varfast.policy import Policy, check_finite, load_policy, pick_device
+from varfast.learner import Updater
+from varfast.losses.grpo import combined_advantages, groups_without_signal, kl_to_reference
+from varfast.perf.stages import StageClock, stage
+from varfast.policies import strict
+from varfast.policies.var.lora import import_peft, merged_state, peft_adapter, without_lora
+from varfast.policies.var.policy import Policy, check_finite, load_policy, pick_device
+from varfast.policies.var.tokenizer import VQVAE
+from varfast.policies.var.transformer import VAR
+from varfast.policies.var.weights import load_var, load_vqvae, resolve
 from varfast.pretrain import pretrained
 from varfast.printable import printable
 from varfast.randomness import GRID_STEP, deterministic
@@ -59,8 +58,12 @@ from varfast.roofline import (
     usual_bytes,
     with_dtype,
 )
-from varfast.signals import StopSignals, listen
-from varfast.stages import StageClock, stage
+from varfast.runs.base import PARTS, Base, Source
+from varfast.runs.before_after import BeforeAfter, means, table
+from varfast.runs.checkpoint import Checkpoints, RunFolder
+from varfast.runs.divergence import diagnosis, refuse_diverged
+from varfast.runs.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled
+from varfast.runs.signals import StopSignals, listen
 from varfast.types import (
     InputError,
     NotFinitePolicy,
@@ -70,7 +73,6 @@ from varfast.types import (
     ScoredRollout,
     StepStats,
 )
-from varfast.update import Updater
 
 
 def train(config: Config, profile: bool = False, beside: Path | None = None, of_folder: bool = False) -> int:

@@ -28,10 +28,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import torch
 
 from varfast import InputError
-from varfast import log as log_module
 from varfast.config import parse_config
 from varfast.export import main as export
 from varfast.roofline import Ceilings
+from varfast.runs import log as log_module
 from varfast.sample import main as sample
 from varfast.train import train
 

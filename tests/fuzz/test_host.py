@@ -14,13 +14,13 @@ import time
 import pytest
 import torch
 
-import varfast.base
 import varfast.files
 import varfast.pretrain
+import varfast.runs.base
 from varfast import InputError
-from varfast.base import PARTS, Base
-from varfast.checkpoint import RunFolder, dump_config
 from varfast.pretrain import PretrainReport, pretrained
+from varfast.runs.base import PARTS, Base
+from varfast.runs.checkpoint import RunFolder, dump_config
 from varfast.train import load_run, train
 
 from ..runs import assert_same_run
@@ -128,7 +128,7 @@ def test_damage_to_what_a_run_folder_notes_of_its_base_is_named_or_of_no_weight(
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     folder.config.write_text(dump_config(config))
-    Base(folder).keep(*(varfast.base.Source(path, True, path) for path in train_once[0]))
+    Base(folder).keep(*(varfast.runs.base.Source(path, True, path) for path in train_once[0]))
     shutil.rmtree(config.pretrain.cache_dir)
     inside = {part: Base(folder).find(part) for part in PARTS}
     files = {path: path.read_bytes() for path in (*inside.values(), folder.base)}

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from varfast import InputError
-from varfast.features import load_real_images
-from varfast.images import read_rgb
+from varfast.data.images import read_rgb
+from varfast.evaluation.features import load_real_images
 
 _SECONDS = 9.0
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save
 
 from varfast import InputError
-from varfast.models.containers import Arrays, read_checkpoint
-from varfast.models.weights import load_var, load_vqvae
+from varfast.policies.var.weights import load_var, load_vqvae
+from varfast.weights.containers import Arrays, read_checkpoint
 
 _SLOWEST_S = 5.0  # on 2 loaded cores; without bounds, one case in 50 took minutes or all memory
 

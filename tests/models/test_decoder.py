@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from varfast import kernels
 from varfast.kernels.settings import trying
 from varfast.models import VQVAE, decoder
-from varfast.models.decoder import FastDecoder
+from varfast.policies.var.decoder import FastDecoder
 from varfast.types import InputError
 
 CONFIGS = [

@@ -8,12 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from varfast import InputError, Policy
 from varfast.config import GRPOConfig, LoRAConfig, UpdateConfig
-from varfast.grpo import group_advantages
-from varfast.models.lora import lora_layers, merged_state, without_lora
-from varfast.models.var import Head
-from varfast.models.weights import load_var
+from varfast.learner import Updater
+from varfast.losses.grpo import group_advantages
+from varfast.policies.var.lora import lora_layers, merged_state, without_lora
+from varfast.policies.var.transformer import Head
+from varfast.policies.var.weights import load_var
 from varfast.types import ScoredRollout
-from varfast.update import Updater
 
 ALL = ("mat_qkv", "proj", "fc1", "fc2", "ada_lin")
 LABELS = [0, 1, 2]

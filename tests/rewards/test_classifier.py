@@ -10,7 +10,7 @@ from PIL import Image
 
 from varfast import InputError
 from varfast.config import ClassifierReward
-from varfast.data import DigitsClassifier, digits
+from varfast.data.datasets import DigitsClassifier, digits
 from varfast.rewards import WeightedSum
 from varfast.rewards.classifier import Confidence
 

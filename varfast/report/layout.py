@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from varfast.metrics import Estimate, difference_interval
+from varfast.evaluation.metrics import Estimate, difference_interval
 from varfast.report.charts import SMOOTHED, charts
 from varfast.report.elements import Markup, brief, printable, table, text
 from varfast.report.pictures import Extremes

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from varfast.before_after import FILE as BEFORE_AFTER
-from varfast.before_after import Numbers, as_numbers, means
 from varfast.report.elements import brief
 from varfast.report.pictures import Extremes, Grid, picture_uri, read_extremes, read_grids
 from varfast.report.reading import (
@@ -28,6 +26,8 @@ from varfast.report.reading import (
     read_json,
     validated,
 )
+from varfast.runs.before_after import FILE as BEFORE_AFTER
+from varfast.runs.before_after import Numbers, as_numbers, means
 from varfast.types import InputError
 
 # One of these is in every run folder.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from varfast.models.weights import read_checkpoint
+from varfast.policies.var.weights import read_checkpoint
 from varfast.rewards.files import fetch, file_name
 from varfast.types import InputError
 

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varfast.models.containers import check_file
-from varfast.models.hub import hub_cause, one_line
 from varfast.rewards.files import fetch
 from varfast.rewards.preprocess import Preprocessing
 from varfast.types import InputError
+from varfast.weights.containers import check_file
+from varfast.weights.hub import hub_cause, one_line
 
 _QUICK = "-quickgelu"
 _PRECISION = {"float32": "fp32", "bfloat16": "bf16"}  # bf16: matrices only; LayerNorm stays float32

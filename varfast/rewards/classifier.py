@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varfast.data import DigitsClassifier
-from varfast.models.weights import read_checkpoint
+from varfast.data.datasets import DigitsClassifier
+from varfast.policies.var.weights import read_checkpoint
 from varfast.rewards.files import fetch, file_name
 from varfast.rewards.preprocess import Preprocessing
 from varfast.types import InputError
@@ -23,7 +23,7 @@ _CHANGE_THEIR_INPUT = ("googlenet", "inception_v3")
 
 
 class DigitsConfidence:
-    """Probability of the label by the classifier of handwritten digits (varfast.data); it runs on the CPU.
+    """Probability of the label by the classifier of handwritten digits (varfast.data.datasets); it runs on the CPU.
 
     Raises: InputError if scikit-learn is missing, or if there are not ten labels.
     """

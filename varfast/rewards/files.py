@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import torch
 
 from varfast.files import read_bytes
-from varfast.models.weights import resolve
+from varfast.policies.var.weights import resolve
 from varfast.printable import printable
 from varfast.types import InputError
 

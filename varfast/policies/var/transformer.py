@@ -54,7 +54,7 @@ class Linear(nn.Linear):
     product into the weight's own dtype, not through a 16-bit tensor.
 
     Attributes:
-        strict: a row's bits do not depend on the other rows: see varfast/strict.py.
+        strict: a row's bits do not depend on the other rows: see varfast/policies/strict.py.
         keeps_copies: False casts at each use: FSDP exchanges the weights behind PyTorch's back.
     """
 

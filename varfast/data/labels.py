@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from varfast.config import Config, RolloutConfig, check_labels
-from varfast.data import FolderImages, class_folders
+from varfast.data.datasets import FolderImages, class_folders
 from varfast.files import read_json
 from varfast.printable import printable
 from varfast.randomness import Purpose, keyed_generator

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from varfast.images import (
+from varfast.data.images import (
     SUFFIXES,
     Listing,
     check_images,

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from varfast import kernels, strict
+from varfast import kernels
 from varfast.config import GRPOConfig, UpdateConfig
 from varfast.distributed import ALONE, World, whole
-from varfast.gradients import Gradients
-from varfast.graphs import Replayed
-from varfast.models.var import Checkpointing
-from varfast.policy import Policy
+from varfast.optim.gradients import Gradients
+from varfast.perf.graphs import Replayed
+from varfast.perf.stages import stage
+from varfast.policies import strict
+from varfast.policies.var.policy import Policy
+from varfast.policies.var.transformer import Checkpointing
 from varfast.randomness import Purpose, keyed_generator
-from varfast.stages import stage
 from varfast.types import InputError, ScoredRollout, StepStats
 
 
@@ -379,7 +380,7 @@ def _optimizer(groups: list[dict[str, Any]], config: UpdateConfig, embeddings: l
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     if config.optimizer == "adamw8bit":
         try:
-            from varfast.adamw8bit import AdamW8bit
+            from varfast.optim.adamw8bit import AdamW8bit
         except ImportError as error:
             raise InputError(
                 "update.optimizer=adamw8bit: bitsandbytes cannot be imported; pip install 'varfast[adamw8bit]', or use "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from varfast.config import LoRAConfig
-from varfast.models.var import VAR, Linear
+from varfast.policies.var.transformer import VAR, Linear
 from varfast.randomness import Purpose, keyed_generator
 from varfast.types import InputError
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from varfast.config import Config
-from varfast.data import DigitsClassifier
+from varfast.data.datasets import DigitsClassifier
 from varfast.files import read_json, save_text
-from varfast.metrics import difference_interval
-from varfast.policy import Policy
+from varfast.evaluation.metrics import difference_interval
+from varfast.policies.var.policy import Policy
 from varfast.progress import Progress
 from varfast.randomness import EVAL_STEP
 from varfast.rewards import WeightedSum

@@ -23,10 +23,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from varfast.models import VAR
-from varfast.policy import Policy
+from varfast.policies.var.policy import Policy
+from varfast.policies.var.sampler import SamplingSettings, sample
+from varfast.policies.var.transformer import VAR
 from varfast.randomness import GRID_STEP
-from varfast.rollout import SamplingSettings, sample
 from varfast.types import InputError, Rollout
 
 _IMAGES = 3  # of the check: among others, first, in the middle and last

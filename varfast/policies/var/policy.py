@@ -18,17 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from varfast import kernels
 from varfast.config import LoRAConfig, VARConfig, VQVAEConfig, check_labels, check_micro_batch
-from varfast.cpu import keep_freed_memory
 from varfast.distributed import World, replicate, shard
-from varfast.graphs import CudaGraph, GraphPool
-from varfast.models import VAR, VQVAE
-from varfast.models.decoder import FastDecoder
-from varfast.models.lora import add_lora, lora_layers, without_lora
-from varfast.models.var import Checkpointing
-from varfast.models.weights import load_var, load_vqvae
-from varfast.rollout import Sampler, SamplingSettings, sample
+from varfast.perf.cpu import keep_freed_memory
+from varfast.perf.graphs import CudaGraph, GraphPool
+from varfast.perf.stages import stage
+from varfast.policies.var.decoder import FastDecoder
+from varfast.policies.var.lora import add_lora, lora_layers, without_lora
+from varfast.policies.var.sampler import Sampler, SamplingSettings, sample
+from varfast.policies.var.tokenizer import VQVAE
+from varfast.policies.var.transformer import VAR, Checkpointing
+from varfast.policies.var.weights import load_var, load_vqvae
 from varfast.roofline import DECODE_GRAPH_IMAGES
-from varfast.stages import stage
 from varfast.types import InputError, NotFinitePolicy, Rollout
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -79,7 +79,7 @@ class Policy:
             dtype: of activations, "float32" or "bfloat16"; the weights stay float32.
             fast: False samples eagerly and decodes in float32 with the plain decoder: what fast is tested against.
             strict: tokens do not depend on the batch split, and `sample` gives the log-probabilities of `token_logp`
-                bit for bit, in any dtype. varfast.strict.check says whether that holds here.
+                bit for bit, in any dtype. varfast.policies.strict.check says whether that holds here.
         Raises: InputError for models that do not belong together, another dtype, or strict where its kernels cannot
             run.
         """

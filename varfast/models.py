@@ -1,7 +1,7 @@
 """The models: VAR and its multi-scale VQ-VAE, with the parameter names of the public checkpoints."""
 
 from varfast.config import PRESETS, VARConfig, VQVAEConfig
-from varfast.models.var import VAR, KVCache
-from varfast.models.vqvae import VQVAE
+from varfast.policies.var.tokenizer import VQVAE
+from varfast.policies.var.transformer import VAR, KVCache
 
 __all__ = ["PRESETS", "VAR", "VQVAE", "KVCache", "VARConfig", "VQVAEConfig"]

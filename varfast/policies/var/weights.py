@@ -1,6 +1,6 @@
 """Reading weights: public checkpoints, our own, or those of a trainer that wrapped the model.
 
-From a path, safetensors or PyTorch, or a hub address. What a file is, is varfast.models.containers' business; here its
+From a path, safetensors or PyTorch, or a hub address. What a file is, is varfast.weights.containers' business; here its
 tensors become a model, or an error that names what they are.
 """
 
@@ -16,11 +16,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from varfast.config import HEAD_DIM, PRESETS, VARConfig, VQVAEConfig
-from varfast.models.containers import read_checkpoint, regular_file, shown
-from varfast.models.hub import fetch_from_hub, one_line
-from varfast.models.var import VAR, scale_buffers
-from varfast.models.vqvae import VQVAE
+from varfast.policies.var.tokenizer import VQVAE
+from varfast.policies.var.transformer import VAR, scale_buffers
 from varfast.types import InputError
+from varfast.weights.containers import read_checkpoint, regular_file, shown
+from varfast.weights.hub import fetch_from_hub, one_line
 
 __all__ = ["infer_var_config", "infer_vqvae_config", "load_var", "load_vqvae", "read_checkpoint", "resolve"]
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varfast.kernels import ChannelMoments, channel_moments, conv3x3, group_norm_silu
-from varfast.models.vqvae import VQVAE, AttnBlock, Level, ResnetBlock, Upsample
+from varfast.policies.var.tokenizer import VQVAE, AttnBlock, Level, ResnetBlock, Upsample
 from varfast.types import InputError
 
 # On a CPU images go on in parts from where they are larger than this together: glibc gives larger blocks back to the

@@ -17,13 +17,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from varfast.data import DigitsClassifier, digits
-from varfast.images import SUFFIXES, Listing, check_images, list_images, passed_over, read_rgb
-from varfast.metrics import Statistics, check_installed, statistics, thinned
-from varfast.models.containers import Arrays, read_checkpoint, regular_file
-from varfast.models.hub import one_line
+from varfast.data.datasets import DigitsClassifier, digits
+from varfast.data.images import SUFFIXES, Listing, check_images, list_images, passed_over, read_rgb
+from varfast.evaluation.metrics import Statistics, check_installed, statistics, thinned
 from varfast.rewards.files import fetch, file_name
 from varfast.types import InputError
+from varfast.weights.containers import Arrays, read_checkpoint, regular_file
+from varfast.weights.hub import one_line
 
 _BATCH_IMAGES = 64
 _INCEPTION_SHA256 = "6726825d"  # torch-fidelity names the file by its first digits

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from varfast.kernels.reference import k3
-from varfast.policy import Policy
-from varfast.stages import stage
+from varfast.perf.stages import stage
+from varfast.policies.var.policy import Policy
 from varfast.types import Rewards, Rollout
 
 

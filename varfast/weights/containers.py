@@ -27,8 +27,8 @@ from typing import IO, Any, Literal
 import numpy as np
 import torch
 
-from varfast.models.hub import one_line
 from varfast.types import InputError
+from varfast.weights.hub import one_line
 
 Kind = Literal["torch", "legacy torch", "safetensors", "npz"]
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from varfast import kernels
-from varfast.graphs import CudaGraph, GraphPool
-from varfast.models import VAR, VQVAE, KVCache
-from varfast.stages import span
+from varfast.perf.graphs import CudaGraph, GraphPool
+from varfast.perf.stages import span
+from varfast.policies.var.tokenizer import VQVAE
+from varfast.policies.var.transformer import VAR, KVCache
 
 
 @dataclass(frozen=True)

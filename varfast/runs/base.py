@@ -26,7 +26,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from varfast.checkpoint import RunFolder
+from varfast.runs.checkpoint import RunFolder
 from varfast.files import (
     INCOMPLETE,
     open_regular,
@@ -37,7 +37,7 @@ from varfast.files import (
     save_text,
     write_atomically,
 )
-from varfast.models.weights import State
+from varfast.policies.var.weights import State
 from varfast.types import InputError
 
 Part = Literal["var", "vqvae"]

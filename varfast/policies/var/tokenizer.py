@@ -171,8 +171,8 @@ class Phi(nn.Conv2d):
     """phi(x) = (1 - ratio) x + ratio conv3x3(x): mends what upsampling a token map lost.
 
     Attributes:
-        strict: an image's bits do not depend on the others (varfast/strict.py). cuDNN and oneDNN choose an algorithm by
-            the batch.
+        strict: an image's bits do not depend on the others (varfast/policies/strict.py). cuDNN and oneDNN choose an
+            algorithm by the batch.
     """
 
     strict = False

@@ -61,7 +61,7 @@ from varfast.files import (
     sync_file,
     sync_folder,
 )
-from varfast.lock import LOCK_NAME, FolderLock
+from varfast.runs.lock import LOCK_NAME, FolderLock
 from varfast.printable import printable
 from varfast.settings.reading import dump_yaml, read_yaml
 from varfast.types import InputError

@@ -1,0 +1,1 @@
+"""Labelled images, the files they come from, and what labels are called."""

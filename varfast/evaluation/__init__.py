@@ -1,0 +1,1 @@
+"""Numbers over many images, for the command varfast.evaluate."""

@@ -1,0 +1,1 @@
+"""Optimizers and gradients, as the learner needs them."""

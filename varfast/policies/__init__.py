@@ -1,0 +1,1 @@
+"""Models that are trained: one folder a family."""
