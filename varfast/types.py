@@ -25,6 +25,42 @@ class NotFinitePolicy(InputError):
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """What each image of a batch is to show.
+
+    Attributes:
+        ids_B: (B,) int64; for a family that is conditioned on classes, their labels.
+    """
+
+    ids_B: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids_B)
+
+    def rows(self, index: Tensor | slice) -> Prompts:
+        """Those of the images at `index`."""
+        return Prompts(self.ids_B[index])
+
+    def repeat(self, times: int) -> Prompts:
+        """Each of them `times` times in a row."""
+        return Prompts(self.ids_B.repeat_interleave(times))
+
+
+@dataclass(frozen=True)
+class TokenLogp:
+    """What a policy thinks of given tokens, teacher-forced.
+
+    Attributes:
+        logp_BL: (B, L) float32, log-probability of each token; differentiable.
+        entropy_BL: (B, L) float32, entropy in nats of the distribution that each token was drawn from; differentiable.
+            None where it was not asked for.
+    """
+
+    logp_BL: Tensor
+    entropy_BL: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Rollout:
     """Sampled images as tokens, with what the policy thought of them when it drew them.
 
