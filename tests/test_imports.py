@@ -12,10 +12,10 @@ LAYERS = [
     {"kernels"},
     {"printable", "types", "files", "weights", "randomness", "distributed", "progress", "settings"},
     {"config"},
-    {"command", "perf", "roofline"},
-    {"policies", "models", "data", "rewards", "losses", "optim"},
+    {"command"},
+    {"policies", "models", "data", "rewards", "losses", "optim", "perf"},
     {"learner", "runs", "evaluation"},
-    {"pretrain", "train", "sample", "evaluate", "export", "report", "env"},
+    {"pretrain", "train", "sample", "evaluate", "export", "report", "env", "roofline"},
 ]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -19,10 +19,11 @@ from varfast.config import GRPOConfig, UpdateConfig
 from varfast.distributed import ALONE, World, whole
 from varfast.optim.gradients import Gradients
 from varfast.perf.graphs import Replayed
+from varfast.perf.memory import UpdatePlan
+from varfast.perf.plan import planned_update
 from varfast.perf.stages import stage
 from varfast.policies import strict
 from varfast.policies.var.policy import Policy
-from varfast.policies.var.transformer import Checkpointing
 from varfast.randomness import Purpose, keyed_generator
 from varfast.types import InputError, ScoredRollout, StepStats
 
@@ -51,11 +52,12 @@ class Updater:
     Args:
         policy: its transformer is updated in place.
         reference: the base of the KL term, or None with kl_beta = 0.
-        grpo, update: settings; of `update`, micro_batch and checkpointing as they are to be used.
+        grpo, update: settings.
         total_steps: of the run, for the schedule.
         seed: of the run, for the order of the images.
         world: the processes that share the work. Each gets the whole scored rollout and takes its part of every
             minibatch; gradients, and so weights and statistics, are those of one process, up to the order of sums.
+        plan: how a minibatch is split and what is captured; default: what `update` names, else all of it at once.
     """
 
     def __init__(
@@ -67,17 +69,18 @@ class Updater:
         total_steps: int,
         seed: int,
         world: World = ALONE,
+        plan: UpdatePlan | None = None,
     ) -> None:
         assert (reference is None) == (grpo.kl_beta == 0.0)
         self.policy, self.reference, self.world = policy, reference, world
         self.grpo, self.config, self.total_steps, self.seed = grpo, update, total_steps, seed
-        self._checkpointing: Checkpointing = "none" if update.checkpointing == "auto" else update.checkpointing
+        self.plan = plan or planned_update(update)
         self._parameters = [p for p in policy.var.parameters() if p.requires_grad]
         alone = world.size == 1  # DistributedDataParallel and FSDP have gradients of their own
-        self._captures = update.cuda_graph is True and policy.device.type == "cuda" and alone
+        self._captures = self.plan.cuda_graph and policy.device.type == "cuda" and alone
         # A captured pass needs gradients that stay where they are. Else each product's own tensor is the gradient, and
         # is not copied: 8 bytes a parameter and optimizer step.
-        self._gradients = Gradients(self._parameters) if update.cuda_graph is True and alone else None
+        self._gradients = Gradients(self._parameters) if self.plan.cuda_graph and alone else None
         self._reference_pass = Replayed(self._reference_logp, policy.graph_pool)
         self._policy_pass = Replayed(self._accumulate, policy.graph_pool)
         self._reference_version = -1
@@ -191,12 +194,11 @@ class Updater:
         if not len(rows):  # the gradient is 0, and Adam's moments still move the weights, those of 8 bits apart
             self._zero_gradient()
             return torch.empty(0)
-        size = self.config.micro_batch or minibatch
         own = rows[self.world.rank :: self.world.size]
-        parts = own.split(size) if len(own) else ()
+        parts = own.split(self.plan.micro_batch) if len(own) else ()
         measured = [torch.zeros(1 + len(kernels.GRPO_STATS), device=rows.device)]
         # As many passes in every process as in process 0, which has the most images: each pass may be a collective.
-        passes = -(-len(rows[:: self.world.size]) // size)
+        passes = -(-len(rows[:: self.world.size]) // self.plan.micro_batch)
         for index in range(passes):
             with self.policy.backward(reduce=index == passes - 1):
                 if index < len(parts):
@@ -206,7 +208,7 @@ class Updater:
                 else:  # no image left: a gradient of 0, by the same collectives: what is computed again counts
                     image = scored.rollout.rows(rows[:1])
                     logp_BL = self.policy.token_logp(
-                        image.labels_B, image.tokens_BL, image.temperature, checkpointing=self._checkpointing
+                        image.labels_B, image.tokens_BL, image.temperature, checkpointing=self.plan.checkpointing
                     )
                     (0.0 * logp_BL.sum()).backward()
         of_parts = torch.stack(measured)
@@ -248,7 +250,7 @@ class Updater:
             var_input_BLC = self.policy.teacher_input(tokens_BL)
         inputs = (rollout.labels_B, tokens_BL, var_input_BLC)
         # A micro-batch of fewer images, the last of a minibatch or without those that have no signal, runs eagerly.
-        captured = self._captures and len(rows) == (self.config.micro_batch or minibatch)
+        captured = self._captures and len(rows) == self.plan.micro_batch
         if self.reference is not None and logp_ref_BL is not None and first_epoch:
             with stage("reference"):
                 if captured:
@@ -296,7 +298,7 @@ class Updater:
         if first_pass and self._gradients is not None:
             self._gradients.overwrite()
         logp_BL = self.policy.token_logp(
-            labels_B, tokens_BL, temperature, var_input_BLC=var_input_BLC, checkpointing=self._checkpointing
+            labels_B, tokens_BL, temperature, var_input_BLC=var_input_BLC, checkpointing=self.plan.checkpointing
         )
         if self._differing is not None:
             self._differing += (logp_BL.detach() != logp_old_BL).sum()

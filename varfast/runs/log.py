@@ -42,7 +42,6 @@ from varfast.files import (
     write_atomically,
 )
 from varfast.progress import Progress
-from varfast.roofline import measure_here, speed_of_light_s, stage_counts
 from varfast.types import InputError, Rewards
 
 if TYPE_CHECKING:
@@ -264,34 +263,6 @@ def _start_wandb(folder: Path, config: Config) -> Any:
             f"log.wandb={config.log.wandb}: {error}\n  log in with `wandb login`, set WANDB_MODE=offline to write into "
             "the run folder alone, or log.wandb=null"
         ) from error
-
-
-class StageLimits:
-    """What the stages of a step take against what they could: ms, share of the limit, MFU, images/s.
-
-    The limit of a stage is what its FLOPs or its bytes take at least (`varfast.roofline`), at the rates that this
-    device was measured to reach when the run began.
-    """
-
-    def __init__(self, config: Config, device: torch.device, images: int) -> None:
-        """config: of this process' share, with micro-batches and checkpointing in use; images: of all processes."""
-        self._images = images
-        counts = stage_counts(config)
-        ceilings = measure_here(device, getattr(torch, config.run.dtype))
-        self._limit_ms = {name: speed_of_light_s(count, ceilings) * 1e3 for name, count in counts.items()}
-        # Model FLOPs: what checkpointing computes again does not count.
-        self._step_at_peak_s = sum(count.flop for count in stage_counts(config, "none").values()) / ceilings.flop_per_s
-
-    def metrics(self, stages_ms: dict[str, float], step_s: float) -> dict[str, float]:
-        """The numbers of a step, by the names of metrics.jsonl."""
-        shares = {f"{n}_share": self._limit_ms[n] / ms for n, ms in stages_ms.items() if self._limit_ms.get(n)}
-        return {
-            **{f"{name}_ms": ms for name, ms in stages_ms.items()},
-            **shares,
-            "step_s": step_s,
-            "mfu": self._step_at_peak_s / step_s,
-            "images_per_s": self._images / step_s,
-        }
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from varfast.config import LoRAConfig, VARConfig, VQVAEConfig, check_labels, che
 from varfast.distributed import World, replicate, shard
 from varfast.perf.cpu import keep_freed_memory
 from varfast.perf.graphs import CudaGraph, GraphPool
+from varfast.perf.memory import DECODE_GRAPH_IMAGES
 from varfast.perf.stages import stage
 from varfast.policies.var.decoder import FastDecoder
 from varfast.policies.var.lora import add_lora, lora_layers, without_lora
@@ -28,7 +29,6 @@ from varfast.policies.var.sampler import Sampler, SamplingSettings, sample
 from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR, Checkpointing
 from varfast.policies.var.weights import load_var, load_vqvae
-from varfast.roofline import DECODE_GRAPH_IMAGES
 from varfast.types import InputError, NotFinitePolicy, Rollout
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
