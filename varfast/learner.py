@@ -243,7 +243,7 @@ class Updater:
         """
         rollout = scored.rollout.rows(rows)
         temperature, tokens_BL = rollout.temperature, rollout.tokens_BL
-        var_input_BLC = rollout.var_input_BLC
+        var_input_BLC = rollout.teacher_input
         if var_input_BLC is None:
             var_input_BLC = self.policy.teacher_input(tokens_BL)
         inputs = (rollout.labels_B, tokens_BL, var_input_BLC)
