@@ -38,7 +38,7 @@ class Prompts:
         return len(self.ids_B)
 
     def rows(self, index: Tensor | slice) -> Prompts:
-        """Those of the images at `index`."""
+        """The prompts of the images at `index`."""
         return Prompts(self.ids_B[index])
 
     def repeat(self, times: int) -> Prompts:
@@ -61,37 +61,72 @@ class TokenLogp:
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Sampled images as tokens, with what the policy thought of them when it drew them.
+class Sampling:
+    """How tokens are sampled. Training uses the temperature alone; the rest is for inference.
 
     Attributes:
-        labels_B: (B,) int64.
-        tokens_BL: (B, L) int64, scale by scale, row-major within a scale.
-        logp_BL: (B, L) float32, log-probability of each token under the distribution it was drawn from.
-        entropy_BL: (B, L) float32, entropy of that distribution in nats.
-        temperature: of that distribution.
-        on_policy: no guidance and no filters: the distribution is the tempered policy itself, as GRPO needs it.
-        var_input_BLC: (B, L - first, code width) float32, what the transformer saw in place of each token but the first
-            scale's, where it was kept: an update need not compute it again.
+        temperature: > 0; of the multinomial draw.
+        cfg: strength of classifier-free guidance; 0 switches it off.
+        top_k, top_p: filters of kernels.sample_tokens; 0 switches one off.
+    Raises: InputError for a value out of range.
     """
 
-    labels_B: Tensor
+    temperature: float = 1.0
+    cfg: float = 0.0
+    top_k: int = 0
+    top_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise InputError(f"temperature={self.temperature}: must be > 0; for greedy choice use top_k=1")
+        if self.cfg < 0 or self.top_k < 0 or not 0 <= self.top_p <= 1:
+            raise InputError(
+                f"cfg={self.cfg}, top_k={self.top_k}, top_p={self.top_p}: want cfg >= 0, top_k >= 0, 0 <= top_p <= 1"
+            )
+
+    @property
+    def on_policy(self) -> bool:
+        """The tempered policy itself is sampled, without guidance and filters."""
+        return self.cfg == 0.0 and self.top_k == 0 and self.top_p in (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled images as tokens, with their log-probabilities at the time of sampling.
+
+    Attributes:
+        prompts: of the B images.
+        tokens_BL: (B, L) int64, in the order in which they were sampled; for VAR scale by scale, row-major within one.
+        logp_BL: (B, L) float32, log-probability of each token under the distribution that it was sampled from.
+        entropy_BL: (B, L) float32, entropy of that distribution in nats.
+        temperature: of that distribution.
+        on_policy: sampled without guidance and filters: the distribution is the tempered policy itself, as GRPO needs.
+        teacher_input: (B, ...), what `Policy.teacher_input` makes of the tokens, where sampling has kept it: an update
+            need not compute it again. For VAR (B, L - first, code width) float32.
+    """
+
+    prompts: Prompts
     tokens_BL: Tensor
     logp_BL: Tensor
     entropy_BL: Tensor
     temperature: float
     on_policy: bool
-    var_input_BLC: Tensor | None = None
+    teacher_input: Tensor | None = None
+
+    @property
+    def labels_B(self) -> Tensor:
+        """(B,) int64, the ids of the prompts: class labels, for a family that is conditioned on classes."""
+        return self.prompts.ids_B
 
     def rows(self, index: Tensor | slice) -> Rollout:
         """The images at `index`."""
         return replace(
             self,
-            labels_B=self.labels_B[index],
+            prompts=self.prompts.rows(index),
             tokens_BL=self.tokens_BL[index],
             logp_BL=self.logp_BL[index],
             entropy_BL=self.entropy_BL[index],
-            var_input_BLC=None if self.var_input_BLC is None else self.var_input_BLC[index],
+            teacher_input=None if self.teacher_input is None else self.teacher_input[index],
         )
 
 
