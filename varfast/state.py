@@ -10,6 +10,7 @@ from varfast.config import UpdateConfig
 from varfast.optim.adamw import ClippedAdamW
 from varfast.optim.averages import Averages
 from varfast.policies.protocol import Policy
+from varfast.rewards import WeightedSum
 from varfast.runs.checkpoint import Checkpoint
 
 
@@ -19,6 +20,7 @@ class State:
     Args:
         policy: it is trained from here on.
         reference: a frozen copy of it, which the loss or the measured KL compares it with; None: there is none.
+        rewards: what images earn.
         update: settings of the optimizer and of the averages.
         reference_every: steps after which, again and again, the policy becomes the reference; None: never.
 
@@ -31,10 +33,11 @@ class State:
         self,
         policy: Policy,
         reference: Policy | None,
+        rewards: WeightedSum,
         update: UpdateConfig,
         reference_every: int | None = None,
     ) -> None:
-        self.policy, self.reference = policy, reference
+        self.policy, self.reference, self.rewards = policy, reference, rewards
         self.adamw = ClippedAdamW(policy, update)
         self.averages = Averages(policy.trainable, update.ema_decay)
         self._reference_every = reference_every

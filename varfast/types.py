@@ -142,6 +142,10 @@ class Rewards:
     total_B: Tensor
     components: dict[str, Tensor]
 
+    def rows(self, index: Tensor | slice) -> Rewards:
+        """Those of the images at `index`."""
+        return Rewards(self.total_B[index], {name: score_B[index] for name, score_B in self.components.items()})
+
 
 @dataclass(frozen=True)
 class RewardBatch:
@@ -180,6 +184,11 @@ class Batch:
     rollout: Rollout
     advantages_BL: Tensor
     logp_ref_BL: Tensor | None = None
+
+    @classmethod
+    def of(cls, rollout: Rollout, advantages_B: Tensor) -> Batch:
+        """One advantage an image, (B,) float32: that of all its tokens."""
+        return cls(rollout, advantages_B.unsqueeze(1).expand_as(rollout.tokens_BL))
 
     def __len__(self) -> int:
         return len(self.advantages_BL)
