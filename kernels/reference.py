@@ -147,8 +147,9 @@ def selective_log_softmax(
     logits_BLV: Tensor, tokens_BL: Tensor, temperature: float, bias_V: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     logp_BLV = (_with_bias(logits_BLV, bias_V) / temperature).log_softmax(dim=-1)
-    with torch.no_grad():
-        entropy_BL = -(logp_BLV.exp() * logp_BLV).sum(dim=-1)
+    prob_BLV = logp_BLV.exp()
+    # p log p is 0 where p is, and so is its gradient: 0 * -inf is NaN.
+    entropy_BL = -(prob_BLV * logp_BLV.masked_fill(prob_BLV == 0, 0.0)).sum(dim=-1)
     return logp_BLV.gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1), entropy_BL
 
 

@@ -71,6 +71,7 @@ from varfast.types import (
     InputError,
     NotFinitePolicy,
     NotFiniteReward,
+    Prompts,
     Rewards,
     Rollout,
     ScoredRollout,
@@ -359,14 +360,14 @@ def _gather(world: World, rollout: Rollout, rewards: Rewards, images: int) -> tu
     """What all processes have drawn and scored of a step's images."""
     # The transformer's input of 512 images of the public models is 44 MB: 0.2 ms between GPUs of one machine, 2 ms at
     # 25 GB/s. Computed again it takes each of two processes 3 ms, and may differ from the rollout's in the last bit.
-    var_input_BLC = rollout.var_input_BLC
+    teacher_input = rollout.teacher_input
     of_all = replace(
         rollout,
-        labels_B=world.gather(rollout.labels_B, images),
+        prompts=Prompts(world.gather(rollout.prompts.ids_B, images)),
         tokens_BL=world.gather(rollout.tokens_BL, images),
         logp_BL=world.gather(rollout.logp_BL, images),
         entropy_BL=world.gather(rollout.entropy_BL, images),
-        var_input_BLC=None if var_input_BLC is None else world.gather(var_input_BLC, images),
+        teacher_input=None if teacher_input is None else world.gather(teacher_input, images),
     )
     components = {name: world.gather(score_B, images) for name, score_B in rewards.components.items()}
     return of_all, Rewards(world.gather(rewards.total_B, images), components)
