@@ -24,7 +24,7 @@ from varfast.config import (
     parse_arguments,
     parse_config,
 )
-from varfast.runs.checkpoint import dump_config
+from varfast.runs.manifest import dump_config
 from varfast.settings import schema
 from varfast.settings.aliases import ALIASES
 from varfast.settings.reading import apply_override, dump_yaml, read_yaml

@@ -21,7 +21,8 @@ from varfast import InputError
 from varfast.config import load_config
 from varfast.distributed import Launch, World, _share, joined, launched, local_device
 from varfast.roofline import memory, planned, share
-from varfast.runs.checkpoint import RunFolder, dump_config
+from varfast.runs.folder import RunFolder
+from varfast.runs.manifest import dump_config
 from varfast.train import train
 
 from .runs import metrics

@@ -12,11 +12,11 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -100,6 +100,23 @@ class World:
 
 
 ALONE = World()
+_T = TypeVar("_T")
+
+
+def decided_by_first(decide: Callable[[], _T]) -> _T:
+    """What `decide` returns in process 0, in all processes; or the InputError that it raises there, in all of them."""
+    if not dist.is_initialized():
+        return decide()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = decide()
+        except InputError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise InputError(box[1])
+    return box[0]
 
 
 def _share(rank: int, size: int, count: int) -> slice:

@@ -25,8 +25,8 @@ from varfast.data.labels import imagenet, read_labels
 from varfast.files import read_json, read_leaves, read_text, save_tensors, save_text, write_atomically
 from varfast.policies.var.weights import load_vqvae
 from varfast.printable import printable
-from varfast.runs.checkpoint import RunFolder
-from varfast.runs.log import environment
+from varfast.runs.environment import environment
+from varfast.runs.folder import RunFolder
 from varfast.settings.reading import dump_yaml
 from varfast.train import delivered_state, vqvae_of
 from varfast.types import InputError

@@ -41,7 +41,7 @@ from varfast.progress import Progress
 from varfast.randomness import GRID_STEP, order_may_vary
 from varfast.runs.base import FileNote
 from varfast.runs.lock import locked
-from varfast.runs.log import image_grid, save_png
+from varfast.runs.pictures import image_grid, save_picture
 from varfast.runs.signals import listen
 from varfast.types import InputError, NotFinitePolicy
 
@@ -182,12 +182,14 @@ def _show_own(
     real = torch.stack([images[i][0] for i in shown]).to(device)
     policy = Policy(var, vqvae, device)
     rebuilt = policy.decode(policy.encode(real))
-    save_png(folder / "reconstructions.png", image_grid(torch.cat([real, rebuilt]), len(shown), ["image", "rebuilt"]))
+    save_picture(
+        folder / "reconstructions.png", image_grid(torch.cat([real, rebuilt]), len(shown), ["image", "rebuilt"])
+    )
     rows = labels[:_SHOWN_IMAGES]
     labels_B = torch.tensor([row.label for row in rows]).repeat_interleave(_SHOWN_IMAGES)
     _, samples = policy.sample_images(labels_B, seed=config.run.seed, step=GRID_STEP, micro_batch=_SHOWN_IMAGES)
     titles = [caption(row.label, [label.name for label in labels]) for row in rows]
-    save_png(folder / "samples.png", image_grid(samples, _SHOWN_IMAGES, titles))
+    save_picture(folder / "samples.png", image_grid(samples, _SHOWN_IMAGES, titles))
     print(f"  {folder}: reconstructions.png, samples.png, {LABELS_FILE}")
 
 

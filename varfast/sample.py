@@ -20,8 +20,8 @@ from varfast.config import SampleConfig, check_micro_batch, parse_arguments
 from varfast.data.labels import caption, label_names, label_numbers
 from varfast.policies.var.policy import Policy, check_finite, load_policy, pick_device
 from varfast.progress import Progress
-from varfast.runs.checkpoint import RunFolder
-from varfast.runs.log import PICTURE_FORMATS, image_grid, save_picture
+from varfast.runs.folder import RunFolder
+from varfast.runs.pictures import PICTURE_FORMATS, image_grid, save_picture
 from varfast.train import load_run
 from varfast.types import InputError
 

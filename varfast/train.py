@@ -60,9 +60,12 @@ from varfast.roofline import (
 )
 from varfast.runs.base import PARTS, Base, Source
 from varfast.runs.before_after import BeforeAfter, means, table
-from varfast.runs.checkpoint import Checkpoints, RunFolder
+from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, refuse_diverged
-from varfast.runs.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled
+from varfast.runs.environment import environment
+from varfast.runs.folder import RunFolder
+from varfast.runs.log import RunLog, import_wandb
+from varfast.runs.profile import StageLimits, memory_metrics, profiled
 from varfast.runs.signals import StopSignals, listen
 from varfast.types import (
     InputError,

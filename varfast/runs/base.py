@@ -26,7 +26,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from varfast.runs.checkpoint import RunFolder
+from varfast.runs.folder import RunFolder
 from varfast.files import (
     INCOMPLETE,
     open_regular,
