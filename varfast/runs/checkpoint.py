@@ -10,25 +10,22 @@ A run's randomness is a function of seed and step (varfast.randomness), so no ge
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
 import os
-import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -46,24 +43,27 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from varfast.config import Config
 from varfast.distributed import decided_by_first
 from varfast.files import (
-    INCOMPLETE,
     advice,
     free_space,
-    leaves,
     move_folder,
     open_regular,
-    parse_json,
-    read_bytes,
-    read_text,
     reason,
-    remove_leftovers,
     remove_tree,
-    save_text,
     sync_file,
     sync_folder,
 )
-from varfast.runs.manifest import (SEAL, FORMAT, Manifest, TensorFile, checkpoint_folders, checksum_of, dump_config, read_manifest, remove_checkpoint)
 from varfast.printable import printable
+from varfast.runs.manifest import (
+    FORMAT,
+    SEAL,
+    Manifest,
+    TensorFile,
+    checkpoint_folders,
+    checksum_of,
+    dump_config,
+    read_manifest,
+    remove_checkpoint,
+)
 from varfast.settings.reading import read_yaml
 from varfast.types import InputError
 
@@ -297,9 +297,7 @@ class Checkpoints:
             config_sha256=hashlib.sha256(config.encode()).hexdigest(),
             config=read_yaml(config, "the config"),
             environment=self._environment,
-            files={
-                file.name: TensorFile(bytes=file.stat().st_size, sha256=_sha256(file)) for file in sorted(part.iterdir())
-            },
+            files={f.name: TensorFile(bytes=f.stat().st_size, sha256=_sha256(f)) for f in sorted(part.iterdir())},
             **fields,
         )
         text = json.dumps(manifest.model_dump(), indent=1).encode() + b"\n"
@@ -316,7 +314,7 @@ class Checkpoints:
         sync_folder(self._path)
 
     def _drop_old(self) -> None:
-        """Remove all but the last log.keep_last checkpoints and, with log.keep_best, the one with the highest reward."""
+        """Keep the last log.keep_last checkpoints and, with log.keep_best, the one with the highest reward."""
         log = self._config.log
         folders = checkpoint_folders(self._path)
         kept = folders[-log.keep_last :]
@@ -405,7 +403,7 @@ def _cause(error: CheckpointException) -> BaseException:
 
 
 def _fits(group: dict[str, Any], saved: dict[str, Any]) -> bool:
-    """Whether saved settings belong to a parameter group of this optimizer: same names, and values of the same types."""
+    """Whether saved settings fit a parameter group of this optimizer: the same names, and values of the same types."""
 
     def kind(value: Any) -> Any:
         if isinstance(value, list | tuple):

@@ -8,27 +8,18 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
-import platform
 import re
-import subprocess
 import threading
-import unicodedata
 import uuid
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
-from varfast.command import ALLOCATOR_VARIABLES
 from varfast.config import Config
 from varfast.files import (
     WriteError,
@@ -39,7 +30,6 @@ from varfast.files import (
     read_text,
     reason,
     save_text,
-    write_atomically,
 )
 from varfast.progress import Progress
 from varfast.runs.pictures import extremes, image_grid, save_picture
@@ -195,7 +185,8 @@ def import_wandb() -> Any:
         package: Any = importlib.import_module("wandb")
     except ImportError:
         package = None
-    if not hasattr(package, "init"):  # a folder wandb/, which the package creates where it runs, imports as an empty package
+    # A folder wandb/, which the package creates where it runs, can be imported too: as an empty package.
+    if not hasattr(package, "init"):
         raise InputError(
             "log.wandb: the package wandb cannot be imported; pip install 'varfast[wandb]', or log.wandb=null"
         )
