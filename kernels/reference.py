@@ -361,21 +361,21 @@ def grpo_token_loss(
     logp_BL: Tensor,
     logp_old_BL: Tensor,
     logp_ref_BL: Tensor | None,
-    advantages_B: Tensor,
+    advantages_BL: Tensor,
     clip_eps: float,
     kl_beta: float,
 ) -> tuple[Tensor, Tensor]:
     logp_BL = _at_least_float32(logp_BL)
-    advantage_B1 = advantages_B.to(logp_BL.dtype).unsqueeze(1)
+    advantages_BL = advantages_BL.to(logp_BL.dtype)
     log_ratio_BL = logp_BL - logp_old_BL.to(logp_BL.dtype)
     ratio_BL = log_ratio_BL.exp()
     clipped_BL = ratio_BL.clamp(1.0 - clip_eps, 1.0 + clip_eps)
-    surrogate_BL = torch.minimum(ratio_BL * advantage_B1, clipped_BL * advantage_B1)
+    surrogate_BL = torch.minimum(ratio_BL * advantages_BL, clipped_BL * advantages_BL)
     kl_BL = torch.zeros_like(logp_BL) if logp_ref_BL is None else k3(logp_BL, logp_ref_BL.to(logp_BL.dtype))
     loss = (kl_beta * kl_BL - surrogate_BL).mean(dim=1).mean()
     with torch.no_grad():
-        is_clipped_BL = ((ratio_BL > 1.0 + clip_eps) & (advantage_B1 > 0)) | (
-            (ratio_BL < 1.0 - clip_eps) & (advantage_B1 < 0)
+        is_clipped_BL = ((ratio_BL > 1.0 + clip_eps) & (advantages_BL > 0)) | (
+            (ratio_BL < 1.0 - clip_eps) & (advantages_BL < 0)
         )
         gap_BL = (ratio_BL - 1.0).abs()
         stats = torch.stack(

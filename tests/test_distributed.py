@@ -386,7 +386,7 @@ def test_shares_are_consecutive_whole_and_even(size, count):
 
 def test_a_world_of_one_process_changes_nothing():
     world, x = World(), torch.arange(3.0)
-    assert world.leads
+    assert world.is_main
     assert world.gather(x, 3) is x
     assert torch.equal(world.sum(x.clone()), x)
     assert world.largest(-2.5) == -2.5

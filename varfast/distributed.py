@@ -44,8 +44,8 @@ class World:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
-        """This is the process that writes files."""
+    def is_main(self) -> bool:
+        """Whether this is process 0, which writes files."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
@@ -92,10 +92,10 @@ class World:
     @contextmanager
     def leader_first(self) -> Iterator[None]:
         """The body runs in process 0, and when it is done there in the others: they find the files that it made."""
-        if not self.leads:
+        if not self.is_main:
             self.wait()
         yield
-        if self.leads:
+        if self.is_main:
             self.wait()
 
 
@@ -330,5 +330,5 @@ def gathered(state: Any, world: World) -> Any:
         return [gathered(value, world) for value in state]
     if isinstance(state, DTensor):
         tensor = whole(state.detach())
-        return tensor.cpu() if world.leads else None
+        return tensor.cpu() if world.is_main else None
     return state

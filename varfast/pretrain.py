@@ -34,6 +34,7 @@ from varfast.config import Config
 from varfast.data.datasets import FolderImages, Images, fingerprint, load_images
 from varfast.data.labels import LABELS_FILE, caption, label_table, labels_json, labels_of
 from varfast.files import read_json, remove_leftovers, save_tensors, save_text
+from varfast.optim.schedule import scheduled
 from varfast.policies.var.policy import Policy, pick_device
 from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR
@@ -98,6 +99,7 @@ def _code_digest() -> str:
     digest = hashlib.sha256()
     for path in [
         here / "pretrain.py",
+        here / "optim" / "schedule.py",
         *sorted((here / "data").glob("*.py")),
         *sorted((here / "policies").rglob("*.py")),
     ]:
@@ -300,11 +302,7 @@ def _pixels(images: Tensor) -> Tensor:
 
 def _learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over the first twentieth, then a cosine to a hundredth of the peak."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return scheduled(peak, step, steps, max(1, steps // 20), "cosine", floor=0.01)
 
 
 def _optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:

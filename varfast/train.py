@@ -135,7 +135,7 @@ def _train(
             config.reward, device, config.policy.sizes.num_classes, names=names, seed=config.run.seed, beside=beside
         )
         on_device = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device)})})
-        if world.leads:
+        if world.is_main:
             _prepare_base(on_device, folder, found is not None, device, of_folder)
         policy = load_base(on_device, folder, whole=False)
     if config.policy.lora:
@@ -155,7 +155,7 @@ def _train(
     samples = BeforeAfter(folder.path, config, labels)
     if found is None:
         refuse_diverged(policy, labels, config, world, folder.path, 0, {})
-    if world.leads:  # the policy is still the base, of a run that goes on too
+    if world.is_main:  # the policy is still the base, of a run that goes on too
         before = means(samples.before(policy, reward, fitted.rollout.micro_batch))
     if found is not None:
         found.load(policy.var, updater.optimizer, further)
@@ -165,7 +165,7 @@ def _train(
 
     every = config.grpo.reference_every
     sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
-    limits = StageLimits(fitted, device, config.rollout.images) if world.leads else None
+    limits = StageLimits(fitted, device, config.rollout.images) if world.is_main else None
     spare = at_end.enter_context(_spare_descriptors())
     with (
         _log(world, folder, start, config) as log,
@@ -184,7 +184,7 @@ def _train(
         if log and not config.holds_reference:
             log.say("the KL to the base is not measured: grpo.kl_beta=0 holds no base; grpo.kl_every=10 measures it")
         for step in range(start, config.run.steps):
-            steady = profile and world.leads and step == min(start + 2, config.run.steps - 1)
+            steady = profile and world.is_main and step == min(start + 2, config.run.steps - 1)
             lock.check()
             with profiled(folder.path / "profile", device) if steady else nullcontext():
                 clock.read()
@@ -269,7 +269,7 @@ def _train(
 
     updater.deliver()  # the average of the weights, where the config asks for one
     weights = gathered(policy.var.state_dict(), world)
-    if world.leads:
+    if world.is_main:
         if config.policy.lora:
             weights = merged_state(policy.var, _base_weights(config, folder, device))
             _save_adapter(folder, policy, config)
@@ -311,7 +311,7 @@ def _fitted(config: Config, device: torch.device, world: World, images: int) -> 
 
 
 def _log(world: World, folder: RunFolder, start: int, config: Config) -> AbstractContextManager[RunLog | None]:
-    if not world.leads:
+    if not world.is_main:
         return nullcontext()
     return RunLog(folder.path, start, max(start, config.run.steps), config.log.tensorboard, config)
 
