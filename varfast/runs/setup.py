@@ -98,12 +98,15 @@ def set_up(config: Config) -> Iterator[Setup]:
             )  # fmt: skip
 
 
-def begin(setup: Setup, beside: Path | None, of_folder: bool) -> tuple[State, BeforeAfter]:
+def begin(
+    setup: Setup, beside: Path | None, of_folder: bool, policy: Policy | None = None
+) -> tuple[State, BeforeAfter]:
     """The state that the run begins with, or goes on with; and the table of before and after, its "before" measured.
 
     Args:
         beside: folder of the config file, where a reward of the user's is looked for too.
         of_folder: take what the run starts from out of its folder, not from where the config says.
+        policy: what is trained, in place of what the config names.
     Raises: InputError for what cannot be loaded.
     """
     config, world, folder = setup.config, setup.world, setup.folder
@@ -111,9 +114,10 @@ def begin(setup: Setup, beside: Path | None, of_folder: bool) -> tuple[State, Be
         rewards = WeightedSum(
             config.reward, setup.device, config.policy.sizes.num_classes, names=setup.names, seed=config.run.seed, beside=beside
         )
-        if world.leads:
-            prepare_base(config, folder, setup.found is not None, setup.device, of_folder)
-        policy = load_base(config, folder, setup.device, whole=False)
+        if policy is None:
+            if world.leads:
+                prepare_base(config, folder, setup.found is not None, setup.device, of_folder)
+            policy = load_base(config, folder, setup.device, whole=False)
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
     if config.run.strict:
