@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from varfast import kernels
-from varfast.config import GRPOConfig, UpdateConfig
 from varfast.distributed import ALONE, World, whole
+from varfast.losses.config import GRPOConfig
+from varfast.optim.config import UpdateConfig
 from varfast.optim.gradients import Gradients
 from varfast.perf.graphs import Replayed
 from varfast.perf.stages import stage

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from varfast.command import ALLOCATOR_VARIABLES
+from varfast.perf.allocator import ALLOCATOR_VARIABLES
 from varfast.config import Config
 from varfast.files import (
     WriteError,
