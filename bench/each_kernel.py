@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from varfast import kernels
-from varfast.config import VARConfig
 from varfast.kernels.selection import cannot_run_triton
+from varfast.policies.var.config import VARConfig
 
 Function = Callable[..., tuple[Tensor, ...]]
 

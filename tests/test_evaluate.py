@@ -9,14 +9,15 @@ from PIL import Image
 
 import varfast.evaluate
 from varfast import InputError, Policy, load_policy
-from varfast.config import EvaluateConfig, parse_arguments
 from varfast.data.datasets import DigitsClassifier, digits
 from varfast.data.labels import Label, label_pool, labels_json
 from varfast.evaluate import BASE, EvaluationFolder, Plan, evaluate, main, resolved, table, tabulate
+from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.features import DigitsPixels, load_real_images, to_levels
 from varfast.evaluation.metrics import diversity, fid, inception_score, mean_interval, neighbours, statistics
 from varfast.randomness import EVAL_STEP
 from varfast.rewards.brightness import brightness
+from varfast.settings.loading import parse_arguments
 from varfast.train import train
 
 LUMA = {"luma": {"type": "brightness", "mode": "raw"}}

@@ -16,11 +16,11 @@ import varfast.env
 import varfast.export
 import varfast.sample
 from varfast import InputError, kernels, load_policy
-from varfast.command import expand_segments
 from varfast.config import load_config
 from varfast.data.labels import Label, labels_json
 from varfast.distributed import ALONE
 from varfast.learner import Updater
+from varfast.perf.allocator import expand_segments
 from varfast.runs.base import Base
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.environment import environment

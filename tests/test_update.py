@@ -8,12 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varfast import InputError, Policy
-from varfast.config import GRPOConfig, LoRAConfig, UpdateConfig
+from varfast.advantages import group_advantages
 from varfast.learner import Updater
-from varfast.losses.grpo import group_advantages
+from varfast.losses.config import GRPOConfig
+from varfast.optim.config import UpdateConfig
 from varfast.optim.gradients import Gradients
 from varfast.optim.schedule import learning_rate, scheduled
 from varfast.perf.graphs import GraphPool, Replayed
+from varfast.policies.var.config import LoRAConfig
 from varfast.randomness import Purpose, keyed_generator
 from varfast.roofline import moment_bytes
 from varfast.types import ScoredRollout

@@ -39,10 +39,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from varfast.config import ClassifierConfig, EvaluateConfig, RewardConfig, parse_arguments, reaches_outside
 from varfast.data.datasets import DigitsClassifier
 from varfast.data.labels import caption, label_names, label_numbers, label_pool, run_names
 from varfast.distributed import launched
+from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.features import Network, RealImages, check_reference, load_network, load_real_images, to_levels
 from varfast.evaluation.metrics import (
     NEIGHBOUR_IMAGES,
@@ -62,13 +62,14 @@ from varfast.policies.var.weights import resolve
 from varfast.printable import printable
 from varfast.progress import Progress
 from varfast.randomness import EVAL_STEP
-from varfast.rewards import WeightedSum
-from varfast.rewards.classifier import Confidence
+from varfast.rewards import RewardConfig, WeightedSum
+from varfast.rewards.classifier import ClassifierConfig, Confidence
 from varfast.runs.base import Base
 from varfast.runs.environment import environment
 from varfast.runs.folder import RunFolder
 from varfast.runs.pictures import GAP_PX, image_grid, save_picture
 from varfast.sample import load
+from varfast.settings.loading import parse_arguments
 from varfast.train import load_base
 from varfast.types import InputError
 
@@ -590,7 +591,7 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ev
         run, given = folder.load_config(), config.model_fields_set
         found: dict[str, Any] = {} if "reference" in given else {"reference": BASE}
         if "scores" not in given:
-            found["scores"] = {name: reward for name, reward in run.reward.items() if not reaches_outside(reward)}
+            found["scores"] = {name: reward for name, reward in run.reward.items() if not reward.reaches_outside()}
             if len(found["scores"]) < len(run.reward):
                 say(_left_out(folder, run.reward))
         if "classifier" not in given and run.eval.classifier is not None:
@@ -605,7 +606,7 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ev
 
 def _left_out(folder: RunFolder, rewards: dict[str, RewardConfig]) -> str:
     """One line: what is not measured, why, and the argument that brings it back, ready for a shell."""
-    outside = {name: reaches_outside(reward) for name, reward in rewards.items()}
+    outside = {name: reward.reaches_outside() for name, reward in rewards.items()}
     names = ", ".join(f"{printable(name, 80)} ({printable(why)})" for name, why in outside.items() if why)
     content = {name: reward.model_dump(mode="json", exclude_defaults=True) for name, reward in rewards.items()}
     argument = f"scores={json.dumps(content, ensure_ascii=False)}"
@@ -697,7 +698,7 @@ def _seen_labels(config: EvaluateConfig) -> set[int] | None:
     if not Path(config.checkpoint).expanduser().is_dir():
         return None
     run = RunFolder(config.checkpoint).load_config()
-    names = run_names(run, Path(config.checkpoint).expanduser(), made=True)
+    names = run_names(run.policy, run.pretrain, Path(config.checkpoint).expanduser(), made=True)
     pool = label_pool(run.rollout, run.policy.sizes.num_classes, run.run.seed, names)
     return set(pool) if len(pool) < run.policy.sizes.num_classes else None
 

@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from varfast.config import UpdateConfig
 from varfast.distributed import ALONE, World
 from varfast.losses import Loss
+from varfast.optim.config import UpdateConfig
 from varfast.optim.gradients import Gradients
 from varfast.optim.schedule import learning_rate
 from varfast.perf.graphs import Replayed

@@ -39,16 +39,14 @@ from typing import Literal, NamedTuple
 import psutil
 import torch
 
-from varfast.command import ALLOCATOR_VARIABLES, read_roofline
-from varfast.config import (
-    AestheticReward,
-    ClipReward,
-    Config,
-    HPSv2Reward,
-    LoRAConfig,
-    VARConfig,
-    VQVAEConfig,
-)
+from varfast.command import read_roofline
+from varfast.config import Config
+from varfast.perf.allocator import ALLOCATOR_VARIABLES
+from varfast.policies.config import DECODE_GRAPH_IMAGES
+from varfast.policies.var.config import LoRAConfig, VARConfig, VQVAEConfig
+from varfast.rewards.aesthetic import AestheticReward
+from varfast.rewards.clip import ClipReward
+from varfast.rewards.hpsv2 import HPSv2Reward
 from varfast.types import InputError
 
 Checkpointing = Literal["none", "attention", "full"]
@@ -487,9 +485,6 @@ def _cache_bytes_per_token(config: Config) -> int:
 
 # Of the memory that is free, what plans may use: the rest is the allocator's fragmentation and libraries' workspaces.
 _USABLE = 0.9
-# Images that the captured decoder takes at a time. Its buffers stay from step to step: 3.4 GB in bfloat16 at 256 px.
-# Its smallest maps, 16 x 16, are 8192 rows then, 2.4 waves of tiles on an H100 and 5 % of the arithmetic.
-DECODE_GRAPH_IMAGES = 32
 # update_plan: below this many images at a time, recomputing costs less than more passes over the weights.
 _ENOUGH_IMAGES = 8
 

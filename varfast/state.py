@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from varfast.config import UpdateConfig
 from varfast.optim.adamw import ClippedAdamW
 from varfast.optim.averages import Averages
+from varfast.optim.config import UpdateConfig
 from varfast.policies.protocol import Policy
 from varfast.rewards import WeightedSum
 from varfast.runs.checkpoint import Checkpoint

@@ -28,15 +28,17 @@ import safetensors.torch
 import torch
 
 from varfast import kernels
+from varfast.advantages import combined_advantages, groups_without_signal
 from varfast.command import read_train
-from varfast.config import Config, VARConfig
+from varfast.config import Config
 from varfast.data.labels import LABELS_FILE, caption, draw_labels, label_pool, labels_json, read_labels, run_names
 from varfast.distributed import World, gathered, joined, local_device, processes_here
 from varfast.files import save_tensors, save_text, write_atomically
 from varfast.learner import Updater
-from varfast.losses.grpo import combined_advantages, groups_without_signal, kl_to_reference
+from varfast.losses.grpo import kl_to_reference
 from varfast.perf.stages import StageClock, stage
 from varfast.policies import strict
+from varfast.policies.var.config import VARConfig
 from varfast.policies.var.lora import import_peft, merged_state, peft_adapter, without_lora
 from varfast.policies.var.policy import Policy, check_finite, load_policy, pick_device
 from varfast.policies.var.tokenizer import VQVAE
@@ -128,7 +130,7 @@ def _train(
     folder = RunFolder(config.run.dir)
     lock = at_end.enter_context(folder.held())
     found = folder.prepare(config)
-    names = run_names(config, folder.path, made=folder.base.exists())
+    names = run_names(config.policy, config.pretrain, folder.path, made=folder.base.exists())
     labels = label_pool(config.rollout, config.policy.sizes.num_classes, config.run.seed, names)
     with world.leader_first():  # it pre-trains and downloads
         reward = WeightedSum(

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from varfast import InputError
-from varfast.config import EvaluateConfig
 from varfast.evaluate import EvaluationFolder, Plan, _finish
+from varfast.evaluation.config import EvaluateConfig
 
 _LIMIT_S = 20
 FLIPS = 300

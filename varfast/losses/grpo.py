@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from varfast import kernels
-from varfast.config import GRPOConfig
 from varfast.kernels.reference import k3
 from varfast.losses import Stat
+from varfast.losses.config import GRPOConfig
 from varfast.perf.stages import stage
 from varfast.policies.protocol import Policy
 from varfast.types import Batch, Rollout, TokenLogp

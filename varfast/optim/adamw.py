@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from varfast import kernels
-from varfast.config import UpdateConfig
 from varfast.distributed import whole
+from varfast.optim.config import UpdateConfig
 from varfast.optim.gradients import Gradients
 from varfast.policies.protocol import Policy
 from varfast.types import InputError

@@ -17,18 +17,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from varfast import kernels
-from varfast.config import LoRAConfig, VARConfig, VQVAEConfig, check_labels, check_micro_batch
 from varfast.distributed import World, replicate, shard
 from varfast.perf.cpu import keep_freed_memory
 from varfast.perf.graphs import CudaGraph, GraphPool
 from varfast.perf.stages import stage
+from varfast.policies.config import DECODE_GRAPH_IMAGES
+from varfast.policies.var.config import LoRAConfig, VARConfig, VQVAEConfig
 from varfast.policies.var.decoder import FastDecoder
 from varfast.policies.var.lora import add_lora, lora_layers, without_lora
 from varfast.policies.var.sampler import Sampler, SamplingSettings, sample
 from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR, Checkpointing
 from varfast.policies.var.weights import load_var, load_vqvae
-from varfast.roofline import DECODE_GRAPH_IMAGES
+from varfast.settings.section import check_divides, check_labels
 from varfast.types import InputError, NotFinitePolicy, Prompts, Rollout
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -265,7 +266,7 @@ class Policy:
         if cfg < 0 or top_k < 0 or not 0 <= top_p <= 1:
             raise InputError(f"cfg={cfg}, top_k={top_k}, top_p={top_p}: want cfg >= 0, top_k >= 0, 0 <= top_p <= 1")
         labels_B = self._labels(labels_B)
-        check_micro_batch("micro_batch", micro_batch, len(labels_B))
+        check_divides("micro_batch", micro_batch, len(labels_B))
         settings = SamplingSettings(temperature, cfg, top_k, top_p)
         drawn, images = [], self._empty_images(len(labels_B)) if decode else None
         rest = images
