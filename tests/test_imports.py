@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. Rooms of one layer may import each other, as long as no module imports itself by a detour.
 LAYERS = [
     {"kernels"},
-    {"printable", "types", "files", "weights", "randomness", "distributed", "progress", "settings"},
+    {"printable", "types", "files", "weights", "randomness", "distributed", "progress", "settings", "tables"},
     {"config"},
     {"command", "perf", "roofline"},
     {"policies", "models", "data", "rewards", "losses", "optim"},

@@ -22,7 +22,7 @@ import varfast.sample
 from varfast import InputError
 from varfast.config import EvaluateConfig, parse_arguments
 from varfast.evaluate import main as evaluate_main
-from varfast.evaluate import resolved
+from varfast.evaluation.arguments import resolved
 from varfast.train import main as train_main
 from varfast.train import train
 
