@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from varfast.config import load_config
+from varfast.perf.devices import with_dtype
 from varfast.policies.var.policy import Policy
 from varfast.policies.var.sampler import SamplingSettings, sample
-from varfast.roofline import with_dtype
 from varfast.train import random_policy, train
 from varfast.types import Rollout
 

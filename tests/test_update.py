@@ -16,8 +16,8 @@ from varfast.optim.gradients import Gradients
 from varfast.optim.schedule import learning_rate, scheduled
 from varfast.perf.graphs import GraphPool, Replayed
 from varfast.policies.var.config import LoRAConfig
+from varfast.policies.var.cost import VARCost
 from varfast.randomness import Purpose, keyed_generator
-from varfast.roofline import moment_bytes
 from varfast.types import ScoredRollout
 
 
@@ -378,7 +378,8 @@ def test_adamw8bit_s_state_takes_the_bytes_that_roofline_says(make_policy, bitsa
     maker.step(scored_rollout(policy), 0)
     states = maker.optimizer.state_dict()["state"].values()
     held = sum(tensor.nbytes for state in states for name, tensor in state.items() if name != "step")
-    assert held == moment_bytes(policy.var.config, "adamw8bit") < 0.5 * moment_bytes(policy.var.config, "adamw")
+    cost = VARCost(policy.var.config, policy.vqvae.config, "float32")
+    assert held == cost.moment_bytes("adamw8bit") < 0.5 * cost.moment_bytes("adamw")
 
 
 def test_adamw8bit_is_not_reached_by_a_gradient_that_is_not_finite_or_0(make_policy, bitsandbytes):

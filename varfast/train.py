@@ -19,8 +19,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,17 +27,22 @@ import safetensors.torch
 import torch
 
 from varfast import kernels
-from varfast.advantages import combined_advantages, groups_without_signal
 from varfast.command import read_train
-from varfast.config import Config
+from varfast.config import Config, VARConfig
 from varfast.data.labels import LABELS_FILE, caption, draw_labels, label_pool, labels_json, read_labels, run_names
 from varfast.distributed import World, gathered, joined, local_device, processes_here
 from varfast.files import save_tensors, save_text, write_atomically
 from varfast.learner import Updater
-from varfast.losses.grpo import kl_to_reference
+from varfast.losses.grpo import combined_advantages, groups_without_signal, kl_to_reference
+from varfast.perf.devices import available_bytes, usual_bytes, with_dtype
+from varfast.perf.limits import StageLimits
+from varfast.perf.memory import MemoryPlan
+from varfast.perf.out_of_memory import check_states, memory_advice
+from varfast.perf.plan import plan_memory
 from varfast.perf.stages import StageClock, stage
+from varfast.perf.work import Work
 from varfast.policies import strict
-from varfast.policies.var.config import VARConfig
+from varfast.policies.var.cost import cost_of
 from varfast.policies.var.lora import import_peft, merged_state, peft_adapter, without_lora
 from varfast.policies.var.policy import Policy, check_finite, load_policy, pick_device
 from varfast.policies.var.tokenizer import VQVAE
@@ -48,32 +52,16 @@ from varfast.pretrain import pretrained
 from varfast.printable import printable
 from varfast.randomness import GRID_STEP, deterministic
 from varfast.rewards import WeightedSum
-from varfast.roofline import (
-    available_bytes,
-    check_states,
-    lower_memory,
-    memory,
-    planned,
-    reserved_and_allocated,
-    scattered_memory,
-    share,
-    usual_bytes,
-    with_dtype,
-)
 from varfast.runs.base import PARTS, Base, Source
 from varfast.runs.before_after import BeforeAfter, means, table
-from varfast.runs.checkpoint import Checkpoints
+from varfast.runs.checkpoint import Checkpoints, RunFolder
 from varfast.runs.divergence import diagnosis, refuse_diverged
-from varfast.runs.environment import environment
-from varfast.runs.folder import RunFolder
-from varfast.runs.log import RunLog, import_wandb
-from varfast.runs.profile import StageLimits, memory_metrics, profiled
+from varfast.runs.log import RunLog, environment, import_wandb, memory_metrics, profiled
 from varfast.runs.signals import StopSignals, listen
 from varfast.types import (
     InputError,
     NotFinitePolicy,
     NotFiniteReward,
-    Prompts,
     Rewards,
     Rollout,
     ScoredRollout,
@@ -126,39 +114,40 @@ def _train(
     if config.policy.lora:
         import_peft()
     mine = world.share(config.rollout.images)  # the images of a step that this process samples and scores
-    fitted = _fitted(config, device, world, mine.stop - mine.start)
+    work = Work.whole(config, cost_of(config.policy, config.run.dtype)).share(mine.stop - mine.start, world.size)
+    plan = _plan(work, device, world)
     folder = RunFolder(config.run.dir)
     lock = at_end.enter_context(folder.held())
     found = folder.prepare(config)
-    names = run_names(config.policy, config.pretrain, folder.path, made=folder.base.exists())
+    names = run_names(config, folder.path, made=folder.base.exists())
     labels = label_pool(config.rollout, config.policy.sizes.num_classes, config.run.seed, names)
     with world.leader_first():  # it pre-trains and downloads
         reward = WeightedSum(
             config.reward, device, config.policy.sizes.num_classes, names=names, seed=config.run.seed, beside=beside
         )
         on_device = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device)})})
-        if world.is_main:
+        if world.leads:
             _prepare_base(on_device, folder, found is not None, device, of_folder)
         policy = load_base(on_device, folder, whole=False)
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
     if config.run.strict:
         strict.check(policy, config.rollout.temperature, config.run.seed)
-    policy.cuda_graph = fitted.rollout.cuda_graph is not False
+    policy.cuda_graph = plan.rollout.cuda_graph
     reference = policy.frozen_copy() if config.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)
-    fits = {name: getattr(fitted.update, name) for name in ("micro_batch", "checkpointing", "cuda_graph")}
-    update = config.update.model_copy(update=fits)
     of_loss = reference if config.grpo.kl_beta > 0.0 else None
-    updater = Updater(policy, of_loss, config.grpo, update, config.run.steps, config.run.seed, world)
+    updater = Updater(
+        policy, of_loss, config.grpo, config.update, config.run.steps, config.run.seed, world, plan.update
+    )
     further = updater.further_state()
     start, before, bad_rollouts = 0, {}, 0  # bad ones in a row
     here = environment() | {"processes": world.size}
     samples = BeforeAfter(folder.path, config, labels)
     if found is None:
         refuse_diverged(policy, labels, config, world, folder.path, 0, {})
-    if world.is_main:  # the policy is still the base, of a run that goes on too
-        before = means(samples.before(policy, reward, fitted.rollout.micro_batch))
+    if world.leads:  # the policy is still the base, of a run that goes on too
+        before = means(samples.before(policy, reward, plan.rollout.micro_batch))
     if found is not None:
         found.load(policy.var, updater.optimizer, further)
         policy.gather()
@@ -166,8 +155,8 @@ def _train(
         refuse_diverged(policy, labels, config, world, folder.path, start, {})
 
     every = config.grpo.reference_every
-    sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
-    limits = StageLimits(fitted, device, config.rollout.images) if world.is_main else None
+    group_size, seed = config.rollout.group_size, config.run.seed
+    limits = StageLimits(work, plan, device, config.rollout.images) if world.leads else None
     spare = at_end.enter_context(_spare_descriptors())
     with (
         _log(world, folder, start, config) as log,
@@ -186,7 +175,7 @@ def _train(
         if log and not config.holds_reference:
             log.say("the KL to the base is not measured: grpo.kl_beta=0 holds no base; grpo.kl_every=10 measures it")
         for step in range(start, config.run.steps):
-            steady = profile and world.is_main and step == min(start + 2, config.run.steps - 1)
+            steady = profile and world.leads and step == min(start + 2, config.run.steps - 1)
             lock.check()
             with profiled(folder.path / "profile", device) if steady else nullcontext():
                 clock.read()
@@ -194,18 +183,18 @@ def _train(
                 # A step: draw labels, sample a group of images for each, ...
                 labels_B = draw_labels(labels, config.rollout.labels_per_step, seed, step)
                 labels_b = labels_B.repeat_interleave(group_size)[mine]
-                with _advised("rollout", fitted):
+                with memory_advice("rollout", work, plan):
                     drawn, images = policy.sample_images(
                         labels_b,
-                        sampling.temperature,
+                        config.rollout.temperature,
                         seed=seed,
                         step=step,
                         first_sample=mine.start,
-                        micro_batch=sampling.micro_batch,
+                        micro_batch=plan.rollout.micro_batch,
                         keep_input=True,
                     )
                 # ... score them against one another, ...
-                scores = _score(reward, images, drawn, world, fitted, step, mine.start)
+                scores = _score(reward, images, drawn, world, work, plan, step, mine.start)
                 if isinstance(scores, Rewards):
                     # A refresh that a left-out rollout kept from its step is made up for here.
                     if reference and every and step // every > (step - bad_rollouts - 1) // every:
@@ -217,8 +206,8 @@ def _train(
                     )
                     # ... and make the better ones more likely.
                     # Guards that a reward's library kept may switch gradients off when Python frees them.
-                    with _advised("update", fitted), torch.enable_grad():
-                        drift = _drift(reference, drawn, world, fitted, step + 1)
+                    with memory_advice("update", work, plan), torch.enable_grad():
+                        drift = _drift(reference, drawn, world, config, plan.update.micro_batch, step + 1)
                         stats = updater.step(ScoredRollout(rollout, advantages_B), step)
                 elif isinstance(scores, NotFinitePolicy):
                     raise diagnosis(scores, config, folder.path, step, metrics, checkpoints)
@@ -271,13 +260,13 @@ def _train(
 
     updater.deliver()  # the average of the weights, where the config asks for one
     weights = gathered(policy.var.state_dict(), world)
-    if world.is_main:
+    if world.leads:
         if config.policy.lora:
             weights = merged_state(policy.var, _base_weights(config, folder, device))
             _save_adapter(folder, policy, config)
         save_tensors(folder.weights, weights)
         reached = max(start, config.run.steps)
-        after = samples.after(policy, reward, reached, fitted.rollout.micro_batch, trained=reached > start)
+        after = samples.after(policy, reward, reached, plan.rollout.micro_batch, trained=reached > start)
         save_text(folder.path / "summary.json", json.dumps({"before": before, "after": means(after)}, indent=2) + "\n")
         print(f"\n{table(samples.values)}\n" if after else "")
         print(f"run complete: {reached} steps. Weights {folder.weights}, curves and grids in {folder.path}")
@@ -295,25 +284,17 @@ def _spare_descriptors() -> ExitStack:
     return spare
 
 
-def _fitted(config: Config, device: torch.device, world: World, images: int) -> Config:
-    """The config of what this process does of a step, with micro-batches and checkpointing that fit every process."""
-    free_bytes = usual_bytes(device) if config.run.deterministic else available_bytes(device)
+def _plan(work: Work, device: torch.device, world: World) -> MemoryPlan:
+    """Micro-batches, checkpointing and graphs that fit every process."""
+    free_bytes = usual_bytes(device) if work.config.run.deterministic else available_bytes(device)
     free_bytes //= processes_here() if device.type == "cpu" else 1
-    if world.size > 1:
-        config = share(config, images, -(-config.update.minibatch // world.size))
-    shards = world.size if config.run.parallel == "fsdp" else 1
     free_bytes = -int(world.largest(-free_bytes))
-    check_states(config, device, shards)
-    if config.update.cuda_graph is None and device.type == "cuda" and world.size == 1:
-        captured = config.update.model_copy(update={"cuda_graph": True})
-        found = planned(config.model_copy(update={"update": captured}), free_bytes, shards)
-        if memory(found, shards).fits(free_bytes):
-            return found
-    return planned(config, free_bytes, shards)
+    check_states(work, device)
+    return plan_memory(work, free_bytes, may_capture_update=device.type == "cuda" and world.size == 1)
 
 
 def _log(world: World, folder: RunFolder, start: int, config: Config) -> AbstractContextManager[RunLog | None]:
-    if not world.is_main:
+    if not world.leads:
         return nullcontext()
     return RunLog(folder.path, start, max(start, config.run.steps), config.log.tensorboard, config)
 
@@ -323,7 +304,8 @@ def _score(
     images: torch.Tensor,
     drawn: Rollout,
     world: World,
-    config: Config,
+    work: Work,
+    plan: MemoryPlan,
     step: int,
     first_sample: int,
 ) -> Rewards | BaseException:
@@ -331,7 +313,7 @@ def _score(
     found: Rewards | BaseException
     try:
         check_finite(drawn, images)  # here, where the reward waits for the images anyway
-        with stage("reward"), _advised("reward", config):
+        with stage("reward"), memory_advice("reward", work, plan):
             found = reward(images, drawn.labels_B, step, first_sample)
     except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once all
         found = error  # processes know, and the state is saved
@@ -345,7 +327,9 @@ def _score(
     return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
 
 
-def _drift(reference: Policy | None, rollout: Rollout, world: World, config: Config, step: int) -> dict[str, float]:
+def _drift(
+    reference: Policy | None, rollout: Rollout, world: World, config: Config, micro_batch: int, step: int
+) -> dict[str, float]:
     """The KL to the base where the loss has none and it is due: of the policy that drew this step's images.
 
     rollout: this process' share of them.
@@ -353,7 +337,7 @@ def _drift(reference: Policy | None, rollout: Rollout, world: World, config: Con
     every = config.measure_kl_every
     if reference is None or every is None or (step % every and step != config.run.steps):
         return {}
-    kl_b = kl_to_reference(reference, rollout, config.update.micro_batch).double()
+    kl_b = kl_to_reference(reference, rollout, micro_batch).double()
     total, images = world.sum(torch.stack([kl_b.sum(), torch.ones_like(kl_b).sum()])).tolist()
     return {"kl": total / images}
 
@@ -362,14 +346,14 @@ def _gather(world: World, rollout: Rollout, rewards: Rewards, images: int) -> tu
     """What all processes have drawn and scored of a step's images."""
     # The transformer's input of 512 images of the public models is 44 MB: 0.2 ms between GPUs of one machine, 2 ms at
     # 25 GB/s. Computed again it takes each of two processes 3 ms, and may differ from the rollout's in the last bit.
-    teacher_input = rollout.teacher_input
+    var_input_BLC = rollout.var_input_BLC
     of_all = replace(
         rollout,
-        prompts=Prompts(world.gather(rollout.prompts.ids_B, images)),
+        labels_B=world.gather(rollout.labels_B, images),
         tokens_BL=world.gather(rollout.tokens_BL, images),
         logp_BL=world.gather(rollout.logp_BL, images),
         entropy_BL=world.gather(rollout.entropy_BL, images),
-        teacher_input=None if teacher_input is None else world.gather(teacher_input, images),
+        var_input_BLC=None if var_input_BLC is None else world.gather(var_input_BLC, images),
     )
     components = {name: world.gather(score_B, images) for name, score_B in rewards.components.items()}
     return of_all, Rewards(world.gather(rewards.total_B, images), components)
@@ -574,20 +558,6 @@ def _metrics(
     of_update = {name: value for name, value in asdict(stats).items() if value is not None}  # kl, where not measured
     without_signal = groups_without_signal(advantages_B, group_size)
     return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal, **of_update}
-
-
-@contextmanager
-def _advised(part: str, config: Config) -> Iterator[None]:
-    """Say which setting to change where the device's memory does not suffice for a part of the step."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        reserved, allocated = reserved_and_allocated()
-        held = memory(config)
-        of_graphs = max(held.captured, held.captured_update) + held.captured_decode  # reserved, and not free
-        advice = scattered_memory(reserved - of_graphs, allocated) or lower_memory(config, part)
-        raise InputError(f"out of memory in the {part}: {reason}\n  {advice}") from error
 
 
 def main(arguments: list[str]) -> int:

@@ -20,8 +20,8 @@ from varfast import kernels
 from varfast.distributed import World, replicate, shard
 from varfast.perf.cpu import keep_freed_memory
 from varfast.perf.graphs import CudaGraph, GraphPool
+from varfast.perf.memory import DECODE_GRAPH_IMAGES
 from varfast.perf.stages import stage
-from varfast.policies.config import DECODE_GRAPH_IMAGES
 from varfast.policies.var.config import LoRAConfig, VARConfig, VQVAEConfig
 from varfast.policies.var.decoder import FastDecoder
 from varfast.policies.var.lora import add_lora, lora_layers, without_lora
