@@ -31,6 +31,7 @@ import torch
 import torch._dynamo
 
 from varfast import kernels
+from varfast.advantages import group_advantages
 from varfast.config import load_config
 from varfast.kernels import reference
 from varfast.kernels.selection import _OPS

@@ -30,7 +30,9 @@ def test_files_and_links_exist(page):
 
 
 def test_settings_of_the_paper_are_the_defaults():
-    from varfast.config import GRPOConfig, RolloutConfig, UpdateConfig
+    from varfast.losses.config import GRPOConfig
+    from varfast.optim.config import UpdateConfig
+    from varfast.policies.config import RolloutConfig
 
     sections = {"rollout": RolloutConfig(), "update": UpdateConfig(), "grpo": GRPOConfig()}
     shown = re.findall(r"`(rollout|update|grpo)\.(\w+)` \| ([\d.e-]+) \|", README)

@@ -16,16 +16,20 @@ import varfast.env
 import varfast.export
 import varfast.sample
 from varfast import InputError, kernels, load_policy
-from varfast.command import expand_segments
 from varfast.config import load_config
 from varfast.data.labels import Label, labels_json
 from varfast.distributed import ALONE
 from varfast.learner import Updater
+from varfast.perf.allocator import expand_segments
 from varfast.perf.work import Work
 from varfast.policies.var.cost import cost_of
 from varfast.runs.base import Base
 from varfast.runs.checkpoint import Checkpoints, RunFolder, dump_config
+from varfast.runs.environment import environment
+from varfast.runs.folder import RunFolder
 from varfast.runs.log import environment, memory_metrics
+from varfast.runs.manifest import dump_config
+from varfast.runs.profile import memory_metrics
 from varfast.train import _plan, load_run, main, random_policy, train
 
 STAGES = ("rollout", "decode", "reward", "reference", "update", "optimizer")

@@ -20,13 +20,16 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from varfast.config import Config, ExportConfig, LoRAConfig, VARConfig, VQVAEConfig, parse_arguments
+from varfast.config import Config
 from varfast.data.labels import imagenet, read_labels
 from varfast.files import read_json, read_leaves, read_text, save_tensors, save_text, write_atomically
+from varfast.policies.var.config import LoRAConfig, VARConfig, VQVAEConfig
 from varfast.policies.var.weights import load_vqvae
 from varfast.printable import printable
-from varfast.runs.checkpoint import RunFolder
-from varfast.runs.log import environment
+from varfast.runs.config import ExportConfig
+from varfast.runs.environment import environment
+from varfast.runs.folder import RunFolder
+from varfast.settings.loading import parse_arguments
 from varfast.settings.reading import dump_yaml
 from varfast.train import delivered_state, vqvae_of
 from varfast.types import InputError

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 
-from varfast.config import SampleConfig, check_micro_batch, parse_arguments
 from varfast.data.labels import caption, label_names, label_numbers
+from varfast.evaluation.config import SampleConfig
 from varfast.policies.var.policy import Policy, check_finite, load_policy, pick_device
 from varfast.progress import Progress
-from varfast.runs.checkpoint import RunFolder
-from varfast.runs.log import PICTURE_FORMATS, image_grid, save_picture
+from varfast.runs.folder import RunFolder
+from varfast.runs.pictures import PICTURE_FORMATS, image_grid, save_picture
+from varfast.settings.loading import parse_arguments
+from varfast.settings.section import check_divides
 from varfast.train import load_run
 from varfast.types import InputError
 
@@ -53,7 +55,7 @@ def main(arguments: list[str]) -> int:
     if config.labels is not None:
         labels = label_numbers("labels", config.labels, policy.num_classes, names)
     labels_B = torch.tensor(labels).repeat_interleave(config.samples_per_label)
-    check_micro_batch("micro_batch", config.micro_batch, len(labels_B))
+    check_divides("micro_batch", config.micro_batch, len(labels_B))
     size = config.micro_batch or len(labels_B)
     parts = []
     with Progress("sample", len(labels_B) // size, unit="batch") as progress:

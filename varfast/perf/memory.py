@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 from varfast.perf.cost import FLOAT32_BYTES, Checkpointing
-
-if TYPE_CHECKING:  # what a policy reads here must not import the rewards
-    from varfast.perf.work import Work
+from varfast.perf.work import Work
+from varfast.policies.config import DECODE_GRAPH_IMAGES
 
 # The share of free memory that plans may use; the rest is left to the allocator's fragmentation and to workspaces.
 USABLE = 0.9
-# Images that the captured decoder takes at a time. Its buffers stay from step to step: 3.4 GB in bfloat16 at 256 px.
-# Its smallest maps, 16 x 16, are 8192 rows then, 2.4 waves of tiles on an H100 and 5 % of the arithmetic.
-DECODE_GRAPH_IMAGES = 32
 
 
 @dataclass(frozen=True)

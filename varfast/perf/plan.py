@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from varfast.config import UpdateConfig
+from varfast.optim.config import UpdateConfig
 from varfast.perf.cost import Checkpointing
 from varfast.perf.memory import (
     USABLE,
@@ -19,9 +18,7 @@ from varfast.perf.memory import (
     kept_bytes,
     memory,
 )
-
-if TYPE_CHECKING:  # what the learner reads here must not import the rewards
-    from varfast.perf.work import Work
+from varfast.perf.work import Work
 
 # See update_plan: below this many images at a time, recomputing costs less than more passes over the weights.
 ENOUGH_IMAGES = 8

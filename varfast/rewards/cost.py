@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from varfast.config import AestheticReward, ClipReward, HPSv2Reward, RewardConfig
 from varfast.perf.cost import ITEM_BYTES, Count, Network
+from varfast.rewards import RewardConfig
+from varfast.rewards.clip import ClipModel
 
 # Image towers of CLIP models: width, layers, patch side, width of the embedding. The image is 224 x 224.
 _TOWERS = {
@@ -21,14 +22,8 @@ def reward_networks(rewards: Mapping[str, RewardConfig]) -> set[Network]:
 
     Not counted: CLIP models other than the four above, classifiers and a user's own.
     """
-    named = set()
-    for reward in rewards.values():
-        if isinstance(reward, AestheticReward):
-            named.add(("ViT-L-14", reward.dtype))
-        elif isinstance(reward, HPSv2Reward):
-            named.add(("ViT-H-14", reward.dtype))
-        elif isinstance(reward, ClipReward):
-            named.add((reward.model.removesuffix("-quickgelu"), reward.dtype))
+    with_clip = [reward for reward in rewards.values() if isinstance(reward, ClipModel)]
+    named = {(reward.clip_model.removesuffix("-quickgelu"), reward.dtype) for reward in with_clip}
     return {_tower(name, dtype) for name, dtype in named if name in _TOWERS}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varfast.config import LoRAConfig
+from varfast.policies.var.config import LoRAConfig
 from varfast.policies.var.transformer import VAR, Linear
 from varfast.randomness import Purpose, keyed_generator
 from varfast.types import InputError

@@ -17,19 +17,20 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from varfast import kernels
-from varfast.config import LoRAConfig, VARConfig, VQVAEConfig, check_labels, check_micro_batch
 from varfast.distributed import World, replicate, shard
 from varfast.perf.cpu import keep_freed_memory
 from varfast.perf.graphs import CudaGraph, GraphPool
-from varfast.perf.memory import DECODE_GRAPH_IMAGES
 from varfast.perf.stages import stage
+from varfast.policies.config import DECODE_GRAPH_IMAGES
+from varfast.policies.var.config import LoRAConfig, VARConfig, VQVAEConfig
 from varfast.policies.var.decoder import FastDecoder
 from varfast.policies.var.lora import add_lora, lora_layers, without_lora
 from varfast.policies.var.sampler import Sampler, SamplingSettings, sample
 from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR, Checkpointing
 from varfast.policies.var.weights import load_var, load_vqvae
-from varfast.types import InputError, NotFinitePolicy, Rollout
+from varfast.settings.section import check_divides, check_labels
+from varfast.types import InputError, NotFinitePolicy, Prompts, Rollout
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -265,7 +266,7 @@ class Policy:
         if cfg < 0 or top_k < 0 or not 0 <= top_p <= 1:
             raise InputError(f"cfg={cfg}, top_k={top_k}, top_p={top_p}: want cfg >= 0, top_k >= 0, 0 <= top_p <= 1")
         labels_B = self._labels(labels_B)
-        check_micro_batch("micro_batch", micro_batch, len(labels_B))
+        check_divides("micro_batch", micro_batch, len(labels_B))
         settings = SamplingSettings(temperature, cfg, top_k, top_p)
         drawn, images = [], self._empty_images(len(labels_B)) if decode else None
         rest = images
@@ -291,7 +292,7 @@ class Policy:
             rest = rest[len(part.f_hat) :]
         tokens_BL, logp_BL, entropy_BL, _, inputs_BLC = zip(*drawn, strict=True)
         rollout = Rollout(
-            labels_B,
+            Prompts(labels_B),
             torch.cat(tokens_BL),
             torch.cat(logp_BL),
             torch.cat(entropy_BL),
@@ -377,7 +378,7 @@ class Policy:
             for label_B in torch.tensor(labels, device=self.device).split(1)
         ]
         tokens_BL, logp_BL, entropy_BL = (torch.cat(parts) for parts in list(zip(*drawn, strict=True))[:3])
-        check_finite(Rollout(torch.tensor(labels), tokens_BL, logp_BL, entropy_BL, temperature, True))
+        check_finite(Rollout(Prompts(torch.tensor(labels)), tokens_BL, logp_BL, entropy_BL, temperature, True))
 
     def _empty_images(self, batch: int) -> Tensor:
         size = self.vqvae.config.image_size

@@ -25,9 +25,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from varfast import kernels
-from varfast.config import HEAD_DIM, VARConfig
 from varfast.distributed import whole
 from varfast.kernels.linear import LowPrecisionLinear, weight_gradient
+from varfast.policies.var.config import HEAD_DIM, VARConfig
 
 MAX_LOGIT_SCALE = 100.0
 
