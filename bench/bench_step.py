@@ -29,15 +29,15 @@ import pytest
 import torch
 import torch._dynamo
 
-from varfast import kernels
+from varfast import Policy, kernels
 from varfast.config import Config, load_config
 from varfast.kernels import reference
 from varfast.kernels.selection import _OPS
 from varfast.learner import Updater
 from varfast.losses.grpo import group_advantages
 from varfast.perf.stages import StageClock, stage
-from varfast.policies.var.policy import Policy
 from varfast.policies.var.transformer import FFN
+from varfast.randomness import Key
 from varfast.rewards import WeightedSum
 from varfast.roofline import (
     Ceilings,
@@ -49,8 +49,8 @@ from varfast.roofline import (
     stage_counts,
     with_dtype,
 )
-from varfast.train import random_policy
-from varfast.types import ScoredRollout
+from varfast.runs.load import random_policy
+from varfast.types import Sampling, ScoredRollout
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CUDA, DEVICE = harness.CUDA, harness.DEVICE
@@ -272,7 +272,7 @@ def test_step(benchmark, record, name, images):
             def step():
                 updater.policy, updater.config = policy, config.update.model_copy(update={"micro_batch": trained})
                 rollout, pictures = policy.sample_images(
-                    labels, TEMPERATURE, seed=0, micro_batch=sampled, keep_input=True
+                    labels, Sampling(TEMPERATURE), Key(0), micro_batch=sampled, keep_input=True
                 )
                 with stage("reward"):
                     rewards = reward(pictures, labels)
@@ -314,7 +314,7 @@ def test_strict_step(benchmark, record, name, images):
             def step():
                 updater.policy, updater.reference = policy, references[who]
                 updater.config = config.update.model_copy(update={"micro_batch": trained})
-                rollout, pictures = policy.sample_images(labels, TEMPERATURE, seed=0, micro_batch=sampled)
+                rollout, pictures = policy.sample_images(labels, Sampling(TEMPERATURE), Key(0), micro_batch=sampled)
                 rewards = reward(pictures, labels)
                 updater.step(ScoredRollout(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
 

@@ -23,8 +23,9 @@ from varfast.distributed import ALONE
 from varfast.learner import Updater
 from varfast.runs.base import Base
 from varfast.runs.checkpoint import Checkpoints, RunFolder, dump_config
+from varfast.runs.load import load_run, random_policy
 from varfast.runs.log import environment, memory_metrics
-from varfast.train import _fitted, load_run, main, random_policy, train
+from varfast.train import _fitted, main, train
 
 STAGES = ("rollout", "decode", "reward", "reference", "update", "optimizer")
 TIMES = ("step_s", "images_per_s", "mfu", *(f"{stage}_{what}" for stage in STAGES for what in ("ms", "share")))

@@ -57,19 +57,20 @@ from varfast.evaluation.metrics import (
     statistics,
 )
 from varfast.files import open_regular, parse_json, read_bytes, save_text, write_atomically
-from varfast.policies.var.policy import Policy, check_finite, pick_device
-from varfast.policies.var.weights import resolve
+from varfast.policies.checks import check_finite
+from varfast.policies.device import pick_device
+from varfast.policies.protocol import Policy
 from varfast.printable import printable
 from varfast.progress import Progress
-from varfast.randomness import EVAL_STEP
+from varfast.randomness import EVAL_STEP, Key
 from varfast.rewards import WeightedSum
 from varfast.rewards.classifier import Confidence
 from varfast.runs.base import Base
 from varfast.runs.checkpoint import RunFolder
+from varfast.runs.load import load_base, load_policy
 from varfast.runs.log import GAP_PX, environment, image_grid, save_png
-from varfast.sample import load
-from varfast.train import load_base
-from varfast.types import InputError
+from varfast.types import InputError, Prompts, Sampling
+from varfast.weights.files import resolve
 
 Numbers = dict[str, np.ndarray]
 
@@ -206,18 +207,11 @@ class Plan:
 
 def sample_chunk(policy: Policy, plan: Plan, chunk: list[int], config: EvaluateConfig) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) in [0, 1] and labels (B,) of a chunk."""
+    how = Sampling(config.temperature, config.cfg, config.top_k, config.top_p)
     parts = []
     for run in plan.runs(chunk, config.micro_batch):
-        rollout, images = policy.sample_images(
-            [plan.label(index) for index in run],
-            config.temperature,
-            seed=config.seed,
-            cfg=config.cfg,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            step=EVAL_STEP,
-            first_sample=run[0],
-        )
+        prompts = Prompts(torch.tensor([plan.label(index) for index in run]))
+        rollout, images = policy.sample_images(prompts, how, Key(config.seed, EVAL_STEP, run[0]))
         check_finite(rollout, images)
         parts.append(images)
     return torch.cat(parts), torch.tensor([plan.label(index) for index in chunk], device=policy.device)
@@ -391,7 +385,7 @@ def sample_side(
 
 def _weights_hash(policy: Policy) -> str:
     digest = hashlib.sha256()
-    for model in (policy.var, policy.vqvae):
+    for model in policy.parts.values():
         for name, tensor in model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -639,10 +633,10 @@ def evaluate(config: EvaluateConfig, rank: int = 0, world: int = 1) -> list[Row]
     first_sizes: dict[str, int] = {}
     for side, address in sides.items():
         policy = _load(side, address, config, device)
-        sizes = {"labels": policy.num_classes, "pixels a side": policy.vqvae.config.image_size}
+        sizes = {"labels": policy.num_classes, "pixels a side": policy.image_size}
         if judge is None or plan is None:
             first_sizes = sizes
-            folder.columns, folder.image_size = _columns(config), policy.vqvae.config.image_size
+            folder.columns, folder.image_size = _columns(config), policy.image_size
             plan = Plan(_labels(config, policy.num_classes), config.samples_per_label, policy.num_classes)
             judge = Judge(config, policy.num_classes, device)
             if config.fid_reference is not None and judge.network is not None and rank == 0:
@@ -726,11 +720,9 @@ def _check_enough(plan: Plan, real: RealImages) -> None:
 
 def _load(side: str, address: str, config: EvaluateConfig, device: torch.device) -> Policy:
     if address != BASE or side == "checkpoint":
-        return load(address, config.vqvae, device, config.dtype, side)
+        return load_policy(address, config.vqvae, device, config.dtype, argument=side)
     folder = RunFolder(config.checkpoint)
-    run = folder.load_config()
-    run = run.model_copy(update={"run": run.run.model_copy(update={"device": str(device), "dtype": config.dtype})})
-    return load_base(run, folder)
+    return load_base(folder.load_config(), folder, device, config.dtype)
 
 
 def _silent(text: str) -> None:

@@ -21,10 +21,9 @@ from varfast.optim.gradients import Gradients
 from varfast.perf.graphs import Replayed
 from varfast.perf.stages import stage
 from varfast.policies import strict
-from varfast.policies.var.policy import Policy
-from varfast.policies.var.transformer import Checkpointing
+from varfast.policies.protocol import Checkpointing, Policy
 from varfast.randomness import Purpose, keyed_generator
-from varfast.types import InputError, ScoredRollout, StepStats
+from varfast.types import InputError, Prompts, Rollout, ScoredRollout, StepStats
 
 
 def learning_rate(config: UpdateConfig, step: int, total_steps: int) -> float:
@@ -72,7 +71,7 @@ class Updater:
         self.policy, self.reference, self.world = policy, reference, world
         self.grpo, self.config, self.total_steps, self.seed = grpo, update, total_steps, seed
         self._checkpointing: Checkpointing = "none" if update.checkpointing == "auto" else update.checkpointing
-        self._parameters = [p for p in policy.var.parameters() if p.requires_grad]
+        self._parameters = [p for p in policy.trainable.parameters() if p.requires_grad]
         alone = world.size == 1  # DistributedDataParallel and FSDP have gradients of their own
         self._captures = update.cuda_graph is True and policy.device.type == "cuda" and alone
         # A captured pass needs gradients that stay where they are. Else each product's own tensor is the gradient, and
@@ -85,11 +84,11 @@ class Updater:
             {"params": [p for p in self._parameters if p.ndim >= 2], "weight_decay": update.weight_decay},
             {"params": [p for p in self._parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        embeddings = [m.weight for m in policy.var.modules() if isinstance(m, nn.Embedding)]
+        embeddings = [m.weight for m in policy.trainable.modules() if isinstance(m, nn.Embedding)]
         self.optimizer = _optimizer(groups, update, embeddings)
         self._averaged = {}  # weights by name, and their averages: float32, sharded as the weights are
         if update.ema_decay is not None:
-            self._averaged = {name: p for name, p in policy.var.named_parameters() if p.requires_grad}
+            self._averaged = {name: p for name, p in policy.trainable.named_parameters() if p.requires_grad}
         self._averages = {name: p.detach().clone() for name, p in self._averaged.items()}
         # In strict mode, log-probabilities of this step that were not the rollout's. One tensor for all steps, and all
         # passes add to it: a captured one does so at each replay.
@@ -159,7 +158,7 @@ class Updater:
         """
         state: dict[str, dict[str, Tensor]] = {"ema": self._averages} if self._averages else {}
         if self.reference is not None and self.grpo.reference_every is not None:
-            state["reference"] = {name: p.detach() for name, p in self.reference.var.named_parameters()}
+            state["reference"] = {name: p.detach() for name, p in self.reference.trainable.named_parameters()}
         return state
 
     def deliver(self) -> None:
@@ -205,9 +204,7 @@ class Updater:
                     measured.append(torch.cat([stats[:1], stats[1:-1] * share, stats[-1:]]))
                 else:  # no image left: a gradient of 0, by the same collectives: what is computed again counts
                     image = scored.rollout.rows(rows[:1])
-                    logp_BL = self.policy.token_logp(
-                        image.labels_B, image.tokens_BL, image.temperature, checkpointing=self._checkpointing
-                    )
+                    logp_BL = self.policy.teacher_forced(image, checkpointing=self._checkpointing).logp_BL
                     (0.0 * logp_BL.sum()).backward()
         of_parts = torch.stack(measured)
         return torch.cat([of_parts[:, :-1].sum(dim=0), of_parts[:, -1:].amax(dim=0)])
@@ -221,9 +218,9 @@ class Updater:
 
     def _prepare_replays(self) -> None:
         """What a replayed graph does not look at: copies of changed weights, a reference that was replaced."""
-        self.policy.var.low_precision_copies()
+        self.policy.low_precision_copies()
         if self.reference is not None:
-            version = sum(p._version for p in self.reference.var.parameters() if not p.requires_grad)
+            version = sum(p._version for p in self.reference.trainable.parameters() if not p.requires_grad)
             if version != self._reference_version:
                 self._reference_pass.forget()
             self._reference_version = version
@@ -272,7 +269,7 @@ class Updater:
         self, temperature: float, labels_B: Tensor, tokens_BL: Tensor, var_input_BLC: Tensor
     ) -> tuple[Tensor]:
         assert self.reference is not None
-        return (self.reference.token_logp(labels_B, tokens_BL, temperature, var_input_BLC=var_input_BLC),)
+        return (self.reference.teacher_forced(_given(temperature, labels_B, tokens_BL, var_input_BLC)).logp_BL,)
 
     def _accumulate(
         self,
@@ -295,9 +292,8 @@ class Updater:
         temperature, first_pass = how
         if first_pass and self._gradients is not None:
             self._gradients.overwrite()
-        logp_BL = self.policy.token_logp(
-            labels_B, tokens_BL, temperature, var_input_BLC=var_input_BLC, checkpointing=self._checkpointing
-        )
+        given = _given(temperature, labels_B, tokens_BL, var_input_BLC)
+        logp_BL = self.policy.teacher_forced(given, checkpointing=self._checkpointing).logp_BL
         if self._differing is not None:
             self._differing += (logp_BL.detach() != logp_old_BL).sum()
         loss, stats = kernels.grpo_token_loss(
@@ -320,7 +316,7 @@ class Updater:
         if self.config.optimizer == "adamw" and not isinstance(self._parameters[0], DTensor):
             group, tensors = self.optimizer.param_groups[0], self._adamw_tensors()
             kernels.adamw_step(tensors, group["lr"], group["betas"], group["eps"], too_long, not_finite.float())
-            self.policy.var.mark_copies_fresh()
+            self.policy.weights_changed(copies_written=True)
             return norm, not_finite
         if isinstance(self.optimizer, torch.optim.AdamW):
             # The hooks of torch.amp.GradScaler: the kernel divides by the one, and does nothing where the other is 1.
@@ -331,12 +327,12 @@ class Updater:
             # A gradient of 0 everywhere (no image has one) is left out with 8 bits: see adamw8bit, float32.
             torch._foreach_div_(gradients, too_long)
             self.optimizer.step()
-        self.policy.var.refresh_copies()
+        self.policy.weights_changed()
         return norm, not_finite
 
     def _adamw_tensors(self) -> kernels.AdamWTensors:
         """Of the parameters that have a gradient. The state is torch.optim.AdamW's, which saves and loads it."""
-        copy_of = {id(weight): low for weight, low in self.policy.var.low_precision_copies()}
+        copy_of = {id(weight): low for weight, low in self.policy.low_precision_copies()}
         trained = [
             (p, group["weight_decay"])
             for group in self.optimizer.param_groups
@@ -367,6 +363,11 @@ class Updater:
                     "same command goes on from the last checkpoint; if it stops again, lower update.lr or "
                     "update.grad_clip, in another run.dir; with run.dtype=bfloat16 try float32"
                 )
+
+
+def _given(temperature: float, labels_B: Tensor, tokens_BL: Tensor, teacher_input: Tensor) -> Rollout:
+    nothing_BL = torch.empty(0)
+    return Rollout(Prompts(labels_B), tokens_BL, nothing_BL, nothing_BL, temperature, True, teacher_input)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ import torch
 
 from varfast import kernels
 from varfast.command import read_train
-from varfast.config import Config, VARConfig
+from varfast.config import Config
 from varfast.data.labels import LABELS_FILE, caption, draw_labels, label_pool, labels_json, read_labels, run_names
 from varfast.distributed import World, gathered, joined, local_device, processes_here
 from varfast.files import save_tensors, save_text, write_atomically
@@ -37,14 +37,13 @@ from varfast.learner import Updater
 from varfast.losses.grpo import combined_advantages, groups_without_signal, kl_to_reference
 from varfast.perf.stages import StageClock, stage
 from varfast.policies import strict
-from varfast.policies.var.lora import import_peft, merged_state, peft_adapter, without_lora
-from varfast.policies.var.policy import Policy, check_finite, load_policy, pick_device
-from varfast.policies.var.tokenizer import VQVAE
-from varfast.policies.var.transformer import VAR
-from varfast.policies.var.weights import load_var, load_vqvae, resolve
+from varfast.policies.checks import check_finite
+from varfast.policies.device import pick_device
+from varfast.policies.lora import import_peft
+from varfast.policies.protocol import Policy
 from varfast.pretrain import pretrained
 from varfast.printable import printable
-from varfast.randomness import GRID_STEP, deterministic
+from varfast.randomness import GRID_STEP, Key, deterministic
 from varfast.rewards import WeightedSum
 from varfast.roofline import (
     available_bytes,
@@ -62,6 +61,7 @@ from varfast.runs.base import PARTS, Base, Source
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints, RunFolder
 from varfast.runs.divergence import diagnosis, refuse_diverged
+from varfast.runs.load import base_state, delivered_state, frozen_part, load_base
 from varfast.runs.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled
 from varfast.runs.signals import StopSignals, listen
 from varfast.types import (
@@ -71,9 +71,11 @@ from varfast.types import (
     Prompts,
     Rewards,
     Rollout,
+    Sampling,
     ScoredRollout,
     StepStats,
 )
+from varfast.weights.files import resolve
 
 
 def train(config: Config, profile: bool = False, beside: Path | None = None, of_folder: bool = False) -> int:
@@ -134,7 +136,7 @@ def _train(
         on_device = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device)})})
         if world.leads:
             _prepare_base(on_device, folder, found is not None, device, of_folder)
-        policy = load_base(on_device, folder, whole=False)
+        policy = load_base(config, folder, device, whole=False)
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
     if config.run.strict:
@@ -155,7 +157,7 @@ def _train(
     if world.leads:  # the policy is still the base, of a run that goes on too
         before = means(samples.before(policy, reward, fitted.rollout.micro_batch))
     if found is not None:
-        found.load(policy.var, updater.optimizer, further)
+        found.load(policy.trainable, updater.optimizer, further)
         policy.gather()
         start = found.step
         refuse_diverged(policy, labels, config, world, folder.path, start, {})
@@ -191,12 +193,10 @@ def _train(
                 labels_b = labels_B.repeat_interleave(group_size)[mine]
                 with _advised("rollout", fitted):
                     drawn, images = policy.sample_images(
-                        labels_b,
-                        sampling.temperature,
-                        seed=seed,
-                        step=step,
-                        first_sample=mine.start,
-                        micro_batch=sampling.micro_batch,
+                        Prompts(labels_b),
+                        Sampling(sampling.temperature),
+                        Key(seed, step, mine.start),
+                        sampling.micro_batch,
                         keep_input=True,
                     )
                 # ... score them against one another, ...
@@ -204,7 +204,7 @@ def _train(
                 if isinstance(scores, Rewards):
                     # A refresh that a left-out rollout kept from its step is made up for here.
                     if reference and every and step // every > (step - bad_rollouts - 1) // every:
-                        reference.var.refresh(policy.var)
+                        reference.refresh(policy)
                     bad_rollouts = 0
                     rollout, rewards = _gather(world, drawn, scores, config.rollout.images)
                     advantages_B = combined_advantages(
@@ -225,7 +225,7 @@ def _train(
                     held = step - bad_rollouts
                     spare.close()
                     try:
-                        checkpoints.save(held, policy.var, updater.optimizer, before, None, further)
+                        checkpoints.save(held, policy.trainable, updater.optimizer, before, None, further)
                         checkpoints.wait()
                         note = f"nothing is lost: {folder.path} holds step {held}; the same command goes on from there"
                     except InputError as unsaved:
@@ -255,7 +255,7 @@ def _train(
             # A rollout that was left out changed nothing: when the run is taken up again, it is tried again.
             held = done if last else done - bad_rollouts
             if saved:
-                checkpoints.save(held, policy.var, updater.optimizer, before, metrics.get("reward_mean"), further)
+                checkpoints.save(held, policy.trainable, updater.optimizer, before, metrics.get("reward_mean"), further)
             if stopped and not last:
                 checkpoints.wait()
                 if log:
@@ -265,10 +265,10 @@ def _train(
                 return 128 + stopped
 
     updater.deliver()  # the average of the weights, where the config asks for one
-    weights = gathered(policy.var.state_dict(), world)
+    weights = gathered(policy.trainable.state_dict(), world)
     if world.leads:
         if config.policy.lora:
-            weights = merged_state(policy.var, _base_weights(config, folder, device))
+            weights = policy.merged_state(base_state(config, folder, device))
             _save_adapter(folder, policy, config)
         save_tensors(folder.weights, weights)
         reached = max(start, config.run.steps)
@@ -435,39 +435,9 @@ def _sources(config: Config, device: torch.device) -> tuple[Source, Source]:
         vqvae = resolve(vqvae_address)
         return Source(var, False, var), Source(vqvae, False, vqvae)
     other = RunFolder(path)
-    state, _ = delivered_state(other, other.load_config().policy.sizes, torch.float32)
-    vqvae_content = vqvae_of(other) if vqvae_address is None else resolve(vqvae_address)
+    state, _ = delivered_state(other, torch.float32)
+    vqvae_content = frozen_part(other, "vqvae") if vqvae_address is None else resolve(vqvae_address)
     return Source(state, True, path), Source(vqvae_content, vqvae_address is None, path)
-
-
-def vqvae_of(folder: RunFolder) -> Path | dict[str, torch.Tensor]:
-    """The VQ-VAE of a run: its file, or of random weights, which have none, the tensors. Raises: as Base.find."""
-    run = folder.load_config()
-    if run.policy.checkpoint == "random":
-        return random_policy(run, pick_device(run.run.device)).vqvae.state_dict()
-    return Base(folder).find("vqvae")
-
-
-def load_base(config: Config, folder: RunFolder, whole: bool = True) -> Policy:
-    """The model that a run started from: random, or the files that its folder notes. Nothing is made or fetched.
-
-    whole: compare the files' SHA-256; False where that has just been done.
-    Raises: InputError if the files are not there as they were.
-    """
-    device = pick_device(config.run.device)
-    if config.policy.checkpoint == "random":
-        return random_policy(config, device)
-    base = Base(folder)
-    return load_policy(
-        str(base.find("var", whole)),
-        str(base.find("vqvae", whole)),
-        device,
-        config.run.dtype,
-        config.policy.sizes,
-        config.policy.vqvae,
-        config.run.fast,
-        config.run.strict,
-    )
 
 
 def _keep_labels(folder: RunFolder, origin: Path) -> None:
@@ -477,71 +447,13 @@ def _keep_labels(folder: RunFolder, origin: Path) -> None:
         save_text(folder.path / LABELS_FILE, labels_json(found))
 
 
-def load_run(folder: RunFolder, device: torch.device, dtype: str) -> Policy:
-    """What a run folder's run delivers, as of its last checkpoint: with update.ema_decay, the averaged policy."""
-    config = folder.load_config()
-    config = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device), "dtype": dtype})})
-    if config.policy.lora:
-        policy = load_base(config, folder)
-        policy.add_lora(config.policy.lora, config.run.seed)
-    elif config.policy.checkpoint == "random":
-        policy = random_policy(config, device)
-    else:  # the checkpoint holds the whole transformer: the base's is not needed
-        vqvae = load_vqvae(str(Base(folder).find("vqvae")), config.policy.sizes.patch_nums, config.policy.vqvae)
-        policy = Policy(VAR(config.policy.sizes), vqvae, device, dtype, config.run.fast, config.run.strict)
-    folder.newest().load_result(policy.var)
-    return policy
-
-
-def delivered_state(
-    folder: RunFolder, sizes: VARConfig, dtype: torch.dtype
-) -> tuple[dict[str, torch.Tensor], int | None]:
-    """Names, shapes and order of the public checkpoints, buffers included; what is no integer in `dtype`.
-
-    Returns: what the run delivers as of the last checkpoint (with update.ema_decay, the average), or var.pth where that
-        alone is left, and the steps that made it (None for var.pth).
-    Raises: InputError if the folder holds no weights, or others than its config says.
-    """
-    step, config = None, folder.load_config()
-    if folder.weights.exists() and not folder.checkpoints.exists():
-        found: dict[str, torch.Tensor] = load_var(str(folder.weights), sizes).state_dict()
-    elif config.policy.lora:
-        # Random weights are those of the device that they were drawn on.
-        device = pick_device(config.run.device if config.policy.checkpoint == "random" else "cpu")
-        var, step = load_run(folder, device, "float32").var, folder.newest().step
-        found = merged_state(var, without_lora(var).state_dict())
-    else:
-        checkpoint, var = folder.newest(), VAR(sizes)
-        checkpoint.load_result(var)
-        found, step = var.state_dict(), checkpoint.step
-    with torch.device("meta"):
-        wanted = VAR(sizes).state_dict()
-    return {n: found[n].to(dtype if t.is_floating_point() else t.dtype).contiguous() for n, t in wanted.items()}, step
-
-
-def _base_weights(config: Config, folder: RunFolder, device: torch.device) -> dict[str, torch.Tensor]:
-    """What the run started from, in float32: in memory the frozen weights may be rounded to 16 bits."""
-    if config.policy.checkpoint == "random":
-        return random_policy(config, device).var.state_dict()
-    return load_var(str(Base(folder).find("var", whole=False)), config.policy.sizes).state_dict()
-
-
 def _save_adapter(folder: RunFolder, policy: Policy, config: Config) -> None:
     """The adapter alone, as peft reads it."""
     assert config.policy.lora is not None
-    settings, tensors = peft_adapter(policy.var, config.policy.lora, config.policy.checkpoint)
+    settings, tensors = policy.adapter(config.policy.lora, config.policy.checkpoint)
     save_text(folder.adapter / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
     content = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_atomically(folder.adapter / "adapter_model.safetensors", lambda file: file.write(content))
-
-
-def random_policy(config: Config, device: torch.device) -> Policy:
-    """Random weights of the configured sizes, fixed by the seed: for benchmarks and tests."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        torch.manual_seed(config.run.seed)
-        vqvae = VQVAE(config.policy.vqvae)
-        var = VAR(config.policy.sizes).init_weights(config.run.seed)
-    return Policy(var, vqvae, device, config.run.dtype, config.run.fast, config.run.strict)
 
 
 def _save_grid(

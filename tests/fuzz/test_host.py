@@ -21,7 +21,8 @@ from varfast import InputError
 from varfast.pretrain import PretrainReport, pretrained
 from varfast.runs.base import PARTS, Base
 from varfast.runs.checkpoint import RunFolder, dump_config
-from varfast.train import load_run, train
+from varfast.runs.load import load_run
+from varfast.train import train
 
 from ..runs import assert_same_run
 

@@ -10,8 +10,8 @@ from varfast import InputError, Policy
 from varfast.config import GRPOConfig, LoRAConfig, UpdateConfig
 from varfast.learner import Updater
 from varfast.losses.grpo import group_advantages
-from varfast.policies.var.lora import lora_layers, merged_state, without_lora
-from varfast.policies.var.transformer import Head
+from varfast.policies.lora import lora_layers, merged_state, without_lora
+from varfast.policies.precision import Head
 from varfast.policies.var.weights import load_var
 from varfast.types import ScoredRollout
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varfast.kernels.reference import k3
 from varfast.perf.stages import stage
-from varfast.policies.var.policy import Policy
+from varfast.policies.protocol import Policy
 from varfast.types import Rewards, Rollout
 
 
@@ -83,10 +83,7 @@ def kl_to_reference(reference: Policy, rollout: Rollout, micro_batch: int | None
     with stage("reference"):
         for rows in torch.arange(len(rollout.labels_B)).split(micro_batch or len(rollout.labels_B)):
             part = rollout.rows(slice(int(rows[0]), int(rows[-1]) + 1))
-            logp_ref_BL = reference.token_logp(
-                part.labels_B, part.tokens_BL, part.temperature, var_input_BLC=part.teacher_input
-            )
-            parts.append(k3(part.logp_BL, logp_ref_BL).mean(dim=1))
+            parts.append(k3(part.logp_BL, reference.teacher_forced(part).logp_BL).mean(dim=1))
     return torch.cat(parts)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from varfast.policies.var.weights import read_checkpoint
 from varfast.rewards.files import fetch, file_name
 from varfast.types import InputError
+from varfast.weights.containers import read_checkpoint
 
 CLIP_MODEL = "ViT-L-14-quickgelu"
 PUBLIC_HEAD = "sac+logos+ava1-l14-linearMSE.pth"

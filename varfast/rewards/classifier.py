@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from varfast.data.datasets import DigitsClassifier
-from varfast.policies.var.weights import read_checkpoint
 from varfast.rewards.files import fetch, file_name
 from varfast.rewards.preprocess import Preprocessing
 from varfast.types import InputError
+from varfast.weights.containers import read_checkpoint
 
 # torchvision switches transform_input on where it loads their weights.
 _CHANGE_THEIR_INPUT = ("googlenet", "inception_v3")

@@ -10,9 +10,9 @@ from urllib.parse import unquote
 import torch
 
 from varfast.files import read_bytes
-from varfast.policies.var.weights import resolve
 from varfast.printable import printable
 from varfast.types import InputError
+from varfast.weights.files import resolve
 
 _LONGEST_TEXT_BYTES = 10_000_000
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from varfast.runs.checkpoint import Checkpoints
 from varfast.config import Config
 from varfast.distributed import World
-from varfast.policies.var.policy import Policy
+from varfast.policies.protocol import Policy
 from varfast.types import NotFinitePolicy
 
 _PROBED = 8  # labels at most
