@@ -32,6 +32,7 @@ import torch._dynamo
 
 from varfast import kernels
 from varfast.advantages import group_advantages
+from varfast import Policy, kernels
 from varfast.config import Config, load_config
 from varfast.kernels import reference
 from varfast.kernels.selection import _OPS
@@ -40,7 +41,7 @@ from varfast.config import load_config
 from varfast.kernels import reference
 from varfast.kernels.selection import _OPS
 from varfast.learner import Updater
-from varfast.losses.grpo import group_advantages
+from varfast.advantages import group_advantages
 from varfast.perf.devices import Ceilings, available_bytes, measure_here, with_dtype
 from varfast.perf.limits import STAGES, speed_of_light_s, stage_counts
 from varfast.perf.memory import MemoryPlan
@@ -48,11 +49,18 @@ from varfast.perf.plan import plan_memory
 from varfast.perf.stages import StageClock, stage
 from varfast.perf.work import Work
 from varfast.policies.var.cost import cost_of
-from varfast.policies.var.policy import Policy
+from varfast.policies.protocol import Policy
 from varfast.policies.var.transformer import FFN
+from varfast.randomness import Key
 from varfast.rewards import WeightedSum
-from varfast.train import random_policy
+from varfast.runs.load import random_policy
 from varfast.types import ScoredRollout
+from varfast.perf.devices import Ceilings, available_bytes, measure_here, with_dtype
+from varfast.policies.var.cost import forward_flop
+from varfast.roofline import planned
+from varfast.perf.limits import speed_of_light_s, stage_counts
+from varfast.runs.load import random_policy
+from varfast.types import Sampling, ScoredRollout
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CUDA, DEVICE = harness.CUDA, harness.DEVICE
@@ -280,7 +288,7 @@ def test_step(benchmark, record, name, images):
             def step():
                 updater.policy, updater.plan = policy, replace(plan.update, micro_batch=trained)
                 rollout, pictures = policy.sample_images(
-                    labels, TEMPERATURE, seed=0, micro_batch=sampled, keep_input=True
+                    labels, Sampling(TEMPERATURE), Key(0), micro_batch=sampled, keep_input=True
                 )
                 with stage("reward"):
                     rewards = reward(pictures, labels)
@@ -323,7 +331,7 @@ def test_strict_step(benchmark, record, name, images):
             def step():
                 updater.policy, updater.reference = policy, references[who]
                 updater.plan = replace(eager, micro_batch=trained)
-                rollout, pictures = policy.sample_images(labels, TEMPERATURE, seed=0, micro_batch=sampled)
+                rollout, pictures = policy.sample_images(labels, Sampling(TEMPERATURE), Key(0), micro_batch=sampled)
                 rewards = reward(pictures, labels)
                 updater.step(ScoredRollout(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
 

@@ -20,14 +20,16 @@ import varfast.evaluate
 from varfast import InputError
 from varfast.config import load_config
 from varfast.distributed import Launch, World, _share, joined, launched, local_device
-from varfast.roofline import memory, planned, share
+from varfast.perf.memory import memory
+from varfast.roofline import planned, share
 from varfast.runs.folder import RunFolder
 from varfast.runs.manifest import dump_config
 from varfast.perf.memory import RolloutPlan, held_states
 from varfast.perf.plan import plan_memory
 from varfast.perf.work import Work
 from varfast.policies.var.cost import cost_of
-from varfast.runs.checkpoint import RunFolder, dump_config
+from varfast.runs.folder import RunFolder
+from varfast.runs.manifest import dump_config
 from varfast.train import train
 
 from .runs import metrics

@@ -19,6 +19,9 @@ from varfast.policies.var.config import LoRAConfig
 from varfast.policies.var.cost import VARCost
 from varfast.randomness import Purpose, keyed_generator
 from varfast.types import ScoredRollout
+from varfast.randomness import Key, Purpose, keyed_generator
+from varfast.roofline import moment_bytes
+from varfast.types import Sampling, ScoredRollout
 
 
 def scored_rollout(policy, count=8, seed=0, **inference):
@@ -539,7 +542,7 @@ def test_memory_is_flat_over_20_steps_on_a_gpu(make_models, captured):
     peaks = []
     for step in range(20):
         torch.cuda.reset_peak_memory_stats()
-        rollout, _ = policy.sample_images([0, 0, 0, 0, 1, 1, 1, 1], 0.7, seed=0, step=step, micro_batch=4)
+        rollout, _ = policy.sample_images([0, 0, 0, 0, 1, 1, 1, 1], Sampling(0.7), Key(0, step), micro_batch=4)
         rewards = torch.randn(8, generator=torch.Generator().manual_seed(step)).cuda()
         maker.step(ScoredRollout(rollout, group_advantages(rewards, 4)), step)
         peaks.append((torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from varfast.config import UpdateConfig
+from varfast.optim.config import UpdateConfig
 from varfast.perf.cost import Checkpointing
 from varfast.perf.memory import (
     USABLE,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from varfast.config import AestheticReward, ClipReward, HPSv2Reward, RewardConfig
 from varfast.perf.cost import ITEM_BYTES, Count, Network
+from varfast.rewards import RewardConfig
+from varfast.rewards.aesthetic import AestheticReward
+from varfast.rewards.clip import ClipReward
+from varfast.rewards.hpsv2 import HPSv2Reward
 
 # Image towers of CLIP models: width, layers, patch side, width of the embedding. The image is 224 x 224.
 _TOWERS = {

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
-from varfast.config import LoRAConfig, PolicyConfig, VARConfig, VQVAEConfig
 from varfast.perf.cost import FLOAT32_BYTES, ITEM_BYTES, Checkpointing, Count
+from varfast.policies.var.config import LoRAConfig, PolicyConfig, VARConfig, VQVAEConfig
 
 
 def cost_of(config: PolicyConfig, dtype: str) -> VARCost:
