@@ -32,7 +32,7 @@ import torch._dynamo
 from varfast import kernels
 from varfast.config import Config, load_config
 from varfast.kernels import reference
-from varfast.kernels.selection import _OPS
+from varfast.kernels.selection import OPS
 from varfast.learner import Updater
 from varfast.losses.grpo import group_advantages
 from varfast.perf.stages import StageClock, stage
@@ -89,7 +89,7 @@ PLAIN = {
     "selective_log_softmax": plain_logp,
     **{
         op: getattr(reference, op)
-        for op in _OPS
+        for op in OPS
         if op not in ("sample_tokens", "selective_log_softmax", "group_norm_silu")
     },
 }

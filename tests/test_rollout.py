@@ -3,7 +3,7 @@ import torch
 
 from varfast import Policy
 from varfast.config import LoRAConfig
-from varfast.kernels.selection import _OPS, configure
+from varfast.kernels.selection import OPS, configure
 from varfast.policies.var.policy import _DTYPES
 
 SIZES = [
@@ -16,7 +16,7 @@ SIZES = [
 @pytest.fixture
 def plain_ops():
     """Every op in plain PyTorch."""
-    configure(dict.fromkeys(_OPS, "reference"))
+    configure(dict.fromkeys(OPS, "reference"))
     yield
     configure({})
 
