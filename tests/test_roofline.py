@@ -14,12 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from varfast import InputError, kernels, roofline
 from varfast.config import parse_config
-from varfast.kernels.selection import _OPS, INTERPRETED
+from varfast.kernels.selection import INTERPRETED, OPS
 from varfast.models import VAR, VQVAE, KVCache
+from varfast.policies.lora import add_lora
 from varfast.policies.var.config import PRESETS, LoRAConfig, VARConfig, VQVAEConfig
-from varfast.policies.lora import add_lora
-from varfast.policies.var.sampler import SamplingSettings, sample
-from varfast.policies.lora import add_lora
 from varfast.policies.var.sampler import sample
 from varfast.types import Sampling
 
@@ -44,9 +42,9 @@ def on_meta():
     """Ops that run on the meta device: shapes alone, nothing computed."""
 
     def use(impl):
-        names = {op: {i.name for i in _OPS[op]} for op in _OPS}
+        names = {op: {i.name for i in OPS[op]} for op in OPS}
         # Where there is none of this name, what is made of other ops: linear_gelu.
-        kernels.configure({op: name for name in ("library", impl) for op in _OPS if name in names[op]})
+        kernels.configure({op: name for name in ("library", impl) for op in OPS if name in names[op]})
 
     use("reference")
     yield use
