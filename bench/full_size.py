@@ -29,8 +29,14 @@ from torch import Tensor
 
 from varfast import Policy
 from varfast.config import load_config
+from varfast.perf.devices import with_dtype
+from varfast.policies.protocol import Policy
+from varfast.policies.var.sampler import SamplingSettings, sample
+from varfast.runs.load import random_policy
+from varfast.train import train
+from varfast.types import Rollout
 from varfast.policies.var.sampler import sample
-from varfast.roofline import with_dtype
+from varfast.perf.devices import with_dtype
 from varfast.runs.load import random_policy
 from varfast.train import train
 from varfast.types import Rollout, Sampling

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from varfast import Policy
-from varfast.config import GRPOConfig, UpdateConfig
 from varfast.kernels import sample_tokens
 from varfast.learner import Updater
+from varfast.losses.config import GRPOConfig
+from varfast.optim.config import UpdateConfig
 from varfast.randomness import Key
 from varfast.train import train
 from varfast.types import Sampling, ScoredRollout

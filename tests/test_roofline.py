@@ -13,9 +13,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from varfast import InputError, kernels, roofline
-from varfast.config import PRESETS, LoRAConfig, VARConfig, VQVAEConfig, parse_config
+from varfast.config import parse_config
 from varfast.kernels.selection import _OPS, INTERPRETED
 from varfast.models import VAR, VQVAE, KVCache
+from varfast.policies.var.config import PRESETS, LoRAConfig, VARConfig, VQVAEConfig
+from varfast.policies.lora import add_lora
+from varfast.policies.var.sampler import SamplingSettings, sample
 from varfast.policies.lora import add_lora
 from varfast.policies.var.sampler import sample
 from varfast.types import Sampling

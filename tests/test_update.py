@@ -8,11 +8,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varfast import InputError, Policy
-from varfast.config import GRPOConfig, LoRAConfig, UpdateConfig
-from varfast.learner import Updater, learning_rate
-from varfast.losses.grpo import group_advantages
+from varfast.advantages import group_advantages
+from varfast.learner import Updater
+from varfast.losses.config import GRPOConfig
+from varfast.optim.config import UpdateConfig
 from varfast.optim.gradients import Gradients
+from varfast.optim.schedule import learning_rate, scheduled
 from varfast.perf.graphs import GraphPool, Replayed
+from varfast.policies.var.config import LoRAConfig
+from varfast.policies.var.cost import VARCost
+from varfast.randomness import Purpose, keyed_generator
+from varfast.types import ScoredRollout
 from varfast.randomness import Key, Purpose, keyed_generator
 from varfast.roofline import moment_bytes
 from varfast.types import Sampling, ScoredRollout
@@ -326,6 +332,8 @@ def test_learning_rate_schedules():
     assert rates(warmup_steps=4) == [0.25, 0.5, 1.0, 1.0]
     assert rates(lr_schedule="linear") == pytest.approx([1.0, 0.9, 0.6, 0.1])
     assert rates(lr_schedule="cosine") == pytest.approx([1.0, 0.97553, 0.65451, 0.02447], abs=1e-5)
+    to_a_hundredth = [scheduled(2.0, step, 12, 2, "cosine", floor=0.01) for step in (0, 1, 2, 7, 12)]  # of pre-training
+    assert to_a_hundredth == pytest.approx([1.0, 2.0, 2.0, 1.01, 0.02])
 
 
 @pytest.fixture
@@ -373,7 +381,8 @@ def test_adamw8bit_s_state_takes_the_bytes_that_roofline_says(make_policy, bitsa
     maker.step(scored_rollout(policy), 0)
     states = maker.optimizer.state_dict()["state"].values()
     held = sum(tensor.nbytes for state in states for name, tensor in state.items() if name != "step")
-    assert held == moment_bytes(policy.var.config, "adamw8bit") < 0.5 * moment_bytes(policy.var.config, "adamw")
+    cost = VARCost(policy.var.config, policy.vqvae.config, "float32")
+    assert held == cost.moment_bytes("adamw8bit") < 0.5 * cost.moment_bytes("adamw")
 
 
 def test_adamw8bit_is_not_reached_by_a_gradient_that_is_not_finite_or_0(make_policy, bitsandbytes):

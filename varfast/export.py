@@ -20,14 +20,17 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from varfast.config import Config, ExportConfig, LoRAConfig, VARConfig, VQVAEConfig, parse_arguments
+from varfast.config import Config
 from varfast.data.labels import imagenet, read_labels
 from varfast.files import read_json, read_leaves, read_text, save_tensors, save_text, write_atomically
 from varfast.policies.var.build import load_part
+from varfast.policies.var.config import LoRAConfig, VARConfig, VQVAEConfig
 from varfast.printable import printable
-from varfast.runs.checkpoint import RunFolder
+from varfast.runs.config import ExportConfig
+from varfast.runs.environment import environment
+from varfast.runs.folder import RunFolder
 from varfast.runs.load import delivered_state, frozen_part
-from varfast.runs.log import environment
+from varfast.settings.loading import parse_arguments
 from varfast.settings.reading import dump_yaml
 from varfast.types import InputError
 

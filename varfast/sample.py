@@ -16,14 +16,16 @@ from pathlib import Path
 
 import torch
 
-from varfast.config import SampleConfig, check_micro_batch, parse_arguments
 from varfast.data.labels import caption, label_names, label_numbers
+from varfast.evaluation.config import SampleConfig
 from varfast.policies.checks import check_finite
 from varfast.policies.device import pick_device
 from varfast.progress import Progress
 from varfast.randomness import Key
 from varfast.runs.load import load_policy
-from varfast.runs.log import PICTURE_FORMATS, image_grid, save_picture
+from varfast.runs.pictures import PICTURE_FORMATS, image_grid, save_picture
+from varfast.settings.loading import parse_arguments
+from varfast.settings.section import check_divides
 from varfast.types import InputError, Prompts, Sampling
 
 _ROWS = 8
@@ -45,7 +47,7 @@ def main(arguments: list[str]) -> int:
     if config.labels is not None:
         labels = label_numbers("labels", config.labels, policy.num_classes, names)
     labels_B = torch.tensor(labels).repeat_interleave(config.samples_per_label)
-    check_micro_batch("micro_batch", config.micro_batch, len(labels_B))
+    check_divides("micro_batch", config.micro_batch, len(labels_B))
     size = config.micro_batch or len(labels_B)
     how = Sampling(config.temperature, config.cfg, config.top_k, config.top_p)
     parts = []

@@ -142,6 +142,10 @@ class Rewards:
     total_B: Tensor
     components: dict[str, Tensor]
 
+    def rows(self, index: Tensor | slice) -> Rewards:
+        """Those of the images at `index`."""
+        return Rewards(self.total_B[index], {name: score_B[index] for name, score_B in self.components.items()})
+
 
 @dataclass(frozen=True)
 class RewardBatch:
@@ -168,41 +172,31 @@ class RewardBatch:
 
 
 @dataclass(frozen=True)
-class ScoredRollout:
-    """A rollout with its advantages: all that an update needs.
+class Batch:
+    """The images of a step, or of a micro-batch, as a loss sees them.
 
     Attributes:
         rollout: what was sampled.
-        advantages_B: (B,) float32.
+        advantages_BL: (B, L) float32 of any strides. One number an image is an expanded (B, 1): no memory.
+        logp_ref_BL: (B, L) float32 under the frozen reference, where the loss needs it.
     """
 
     rollout: Rollout
-    advantages_B: Tensor
+    advantages_BL: Tensor
+    logp_ref_BL: Tensor | None = None
 
+    @classmethod
+    def of(cls, rollout: Rollout, advantages_B: Tensor) -> Batch:
+        """One advantage an image, (B,) float32: that of all its tokens."""
+        return cls(rollout, advantages_B.unsqueeze(1).expand_as(rollout.tokens_BL))
 
-@dataclass(frozen=True)
-class StepStats:
-    """What one update measured; means over all images of the step, unless said otherwise. With kl_beta = 0, images
-    whose group has no signal are left out.
+    def __len__(self) -> int:
+        return len(self.advantages_BL)
 
-    Attributes:
-        loss: as minimised.
-        kl: k3 estimate of KL(policy || reference), nats a token; None without a reference: not measured.
-        clip_fraction: share of tokens whose gradient the clip cut off.
-        ratio_mean: mean ratio of new to old probability.
-        ratio_gap_mean, ratio_gap_max: of |ratio - 1| over the first minibatch, before any optimizer step: what
-            separates the rollout's log-probabilities from the update's. The health sign of the whole system.
-        grad_norm: gradient norm before clipping, mean over the optimizer steps.
-        learning_rate: of the last optimizer step.
-        skipped_steps: optimizer steps left out because their gradient was not finite; they count in no mean.
-    """
-
-    loss: float
-    kl: float | None
-    clip_fraction: float
-    ratio_mean: float
-    ratio_gap_mean: float
-    ratio_gap_max: float
-    grad_norm: float
-    learning_rate: float
-    skipped_steps: int
+    def rows(self, index: Tensor | slice) -> Batch:
+        """The images at `index`."""
+        logp_ref_BL = None if self.logp_ref_BL is None else self.logp_ref_BL[index]
+        # Indexing would write out what is expanded.
+        expanded, tokens = self.advantages_BL.stride(1) == 0, self.advantages_BL.shape[1]
+        advantages_BL = self.advantages_BL[:, :1][index].expand(-1, tokens) if expanded else self.advantages_BL[index]
+        return Batch(self.rollout.rows(index), advantages_BL, logp_ref_BL)

@@ -18,11 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from varfast.config import Config, RolloutConfig, check_labels
 from varfast.data.datasets import FolderImages, class_folders
 from varfast.files import read_json
+from varfast.policies.config import RolloutConfig
+from varfast.policies.var.config import PolicyConfig, PretrainConfig
 from varfast.printable import printable
 from varfast.randomness import Purpose, keyed_generator
+from varfast.settings.section import check_labels
+from varfast.tables import text_table
 from varfast.types import InputError
 
 LABELS_FILE = "labels.json"
@@ -102,8 +105,7 @@ def label_table(labels: Sequence[Label]) -> str:
     cells += [
         (str(row.label), row.folder + f" ({row.name})" * (row.name != row.folder), str(row.images)) for row in shown
     ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [f"{a:>{widths[0]}}  {b:{widths[1]}}  {c:>{widths[2]}}" for a, b, c in cells]
+    lines = text_table(cells, "><>")
     if len(shown) < len(labels):
         lines.insert(-5, f"... {len(labels) - len(shown)} more")
     return "\n".join(lines)
@@ -143,22 +145,22 @@ def label_names(place: str | Path, num_classes: int) -> list[str] | None:
     return list(imagenet().values()) if num_classes == len(imagenet()) else None
 
 
-def run_names(config: Config, folder: Path, made: bool) -> list[str] | None:
+def run_names(policy: PolicyConfig, pretrain: PretrainConfig, folder: Path, made: bool) -> list[str] | None:
     """Names of a run's labels: of its folder, its data set, or the weights that it starts from.
 
     Args:
         made: the base of a run is there. Without labels.json it is of a time when folders had another order.
     """
-    num_classes, checkpoint = config.policy.sizes.num_classes, config.policy.checkpoint
+    num_classes, checkpoint = policy.sizes.num_classes, policy.checkpoint
     if read_labels(folder) is not None:
         return label_names(folder, num_classes)
     if checkpoint != "pretrain":  # a run keeps the names of what it starts from: no need to look there again
         return label_names(folder if made else checkpoint, num_classes)
-    if config.pretrain.dataset == "digits":
+    if pretrain.dataset == "digits":
         return [str(digit) for digit in range(10)] if num_classes == 10 else None
     if made:
         return None
-    return [printable(name) for name in _named(class_folders(str(Path(config.pretrain.dataset).expanduser())))]
+    return [printable(name) for name in _named(class_folders(str(Path(pretrain.dataset).expanduser())))]
 
 
 def label_numbers(what: str, given: Sequence[int | str], num_classes: int, names: Sequence[str] | None) -> list[int]:

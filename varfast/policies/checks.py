@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from varfast.config import check_labels
+from varfast.settings.section import check_labels
 from varfast.types import InputError, NotFinitePolicy, Prompts, Rollout
 
 

@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from varfast import kernels
-from varfast.config import LoRAConfig, check_micro_batch
 from varfast.distributed import World, replicate, shard
 from varfast.perf.graphs import GraphPool
 from varfast.perf.stages import stage
@@ -30,7 +29,9 @@ from varfast.policies.pixels import Pixels
 from varfast.policies.precision import MixedPrecision
 from varfast.policies.protocol import Checkpointing, Policy
 from varfast.policies.sampler import Sampled, Sampler
+from varfast.policies.var.config import LoRAConfig
 from varfast.randomness import Key
+from varfast.settings.section import check_divides
 from varfast.types import InputError, Prompts, Rollout, Sampling, TokenLogp
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -301,7 +302,7 @@ class Driver(ABC):
         keep_input: bool = False,
     ) -> Rollout:
         """Sample; with `images`, (B, 3, H, W), write the decoded pixels there."""
-        check_micro_batch("micro_batch", micro_batch, len(prompts))
+        check_divides("micro_batch", micro_batch, len(prompts), "images")
         self.sampled.low_precision_copies()  # up to date: a replayed graph does not look
         parts = self._sampler.parts(
             self._sample_batch, prompts, how, key, micro_batch, self.cuda_graph, keep=images is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from varfast.perf.graphs import CudaGraph
 from varfast.perf.stages import stage
-from varfast.roofline import DECODE_GRAPH_IMAGES
+from varfast.policies.config import DECODE_GRAPH_IMAGES
 
 # (B, ...) latents -> (B, 3, H, W) in [-1, 1], not clamped; without gradient.
 Decode = Callable[[Tensor], Tensor]

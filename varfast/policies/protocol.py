@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from varfast.types import Prompts, Rollout, Sampling, TokenLogp
 
 if TYPE_CHECKING:
-    from varfast.config import LoRAConfig
     from varfast.distributed import World
     from varfast.perf.graphs import GraphPool
+    from varfast.policies.var.config import LoRAConfig
     from varfast.randomness import Key
 
 # What a backward pass computes again instead of keeping it from the forward pass.

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from varfast.config import Config, VARConfig, VQVAEConfig
+from varfast.config import Config
 from varfast.policies.device import existing_device, pick_device
 from varfast.policies.lora import without_lora
 from varfast.policies.var import build  # the family; a second one is chosen by the config
+from varfast.policies.var.config import VARConfig, VQVAEConfig
 from varfast.policies.var.policy import VARPolicy
 from varfast.runs.base import Base
-from varfast.runs.checkpoint import RunFolder
+from varfast.runs.folder import RunFolder
 from varfast.types import InputError
 
 State = dict[str, Tensor]
@@ -100,7 +101,9 @@ def load_base(
     if config.policy.checkpoint == "random":
         parts = build.random_parts(config.policy, config.run.seed, device)
     else:
-        parts = {part: build.load_part(part, str(Base(folder).find(part, whole)), config.policy) for part in build.PARTS}
+        parts = {
+            part: build.load_part(part, str(Base(folder).find(part, whole)), config.policy) for part in build.PARTS
+        }
     return build.assemble(parts, device, dtype or config.run.dtype, config.run.fast, config.run.strict)
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from varfast.config import PolicyConfig, VARConfig, VQVAEConfig
+from varfast.policies.var.config import PolicyConfig, VARConfig, VQVAEConfig
 from varfast.policies.var.policy import VARPolicy
 from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from varfast import kernels
-from varfast.config import HEAD_DIM, VARConfig
 from varfast.policies.precision import BranchLinear, Head, Linear, MixedPrecision, bias_left
 from varfast.policies.protocol import Checkpointing
+from varfast.policies.var.config import HEAD_DIM, VARConfig
 
 MAX_LOGIT_SCALE = 100.0
 

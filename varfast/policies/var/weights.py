@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from varfast.config import HEAD_DIM, PRESETS, VARConfig, VQVAEConfig
+from varfast.policies.var.config import HEAD_DIM, PRESETS, VARConfig, VQVAEConfig
 from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR, scale_buffers
 from varfast.types import InputError
