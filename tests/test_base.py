@@ -17,7 +17,8 @@ import varfast.pretrain
 import varfast.sample
 from varfast import InputError, load_policy
 from varfast.runs.base import PARTS, Base, FileNote
-from varfast.runs.checkpoint import RunFolder, dump_config
+from varfast.runs.folder import RunFolder
+from varfast.runs.manifest import dump_config
 from varfast.train import load_base, load_run, train
 
 from .runs import assert_same_run, metrics, weights

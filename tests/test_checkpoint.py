@@ -19,7 +19,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from varfast import InputError
 from varfast.config import parse_config
 from varfast.files import save_text, write_atomically
-from varfast.runs.checkpoint import Checkpoints, RunFolder, dump_config, newest_checkpoint
+from varfast.runs.checkpoint import Checkpoints, newest_checkpoint
+from varfast.runs.folder import RunFolder
+from varfast.runs.manifest import dump_config
 
 
 def networks(seed=0, steps=2):
@@ -535,7 +537,8 @@ SHARDED = """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from varfast.runs.checkpoint import Checkpoints, newest_checkpoint, parse_config
+    from varfast.config import parse_config
+    from varfast.runs.checkpoint import Checkpoints, newest_checkpoint
     import yaml
 
     rank, path = int(sys.argv[1]), Path(sys.argv[2])

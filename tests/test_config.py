@@ -17,8 +17,8 @@ from varfast.evaluation.config import EvaluateConfig, SampleConfig
 from varfast.policies.var.config import VARConfig
 from varfast.report.config import ReportConfig
 from varfast.rewards import BrightnessReward
-from varfast.runs.checkpoint import dump_config
 from varfast.runs.config import ExportConfig
+from varfast.runs.manifest import dump_config
 from varfast.settings import schema
 from varfast.settings.aliases import ALIASES
 from varfast.settings.loading import parse_arguments

@@ -21,7 +21,8 @@ from varfast import InputError
 from varfast.config import load_config
 from varfast.distributed import Launch, World, _share, joined, launched, local_device
 from varfast.roofline import memory, planned, share
-from varfast.runs.checkpoint import RunFolder, dump_config
+from varfast.runs.folder import RunFolder
+from varfast.runs.manifest import dump_config
 from varfast.train import train
 
 from .runs import metrics
@@ -385,7 +386,7 @@ def test_shares_are_consecutive_whole_and_even(size, count):
 
 def test_a_world_of_one_process_changes_nothing():
     world, x = World(), torch.arange(3.0)
-    assert world.leads
+    assert world.is_main
     assert world.gather(x, 3) is x
     assert torch.equal(world.sum(x.clone()), x)
     assert world.largest(-2.5) == -2.5

@@ -9,8 +9,8 @@ import varfast.sample
 from varfast.distributed import ALONE, World
 from varfast.learner import Updater
 from varfast.policies.var.policy import check_finite
-from varfast.runs.checkpoint import RunFolder
 from varfast.runs.divergence import diagnosis, refuse_diverged
+from varfast.runs.folder import RunFolder
 from varfast.train import _score, load_run, train
 from varfast.types import NotFinitePolicy, NotFiniteReward
 

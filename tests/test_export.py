@@ -12,9 +12,10 @@ from varfast.export import main, model_card
 from varfast.files import save_tensors
 from varfast.models import VAR
 from varfast.policies.var.weights import load_var
-from varfast.runs.checkpoint import Checkpoints, RunFolder
+from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.config import ExportConfig
-from varfast.runs.log import environment
+from varfast.runs.environment import environment
+from varfast.runs.folder import RunFolder
 from varfast.settings.loading import parse_arguments
 from varfast.train import train
 

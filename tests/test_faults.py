@@ -17,7 +17,9 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from varfast import InputError, Policy, kernels
-from varfast.runs.checkpoint import Checkpoints, RunFolder, dump_config, newest_checkpoint
+from varfast.runs.checkpoint import Checkpoints, newest_checkpoint
+from varfast.runs.folder import RunFolder
+from varfast.runs.manifest import dump_config
 from varfast.train import train
 
 from .runs import assert_same_run, metrics, weights

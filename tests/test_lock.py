@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from varfast import InputError, lock
+from varfast import InputError
+from varfast.runs import lock
 from varfast.runs.lock import LOCK_NAME, FolderLock, locked
 
 ADVICE = "take another folder"

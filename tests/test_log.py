@@ -13,7 +13,9 @@ from PIL import Image
 import varfast.progress
 from varfast import InputError
 from varfast.progress import Progress, duration
-from varfast.runs.log import RunLog, image_grid, profiled, save_picture, save_png
+from varfast.runs.log import RunLog
+from varfast.runs.pictures import image_grid, save_picture
+from varfast.runs.profile import profiled
 from varfast.types import Rewards
 
 METRICS = {"reward_mean": 0.5, "kl": 0.1, "images_per_s": 3.0}
@@ -55,9 +57,9 @@ def test_save_picture_follows_the_suffix(tmp_path, kind):
         assert np.abs(np.asarray(found).astype(int) - picture).max() <= (0 if kind in ("png", "webp") else 3)
 
 
-def test_save_png_round_trip(tmp_path):
+def test_save_picture_round_trip(tmp_path):
     picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    save_png(tmp_path / "deep" / "x.png", picture)
+    save_picture(tmp_path / "deep" / "x.png", picture)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "deep" / "x.png")), picture)
 
 

@@ -20,7 +20,8 @@ from varfast.export import model_card
 from varfast.models import VQVAE
 from varfast.pretrain import PretrainReport, _batches, base_paths, main, pretrain, pretrained
 from varfast.randomness import deterministic
-from varfast.runs.checkpoint import RunFolder, dump_config
+from varfast.runs.folder import RunFolder
+from varfast.runs.manifest import dump_config
 from varfast.runs.signals import Stopped
 from varfast.train import train
 

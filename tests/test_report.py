@@ -24,7 +24,8 @@ from varfast.report.charts import charts, curve, ticks
 from varfast.report.elements import brief, printable
 from varfast.report.reading import parse_metrics
 from varfast.report.verdicts import HEALTHY, verdict
-from varfast.runs.log import RunLog, save_png
+from varfast.runs.log import RunLog
+from varfast.runs.pictures import save_picture
 from varfast.train import train
 from varfast.types import Rewards
 
@@ -167,7 +168,7 @@ def test_html_in_names_and_values_is_text(make_run):
     folder = make_run(EVIL, rows, config, environment={EVIL: EVIL}, summary={"before": {EVIL: EVIL}})
     other = make_run("b", config=config.replace("type", "kind"))
     noted = {"label": EVIL, "reward": 1.0, "rewards": {EVIL: 1.0, "b": 2.0}}
-    save_png(folder / "samples" / "step_000001.png", np.zeros((20, 8, 3), np.uint8))
+    save_picture(folder / "samples" / "step_000001.png", np.zeros((20, 8, 3), np.uint8))
     (folder / "samples" / "step_000001.json").write_text(json.dumps({"best": [noted], "worst": [noted]}))
     for folders in ([folder], [folder, other]):
         parsed = report(*folders)
@@ -349,7 +350,7 @@ def test_grids_of_a_long_run_are_few_and_small(make_run):
     folder = make_run()
     noise = np.random.RandomState(0).randint(0, 256, (300, 1300, 3)).astype(np.uint8)
     for step in range(0, 100):
-        save_png(folder / "grids" / f"step_{step:06d}.png", noise if step == 99 else noise[:8, :8])
+        save_picture(folder / "grids" / f"step_{step:06d}.png", noise if step == 99 else noise[:8, :8])
     (folder / "grids" / "step_000000.png").write_bytes(b"no picture")
     grids = [a for a in report(folder).all("img") if "data-step" in a]
     steps = [int(a["data-step"]) for a in grids]
@@ -390,7 +391,7 @@ def test_page_in_a_browser(make_run, tmp_path, width):
     folder = make_run(rows=rows, environment={"platform": "x" * 200})
     shorter = make_run("y")
     for step in (0, 10):
-        save_png(folder / "grids" / f"step_{step:06d}.png", np.zeros((1040, 1040, 3), np.uint8))
+        save_picture(folder / "grids" / f"step_{step:06d}.png", np.zeros((1040, 1040, 3), np.uint8))
     source = page([load_run(folder, "x"), load_run(shorter, "y")])
     acted = re.sub(r"'sha256-[^']*'", "'unsafe-inline'", source).replace("</body>", f"<script>{ACT}</script></body>")
     results = []
@@ -485,7 +486,7 @@ def test_more_steps_than_asked_for_are_said(make_run):
 def test_grids_of_first_and_last_step_stand_side_by_side_before_all_else(make_run):
     folder = make_run()
     for step, grey in ((0, 10), (2, 20), (3, 30)):
-        save_png(folder / "grids" / f"step_{step:06d}.png", np.full((8, 8, 3), grey, np.uint8))
+        save_picture(folder / "grids" / f"step_{step:06d}.png", np.full((8, 8, 3), grey, np.uint8))
     text = page([load_run(folder, "x")])
     parsed = Page(text[: text.index("<section><h2>Is it healthy?")] + "</main></body></html>")
     shown = [a for a in parsed.all("img") if "hidden" not in a]

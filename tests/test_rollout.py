@@ -120,16 +120,16 @@ def test_rollout_waits_for_nothing_on_the_gpu(make_models):
 def test_a_kept_input_is_what_an_update_would_compute_again(make_models, fast, inference):
     policy = Policy(*make_models(depth=2, patch_nums=(2, 3, 5)), fast=fast)
     rollout, images = policy.sample_images([0, 1, 2, 3], 0.9, seed=3, keep_input=True, **inference)
-    assert rollout.var_input_BLC.shape == (4, 34, 8)
-    assert torch.equal(rollout.var_input_BLC, policy.teacher_input(rollout.tokens_BL))
+    assert rollout.teacher_input.shape == (4, 34, 8)
+    assert torch.equal(rollout.teacher_input, policy.teacher_input(rollout.tokens_BL))
     assert torch.equal(images, policy.decode(rollout.tokens_BL))
     index = torch.tensor([3, 1])
-    assert torch.equal(rollout.rows(index).var_input_BLC, rollout.var_input_BLC[index])
+    assert torch.equal(rollout.rows(index).teacher_input, rollout.teacher_input[index])
     in_parts, _ = policy.sample_images([0, 1, 2, 3], 0.9, seed=3, micro_batch=2, keep_input=True, **inference)
-    torch.testing.assert_close(in_parts.var_input_BLC, rollout.var_input_BLC, rtol=0, atol=1e-5)
+    torch.testing.assert_close(in_parts.teacher_input, rollout.teacher_input, rtol=0, atol=1e-5)
     without, _ = policy.sample_images([0, 1], 0.9, seed=3, **inference)
-    assert without.var_input_BLC is policy.sample([0, 1], 0.9, seed=3, **inference).var_input_BLC is None
-    assert without.rows(index[1:]).var_input_BLC is None
+    assert without.teacher_input is policy.sample([0, 1], 0.9, seed=3, **inference).teacher_input is None
+    assert without.rows(index[1:]).teacher_input is None
 
 
 def test_a_rollout_for_images_looks_every_scale_up_once(make_models, monkeypatch):
@@ -165,4 +165,4 @@ def test_captured_rollout_keeps_what_the_eager_one_does(make_models, keep_input)
         assert torch.equal(ours[0].tokens_BL, theirs[0].tokens_BL)
         torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=0.05)
         if keep_input:
-            assert torch.equal(ours[0].var_input_BLC, theirs[0].var_input_BLC)
+            assert torch.equal(ours[0].teacher_input, theirs[0].teacher_input)

@@ -22,8 +22,11 @@ from varfast.distributed import ALONE
 from varfast.learner import Updater
 from varfast.perf.allocator import expand_segments
 from varfast.runs.base import Base
-from varfast.runs.checkpoint import Checkpoints, RunFolder, dump_config
-from varfast.runs.log import environment, memory_metrics
+from varfast.runs.checkpoint import Checkpoints
+from varfast.runs.environment import environment
+from varfast.runs.folder import RunFolder
+from varfast.runs.manifest import dump_config
+from varfast.runs.profile import memory_metrics
 from varfast.train import _fitted, load_run, main, random_policy, train
 
 STAGES = ("rollout", "decode", "reward", "reference", "update", "optimizer")

@@ -8,11 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varfast import InputError, Policy
-from varfast.learner import Updater, learning_rate
+from varfast.learner import Updater
 from varfast.losses.config import GRPOConfig
 from varfast.losses.grpo import group_advantages
 from varfast.optim.config import UpdateConfig
 from varfast.optim.gradients import Gradients
+from varfast.optim.schedule import learning_rate, scheduled
 from varfast.perf.graphs import GraphPool, Replayed
 from varfast.policies.var.config import LoRAConfig
 from varfast.randomness import Purpose, keyed_generator
@@ -328,6 +329,8 @@ def test_learning_rate_schedules():
     assert rates(warmup_steps=4) == [0.25, 0.5, 1.0, 1.0]
     assert rates(lr_schedule="linear") == pytest.approx([1.0, 0.9, 0.6, 0.1])
     assert rates(lr_schedule="cosine") == pytest.approx([1.0, 0.97553, 0.65451, 0.02447], abs=1e-5)
+    to_a_hundredth = [scheduled(2.0, step, 12, 2, "cosine", floor=0.01) for step in (0, 1, 2, 7, 12)]  # of pre-training
+    assert to_a_hundredth == pytest.approx([1.0, 2.0, 2.0, 1.01, 0.02])
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,8 +44,8 @@ class World:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
-        """This is the process that writes files."""
+    def is_main(self) -> bool:
+        """Whether this is process 0, which writes files."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
@@ -92,14 +92,31 @@ class World:
     @contextmanager
     def leader_first(self) -> Iterator[None]:
         """The body runs in process 0, and when it is done there in the others: they find the files that it made."""
-        if not self.leads:
+        if not self.is_main:
             self.wait()
         yield
-        if self.leads:
+        if self.is_main:
             self.wait()
 
 
 ALONE = World()
+_T = TypeVar("_T")
+
+
+def decided_by_first(decide: Callable[[], _T]) -> _T:
+    """What `decide` returns in process 0, in all processes; or the InputError that it raises there, in all of them."""
+    if not dist.is_initialized():
+        return decide()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = decide()
+        except InputError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise InputError(box[1])
+    return box[0]
 
 
 def _share(rank: int, size: int, count: int) -> slice:
@@ -313,5 +330,5 @@ def gathered(state: Any, world: World) -> Any:
         return [gathered(value, world) for value in state]
     if isinstance(state, DTensor):
         tensor = whole(state.detach())
-        return tensor.cpu() if world.leads else None
+        return tensor.cpu() if world.is_main else None
     return state

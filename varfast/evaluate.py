@@ -65,8 +65,9 @@ from varfast.randomness import EVAL_STEP
 from varfast.rewards import RewardConfig, WeightedSum
 from varfast.rewards.classifier import ClassifierConfig, Confidence
 from varfast.runs.base import Base
-from varfast.runs.checkpoint import RunFolder
-from varfast.runs.log import GAP_PX, environment, image_grid, save_png
+from varfast.runs.environment import environment
+from varfast.runs.folder import RunFolder
+from varfast.runs.pictures import GAP_PX, image_grid, save_picture
 from varfast.sample import load
 from varfast.settings.loading import parse_arguments
 from varfast.train import load_base
@@ -553,7 +554,7 @@ def _save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan, names
         pixels = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255.0
         grids.append(image_grid(pixels, len(plan.picture_samples), titles if not grids else ()))
         grids.append(np.full((len(grids[-1]), 6 * GAP_PX, 3), 255, np.uint8))
-    save_png(folder.path / "pictures.png", np.concatenate(grids[:-1], axis=1))
+    save_picture(folder.path / "pictures.png", np.concatenate(grids[:-1], axis=1))
     return {
         "file": "pictures.png",
         "rows": plan.picture_labels,

@@ -26,9 +26,9 @@ from varfast.files import read_json, read_leaves, read_text, save_tensors, save_
 from varfast.policies.var.config import LoRAConfig, VARConfig, VQVAEConfig
 from varfast.policies.var.weights import load_vqvae
 from varfast.printable import printable
-from varfast.runs.checkpoint import RunFolder
 from varfast.runs.config import ExportConfig
-from varfast.runs.log import environment
+from varfast.runs.environment import environment
+from varfast.runs.folder import RunFolder
 from varfast.settings.loading import parse_arguments
 from varfast.settings.reading import dump_yaml
 from varfast.train import delivered_state, vqvae_of

@@ -34,6 +34,7 @@ from varfast.config import Config
 from varfast.data.datasets import FolderImages, Images, fingerprint, load_images
 from varfast.data.labels import LABELS_FILE, caption, label_table, labels_json, labels_of
 from varfast.files import read_json, remove_leftovers, save_tensors, save_text
+from varfast.optim.schedule import scheduled
 from varfast.policies.var.policy import Policy, pick_device
 from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR
@@ -41,7 +42,7 @@ from varfast.progress import Progress
 from varfast.randomness import GRID_STEP, order_may_vary
 from varfast.runs.base import FileNote
 from varfast.runs.lock import locked
-from varfast.runs.log import image_grid, save_png
+from varfast.runs.pictures import image_grid, save_picture
 from varfast.runs.signals import listen
 from varfast.types import InputError, NotFinitePolicy
 
@@ -98,6 +99,7 @@ def _code_digest() -> str:
     digest = hashlib.sha256()
     for path in [
         here / "pretrain.py",
+        here / "optim" / "schedule.py",
         *sorted((here / "data").glob("*.py")),
         *sorted((here / "policies").rglob("*.py")),
     ]:
@@ -182,12 +184,14 @@ def _show_own(
     real = torch.stack([images[i][0] for i in shown]).to(device)
     policy = Policy(var, vqvae, device)
     rebuilt = policy.decode(policy.encode(real))
-    save_png(folder / "reconstructions.png", image_grid(torch.cat([real, rebuilt]), len(shown), ["image", "rebuilt"]))
+    save_picture(
+        folder / "reconstructions.png", image_grid(torch.cat([real, rebuilt]), len(shown), ["image", "rebuilt"])
+    )
     rows = labels[:_SHOWN_IMAGES]
     labels_B = torch.tensor([row.label for row in rows]).repeat_interleave(_SHOWN_IMAGES)
     _, samples = policy.sample_images(labels_B, seed=config.run.seed, step=GRID_STEP, micro_batch=_SHOWN_IMAGES)
     titles = [caption(row.label, [label.name for label in labels]) for row in rows]
-    save_png(folder / "samples.png", image_grid(samples, _SHOWN_IMAGES, titles))
+    save_picture(folder / "samples.png", image_grid(samples, _SHOWN_IMAGES, titles))
     print(f"  {folder}: reconstructions.png, samples.png, {LABELS_FILE}")
 
 
@@ -298,11 +302,7 @@ def _pixels(images: Tensor) -> Tensor:
 
 def _learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over the first twentieth, then a cosine to a hundredth of the peak."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return scheduled(peak, step, steps, max(1, steps // 20), "cosine", floor=0.01)
 
 
 def _optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:

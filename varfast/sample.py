@@ -20,8 +20,8 @@ from varfast.data.labels import caption, label_names, label_numbers
 from varfast.evaluation.config import SampleConfig
 from varfast.policies.var.policy import Policy, check_finite, load_policy, pick_device
 from varfast.progress import Progress
-from varfast.runs.checkpoint import RunFolder
-from varfast.runs.log import PICTURE_FORMATS, image_grid, save_picture
+from varfast.runs.folder import RunFolder
+from varfast.runs.pictures import PICTURE_FORMATS, image_grid, save_picture
 from varfast.settings.loading import parse_arguments
 from varfast.settings.section import check_divides
 from varfast.train import load_run

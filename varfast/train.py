@@ -61,14 +61,18 @@ from varfast.roofline import (
 )
 from varfast.runs.base import PARTS, Base, Source
 from varfast.runs.before_after import BeforeAfter, means, table
-from varfast.runs.checkpoint import Checkpoints, RunFolder
+from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, refuse_diverged
-from varfast.runs.log import RunLog, StageLimits, environment, import_wandb, memory_metrics, profiled
+from varfast.runs.environment import environment
+from varfast.runs.folder import RunFolder
+from varfast.runs.log import RunLog, import_wandb
+from varfast.runs.profile import StageLimits, memory_metrics, profiled
 from varfast.runs.signals import StopSignals, listen
 from varfast.types import (
     InputError,
     NotFinitePolicy,
     NotFiniteReward,
+    Prompts,
     Rewards,
     Rollout,
     ScoredRollout,
@@ -132,7 +136,7 @@ def _train(
             config.reward, device, config.policy.sizes.num_classes, names=names, seed=config.run.seed, beside=beside
         )
         on_device = config.model_copy(update={"run": config.run.model_copy(update={"device": str(device)})})
-        if world.leads:
+        if world.is_main:
             _prepare_base(on_device, folder, found is not None, device, of_folder)
         policy = load_base(on_device, folder, whole=False)
     if config.policy.lora:
@@ -152,7 +156,7 @@ def _train(
     samples = BeforeAfter(folder.path, config, labels)
     if found is None:
         refuse_diverged(policy, labels, config, world, folder.path, 0, {})
-    if world.leads:  # the policy is still the base, of a run that goes on too
+    if world.is_main:  # the policy is still the base, of a run that goes on too
         before = means(samples.before(policy, reward, fitted.rollout.micro_batch))
     if found is not None:
         found.load(policy.var, updater.optimizer, further)
@@ -162,7 +166,7 @@ def _train(
 
     every = config.grpo.reference_every
     sampling, group_size, seed = fitted.rollout, config.rollout.group_size, config.run.seed
-    limits = StageLimits(fitted, device, config.rollout.images) if world.leads else None
+    limits = StageLimits(fitted, device, config.rollout.images) if world.is_main else None
     spare = at_end.enter_context(_spare_descriptors())
     with (
         _log(world, folder, start, config) as log,
@@ -181,7 +185,7 @@ def _train(
         if log and not config.holds_reference:
             log.say("the KL to the base is not measured: grpo.kl_beta=0 holds no base; grpo.kl_every=10 measures it")
         for step in range(start, config.run.steps):
-            steady = profile and world.leads and step == min(start + 2, config.run.steps - 1)
+            steady = profile and world.is_main and step == min(start + 2, config.run.steps - 1)
             lock.check()
             with profiled(folder.path / "profile", device) if steady else nullcontext():
                 clock.read()
@@ -266,7 +270,7 @@ def _train(
 
     updater.deliver()  # the average of the weights, where the config asks for one
     weights = gathered(policy.var.state_dict(), world)
-    if world.leads:
+    if world.is_main:
         if config.policy.lora:
             weights = merged_state(policy.var, _base_weights(config, folder, device))
             _save_adapter(folder, policy, config)
@@ -308,7 +312,7 @@ def _fitted(config: Config, device: torch.device, world: World, images: int) -> 
 
 
 def _log(world: World, folder: RunFolder, start: int, config: Config) -> AbstractContextManager[RunLog | None]:
-    if not world.leads:
+    if not world.is_main:
         return nullcontext()
     return RunLog(folder.path, start, max(start, config.run.steps), config.log.tensorboard, config)
 
@@ -357,14 +361,14 @@ def _gather(world: World, rollout: Rollout, rewards: Rewards, images: int) -> tu
     """What all processes have drawn and scored of a step's images."""
     # The transformer's input of 512 images of the public models is 44 MB: 0.2 ms between GPUs of one machine, 2 ms at
     # 25 GB/s. Computed again it takes each of two processes 3 ms, and may differ from the rollout's in the last bit.
-    var_input_BLC = rollout.var_input_BLC
+    teacher_input = rollout.teacher_input
     of_all = replace(
         rollout,
-        labels_B=world.gather(rollout.labels_B, images),
+        prompts=Prompts(world.gather(rollout.prompts.ids_B, images)),
         tokens_BL=world.gather(rollout.tokens_BL, images),
         logp_BL=world.gather(rollout.logp_BL, images),
         entropy_BL=world.gather(rollout.entropy_BL, images),
-        var_input_BLC=None if var_input_BLC is None else world.gather(var_input_BLC, images),
+        teacher_input=None if teacher_input is None else world.gather(teacher_input, images),
     )
     components = {name: world.gather(score_B, images) for name, score_B in rewards.components.items()}
     return of_all, Rewards(world.gather(rewards.total_B, images), components)

@@ -31,7 +31,7 @@ from varfast import InputError
 from varfast.config import parse_config
 from varfast.export import main as export
 from varfast.roofline import Ceilings
-from varfast.runs import log as log_module
+from varfast.runs import profile
 from varfast.sample import main as sample
 from varfast.train import train
 
@@ -113,11 +113,11 @@ def same(a, b):
 @contextmanager
 def no_measurement():
     """The benchmark of the machine's ceilings at each start is no part of this."""
-    kept, log_module.measure_here = log_module.measure_here, lambda *args: Ceilings(1e9, 1e9, 10**10)
+    kept, profile.measure_here = profile.measure_here, lambda *args: Ceilings(1e9, 1e9, 10**10)
     try:
         yield
     finally:
-        log_module.measure_here = kept
+        profile.measure_here = kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------

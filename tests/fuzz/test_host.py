@@ -20,7 +20,8 @@ import varfast.runs.base
 from varfast import InputError
 from varfast.pretrain import PretrainReport, pretrained
 from varfast.runs.base import PARTS, Base
-from varfast.runs.checkpoint import RunFolder, dump_config
+from varfast.runs.folder import RunFolder
+from varfast.runs.manifest import dump_config
 from varfast.train import load_run, train
 
 from ..runs import assert_same_run

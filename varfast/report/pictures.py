@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from varfast.report.reading import PICTURE_BYTES, Samples, Unreadable, read_bytes, read_json, validated
-from varfast.runs.log import GAP_PX
+from varfast.runs.pictures import GAP_PX
 
 # A run of 40 000 steps has 400 grids of 8 MB; of those as many are shown, at most as wide, as JPEG.
 _GRIDS = 24

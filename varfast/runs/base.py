@@ -26,7 +26,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from varfast.runs.checkpoint import RunFolder
 from varfast.files import (
     INCOMPLETE,
     open_regular,
@@ -38,6 +37,7 @@ from varfast.files import (
     write_atomically,
 )
 from varfast.policies.var.weights import State
+from varfast.runs.folder import RunFolder
 from varfast.types import InputError
 
 Part = Literal["var", "vqvae"]

@@ -17,8 +17,8 @@ import torch
 
 from varfast.config import Config
 from varfast.data.datasets import DigitsClassifier
-from varfast.files import read_json, save_text
 from varfast.evaluation.metrics import difference_interval
+from varfast.files import read_json, save_text
 from varfast.policies.var.policy import Policy
 from varfast.progress import Progress
 from varfast.randomness import EVAL_STEP

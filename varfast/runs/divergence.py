@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from varfast.runs.checkpoint import Checkpoints
 from varfast.config import Config
 from varfast.distributed import World
 from varfast.policies.var.policy import Policy
+from varfast.runs.checkpoint import Checkpoints
 from varfast.types import NotFinitePolicy
 
 _PROBED = 8  # labels at most

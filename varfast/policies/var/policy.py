@@ -30,7 +30,7 @@ from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR, Checkpointing
 from varfast.policies.var.weights import load_var, load_vqvae
 from varfast.settings.section import check_divides, check_labels
-from varfast.types import InputError, NotFinitePolicy, Rollout
+from varfast.types import InputError, NotFinitePolicy, Prompts, Rollout
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -292,7 +292,7 @@ class Policy:
             rest = rest[len(part.f_hat) :]
         tokens_BL, logp_BL, entropy_BL, _, inputs_BLC = zip(*drawn, strict=True)
         rollout = Rollout(
-            labels_B,
+            Prompts(labels_B),
             torch.cat(tokens_BL),
             torch.cat(logp_BL),
             torch.cat(entropy_BL),
@@ -378,7 +378,7 @@ class Policy:
             for label_B in torch.tensor(labels, device=self.device).split(1)
         ]
         tokens_BL, logp_BL, entropy_BL = (torch.cat(parts) for parts in list(zip(*drawn, strict=True))[:3])
-        check_finite(Rollout(torch.tensor(labels), tokens_BL, logp_BL, entropy_BL, temperature, True))
+        check_finite(Rollout(Prompts(torch.tensor(labels)), tokens_BL, logp_BL, entropy_BL, temperature, True))
 
     def _empty_images(self, batch: int) -> Tensor:
         size = self.vqvae.config.image_size

@@ -1,0 +1,118 @@
+"""Pictures for people: grids of samples with titles, the best and worst of a step, and files in several formats.
+
+Axes: N, B image; H, W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from varfast.files import write_atomically
+from varfast.types import Rewards
+
+# Small images are enlarged by repetition, so that a grid of digits can be looked at.
+_SMALLEST_CELL_PX = 48
+GAP_PX = 4
+_TITLE_PX = 14
+_TITLE_LETTERS = 28
+# Best and worst images of a step that are kept: at 256 pixels a side, two rows of 8 are a PNG of 2 MB.
+_EXTREMES = 8
+# Suffixes of pictures, and Pillow's names of their formats.
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def image_grid(images: Tensor, columns: int, titles: Sequence[str] = ()) -> np.ndarray:
+    """Images (N, 3, H, W) in [0, 1], laid out row by row with white gaps -> picture (height, width, 3) uint8.
+
+    Args:
+        titles: one for each row, drawn in a white column left of the images.
+    """
+    enlarge = max(1, math.ceil(_SMALLEST_CELL_PX / images.shape[-1]))
+    images = images.detach().float().cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
+    images = F.pad(images, (0, GAP_PX, 0, GAP_PX), value=1.0)
+    num, _, height, width = images.shape
+    rows = math.ceil(num / columns)
+    cells = torch.ones(rows * columns, 3, height, width)
+    cells[:num] = images
+    picture = cells.view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2).reshape(rows * height, -1, 3)
+    pixels: np.ndarray = picture[:-GAP_PX, :-GAP_PX].mul(255.0).round().clamp(0, 255).to(torch.uint8).numpy()
+    return np.concatenate([_row_titles(titles, len(pixels), height), pixels], axis=1) if titles else pixels
+
+
+def _row_titles(titles: Sequence[str], height_px: int, row_px: int) -> np.ndarray:
+    """A white column, as wide as the longest title, with each title vertically centred in its row."""
+    font = ImageFont.load_default(_TITLE_PX)
+    shown = [_drawable(title) for title in titles]
+    width_px = max(math.ceil(font.getlength(text)) for text in shown) + 2 * GAP_PX
+    column = Image.new("RGB", (width_px, height_px), "white")
+    draw = ImageDraw.Draw(column)
+    for row, text in enumerate(shown):
+        middle_px = row * row_px + (row_px - GAP_PX) // 2
+        draw.text((width_px - 2 * GAP_PX, middle_px), text, fill="black", font=font, anchor="rm")
+    return np.asarray(column)
+
+
+def _drawable(title: str) -> str:
+    """A title in ASCII, which is all that Pillow's own font can draw: accents are dropped, other letters become "?"."""
+    letters = (c for c in unicodedata.normalize("NFKD", title) if not unicodedata.combining(c))
+    ascii_title = "".join(letters).encode("ascii", "replace").decode()
+    return ascii_title if len(ascii_title) <= _TITLE_LETTERS else ascii_title[: _TITLE_LETTERS - 2] + ".."
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    """Write an (H, W, 3) uint8 picture in the format of its suffix, one of PICTURE_FORMATS.
+
+    Raises: InputError if it cannot be written.
+    """
+    kind = PICTURE_FORMATS[path.suffix.lower()]
+    settings_of: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+    settings = settings_of.get(kind, {})
+    write_atomically(path, lambda file: Image.fromarray(picture).save(file, format=kind, **settings))
+
+
+def extremes(labels_B: Tensor, rewards: Rewards) -> tuple[Tensor, dict[str, Any]]:
+    """At most 8 of the best and 8 of the worst images of a step, of as many labels as possible where rewards tie.
+
+    Returns: (2, n) indices of images, the best first and then the worst first; content of samples/step_N.json, which
+        RunLog.samples describes.
+    """
+    count = min(_EXTREMES, len(labels_B))
+    best_B = _ranked(rewards.total_B, labels_B)
+    worst_B = _ranked(-rewards.total_B.flip(0), labels_B.flip(0))
+    chosen = {"best": best_B[:count], "worst": len(labels_B) - 1 - worst_B[:count]}
+    notes: dict[str, Any] = {
+        name: [
+            {
+                "label": int(labels_B[i]),
+                "reward": float(rewards.total_B[i]),
+                "rewards": {component: float(score_B[i]) for component, score_B in rewards.components.items()},
+            }
+            for i in rows_n.tolist()
+        ]
+        for name, rows_n in chosen.items()
+    }
+    total_B = rewards.total_B
+    notes["ties"] = {name: int((total_B == total_B[rows_n[0]]).sum()) for name, rows_n in chosen.items()}
+    notes["images"] = len(labels_B)
+    return torch.stack(list(chosen.values())), notes
+
+
+def _ranked(rewards_B: Tensor, labels_B: Tensor) -> Tensor:
+    """(B,) indices by descending reward; among equal ones, the first image of each label, then the second of each."""
+    turns: Counter[tuple[float, int]] = Counter()
+    keys = []
+    for row, (reward, label) in enumerate(zip(rewards_B.tolist(), labels_B.tolist(), strict=True)):
+        keys.append((-reward, turns[reward, label], row))
+        turns[reward, label] += 1
+    return torch.tensor([row for *_, row in sorted(keys)])

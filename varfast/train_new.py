@@ -1,0 +1,92 @@
+"""Fine-tune a visual autoregressive model with GRPO.
+
+    python -m varfast.train configs/digits.yaml [--profile] [a.b=c ...]
+
+On a run folder that holds an unfinished run, the same command goes on where it was.
+
+Axes: B image, b image of this process, L token; B = P prompts x G samples, group-major.
+Source: arXiv:2505.23331.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # --help and a typo are answered before the imports below, which take 6 s
+    from varfast.command import run_command
+
+    run_command("train")
+
+from pathlib import Path
+
+import torch
+
+from varfast.advantages import combined_advantages
+from varfast.command import read_train
+from varfast.config import Config
+from varfast.data.labels import draw_labels
+from varfast.learner import Learner
+from varfast.losses.grpo import GRPO
+from varfast.randomness import Key
+from varfast.runs.run import Run
+from varfast.runs.setup import begin, set_up
+from varfast.types import Batch, Prompts, Rewards, Sampling
+
+
+def train(config: Config, profile: bool = False, beside: Path | None = None, of_folder: bool = False) -> int:
+    """Run, or go on with, the experiment that `config` describes.
+
+    Args:
+        profile: write a trace and the memory use of one steady step into the run folder.
+        beside: the folder of the config file: a reward of the user's is looked for there too.
+        of_folder: the config is a run folder's own, which somebody may have handed on: what the run starts from is
+            taken from the folder, and not from where the config says (docs/security.md).
+    Returns: 0 when the run is complete, 128 + its number when a signal (SIGINT, SIGTERM, SIGHUP, SIGUSR1) ended it
+        after a checkpoint.
+    Raises: InputError for anything in the config, the files or the reward that cannot be used; Stopped (a
+        KeyboardInterrupt) for a signal before the first step or after the last one.
+    """
+    with set_up(config) as setup:  # device, processes, folder, plan of memory
+        config, plan, world = setup.config, setup.plan, setup.world
+        state, before_after = begin(setup, beside, of_folder)  # policy, reference, optimizer, rewards
+        policy, group_size = state.policy, config.rollout.group_size
+        learner = Learner(state, GRPO(config.grpo), config.update, plan.update, config.run.steps, config.run.seed, world)
+        with Run(setup, state, before_after, profile) as run:
+            for step in run.steps():
+                # Roll out: sample a group of images for each label that is drawn.
+                key = Key(config.run.seed, step, run.shard.start)
+                labels_P = draw_labels(setup.labels, config.rollout.labels_per_step, config.run.seed, step)
+                prompts_b = Prompts(labels_P).repeat(group_size).rows(run.shard)
+                with run.advised("rollout"):
+                    rollout_b, images = policy.sample_images(
+                        prompts_b, Sampling(config.rollout.temperature), key, plan.rollout.micro_batch, keep_input=True
+                    )
+                # Score: compare the images of a group with one another.
+                scores = run.score(images, rollout_b, key)
+                if not isinstance(scores, Rewards):
+                    run.skip(scores)  # raises, unless the next step may go better
+                    continue
+                rollout, rewards = run.gather(rollout_b, scores)
+                advantages_B = combined_advantages(
+                    rewards, state.rewards.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
+                )
+                # Learn: make the better ones more likely.
+                state.begin_update()
+                # Guards that a reward's library kept may switch gradients off when Python frees them.
+                with run.advised("update"), torch.enable_grad():
+                    drift = run.drift(rollout_b)
+                    metrics = learner.step(Batch.of(rollout, advantages_B), step)
+                run.record(rollout, images, rewards, advantages_B, metrics | drift)
+            return run.finish()
+
+
+def main(arguments: list[str]) -> int:
+    """python -m varfast.train config.yaml [--profile] [--sweep a.b=c,d ...] [a.b=c ...]"""
+    runs = read_train(arguments)
+    for number, config in enumerate(runs.configs):
+        if runs.parent is not None:
+            print(f"\nsweep {number + 1} of {len(runs.configs)}: {config.run.dir}")
+        code = train(config, runs.profile, runs.beside, runs.of_folder)
+        if code:
+            return code
+    if runs.parent is not None:
+        print(f"\nside by side: python -m varfast.report {runs.parent}/*")
+    return 0
