@@ -30,11 +30,11 @@ import torch
 import torch._dynamo
 
 from varfast import kernels
+from varfast.advantages import group_advantages
 from varfast.config import Config, load_config
 from varfast.kernels import reference
 from varfast.kernels.selection import _OPS
 from varfast.learner import Updater
-from varfast.losses.grpo import group_advantages
 from varfast.perf.stages import StageClock, stage
 from varfast.policies.var.policy import Policy
 from varfast.policies.var.transformer import FFN

@@ -8,13 +8,19 @@ import torch
 from PIL import Image
 
 import varfast.evaluate
+import varfast.files
 from varfast import InputError, Policy, load_policy
 from varfast.data.datasets import DigitsClassifier, digits
 from varfast.data.labels import Label, label_pool, labels_json
-from varfast.evaluate import BASE, EvaluationFolder, Plan, evaluate, main, resolved, table, tabulate
+from varfast.distributed import Launch
+from varfast.evaluate import evaluate, main
+from varfast.evaluation.arguments import BASE, resolved
 from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.features import DigitsPixels, load_real_images, to_levels
+from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.metrics import diversity, fid, inception_score, mean_interval, neighbours, statistics
+from varfast.evaluation.plan import Plan
+from varfast.evaluation.table import table, tabulate
 from varfast.randomness import EVAL_STEP
 from varfast.rewards.brightness import brightness
 from varfast.settings.loading import parse_arguments
@@ -46,7 +52,7 @@ def make(models, tmp_path):
 
 
 def small_chunks(monkeypatch, images=6):
-    monkeypatch.setattr(varfast.evaluate, "_CHUNK_IMAGES", images)
+    monkeypatch.setattr("varfast.evaluation.plan._CHUNK_IMAGES", images)
 
 
 def levels_of(folder, side="checkpoint"):
@@ -115,7 +121,8 @@ def test_numbers_are_those_of_the_saved_images(make, tmp_path):
         images = pixels.permute(0, 3, 1, 2)
         features, logits = network(images)
         luma = brightness(images.float() / 255)
-        found = {name: getattr(row, side).value for (name, _), row in rows.items()}
+        estimates = {n: row.baseline if side == "reference" else row.checkpoint for (n, _), row in rows.items()}
+        found = {name: estimate.value for name, estimate in estimates.items()}
         assert found["score/luma"] == pytest.approx(float(luma.mean()), abs=1e-3)
         assert found["top1"] == pytest.approx(classifier.accuracy(images / 255, torch.from_numpy(labels)), abs=0.1)
         real = load_real_images("digits", network, 8)
@@ -129,7 +136,7 @@ def test_numbers_are_those_of_the_saved_images(make, tmp_path):
     assert row.difference.value == pytest.approx((sides["checkpoint"] - sides["reference"]).mean(), abs=1e-3)
     for name in ("fid", "inception_score", "precision"):
         found = rows[name, "all"]
-        assert found.difference.value == found.checkpoint.value - found.reference.value
+        assert found.difference.value == found.checkpoint.value - found.baseline.value
         assert found.difference.low is None
 
 
@@ -256,7 +263,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_table(make, drawn, 
     assert sum(drawn) == 40
     saved = []
 
-    def stop_at_the_third(path, write, original=varfast.evaluate.write_atomically):
+    def stop_at_the_third(path, write, original=varfast.files.write_atomically):
         if len(saved) == 2:
             raise KeyboardInterrupt
         saved.append(path)
@@ -264,7 +271,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_table(make, drawn, 
 
     stopped = make(out=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch:
-        patch.setattr(varfast.evaluate, "write_atomically", stop_at_the_third)
+        patch.setattr("varfast.evaluation.folder.write_atomically", stop_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             evaluate(stopped)
     drawn.clear()
@@ -280,9 +287,9 @@ def test_processes_share_out_the_chunks(make, drawn, tmp_path, monkeypatch):
     whole = evaluate(make(classifier="digits"))
     shared = make(classifier="digits", out=str(tmp_path / "shared"))
     drawn.clear()
-    assert evaluate(shared, rank=1, world=2) == []
+    assert evaluate(shared, Launch(1, 2)) == []
     assert sum(drawn) == 2 * (6 + 2)  # chunks 1 and 3 of 6, 6, 6 and 2 images, of both models
-    assert evaluate(shared, rank=0, world=2) == whole
+    assert evaluate(shared, Launch(0, 2)) == whole
     assert sum(drawn) == 40
     drawn.clear()
     assert evaluate(shared) == whole  # one process makes the table of what two have sampled
@@ -291,9 +298,9 @@ def test_processes_share_out_the_chunks(make, drawn, tmp_path, monkeypatch):
 
 def test_missing_chunks_of_other_processes_are_named(make, monkeypatch, capsys):
     small_chunks(monkeypatch)
-    monkeypatch.setattr(varfast.evaluate, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr("varfast.evaluation.folder._PATIENCE_S", 0.0)
     with pytest.raises(InputError, match=r"4 chunks of other processes are missing, reference_00001.npz first"):
-        evaluate(make(), rank=0, world=2)
+        evaluate(make(), Launch(0, 2))
     assert "waiting for 4 chunks" in capsys.readouterr().out
 
 
@@ -404,9 +411,9 @@ def test_plan_splits_into_runs_of_consecutive_indices():
     (chunk,) = plan.chunks
     assert chunk == [1, 2, 4, 6, 7, 9, 11, 12, 14]
     assert [(plan.label(i), plan.sample(i)) for i in chunk[2:5]] == [(4, 0), (1, 1), (2, 1)]
-    assert list(plan.runs(chunk, 8)) == [[1, 2], [4], [6, 7], [9], [11, 12], [14]]
+    assert list(plan.ranges(chunk, 8)) == [[1, 2], [4], [6, 7], [9], [11, 12], [14]]
     whole = Plan([0, 1, 2], 3, 3)
-    assert list(whole.runs(whole.chunks[0], 4)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert list(whole.ranges(whole.chunks[0], 4)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
 
 
 def test_tabulate_pairs_and_leaves_out_what_is_not_there():
@@ -417,7 +424,7 @@ def test_tabulate_pairs_and_leaves_out_what_is_not_there():
     assert [row.labels for row in rows] == ["all", "seen"]  # no unseen label was sampled
     assert rows[0].checkpoint == mean_interval(after)
     (alone,) = tabulate(None, {"score/a": after}, labels, None, None)
-    assert (alone.reference, alone.difference) == (None, None)
+    assert (alone.baseline, alone.difference) == (None, None)
     assert table([alone]).splitlines()[0].split() == ["checkpoint"]
     text = table(rows)
     assert text.splitlines()[0].split() == ["reference", "checkpoint", "difference"]

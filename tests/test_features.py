@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from varfast import InputError, metrics
+from varfast import InputError
 from varfast.data.datasets import digits
+from varfast.evaluation import metrics
 from varfast.evaluation.features import DigitsPixels, Inception, load_network, load_real_images, to_levels
 from varfast.evaluation.metrics import statistics
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from varfast import InputError, images
+from varfast import InputError
+from varfast.data import images
 from varfast.data.images import check_images, list_images, natural_key, read_rgb
 
 RAMP = np.linspace(0, 65535, 576).reshape(24, 24).astype(np.uint16)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # stand below `config`, which joins the sections, though the rest of their room stands above it.
 LAYERS = [
     {"kernels"},
-    {"printable", "types", "files", "weights", "randomness", "distributed", "progress", "settings"},
+    {"printable", "types", "files", "weights", "randomness", "distributed", "progress", "settings", "tables"},
     {"policies", "models", "data", "rewards", "losses", "optim", "runs.config"}
     | {"perf.allocator", "perf.cpu", "perf.graphs", "perf.stages"},
     {"config"},

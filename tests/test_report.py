@@ -19,9 +19,10 @@ from PIL import Image
 import varfast.evaluate
 import varfast.evaluation.metrics
 from varfast import InputError
-from varfast.report import load_run, main, page
+from varfast.report import load_run, main
 from varfast.report.charts import charts, curve, ticks
 from varfast.report.elements import brief, printable
+from varfast.report.layout import page
 from varfast.report.reading import parse_metrics
 from varfast.report.verdicts import HEALTHY, verdict
 from varfast.runs.log import RunLog

@@ -21,7 +21,7 @@ import varfast.report
 import varfast.sample
 from varfast import InputError
 from varfast.evaluate import main as evaluate_main
-from varfast.evaluate import resolved
+from varfast.evaluation.arguments import resolved
 from varfast.evaluation.config import EvaluateConfig
 from varfast.settings.loading import parse_arguments
 from varfast.train import main as train_main

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.init import normal_
 
-from varfast import InputError, Policy, kernels, strict
+from varfast import InputError, Policy, kernels
 from varfast.kernels.selection import _OPS
 from varfast.models import VAR, VQVAE, VARConfig, VQVAEConfig
-from varfast.models import var as var_module
+from varfast.policies import strict
+from varfast.policies.var import transformer as var_module
 from varfast.policies.var.config import LoRAConfig
 from varfast.train import train
 

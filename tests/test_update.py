@@ -8,9 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varfast import InputError, Policy
+from varfast.advantages import group_advantages
 from varfast.learner import Updater
 from varfast.losses.config import GRPOConfig
-from varfast.losses.grpo import group_advantages
 from varfast.optim.config import UpdateConfig
 from varfast.optim.gradients import Gradients
 from varfast.optim.schedule import learning_rate, scheduled

@@ -28,13 +28,14 @@ import safetensors.torch
 import torch
 
 from varfast import kernels
+from varfast.advantages import combined_advantages, groups_without_signal
 from varfast.command import read_train
 from varfast.config import Config
 from varfast.data.labels import LABELS_FILE, caption, draw_labels, label_pool, labels_json, read_labels, run_names
 from varfast.distributed import World, gathered, joined, local_device, processes_here
 from varfast.files import save_tensors, save_text, write_atomically
 from varfast.learner import Updater
-from varfast.losses.grpo import combined_advantages, groups_without_signal, kl_to_reference
+from varfast.losses.grpo import kl_to_reference
 from varfast.perf.stages import StageClock, stage
 from varfast.policies import strict
 from varfast.policies.var.config import VARConfig

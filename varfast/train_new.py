@@ -24,14 +24,23 @@ from varfast.command import read_train
 from varfast.config import Config
 from varfast.data.labels import draw_labels
 from varfast.learner import Learner
+from varfast.losses import Loss
 from varfast.losses.grpo import GRPO
+from varfast.policies.protocol import Policy
 from varfast.randomness import Key
 from varfast.runs.run import Run
 from varfast.runs.setup import begin, set_up
 from varfast.types import Batch, Prompts, Rewards, Sampling
 
 
-def train(config: Config, profile: bool = False, beside: Path | None = None, of_folder: bool = False) -> int:
+def train(
+    config: Config,
+    profile: bool = False,
+    beside: Path | None = None,
+    of_folder: bool = False,
+    loss: Loss | None = None,
+    policy: Policy | None = None,
+) -> int:
     """Run, or go on with, the experiment that `config` describes.
 
     Args:
@@ -39,6 +48,8 @@ def train(config: Config, profile: bool = False, beside: Path | None = None, of_
         beside: the folder of the config file: a reward of the user's is looked for there too.
         of_folder: the config is a run folder's own, which somebody may have handed on: what the run starts from is
             taken from the folder, and not from where the config says (docs/security.md).
+        loss: what is minimised; None: GRPO, as the config sets it.
+        policy: what is trained; None: what policy.checkpoint names. To go on with a run, give it an equal one again.
     Returns: 0 when the run is complete, 128 + its number when a signal (SIGINT, SIGTERM, SIGHUP, SIGUSR1) ended it
         after a checkpoint.
     Raises: InputError for anything in the config, the files or the reward that cannot be used; Stopped (a
@@ -46,9 +57,10 @@ def train(config: Config, profile: bool = False, beside: Path | None = None, of_
     """
     with set_up(config) as setup:  # device, processes, folder, plan of memory
         config, plan, world = setup.config, setup.plan, setup.world
-        state, before_after = begin(setup, beside, of_folder)  # policy, reference, optimizer, rewards
+        state, before_after = begin(setup, beside, of_folder, policy)  # policy, reference, optimizer, rewards
         policy, group_size = state.policy, config.rollout.group_size
-        learner = Learner(state, GRPO(config.grpo), config.update, plan.update, config.run.steps, config.run.seed, world)
+        loss = loss or GRPO(config.grpo)
+        learner = Learner(state, loss, config.update, plan.update, config.run.steps, config.run.seed, world)
         with Run(setup, state, before_after, profile) as run:
             for step in run.steps():
                 # Roll out: sample a group of images for each label that is drawn.

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 
 from varfast import InputError
-from varfast.evaluate import EvaluationFolder, Plan, _finish
 from varfast.evaluation.config import EvaluateConfig
+from varfast.evaluation.folder import EvaluationFolder
+from varfast.evaluation.measure import finish
+from varfast.evaluation.plan import Plan
 
 _LIMIT_S = 20
 FLIPS = 300
@@ -35,9 +37,9 @@ class Ran:
 @pytest.fixture
 def evaluated(tmp_path, monkeypatch):
     """An out folder of two chunks with 20 images of 8 pixels, as evaluate writes it; and the call that ends one."""
-    monkeypatch.setattr("varfast.evaluate._CHUNK_IMAGES", 12)
-    monkeypatch.setattr("varfast.evaluate._seen_labels", lambda config: None)
-    monkeypatch.setattr("varfast.evaluate.environment", dict)  # it asks git
+    monkeypatch.setattr("varfast.evaluation.plan._CHUNK_IMAGES", 12)
+    monkeypatch.setattr("varfast.evaluation.measure.seen_labels", lambda config: None)
+    monkeypatch.setattr("varfast.evaluation.measure.environment", dict)  # it asks git
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     config = EvaluateConfig(
         checkpoint="x", scores={"luma": {"type": "brightness"}}, classifier="digits", features="digits", save="npz"
@@ -55,7 +57,7 @@ def evaluated(tmp_path, monkeypatch):
         np.savez(folder.chunk("checkpoint", number), **arrays)
 
     def end():
-        return _finish(config, folder, ["checkpoint"], plan, None), folder.weights("checkpoint", 0)
+        return finish(config, folder, ["checkpoint"], plan, None), folder.weights("checkpoint", 0)
 
     def late(*_):
         raise AssertionError(f"no end within {_LIMIT_S} s")

@@ -8,7 +8,8 @@ from torch._subclasses import FakeTensorMode
 
 from varfast import kernels
 from varfast.kernels.settings import trying
-from varfast.models import VQVAE, decoder
+from varfast.models import VQVAE
+from varfast.policies.var import decoder
 from varfast.policies.var.decoder import FastDecoder
 from varfast.types import InputError
 

@@ -7,9 +7,9 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from varfast import InputError, Policy
+from varfast.advantages import group_advantages
 from varfast.learner import Updater
 from varfast.losses.config import GRPOConfig
-from varfast.losses.grpo import group_advantages
 from varfast.optim.config import UpdateConfig
 from varfast.policies.var.config import LoRAConfig
 from varfast.policies.var.lora import lora_layers, merged_state, without_lora

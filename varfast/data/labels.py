@@ -25,6 +25,7 @@ from varfast.policies.var.config import PolicyConfig, PretrainConfig
 from varfast.printable import printable
 from varfast.randomness import Purpose, keyed_generator
 from varfast.settings.section import check_labels
+from varfast.tables import text_table
 from varfast.types import InputError
 
 LABELS_FILE = "labels.json"
@@ -104,8 +105,7 @@ def label_table(labels: Sequence[Label]) -> str:
     cells += [
         (str(row.label), row.folder + f" ({row.name})" * (row.name != row.folder), str(row.images)) for row in shown
     ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [f"{a:>{widths[0]}}  {b:{widths[1]}}  {c:>{widths[2]}}" for a, b, c in cells]
+    lines = text_table(cells, "><>")
     if len(shown) < len(labels):
         lines.insert(-5, f"... {len(labels) - len(shown)} more")
     return "\n".join(lines)

@@ -140,7 +140,7 @@ def load_real_images(address: str, network: Network, image_size: int) -> RealIma
     return RealImages(known or statistics(features_MD), thinned(features_MD), len(features_MD))
 
 
-def check_reference(address: str) -> None:
+def check_real_images(address: str) -> None:
     """Whether the set of real images is there and can be read, without computing anything of it.
 
     Raises: InputError as load_real_images, but for what depends on the network.

@@ -3,7 +3,7 @@
 FID and inception score are torch-fidelity's; precision, recall, density and coverage are those of prdc. Everything is
 computed in float64.
 
-Axes: N image, M image of the reference set, D feature, K class.
+Axes: N image, M real image, D feature, K class.
 """
 
 from __future__ import annotations
@@ -34,6 +34,18 @@ class Estimate:
     value: float
     low: float | None = None
     high: float | None = None
+
+    def text(self, sign: str = "") -> str:
+        """As "0.5 [0.4, 0.6]", four digits each. sign: "+" for differences."""
+        return interval_text(self.value, self.low, self.high, sign)
+
+
+def interval_text(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+    """A number and the bounds of its interval, as far as they are there."""
+    if value is None:
+        return ""
+    bounds = "" if low is None or high is None else f" [{low:{sign}.4g}, {high:{sign}.4g}]"
+    return f"{value:{sign}.4g}{bounds}"
 
 
 @dataclass(frozen=True)
@@ -132,20 +144,18 @@ def inception_score(logits_NK: np.ndarray) -> float:
     return float(isc_features_to_metric(torch.from_numpy(logits_NK), splits)[KEY_METRIC_ISC_MEAN])
 
 
-def neighbours(reference_MD: np.ndarray, features_ND: np.ndarray) -> dict[str, float]:
+def neighbours(real_MD: np.ndarray, features_ND: np.ndarray) -> dict[str, float]:
     """Precision, recall, density and coverage, with the 5 nearest neighbours, on at most 10 000 images of each set.
 
     Args:
-        reference_MD, features_ND: seven images of each at least; larger sets are thinned evenly.
+        real_MD, features_ND: seven images of each at least; larger sets are thinned evenly.
     Source: arXiv:1904.06991 and arXiv:2002.09797.
     """
-    assert min(len(reference_MD), len(features_ND)) > NEIGHBOURS + 1
+    assert min(len(real_MD), len(features_ND)) > NEIGHBOURS + 1
     from prdc import compute_prdc
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the sizes
-        found = compute_prdc(
-            thinned(reference_MD).astype(np.float64), thinned(features_ND).astype(np.float64), NEIGHBOURS
-        )
+        found = compute_prdc(thinned(real_MD).astype(np.float64), thinned(features_ND).astype(np.float64), NEIGHBOURS)
     return {name: float(found[name]) for name in ("precision", "recall", "density", "coverage")}
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from varfast.evaluation.metrics import Estimate, difference_interval
+from varfast.evaluation.metrics import Estimate, difference_interval, interval_text
 from varfast.report.charts import SMOOTHED, charts
 from varfast.report.elements import Markup, brief, printable, table, text
 from varfast.report.pictures import Extremes
@@ -117,12 +117,7 @@ def _change(run: Run, name: str) -> Estimate | None:
 
 
 def _shown(estimate: Estimate | Estimated | None, sign: str = "") -> str:
-    if estimate is None or estimate.value is None:
-        return ""
-    shown = f"{estimate.value:{sign}.4g}"
-    if estimate.low is None or estimate.high is None:
-        return shown
-    return f"{shown} [{estimate.low:{sign}.4g}, {estimate.high:{sign}.4g}]"
+    return "" if estimate is None else interval_text(estimate.value, estimate.low, estimate.high, sign)
 
 
 def _steps(run: Run) -> str:

@@ -23,6 +23,7 @@ from varfast.policies.var.policy import Policy
 from varfast.progress import Progress
 from varfast.randomness import EVAL_STEP
 from varfast.rewards import WeightedSum
+from varfast.tables import text_table
 from varfast.types import InputError
 
 # (N,) float64 by name: reward, reward/<component>, entropy, accuracy (0 or 1).
@@ -134,10 +135,10 @@ def means(numbers: Numbers) -> dict[str, float]:
 def table(values: dict[str, Numbers]) -> str:
     """Text: name, before, after, their difference with its 95 % interval over pairs of images."""
     before, after = values["before"], values["after"]
-    width = max(len(name) for name in after)
-    rows = [f"{'':{width}}  {'before':>8}  {'after':>8}  difference [95 % interval]"]
+    rows = [("", "before", "after", "difference [95 % interval]")]
     for name, after_N in after.items():
         change = difference_interval(before[name], after_N)
         bounds = "" if change.low is None else f" [{change.low:+.3f}, {change.high:+.3f}]"
-        rows.append(f"{name:{width}}  {before[name].mean():8.3f}  {after_N.mean():8.3f}  {change.value:+10.3f}{bounds}")
-    return "\n".join(rows)
+        means = f"{before[name].mean():8.3f}", f"{after_N.mean():8.3f}"
+        rows.append((name, *means, f"{change.value:+10.3f}{bounds}"))
+    return "\n".join(text_table(rows, "<>><"))

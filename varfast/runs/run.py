@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,21 +21,21 @@ from torch import Tensor
 from varfast.advantages import groups_without_signal
 from varfast.config import Config
 from varfast.data.labels import caption
-from varfast.distributed import World, gathered
+from varfast.distributed import gathered
 from varfast.files import save_tensors, save_text
 from varfast.losses.grpo import kl_to_reference
-from varfast.perf.limits import StageLimits, memory_metrics
 from varfast.perf.out_of_memory import advised
 from varfast.perf.stages import StageClock, stage
-from varfast.policies.checks import check_finite
+from varfast.policies.var.policy import check_finite
 from varfast.randomness import GRID_STEP, Key
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, refuse_diverged
-from varfast.runs.log import RunLog, profiled
+from varfast.runs.log import RunLog
+from varfast.runs.profile import StageLimits, memory_metrics, profiled
 from varfast.runs.setup import Setup
 from varfast.state import State
-from varfast.types import InputError, NotFinitePolicy, NotFiniteReward, Prompts, Rewards, Rollout, Sampling
+from varfast.types import InputError, NotFinitePolicy, NotFiniteReward, Prompts, Rewards, Rollout
 
 
 class Run:
@@ -231,7 +230,14 @@ class Run:
         """Raises: NotFinitePolicy, with a diagnosis, if the policy's weights, logits or images are not finite."""
         setup = self.setup
         refuse_diverged(
-            self.state.policy, setup.labels, self.config, setup.world, setup.folder.path, self.state.step, metrics, checkpoints
+            self.state.policy,
+            setup.labels,
+            self.config,
+            setup.world,
+            setup.folder.path,
+            self.state.step,
+            metrics,
+            checkpoints,
         )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -253,7 +259,11 @@ class Run:
                 weights = self.setup.merge_adapter(state.policy)
             save_tensors(folder.weights, weights)
             after = self._before_after.after(
-                state.policy, state.rewards, state.step, self.setup.plan.rollout.micro_batch, trained=bool(self._metrics)
+                state.policy,
+                state.rewards,
+                state.step,
+                self.setup.plan.rollout.micro_batch,
+                trained=bool(self._metrics),
             )
             summary = {"before": self._before, "after": means(after)}
             save_text(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")

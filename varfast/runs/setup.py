@@ -17,16 +17,18 @@ from varfast.distributed import World, joined, local_device
 from varfast.perf.memory import MemoryPlan
 from varfast.perf.work import Work
 from varfast.policies import strict
-from varfast.policies.device import pick_device
 from varfast.policies.protocol import Policy
 from varfast.policies.var.lora import import_peft
+from varfast.policies.var.policy import pick_device
 from varfast.randomness import deterministic
 from varfast.rewards import WeightedSum
 from varfast.runs.before_after import BeforeAfter
-from varfast.runs.checkpoint import Checkpoint, RunFolder
+from varfast.runs.checkpoint import Checkpoint
 from varfast.runs.divergence import refuse_diverged
+from varfast.runs.environment import environment
+from varfast.runs.folder import RunFolder
 from varfast.runs.lock import FolderLock
-from varfast.runs.log import environment, import_wandb
+from varfast.runs.log import import_wandb
 from varfast.runs.signals import StopSignals, listen
 from varfast.state import State
 from varfast.types import InputError
@@ -98,22 +100,31 @@ def set_up(config: Config) -> Iterator[Setup]:
             )  # fmt: skip
 
 
-def begin(setup: Setup, beside: Path | None, of_folder: bool) -> tuple[State, BeforeAfter]:
+def begin(
+    setup: Setup, beside: Path | None, of_folder: bool, policy: Policy | None = None
+) -> tuple[State, BeforeAfter]:
     """The state that the run begins with, or goes on with; and the table of before and after, its "before" measured.
 
     Args:
         beside: folder of the config file, where a reward of the user's is looked for too.
         of_folder: take what the run starts from out of its folder, not from where the config says.
+        policy: what is trained, in place of what the config names.
     Raises: InputError for what cannot be loaded.
     """
     config, world, folder = setup.config, setup.world, setup.folder
     with world.leader_first():  # it pre-trains and downloads
         rewards = WeightedSum(
-            config.reward, setup.device, config.policy.sizes.num_classes, names=setup.names, seed=config.run.seed, beside=beside
+            config.reward,
+            setup.device,
+            config.policy.sizes.num_classes,
+            names=setup.names,
+            seed=config.run.seed,
+            beside=beside,
         )
-        if world.leads:
-            prepare_base(config, folder, setup.found is not None, setup.device, of_folder)
-        policy = load_base(config, folder, setup.device, whole=False)
+        if policy is None:
+            if world.leads:
+                prepare_base(config, folder, setup.found is not None, setup.device, of_folder)
+            policy = load_base(config, folder, setup.device, whole=False)
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
     if config.run.strict:

@@ -1,0 +1,91 @@
+"""The images of an evaluation, as files: one by one, in an archive, and side by side."""
+
+from __future__ import annotations
+
+import errno
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from varfast.data.labels import caption
+from varfast.evaluation.folder import EvaluationFolder
+from varfast.evaluation.plan import Plan
+from varfast.files import write_atomically
+from varfast.runs.pictures import GAP_PX, image_grid, save_picture
+from varfast.types import InputError
+
+
+def save_pngs(folder: Path, levels: np.ndarray, plan: Plan, chunk: list[int]) -> None:
+    """A PNG for each image (N, H, W, 3) of a chunk, LABEL_SAMPLE.png. Raises: InputError if the disk does not let it.
+
+    Not atomic: the chunk's own file is written afterwards, and until then all its images count as missing.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link")
+        for picture, index in zip(levels, chunk, strict=True):
+            path = folder / f"{plan.label(index):04d}_{plan.sample(index):04d}.png"
+            path.unlink(missing_ok=True)  # a link would be followed, and its target overwritten
+            with path.open("xb") as file:
+                Image.fromarray(picture).save(file, format="PNG")
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; free space there and go on") from error
+
+
+def save_npz(folder: EvaluationFolder, side: str, plan: Plan) -> None:
+    """images_<side>.npz: arr_0 and labels. Written chunk by chunk, since all images at once may not fit in memory."""
+
+    def write(file: Any) -> None:
+        with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                for number in range(len(plan.chunks)):
+                    levels = folder.levels(side, number, plan, whole=True)
+                    if number == 0:
+                        shape = (len(plan.labels), *levels.shape[1:])
+                        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(member, header)
+                    member.write(levels.tobytes())
+            with archive.open("labels.npy", "w") as member:
+                np.lib.format.write_array(member, np.array(plan.labels))
+
+    write_atomically(folder.path / f"images_{side}.npz", write)
+
+
+def save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan, names: list[str] | None) -> dict[str, Any]:
+    """pictures.png: a row for each label; images of the models side by side, from the same seeds.
+
+    Args:
+        names: of all labels, if they have any.
+    Returns: what the picture shows, for evaluation.json.
+    """
+    titles = [caption(label, names) for label in plan.picture_labels]
+    grids: list[np.ndarray] = []
+    for side in sides:
+        images = _shown_images(folder, side, plan)
+        cells = [images[plan.index(label, s)] for label in plan.picture_labels for s in plan.picture_samples]
+        pixels = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255.0
+        grids.append(image_grid(pixels, len(plan.picture_samples), titles if not grids else ()))
+        grids.append(np.full((len(grids[-1]), 6 * GAP_PX, 3), 255, np.uint8))
+    save_picture(folder.path / "pictures.png", np.concatenate(grids[:-1], axis=1))
+    return {
+        "file": "pictures.png",
+        "rows": plan.picture_labels,
+        "columns": [{"of": side, "sample": sample} for side in sides for sample in plan.picture_samples],
+    }
+
+
+def _shown_images(folder: EvaluationFolder, side: str, plan: Plan) -> dict[int, np.ndarray]:
+    """The images (H, W, 3) that the picture shows, by index."""
+    images: dict[int, np.ndarray] = {}
+    for number, chunk in enumerate(plan.chunks):
+        shown = [index for index in chunk if plan.shown(index)]
+        if shown:
+            levels = folder.levels(side, number, plan)
+            kept = chunk if len(levels) == len(chunk) else shown
+            images |= {index: levels[row] for row, index in enumerate(kept) if plan.shown(index)}
+    return images
