@@ -14,10 +14,10 @@ LAYERS = [
     {"kernels"},
     {"printable", "types", "files", "weights", "randomness", "distributed", "progress", "settings", "tables"},
     {"policies", "models", "data", "rewards", "losses", "optim", "runs.config"}
-    | {"perf.allocator", "perf.cpu", "perf.graphs", "perf.stages"},
+    | {"perf.allocator", "perf.cpu", "perf.graphs", "perf.stages", "perf.cost"},
     {"config"},
-    {"perf", "learner", "runs", "evaluation", "report.config", "command", "roofline"},
-    {"pretrain", "train", "sample", "evaluate", "export", "report", "env"},
+    {"perf", "advantages", "learner", "state", "runs", "evaluation", "report.config", "command"},
+    {"pretrain", "train", "sample", "evaluate", "export", "report", "env", "roofline"},
 ]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -19,7 +19,8 @@ from PIL import Image
 import varfast.evaluate
 import varfast.evaluation.metrics
 from varfast import InputError
-from varfast.report import load_run, main
+from varfast.report.run import load_run
+from varfast.report import main
 from varfast.report.charts import charts, curve, ticks
 from varfast.report.elements import brief, printable
 from varfast.report.layout import page

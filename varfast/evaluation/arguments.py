@@ -10,13 +10,13 @@ from typing import Any
 
 from varfast.data.labels import label_names, label_numbers, label_pool, run_names
 from varfast.evaluation.config import EvaluateConfig
-from varfast.policies.var.weights import resolve
 from varfast.printable import printable
 from varfast.rewards import RewardConfig
 from varfast.rewards.classifier import ClassifierConfig
 from varfast.runs.base import Base
 from varfast.runs.folder import RunFolder
 from varfast.types import InputError
+from varfast.weights.files import resolve
 
 # The value of the argument `reference` that stands for the model that the run started from.
 BASE = "base"
