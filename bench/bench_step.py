@@ -30,7 +30,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from varfast import Policy, kernels
+from varfast import kernels
 from varfast.advantages import group_advantages
 from varfast.config import load_config
 from varfast.kernels import reference
