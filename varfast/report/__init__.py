@@ -13,8 +13,8 @@ command say which one and why. `reading` takes care of that; what it returns has
 import importlib
 from typing import Any
 
-_PLACES = {"load_run": "run", "main": "command", "page": "layout"}
-__all__ = ["load_run", "main", "page"]
+_PLACES = {"read_run": "run", "main": "command", "page": "layout"}
+__all__ = ["main", "page", "read_run"]
 
 
 def __getattr__(name: str) -> Any:

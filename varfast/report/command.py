@@ -7,9 +7,9 @@ from pathlib import Path
 
 from varfast.config import ReportConfig, parse_arguments
 from varfast.files import save_text
-from varfast.report.elements import printable
+from varfast.report.elements import masked
 from varfast.report.layout import page
-from varfast.report.run import load_run
+from varfast.report.run import read_run
 from varfast.types import InputError
 
 
@@ -24,16 +24,16 @@ def main(arguments: list[str]) -> int:
     runs, refused = [], []
     for path in paths:
         try:
-            runs.append(load_run(path, printable(path.absolute().name if by_name else path)))
+            runs.append(read_run(path, masked(path.absolute().name if by_name else path)))
         except InputError as error:
-            refused.append(printable(error))
+            refused.append(masked(error))
     if not runs:
         raise InputError("\n  ".join(refused))
     for reason in refused:
         print(f"left out: {reason}", file=sys.stderr)
     for run in runs:
         for note in run.left_out:
-            print(printable(f"{run.name}: left out: {note}"), file=sys.stderr)
+            print(masked(f"{run.name}: left out: {note}"), file=sys.stderr)
     save_text(out, page(runs))
     print(f"{out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {out.stat().st_size / 1e6:.1f} MB")
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from varfast.evaluation.metrics import Estimate, difference_interval, interval_text
 from varfast.report.charts import SMOOTHED, charts
-from varfast.report.elements import Markup, brief, printable, table, text
+from varfast.report.elements import Markup, brief, html_table, masked, text
 from varfast.report.pictures import Extremes
 from varfast.report.reading import Estimated, Sample
 from varfast.report.run import Run
@@ -87,7 +87,7 @@ def _headline(run: Run) -> str:
         )
         for name, c in changes.items()
     ]
-    detail = table(["before", "after", "difference"], rows)
+    detail = html_table(["before", "after", "difference"], rows)
     top = f'<p class="headline">{headline} <small>{text(difference)}</small></p>'
     return f"{top}{detail}<p>{about}</p><p>{text(steps)}</p>"
 
@@ -187,7 +187,7 @@ def _health(runs: Sequence[Run]) -> str:
     if not rows:
         return "<p>No step is complete yet.</p>"
     columns = [run.name for run in runs] if len(runs) > 1 else ["found"]
-    return table([*columns, "healthy is"], rows) + _glance(runs)
+    return html_table([*columns, "healthy is"], rows) + _glance(runs)
 
 
 def _glance(runs: Sequence[Run]) -> str:
@@ -203,7 +203,7 @@ def _glance(runs: Sequence[Run]) -> str:
     rows = [(name, cells) for name, cells in rows if any(cells)]
     columns = [run.name for run in runs] if len(runs) > 1 else ["first \u2192 last"]
     arrows = "<p>In training: from the mean of the first tenth of the steps to that of the last.</p>"
-    return f"<details><summary>Numbers of the steps</summary>{table(columns, rows)}{arrows}</details>"
+    return f"<details><summary>Numbers of the steps</summary>{html_table(columns, rows)}{arrows}</details>"
 
 
 def _curves(runs: Sequence[Run]) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
@@ -235,7 +235,7 @@ def _extremes(run: Run) -> str:
     if found is None:
         return f"<h3>{text(brief(run.name))}</h3><p>No samples.</p>"
     rows = [f"<h3>{text(brief(run.name))}, step {found.step}</h3>{_tied(found)}"]
-    for title, samples in (("best", found.noted.best), ("worst", found.noted.worst)):
+    for title, samples in (("best", found.samples.best), ("worst", found.samples.worst)):
         cells = [
             f'<figure><img src="{uri}" alt="{title} {place}: label {text(run.label(sample.label))}, reward '
             f'{text(brief(sample.reward))}"><figcaption>{_sample_caption(run, sample)}</figcaption></figure>'
@@ -247,15 +247,15 @@ def _extremes(run: Run) -> str:
 
 def _tied(found: Extremes) -> str:
     """Said where equal rewards, and not the images, decide which ones are shown."""
-    best, worst = found.noted.best, found.noted.worst
+    best, worst = found.samples.best, found.samples.worst
     rewards = {sample.reward for sample in (*best, *worst)}
     if len(rewards) == 1:
         return f"<p>All samples shown have the reward {text(brief(rewards.pop()))}: none is better than another.</p>"
     notes = []
     for title, samples in (("best", best), ("worst", worst)):
-        ties = found.noted.ties.get(title, 0)
+        ties = found.samples.ties.get(title, 0)
         if len({sample.reward for sample in samples}) == 1 and ties > len(samples):
-            of_step = f"{ties} of the step's {brief(found.noted.images) or 'samples'} have the {title} reward"
+            of_step = f"{ties} of the step's {brief(found.samples.images) or 'samples'} have the {title} reward"
             notes.append(f"{of_step}; {len(samples)} of them are shown, of as many labels as possible.")
     return "".join(f"<p>{text(note)}</p>" for note in notes)
 
@@ -284,7 +284,7 @@ def _measured(run: Run) -> str:
         for row in found.rows
     ]
     about = f"{found.images} images a model, of {found.labels} labels. Intervals: {brief(found.intervals, 1000)}."
-    parts = [f"<h3>{text(brief(run.name))}: varfast.evaluate</h3>{table(sides, rows)}<p>{text(about)}</p>"]
+    parts = [f"<h3>{text(brief(run.name))}: varfast.evaluate</h3>{html_table(sides, rows)}<p>{text(about)}</p>"]
     if run.evaluation_picture is not None:
         shown = found.pictures
         columns = ", then ".join(dict.fromkeys(brief(column.of, 60) for column in shown.columns)) if shown else ""
@@ -304,7 +304,9 @@ def _settings(runs: Sequence[Run]) -> str:
         keys = dict.fromkeys(key for run in runs for key in run.settings if key != "run.dir")
         rows = [(key, [run.settings.get(key, "not set") for run in runs]) for key in keys]
         rows = [(key, values) for key, values in rows if any(value != values[0] for value in values)]
-        parts.append(table([run.name for run in runs], rows) if rows else "<p>The runs have the same settings.</p>")
+        parts.append(
+            html_table([run.name for run in runs], rows) if rows else "<p>The runs have the same settings.</p>"
+        )
     for run in runs:
         if run.config:
             title = f"<summary>{text(brief(run.name))}: config.yaml, resolved</summary>"
@@ -315,9 +317,9 @@ def _settings(runs: Sequence[Run]) -> str:
 def _environment(runs: Sequence[Run]) -> str:
     names = dict.fromkeys(name for run in runs for name in run.environment)
     rows = [(name, [run.environment.get(name) for run in runs]) for name in names]
-    return table([run.name for run in runs], rows) if rows else ""
+    return html_table([run.name for run in runs], rows) if rows else ""
 
 
 def _left_out(runs: Sequence[Run]) -> str:
     notes = [f"{run.name}: {note}" for run in runs for note in run.left_out[:100]]
-    return "".join(f"<p>{text(printable(note))}</p>" for note in notes)
+    return "".join(f"<p>{text(masked(note))}</p>" for note in notes)
