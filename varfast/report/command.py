@@ -1,4 +1,4 @@
-"""The command: which folders are shown, and what is said of those that are not."""
+"""The command: reads the folders, writes the page, and says what could not be used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from varfast.types import InputError
 def main(arguments: list[str]) -> int:
     """python -m varfast.report runs/x [runs/y ...] [out=report.html]
 
-    Of several folders those that hold nothing to show are named and left out. Raises: InputError if none is left.
+    Folders that hold nothing to show are named and skipped. Raises: InputError if none is left.
     """
     config = parse_arguments(arguments, ReportConfig)
     paths, out = [Path(run).expanduser() for run in config.runs], Path(config.out).expanduser()

@@ -1,4 +1,4 @@
-"""The page: what changed first, then whether it went well, then everything else."""
+"""The page, in this order: what changed, whether the run is healthy, curves, samples, evaluation, settings."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def _script_safe(content: Any) -> str:
-    """JSON that cannot end the script element it stands in; letters beyond ASCII are escaped."""
+    """JSON that cannot close the script element around it. Letters beyond ASCII are escaped."""
     return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
@@ -62,7 +62,7 @@ def _changed(runs: Sequence[Run]) -> str:
 
 
 def _headline(run: Run) -> str:
-    """Before -> after on the samples of the table, with the interval of the difference; else why there is none."""
+    """Before and after on fresh samples, with the interval of the difference; or why it was not measured."""
     steps = _steps(run)
     if not run.summary:
         reason = "Not measured: before and after are written when a run is complete"
@@ -93,7 +93,7 @@ def _headline(run: Run) -> str:
 
 
 def _of_summary(run: Run) -> list[str]:
-    """Names of the table, but for the only reward's where it repeats the sum."""
+    """Names of the table's rows. A single reward is skipped if it equals the total reward."""
     names = list(dict.fromkeys(name for numbers in run.summary.values() for name in numbers))
     components = [name for name in names if name.startswith("reward/")]
     return [name for name in names if name not in components or len(components) > 1 or not _repeats(run, name)]
@@ -142,7 +142,7 @@ def _first_to_last(run: Run) -> str:
 
 
 def _before_after_pictures(run: Run) -> str:
-    """The first sample grid beside the others: the same labels and random numbers in all of them."""
+    """The first sample grid beside the later ones, all with the same labels and random numbers."""
     if not run.grids:
         return "<p>No sample grids.</p>"
     first, *later = run.grids
@@ -191,7 +191,7 @@ def _health(runs: Sequence[Run]) -> str:
 
 
 def _glance(runs: Sequence[Run]) -> str:
-    """First and last tenth of other metrics that are looked at first."""
+    """Means of the first and last tenth of the steps, for the metrics that people look at first."""
 
     def first_to_last(run: Run, metric: str) -> str:
         values = run.series(metric)[1]
@@ -207,7 +207,7 @@ def _glance(runs: Sequence[Run]) -> str:
 
 
 def _curves(runs: Sequence[Run]) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
-    """Sections of charts, and the numbers of all charts, in the order of their appearance."""
+    """Sections of charts, and the numbers of all charts in the order of the page."""
     numbers: list[dict[str, Any]] = []
     sections = []
     long = any(len(steps) > SMOOTHED for run in runs for steps, _ in run.metrics.columns.values())
@@ -246,7 +246,7 @@ def _extremes(run: Run) -> str:
 
 
 def _tied(found: Extremes) -> str:
-    """Said where equal rewards, and not the images, decide which ones are shown."""
+    """A note for ties: which of the equal samples are shown says nothing about the images."""
     best, worst = found.samples.best, found.samples.worst
     rewards = {sample.reward for sample in (*best, *worst)}
     if len(rewards) == 1:
@@ -272,7 +272,7 @@ def _evaluation(runs: Sequence[Run]) -> str:
 
 
 def _measured(run: Run) -> str:
-    """The table and the pictures of `python -m varfast.evaluate`, whose folder lies in the run's."""
+    """Table and pictures of `python -m varfast.evaluate`, from the folder evaluation/ of the run."""
     found = run.evaluation
     assert found is not None
     sides = [side for side in ("reference", "checkpoint", "difference") if any(getattr(r, side) for r in found.rows)]

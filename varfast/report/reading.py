@@ -183,9 +183,7 @@ def parse_metrics(content: bytes) -> Metrics:
     steps = array("q")
     columns: dict[str, tuple[array[int], array[float]]] = {}  # line numbers, and values
     unreadable, bad, too_many = 0, Counter[str](), 0
-    for line in content.decode("utf-8", "replace").split(
-        "\n"
-    ):  # json.loads guesses the encoding of bytes
+    for line in content.decode("utf-8", "replace").split("\n"):  # json.loads guesses the encoding of bytes
         if not line.strip():
             continue
         row = _row(line)
