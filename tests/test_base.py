@@ -16,7 +16,7 @@ import varfast.export
 import varfast.pretrain
 import varfast.sample
 from varfast import InputError, load_policy
-from varfast.report.run import load_run
+from varfast.runs.load import load_run
 from varfast.runs.base import PARTS, Base, FileNote
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_base

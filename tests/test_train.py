@@ -25,7 +25,7 @@ from varfast.perf.plan import _plan
 from varfast.perf.profile import memory_metrics
 from varfast.perf.work import Work
 from varfast.policies.var.cost import cost_of
-from varfast.report.run import load_run
+from varfast.runs.load import load_run
 from varfast.runs.base import Base
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.environment import environment

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from varfast.config import PRESETS, LoRAConfig, VQVAEConfig
+from varfast.policies.var.config import PRESETS, LoRAConfig, VQVAEConfig
 from varfast.models import VQVAE
 from varfast.perf.cost import Count
 from varfast.perf.devices import Ceilings
