@@ -34,21 +34,21 @@ from varfast import kernels
 from varfast.advantages import group_advantages
 from varfast.config import load_config
 from varfast.kernels import reference
-from varfast.kernels.selection import _OPS
+from varfast.kernels.selection import OPS
 from varfast.learner import Updater
-from varfast.losses.grpo import group_advantages
 from varfast.perf.devices import Ceilings, available_bytes, measure_here, with_dtype
 from varfast.perf.limits import STAGES, speed_of_light_s, stage_counts
 from varfast.perf.memory import MemoryPlan
 from varfast.perf.plan import plan_memory
 from varfast.perf.stages import StageClock, stage
 from varfast.perf.work import Work
+from varfast.policies.protocol import Policy
 from varfast.policies.var.cost import cost_of
-from varfast.policies.var.policy import Policy
 from varfast.policies.var.transformer import FFN
+from varfast.randomness import Key
 from varfast.rewards import WeightedSum
-from varfast.train import random_policy
-from varfast.types import ScoredRollout
+from varfast.runs.load import random_policy
+from varfast.types import Sampling, ScoredRollout
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CUDA, DEVICE = harness.CUDA, harness.DEVICE
@@ -87,7 +87,7 @@ PLAIN = {
     "selective_log_softmax": plain_logp,
     **{
         op: getattr(reference, op)
-        for op in _OPS
+        for op in OPS
         if op not in ("sample_tokens", "selective_log_softmax", "group_norm_silu")
     },
 }
@@ -276,7 +276,7 @@ def test_step(benchmark, record, name, images):
             def step():
                 updater.policy, updater.plan = policy, replace(plan.update, micro_batch=trained)
                 rollout, pictures = policy.sample_images(
-                    labels, TEMPERATURE, seed=0, micro_batch=sampled, keep_input=True
+                    labels, Sampling(TEMPERATURE), Key(0), micro_batch=sampled, keep_input=True
                 )
                 with stage("reward"):
                     rewards = reward(pictures, labels)
@@ -319,7 +319,7 @@ def test_strict_step(benchmark, record, name, images):
             def step():
                 updater.policy, updater.reference = policy, references[who]
                 updater.plan = replace(eager, micro_batch=trained)
-                rollout, pictures = policy.sample_images(labels, TEMPERATURE, seed=0, micro_batch=sampled)
+                rollout, pictures = policy.sample_images(labels, Sampling(TEMPERATURE), Key(0), micro_batch=sampled)
                 rewards = reward(pictures, labels)
                 updater.step(ScoredRollout(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
 

@@ -29,9 +29,7 @@ from typing import Any
 import torch
 
 from varfast.perf.devices import Ceilings
-from varfast.roofline import Ceilings
 from varfast.runs.environment import environment
-from varfast.runs.log import environment
 
 RECORDS = Path(__file__).parent / "records"
 CUDA = torch.cuda.is_available()

@@ -24,7 +24,6 @@ from varfast.perf.memory import RolloutPlan, held_states
 from varfast.perf.plan import plan_memory
 from varfast.perf.work import Work
 from varfast.policies.var.cost import cost_of
-from varfast.runs.checkpoint import RunFolder, dump_config
 from varfast.runs.folder import RunFolder
 from varfast.runs.manifest import dump_config
 from varfast.train import train

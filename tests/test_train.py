@@ -21,16 +21,18 @@ from varfast.data.labels import Label, labels_json
 from varfast.distributed import ALONE
 from varfast.learner import Updater
 from varfast.perf.allocator import expand_segments
+from varfast.perf.plan import _plan
+from varfast.perf.profile import memory_metrics
 from varfast.perf.work import Work
 from varfast.policies.var.cost import cost_of
+from varfast.runs.load import load_run
 from varfast.runs.base import Base
-from varfast.runs.checkpoint import Checkpoints, RunFolder, dump_config
+from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.environment import environment
 from varfast.runs.folder import RunFolder
-from varfast.runs.log import environment, memory_metrics
+from varfast.runs.load import random_policy
 from varfast.runs.manifest import dump_config
-from varfast.runs.profile import memory_metrics
-from varfast.train import _plan, load_run, main, random_policy, train
+from varfast.train import main, train
 
 STAGES = ("rollout", "decode", "reward", "reference", "update", "optimizer")
 TIMES = ("step_s", "images_per_s", "mfu", *(f"{stage}_{what}" for stage in STAGES for what in ("ms", "share")))

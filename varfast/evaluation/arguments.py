@@ -10,13 +10,13 @@ from typing import Any
 
 from varfast.data.labels import label_names, label_numbers, label_pool, run_names
 from varfast.evaluation.config import EvaluateConfig
-from varfast.policies.var.weights import resolve
 from varfast.printable import printable
 from varfast.rewards import RewardConfig
 from varfast.rewards.classifier import ClassifierConfig
 from varfast.runs.base import Base
 from varfast.runs.folder import RunFolder
 from varfast.types import InputError
+from varfast.weights.files import resolve
 
 # The value of the argument `reference` that stands for the model that the run started from.
 BASE = "base"
@@ -96,5 +96,6 @@ def seen_labels(config: EvaluateConfig) -> set[int] | None:
         return None
     run = folder.load_config()
     num_classes = run.policy.sizes.num_classes
-    pool = label_pool(run.rollout, num_classes, run.run.seed, run_names(run, folder.path, made=True))
+    names = run_names(run.policy, run.pretrain, folder.path, made=True)
+    pool = label_pool(run.rollout, num_classes, run.run.seed, names)
     return set(pool) if len(pool) < num_classes else None

@@ -21,7 +21,8 @@ from varfast.evaluation.plan import Plan
 from varfast.evaluation.sampling import Evaluation
 from varfast.evaluation.table import INTERVALS, Row, tabulate
 from varfast.files import save_text
-from varfast.policies.var.policy import Policy, pick_device
+from varfast.policies.device import pick_device
+from varfast.policies.protocol import Policy
 from varfast.runs.environment import environment
 from varfast.types import InputError
 
@@ -51,10 +52,10 @@ def measure(
     first_sizes: dict[str, int] = {}
     for side, address in sides.items():
         policy = load(side, address, config, device)
-        sizes = {"labels": policy.num_classes, "pixels a side": policy.vqvae.config.image_size}
+        sizes = {"labels": policy.num_classes, "pixels a side": policy.image_size}
         if evaluation is None:
             first_sizes = sizes
-            evaluation, real = _prepare(config, policy.num_classes, policy.vqvae.config.image_size, device, process)
+            evaluation, real = _prepare(config, policy.num_classes, policy.image_size, device, process)
         elif sizes != first_sizes:
             raise InputError(
                 f"the models cannot be compared: {first_sizes} in the reference, {sizes} in the checkpoint"

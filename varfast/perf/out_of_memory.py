@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from varfast.command import ALLOCATOR_VARIABLES
+from varfast.perf.allocator import ALLOCATOR_VARIABLES
 from varfast.perf.devices import whole_bytes
 from varfast.perf.memory import MemoryPlan, held_states, memory
 from varfast.perf.numbers import three_digits

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ class Policy(Protocol):
 
     def sample_images(
         self,
-        prompts: Prompts,
+        labels_B: Prompts | Tensor | Sequence[int],
         how: Sampling,
         key: Key,
         micro_batch: int | None = None,
@@ -176,6 +176,10 @@ class Policy(Protocol):
 
     def merged_state(self, base: dict[str, Tensor]) -> dict[str, Tensor]:
         """state_dict with the adapter merged into the weights of the base, which are float32, on the CPU."""
+        ...
+
+    def adapter(self, config: LoRAConfig, base: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Content of adapter_config.json and of adapter_model.safetensors, as peft writes them; base: its address."""
         ...
 
     # Several processes.

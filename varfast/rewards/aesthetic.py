@@ -14,6 +14,7 @@ from varfast.rewards.clip import ClipModel
 from varfast.rewards.files import fetch, file_name
 from varfast.settings.section import Source
 from varfast.types import InputError
+from varfast.weights.containers import read_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ class AestheticReward(ClipModel):
 
     @property
     def clip_model(self) -> str:
-        return CLIP_MODEL
+        return CLIP_MODEL.removesuffix("-quickgelu")
 
     def build(self, building: Building) -> Score:
         from varfast.rewards.backbone import backbone_spec
@@ -67,8 +68,6 @@ class Aesthetic:
 
     def __init__(self, head: str, device: torch.device | str, key: str) -> None:
         from torch import nn
-
-        from varfast.weights.containers import read_checkpoint
 
         path = fetch(head, key, PUBLIC_HEAD_SHA256 if file_name(head) == PUBLIC_HEAD else "")
         state = read_checkpoint(path)

@@ -30,7 +30,7 @@ class ClipModel(Section):
 
     @property
     def clip_model(self) -> str:
-        """A name of open_clip.list_models()."""
+        """Name of the model in open_clip, without -quickgelu; what it costs is in cost.py."""
         raise NotImplementedError
 
 
@@ -84,7 +84,7 @@ class ClipReward(TextReward):
 
     @property
     def clip_model(self) -> str:
-        return self.model
+        return self.model.removesuffix("-quickgelu")
 
     def build(self, building: Building) -> Score:
         from varfast.rewards.backbone import backbone_spec

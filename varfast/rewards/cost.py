@@ -22,8 +22,7 @@ def reward_networks(rewards: Mapping[str, RewardConfig]) -> set[Network]:
 
     Not counted: CLIP models other than the four above, classifiers and a user's own.
     """
-    with_clip = [reward for reward in rewards.values() if isinstance(reward, ClipModel)]
-    named = {(reward.clip_model.removesuffix("-quickgelu"), reward.dtype) for reward in with_clip}
+    named = {(reward.clip_model, reward.dtype) for reward in rewards.values() if isinstance(reward, ClipModel)}
     return {_tower(name, dtype) for name, dtype in named if name in _TOWERS}
 
 

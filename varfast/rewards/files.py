@@ -1,4 +1,4 @@
-"""Weights of the rewards: a path, the hub, or a web address; checked by hash where one is known."""
+"""Files that rewards read, from a path, the hub or a web address; checked against a SHA-256 where one is known."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from urllib.parse import unquote
 from varfast.files import read_bytes
 from varfast.printable import printable
 from varfast.types import InputError
+from varfast.weights.files import resolve
 
 _LONGEST_TEXT_BYTES = 10_000_000
 
@@ -55,7 +56,6 @@ def read_names(address: str, key: str) -> list[str]:
 
 
 def _resolve(address: str, key: str) -> Path:
-    from varfast.policies.var.weights import resolve
 
     try:
         return resolve(address)

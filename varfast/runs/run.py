@@ -24,15 +24,17 @@ from varfast.data.labels import caption
 from varfast.distributed import gathered
 from varfast.files import save_tensors, save_text
 from varfast.losses.grpo import kl_to_reference
-from varfast.perf.out_of_memory import advised
+from varfast.perf.limits import StageLimits
+from varfast.perf.out_of_memory import Part, memory_advice
+from varfast.perf.profile import memory_metrics, profiled
 from varfast.perf.stages import StageClock, stage
-from varfast.policies.var.policy import check_finite
+from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, refuse_diverged
+from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
-from varfast.runs.profile import StageLimits, memory_metrics, profiled
 from varfast.runs.setup import Setup
 from varfast.state import State
 from varfast.types import InputError, NotFinitePolicy, NotFiniteReward, Prompts, Rewards, Rollout
@@ -55,7 +57,7 @@ class Run:
         self.setup, self.state = setup, state
         self.shard = setup.shard
         self._before_after, self._profile = before_after, profile
-        self._before = means(before_after.values.get("before", {})) if setup.world.leads else {}
+        self._before = means(before_after.values.get("before", {})) if setup.world.is_main else {}
         self._stopped = 0  # number of the signal that ended it
         self._metrics: dict[str, float] = {}  # of the last step
         self._begin_s = 0.0
@@ -77,7 +79,9 @@ class Run:
         self._checkpoints = enter(Checkpoints(folder.checkpoints, config, here, say))
         self._clock = enter(StageClock(self.setup.device))
         enter(self.setup.signals.in_steps())
-        self._limits = StageLimits(self.setup.work, self.setup.plan, self.setup.device) if is_main else None
+        self._limits = (
+            StageLimits(self.setup.work, self.setup.plan, self.setup.device, config.rollout.images) if is_main else None
+        )
         self._say_how_it_begins()
         return self
 
@@ -100,9 +104,9 @@ class Run:
             if self._stopped:
                 return
 
-    def advised(self, part: str) -> AbstractContextManager[None]:
+    def advised(self, part: Part) -> AbstractContextManager[None]:
         """Say which setting to change where the device's memory does not suffice for a part of the step."""
-        return advised(self.setup.work, self.setup.plan, part)
+        return memory_advice(part, self.setup.work, self.setup.plan)
 
     def score(self, images: Tensor, rollout: Rollout, key: Key) -> Rewards | BaseException:
         """Rewards of this process's images, or what kept this process, or another one, from them."""
@@ -255,8 +259,9 @@ class Run:
         state.deliver()
         weights = gathered(state.policy.trainable.state_dict(), world)
         if world.is_main:
-            if self.config.policy.lora:
-                weights = self.setup.merge_adapter(state.policy)
+            if (lora := self.config.policy.lora) is not None:
+                weights = state.policy.merged_state(base_state(self.config, folder, self.setup.device))
+                folder.save_adapter(*state.policy.adapter(lora, self.config.policy.checkpoint))
             save_tensors(folder.weights, weights)
             after = self._before_after.after(
                 state.policy,

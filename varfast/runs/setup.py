@@ -13,13 +13,17 @@ import torch
 from varfast import kernels
 from varfast.config import Config
 from varfast.data.labels import label_pool, run_names
-from varfast.distributed import World, joined, local_device
+from varfast.distributed import World, joined, local_device, processes_here
+from varfast.perf.devices import available_bytes, usual_bytes, with_dtype
 from varfast.perf.memory import MemoryPlan
+from varfast.perf.out_of_memory import check_states
+from varfast.perf.plan import plan_memory
 from varfast.perf.work import Work
 from varfast.policies import strict
+from varfast.policies.device import pick_device
+from varfast.policies.lora import import_peft
 from varfast.policies.protocol import Policy
-from varfast.policies.var.lora import import_peft
-from varfast.policies.var.policy import pick_device
+from varfast.policies.var.cost import cost_of
 from varfast.randomness import deterministic
 from varfast.rewards import WeightedSum
 from varfast.runs.before_after import BeforeAfter
@@ -27,9 +31,11 @@ from varfast.runs.checkpoint import Checkpoint
 from varfast.runs.divergence import refuse_diverged
 from varfast.runs.environment import environment
 from varfast.runs.folder import RunFolder
+from varfast.runs.load import load_base
 from varfast.runs.lock import FolderLock
 from varfast.runs.log import import_wandb
 from varfast.runs.signals import StopSignals, listen
+from varfast.runs.start import prepare_base
 from varfast.state import State
 from varfast.types import InputError
 
@@ -88,16 +94,30 @@ def set_up(config: Config) -> Iterator[Setup]:
         if config.policy.lora:
             import_peft()
         shard = world.share(config.rollout.images)
-        work, plan = plan_work(config, device, world, shard.stop - shard.start)
+        cost = cost_of(config.policy, config.run.dtype)
+        work = Work.whole(config, cost).share(shard.stop - shard.start, world.size)
+        plan = fitting_plan(work, device, world)
         folder = RunFolder(config.run.dir)
         with folder.held() as lock:
             found = folder.prepare(config)
-            names = run_names(config, folder.path, made=folder.base.exists())
+            names = run_names(config.policy, config.pretrain, folder.path, made=folder.base.exists())
             labels = label_pool(config.rollout, config.policy.sizes.num_classes, config.run.seed, names)
             here = environment() | {"processes": world.size}
             yield Setup(
                 config, device, world, signals, folder, lock, found, work, plan, shard, labels, names, here
             )  # fmt: skip
+
+
+def fitting_plan(work: Work, device: torch.device, world: World) -> MemoryPlan:
+    """Micro-batches, checkpointing and CUDA graphs that fit the memory of every process.
+
+    Raises: InputError if what a run holds all the time does not fit.
+    """
+    free_bytes = usual_bytes(device) if work.config.run.deterministic else available_bytes(device)
+    free_bytes //= processes_here() if device.type == "cpu" else 1
+    free_bytes = -int(world.largest(-free_bytes))
+    check_states(work, device)
+    return plan_memory(work, free_bytes, may_capture_update=device.type == "cuda" and world.size == 1)
 
 
 def begin(
@@ -122,7 +142,7 @@ def begin(
             beside=beside,
         )
         if policy is None:
-            if world.leads:
+            if world.is_main:
                 prepare_base(config, folder, setup.found is not None, setup.device, of_folder)
             policy = load_base(config, folder, setup.device, whole=False)
     if config.policy.lora:
@@ -136,7 +156,7 @@ def begin(
     before_after = BeforeAfter(folder.path, config, setup.labels)
     if setup.found is None:
         _refuse_diverged(setup, policy, 0)
-    if world.leads:  # the policy is still the base, of a run that goes on too
+    if world.is_main:  # the policy is still the base, of a run that goes on too
         before_after.before(policy, rewards, setup.plan.rollout.micro_batch)
     if setup.found is not None:
         state.load(setup.found)
