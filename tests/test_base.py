@@ -16,10 +16,9 @@ import varfast.export
 import varfast.pretrain
 import varfast.sample
 from varfast import InputError, load_policy
-from varfast.runs.load import load_run
 from varfast.runs.base import PARTS, Base, FileNote
 from varfast.runs.folder import RunFolder
-from varfast.runs.load import load_base
+from varfast.runs.load import load_base, load_run
 from varfast.runs.manifest import dump_config
 from varfast.train import train
 

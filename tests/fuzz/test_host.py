@@ -19,9 +19,9 @@ import varfast.pretrain
 import varfast.runs.base
 from varfast import InputError
 from varfast.pretrain import PretrainReport, pretrained
-from varfast.runs.load import load_run
 from varfast.runs.base import PARTS, Base
 from varfast.runs.folder import RunFolder
+from varfast.runs.load import load_run
 from varfast.runs.manifest import dump_config
 from varfast.train import train
 
