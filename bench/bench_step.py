@@ -35,7 +35,8 @@ from varfast.advantages import group_advantages
 from varfast.config import load_config
 from varfast.kernels import reference
 from varfast.kernels.selection import OPS
-from varfast.learner import Updater
+from varfast.learner import Learner
+from varfast.losses.grpo import GRPO
 from varfast.perf.devices import Ceilings, available_bytes, measure_here, with_dtype
 from varfast.perf.limits import STAGES, speed_of_light_s, stage_counts
 from varfast.perf.memory import MemoryPlan
@@ -251,6 +252,18 @@ def labels_of(images):
     return (torch.arange(images) % 10).sort().values.to(DEVICE)
 
 
+def learner_of(policy, config, plan):
+    """What trains a policy, with a reference, moments and rewards of its own."""
+    state = State(policy, policy.frozen_copy(), WeightedSum(config.reward, DEVICE), config.update)
+    return Learner(state, GRPO(config.grpo), config.update, plan, 1, 0)
+
+
+def lend(learner, policy, plan, reference=None):
+    """Let it train another policy that has the same weights; reference: another copy of the same base."""
+    learner.state.policy = learner.state.adamw._policy = policy
+    learner.plan, learner._reference = plan, reference or learner._reference
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -259,28 +272,25 @@ def test_step(benchmark, record, name, images):
     """Rollout, decode, reward, reference, update. The moments of the optimizer are shared, as the weights are."""
     (work, plan), labels = step_work(name, images), labels_of(images)
     config = work.config
-    reward = WeightedSum(config.reward, DEVICE)
     policies = models(name)
     # Of the public code in float32 the weights are a copy: its reference and moments are too.
-    of_ours = Updater(
-        policies["ours"], policies["ours"].frozen_copy(), config.grpo, config.update, 1, 0, plan=plan.update
-    )
+    of_ours = learner_of(policies["ours"], config, plan.update)
 
     def stepping(policy):
         policy.cuda_graph = plan.rollout.cuda_graph
-        updater = of_ours
+        learner = of_ours
         if policy.var is not policies["ours"].var:
-            updater = Updater(policy, policy.frozen_copy(), config.grpo, config.update, 1, 0, plan=plan.update)
+            learner = learner_of(policy, config, plan.update)
 
         def make(sampled, trained):
             def step():
-                updater.policy, updater.plan = policy, replace(plan.update, micro_batch=trained)
+                lend(learner, policy, replace(plan.update, micro_batch=trained))
                 rollout, pictures = policy.sample_images(
                     labels, Sampling(TEMPERATURE), Key(0), micro_batch=sampled, keep_input=True
                 )
                 with stage("reward"):
-                    rewards = reward(pictures, labels)
-                updater.step(ScoredRollout(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
+                    rewards = learner.state.rewards(pictures, labels)
+                learner.step(Batch.of(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
 
             return step
 
@@ -304,12 +314,11 @@ def test_strict_step(benchmark, record, name, images):
     """The step of run.strict=true beside the ordinary one: what strict mode costs. Weights and moments are shared."""
     (work, plan), labels = step_work(name, images), labels_of(images)
     config = work.config
-    reward = WeightedSum(config.reward, DEVICE)
     ordinary = models(name)["ours"]
     policies = {"ours": in_strict_mode(ordinary), "without strict": ordinary}
     references = {who: policy.frozen_copy() for who, policy in policies.items()}
     eager = replace(plan.update, cuda_graph=False)  # a captured pass would be that of one policy
-    updater = Updater(ordinary, references["without strict"], config.grpo, config.update, 1, 0, plan=eager)
+    learner = learner_of(ordinary, config, eager)
 
     def stepping(who):
         policy = policies[who]
@@ -317,11 +326,10 @@ def test_strict_step(benchmark, record, name, images):
 
         def make(sampled, trained):
             def step():
-                updater.policy, updater.reference = policy, references[who]
-                updater.plan = replace(eager, micro_batch=trained)
+                lend(learner, policy, replace(eager, micro_batch=trained), references[who])
                 rollout, pictures = policy.sample_images(labels, Sampling(TEMPERATURE), Key(0), micro_batch=sampled)
-                rewards = reward(pictures, labels)
-                updater.step(ScoredRollout(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
+                rewards = learner.state.rewards(pictures, labels)
+                learner.step(Batch.of(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
 
             return step
 
@@ -357,21 +365,19 @@ def test_update(benchmark, record, name, images):
     rewards = torch.randn(images, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     advantages = group_advantages(rewards, config.rollout.group_size)
     policies = models(name)
-    of_ours = Updater(
-        policies["ours"], policies["ours"].frozen_copy(), config.grpo, config.update, 1, 0, plan=plan.update
-    )
+    of_ours = learner_of(policies["ours"], config, plan.update)
 
     def updating(policy):
-        updater = of_ours
+        learner = of_ours
         if policy.var is not policies["ours"].var:
-            updater = Updater(policy, policy.frozen_copy(), config.grpo, config.update, 1, 0, plan=plan.update)
+            learner = learner_of(policy, config, plan.update)
         drawn = policy.sample(labels, TEMPERATURE, seed=0, micro_batch=plan.rollout.micro_batch)
-        scored = ScoredRollout(drawn, advantages)
+        batch = Batch.of(drawn, advantages)
 
         def make(trained):
             def update():
-                updater.policy, updater.plan = policy, replace(plan.update, micro_batch=trained)
-                updater.step(scored, 0)
+                lend(learner, policy, replace(plan.update, micro_batch=trained))
+                learner.step(batch, 0)
 
             return update
 
