@@ -26,6 +26,7 @@ from varfast.policies.var.cost import (
     num_vqvae_parameters,
 )
 from varfast.policies.var.sampler import sample
+from varfast.types import Sampling
 
 
 @pytest.fixture
@@ -245,7 +246,7 @@ def test_rollout_activations_are_what_exists_at_once(depth, dtype, lora, on_meta
     peaks = []
     for count in (24, 32):
         with LiveBytes() as live:
-            sample(var, vqvae, labels(count), key(0.7))
+            sample(var, vqvae, labels(count), key, Sampling(0.7))
         peaks.append(live.peak)
     cache = KVCache(sizes, 1, var.compute_dtype, torch.device("meta"))
     held = cache._k.nbytes + cache._v.nbytes
