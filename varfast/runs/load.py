@@ -7,6 +7,7 @@ made, fetched or executed because something in it says so (docs/security.md).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from varfast.policies.var import build  # the family; a second one is chosen by 
 from varfast.policies.var.config import VARConfig, VQVAEConfig
 from varfast.policies.var.policy import VARPolicy
 from varfast.runs.base import Base
-from varfast.runs.folder import RunFolder
 from varfast.types import InputError
+
+if TYPE_CHECKING:
+    from varfast.runs.folder import RunFolder
 
 State = dict[str, Tensor]
 
@@ -45,15 +48,17 @@ def load_policy(
         device: "cpu", "cuda", "cuda:1".
         dtype: of activations, "float32" or "bfloat16".
         var_config, vqvae_config: sizes the files must have.
-        fast: False samples eagerly and decodes with the reference decoder: what the fast path is compared with. Default:
-            as the run did, or True.
-        strict: the same bits in sampling and in teacher forcing, whatever the batch: see varfast.Policy. Default: as the
-            run did, or False.
+        fast: False samples eagerly and decodes with the reference decoder: what the fast path is compared with.
+            Default: as the run did, or True.
+        strict: the same bits in sampling and in teacher forcing, whatever the batch: see varfast.Policy. Default: as
+            the run did, or False.
         argument: what `var` is called where the user gave it, for errors.
     Raises: InputError if a file or folder cannot be read or does not fit, or for a device that is not there.
     """
     device = existing_device(device)
     if Path(var).expanduser().is_dir():
+        from varfast.runs.folder import RunFolder  # and with it torch.distributed.checkpoint and FSDP, which take 0.8 s
+
         return load_run(RunFolder(var), device, dtype, fast, strict)
     if vqvae is None:
         if not var.startswith("hf://") and not Path(var).expanduser().exists():
