@@ -21,7 +21,7 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,8 +36,10 @@ from varfast.files import (
     write_atomically,
 )
 from varfast.policies.var.weights import State
-from varfast.runs.folder import RunFolder
 from varfast.types import InputError
+
+if TYPE_CHECKING:
+    from varfast.runs.folder import RunFolder
 
 Part = Literal["var", "vqvae"]
 PARTS: tuple[Part, Part] = ("var", "vqvae")

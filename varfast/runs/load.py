@@ -7,6 +7,7 @@ made, fetched or executed because something in it says so (docs/security.md).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from varfast.policies.var import build  # the family; a second one is chosen by 
 from varfast.policies.var.config import VARConfig, VQVAEConfig
 from varfast.policies.var.policy import VARPolicy
 from varfast.runs.base import Base
-from varfast.runs.folder import RunFolder
 from varfast.types import InputError
+
+if TYPE_CHECKING:
+    from varfast.runs.folder import RunFolder
 
 State = dict[str, Tensor]
 
@@ -54,6 +57,8 @@ def load_policy(
     """
     device = existing_device(device)
     if Path(var).expanduser().is_dir():
+        from varfast.runs.folder import RunFolder  # and with it torch.distributed.checkpoint and FSDP, which take 0.8 s
+
         return load_run(RunFolder(var), device, dtype, fast, strict)
     if vqvae is None:
         if not var.startswith("hf://") and not Path(var).expanduser().exists():
