@@ -3,9 +3,8 @@ import torch
 
 from varfast import Policy
 from varfast.kernels.selection import _OPS, configure
-from varfast.policies.var.config import LoRAConfig
-from varfast.policies.var.policy import _DTYPES
 from varfast.policies.driver import DTYPES
+from varfast.policies.var.config import LoRAConfig
 from varfast.randomness import Key
 from varfast.types import Sampling
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch.nn.init import normal_
 
 from varfast import InputError, Policy, kernels
-from varfast.policies.var.config import LoRAConfig
 from varfast.kernels.selection import _OPS
 from varfast.models import VAR, VQVAE, VARConfig, VQVAEConfig
 from varfast.policies import strict

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from varfast import InputError, load_policy
 from varfast.models import VARConfig
 from varfast.policies.var.weights import infer_var_config, infer_vqvae_config, load_var, load_vqvae
-from varfast.weights.files import resolve
 from varfast.weights.containers import read_checkpoint
+from varfast.weights.files import resolve
 
 
 @pytest.fixture
@@ -636,7 +636,7 @@ def test_load_vqvae_refuses_structures_that_make_no_sense(models, tmp_path, chan
 def test_load_refuses_weights_that_are_declared_larger_than_the_file(make_models, tmp_path, monkeypatch):
     state = make_models()[0].state_dict()
     state["class_emb.weight"] = torch.zeros(1).expand(1_000_001, 64)
-    monkeypatch.setattr("varfast.policies.var.weights._MOST_EXPANDED_BYTES", 2**27)
+    monkeypatch.setattr("varfast.weights.state._MOST_EXPANDED_BYTES", 2**27)
     with pytest.raises(InputError, match="declares 256.* bytes of weights in a file of .*expanded views"):
         load_var(saved(state, tmp_path))
 

@@ -36,9 +36,9 @@ from varfast.files import (
     save_text,
     write_atomically,
 )
-from varfast.policies.var.weights import State
 from varfast.runs.folder import RunFolder
 from varfast.types import InputError
+from varfast.weights.state import State
 
 Part = Literal["var", "vqvae"]
 PARTS: tuple[Part, Part] = ("var", "vqvae")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from varfast.config import Config
 from varfast.policies.device import existing_device, pick_device
@@ -20,8 +19,7 @@ from varfast.policies.var.policy import VARPolicy
 from varfast.runs.base import Base
 from varfast.runs.folder import RunFolder
 from varfast.types import InputError
-
-State = dict[str, Tensor]
+from varfast.weights.state import State
 
 
 def load_policy(
@@ -41,19 +39,22 @@ def load_policy(
     Args:
         var: a run folder, whose last checkpoint is loaded; or the transformer's weights, as a path or
             hf://owner/repo/file; the public ones are hf://FoundationVision/var/var_d16.pth.
-        vqvae: the VQ-VAE's weights, as hf://FoundationVision/var/vae_ch160v4096z32.pth. A run folder has its own.
+        vqvae: the VQ-VAE's weights, as hf://FoundationVision/var/vae_ch160v4096z32.pth. Not read for a run folder,
+            which has its own.
         device: "cpu", "cuda", "cuda:1".
         dtype: of activations, "float32" or "bfloat16".
-        var_config, vqvae_config: sizes the files must have.
-        fast: False samples eagerly and decodes with the reference decoder: what the fast path is compared with. Default:
-            as the run did, or True.
-        strict: the same bits in sampling and in teacher forcing, whatever the batch: see varfast.Policy. Default: as the
-            run did, or False.
+        var_config, vqvae_config: sizes the files must have; not with a run folder, whose config says them.
+        fast: False samples eagerly and decodes with the reference decoder: what the fast path is compared with.
+            Default: as the run did, or True.
+        strict: the same bits in sampling and in teacher forcing, whatever the batch: see varfast.Policy. Default: as
+            the run did, or False.
         argument: what `var` is called where the user gave it, for errors.
     Raises: InputError if a file or folder cannot be read or does not fit, or for a device that is not there.
     """
     device = existing_device(device)
     if Path(var).expanduser().is_dir():
+        if var_config is not None or vqvae_config is not None:
+            raise InputError(f"{argument}={var} is a run folder, whose config says the sizes; give no sizes beside it")
         return load_run(RunFolder(var), device, dtype, fast, strict)
     if vqvae is None:
         if not var.startswith("hf://") and not Path(var).expanduser().exists():
