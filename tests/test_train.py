@@ -21,30 +21,17 @@ from varfast.data.labels import Label, labels_json
 from varfast.distributed import ALONE
 from varfast.learner import Updater
 from varfast.perf.allocator import expand_segments
-from varfast.runs.base import Base
-from varfast.runs.checkpoint import Checkpoints
-from varfast.runs.environment import environment
-from varfast.runs.folder import RunFolder
-from varfast.runs.manifest import dump_config
+from varfast.perf.plan import _plan
 from varfast.perf.profile import memory_metrics
-from varfast.train import _fitted, main, train
-from varfast.runs.load import random_policy
-from varfast.report.run import load_run
 from varfast.perf.work import Work
 from varfast.policies.var.cost import cost_of
 from varfast.runs.base import Base
 from varfast.runs.checkpoint import Checkpoints
-from varfast.runs.folder import RunFolder
-from varfast.runs.manifest import dump_config
-from varfast.report.run import load_run
-from varfast.runs.load import random_policy
 from varfast.runs.environment import environment
-from varfast.perf.profile import memory_metrics
-from varfast.perf.plan import _plan
-from varfast.report.run import load_run
+from varfast.runs.folder import RunFolder
+from varfast.runs.load import load_run, random_policy
+from varfast.runs.manifest import dump_config
 from varfast.train import main, train
-from varfast.runs.load import random_policy
-from varfast.train import _fitted, main, train
 
 STAGES = ("rollout", "decode", "reward", "reference", "update", "optimizer")
 TIMES = ("step_s", "images_per_s", "mfu", *(f"{stage}_{what}" for stage in STAGES for what in ("ms", "share")))

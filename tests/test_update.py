@@ -17,10 +17,7 @@ from varfast.optim.schedule import learning_rate, scheduled
 from varfast.perf.graphs import GraphPool, Replayed
 from varfast.policies.var.config import LoRAConfig
 from varfast.policies.var.cost import VARCost
-from varfast.randomness import Purpose, keyed_generator
-from varfast.types import ScoredRollout
 from varfast.randomness import Key, Purpose, keyed_generator
-from varfast.roofline import moment_bytes
 from varfast.types import Sampling, ScoredRollout
 
 

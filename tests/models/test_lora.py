@@ -11,12 +11,9 @@ from varfast.advantages import group_advantages
 from varfast.learner import Updater
 from varfast.losses.config import GRPOConfig
 from varfast.optim.config import UpdateConfig
+from varfast.policies.lora import lora_layers, merged_state, without_lora
+from varfast.policies.precision import Head
 from varfast.policies.var.config import LoRAConfig
-from varfast.policies.lora import lora_layers, merged_state, without_lora
-from varfast.policies.precision import Head
-from varfast.advantages import group_advantages
-from varfast.policies.lora import lora_layers, merged_state, without_lora
-from varfast.policies.precision import Head
 from varfast.policies.var.weights import load_var
 from varfast.types import ScoredRollout
 
