@@ -35,8 +35,8 @@ from varfast.files import (
     save_text,
     write_atomically,
 )
-from varfast.policies.var.weights import State
 from varfast.types import InputError
+from varfast.weights.state import State
 
 if TYPE_CHECKING:
     from varfast.runs.folder import RunFolder
