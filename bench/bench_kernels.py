@@ -171,17 +171,23 @@ def by_liger(batch, length, tokens, direction):
     return LossOfItsOwnLogits.apply
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction", ["forward", "backward", "backward with entropy"])
 def test_selective_log_softmax(benchmark, record, direction):
+    """By gradients of logp alone, or of logp and entropy: the same arrays are read and written."""
     batch, length = (64, 680) if CUDA else (2, 91)
     logits = (randn(batch, length, 4096) * 4).requires_grad_()
     tokens = torch.randint(4096, (batch, length), device=DEVICE)
-    functions = {
-        "ours": lambda x: kernels.selective_log_softmax(x, tokens, 0.7)[0],
-        "eager": lambda x: kernels.selective_log_softmax(x, tokens, 0.7, impl="reference")[0],
-    }
-    functions |= compiled(lambda x: (x / 0.7).log_softmax(-1).gather(-1, tokens[..., None])[..., 0])
-    if CUDA and importlib.util.find_spec("liger_kernel"):
+    outputs = 2 if direction == "backward with entropy" else 1
+
+    def by(impl):
+        return lambda x: kernels.selective_log_softmax(x, tokens, 0.7, impl=impl)[:outputs]
+
+    def library(x):
+        logp = (x / 0.7).log_softmax(-1)
+        return (logp.gather(-1, tokens[..., None])[..., 0], -(logp.exp() * logp).sum(-1))[:outputs]
+
+    functions = {"ours": by("auto"), "eager": by("reference")} | compiled(library)
+    if CUDA and outputs == 1 and importlib.util.find_spec("liger_kernel"):
         functions["liger"] = by_liger(batch, length, tokens, direction)
     passes = 1 if direction == "forward" else 2
     args = ("selective_log_softmax", f"{batch * length} x 4096 fp32", direction, functions, [logits])
@@ -423,11 +429,12 @@ def test_adamw_step(benchmark, record, heads):
     harness.measure(benchmark, record, row, calls)
 
 
-def test_grpo_token_loss(benchmark, record):
+@pytest.mark.parametrize("per_token", [False, True])
+def test_grpo_token_loss(benchmark, record, per_token):
     batch, length = 512, 680
     logp = randn(batch, length).requires_grad_()
     old, ref = (logp.detach() + 0.1 * randn(batch, length) for _ in range(2))
-    advantages = randn(batch)
+    advantages = randn(batch, length) if per_token else randn(batch)
 
     def by(function):
         def both():
@@ -441,6 +448,7 @@ def test_grpo_token_loss(benchmark, record):
 
     calls = {"ours": by(lambda *a: kernels.grpo_token_loss(*a, 0.2, 0.2)[0]), "eager": by(eager)}
     calls |= {name: by(f) for name, f in compiled(eager).items()}
-    # Forward reads three numbers a token, backward writes one.
-    row = harness.Row("grpo_token_loss", f"{batch * length} tokens", "both", 0.0, io_bytes=batch * length * 4 * 4)
+    # Forward reads three numbers a token, and its advantage where each has its own; backward writes one.
+    shape = f"{batch * length} tokens{', an advantage each' if per_token else ''}"
+    row = harness.Row("grpo_token_loss", shape, "both", 0.0, io_bytes=batch * length * 4 * (4 + per_token))
     harness.measure(benchmark, record, row, calls)

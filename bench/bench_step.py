@@ -22,6 +22,7 @@ import copy
 import functools
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import harness
@@ -29,28 +30,25 @@ import pytest
 import torch
 import torch._dynamo
 
-from varfast import kernels
-from varfast.config import Config, load_config
+from varfast import Policy, kernels
+from varfast.advantages import group_advantages
+from varfast.config import load_config
 from varfast.kernels import reference
 from varfast.kernels.selection import _OPS
 from varfast.learner import Updater
-from varfast.losses.grpo import group_advantages
+from varfast.perf.devices import Ceilings, available_bytes, measure_here, with_dtype
+from varfast.perf.limits import STAGES, speed_of_light_s, stage_counts
+from varfast.perf.memory import MemoryPlan
+from varfast.perf.plan import plan_memory
 from varfast.perf.stages import StageClock, stage
-from varfast.policies.var.policy import Policy
+from varfast.perf.work import Work
+from varfast.policies.protocol import Policy
+from varfast.policies.var.cost import cost_of
 from varfast.policies.var.transformer import FFN
+from varfast.randomness import Key
 from varfast.rewards import WeightedSum
-from varfast.roofline import (
-    Ceilings,
-    available_bytes,
-    forward_flop,
-    measure_here,
-    planned,
-    speed_of_light_s,
-    stage_counts,
-    with_dtype,
-)
-from varfast.train import random_policy
-from varfast.types import ScoredRollout
+from varfast.runs.load import random_policy
+from varfast.types import Sampling, ScoredRollout
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CUDA, DEVICE = harness.CUDA, harness.DEVICE
@@ -131,7 +129,7 @@ def acting_as(who, num_tokens):
 @functools.lru_cache(maxsize=1)  # one model at a time on the device
 def models(name: str) -> dict[str, Policy]:
     """Ours and the peers, with the same weights."""
-    ours = random_policy(step_config(name, 2), DEVICE)
+    ours = random_policy(step_work(name, 2)[0].config, DEVICE)
     dtype = str(ours.var.compute_dtype).removeprefix("torch.")
     policies = {"ours": ours, "plain": Policy(ours.var, ours.vqvae, DEVICE, dtype, fast=False)}
     if CUDA:
@@ -158,7 +156,7 @@ def plain_decode(decode_f_hat, f_hat):
 
 
 @functools.cache
-def step_config(name: str, images: int) -> Config:
+def step_work(name: str, images: int) -> tuple[Work, MemoryPlan]:
     """The paper's settings for so many images a step, and the micro-batches that fit."""
     labels = min(32, images // 2)
     overrides = [
@@ -168,11 +166,14 @@ def step_config(name: str, images: int) -> Config:
     ]
     overrides += [f"update.minibatch={min(32, images)}", f"run.device={DEVICE.type}"]
     overrides.append("run.dtype=auto")
-    if name == "digits":
-        return planned(with_dtype(load_config(CONFIGS / "digits.yaml", overrides), DEVICE), FREE_BYTES)
-    overrides += [f"policy.preset={name}", "policy.vqvae_checkpoint=null", "rollout.micro_batch=null"]
-    overrides += ["update.micro_batch=null", "reward={bright: {type: brightness}}"]
-    return planned(with_dtype(load_config(CONFIGS / "d30.yaml", overrides), DEVICE), FREE_BYTES)
+    file = "digits.yaml"
+    if name != "digits":
+        file = "d30.yaml"
+        overrides += [f"policy.preset={name}", "policy.vqvae_checkpoint=null", "rollout.micro_batch=null"]
+        overrides += ["update.micro_batch=null", "reward={bright: {type: brightness}}"]
+    config = with_dtype(load_config(CONFIGS / file, overrides), DEVICE)
+    work = Work.whole(config, cost_of(config.policy, config.run.dtype))
+    return work, plan_memory(work, FREE_BYTES)
 
 
 @functools.cache
@@ -212,13 +213,13 @@ def measure(benchmark, record, stages, name, images, makes, sizes, what, count=N
         sizes: micro-batches to begin with.
         count: (FLOPs, bytes) instead of those of the stages.
     """
-    config = step_config(name, images)
-    num_tokens = config.policy.sizes.num_tokens
-    counts = stage_counts(config, "none")  # model FLOPs: what checkpointing computes again does not count
+    work, plan = step_work(name, images)
+    num_tokens = work.config.policy.sizes.num_tokens
+    counts = stage_counts(work, plan, "none")  # model FLOPs: what checkpointing computes again does not count
     flop, io_bytes = count or (sum(getattr(counts[s], kind) for s in stages) for kind in ("flop", "io_bytes"))
     row = harness.Row(what, f"{name}, {images} images", "forward", 0.0, flop=flop, io_bytes=io_bytes)
     row.model, row.images = name, images
-    row.notes.append(f"micro-batches {sizes}, checkpointing {config.update.checkpointing}")
+    row.notes.append(f"micro-batches {sizes}, checkpointing {plan.update.checkpointing}")
 
     def by(who, make):
         made = []
@@ -241,7 +242,7 @@ def measure(benchmark, record, stages, name, images, makes, sizes, what, count=N
         if harness.seconds(calls["ours"]) < 1.0:
             calls["ours"]()  # what is sampled in one piece is captured at its second call and replayed at its third
         row.peak_bytes = torch.cuda.max_memory_allocated()
-    harness.measure(benchmark, record, row, calls, ceilings_of(getattr(torch, config.run.dtype)))
+    harness.measure(benchmark, record, row, calls, ceilings_of(getattr(torch, work.cost.dtype)))
     if row.ms:
         benchmark.extra_info |= {"images_per_s": round(images / row.ms * 1e3, 1), "threads": torch.get_num_threads()}
 
@@ -256,23 +257,26 @@ def labels_of(images):
 @pytest.mark.parametrize(("name", "images"), STEPS)
 def test_step(benchmark, record, name, images):
     """Rollout, decode, reward, reference, update. The moments of the optimizer are shared, as the weights are."""
-    config, labels = step_config(name, images), labels_of(images)
+    (work, plan), labels = step_work(name, images), labels_of(images)
+    config = work.config
     reward = WeightedSum(config.reward, DEVICE)
     policies = models(name)
     # Of the public code in float32 the weights are a copy: its reference and moments are too.
-    of_ours = Updater(policies["ours"], policies["ours"].frozen_copy(), config.grpo, config.update, 1, 0)
+    of_ours = Updater(
+        policies["ours"], policies["ours"].frozen_copy(), config.grpo, config.update, 1, 0, plan=plan.update
+    )
 
     def stepping(policy):
-        policy.cuda_graph = config.rollout.cuda_graph is not False
+        policy.cuda_graph = plan.rollout.cuda_graph
         updater = of_ours
         if policy.var is not policies["ours"].var:
-            updater = Updater(policy, policy.frozen_copy(), config.grpo, config.update, 1, 0)
+            updater = Updater(policy, policy.frozen_copy(), config.grpo, config.update, 1, 0, plan=plan.update)
 
         def make(sampled, trained):
             def step():
-                updater.policy, updater.config = policy, config.update.model_copy(update={"micro_batch": trained})
+                updater.policy, updater.plan = policy, replace(plan.update, micro_batch=trained)
                 rollout, pictures = policy.sample_images(
-                    labels, TEMPERATURE, seed=0, micro_batch=sampled, keep_input=True
+                    labels, Sampling(TEMPERATURE), Key(0), micro_batch=sampled, keep_input=True
                 )
                 with stage("reward"):
                     rewards = reward(pictures, labels)
@@ -282,10 +286,10 @@ def test_step(benchmark, record, name, images):
 
         return make
 
-    sizes = (config.rollout.micro_batch, config.update.micro_batch)
+    sizes = (plan.rollout.micro_batch, plan.update.micro_batch)
     makes = {who: stepping(policy) for who, policy in policies.items()}
-    measure(benchmark, record, list(stage_counts(config)), name, images, makes, sizes, "step")
-    stages(record, config, name, images, makes["ours"](*sizes))
+    measure(benchmark, record, list(STAGES), name, images, makes, sizes, "step")
+    stages(record, name, images, makes["ours"](*sizes))
 
 
 def in_strict_mode(policy):
@@ -298,23 +302,24 @@ def in_strict_mode(policy):
 @pytest.mark.parametrize(("name", "images"), STEPS)
 def test_strict_step(benchmark, record, name, images):
     """The step of run.strict=true beside the ordinary one: what strict mode costs. Weights and moments are shared."""
-    config, labels = step_config(name, images), labels_of(images)
+    (work, plan), labels = step_work(name, images), labels_of(images)
+    config = work.config
     reward = WeightedSum(config.reward, DEVICE)
     ordinary = models(name)["ours"]
     policies = {"ours": in_strict_mode(ordinary), "without strict": ordinary}
     references = {who: policy.frozen_copy() for who, policy in policies.items()}
-    eager = config.update.model_copy(update={"cuda_graph": False})  # a captured pass would be that of one policy
-    updater = Updater(ordinary, references["without strict"], config.grpo, eager, 1, 0)
+    eager = replace(plan.update, cuda_graph=False)  # a captured pass would be that of one policy
+    updater = Updater(ordinary, references["without strict"], config.grpo, config.update, 1, 0, plan=eager)
 
     def stepping(who):
         policy = policies[who]
-        policy.cuda_graph = config.rollout.cuda_graph is not False
+        policy.cuda_graph = plan.rollout.cuda_graph
 
         def make(sampled, trained):
             def step():
                 updater.policy, updater.reference = policy, references[who]
-                updater.config = config.update.model_copy(update={"micro_batch": trained})
-                rollout, pictures = policy.sample_images(labels, TEMPERATURE, seed=0, micro_batch=sampled)
+                updater.plan = replace(eager, micro_batch=trained)
+                rollout, pictures = policy.sample_images(labels, Sampling(TEMPERATURE), Key(0), micro_batch=sampled)
                 rewards = reward(pictures, labels)
                 updater.step(ScoredRollout(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
 
@@ -322,18 +327,19 @@ def test_strict_step(benchmark, record, name, images):
 
         return make
 
-    sizes = (config.rollout.micro_batch, config.update.micro_batch)
+    sizes = (plan.rollout.micro_batch, plan.update.micro_batch)
     makes = {who: stepping(who) for who in policies}
-    measure(benchmark, record, list(stage_counts(config)), name, images, makes, sizes, "strict step")
+    measure(benchmark, record, list(STAGES), name, images, makes, sizes, "strict step")
 
 
-def stages(record, config, name, images, step):
+def stages(record, name, images, step):
     """A row for every stage of a steady step of ours, from events on the streams where they run."""
     with StageClock(DEVICE) as clock:
         step()
         measured = clock.read()
-    best = ceilings_of(getattr(torch, config.run.dtype))
-    for name_of_stage, count in stage_counts(config).items():
+    work, plan = step_work(name, images)
+    best = ceilings_of(getattr(torch, work.cost.dtype))
+    for name_of_stage, count in stage_counts(work, plan).items():
         if measured.get(name_of_stage):
             ms = measured[name_of_stage]
             row = harness.Row(f"step: {name_of_stage}", f"{name}, {images} images", "forward", ms, samples=1)
@@ -346,22 +352,25 @@ def stages(record, config, name, images, step):
 @pytest.mark.parametrize(("name", "images"), UPDATES)
 def test_update(benchmark, record, name, images):
     """Reference, forward, backward and optimizer of so many images."""
-    config, labels = step_config(name, images), labels_of(images)
+    (work, plan), labels = step_work(name, images), labels_of(images)
+    config = work.config
     rewards = torch.randn(images, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     advantages = group_advantages(rewards, config.rollout.group_size)
     policies = models(name)
-    of_ours = Updater(policies["ours"], policies["ours"].frozen_copy(), config.grpo, config.update, 1, 0)
+    of_ours = Updater(
+        policies["ours"], policies["ours"].frozen_copy(), config.grpo, config.update, 1, 0, plan=plan.update
+    )
 
     def updating(policy):
         updater = of_ours
         if policy.var is not policies["ours"].var:
-            updater = Updater(policy, policy.frozen_copy(), config.grpo, config.update, 1, 0)
-        drawn = policy.sample(labels, TEMPERATURE, seed=0, micro_batch=config.rollout.micro_batch)
+            updater = Updater(policy, policy.frozen_copy(), config.grpo, config.update, 1, 0, plan=plan.update)
+        drawn = policy.sample(labels, TEMPERATURE, seed=0, micro_batch=plan.rollout.micro_batch)
         scored = ScoredRollout(drawn, advantages)
 
         def make(trained):
             def update():
-                updater.policy, updater.config = policy, config.update.model_copy(update={"micro_batch": trained})
+                updater.policy, updater.plan = policy, replace(plan.update, micro_batch=trained)
                 updater.step(scored, 0)
 
             return update
@@ -372,13 +381,13 @@ def test_update(benchmark, record, name, images):
         who: functools.partial(lambda policy, trained: updating(policy)(trained), p) for who, p in policies.items()
     }
     stages = ["reference", "update", "optimizer"]
-    measure(benchmark, record, stages, name, images, makes, (config.update.micro_batch,), "update")
+    measure(benchmark, record, stages, name, images, makes, (plan.update.micro_batch,), "update")
 
 
 @pytest.mark.parametrize(("name", "images"), PASSES)
 def test_forward_backward(benchmark, record, name, images):
     """The policy alone: log-probabilities of given tokens and their gradient in every weight."""
-    policies, config = models(name), step_config(name, 2)
+    policies, config = models(name), step_work(name, 2)[0].config
     labels, length = labels_of(images), config.policy.sizes.num_tokens
     tokens = torch.randint(config.policy.sizes.vocab_size, (images, length), device=DEVICE)
 
@@ -396,13 +405,14 @@ def test_forward_backward(benchmark, record, name, images):
         return make
 
     makes = {who: passing(policy) for who, policy in policies.items()}
-    flop = 3.0 * images * forward_flop(config.policy.sizes).total
+    flop = 3.0 * images * cost_of(config.policy, config.run.dtype).forward.flop
     measure(benchmark, record, [], name, images, makes, (images,), "forward and backward", (flop, 0.0))
 
 
 @pytest.mark.parametrize(("name", "images"), ROLLOUTS)
 def test_rollout(benchmark, record, name, images):
-    config, labels = step_config(name, images), labels_of(images)
+    (work, plan), labels = step_work(name, images), labels_of(images)
+    config = work.config
     policies = dict(models(name))
     for policy in policies.values():
         policy.cuda_graph = True
@@ -418,7 +428,7 @@ def test_rollout(benchmark, record, name, images):
         return make
 
     makes = {who: sampling(who, policy) for who, policy in policies.items()}
-    measure(benchmark, record, ["rollout"], name, images, makes, (config.rollout.micro_batch,), "rollout")
+    measure(benchmark, record, ["rollout"], name, images, makes, (plan.rollout.micro_batch,), "rollout")
 
 
 @pytest.mark.skipif(not LARGE or not importlib.util.find_spec("open_clip"), reason="needs open_clip and a GPU")

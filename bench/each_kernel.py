@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from varfast import kernels
-from varfast.config import VARConfig
 from varfast.kernels.selection import cannot_run_triton
+from varfast.policies.var.config import VARConfig
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -84,6 +84,7 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
     filters = randn(channels, channels, 3, 3, grad=False, times=(9 * channels) ** -0.5)
     filters = filters.contiguous(memory_format=torch.channels_last)
     key = torch.tensor([seed % 2**40, 3, 7], device=device)
+    token_advantages = randn(length, batch, of=torch.float32, grad=False)
 
     def sampled(impl: str, x: Tensor) -> tuple[Tensor, ...]:
         found, logp, entropy = kernels.sample_tokens(x, key, 4, 0.7, impl=impl)
@@ -92,8 +93,18 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
     def sampled_by_segments(impl: str, x: Tensor) -> tuple[Tensor, ...]:
         return sampled("reference" if impl == "reference" else "triton_segments", x)
 
+    def token_logp(impl: str, x: Tensor) -> tuple[Tensor, ...]:
+        """As the policy's update: no gradient of the entropy."""
+        found, entropy = kernels.selective_log_softmax(x, tokens, 0.7, impl=impl)
+        return found, entropy.detach()
+
     def loss(impl: str, logp: Tensor) -> tuple[Tensor, ...]:
         others = (old.to(logp.dtype), ref.to(logp.dtype), advantages.to(logp.dtype))
+        return kernels.grpo_token_loss(logp, *others, impl=impl)
+
+    def loss_of_tokens(impl: str, logp: Tensor) -> tuple[Tensor, ...]:
+        """Each token has its own advantage, stored transposed."""
+        others = (old.to(logp.dtype), ref.to(logp.dtype), token_advantages.t().to(logp.dtype))
         return kernels.grpo_token_loss(logp, *others, impl=impl)
 
     def cached(impl: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -150,8 +161,8 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
     weight = randn(4 * width, width, grad=False, times=width**-0.5).float().requires_grad_()
     found = [
         Case("sample_tokens", sampled, (logits.detach(),), floor=2e-5),
-        Case("selective_log_softmax", lambda impl, x: kernels.selective_log_softmax(x, tokens, 0.7, impl=impl),
-             (logits,)),
+        Case("selective_log_softmax", token_logp, (logits,)),
+        Case("selective_log_softmax, entropy", by(kernels.selective_log_softmax, tokens, 0.7), (logits,)),
         # The bias's gradient is the sum of that of the product, made from q and k as they are stored: 2^-9 each.
         Case("split_heads", lambda impl, x, b: kernels.split_heads(x, heads, True, b, impl=impl), (qkv, bias_3),
              floors={"gradient 1": 2e-3 if dtype != torch.float32 else 1e-6}),
@@ -172,6 +183,7 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
         Case("adamw_step", optimizer_step, tuple(randn(width, 4 * width + 3, of=torch.float32, grad=False)
                                                  for _ in range(4))),
         Case("grpo_token_loss", loss, (logp,), floor=2e-6),
+        Case("grpo_token_loss, by token", loss_of_tokens, (logp,), floor=2e-6),
     ]  # fmt: skip
     if cannot_run_triton(device) is None:
         found.append(Case("sample_tokens, segments", sampled_by_segments, (logits.detach(),), floor=2e-5))

@@ -27,12 +27,14 @@ import harness
 import torch
 from torch import Tensor
 
+from varfast import Policy
 from varfast.config import load_config
-from varfast.policies.var.policy import Policy
-from varfast.policies.var.sampler import SamplingSettings, sample
-from varfast.roofline import with_dtype
-from varfast.train import random_policy, train
-from varfast.types import Rollout
+from varfast.perf.devices import with_dtype
+from varfast.policies.protocol import Policy
+from varfast.policies.var.sampler import sample
+from varfast.runs.load import random_policy
+from varfast.train import train
+from varfast.types import Rollout, Sampling
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TEMPERATURE = 0.7
@@ -73,7 +75,7 @@ def replays(policy: Policy, labels: Tensor) -> dict[str, Any]:
     first, *again = (draw(0) for _ in range(4))
     other = draw(1)
     key = torch.tensor([1, 0, 0], device=labels.device)
-    eager, _, _ = sample(policy.var, policy.vqvae, labels, key, SamplingSettings(TEMPERATURE))
+    eager, _, _ = sample(policy.var, policy.vqvae, labels, key, Sampling(TEMPERATURE))
     return {
         "captured": policy._sampler._graph is not None,
         "same key, same tokens": all(torch.equal(first.tokens_BL, x.tokens_BL) for x in again),

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from varfast.roofline import Ceilings
+from varfast.perf.devices import Ceilings
 from varfast.runs.environment import environment
 
 RECORDS = Path(__file__).parent / "records"

@@ -27,7 +27,7 @@ import from_metrics
 import harness
 
 from varfast.config import load_config
-from varfast.roofline import Ceilings
+from varfast.perf.devices import Ceilings
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/d30.yaml"

@@ -28,8 +28,8 @@ import harness
 import torch
 
 from varfast import kernels
-from varfast.config import VARConfig
 from varfast.kernels import settings
+from varfast.policies.var.config import VARConfig
 
 Setting = dict[str, int]
 

@@ -7,13 +7,23 @@
 
 namespace varfast {
 
-// B images of L tokens, all arrays contiguous; B and L at least 1.
+// (B, L) of any strides, in elements; 0 where one number serves a whole image.
+template <typename T>
+struct Advantages {
+  const T* data;
+  int64_t image_stride, token_stride;
+
+  // Of the first token of an image; the next tokens follow at token_stride.
+  VARFAST_INLINE const T* of_image(int64_t image) const { return data + image * image_stride; }
+};
+
+// B images of L tokens; arrays are contiguous but for the advantages; B and L at least 1.
 template <typename T>
 struct GrpoForward {
   const T* logp;        // (B, L)
   const T* logp_old;    // (B, L)
   const T* logp_ref;    // (B, L), not read where settings.has_reference is false
-  const T* advantages;  // (B,)
+  Advantages<T> advantages;
   T* grad;              // (B, L) d loss / d logp
   T* loss;              // ()
   T* stats;             // (5,)

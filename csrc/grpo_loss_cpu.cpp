@@ -4,7 +4,6 @@
 
 #include "cpu.h"
 #include "grpo_loss.h"
-#include "cpu.h"
 
 namespace varfast {
 namespace {
@@ -18,11 +17,11 @@ GrpoSums<double> forward_chunk(const GrpoForward<T>& f, int64_t begin, int64_t e
   GrpoSums<double> sums;
   const T scale = T(f.one_token);
   for (int64_t image = begin / f.num_tokens; begin < end; ++image) {
-    const T advantage = f.advantages[image];
-    const int64_t image_end = std::min(end, (image + 1) * f.num_tokens);
-    for (; begin < image_end; ++begin) {
+    const int64_t image_end = std::min(end, (image + 1) * f.num_tokens), stride = f.advantages.token_stride;
+    const T* advantage = f.advantages.of_image(image) + (begin - image * f.num_tokens) * stride;
+    for (; begin < image_end; ++begin, advantage += stride) {
       const T logp_ref = f.settings.has_reference ? f.logp_ref[begin] : T(0);
-      const GrpoToken<T> token = grpo_token(f.logp[begin], f.logp_old[begin], logp_ref, advantage, f.settings);
+      const GrpoToken<T> token = grpo_token(f.logp[begin], f.logp_old[begin], logp_ref, *advantage, f.settings);
       f.grad[begin] = token.grad * scale;
       GrpoSums<T> one;
       one.add(token);

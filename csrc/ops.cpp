@@ -40,11 +40,11 @@ struct Forward {
   double clip_eps, kl_beta;
 
   Forward(const Tensor& logp_BL, const Tensor& logp_old_BL, const std::optional<Tensor>& logp_ref_BL,
-          const Tensor& advantages_B, double clip_eps, double kl_beta)
+          const Tensor& advantages_BL, double clip_eps, double kl_beta)
       : logp(torch::stable::contiguous(logp_BL)),
         old(torch::stable::contiguous(logp_old_BL)),
         ref(logp_ref_BL ? torch::stable::contiguous(*logp_ref_BL) : logp),
-        advantages(torch::stable::contiguous(advantages_B)),
+        advantages(advantages_BL),  // by its strides: one number an image is an expanded tensor
         has_reference(logp_ref_BL.has_value()),
         clip_eps(clip_eps),
         kl_beta(kl_beta) {
@@ -52,11 +52,10 @@ struct Forward {
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
                     "logp_BL: want float32 or float64; the wrapper in kernels/grpo_loss.py converts");
     STD_TORCH_CHECK(logp.dim() == 2 && logp.numel() > 0, "logp_BL: want two axes and at least one token");
-    for (const Tensor* other : {&old, &ref}) {
+    for (const Tensor* other : {&old, &ref, &advantages}) {
       STD_TORCH_CHECK(other->dim() == 2 && other->size(0) == logp.size(0) && other->size(1) == logp.size(1),
-                      "logp_old_BL and logp_ref_BL: want the shape of logp_BL");
+                      "logp_old_BL, logp_ref_BL and advantages_BL: want the shape of logp_BL");
     }
-    STD_TORCH_CHECK(advantages.dim() == 1 && advantages.size(0) == logp.size(0), "advantages_B: want one an image");
     for (const Tensor* other : {&old, &ref, &advantages}) {
       STD_TORCH_CHECK(other->scalar_type() == dtype, "want one dtype for all tensors");
       STD_TORCH_CHECK(other->is_cuda() == logp.is_cuda() && other->get_device_index() == logp.get_device_index(),
@@ -73,7 +72,7 @@ struct Forward {
     return {logp.const_data_ptr<T>(),
             old.const_data_ptr<T>(),
             ref.const_data_ptr<T>(),
-            advantages.const_data_ptr<T>(),
+            {advantages.const_data_ptr<T>(), advantages.stride(0), advantages.stride(1)},
             grad.mutable_data_ptr<T>(),
             loss.mutable_data_ptr<T>(),
             stats.mutable_data_ptr<T>(),
@@ -102,8 +101,8 @@ struct Backward {
 };
 
 ForwardResult forward_cpu(const Tensor& logp_BL, const Tensor& logp_old_BL, const std::optional<Tensor>& logp_ref_BL,
-                          const Tensor& advantages_B, double clip_eps, double kl_beta) {
-  const Forward f(logp_BL, logp_old_BL, logp_ref_BL, advantages_B, clip_eps, kl_beta);
+                          const Tensor& advantages_BL, double clip_eps, double kl_beta) {
+  const Forward f(logp_BL, logp_old_BL, logp_ref_BL, advantages_BL, clip_eps, kl_beta);
   with_type(f.logp.scalar_type(), [&](auto zero) { grpo_forward_cpu(f.pointers<decltype(zero)>()); });
   return {f.loss, f.stats, f.grad};
 }
@@ -535,7 +534,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varfast, m) {
   m.def("built_for_cuda() -> int");
   // loss (), stats (5,), and d loss / d logp (B, L), which the backward pass multiplies by the upstream gradient.
   m.def(
-      "grpo_token_loss(Tensor logp_BL, Tensor logp_old_BL, Tensor? logp_ref_BL, Tensor advantages_B, float clip_eps, "
+      "grpo_token_loss(Tensor logp_BL, Tensor logp_old_BL, Tensor? logp_ref_BL, Tensor advantages_BL, float clip_eps, "
       "float kl_beta) -> (Tensor, Tensor, Tensor)");
   m.def("grpo_token_loss_backward(Tensor grad_BL, Tensor grad_loss) -> Tensor");
   // P pixels of an image, channels innermost; on the CPU alone, a GPU has Triton.
@@ -609,9 +608,9 @@ void* current_stream(int device) {
 void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "CUDA: ", error); }
 
 ForwardResult forward_cuda(const Tensor& logp_BL, const Tensor& logp_old_BL, const std::optional<Tensor>& logp_ref_BL,
-                           const Tensor& advantages_B, double clip_eps, double kl_beta) {
+                           const Tensor& advantages_BL, double clip_eps, double kl_beta) {
   const torch::stable::accelerator::DeviceGuard guard(logp_BL.get_device_index());
-  const Forward f(logp_BL, logp_old_BL, logp_ref_BL, advantages_B, clip_eps, kl_beta);
+  const Forward f(logp_BL, logp_old_BL, logp_ref_BL, advantages_BL, clip_eps, kl_beta);
   STD_TORCH_CHECK(f.logp.numel() < int64_t(1) << 32, "logp_BL: want less than 2^32 tokens");
   const int device = f.logp.get_device_index();
   const Tensor scratch = new_empty(f.logp, {grpo_cuda_scratch(f.logp.numel())}, ScalarType::Double);

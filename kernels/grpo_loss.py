@@ -39,7 +39,7 @@ def _cannot_run_cuda(device: torch.device) -> str | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Custom op, fake and autograd. The ops are defined in csrc/ops.cpp:
-# grpo_token_loss(logp_BL, logp_old_BL, logp_ref_BL?, advantages_B, clip_eps, kl_beta) -> loss, stats, grad_BL
+# grpo_token_loss(logp_BL, logp_old_BL, logp_ref_BL?, advantages_BL, clip_eps, kl_beta) -> loss, stats, grad_BL
 # grpo_token_loss_backward(grad_BL, grad_loss) -> grad_BL * grad_loss
 
 
@@ -47,7 +47,7 @@ def _fake_forward(
     logp_BL: Tensor,
     logp_old_BL: Tensor,
     logp_ref_BL: Tensor | None,
-    advantages_B: Tensor,
+    advantages_BL: Tensor,
     clip_eps: float,
     kl_beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +75,7 @@ def _run_extension(
     logp_BL: Tensor,
     logp_old_BL: Tensor,
     logp_ref_BL: Tensor | None,
-    advantages_B: Tensor,
+    advantages_BL: Tensor,
     clip_eps: float,
     kl_beta: float,
 ) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def _run_extension(
         logp_BL.to(dtype),
         logp_old_BL.to(dtype),
         None if logp_ref_BL is None else logp_ref_BL.to(dtype),
-        advantages_B.to(dtype),
+        advantages_BL.to(dtype),
         clip_eps,
         kl_beta,
     )
@@ -108,7 +108,7 @@ def grpo_token_loss(
     logp_BL: Tensor,
     logp_old_BL: Tensor,
     logp_ref_BL: Tensor | None,
-    advantages_B: Tensor,
+    advantages_BL: Tensor,
     clip_eps: float = 0.2,
     kl_beta: float = 0.2,
     impl: str = "auto",
@@ -121,7 +121,7 @@ def grpo_token_loss(
         logp_BL: (B, L) log-probabilities under the policy, differentiable, once; float32 (float64) arithmetic.
         logp_old_BL: (B, L) under the policy that drew the tokens; no gradient.
         logp_ref_BL: (B, L) under the frozen reference, or None: no KL term; no gradient.
-        advantages_B: (B,) one advantage an image; no gradient.
+        advantages_BL: (B, L) of any strides, or (B,), one advantage an image; no gradient.
         clip_eps, kl_beta: eps and beta.
         impl: "auto", "cuda", "cpp" or "reference".
     Returns:
@@ -138,8 +138,12 @@ def grpo_token_loss(
     for name, other in (("logp_old_BL", logp_old_BL), ("logp_ref_BL", logp_ref_BL)):
         if other is not None and other.shape != logp_BL.shape:
             raise ValueError(f"{name} is {tuple(other.shape)}, logp_BL {tuple(logp_BL.shape)}: want one shape")
-    if advantages_B.shape != logp_BL.shape[:1]:
+    if advantages_BL.shape not in (logp_BL.shape, logp_BL.shape[:1]):
         raise ValueError(
-            f"advantages_B is {tuple(advantages_B.shape)}, logp_BL {tuple(logp_BL.shape)}: want one an image"
+            f"advantages_BL is {tuple(advantages_BL.shape)}, logp_BL {tuple(logp_BL.shape)}: want one a token, (B, L), "
+            "or one an image, (B,)"
         )
-    return run("grpo_token_loss", impl, logp_BL, logp_old_BL, logp_ref_BL, advantages_B, clip_eps, kl_beta)
+    if advantages_BL.ndim == 1:  # a view; converted first, since a conversion of the view would write all of it
+        wide = advantages_BL.to(torch.promote_types(logp_BL.dtype, torch.float32))
+        advantages_BL = wide.unsqueeze(1).expand(logp_BL.shape)
+    return run("grpo_token_loss", impl, logp_BL, logp_old_BL, logp_ref_BL, advantages_BL, clip_eps, kl_beta)

@@ -5,6 +5,9 @@ tile by tile inside the head instead would save 11 MB an image at 680 tokens and
 once more in the backward pass: by count, for 512 images on an H200, 5 ms of traffic against 4 ms of arithmetic. Too
 close to choose by count; not measured.
 
+The backward pass reads the logits once and writes their gradient once, whether the log-probability, the entropy or
+both are differentiated. The entropy costs it 8 bytes a row (its value and its gradient) beside 8 bytes a logit.
+
 Axes: B image, L token over all scales, V vocabulary, N = B * L rows.
 """
 
@@ -75,9 +78,11 @@ def _logp_kernel(
 @jit
 def _logp_backward_kernel(
     grad_ptr,
+    grad_entropy_ptr,
     logits_ptr,
     bias_ptr,
     tokens_ptr,
+    entropy_ptr,
     largest_ptr,
     log_total_ptr,
     out_ptr,
@@ -88,12 +93,15 @@ def _logp_backward_kernel(
     inv_temperature,
     inv_temperature_rest,
     BIAS: tl.constexpr,
+    ENTROPY: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """d logits = grad / temperature * (one-hot - softmax). Each row is read before it is written: in place works too.
+    """d logits = (grad * (one-hot - p) - grad_entropy * p * (log p + entropy)) / temperature, with p the softmax.
 
-    ROWS rows a program, one after the other; with a bias, their gradients are summed on the way, in a fixed order.
+    The second term is there with ENTROPY alone; grad_entropy_ptr and entropy_ptr are not read without it. Each row is
+    read before it is written, so `out` may be the logits themselves. A program takes ROWS rows in order and, with a
+    bias, adds up their gradients on the way: the order of the sum is fixed.
     """
     column = tl.arange(0, BLOCK)
     inside = column < vocab
@@ -111,7 +119,14 @@ def _logp_backward_kernel(
         x = tl.where(x == -float("inf"), x, x * inv_temperature + x * inv_temperature_rest)
         largest = tl.load(largest_ptr + row, mask=row < num_rows, other=0.0)
         log_total = tl.load(log_total_ptr + row, mask=row < num_rows, other=0.0)
-        gradient = tl.where(column == token, factor, 0.0) - factor * tl.exp(x - largest - log_total)
+        log_p = x - largest - log_total
+        p = tl.exp(log_p)
+        gradient = tl.where(column == token, factor, 0.0) - factor * p
+        if ENTROPY:
+            entropy = tl.load(entropy_ptr + row, mask=row < num_rows, other=0.0)
+            factor = tl.load(grad_entropy_ptr + row, mask=row < num_rows, other=0.0) * inv_temperature
+            # p log p is 0 where p is: log p may be -inf there.
+            gradient -= factor * p * tl.where(p == 0.0, 0.0, log_p + entropy)
         tl.store(out_ptr + row * row_stride + column, gradient.to(out_ptr.dtype.element_ty), mask=here)
         if BIAS:
             d_bias += gradient
@@ -170,28 +185,37 @@ def _(
 
 def _launch_backward(
     out: Tensor,
-    grad_BL: Tensor,
-    logits: Tensor,
-    tokens_BL: Tensor,
-    largest_BL: Tensor,
-    log_total_BL: Tensor,
+    gradients: tuple[Tensor | None, Tensor | None],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     temperature: float,
     bias_V: Tensor | None,
 ) -> Tensor:
-    """Write d logits to `out`; d bias, (V,) float32, is empty without one."""
+    """Write d logits to `out`; d bias, (V,) float32, is empty without one.
+
+    Args:
+        gradients: (B, L) of logp and of entropy; at most one is None.
+        saved: logits (B, L, V); tokens; entropy, largest and log_total as the forward pass returned them.
+    """
+    logits, tokens_BL, entropy_BL, largest_BL, log_total_BL = saved
+    grad_BL, grad_entropy_BL = gradients
+    if grad_BL is None:
+        assert grad_entropy_BL is not None
+        grad_BL = torch.zeros_like(grad_entropy_BL, memory_format=torch.contiguous_format)
+    grad_BL = grad_BL.contiguous()
     vocab, num_rows = logits.shape[-1], tokens_BL.numel()
-    if bias_V is None:
-        rows, partial_NV = 1, grad_BL.new_empty(0)
-    else:
+    rows, partial_NV = 1, grad_BL.new_empty(0)
+    if bias_V is not None:
         rows = _ROWS
         partial_NV = grad_BL.new_empty((-(-num_rows // rows), vocab), dtype=torch.float32)
     if num_rows:
         with torch.cuda.device_of(logits):
             _logp_backward_kernel[(-(-num_rows // rows),)](
-                grad_BL.contiguous(),
+                grad_BL,
+                grad_BL if grad_entropy_BL is None else grad_entropy_BL.contiguous(),
                 logits,
                 logits if bias_V is None else bias_V.contiguous(),
                 tokens_BL.contiguous(),
+                entropy_BL,
                 largest_BL,
                 log_total_BL,
                 out,
@@ -201,6 +225,7 @@ def _launch_backward(
                 num_rows,
                 *reference.split_float32(1.0 / temperature),
                 BIAS=bias_V is not None,
+                ENTROPY=grad_entropy_BL is not None,
                 ROWS=rows,
                 **_launch_settings("backward", vocab, logits.device),
             )
@@ -209,9 +234,11 @@ def _launch_backward(
 
 @torch.library.custom_op("varfast::token_logp_backward", mutates_args=())
 def _logp_backward_triton(
-    grad_BL: Tensor,
+    grad_BL: Tensor | None,
+    grad_entropy_BL: Tensor | None,
     logits_BLV: Tensor,
     tokens_BL: Tensor,
+    entropy_BL: Tensor,
     largest_BL: Tensor,
     log_total_BL: Tensor,
     temperature: float,
@@ -219,28 +246,30 @@ def _logp_backward_triton(
 ) -> tuple[Tensor, Tensor]:
     logits = logits_BLV.contiguous()
     out = torch.empty_like(logits)
-    d_bias = _launch_backward(out, grad_BL, logits, tokens_BL, largest_BL, log_total_BL, temperature, bias_V)
-    return out, d_bias
+    saved = (logits, tokens_BL, entropy_BL, largest_BL, log_total_BL)
+    return out, _launch_backward(out, (grad_BL, grad_entropy_BL), saved, temperature, bias_V)
 
 
 @_logp_backward_triton.register_fake
-def _(grad_BL, logits_BLV, tokens_BL, largest_BL, log_total_BL, temperature, bias_V):
-    d_bias = grad_BL.new_empty(0 if bias_V is None else bias_V.shape, dtype=torch.float32)
+def _(grad_BL, grad_entropy_BL, logits_BLV, tokens_BL, entropy_BL, largest_BL, log_total_BL, temperature, bias_V):
+    d_bias = largest_BL.new_empty(0 if bias_V is None else bias_V.shape)
     return torch.empty_like(logits_BLV, memory_format=torch.contiguous_format), d_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits_BLV, tokens_BL, ctx.temperature, bias_V = inputs
-    ctx.save_for_backward(logits_BLV, tokens_BL, *output[2:], bias_V)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits_BLV, tokens_BL, *output[1:], bias_V)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # None for an output that nobody differentiates: its term is not computed
 
 
-def _backward(ctx: Any, grad_BL: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_BL is None:
+def _backward(
+    ctx: Any, grad_BL: Tensor | None, grad_entropy_BL: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_BL is None and grad_entropy_BL is None:
         return None, None, None, None
     *saved, bias_V = ctx.saved_tensors
-    d_logits, d_bias = _logp_backward_triton(grad_BL, *saved, ctx.temperature, bias_V)
+    d_logits, d_bias = _logp_backward_triton(grad_BL, grad_entropy_BL, *saved, ctx.temperature, bias_V)
     return d_logits, None, None, None if bias_V is None else d_bias
 
 
@@ -257,18 +286,24 @@ class _InPlace(torch.autograd.Function):
         logp_BL, entropy_BL, largest_BL, log_total_BL = _logp_triton(logits_BLV, tokens_BL, temperature, bias_V)
         ctx.temperature = temperature
         ctx.logits = logits_BLV.detach()  # not saved as a tensor: autograd would refuse to see it overwritten
-        ctx.save_for_backward(tokens_BL, largest_BL, log_total_BL, bias_V)
-        ctx.mark_non_differentiable(entropy_BL)
+        ctx.save_for_backward(tokens_BL, entropy_BL, largest_BL, log_total_BL, bias_V)
+        ctx.set_materialize_grads(False)
         return logp_BL, entropy_BL
 
     @staticmethod
-    def backward(ctx: Any, grad_BL: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        tokens_BL, largest_BL, log_total_BL, bias_V = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        tokens_BL, entropy_BL, largest_BL, log_total_BL, bias_V = ctx.saved_tensors
+        grad_BL, grad_entropy_BL = gradients
+        if grad_BL is None and grad_entropy_BL is None:
+            return None, None, None, None
         logits, ctx.logits = ctx.logits, None
         if logits is None:
-            raise RuntimeError("this backward pass overwrote its logits; it cannot run twice (consume_logits=True)")
-        saved = (logits, tokens_BL, largest_BL, log_total_BL)
-        d_bias = _launch_backward(logits, grad_BL, *saved, ctx.temperature, bias_V)
+            raise RuntimeError(
+                "this backward pass overwrote its logits; it cannot run twice (consume_logits=True). Differentiate "
+                "log-probability and entropy in one backward pass"
+            )
+        saved = (logits, tokens_BL, entropy_BL, largest_BL, log_total_BL)
+        d_bias = _launch_backward(logits, (grad_BL, grad_entropy_BL), saved, ctx.temperature, bias_V)
         return logits, None, None, None if bias_V is None else d_bias
 
 
@@ -306,12 +341,12 @@ def ahead_of_time() -> list[AheadOfTime]:
     """Forward and backward, apart and in place; vocabularies of VAR and of next-token models; odd shapes."""
     from varfast.kernels.aot import recorded
 
-    def call(dtype: torch.dtype, length: int, vocab: int, biased: bool = False) -> None:
+    def call(dtype: torch.dtype, length: int, vocab: int, biased: bool = False, entropic: bool = False) -> None:
         bias = torch.empty(vocab, requires_grad=True) if biased else None
         leaf = torch.empty(1, length, vocab, dtype=dtype, requires_grad=True)
         tokens = torch.zeros(1, length, dtype=torch.int64)
-        logp, _ = selective_log_softmax(leaf * 1, tokens, 0.7, bias_V=bias, impl="triton")
-        logp.sum().backward()
+        logp, entropy = selective_log_softmax(leaf * 1, tokens, 0.7, bias_V=bias, impl="triton")
+        (logp.sum() + entropy.sum() if entropic else logp.sum()).backward()
 
     items = []
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
@@ -320,6 +355,9 @@ def ahead_of_time() -> list[AheadOfTime]:
             items += recorded(what, partial(call, dtype, 680, vocab))
             if main and dtype == torch.float32:  # as the head writes them
                 items += recorded(f"{what}, bias", partial(call, dtype, 680, vocab, True), also_blackwell=True)
+                with_entropy = partial(call, dtype, 680, vocab, True, True)
+                items += recorded(f"{what}, bias, entropy", with_entropy, also_blackwell=True)
+            items += recorded(f"{what}, entropy", partial(call, dtype, 680, vocab, False, True))
     for vocab in (1, 4097):
         items += recorded(
             f"selective_log_softmax one token V={vocab}", partial(call, torch.float32, 1, vocab), fast=False
@@ -345,7 +383,9 @@ def selective_log_softmax(
         bias_V: (V,) added to the logits in float32 as they are read, so that the head's product need not add it;
             differentiable.
         impl: "auto", "triton" or "reference".
-    Returns: logp (B, L), differentiable, and entropy in nats (B, L), without gradient; float32 (float64 for float64).
+    Returns: logp and entropy in nats, (B, L) each, both differentiable; float32 (float64 for float64). The backward
+        pass computes the entropy's term only where a gradient of the entropy arrives. Logits of -inf have probability
+        0 and add nothing to the entropy or to any gradient.
     Raises: ValueError for a temperature that is not positive, shapes that differ, an impl that is unknown or cannot
         run.
     """

@@ -147,8 +147,9 @@ def selective_log_softmax(
     logits_BLV: Tensor, tokens_BL: Tensor, temperature: float, bias_V: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     logp_BLV = (_with_bias(logits_BLV, bias_V) / temperature).log_softmax(dim=-1)
-    with torch.no_grad():
-        entropy_BL = -(logp_BLV.exp() * logp_BLV).sum(dim=-1)
+    prob_BLV = logp_BLV.exp()
+    # p log p is 0 where p is, and so is its gradient: 0 * -inf is NaN.
+    entropy_BL = -(prob_BLV * logp_BLV.masked_fill(prob_BLV == 0, 0.0)).sum(dim=-1)
     return logp_BLV.gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1), entropy_BL
 
 
@@ -360,21 +361,21 @@ def grpo_token_loss(
     logp_BL: Tensor,
     logp_old_BL: Tensor,
     logp_ref_BL: Tensor | None,
-    advantages_B: Tensor,
+    advantages_BL: Tensor,
     clip_eps: float,
     kl_beta: float,
 ) -> tuple[Tensor, Tensor]:
     logp_BL = _at_least_float32(logp_BL)
-    advantage_B1 = advantages_B.to(logp_BL.dtype).unsqueeze(1)
+    advantages_BL = advantages_BL.to(logp_BL.dtype)
     log_ratio_BL = logp_BL - logp_old_BL.to(logp_BL.dtype)
     ratio_BL = log_ratio_BL.exp()
     clipped_BL = ratio_BL.clamp(1.0 - clip_eps, 1.0 + clip_eps)
-    surrogate_BL = torch.minimum(ratio_BL * advantage_B1, clipped_BL * advantage_B1)
+    surrogate_BL = torch.minimum(ratio_BL * advantages_BL, clipped_BL * advantages_BL)
     kl_BL = torch.zeros_like(logp_BL) if logp_ref_BL is None else k3(logp_BL, logp_ref_BL.to(logp_BL.dtype))
     loss = (kl_beta * kl_BL - surrogate_BL).mean(dim=1).mean()
     with torch.no_grad():
-        is_clipped_BL = ((ratio_BL > 1.0 + clip_eps) & (advantage_B1 > 0)) | (
-            (ratio_BL < 1.0 - clip_eps) & (advantage_B1 < 0)
+        is_clipped_BL = ((ratio_BL > 1.0 + clip_eps) & (advantages_BL > 0)) | (
+            (ratio_BL < 1.0 - clip_eps) & (advantages_BL < 0)
         )
         gap_BL = (ratio_BL - 1.0).abs()
         stats = torch.stack(

@@ -16,10 +16,12 @@ import varfast.export
 import varfast.pretrain
 import varfast.sample
 from varfast import InputError, load_policy
+from varfast.report.run import load_run
 from varfast.runs.base import PARTS, Base, FileNote
 from varfast.runs.folder import RunFolder
+from varfast.runs.load import load_base
 from varfast.runs.manifest import dump_config
-from varfast.train import load_base, load_run, train
+from varfast.train import train
 
 from .runs import assert_same_run, metrics, weights
 
@@ -183,7 +185,7 @@ def test_on_another_disk_the_vqvae_is_copied_and_the_transformer_named(files, tm
         train(make(run__steps=3))
     assert "v.pth does not exist" in caught.value.__notes__[0]
     with pytest.raises(InputError, match=wanted):
-        load_base(make(), folder)
+        load_base(make(), folder, CPU)
     (folder.path / "base" / "var.pth").symlink_to(tmp_path / "moved" / "v.pth")
     train(make(run__steps=3))
     assert_same_run(tmp_path / "whole", folder.path)
@@ -200,7 +202,7 @@ def test_another_file_under_the_old_name_is_no_base(files, make_models, tmp_path
     with pytest.raises(InputError, match="v.pth has another SHA-256"):
         train(make(run__steps=2))
     with pytest.raises(InputError, match="v.pth has another SHA-256"):
-        load_base(make(), folder)
+        load_base(make(), folder, CPU)
 
 
 def test_a_folder_of_before_hashes_goes_on_and_notes_them(make_config, tmp_path, pretrainings):
@@ -272,7 +274,10 @@ def test_a_run_starts_from_what_another_one_delivers(make_config, tmp_path, pret
     folder = RunFolder(tmp_path / "second")
     state = torch.load(Base(folder).find("var"), weights_only=True)
     assert all(torch.equal(tensor, state[name]) for name, tensor in weights(tmp_path / "first").items())
-    first, started = load_run(RunFolder(tmp_path / "first"), CPU, "float32"), load_base(make_config(**second), folder)
+    first, started = (
+        load_run(RunFolder(tmp_path / "first"), CPU, "float32"),
+        load_base(make_config(**second), folder, CPU),
+    )
     assert torch.equal(first.sample([0, 1], seed=0).tokens_BL, started.sample([0, 1], seed=0).tokens_BL)
     assert len(pretrainings) == 1
     parts = second | {"run__dir": str(tmp_path / "parts")}
@@ -296,7 +301,7 @@ def test_an_adapter_starts_from_a_run_and_another_run_from_it(make_config, tmp_p
     assert settings["base_model_name_or_path"] == "pretrain"
     second = first | {"run__dir": str(tmp_path / "second"), "policy__checkpoint": str(tmp_path / "first")}
     train(make_config(**second))
-    merged = load_base(make_config(**second), RunFolder(tmp_path / "second")).var.state_dict()
+    merged = load_base(make_config(**second), RunFolder(tmp_path / "second"), CPU).var.state_dict()
     assert all(torch.equal(merged[name], tensor) for name, tensor in weights(tmp_path / "first").items())
 
 

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from varfast import InputError, command
-from varfast.config import Config, ExportConfig, ReportConfig, SampleConfig, parse_arguments
+from varfast.config import Config
+from varfast.evaluation.config import SampleConfig
+from varfast.report.config import ReportConfig
+from varfast.runs.config import ExportConfig
 from varfast.settings import schema
+from varfast.settings.loading import parse_arguments
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "triton", "numpy", "PIL", "tensorboard", "huggingface_hub")

@@ -20,7 +20,10 @@ import varfast.evaluate
 from varfast import InputError
 from varfast.config import load_config
 from varfast.distributed import Launch, World, _share, joined, launched, local_device
-from varfast.roofline import memory, planned, share
+from varfast.perf.memory import RolloutPlan, held_states
+from varfast.perf.plan import plan_memory
+from varfast.perf.work import Work
+from varfast.policies.var.cost import cost_of
 from varfast.runs.folder import RunFolder
 from varfast.runs.manifest import dump_config
 from varfast.train import train
@@ -497,12 +500,16 @@ def test_sharded_weights_go_with_adamw_alone(make_config, optimizer):
 
 def test_plan_of_a_share_fits_the_share(make_config):
     config = make_config(rollout__labels_per_step=6, rollout__micro_batch=8, update__minibatch=12,
-                         update__micro_batch=6)  # fmt: skip
-    part = share(config, 6, 3)
-    assert (part.rollout.images, part.rollout.micro_batch) == (6, 6)
-    assert (part.update.minibatch, part.update.micro_batch) == (3, 3)
-    assert planned(share(make_config(), 4, 2), None).update.micro_batch == 2
-    alone, sharded = memory(config), memory(config, 4)
+                         update__micro_batch=6, run__parallel="fsdp")  # fmt: skip
+    whole = Work.whole(config, cost_of(config.policy, "float32"))
+    part = whole.share(6, 4)
+    assert (part.images, part.minibatch, part.shards) == (6, 3, 4)
+    plan = plan_memory(part, None)
+    assert (plan.rollout, plan.update.micro_batch) == (RolloutPlan(6, True), 3)
+    small = make_config()
+    share = Work.whole(small, cost_of(small.policy, "float32")).share(4, 2)
+    assert (share.minibatch, share.shards, plan_memory(share, None).update.micro_batch) == (2, 1, 2)
+    alone, sharded = held_states(whole), held_states(part)
     for name in ("weights", "gradients", "moments"):
         assert getattr(sharded, name) == getattr(alone, name) // 4
     assert sharded.compute_copy == alone.weights  # float32: the whole of it

@@ -8,11 +8,13 @@ import torch
 import varfast.sample
 from varfast.distributed import ALONE, World
 from varfast.learner import Updater
-from varfast.policies.var.policy import check_finite
+from varfast.policies.checks import check_finite
+from varfast.randomness import Key
+from varfast.report.run import load_run
 from varfast.runs.divergence import diagnosis, refuse_diverged
 from varfast.runs.folder import RunFolder
-from varfast.train import _score, load_run, train
-from varfast.types import NotFinitePolicy, NotFiniteReward
+from varfast.train import _score, train
+from varfast.types import NotFinitePolicy, NotFiniteReward, Sampling
 
 
 def test_a_learning_rate_that_is_too_large_ends_with_a_diagnosis(make_config):
@@ -95,7 +97,7 @@ def test_all_processes_end_alike(make_policy, make_config, tmp_path):
     refuse_diverged(policy, [0, 1], config, ALONE, tmp_path, 2, {})
     with pytest.raises(NotFinitePolicy, match="after step 2 .*the weights of another process"):
         refuse_diverged(policy, [0, 1], config, OfTwo(1), tmp_path, 2, {})
-    rollout, images = policy.sample_images([0, 1], seed=0)
+    rollout, images = policy.sample_images([0, 1], Sampling(), Key(0))
     found = _score(lambda *_: None, images, rollout, OfTwo(3), config, 0, 0)
     assert isinstance(found, NotFinitePolicy)
     found = _score(lambda *_: None, images.fill_(math.nan), rollout, OfTwo(1), config, 0, 0)

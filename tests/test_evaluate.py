@@ -10,20 +10,22 @@ from PIL import Image
 import varfast.evaluate
 import varfast.files
 from varfast import InputError, Policy, load_policy
-from varfast.config import EvaluateConfig, parse_arguments
 from varfast.data.datasets import DigitsClassifier, digits
 from varfast.data.labels import Label, label_pool, labels_json
 from varfast.distributed import Launch
 from varfast.evaluate import evaluate, main
 from varfast.evaluation.arguments import BASE, resolved
+from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.features import DigitsPixels, load_real_images, to_levels
 from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.metrics import diversity, fid, inception_score, mean_interval, neighbours, statistics
 from varfast.evaluation.plan import Plan
 from varfast.evaluation.table import table, tabulate
-from varfast.randomness import EVAL_STEP
+from varfast.randomness import EVAL_STEP, Key
 from varfast.rewards.brightness import brightness
+from varfast.settings.loading import parse_arguments
 from varfast.train import train
+from varfast.types import Sampling
 
 LUMA = {"luma": {"type": "brightness", "mode": "raw"}}
 
@@ -85,10 +87,10 @@ def test_images_depend_on_seed_label_and_number_alone(make, tmp_path, monkeypatc
 
 
 def test_sampling_settings_reach_the_sampler(make, models, tmp_path):
-    settings = {"cfg": 3.0, "top_k": 2, "top_p": 0.8, "seed": 5}
-    evaluate(make(save="npz", reference=None, temperature=0.6, samples_per_label=1, **settings))
+    settings = {"temperature": 0.6, "cfg": 3.0, "top_k": 2, "top_p": 0.8}
+    evaluate(make(save="npz", reference=None, samples_per_label=1, seed=5, **settings))
     policy = load_policy(models["checkpoint"], models["vqvae"])
-    _, images = policy.sample_images(list(range(10)), 0.6, step=EVAL_STEP, **settings)
+    _, images = policy.sample_images(list(range(10)), Sampling(**settings), Key(5, EVAL_STEP))
     with np.load(tmp_path / "out" / "images_checkpoint.npz") as arrays:
         want = to_levels(images).permute(0, 2, 3, 1).numpy()
         assert np.abs(arrays["arr_0"].astype(int) - want).max() <= 1

@@ -8,14 +8,15 @@ import yaml
 from safetensors.torch import load_file
 
 from varfast import InputError
-from varfast.config import ExportConfig, parse_arguments
 from varfast.export import main, model_card
 from varfast.files import save_tensors
 from varfast.models import VAR
 from varfast.policies.var.weights import load_var
 from varfast.runs.checkpoint import Checkpoints
+from varfast.runs.config import ExportConfig
 from varfast.runs.environment import environment
 from varfast.runs.folder import RunFolder
+from varfast.settings.loading import parse_arguments
 from varfast.train import train
 
 NAMES = json.loads((Path(__file__).parent / "data" / "names.json").read_text())

@@ -449,7 +449,7 @@ def test_memory_that_runs_out_names_the_setting_to_lower(make_config, monkeypatc
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
 
-    monkeypatch.setattr(Policy, "sample_images" if where == "rollout" else "token_logp", fail)
+    monkeypatch.setattr(Policy, "sample_images" if where == "rollout" else "teacher_forced", fail)
     with pytest.raises(InputError, match=f"out of memory in the {where}: CUDA out of memory. Tried to") as caught:
         train(make_config(eval__samples_per_label=0, **settings))
     assert f"\n  {advice}" in str(caught.value)

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from varfast import Policy
-from varfast.config import GRPOConfig, UpdateConfig
 from varfast.kernels import sample_tokens
 from varfast.learner import Updater
+from varfast.losses.config import GRPOConfig
+from varfast.optim.config import UpdateConfig
+from varfast.randomness import Key
 from varfast.train import train
-from varfast.types import ScoredRollout
+from varfast.types import Sampling, ScoredRollout
 
 pytestmark = pytest.mark.gpu
 
@@ -73,9 +75,9 @@ def test_update_waits_for_the_device_as_often_for_eight_minibatches_as_for_one(m
 
 def test_decoding_beside_the_rollout_takes_one_stream_for_all_steps(make_models):
     policy = Policy(*make_models(depth=2), device="cuda", dtype="bfloat16")
-    policy.sample_images([0, 1, 2, 3], 0.7, seed=0, micro_batch=2)
+    policy.sample_images([0, 1, 2, 3], Sampling(0.7), Key(0), micro_batch=2)
     stream = policy._beside
-    policy.sample_images([0, 1, 2, 3], 0.7, seed=1, micro_batch=2)
+    policy.sample_images([0, 1, 2, 3], Sampling(0.7), Key(1), micro_batch=2)
     assert policy._beside is stream
 
 

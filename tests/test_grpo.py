@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from varfast.losses.grpo import combined_advantages, group_advantages, groups_without_signal
+from varfast.advantages import combined_advantages, group_advantages, groups_without_signal
 from varfast.types import Rewards
 
 

@@ -5,7 +5,6 @@ import torch
 from scipy import stats
 
 from varfast import InputError
-from varfast.config import RolloutConfig
 from varfast.data.labels import (
     Label,
     caption,
@@ -19,6 +18,7 @@ from varfast.data.labels import (
     read_labels,
     run_names,
 )
+from varfast.policies.config import RolloutConfig
 
 
 def test_label_pool_all_list_and_share():
@@ -131,15 +131,19 @@ def test_label_table_shows_every_label_of_few_and_the_ends_of_many():
     assert [line.split()[0] for line in (many[30], many[32], many[36])] == ["29", "995", "999"]
 
 
+def names_of(config, folder, made):
+    return run_names(config.policy, config.pretrain, folder, made)
+
+
 def test_names_of_a_run_are_those_of_its_folders_until_its_base_is_made(make_config, tmp_path):
     for name in ("10", "9", "n"):
         (tmp_path / "set" / name).mkdir(parents=True)
     config = make_config(policy__checkpoint="pretrain", pretrain__dataset=str(tmp_path / "set"))
-    assert run_names(config, tmp_path, made=False) == ["9", "10", "n"]
+    assert names_of(config, tmp_path, made=False) == ["9", "10", "n"]
     # A base of an earlier time was made with folders in another order, and a run that goes on needs no data set.
-    assert run_names(config, tmp_path, made=True) is None
-    assert run_names(make_config(), tmp_path, made=True) is None
+    assert names_of(config, tmp_path, made=True) is None
+    assert names_of(make_config(), tmp_path, made=True) is None
     digits = make_config(
         policy__checkpoint="pretrain", policy__var={"depth": 1, "patch_nums": [1, 2], "num_classes": 10}
     )
-    assert run_names(digits, tmp_path, made=True)[7] == "7"
+    assert names_of(digits, tmp_path, made=True)[7] == "7"

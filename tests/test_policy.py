@@ -6,9 +6,10 @@ from torch.nn.functional import linear, one_hot
 
 from varfast import InputError, Policy, load_policy
 from varfast.models import KVCache
-from varfast.policies.var.policy import check_finite
-from varfast.policies.var.transformer import Head
-from varfast.types import NotFinitePolicy
+from varfast.policies.checks import check_finite
+from varfast.policies.precision import Head
+from varfast.randomness import Key
+from varfast.types import NotFinitePolicy, Sampling
 
 PATCH_NUMS = [(1,), (1, 2), (1, 2, 3, 4), (2, 3), (1, 3, 5)]
 
@@ -210,7 +211,7 @@ def test_sample_says_that_logits_are_not_finite_and_draws_tokens_of_the_vocabula
     policy = spoiled(make_policy, value=value)
     with pytest.raises(NotFinitePolicy, match="logits hold NaN or infinite numbers in 2 of 2 images, from token 0 on"):
         policy.sample([0, 1], seed=0, **inference)
-    rollout, images = policy.sample_images([0, 1], seed=0, **inference)
+    rollout, images = policy.sample_images([0, 1], Sampling(**inference), Key(0))
     assert ((rollout.tokens_BL >= 0) & (rollout.tokens_BL < 32)).all()
     assert rollout.logp_BL.isnan().all()
     with pytest.raises(NotFinitePolicy, match="logits"):
@@ -236,7 +237,7 @@ def test_decode_says_that_the_decoder_is_not_finite(make_models, value, fast):
     with pytest.raises(NotFinitePolicy, match="decoder gives NaN or infinite numbers in 2 of 2 images"):
         policy.decode(rollout.tokens_BL)
     with pytest.raises(NotFinitePolicy, match="decoder"):
-        check_finite(*policy.sample_images([0, 1], seed=0))
+        check_finite(*policy.sample_images([0, 1], Sampling(), Key(0)))
 
 
 def test_check_usable_looks_at_each_label(make_policy):

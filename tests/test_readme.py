@@ -30,7 +30,9 @@ def test_files_and_links_exist(page):
 
 
 def test_settings_of_the_paper_are_the_defaults():
-    from varfast.config import GRPOConfig, RolloutConfig, UpdateConfig
+    from varfast.losses.config import GRPOConfig
+    from varfast.optim.config import UpdateConfig
+    from varfast.policies.config import RolloutConfig
 
     sections = {"rollout": RolloutConfig(), "update": UpdateConfig(), "grpo": GRPOConfig()}
     shown = re.findall(r"`(rollout|update|grpo)\.(\w+)` \| ([\d.e-]+) \|", README)
@@ -41,7 +43,12 @@ def test_settings_of_the_paper_are_the_defaults():
 
 def test_small_cards_are_what_roofline_predicts():
     from varfast.config import load_config
-    from varfast.roofline import DEVICES, memory, planned, speed_of_light_s, stage_counts
+    from varfast.perf.devices import DEVICES
+    from varfast.perf.limits import speed_of_light_s, stage_counts
+    from varfast.perf.memory import memory
+    from varfast.perf.plan import plan_memory
+    from varfast.perf.work import Work
+    from varfast.policies.var.cost import cost_of
 
     table = (ROOT / "docs" / "training.md").read_text().split("<!-- small cards:")[1].split("<!-- end")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "configs" in line]
@@ -51,11 +58,13 @@ def test_small_cards_are_what_roofline_predicts():
         gigabytes, device = re.fullmatch(r"(\d+) GB, `(\S+)`", card).groups()
         ceilings = DEVICES[device].ceilings("bfloat16")
         assert round(ceilings.memory_bytes / 1e9) == int(gigabytes)
-        plan = planned(load_config(ROOT / config.strip("`"), overrides), ceilings.memory_bytes)
-        held, update = memory(plan), plan.update
-        step_s = sum(speed_of_light_s(count, ceilings) for count in stage_counts(plan).values())
+        read = load_config(ROOT / config.strip("`"), overrides)
+        work = Work.whole(read, cost_of(read.policy, "bfloat16"))
+        plan = plan_memory(work, ceilings.memory_bytes)
+        held, update = memory(work, plan), plan.update
+        step_s = sum(speed_of_light_s(count, ceilings) for count in stage_counts(work, plan).values())
         predicted = [
-            f"{held.states / 2**30:.1f}",
+            f"{held.states.total / 2**30:.1f}",
             f"{held.peak / 2**30:.1f} of {ceilings.memory_bytes / 2**30:.1f}",
             f"{plan.rollout.micro_batch}, {update.micro_batch}, {update.checkpointing}",
             f"{step_s:.1f}" if held.fits(ceilings.memory_bytes) else "does not fit",

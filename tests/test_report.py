@@ -19,10 +19,12 @@ from PIL import Image
 import varfast.evaluate
 import varfast.evaluation.metrics
 from varfast import InputError
-from varfast.report import main, page, read_run
+from varfast.report import main
 from varfast.report.charts import charts, curve, ticks
 from varfast.report.elements import brief, masked
+from varfast.report.layout import page
 from varfast.report.reading import parse_metrics
+from varfast.report.run import read_run
 from varfast.report.verdicts import HEALTHY, verdict
 from varfast.runs.log import RunLog
 from varfast.runs.pictures import save_picture

@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from varfast import Policy
-from varfast.config import LoRAConfig
 from varfast.kernels.selection import _OPS, configure
-from varfast.policies.var.policy import _DTYPES
+from varfast.policies.driver import DTYPES
+from varfast.policies.var.config import LoRAConfig
+from varfast.randomness import Key
+from varfast.types import Sampling
 
 SIZES = [
     {"depth": 2, "patch_nums": (1, 2, 3, 4)},
@@ -36,7 +38,7 @@ LORA = [None, LoRAConfig(rank=2, targets=("mat_qkv", "fc1", "ada_lin"))]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("dtype", list(_DTYPES))
+@pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("inference", [{}, {"cfg": 1.5, "top_k": 9, "top_p": 0.9}])
 @pytest.mark.parametrize("lora", LORA)
 def test_fast_rollout_equals_the_eager_one(make_models, plain_ops, sizes, dtype, inference, lora):
@@ -54,7 +56,7 @@ def test_fast_rollout_equals_the_eager_one(make_models, plain_ops, sizes, dtype,
 
 def test_sample_images_are_the_decoded_rollout(make_models):
     policy = Policy(*make_models(depth=2))
-    rollout, images = policy.sample_images([0, 1, 2, 3], 0.9, seed=3, micro_batch=2)
+    rollout, images = policy.sample_images([0, 1, 2, 3], Sampling(0.9), Key(3), micro_batch=2)
     assert torch.equal(rollout.tokens_BL, policy.sample([0, 1, 2, 3], 0.9, seed=3).tokens_BL)
     torch.testing.assert_close(images, policy.decode(rollout.tokens_BL), rtol=0, atol=1e-5)
 
@@ -69,7 +71,7 @@ def test_decode_in_parts_equals_the_whole(make_models):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("dtype", list(_DTYPES))
+@pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("lora", LORA)
 def test_captured_rollout_equals_the_eager_one(make_models, sizes, dtype, lora):
     """The first call runs eagerly, the second is captured, the others replayed, with other keys, labels and weights."""
@@ -107,10 +109,10 @@ def test_rollout_waits_for_nothing_on_the_gpu(make_models):
     policy = Policy(*make_models(depth=2), device="cuda", dtype="bfloat16")
     labels = torch.arange(8, device="cuda") % 5
     for step in range(3):
-        policy.sample_images(labels, 0.7, seed=0, step=step, micro_batch=4)
+        policy.sample_images(labels, Sampling(0.7), Key(0, step), micro_batch=4)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        policy.sample_images(labels, 0.7, seed=0, step=3, micro_batch=4)
+        policy.sample_images(labels, Sampling(0.7), Key(0, 3), micro_batch=4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -119,17 +121,17 @@ def test_rollout_waits_for_nothing_on_the_gpu(make_models):
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_kept_input_is_what_an_update_would_compute_again(make_models, fast, inference):
     policy = Policy(*make_models(depth=2, patch_nums=(2, 3, 5)), fast=fast)
-    rollout, images = policy.sample_images([0, 1, 2, 3], 0.9, seed=3, keep_input=True, **inference)
-    assert rollout.var_input_BLC.shape == (4, 34, 8)
-    assert torch.equal(rollout.var_input_BLC, policy.teacher_input(rollout.tokens_BL))
+    rollout, images = policy.sample_images([0, 1, 2, 3], Sampling(0.9, **inference), Key(3), keep_input=True)
+    assert rollout.teacher_input.shape == (4, 34, 8)
+    assert torch.equal(rollout.teacher_input, policy.teacher_input(rollout.tokens_BL))
     assert torch.equal(images, policy.decode(rollout.tokens_BL))
     index = torch.tensor([3, 1])
-    assert torch.equal(rollout.rows(index).var_input_BLC, rollout.var_input_BLC[index])
-    in_parts, _ = policy.sample_images([0, 1, 2, 3], 0.9, seed=3, micro_batch=2, keep_input=True, **inference)
-    torch.testing.assert_close(in_parts.var_input_BLC, rollout.var_input_BLC, rtol=0, atol=1e-5)
-    without, _ = policy.sample_images([0, 1], 0.9, seed=3, **inference)
-    assert without.var_input_BLC is policy.sample([0, 1], 0.9, seed=3, **inference).var_input_BLC is None
-    assert without.rows(index[1:]).var_input_BLC is None
+    assert torch.equal(rollout.rows(index).teacher_input, rollout.teacher_input[index])
+    in_parts, _ = policy.sample_images([0, 1, 2, 3], Sampling(0.9, **inference), Key(3), micro_batch=2, keep_input=True)
+    torch.testing.assert_close(in_parts.teacher_input, rollout.teacher_input, rtol=0, atol=1e-5)
+    without, _ = policy.sample_images([0, 1], Sampling(0.9, **inference), Key(3))
+    assert without.teacher_input is policy.sample([0, 1], 0.9, seed=3, **inference).teacher_input is None
+    assert without.rows(index[1:]).teacher_input is None
 
 
 def test_a_rollout_for_images_looks_every_scale_up_once(make_models, monkeypatch):
@@ -137,7 +139,7 @@ def test_a_rollout_for_images_looks_every_scale_up_once(make_models, monkeypatch
     scales = []
     of_scale = policy.vqvae.quantize.contribution
     monkeypatch.setattr(policy.vqvae.quantize, "contribution", lambda t, s: (scales.append(s), of_scale(t, s))[1])
-    policy.sample_images([0, 1], 0.9, seed=3)
+    policy.sample_images([0, 1], Sampling(0.9), Key(3))
     assert scales == [0, 1, 2]
     policy.sample([0, 1], 0.9, seed=3)
     assert scales == [0, 1, 2, 0, 1]
@@ -150,8 +152,8 @@ def test_captured_decode_equals_the_eager_one(make_models):
     for step in range(3):
         rollout = eager.sample([0, 1, 2, 3] * 20, 0.8, seed=1, step=step)
         assert torch.equal(captured.decode(rollout.tokens_BL), eager.decode(rollout.tokens_BL, micro_batch=32))
-    assert eager._decode_graph is None
-    assert captured._decode_graph[0] == 32
+    assert eager._pixels._graph is None
+    assert captured._pixels._graph[0] == 32
 
 
 @pytest.mark.gpu
@@ -160,9 +162,9 @@ def test_captured_rollout_keeps_what_the_eager_one_does(make_models, keep_input)
     fast, eager = pair(make_models, SIZES[0], "bfloat16", "cuda")
     for step in range(4):
         ours, theirs = (
-            p.sample_images([0, 1] * 4, 0.8, seed=1, step=step, keep_input=keep_input) for p in (fast, eager)
+            p.sample_images([0, 1] * 4, Sampling(0.8), Key(1, step), keep_input=keep_input) for p in (fast, eager)
         )
         assert torch.equal(ours[0].tokens_BL, theirs[0].tokens_BL)
         torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=0.05)
         if keep_input:
-            assert torch.equal(ours[0].var_input_BLC, theirs[0].var_input_BLC)
+            assert torch.equal(ours[0].teacher_input, theirs[0].teacher_input)

@@ -13,11 +13,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from varfast import InputError, kernels, roofline
-from varfast.config import PRESETS, LoRAConfig, VARConfig, VQVAEConfig, parse_config
+from varfast.config import parse_config
 from varfast.kernels.selection import _OPS, INTERPRETED
 from varfast.models import VAR, VQVAE, KVCache
-from varfast.policies.var.lora import add_lora
-from varfast.policies.var.sampler import SamplingSettings, sample
+from varfast.policies.lora import add_lora
+from varfast.policies.var.config import PRESETS, LoRAConfig, VARConfig, VQVAEConfig
+from varfast.policies.var.sampler import sample
+from varfast.types import Sampling
 
 ROOT = Path(__file__).parent.parent
 
@@ -360,7 +362,7 @@ def test_rollout_activations_are_what_exists_at_once(depth, dtype, lora, on_meta
     peaks = []
     for count in (24, 32):
         with LiveBytes() as live:
-            sample(var, vqvae, labels(count), key, SamplingSettings(0.7))
+            sample(var, vqvae, labels(count), key, Sampling(0.7))
         peaks.append(live.peak)
     cache = KVCache(sizes, 1, var.compute_dtype, torch.device("meta"))
     held = cache._k.nbytes + cache._v.nbytes

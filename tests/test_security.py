@@ -20,9 +20,10 @@ import varfast.export
 import varfast.report
 import varfast.sample
 from varfast import InputError
-from varfast.config import EvaluateConfig, parse_arguments
 from varfast.evaluate import main as evaluate_main
 from varfast.evaluation.arguments import resolved
+from varfast.evaluation.config import EvaluateConfig
+from varfast.settings.loading import parse_arguments
 from varfast.train import main as train_main
 from varfast.train import train
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch.nn.init import normal_
 
 from varfast import InputError, Policy, kernels
-from varfast.config import LoRAConfig
 from varfast.kernels.selection import _OPS
 from varfast.models import VAR, VQVAE, VARConfig, VQVAEConfig
 from varfast.policies import strict
 from varfast.policies.var import transformer as var_module
+from varfast.policies.var.config import LoRAConfig
 from varfast.train import train
 
 LABELS = [0, 1, 2, 3, 4, 0, 1, 2]

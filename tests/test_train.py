@@ -16,18 +16,23 @@ import varfast.env
 import varfast.export
 import varfast.sample
 from varfast import InputError, kernels, load_policy
-from varfast.command import expand_segments
 from varfast.config import load_config
 from varfast.data.labels import Label, labels_json
 from varfast.distributed import ALONE
 from varfast.learner import Updater
+from varfast.perf.allocator import expand_segments
+from varfast.perf.plan import _plan
+from varfast.perf.profile import memory_metrics
+from varfast.perf.work import Work
+from varfast.policies.var.cost import cost_of
+from varfast.report.run import load_run
 from varfast.runs.base import Base
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.environment import environment
 from varfast.runs.folder import RunFolder
+from varfast.runs.load import random_policy
 from varfast.runs.manifest import dump_config
-from varfast.runs.profile import memory_metrics
-from varfast.train import _fitted, load_run, main, random_policy, train
+from varfast.train import main, train
 
 STAGES = ("rollout", "decode", "reward", "reference", "update", "optimizer")
 TIMES = ("step_s", "images_per_s", "mfu", *(f"{stage}_{what}" for stage in STAGES for what in ("ms", "share")))
@@ -647,8 +652,8 @@ def test_memory_metrics_are_of_a_gpu_alone():
 )
 def test_update_is_captured_on_one_gpu_where_memory_allows(monkeypatch, asked, free_bytes, device, captured):
     monkeypatch.setattr("varfast.train.available_bytes", lambda device: free_bytes)
-    monkeypatch.setattr("varfast.roofline.whole_bytes", lambda device: 80 * 2**30)
+    monkeypatch.setattr("varfast.perf.out_of_memory.whole_bytes", lambda device: 80 * 2**30)
     root = Path(__file__).parent.parent
     config = load_config(root / "configs" / "d30.yaml", ["run.dtype=bfloat16", f"update.cuda_graph={asked}"])
-    fitted = _fitted(config, torch.device(device), ALONE, config.rollout.images)
-    assert fitted.update.cuda_graph is captured
+    work = Work.whole(config, cost_of(config.policy, "bfloat16"))
+    assert _plan(work, torch.device(device), ALONE).update.cuda_graph is captured

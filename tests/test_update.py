@@ -8,15 +8,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varfast import InputError, Policy
-from varfast.config import GRPOConfig, LoRAConfig, UpdateConfig
+from varfast.advantages import group_advantages
 from varfast.learner import Updater
-from varfast.losses.grpo import group_advantages
+from varfast.losses.config import GRPOConfig
+from varfast.optim.config import UpdateConfig
 from varfast.optim.gradients import Gradients
 from varfast.optim.schedule import learning_rate, scheduled
 from varfast.perf.graphs import GraphPool, Replayed
-from varfast.randomness import Purpose, keyed_generator
-from varfast.roofline import moment_bytes
-from varfast.types import ScoredRollout
+from varfast.policies.var.config import LoRAConfig
+from varfast.policies.var.cost import VARCost
+from varfast.randomness import Key, Purpose, keyed_generator
+from varfast.types import Sampling, ScoredRollout
 
 
 def scored_rollout(policy, count=8, seed=0, **inference):
@@ -376,7 +378,8 @@ def test_adamw8bit_s_state_takes_the_bytes_that_roofline_says(make_policy, bitsa
     maker.step(scored_rollout(policy), 0)
     states = maker.optimizer.state_dict()["state"].values()
     held = sum(tensor.nbytes for state in states for name, tensor in state.items() if name != "step")
-    assert held == moment_bytes(policy.var.config, "adamw8bit") < 0.5 * moment_bytes(policy.var.config, "adamw")
+    cost = VARCost(policy.var.config, policy.vqvae.config, "float32")
+    assert held == cost.moment_bytes("adamw8bit") < 0.5 * cost.moment_bytes("adamw")
 
 
 def test_adamw8bit_is_not_reached_by_a_gradient_that_is_not_finite_or_0(make_policy, bitsandbytes):
@@ -536,7 +539,7 @@ def test_memory_is_flat_over_20_steps_on_a_gpu(make_models, captured):
     peaks = []
     for step in range(20):
         torch.cuda.reset_peak_memory_stats()
-        rollout, _ = policy.sample_images([0, 0, 0, 0, 1, 1, 1, 1], 0.7, seed=0, step=step, micro_batch=4)
+        rollout, _ = policy.sample_images([0, 0, 0, 0, 1, 1, 1, 1], Sampling(0.7), Key(0, step), micro_batch=4)
         rewards = torch.randn(8, generator=torch.Generator().manual_seed(step)).cuda()
         maker.step(ScoredRollout(rollout, group_advantages(rewards, 4)), step)
         peaks.append((torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))

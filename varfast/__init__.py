@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from varfast.types import InputError, Rollout
 
 if TYPE_CHECKING:
-    from varfast.policies.var.policy import Policy, load_policy
+    from varfast.policies.var.policy import VARPolicy as Policy
+    from varfast.runs.load import load_policy
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "Policy", "Rollout", "__version__", "load_policy"]
@@ -19,8 +20,12 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """Import the policy, and PyTorch with it, when it is first asked for: `--help` and typos need neither."""
-    if name in ("Policy", "load_policy"):
-        from varfast.policies.var import policy
+    if name == "Policy":
+        from varfast.policies.var.policy import VARPolicy
 
-        return getattr(policy, name)
+        return VARPolicy
+    if name == "load_policy":
+        from varfast.runs.load import load_policy
+
+        return load_policy
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,25 +23,18 @@ from typing import NoReturn, TypeVar
 from pydantic import BaseModel
 
 import varfast
-from varfast.config import (
-    Config,
-    EvaluateConfig,
-    ExportConfig,
-    ReportConfig,
-    RooflineConfig,
-    SampleConfig,
-    load_as,
-    parse_arguments,
-    reaches_outside,
-)
+from varfast.config import Config, RooflineConfig
+from varfast.evaluation.config import EvaluateConfig, SampleConfig
+from varfast.perf.allocator import expand_segments
 from varfast.printable import printable
+from varfast.report.config import ReportConfig
+from varfast.runs.config import ExportConfig
 from varfast.settings import arguments as command_line
 from varfast.settings import reference
+from varfast.settings.loading import load_as, parse_arguments
 from varfast.settings.paths import expanded
 from varfast.types import InputError
 
-# torch 2.11 and 2.14 read both; the first has been used on a GPU.
-ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _LONGEST_MESSAGE = 20_000  # characters of an error; a config with a hundred wrong keys has 10 000
 
 _AnyConfig = TypeVar("_AnyConfig", bound=Config)
@@ -141,7 +134,7 @@ def _refuse_what_reaches_outside(folder: str, overrides: list[str]) -> None:
     config = _load(Config, folder, overrides)
     named = []
     if not any(override.startswith("reward=") for override in overrides):
-        outside = {name: reaches_outside(reward) for name, reward in config.reward.items()}
+        outside = {name: reward.reaches_outside() for name, reward in config.reward.items()}
         named = [f"reward.{printable(name, 80)} ({printable(why)})" for name, why in outside.items() if why]
     if config.log.wandb and not any(override.startswith(("log=", "log.wandb=")) for override in overrides):
         named.append(f"log.wandb (sends the run's metrics to {printable(config.log.wandb, 80)})")
@@ -358,13 +351,3 @@ def _complain(text: str, error: BaseException) -> None:
     # An error may quote a server, a file or a folder that somebody handed on: here all of it meets the terminal.
     for part in (text, *getattr(error, "__notes__", [])):
         print(printable(part, _LONGEST_MESSAGE, lines=True), file=sys.stderr)
-
-
-def expand_segments() -> None:
-    """Let CUDA's allocator grow its segments, unless the user has set the allocator. Before the first use of CUDA.
-
-    Rollout and update want blocks of other sizes. With segments of fixed size d30 ran out of an H100's 80 GB in its 4th
-    step, 27.7 GiB of them reserved and not allocated; with these it went on. Where the platform has none, torch warns.
-    """
-    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
-        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"

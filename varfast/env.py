@@ -15,7 +15,7 @@ from importlib import metadata
 
 from varfast import kernels
 from varfast.command import read_nothing
-from varfast.policies.var.policy import pick_device
+from varfast.policies.device import pick_device
 from varfast.runs.environment import environment
 
 _PACKAGES = (

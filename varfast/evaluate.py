@@ -21,15 +21,15 @@ from pathlib import Path
 
 import torch
 
-from varfast.config import EvaluateConfig, parse_arguments
 from varfast.distributed import Launch, launched
 from varfast.evaluation.arguments import BASE, resolved
+from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.measure import measure, silent
 from varfast.evaluation.table import Row, about, table
-from varfast.policies.var.policy import Policy
+from varfast.policies.protocol import Policy
 from varfast.runs.folder import RunFolder
-from varfast.sample import load
-from varfast.train import load_base
+from varfast.runs.load import load_base, load_policy
+from varfast.settings.loading import parse_arguments
 
 
 def evaluate(config: EvaluateConfig, process: Launch = Launch()) -> list[Row]:  # noqa: B008 - frozen
@@ -38,11 +38,9 @@ def evaluate(config: EvaluateConfig, process: Launch = Launch()) -> list[Row]:  
 
 def _load(side: str, address: str, config: EvaluateConfig, device: torch.device) -> Policy:
     if address != BASE or side == "checkpoint":
-        return load(address, config.vqvae, device, config.dtype, side)
+        return load_policy(address, config.vqvae, device, config.dtype, argument=side)
     folder = RunFolder(config.checkpoint)
-    run = folder.load_config()
-    run = run.model_copy(update={"run": run.run.model_copy(update={"device": str(device), "dtype": config.dtype})})
-    return load_base(run, folder)
+    return load_base(folder.load_config(), folder, device, config.dtype)
 
 
 def main(arguments: list[str]) -> int:

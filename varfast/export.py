@@ -20,15 +20,18 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from varfast.config import Config, ExportConfig, LoRAConfig, VARConfig, VQVAEConfig, parse_arguments
+from varfast.config import Config
 from varfast.data.labels import imagenet, read_labels
 from varfast.files import read_json, read_leaves, read_text, save_tensors, save_text, write_atomically
-from varfast.policies.var.weights import load_vqvae
+from varfast.policies.var.build import load_part
+from varfast.policies.var.config import LoRAConfig, VARConfig, VQVAEConfig
 from varfast.printable import printable
+from varfast.runs.config import ExportConfig
 from varfast.runs.environment import environment
 from varfast.runs.folder import RunFolder
+from varfast.runs.load import delivered_state, frozen_part
+from varfast.settings.loading import parse_arguments
 from varfast.settings.reading import dump_yaml
-from varfast.train import delivered_state, vqvae_of
 from varfast.types import InputError
 
 
@@ -43,12 +46,12 @@ def export(config: ExportConfig) -> Path:
     in_the_way = [path for path in (out, vqvae, card) if path is not None and path.exists()]
     if in_the_way and not config.overwrite:
         raise InputError(f"{in_the_way[0]} exists; choose another out, or overwrite=true")
-    state, step = delivered_state(folder, run.policy.sizes, getattr(torch, config.dtype))
+    state, step = delivered_state(folder, getattr(torch, config.dtype))
     _save(state, out)
     if vqvae is not None:
-        content = vqvae_of(folder)
+        content = frozen_part(folder, "vqvae")
         if isinstance(content, Path):
-            content = load_vqvae(str(content), run.policy.sizes.patch_nums, run.policy.vqvae).state_dict()
+            content = load_part("vqvae", str(content), run.policy).state_dict()
         _save(content, vqvae)
     save_text(card, model_card(out.name, config.dtype, folder, run, step))
     return card

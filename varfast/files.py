@@ -18,8 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import torch
-
 from varfast.printable import printable
 from varfast.types import InputError
 
@@ -119,6 +117,8 @@ class _Recorded(io.FileIO):
 
 def save_tensors(path: Path, content: Any) -> None:
     """Write what torch.save can write, atomically. Raises: WriteError as write_atomically."""
+    import torch
+
     write_atomically(path, lambda file: torch.save(content, file))
 
 

@@ -35,16 +35,17 @@ from varfast.data.datasets import FolderImages, Images, fingerprint, load_images
 from varfast.data.labels import LABELS_FILE, caption, label_table, labels_json, labels_of
 from varfast.files import read_json, remove_leftovers, save_tensors, save_text
 from varfast.optim.schedule import scheduled
-from varfast.policies.var.policy import Policy, pick_device
+from varfast.policies.device import pick_device
+from varfast.policies.var.policy import VARPolicy
 from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR
 from varfast.progress import Progress
-from varfast.randomness import GRID_STEP, order_may_vary
+from varfast.randomness import GRID_STEP, Key, order_may_vary
 from varfast.runs.base import FileNote
 from varfast.runs.lock import locked
 from varfast.runs.pictures import image_grid, save_picture
 from varfast.runs.signals import listen
-from varfast.types import InputError, NotFinitePolicy
+from varfast.types import InputError, NotFinitePolicy, Prompts, Sampling
 
 _GRAD_CLIP = 1.0
 # Every so many batches, codes that none of them used are moved to where the data is.
@@ -182,14 +183,14 @@ def _show_own(
     print("\n".join(f"  {line}" for line in advice(report, config)))
     shown = sorted({i * (len(images) - 1) // (_SHOWN_IMAGES - 1) for i in range(_SHOWN_IMAGES)})
     real = torch.stack([images[i][0] for i in shown]).to(device)
-    policy = Policy(var, vqvae, device)
+    policy = VARPolicy(var, vqvae, device)
     rebuilt = policy.decode(policy.encode(real))
     save_picture(
         folder / "reconstructions.png", image_grid(torch.cat([real, rebuilt]), len(shown), ["image", "rebuilt"])
     )
     rows = labels[:_SHOWN_IMAGES]
-    labels_B = torch.tensor([row.label for row in rows]).repeat_interleave(_SHOWN_IMAGES)
-    _, samples = policy.sample_images(labels_B, seed=config.run.seed, step=GRID_STEP, micro_batch=_SHOWN_IMAGES)
+    prompts = Prompts(torch.tensor([row.label for row in rows])).repeat(_SHOWN_IMAGES)
+    _, samples = policy.sample_images(prompts, Sampling(), Key(config.run.seed, GRID_STEP), _SHOWN_IMAGES)
     titles = [caption(row.label, [label.name for label in labels]) for row in rows]
     save_picture(folder / "samples.png", image_grid(samples, _SHOWN_IMAGES, titles))
     print(f"  {folder}: reconstructions.png, samples.png, {LABELS_FILE}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -29,6 +30,22 @@ class Purpose(IntEnum):
 # Values of `step` in the key of token sampling that no training step has (steps are below 2^32 - 2).
 EVAL_STEP = 2**32 - 1
 GRID_STEP = 2**32 - 2
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the tokens of a batch are a function of, beside weights, prompts and `Sampling`.
+
+    Attributes:
+        seed: of the run or of the call.
+        step: of the training; GRID_STEP and EVAL_STEP for images that no training step samples.
+        first_sample: index of the batch's first image within the step. A batch that is split into calls gives the same
+            tokens when each call has the index of its first image.
+    """
+
+    seed: int
+    step: int = 0
+    first_sample: int = 0
 
 
 def keyed_generator(seed: int, purpose: Purpose, *key: int) -> torch.Generator:

@@ -16,27 +16,19 @@ from pathlib import Path
 
 import torch
 
-from varfast.config import SampleConfig, check_micro_batch, parse_arguments
 from varfast.data.labels import caption, label_names, label_numbers
-from varfast.policies.var.policy import Policy, check_finite, load_policy, pick_device
+from varfast.evaluation.config import SampleConfig
+from varfast.policies.checks import check_finite
+from varfast.policies.device import pick_device
 from varfast.progress import Progress
-from varfast.runs.folder import RunFolder
+from varfast.randomness import Key
+from varfast.runs.load import load_policy
 from varfast.runs.pictures import PICTURE_FORMATS, image_grid, save_picture
-from varfast.train import load_run
-from varfast.types import InputError
+from varfast.settings.loading import parse_arguments
+from varfast.settings.section import check_divides
+from varfast.types import InputError, Prompts, Sampling
 
 _ROWS = 8
-
-
-def load(checkpoint: str, vqvae: str | None, device: torch.device, dtype: str, key: str = "checkpoint") -> Policy:
-    """The policy of a run folder, or of a transformer's and a VQ-VAE's weights; `key` is its argument, for errors."""
-    if Path(checkpoint).expanduser().is_dir():
-        return load_run(RunFolder(checkpoint), device, dtype)
-    if not checkpoint.startswith("hf://") and not Path(checkpoint).expanduser().exists():
-        raise InputError(f"{key}={checkpoint} does not exist; want a run folder, or a transformer's weights")
-    if vqvae is None:
-        raise InputError(f"{key}={checkpoint} is not a run folder, so vqvae=... is needed too")
-    return load_policy(checkpoint, vqvae, device, dtype)
 
 
 def main(arguments: list[str]) -> int:
@@ -47,26 +39,22 @@ def main(arguments: list[str]) -> int:
         raise InputError(
             f"out={config.out}: want the name of a picture, as samples.png; known: {', '.join(PICTURE_FORMATS)}"
         )
-    policy = load(config.checkpoint, config.vqvae, pick_device(config.device), config.dtype)
+    policy = load_policy(
+        config.checkpoint, config.vqvae, pick_device(config.device), config.dtype, argument="checkpoint"
+    )
     names = label_names(config.checkpoint, policy.num_classes)
     labels = list(range(min(_ROWS, policy.num_classes)))
     if config.labels is not None:
         labels = label_numbers("labels", config.labels, policy.num_classes, names)
     labels_B = torch.tensor(labels).repeat_interleave(config.samples_per_label)
-    check_micro_batch("micro_batch", config.micro_batch, len(labels_B))
+    check_divides("micro_batch", config.micro_batch, len(labels_B))
     size = config.micro_batch or len(labels_B)
+    how = Sampling(config.temperature, config.cfg, config.top_k, config.top_p)
     parts = []
     with Progress("sample", len(labels_B) // size, unit="batch") as progress:
         for first in range(0, len(labels_B), size):
-            rollout, images = policy.sample_images(
-                labels_B[first : first + size],
-                config.temperature,
-                seed=config.seed,
-                cfg=config.cfg,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                first_sample=first,
-            )
+            prompts = Prompts(labels_B[first : first + size])
+            rollout, images = policy.sample_images(prompts, how, Key(config.seed, first_sample=first))
             check_finite(rollout, images)
             parts.append(images)
             progress.update()

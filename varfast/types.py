@@ -38,7 +38,7 @@ class Prompts:
         return len(self.ids_B)
 
     def rows(self, index: Tensor | slice) -> Prompts:
-        """Those of the images at `index`."""
+        """The prompts of the images at `index`."""
         return Prompts(self.ids_B[index])
 
     def repeat(self, times: int) -> Prompts:
@@ -61,37 +61,72 @@ class TokenLogp:
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Sampled images as tokens, with what the policy thought of them when it drew them.
+class Sampling:
+    """How tokens are sampled. Training uses the temperature alone; the rest is for inference.
 
     Attributes:
-        labels_B: (B,) int64.
-        tokens_BL: (B, L) int64, scale by scale, row-major within a scale.
-        logp_BL: (B, L) float32, log-probability of each token under the distribution it was drawn from.
-        entropy_BL: (B, L) float32, entropy of that distribution in nats.
-        temperature: of that distribution.
-        on_policy: no guidance and no filters: the distribution is the tempered policy itself, as GRPO needs it.
-        var_input_BLC: (B, L - first, code width) float32, what the transformer saw in place of each token but the first
-            scale's, where it was kept: an update need not compute it again.
+        temperature: > 0; of the multinomial draw.
+        cfg: strength of classifier-free guidance; 0 switches it off.
+        top_k, top_p: filters of kernels.sample_tokens; 0 switches one off.
+    Raises: InputError for a value out of range.
     """
 
-    labels_B: Tensor
+    temperature: float = 1.0
+    cfg: float = 0.0
+    top_k: int = 0
+    top_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise InputError(f"temperature={self.temperature}: must be > 0; for greedy choice use top_k=1")
+        if self.cfg < 0 or self.top_k < 0 or not 0 <= self.top_p <= 1:
+            raise InputError(
+                f"cfg={self.cfg}, top_k={self.top_k}, top_p={self.top_p}: want cfg >= 0, top_k >= 0, 0 <= top_p <= 1"
+            )
+
+    @property
+    def on_policy(self) -> bool:
+        """The tempered policy itself is sampled, without guidance and filters."""
+        return self.cfg == 0.0 and self.top_k == 0 and self.top_p in (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled images as tokens, with their log-probabilities at the time of sampling.
+
+    Attributes:
+        prompts: of the B images.
+        tokens_BL: (B, L) int64, in the order in which they were sampled; for VAR scale by scale, row-major within one.
+        logp_BL: (B, L) float32, log-probability of each token under the distribution that it was sampled from.
+        entropy_BL: (B, L) float32, entropy of that distribution in nats.
+        temperature: of that distribution.
+        on_policy: sampled without guidance and filters: the distribution is the tempered policy itself, as GRPO needs.
+        teacher_input: (B, ...), what `Policy.teacher_input` makes of the tokens, where sampling has kept it: an update
+            need not compute it again. For VAR (B, L - first, code width) float32.
+    """
+
+    prompts: Prompts
     tokens_BL: Tensor
     logp_BL: Tensor
     entropy_BL: Tensor
     temperature: float
     on_policy: bool
-    var_input_BLC: Tensor | None = None
+    teacher_input: Tensor | None = None
+
+    @property
+    def labels_B(self) -> Tensor:
+        """(B,) int64, the ids of the prompts: class labels, for a family that is conditioned on classes."""
+        return self.prompts.ids_B
 
     def rows(self, index: Tensor | slice) -> Rollout:
         """The images at `index`."""
         return replace(
             self,
-            labels_B=self.labels_B[index],
+            prompts=self.prompts.rows(index),
             tokens_BL=self.tokens_BL[index],
             logp_BL=self.logp_BL[index],
             entropy_BL=self.entropy_BL[index],
-            var_input_BLC=None if self.var_input_BLC is None else self.var_input_BLC[index],
+            teacher_input=None if self.teacher_input is None else self.teacher_input[index],
         )
 
 
@@ -106,6 +141,10 @@ class Rewards:
 
     total_B: Tensor
     components: dict[str, Tensor]
+
+    def rows(self, index: Tensor | slice) -> Rewards:
+        """Those of the images at `index`."""
+        return Rewards(self.total_B[index], {name: score_B[index] for name, score_B in self.components.items()})
 
 
 @dataclass(frozen=True)
@@ -133,41 +172,31 @@ class RewardBatch:
 
 
 @dataclass(frozen=True)
-class ScoredRollout:
-    """A rollout with its advantages: all that an update needs.
+class Batch:
+    """The images of a step, or of a micro-batch, as a loss sees them.
 
     Attributes:
         rollout: what was sampled.
-        advantages_B: (B,) float32.
+        advantages_BL: (B, L) float32 of any strides. One number an image is an expanded (B, 1): no memory.
+        logp_ref_BL: (B, L) float32 under the frozen reference, where the loss needs it.
     """
 
     rollout: Rollout
-    advantages_B: Tensor
+    advantages_BL: Tensor
+    logp_ref_BL: Tensor | None = None
 
+    @classmethod
+    def of(cls, rollout: Rollout, advantages_B: Tensor) -> Batch:
+        """One advantage an image, (B,) float32: that of all its tokens."""
+        return cls(rollout, advantages_B.unsqueeze(1).expand_as(rollout.tokens_BL))
 
-@dataclass(frozen=True)
-class StepStats:
-    """What one update measured; means over all images of the step, unless said otherwise. With kl_beta = 0, images
-    whose group has no signal are left out.
+    def __len__(self) -> int:
+        return len(self.advantages_BL)
 
-    Attributes:
-        loss: as minimised.
-        kl: k3 estimate of KL(policy || reference), nats a token; None without a reference: not measured.
-        clip_fraction: share of tokens whose gradient the clip cut off.
-        ratio_mean: mean ratio of new to old probability.
-        ratio_gap_mean, ratio_gap_max: of |ratio - 1| over the first minibatch, before any optimizer step: what
-            separates the rollout's log-probabilities from the update's. The health sign of the whole system.
-        grad_norm: gradient norm before clipping, mean over the optimizer steps.
-        learning_rate: of the last optimizer step.
-        skipped_steps: optimizer steps left out because their gradient was not finite; they count in no mean.
-    """
-
-    loss: float
-    kl: float | None
-    clip_fraction: float
-    ratio_mean: float
-    ratio_gap_mean: float
-    ratio_gap_max: float
-    grad_norm: float
-    learning_rate: float
-    skipped_steps: int
+    def rows(self, index: Tensor | slice) -> Batch:
+        """The images at `index`."""
+        logp_ref_BL = None if self.logp_ref_BL is None else self.logp_ref_BL[index]
+        # Indexing would write out what is expanded.
+        expanded, tokens = self.advantages_BL.stride(1) == 0, self.advantages_BL.shape[1]
+        advantages_BL = self.advantages_BL[:, :1][index].expand(-1, tokens) if expanded else self.advantages_BL[index]
+        return Batch(self.rollout.rows(index), advantages_BL, logp_ref_BL)

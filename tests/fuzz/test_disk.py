@@ -30,8 +30,8 @@ import torch
 from varfast import InputError
 from varfast.config import parse_config
 from varfast.export import main as export
-from varfast.roofline import Ceilings
-from varfast.runs import profile
+from varfast.perf import limits
+from varfast.perf.devices import Ceilings
 from varfast.sample import main as sample
 from varfast.train import train
 
@@ -113,11 +113,11 @@ def same(a, b):
 @contextmanager
 def no_measurement():
     """The benchmark of the machine's ceilings at each start is no part of this."""
-    kept, profile.measure_here = profile.measure_here, lambda *args: Ceilings(1e9, 1e9, 10**10)
+    kept, limits.measure_here = limits.measure_here, lambda *args: Ceilings(1e9, 1e9, 10**10)
     try:
         yield
     finally:
-        profile.measure_here = kept
+        limits.measure_here = kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from varfast import InputError
-from varfast.config import EvaluateConfig
+from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.measure import finish
 from varfast.evaluation.plan import Plan

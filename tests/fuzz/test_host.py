@@ -19,10 +19,11 @@ import varfast.pretrain
 import varfast.runs.base
 from varfast import InputError
 from varfast.pretrain import PretrainReport, pretrained
+from varfast.report.run import load_run
 from varfast.runs.base import PARTS, Base
 from varfast.runs.folder import RunFolder
 from varfast.runs.manifest import dump_config
-from varfast.train import load_run, train
+from varfast.train import train
 
 from ..runs import assert_same_run
 

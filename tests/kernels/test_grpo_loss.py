@@ -38,7 +38,8 @@ def extension(where):
 def naive(logp, old, ref, advantages, eps, beta):
     """The formulas as the paper prints them, for float64: loss and statistics."""
     ratio = torch.exp(logp - old)
-    gain, clipped_gain = ratio * advantages[:, None], ratio.clamp(1 - eps, 1 + eps) * advantages[:, None]
+    advantages = advantages if advantages.ndim == 2 else advantages[:, None]
+    gain, clipped_gain = ratio * advantages, ratio.clamp(1 - eps, 1 + eps) * advantages
     q = torch.zeros_like(logp) if ref is None else ref - logp
     kl = torch.exp(q) - q - 1
     loss = -(torch.min(gain, clipped_gain) - beta * kl).mean(dim=1).mean()
@@ -89,6 +90,68 @@ def test_grpo_token_loss_and_gradient_are_as_exact_as_pytorch(where, assert_as_e
     assert float(got["loss"]) == pytest.approx(float(exact["loss"]), rel=1e-6, abs=1e-7 * float(exact["stats"][2]))
 
 
+# What an (8, 44) array of advantages looks like to the kernel, from one of other strides.
+VIEWS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.t().contiguous().t(),
+    "shifted": lambda x: torch.cat([x.new_full((1,), math.nan), x.flatten()])[1:].view(x.shape),
+    "every second": lambda x: torch.stack([x, x * math.nan], dim=-1)[..., 0],
+    "padded rows": lambda x: torch.cat([x, x[:, :3] * math.nan], dim=1)[:, : x.shape[1]],
+    "one an image": lambda x: x[:, :1].expand(x.shape),
+    "one a position": lambda x: x[:1].expand(x.shape),
+    "one": lambda x: x[:1, :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_grpo_token_loss_takes_an_advantage_a_token_of_any_strides(where, assert_as_exact, view):
+    logp, old, ref, _ = inputs(8, 44)
+    dense = torch.randn(8, 44, generator=torch.Generator().manual_seed(3))
+    strided = VIEWS[view](dense)
+    exact = measure(naive, *(x.double() for x in (logp, old, ref, strided)))
+    same_dtype = measure(lambda *arguments: grpo_token_loss(*arguments, impl="reference"), logp, old, ref, strided)
+    got = run(where, logp, old, ref, VIEWS[view](dense.to(where.device)))
+    assert_as_exact(got, same_dtype, exact, floor=1e-6)
+    # The strides change no bit.
+    contiguous = run(where, logp, old, ref, strided.contiguous())
+    assert all(torch.equal(got[name], contiguous[name]) for name in contiguous)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (7, 1), (13, 681)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_one_advantage_an_image_equals_the_same_for_all_its_tokens(where, shape, dtype):
+    logp, old, ref, advantages = inputs(*shape)
+    image = run(where, logp, old, ref, advantages.to(dtype))
+    token = run(where, logp, old, ref, advantages.to(dtype).unsqueeze(1).repeat(1, shape[1]))
+    assert all(torch.equal(image[name], token[name]) for name in image)
+
+
+def test_one_advantage_an_image_is_not_copied_to_its_tokens(monkeypatch):
+    import varfast.kernels.grpo_loss as module
+
+    found = []
+    monkeypatch.setattr(module, "run", lambda op, impl, *arguments: found.append(arguments[3]))
+    for advantages in (torch.ones(2), torch.ones(2, dtype=torch.float64), torch.ones(2, 2)[:, 0]):
+        grpo_token_loss(torch.zeros(2, 300), torch.zeros(2, 300), None, advantages)
+        assert found[-1].shape == (2, 300)
+        assert found[-1].stride(1) == 0
+        assert found[-1].dtype == torch.float32
+    given = torch.ones(300, 2).t()
+    grpo_token_loss(torch.zeros(2, 300), torch.zeros(2, 300), None, given)
+    assert found[-1] is given
+
+
+def test_grpo_token_loss_by_hand_with_an_advantage_a_token(where):
+    # Ratios 1, 2 and 0.5, 1; each token pushed its own way.
+    logp = torch.tensor([[0.0, math.log(2.0)], [math.log(0.5), 0.0]])
+    advantages = torch.tensor([[1.0, -1.0], [-2.0, 0.0]])
+    found = run(where, logp, torch.zeros(2, 2), None, advantages, beta=0.0)
+    # -1; -min(-2, -1.2) = 2; -min(-1, -1.6) = 1.6; 0.
+    assert float(found["loss"]) == pytest.approx((-1 + 2 + 1.6) / 4)
+    torch.testing.assert_close(found["gradient"], 1.7 / 4 * torch.tensor([[-1.0, 2.0], [0.0, 0.0]]))
+    assert float(found["stats"][1]) == 0.25  # the third token alone is cut off
+
+
 def test_grpo_token_loss_of_a_million_tokens(where):
     tensors = inputs(1601, 701)  # more than the CUDA grid covers at once
     got, exact = run(where, *tensors), measure(naive, *(x.double() for x in tensors))
@@ -116,8 +179,8 @@ def test_extension_passes_opcheck(extension):
     for dtype in (torch.float32, torch.float64):
         logp, old, ref, advantages = (x.to(extension.device) for x in inputs(3, 5, dtype=dtype))
         logp.requires_grad_()
-        for other in (ref, None):
-            torch.library.opcheck(torch.ops.varfast.grpo_token_loss.default, (logp, old, other, advantages, 0.2, 0.2))
+        for other, given in ((ref, advantages[:, None].expand(logp.shape)), (None, old)):
+            torch.library.opcheck(torch.ops.varfast.grpo_token_loss.default, (logp, old, other, given, 0.2, 0.2))
         upstream = torch.tensor(1.7, dtype=dtype, device=extension.device)
         torch.library.opcheck(torch.ops.varfast.grpo_token_loss_backward.default, (logp.detach(), upstream))
 
@@ -275,8 +338,9 @@ def test_grpo_token_loss_refuses_bad_input(where):
     zeros = lambda *shape: torch.zeros(*shape, device=where.device)  # noqa: E731
     with pytest.raises(ValueError, match="logp_ref_BL is \\(2, 4\\)"):
         grpo_token_loss(x, x, zeros(2, 4), zeros(2), impl=where.impl)
-    with pytest.raises(ValueError, match="want one an image"):
-        grpo_token_loss(x, x, None, zeros(3), impl=where.impl)
+    for shape in ((3,), (2, 1), (3, 2), ()):
+        with pytest.raises(ValueError, match="want one a token, \\(B, L\\), or one an image, \\(B,\\)"):
+            grpo_token_loss(x, x, None, x.new_zeros(shape), impl=where.impl)
     for shape in ((0, 3), (2, 0), (0, 0)):
         with pytest.raises(ValueError, match="at least one token"):
             grpo_token_loss(zeros(*shape), zeros(*shape), None, zeros(shape[0]), impl=where.impl)
@@ -286,13 +350,14 @@ def test_extension_refuses_what_the_public_function_would_not_pass(extension):
     call = torch.ops.varfast.grpo_token_loss
     x = torch.zeros(2, 3, device=extension.device)
     with pytest.raises(RuntimeError, match="want the shape of logp_BL"):
-        call(x, x[:1], None, x[:, 0], 0.2, 0.2)
-    with pytest.raises(RuntimeError, match="want one an image"):
-        call(x, x, None, x[0], 0.2, 0.2)
+        call(x, x[:1], None, x, 0.2, 0.2)
+    for advantages in (x[:, 0], x[:, :1], x[:1]):
+        with pytest.raises(RuntimeError, match="want the shape of logp_BL"):
+            call(x, x, None, advantages, 0.2, 0.2)
     with pytest.raises(RuntimeError, match="want one dtype"):
-        call(x, x.double(), None, x[:, 0], 0.2, 0.2)
+        call(x, x.double(), None, x, 0.2, 0.2)
     with pytest.raises(RuntimeError, match="want float32 or float64"):
-        call(x.half(), x.half(), None, x.half()[:, 0], 0.2, 0.2)
+        call(x.half(), x.half(), None, x.half(), 0.2, 0.2)
 
 
 @pytest.mark.parametrize(("impl", "device"), [("cuda", "cpu"), pytest.param("cpp", "cuda", marks=pytest.mark.gpu)])

@@ -6,7 +6,7 @@ from torch.nn.functional import layer_norm
 
 from varfast import Policy
 from varfast.models import KVCache
-from varfast.policies.var.transformer import Linear
+from varfast.policies.precision import Linear
 
 
 def logits_of(policy, tokens, labels, dtype):

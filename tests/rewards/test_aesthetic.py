@@ -65,7 +65,7 @@ def test_aesthetic_says_how_to_get_a_missing_head(tmp_path, monkeypatch):
 
 
 def test_the_default_head_has_the_name_that_is_checked():
-    from varfast.config import AestheticReward
+    from varfast.rewards.aesthetic import AestheticReward
     from varfast.rewards.files import file_name
 
     assert file_name(AestheticReward(type="aesthetic").head) == PUBLIC_HEAD

@@ -9,10 +9,9 @@ import torchvision
 from PIL import Image
 
 from varfast import InputError
-from varfast.config import ClassifierReward
 from varfast.data.datasets import DigitsClassifier, digits
 from varfast.rewards import WeightedSum
-from varfast.rewards.classifier import Confidence
+from varfast.rewards.classifier import ClassifierReward, Confidence
 
 LABELS = torch.tensor([0, 7, 999, 1, 2, 3])
 MODEL = {"model": "squeezenet1_1", "weights": "IMAGENET1K_V1"}

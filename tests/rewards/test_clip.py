@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from varfast import InputError
-from varfast.config import ClipReward
 from varfast.rewards import WeightedSum
 from varfast.rewards.backbone import Backbone, backbone_spec
+from varfast.rewards.clip import ClipReward
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from varfast import InputError
-from varfast.config import FunctionReward
 from varfast.rewards import WeightedSum
+from varfast.rewards.function import FunctionReward
 from varfast.types import NotFiniteReward
 
 LABELS = torch.tensor([3, 1, 4, 1, 5, 0])

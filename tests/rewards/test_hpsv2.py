@@ -4,8 +4,8 @@ import open_clip
 import torch
 from PIL import Image
 
-from varfast.config import HPSv2Reward
 from varfast.rewards import WeightedSum, hpsv2
+from varfast.rewards.hpsv2 import HPSv2Reward
 
 
 def test_hpsv2_is_the_cosine_of_padded_images_with_the_text(tiny_clip, tmp_path, monkeypatch):

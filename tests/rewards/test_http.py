@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from varfast import InputError
-from varfast.config import HttpReward
 from varfast.rewards import WeightedSum
+from varfast.rewards.http import HttpReward
 
 LABELS = torch.tensor([3, 1, 4, 1, 5, 9])
 DOCS = Path(__file__).parent.parent.parent / "docs" / "rewards.md"

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from varfast import InputError
-from varfast.config import AestheticReward, BrightnessReward, ClipReward, FunctionReward
 from varfast.rewards import WeightedSum, aesthetic
+from varfast.rewards.aesthetic import AestheticReward
 from varfast.rewards.backbone import Backbone
-from varfast.rewards.brightness import Brightness, brightness
+from varfast.rewards.brightness import Brightness, BrightnessReward, brightness
+from varfast.rewards.clip import ClipReward
+from varfast.rewards.function import FunctionReward
 from varfast.rewards.preprocess import Preprocessing
 from varfast.train import train
 

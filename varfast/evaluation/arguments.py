@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from varfast.config import ClassifierConfig, EvaluateConfig, RewardConfig, reaches_outside
 from varfast.data.labels import label_names, label_numbers, label_pool, run_names
-from varfast.policies.var.weights import resolve
+from varfast.evaluation.config import EvaluateConfig
 from varfast.printable import printable
+from varfast.rewards import RewardConfig
+from varfast.rewards.classifier import ClassifierConfig
 from varfast.runs.base import Base
 from varfast.runs.folder import RunFolder
 from varfast.types import InputError
+from varfast.weights.files import resolve
 
 # The value of the argument `reference` that stands for the model that the run started from.
 BASE = "base"
@@ -47,7 +49,7 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ev
         run, given = folder.load_config(), config.model_fields_set
         found: dict[str, Any] = {} if "reference" in given else {"reference": BASE}
         if "scores" not in given:
-            found["scores"] = {name: reward for name, reward in run.reward.items() if not reaches_outside(reward)}
+            found["scores"] = {name: reward for name, reward in run.reward.items() if not reward.reaches_outside()}
             if len(found["scores"]) < len(run.reward):
                 say(_skipped(folder, run.reward))
         if "classifier" not in given and run.eval.classifier is not None:
@@ -62,7 +64,7 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ev
 
 def _skipped(folder: RunFolder, rewards: dict[str, RewardConfig]) -> str:
     """One line: which rewards are not measured, why, and the argument that brings them back, ready for a shell."""
-    outside = {name: reaches_outside(reward) for name, reward in rewards.items()}
+    outside = {name: reward.reaches_outside() for name, reward in rewards.items()}
     names = ", ".join(f"{printable(name, 80)} ({printable(why)})" for name, why in outside.items() if why)
     content = {name: reward.model_dump(mode="json", exclude_defaults=True) for name, reward in rewards.items()}
     argument = f"scores={json.dumps(content, ensure_ascii=False)}"
@@ -94,5 +96,5 @@ def seen_labels(config: EvaluateConfig) -> set[int] | None:
         return None
     run = folder.load_config()
     num_classes = run.policy.sizes.num_classes
-    pool = label_pool(run.rollout, num_classes, run.run.seed, run_names(run, folder.path, made=True))
+    pool = label_pool(run.rollout, num_classes, run.run.seed, run_names(run.policy, run.pretrain, folder.path, made=True))
     return set(pool) if len(pool) < num_classes else None

@@ -22,7 +22,8 @@ from varfast.data.images import SUFFIXES, Listing, check_images, list_images, pa
 from varfast.evaluation.metrics import Statistics, check_installed, statistics, thinned
 from varfast.rewards.files import fetch, file_name
 from varfast.types import InputError
-from varfast.weights.containers import Arrays, read_checkpoint, regular_file
+from varfast.weights.containers import Arrays, read_checkpoint
+from varfast.weights.files import regular_file
 from varfast.weights.hub import one_line
 
 _BATCH_IMAGES = 64

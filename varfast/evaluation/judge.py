@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varfast.config import ClassifierConfig, EvaluateConfig
 from varfast.data.datasets import DigitsClassifier
+from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.features import Network, load_network, to_levels
 from varfast.rewards import WeightedSum
-from varfast.rewards.classifier import Confidence
+from varfast.rewards.classifier import ClassifierConfig, Confidence
 from varfast.types import InputError
 
 # Arrays with a row for each image, by name.

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from varfast.config import EvaluateConfig
 from varfast.data.labels import label_names
 from varfast.distributed import Launch
 from varfast.evaluation.arguments import chunk_settings, resolved, sampled_labels, seen_labels
+from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.features import RealImages, check_real_images, load_real_images
 from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.judge import Judge, column_names
@@ -21,7 +21,8 @@ from varfast.evaluation.plan import Plan
 from varfast.evaluation.sampling import Evaluation
 from varfast.evaluation.table import INTERVALS, Row, tabulate
 from varfast.files import save_text
-from varfast.policies.var.policy import Policy, pick_device
+from varfast.policies.device import pick_device
+from varfast.policies.protocol import Policy
 from varfast.runs.environment import environment
 from varfast.types import InputError
 
@@ -51,10 +52,10 @@ def measure(
     first_sizes: dict[str, int] = {}
     for side, address in sides.items():
         policy = load(side, address, config, device)
-        sizes = {"labels": policy.num_classes, "pixels a side": policy.vqvae.config.image_size}
+        sizes = {"labels": policy.num_classes, "pixels a side": policy.image_size}
         if evaluation is None:
             first_sizes = sizes
-            evaluation, real = _prepare(config, policy.num_classes, policy.vqvae.config.image_size, device, process)
+            evaluation, real = _prepare(config, policy.num_classes, policy.image_size, device, process)
         elif sizes != first_sizes:
             raise InputError(
                 f"the models cannot be compared: {first_sizes} in the reference, {sizes} in the checkpoint"

@@ -12,17 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varfast.config import EvaluateConfig
 from varfast.distributed import Launch
+from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.features import to_levels
 from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.judge import Judge
 from varfast.evaluation.pictures import save_pngs
 from varfast.evaluation.plan import Plan
-from varfast.policies.var.policy import Policy, check_finite
+from varfast.policies.checks import check_finite
+from varfast.policies.protocol import Policy
 from varfast.progress import Progress
-from varfast.randomness import EVAL_STEP
-from varfast.types import InputError
+from varfast.randomness import EVAL_STEP, Key
+from varfast.types import InputError, Prompts, Sampling
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,11 @@ class Evaluation:
 
 def sample_chunk(policy: Policy, plan: Plan, chunk: list[int], config: EvaluateConfig) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) in [0, 1] and labels (B,) of a chunk."""
+    how = Sampling(config.temperature, config.cfg, config.top_k, config.top_p)
     parts = []
     for indices in plan.ranges(chunk, config.micro_batch):
-        rollout, images = policy.sample_images(
-            [plan.label(index) for index in indices],
-            config.temperature,
-            seed=config.seed,
-            cfg=config.cfg,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            step=EVAL_STEP,
-            first_sample=indices[0],
-        )
+        prompts = Prompts(torch.tensor([plan.label(index) for index in indices]))
+        rollout, images = policy.sample_images(prompts, how, Key(config.seed, EVAL_STEP, indices[0]))
         check_finite(rollout, images)
         parts.append(images)
     return torch.cat(parts), torch.tensor([plan.label(index) for index in chunk], device=policy.device)
@@ -103,7 +97,7 @@ def sample_chunk(policy: Policy, plan: Plan, chunk: list[int], config: EvaluateC
 def _weights_hash(policy: Policy) -> str:
     """By which a chunk's weights are recognised: 16 hex digits over both models."""
     digest = hashlib.sha256()
-    for model in (policy.var, policy.vqvae):
+    for model in policy.parts.values():
         for name, tensor in model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,1 +1,55 @@
-"""What training minimises: one file a loss."""
+"""What training minimises: one file a loss.
+
+Axes: B image, b image of a micro-batch, L token over all scales, S statistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from varfast.types import Batch, TokenLogp
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A number that a loss measures, and how the parts of a step become one.
+
+    Attributes:
+        name: in metrics.jsonl.
+        over_images: how the values of two sets of images become that of both. A mean counts by the number of images.
+        over_minibatches: "mean", or "first": of the first minibatch, which was measured before any optimizer step.
+        without: its value in a step in which no image has a gradient, so that nothing is measured.
+    """
+
+    name: str
+    over_images: Literal["mean", "max"] = "mean"
+    over_minibatches: Literal["mean", "first"] = "mean"
+    without: float = 0.0
+
+
+class Loss(Protocol):
+    """A function of the policy's log-probabilities, and what it needs beside them.
+
+    Attributes:
+        unit: rows of a batch that stay together in a minibatch and a micro-batch: 1, or 2 for pairs.
+        needs_reference: whether it compares the policy with a frozen one: `Batch.logp_ref_BL` is there then.
+        needs_entropy: whether it reads `TokenLogp.entropy_BL`.
+        stats: what it measures.
+    """
+
+    unit: int
+    needs_reference: bool
+    needs_entropy: bool
+    stats: Sequence[Stat]
+
+    def keep(self, batch: Batch) -> Tensor | None:
+        """(B,) bool on the CPU, False for images whose gradient is exactly 0, which are left out; None keeps all."""
+        ...
+
+    def __call__(self, logp: TokenLogp, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The mean over the images of a (micro-)batch, a scalar, and (S,) `stats` of them, without gradient."""
+        ...

@@ -1,78 +1,71 @@
-"""Group-relative advantages, and the KL of a rollout. The loss is `varfast.kernels.grpo_token_loss`.
+"""Group-relative policy optimisation: the clipped ratio of new to old probability, and the KL to a frozen reference.
 
-Axes: B image; B = P labels x G samples, group-major; L token over all scales.
+Axes: B image, L token over all scales.
+Source: arXiv:2402.03300; for VAR arXiv:2505.23331.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from varfast import kernels
 from varfast.kernels.reference import k3
+from varfast.losses import Stat
+from varfast.losses.config import GRPOConfig
 from varfast.perf.stages import stage
-from varfast.policies.var.policy import Policy
-from varfast.types import Rewards, Rollout
+from varfast.policies.protocol import Policy
+from varfast.types import Batch, Rollout, TokenLogp
+
+# In the order of kernels.GRPO_STATS.
+_STATS = (
+    Stat("kl"),
+    Stat("clip_fraction"),
+    Stat("ratio_mean", without=1.0),
+    # What separates the rollout's log-probabilities from the update's, before any optimizer step: the health sign of
+    # the whole system.
+    Stat("ratio_gap_mean", over_minibatches="first"),
+    Stat("ratio_gap_max", over_images="max", over_minibatches="first"),
+)
+assert tuple(stat.name for stat in _STATS) == kernels.GRPO_STATS
 
 
-def group_advantages(rewards_B: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
-    """Centre and scale rewards within each label's group.
+class GRPO:
+    """Loss of arXiv:2402.03300, eq. 3 and 4, with one ratio a token: `kernels.grpo_token_loss`.
 
-    A_i = (r_i - mean_g) / (std_g + eps), population std, in float32; exactly 0 where a group's rewards are all equal.
-
-    Args:
-        rewards_B: (B,) finite; rows of one label are adjacent.
-        group_size: G >= 2, divides B.
-        eps: > 0, in units of the reward.
-    Returns: (B,) float32, no gradient.
-    Raises: ValueError if G < 2 or B % G != 0.
-    Source: GRPO, arXiv:2402.03300, eq. 2 of arXiv:2505.23331.
+    The rollout's log-probabilities stand for the old policy's. Without a KL term (kl_beta = 0) there is no reference,
+    and an image whose advantages are all 0 has no gradient.
     """
-    rewards_PG = _groups(rewards_B, group_size)
-    centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-    std_P1 = rewards_PG.std(dim=1, correction=0, keepdim=True)
-    # The mean of equal numbers is not always that number in float32, and eps is too small to hide the difference.
-    advantages_PG = torch.where(_all_equal(rewards_PG).unsqueeze(1), 0.0, centred_PG / (std_P1 + eps))
-    return advantages_PG.flatten()
 
+    unit = 1
+    needs_entropy = False
 
-def combined_advantages(
-    rewards: Rewards,
-    weights: dict[str, float],
-    group_size: int,
-    combine: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise",
-    eps: float = 1e-6,
-) -> Tensor:
-    """Advantages of several rewards at once.
+    def __init__(self, config: GRPOConfig) -> None:
+        self._clip_eps, self._kl_beta = config.clip_eps, config.kl_beta
+        self.needs_reference = config.kl_beta > 0.0
+        self.stats = _STATS if self.needs_reference else _STATS[1:]  # without a reference the KL is not measured
 
-    sum_then_normalise: group_advantages of the weighted sum; a component counts by its weight times its spread.
-    normalise_then_sum: A = sum_i w_i A_i, the weighted sum of each component's group_advantages; its spread, and its
-    units, do not count. Exactly 0 where each component's rewards are all equal within the group.
+    def keep(self, batch: Batch) -> Tensor | None:
+        return None if self.needs_reference else (batch.advantages_BL != 0).any(dim=1).cpu()
 
-    Args:
-        rewards: total_B and the components, before their weights.
-        weights: of the components, by name.
-        group_size, eps: as in group_advantages.
-    Returns: (B,) float32, no gradient.
-    """
-    if combine == "sum_then_normalise":
-        return group_advantages(rewards.total_B, group_size, eps)
-    parts = [weight * group_advantages(rewards.components[name], group_size, eps) for name, weight in weights.items()]
-    return torch.stack(parts).sum(dim=0)
-
-
-def groups_without_signal(rewards_B: Tensor, group_size: int) -> int:
-    """Number of groups whose rewards, or advantages, are all equal: only the KL term moves the policy there."""
-    return int(_all_equal(_groups(rewards_B, group_size)).sum())
+    def __call__(self, logp: TokenLogp, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss, stats = kernels.grpo_token_loss(
+            logp.logp_BL,
+            batch.rollout.logp_BL,
+            batch.logp_ref_BL,
+            batch.advantages_BL,
+            clip_eps=self._clip_eps,
+            kl_beta=self._kl_beta,
+        )
+        return loss, stats[-len(self.stats) :]
 
 
 @torch.no_grad()
 def kl_to_reference(reference: Policy, rollout: Rollout, micro_batch: int | None = None) -> Tensor:
     """KL(policy || reference) of each image of a rollout, for a run whose loss has no KL term: k3, nats a token.
 
-    One forward pass of the reference. The policy's log-probabilities are the rollout's, so that equal weights give what
-    separates sampling from teacher forcing: 1e-10 in float32, about 1e-4 in bfloat16.
+    One forward pass of the reference. The policy's log-probabilities are the rollout's, so equal weights give the
+    difference between sampling and teacher forcing: 1e-10 in float32, about 1e-4 in bfloat16.
 
     Args:
         reference: a frozen copy of the base.
@@ -81,24 +74,7 @@ def kl_to_reference(reference: Policy, rollout: Rollout, micro_batch: int | None
     """
     parts = []
     with stage("reference"):
-        for rows in torch.arange(len(rollout.labels_B)).split(micro_batch or len(rollout.labels_B)):
+        for rows in torch.arange(len(rollout.prompts)).split(micro_batch or len(rollout.prompts)):
             part = rollout.rows(slice(int(rows[0]), int(rows[-1]) + 1))
-            logp_ref_BL = reference.token_logp(
-                part.labels_B, part.tokens_BL, part.temperature, var_input_BLC=part.var_input_BLC
-            )
-            parts.append(k3(part.logp_BL, logp_ref_BL).mean(dim=1))
+            parts.append(k3(part.logp_BL, reference.teacher_forced(part).logp_BL).mean(dim=1))
     return torch.cat(parts)
-
-
-def _groups(rewards_B: Tensor, group_size: int) -> Tensor:
-    if group_size < 2:
-        raise ValueError(f"group_size={group_size}: an advantage is relative to a group; use 2 or more (the paper: 16)")
-    if rewards_B.ndim != 1 or rewards_B.shape[0] % group_size:
-        raise ValueError(
-            f"rewards are {tuple(rewards_B.shape)}, want (B,) with B a multiple of group_size={group_size}"
-        )
-    return rewards_B.detach().float().view(-1, group_size)
-
-
-def _all_equal(rewards_PG: Tensor) -> Tensor:
-    return rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)

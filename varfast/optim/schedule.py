@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from varfast.config import UpdateConfig
+from varfast.optim.config import UpdateConfig
 
 Shape = Literal["constant", "linear", "cosine"]
 

@@ -3,10 +3,10 @@
 Elsewhere the two differ by rounding: a library's product of another number of rows adds in another order. Strict mode
 needs no other model, but ops whose rows do not depend on one another:
 
-- products (kernels/matmul.py): every Linear, the head, and phi's convolution in the quantizer, as a product of patches;
+- products (kernels/matmul.py): every Linear, the head, and phi's convolution in VAR's quantizer, by patches;
 - attention (impl "triton_invariant", "sdpa_invariant"): keys are added in one order, alone and among all scales;
-- log-probabilities: the rollout's too by selective_log_softmax, on the tokens that were drawn;
-- all else works row by row, or number by number, in any case.
+- log-probabilities: the rollout's too by selective_log_softmax, on the tokens that were sampled;
+- all other ops treat each row, or each number, on its own anyway.
 
 Not among what it promises: pixels of the decoder, gradients, and other GPUs, libraries or numbers of threads.
 The promise is checked on the machine: `check` at the start of a run, `must_agree` in every step.
@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from varfast.policies.var.policy import Policy
-from varfast.policies.var.sampler import SamplingSettings, sample
-from varfast.policies.var.transformer import VAR
+from varfast.policies.protocol import Policy
 from varfast.randomness import GRID_STEP
 from varfast.types import InputError, Rollout
 
@@ -62,40 +61,41 @@ def must_agree(differing: int, policy: Policy, rollout: Rollout, step: int) -> N
 
 def difference(policy: Policy, labels: list[int], temperature: float, seed: int) -> str | None:
     """Where images sampled alone, together, and teacher-forced together first differ in a bit; None: nowhere."""
+    alone: list[Rollout] = []
+    in_rollout: dict[str, list[Tensor]] = {}
     captured, policy.cuda_graph = policy.cuda_graph, False  # a graph would keep its memory, and calls no hook
     try:
         together = policy.sample(labels, temperature, seed=seed, step=GRID_STEP)
-        alone = policy.sample(labels, temperature, seed=seed, step=GRID_STEP, micro_batch=1)
+        for index, label in enumerate(labels):
+            with _recorded(policy.sampled) as outputs:
+                alone.append(policy.sample([label], temperature, seed=seed, step=GRID_STEP, first_sample=index))
+            for name, pieces in outputs.items():
+                in_parts = pieces[0].ndim == 3 and len(pieces) > 1  # scale by scale, or token by token
+                in_rollout.setdefault(name, []).append(torch.cat(pieces, dim=1) if in_parts else pieces[0])
     finally:
         policy.cuda_graph = captured
-    inputs = [policy.teacher_input(tokens_1L) for tokens_1L in alone.tokens_BL.split(1)]
-    if not torch.equal(policy.teacher_input(alone.tokens_BL), torch.cat(inputs)):
+    tokens_BL, logp_BL = (torch.cat([getattr(each, name) for each in alone]) for name in ("tokens_BL", "logp_BL"))
+    inputs = torch.cat([policy.teacher_input(each.tokens_BL) for each in alone])
+    if not torch.equal(policy.teacher_input(tokens_BL), inputs):
         return "the quantizer's sum of several images has other bits than that of each"
-    in_rollout: dict[str, list[Tensor]] = {}
-    for index, label_1 in enumerate(alone.labels_B.split(1)):
-        key = torch.tensor([seed, GRID_STEP, index], device=policy.device)
-        with _recorded(policy.sampled_var) as outputs:
-            sample(policy.sampled_var, policy.vqvae, label_1, key, SamplingSettings(temperature))
-        for name, pieces in outputs.items():
-            by_scale = pieces[0].ndim == 3 and len(pieces) > 1
-            in_rollout.setdefault(name, []).append(torch.cat(pieces, dim=1) if by_scale else pieces[0])
-    with _recorded(policy.var) as outputs:
-        forced_BL = policy.token_logp(alone.labels_B, alone.tokens_BL, temperature).detach()
-    for name, (given, *_) in outputs.items():
-        if given.shape[0] == len(labels) and not torch.equal(torch.cat(in_rollout[name]), given):
+    with _recorded(policy.trainable) as outputs:
+        given = replace(together, tokens_BL=tokens_BL, teacher_input=inputs)
+        forced_BL = policy.teacher_forced(given).logp_BL.detach()
+    for name, (output, *_) in outputs.items():
+        if output.shape[0] == len(labels) and not torch.equal(torch.cat(in_rollout[name]), output):
             return f"{name} of an image alone, scale by scale, has other bits than of {len(labels)} at once"
-    if not torch.equal(forced_BL, alone.logp_BL):
+    if not torch.equal(forced_BL, logp_BL):
         return "selective_log_softmax of an image alone, scale by scale, has other bits than of several at once"
-    if not (torch.equal(together.tokens_BL, alone.tokens_BL) and torch.equal(together.logp_BL, alone.logp_BL)):
+    if not (torch.equal(together.tokens_BL, tokens_BL) and torch.equal(together.logp_BL, logp_BL)):
         return "the rollout of several images is not that of each alone"
     return None
 
 
 @contextmanager
-def _recorded(var: VAR) -> Iterator[dict[str, list[Tensor]]]:
-    """Inputs and outputs of every module inside, by what they are, in the order in which they come.
+def _recorded(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Inputs and outputs of every module inside, by name, in the order of the calls.
 
-    Inputs too: between modules are attention, norms and residuals.
+    Inputs too: attention, norms and residuals are no modules, and stand between those.
     """
     found: dict[str, list[Tensor]] = {}
 
@@ -110,7 +110,7 @@ def _recorded(var: VAR) -> Iterator[dict[str, list[Tensor]]]:
         note(f"the output of {name}", output)
 
     hooks = []
-    for name, module in var.named_modules():
+    for name, module in model.named_modules():
         if name:
             hooks.append(module.register_forward_pre_hook(partial(before, name)))
             hooks.append(module.register_forward_hook(partial(after, name)))

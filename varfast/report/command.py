@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from varfast.config import ReportConfig, parse_arguments
 from varfast.files import save_text
+from varfast.report.config import ReportConfig
 from varfast.report.elements import masked
 from varfast.report.layout import page
 from varfast.report.run import read_run
+from varfast.settings.loading import parse_arguments
 from varfast.types import InputError
 
 

@@ -5,12 +5,35 @@ Axes: B image.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from pydantic import Field
+
+from varfast.rewards.building import Building, Score, Weight, on_images
+from varfast.settings.section import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LUMA = (0.2989, 0.5870, 0.1140)
 _DEFAULT_THRESHOLD = {"bright": 0.8, "dark": 0.2, "raw": 0.0}
+
+
+class BrightnessReward(Section):
+    """Mean luma of the image, in [0, 1]."""
+
+    type: Literal["brightness"] = Field(description="the kind of reward")
+    weight: Weight = Field(1.0, description="factor in the sum")
+    mode: Literal["bright", "dark", "raw"] = Field(
+        "bright", description="1 if >= threshold; 1 if < it; the luma itself"
+    )
+    threshold: float | None = Field(None, ge=-1e6, le=1e6, description="default: 0.8 for bright, 0.2 for dark")
+
+    def build(self, building: Building) -> Score:
+        return on_images(Brightness(self.mode, self.threshold))
+
+    def reaches_outside(self) -> str | None:
+        return None
 
 
 def brightness(images: Tensor) -> Tensor:

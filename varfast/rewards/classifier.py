@@ -7,19 +7,58 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
 from varfast.data.datasets import DigitsClassifier
-from varfast.policies.var.weights import read_checkpoint
+from varfast.rewards.building import Building, Score, Weight, on_images
 from varfast.rewards.files import fetch, file_name
-from varfast.rewards.preprocess import Preprocessing
+from varfast.settings.section import Section, Source
 from varfast.types import InputError
+from varfast.weights.containers import read_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # torchvision switches transform_input on where it loads their weights.
 _CHANGE_THEIR_INPUT = ("googlenet", "inception_v3")
+
+
+class ClassifierConfig(Section):
+    """A classifier whose classes are the labels."""
+
+    model: str = Field(
+        "resnet50", description="a classifier of torchvision.models.list_models(), or 'digits' for the handwritten ones"
+    )
+    weights: str = Field("IMAGENET1K_V2", description="name of the weights in torchvision, with their preprocessing")
+    file: Source | None = Field(
+        None,
+        description="the weights' path, hf:// or https address; default: torchvision's cache, then its address. A file "
+        "of the public name must have its SHA-256",
+    )
+    batch_size: int = Field(64, ge=1, le=1_000_000, description="images at a time")
+
+
+class ClassifierReward(ClassifierConfig):
+    """Probability that a classifier gives to the label."""
+
+    type: Literal["classifier"] = Field(description="the kind of reward")
+    weight: Weight = Field(1.0, description="factor in the sum")
+
+    def build(self, building: Building) -> Score:
+        key, num_classes = building.key, building.num_classes
+        if self.model == "digits":
+            return on_images(DigitsConfidence(num_classes, key))
+        return on_images(
+            Confidence(self.model, self.weights, self.file, building.device, self.batch_size, num_classes, key)
+        )
+
+    def reaches_outside(self) -> str | None:
+        if self.model == "digits":
+            return None
+        return f"reads or fetches {self.file or f'the weights of {self.model}'}"
 
 
 class DigitsConfidence:
@@ -29,6 +68,7 @@ class DigitsConfidence:
     """
 
     def __init__(self, num_classes: int | None, key: str) -> None:
+
         _check_classes("digits", 10, num_classes, key)
         self._classifier = DigitsClassifier()
 
@@ -61,6 +101,8 @@ class Confidence:
         num_classes: int | None,
         key: str,
     ) -> None:
+        from varfast.rewards.preprocess import Preprocessing
+
         entry = _weights_entry(model, weights, key)
         _check_classes(f"{model} {weights}", len(entry.meta["categories"]), num_classes, key)
         network = _from_torchvision(model, entry, key) if file is None else _from_file(model, entry, file, key)
@@ -77,12 +119,10 @@ class Confidence:
         self._device = device
         self._batch_size = batch_size
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, labels_B: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], (B,) labels -> (B,) in [0, 1]."""
         return self._logits(images).softmax(dim=1).gather(1, labels_B.to(self._device).unsqueeze(1)).squeeze(1)
 
-    @torch.no_grad()
     def ranks(self, images: Tensor, labels_B: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], (B,) labels -> (B,) int64, how many classes it finds likelier than the label."""
         logits_BN = self._logits(images)
@@ -90,9 +130,12 @@ class Confidence:
         return (~(logits_BN <= own_B1)).sum(dim=1)  # not >: logits that are not numbers would put every label first
 
     def _logits(self, images: Tensor) -> Tensor:
-        return torch.cat(
-            [self._network(self._preprocess(part.to(self._device))) for part in images.split(self._batch_size)]
-        )
+        import torch
+
+        with torch.no_grad():
+            return torch.cat(
+                [self._network(self._preprocess(part.to(self._device))) for part in images.split(self._batch_size)]
+            )
 
 
 def _weights_entry(model: str, weights: str, key: str) -> Any:
@@ -111,11 +154,12 @@ def _weights_entry(model: str, weights: str, key: str) -> Any:
 
 def _from_torchvision(model: str, entry: Any, key: str) -> Any:
     import torchvision
+    from torch import hub
 
     try:
         return torchvision.models.get_model(model, weights=entry)
     except (OSError, RuntimeError) as error:
-        cached = f"{torch.hub.get_dir()}/checkpoints/{file_name(entry.url)}"
+        cached = f"{hub.get_dir()}/checkpoints/{file_name(entry.url)}"
         raise InputError(
             f"{key}: the weights of {model} cannot be fetched from {entry.url}, and are not (whole) in {cached}: "
             f"{error}\n"

@@ -5,10 +5,85 @@ Axes: B image, N text, D embedding.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Self
 
+from pydantic import Field, model_validator
+
+from varfast.rewards.building import Building, Score, Weight, on_embeddings, reads_or_fetches
 from varfast.rewards.files import read_names
+from varfast.settings.section import Section, Source
 from varfast.types import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from varfast.rewards.backbone import BackboneSpec
+
+
+class ClipModel(Section):
+    """How a CLIP runs; rewards that name the same one share its pass over the images."""
+
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the CLIP model; scores are float32")
+    batch_size: int = Field(
+        64, ge=1, le=1_000_000, description="images at a time; the smallest counts where rewards share a model"
+    )
+
+
+class Text(Section):
+    """What images are compared with: one text, or one a label."""
+
+    prompt: str | None = Field(None, min_length=1, description="one text for all images, as 'a painting'")
+    label_prompt: str | None = Field(None, description="a text a label, as 'a photo of a {name}'; needs names")
+    names: list[str] | Source | None = Field(
+        None, description="what stands for {name}: a list in the order of the labels, or a file with one a line"
+    )
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Self:
+        if (self.prompt is None) == (self.label_prompt is None):
+            raise ValueError("give prompt, or label_prompt and names, one of the two")
+        if self.label_prompt is not None and "{name}" not in self.label_prompt:
+            raise ValueError(f"label_prompt {self.label_prompt!r} has no {{name}}; as in 'a photo of a {{name}}'")
+        if (self.label_prompt is None) != (self.names is None):
+            raise ValueError("label_prompt and names go together: the names stand for {name}")
+        if not (self.label_prompt or self.prompt or "").strip():
+            raise ValueError("prompt is blank; describe what images should look like, as 'a painting'")
+        return self
+
+
+class TextReward(ClipModel, Text):
+    """What the rewards of images and texts have in common."""
+
+    def similarity(self, building: Building, spec: BackboneSpec) -> Score:
+        """The reward under the CLIP model that `spec` describes.
+
+        Raises: InputError if names cannot be read, weights cannot be had, or a text is too long for the model.
+        """
+        texts = prompts(self.prompt, self.label_prompt, self.names, building.num_classes, building.key)
+        backbone = building.backbone(spec, self.batch_size)
+        texts_ND = backbone.embed_texts(texts, building.key)
+        return on_embeddings(backbone, TextSimilarity(texts_ND, self.label_prompt is not None))
+
+
+class ClipReward(TextReward):
+    """Cosine of image and text under a CLIP of open_clip."""
+
+    type: Literal["clip"] = Field(description="the kind of reward")
+    weight: Weight = Field(1.0, description="factor in the sum")
+    model: str = Field("ViT-L-14", description="a name of open_clip.list_models()")
+    pretrained: Source = Field(
+        "openai",
+        description="a tag of open_clip.list_pretrained(), a path or hf://owner/repo/file; for a file whose model was "
+        "trained with QuickGELU (OpenAI, DFN, MetaCLIP) the model's name ends with -quickgelu",
+    )
+
+    def build(self, building: Building) -> Score:
+        from varfast.rewards.backbone import backbone_spec
+
+        return self.similarity(building, backbone_spec(self.model, self.pretrained, self.dtype, building.key))
+
+    def reaches_outside(self) -> str:
+        return reads_or_fetches(self.pretrained, self.names)
 
 
 class TextSimilarity:
@@ -35,7 +110,7 @@ def prompts(
     """The texts of a reward: one, or one a label.
 
     Args:
-        prompt, label_prompt, names: as in config.ClipReward.
+        prompt, label_prompt, names: as in Text.
         num_classes: of the policy; None: not checked.
         key: of the reward in the config, for errors.
     Raises: InputError if the names cannot be read, are not one a label, or one of them is blank.

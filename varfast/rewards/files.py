@@ -7,12 +7,10 @@ import http.client
 from pathlib import Path
 from urllib.parse import unquote
 
-import torch
-
 from varfast.files import read_bytes
-from varfast.policies.var.weights import resolve
 from varfast.printable import printable
 from varfast.types import InputError
+from varfast.weights.files import resolve
 
 _LONGEST_TEXT_BYTES = 10_000_000
 
@@ -58,6 +56,7 @@ def read_names(address: str, key: str) -> list[str]:
 
 
 def _resolve(address: str, key: str) -> Path:
+
     try:
         return resolve(address)
     except InputError as error:
@@ -65,11 +64,13 @@ def _resolve(address: str, key: str) -> Path:
 
 
 def _download(address: str, key: str) -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file_name(address)
+    from torch import hub
+
+    path = Path(hub.get_dir()) / "checkpoints" / file_name(address)
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(address, str(path), progress=False)
+            hub.download_url_to_file(address, str(path), progress=False)
         except (OSError, http.client.HTTPException, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{key}={address} cannot be fetched, and {path} does not exist: {printable(error)}\n"

@@ -17,17 +17,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import torch
-from torch import Tensor, nn
+from pydantic import AfterValidator, Field, field_validator
 
-from varfast.config import FunctionReward
 from varfast.printable import printable
-from varfast.randomness import Purpose
-from varfast.rewards.scores import scores
-from varfast.rewards.shield import shielded
-from varfast.types import InputError, RewardBatch
+from varfast.rewards.building import Building, Score, Scored, Weight
+from varfast.settings.paths import check_source
+from varfast.settings.problems import show
+from varfast.settings.reading import is_finite
+from varfast.settings.schema import Wanted
+from varfast.settings.section import Section
+from varfast.types import InputError
 
 _NAMED = ("labels", "batch", "names", "prompts", "step", "seed")
 _TAKES = (
@@ -35,32 +36,73 @@ _TAKES = (
 )
 
 
+def _check_function(function: str) -> str:
+    source, colon, name = function.rpartition(":")
+    in_file = source.endswith(".py") and "\0" not in source
+    if not colon or not (in_file or all(part.isidentifier() for part in source.split("."))):
+        module, _, attribute = function.rpartition(".")
+        meant = f"; did you mean {module}:{attribute}?" if module and attribute.isidentifier() and not colon else ""
+        raise ValueError(f"want module:name or file.py:name, as my_rewards:redness or ./my_rewards.py:redness{meant}")
+    if not name.isidentifier():
+        raise ValueError(
+            f"{name!r} is no name of a module's own; name a function, or a class whose instance is called; for a "
+            "method, write a function that calls it"
+        )
+    return check_source(function)
+
+
+class FunctionReward(Section):
+    """Your own function or class, by import path. Importing it runs its code."""
+
+    type: Literal["function"] = Field(description="the kind of reward")
+    weight: Weight = Field(1.0, description="factor in the sum")
+    function: Annotated[str, AfterValidator(_check_function), Wanted("module:name or file.py:name")] = Field(
+        description="module:name, or file.py:name, from the working directory or the config's folder; called with "
+        "(images, labels), or what its parameters name (docs/rewards.md)"
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments, given once")
+
+    @field_validator("args")
+    @classmethod
+    def _finite(cls, args: dict[str, Any]) -> dict[str, Any]:
+        if not is_finite(args):
+            raise ValueError(f"got {show(args)}; want finite numbers, below 2**63")
+        return args
+
+    def build(self, building: Building) -> Score:
+        return UserReward(self, building)
+
+    def reaches_outside(self) -> str:
+        return f"runs {self.function}"
+
+
 class UserReward:
     """A function, a class, or an instance with __call__, of the user's.
 
-    What it returns is checked, and what it changes of the process put back (varfast.rewards.shield). Its random
-    numbers are a function of seed, step and image alone, so that a resumed run draws the same.
+    What it changes of the process is put back (varfast.rewards.shield). Its random numbers are a function of seed, step
+    and image alone, so that a resumed run draws the same. An nn.Module is moved to the device, and put in eval().
 
     Args:
-        key: where the reward stands in the config, as reward.mine; for errors.
         config: what names it.
-        device: of the images; an nn.Module is moved there, and put in eval().
-        seed: of the run.
-        beside: a folder that is searched after Python's path and the working directory: that of the config file.
+        building: its folder `beside` is searched after Python's path and the working directory.
     Raises: InputError if it cannot be found or made, or has parameters that nothing stands for. What its own code
         raises goes on as it is, with a note that names the reward.
     """
 
-    def __init__(
-        self, key: str, config: FunctionReward, device: torch.device, seed: int = 0, beside: Path | None = None
-    ) -> None:
+    def __init__(self, config: FunctionReward, building: Building) -> None:
+        from torch import nn
+
+        from varfast.randomness import Purpose
+        from varfast.rewards.shield import shielded
+
+        key, device = building.key, building.device
         self._name = key.partition(".")[2] or key
         self._source = config.function
-        self._device = device
-        self._key = (seed, int(Purpose.REWARD), zlib.crc32(self._name.encode("utf-8", "replace")))
+        self._shielded = functools.partial(shielded, self._name, device)
+        self._key = (building.seed, int(Purpose.REWARD), zlib.crc32(self._name.encode("utf-8", "replace")))
         where = f"{key}.function={printable(config.function)}"
-        with shielded(self._name, device, self._key), self._named("while it was imported or made"):
-            target = _found(where, config.function, beside)
+        with self._shielded(self._key), self._named("while it was imported or made"):
+            target = _found(where, config.function, building.beside)
             reward = _made(where, target, config.args)
             if isinstance(reward, nn.Module):
                 reward.to(device).eval()
@@ -68,21 +110,19 @@ class UserReward:
         takes_args = bool(config.args) and reward is target
         self._reward: Callable[..., Any] = functools.partial(reward, **config.args) if takes_args else reward
 
-    def __call__(self, images: Tensor, batch: RewardBatch, first_sample: int = 0) -> Tensor:
-        """Score (B, 3, H, W) images in [0, 1]; both are copied before the reward sees them. -> (B,) float32.
+    def __call__(self, scored: Scored) -> Any:
+        """What the reward returns; images and labels are copied before it sees them.
 
-        Args:
-            first_sample: number of the first image among those of the step, for the random numbers.
-        Raises: InputError if it returns no (B,) numbers, or ends the process by SystemExit.
+        Raises: InputError if it ends the process by SystemExit.
         """
+        batch = scored.batch
         step = (0, 0) if batch.step is None else (1, batch.step)
-        values = {"images": images.clone(), "batch": batch.copy()} | batch.copy().__dict__
+        values = {"images": scored.images.clone(), "batch": batch.copy()} | batch.copy().__dict__
         with (
             self._named("" if batch.step is None else f"in step {batch.step + 1}"),
-            shielded(self._name, self._device, (*self._key, *step, first_sample)),
+            self._shielded((*self._key, *step, scored.first_sample)),
         ):
-            found = self._reward(*(values[p] for p in self._positional), **{p: values[p] for p in self._by_name})
-        return scores(self._name, found, len(images), images.device)
+            return self._reward(*(values[p] for p in self._positional), **{p: values[p] for p in self._by_name})
 
     @contextmanager
     def _named(self, when: str) -> Iterator[None]:
@@ -200,6 +240,8 @@ def _arguments(name: str, reward: Callable[..., Any], given: set[str]) -> tuple[
 
     Raises: InputError for a parameter that nothing stands for.
     """
+    from torch import nn
+
     asked: Any = reward.forward if isinstance(reward, nn.Module) else reward
     shown = getattr(asked, "__qualname__", None) or f"{type(reward).__name__}.__call__"
     if inspect.iscoroutinefunction(asked) or inspect.iscoroutinefunction(getattr(asked, "__call__", None)):  # noqa: B004

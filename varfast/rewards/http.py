@@ -13,19 +13,56 @@ import math
 import socket
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
+from pydantic import AfterValidator, Field
 
 from varfast.printable import printable
+from varfast.rewards.building import Building, Score, Weight, on_images
 from varfast.settings.paths import address_parts
+from varfast.settings.problems import show
+from varfast.settings.schema import Wanted
+from varfast.settings.section import MANY, Section
 from varfast.types import InputError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
 _LONGEST_WAIT_S = 30.0
-_LARGEST = float(torch.finfo(torch.float32).max)
+_LARGEST = (2.0 - 2.0**-23) * 2.0**127  # of float32
+
+
+def _check_url(url: str) -> str:
+    try:
+        parts = address_parts(url)
+    except ValueError as error:
+        raise ValueError(f"{show(url)} is no address that can be asked: {error}") from error
+    if "@" in parts.netloc or "#" in url:
+        raise ValueError(f"got {show(url)}, want an address without user and without #")
+    return url
+
+
+class HttpReward(Section):
+    """A server of yours: gets images and labels, answers one number an image. The format is in docs/rewards.md."""
+
+    type: Literal["http"] = Field(description="the kind of reward")
+    weight: Weight = Field(1.0, description="factor in the sum")
+    url: Annotated[str, AfterValidator(_check_url), Wanted("an address, such as http://127.0.0.1:8000/score")] = Field(
+        description="http:// or https://; redirects are not followed"
+    )
+    timeout_s: float = Field(60.0, gt=0, le=86400, description="for one request, to the last byte of the answer")
+    retries: int = Field(
+        3, ge=0, le=10, description="further attempts after no connection, no time, 429 or 5xx; 1, 2, 4 ... s"
+    )
+    batch_size: int = Field(64, ge=1, le=1_000_000, description="images a request")
+    max_response_bytes: int = Field(1_000_000, ge=1, le=MANY, description="a longer answer is refused")
+
+    def build(self, building: Building) -> Score:
+        return on_images(Http(self, building.key))
+
+    def reaches_outside(self) -> str:
+        return f"asks {self.url}"
 
 
 class _TryAgain(Exception):
@@ -35,31 +72,24 @@ class _TryAgain(Exception):
 class Http:
     """One number an image, from a server.
 
+    Redirects and proxies are not followed. Attempts after a failed one are 1, 2, 4 ... up to 30 s apart; an answer that
+    is too long is refused unread.
+
     Args:
-        url: http:// or https://; redirects and proxies are not followed.
-        timeout_s: for one request, from the connection to the last byte of the answer.
-        retries: further attempts after one that failed for want of a connection or of time, or with 429 or 5xx; 1, 2,
-            4 ... up to 30 s apart.
-        batch_size: images a request.
-        max_response_bytes: a longer answer is refused unread.
+        config: which server, and its limits.
         key: where the reward stands in the config, for errors.
     """
 
-    def __init__(
-        self, url: str, timeout_s: float, retries: int, batch_size: int, max_response_bytes: int, key: str
-    ) -> None:
-        self._where = f"{key}.url={printable(url)}"
-        try:
-            parts = address_parts(url)
-            self._host, self._port = parts.hostname, parts.port
-        except ValueError as error:
-            raise InputError(f"{self._where} is no address that can be asked: {printable(error)}") from error
+    def __init__(self, config: HttpReward, key: str) -> None:
+        self._where = f"{key}.url={printable(config.url)}"
+        parts = address_parts(config.url)
+        self._host, self._port = parts.hostname, parts.port
         self._connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self._timeout_s = timeout_s
-        self._retries = retries
-        self._batch_size = batch_size
-        self._max_response_bytes = max_response_bytes
+        self._timeout_s = config.timeout_s
+        self._retries = config.retries
+        self._batch_size = config.batch_size
+        self._max_response_bytes = config.max_response_bytes
 
     def __call__(self, images: Tensor, labels_B: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], (B,) labels -> (B,).
@@ -67,6 +97,8 @@ class Http:
         Raises: InputError if the server cannot be reached, is too slow, or answers anything but one finite number an
             image.
         """
+        import torch
+
         pixels = images.clamp(0.0, 1.0).mul(255.0).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         labels, rewards = labels_B.tolist(), []
         for first in range(0, len(pixels), self._batch_size):
@@ -154,6 +186,8 @@ class Http:
 
 def _png(pixels: np.ndarray[Any, Any]) -> str:
     """(H, W, 3) uint8 -> base64."""
+    from PIL import Image
+
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
     return base64.b64encode(file.getvalue()).decode("ascii")

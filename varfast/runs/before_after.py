@@ -19,7 +19,7 @@ from varfast.config import Config
 from varfast.data.datasets import DigitsClassifier
 from varfast.evaluation.metrics import difference_interval
 from varfast.files import read_json, save_text
-from varfast.policies.var.policy import Policy
+from varfast.policies.protocol import Policy
 from varfast.progress import Progress
 from varfast.randomness import EVAL_STEP
 from varfast.rewards import WeightedSum

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from varfast.config import Config
 from varfast.distributed import World
-from varfast.policies.var.policy import Policy
+from varfast.policies.protocol import Policy
 from varfast.runs.checkpoint import Checkpoints
 from varfast.types import NotFinitePolicy
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from varfast.command import ALLOCATOR_VARIABLES
+from varfast.perf.allocator import ALLOCATOR_VARIABLES
 
 
 def environment() -> dict[str, Any]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import safetensors.torch
+import torch
 
 from varfast.config import Config, parse_config
 from varfast.distributed import decided_by_first
@@ -21,6 +25,7 @@ from varfast.files import (
     remove_leftovers,
     remove_tree,
     save_text,
+    write_atomically,
 )
 from varfast.printable import printable
 from varfast.runs.checkpoint import Checkpoint, newest_checkpoint
@@ -112,6 +117,12 @@ class RunFolder:
         self._tidy(found)
         save_text(self.config, dump_config(config))
         return found
+
+    def save_adapter(self, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Write the adapter alone, as peft reads it. Raises: WriteError."""
+        save_text(self.adapter / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
+        content = safetensors.torch.save(tensors, metadata={"format": "pt"})
+        write_atomically(self.adapter / "adapter_model.safetensors", lambda file: file.write(content))
 
     def load_config(self) -> Config:
         """The resolved config of the run in this folder. Raises: InputError if there is none, or it is damaged."""

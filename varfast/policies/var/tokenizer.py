@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varfast import kernels
-from varfast.config import VQVAEConfig
+from varfast.policies.var.config import VQVAEConfig
 
 
 def _norm(channels: int) -> nn.GroupNorm:

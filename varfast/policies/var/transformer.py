@@ -10,215 +10,21 @@ Source: Tian et al., arXiv:2404.02905.
 
 from __future__ import annotations
 
-import copy
 import math
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from varfast import kernels
-from varfast.config import HEAD_DIM, VARConfig
-from varfast.distributed import whole
-from varfast.kernels.linear import LowPrecisionLinear, weight_gradient
+from varfast.policies.precision import BranchLinear, Head, Linear, MixedPrecision, bias_left
+from varfast.policies.protocol import Checkpointing
+from varfast.policies.var.config import HEAD_DIM, VARConfig
 
 MAX_LOGIT_SCALE = 100.0
-
-
-_Copied = Literal["weight", "bias"]
-_optimizer_steps = 0  # of all optimizers of this process: fused ones write weights without telling autograd
-
-
-def _count_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_optimizer_step)
-
-
-class Linear(nn.Linear):
-    """The one place of the model's precision: weights stay as they are stored, the product is in the input's dtype.
-
-    Where the two differ, a copy of weight and bias in the input's dtype is kept and read, by rollout, update and
-    reference alike, and written anew when the weights have changed: after a step of any torch.optim.Optimizer, after
-    any in-place operation of PyTorch, after the tensor was replaced. What changes weights in another way (a kernel of
-    its own, a replayed CUDA graph) must call VAR.refresh_copies() afterwards. The gradient of the weight goes from the
-    product into the weight's own dtype, not through a 16-bit tensor.
-
-    Attributes:
-        strict: a row's bits do not depend on the other rows: see varfast/policies/strict.py.
-        keeps_copies: False casts at each use: FSDP exchanges the weights behind PyTorch's back.
-    """
-
-    strict = False
-    _low_weight: Tensor | None
-    _low_bias: Tensor | None
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
-        super().__init__(in_features, out_features, bias)
-        self.keeps_copies = True
-        # Buffers, so that they move with the module; not persistent, so that checkpoints do not have them.
-        self.register_buffer("_low_weight", None, persistent=False)
-        self.register_buffer("_low_bias", None, persistent=False)
-        self._copied: dict[str, tuple[Any, ...]] = {}
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.product(input, with_bias=True)
-
-    def product(self, input: Tensor, with_bias: bool = False) -> Tensor:
-        dtype = input.dtype
-        bias: Tensor | None = self.bias if with_bias else None
-        if self.strict:
-            return self.strict_product(input, None if bias is None else bias.to(dtype))
-        if self.keeps_copies and self.weight.dtype != dtype:
-            low_bias = None if bias is None else self.low_precision("bias", dtype)
-            return LowPrecisionLinear.apply(input, self.weight, self.low_precision("weight", dtype), bias, low_bias)
-        return F.linear(input, self.weight.to(dtype), None if bias is None else bias.to(dtype))
-
-    def strict_product(
-        self, input: Tensor, bias: Tensor | None, gelu: bool = False, float32_out: bool = False
-    ) -> Tensor:
-        """The product of strict mode, from the copy of the weight where there is one."""
-        if self.keeps_copies and self.weight.dtype != input.dtype:
-            low_MC = self.low_precision("weight", input.dtype)
-            return kernels.invariant_linear(input, low_MC, bias, gelu, float32_out, self.weight)
-        return kernels.invariant_linear(input, self.weight.to(input.dtype), bias, gelu, float32_out)
-
-    def low_precision(self, name: _Copied, dtype: torch.dtype) -> Tensor:
-        """The copy of a parameter in `dtype`, up to date."""
-        parameter: Tensor = getattr(self, name)  # torch.func.functional_call puts tensors where parameters were
-        copied = self._buffers[f"_low_{name}"]
-        if parameter.dtype == dtype:
-            return parameter.detach()
-        if copied is None or copied.dtype != dtype or copied.device != parameter.device:
-            copied = self._buffers[f"_low_{name}"] = parameter.detach().to(dtype, copy=True)
-            self.mark_copied(name)
-        elif not self._is_copied(name):
-            copied.copy_(parameter.detach())
-            self.mark_copied(name)
-        return copied
-
-    def mark_copied(self, name: _Copied) -> None:
-        """The copy of a parameter is what the parameter is now."""
-        parameter: Tensor = getattr(self, name)
-        self._copied[name] = (weakref.ref(parameter), parameter._version, parameter.data_ptr(), _optimizer_steps)
-
-    def _is_copied(self, name: _Copied) -> bool:
-        if name not in self._copied:
-            return False
-        parameter: Tensor = getattr(self, name)
-        of, *state = self._copied[name]
-        return of() is parameter and state == [parameter._version, parameter.data_ptr(), _optimizer_steps]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: they have parameters of their own, of which nothing has been copied yet."""
-        return self.__dict__ | {"_copied": {}}
-
-    def drop_copies(self) -> None:
-        """Cast at each use from here on."""
-        self.keeps_copies = False
-        self._low_weight = self._low_bias = None
-
-
-class BranchLinear(Linear):
-    """A Linear whose bias is added by the op that reads its product: there the bias's gradient costs no extra pass.
-
-    Sharded (keeps_copies False) it adds the bias itself: outside of its forward the bias is spread over processes.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.product(input, with_bias=not self.keeps_copies)
-
-    def with_gelu(self, input: Tensor) -> Tensor:
-        """Strict forward with its bias, through tanh GELU in the product's own kernel."""
-        return self.strict_product(input, self.get_parameter("bias").to(input.dtype), gelu=True)
-
-    @property
-    def bias_left(self) -> Tensor | None:
-        """What is still to be added to the result of forward."""
-        return self.bias if self.keeps_copies else None
-
-
-def _bias_left(module: nn.Module) -> Tensor | None:
-    """Of a BranchLinear, or of the one beneath an adapter."""
-    layer = module if isinstance(module, BranchLinear) else module.base_layer
-    assert isinstance(layer, BranchLinear)
-    return layer.bias_left
-
-
-class _ProductInFloat32(torch.autograd.Function):
-    """x @ low^T of 16-bit operands with sum and result in float32; the gradient is rounded to 16 bits first.
-
-    `low` is the copy of the float32 weight that has the gradient, or the 16-bit weight itself.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor, low_VC: Tensor) -> Tensor:
-        ctx.save_for_backward(x_NC, low_VC)
-        ctx.dtype = weight_VC.dtype
-        return _float32_out(x_NC, low_VC.T)
-
-    @staticmethod
-    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_NC, low_VC = ctx.saved_tensors
-        wants_x, wants_weight, _ = ctx.needs_input_grad
-        grad_NV = grad_NV.to(x_NC.dtype)
-        d_weight = weight_gradient(grad_NV, x_NC, ctx.dtype) if wants_weight else None
-        return grad_NV @ low_VC if wants_x else None, d_weight, None
-
-
-def _float32_out(a: Tensor, b: Tensor) -> Tensor:
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)  # the tensor cores' own accumulators: no float32 product
-    return a.float() @ b.float()  # CPUs have no such product; 16-bit logits would cost far more than it
-
-
-class Head(Linear):
-    """Logits in float32 from activations of any dtype: operands in that dtype, sums in float32.
-
-    bf16 logits would put a floor of 1e-4 under k3. bf16 operands add 2 % to the error that the log-probabilities of a
-    bf16 transformer of 16 blocks have in any case, 7 to 9 % after 4 blocks (tests/models/test_var.py).
-
-    Attributes:
-        strict: as of Linear.
-    """
-
-    strict = False
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.strict:
-            return self.strict_product(input, self.bias, float32_out=True)
-        if input.dtype not in (torch.bfloat16, torch.float16):
-            return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
-        # Before it is given its shape: an addition in place on a view would copy the gradient of all logits twice.
-        return self._without_bias(input).add_(self.bias.float()).unflatten(0, input.shape[:-1])
-
-    def logits_and_bias(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits, and the float32 bias that they still lack, for the op that reads them; None where it is in them.
-
-        On a GPU a product of 16-bit operands that writes float32 adds no bias, and a pass of its own would read and
-        write 11 MB of logits an image.
-        """
-        if self.strict or input.device.type != "cuda" or input.dtype not in (torch.bfloat16, torch.float16):
-            return self(input), None
-        return self._without_bias(input).unflatten(0, input.shape[:-1]), self.bias.float()
-
-    def _without_bias(self, input: Tensor) -> Tensor:
-        """(N, V) of the N rows of the input."""
-        if self.keeps_copies and self.weight.dtype != input.dtype:
-            low_VC = self.low_precision("weight", input.dtype)
-        else:
-            low_VC = self.weight.detach().to(input.dtype)
-        logits_NV: Tensor = _ProductInFloat32.apply(input.flatten(0, -2), self.weight, low_VC)
-        return logits_NV
 
 
 class KVCache:
@@ -271,8 +77,6 @@ class Constants:
 
 # Attention of strict mode, by device: a row's bits among all scales are those of its scale alone.
 STRICT_ATTENTION = {"cuda": "triton_invariant", "cpu": "sdpa_invariant"}
-
-Checkpointing = Literal["none", "attention", "full"]
 
 
 class SelfAttention(nn.Module):
@@ -351,7 +155,7 @@ class FFN(nn.Module):
             low_MC = self.fc1.low_precision("weight", x_BLC.dtype)
             hidden = kernels.linear_gelu(x_BLC, self.fc1.weight, self.fc1.bias, low_MC)
         else:  # an adapter's part of the product comes before GELU; a sharded layer adds its bias itself
-            product, bias_C = self.fc1(x_BLC), _bias_left(self.fc1)
+            product, bias_C = self.fc1(x_BLC), bias_left(self.fc1)
             hidden = kernels.gelu_bias(product, product.new_zeros(product.shape[-1]) if bias_C is None else bias_C)
         return self.fc2(hidden)
 
@@ -395,9 +199,9 @@ class Block(nn.Module):
         arguments = (normed_BLC, own.qkv_bias, own.logit_scale_H, scale_ends, cache)
         branch = _recomputed(self.attn, *arguments) if recompute_attention else self.attn(*arguments)
         x_BLC, normed_BLC = kernels.gated_residual_norm(
-            x_BLC, branch, own.gate1, own.scale2, own.shift2, self.eps, _bias_left(self.attn.proj)
+            x_BLC, branch, own.gate1, own.scale2, own.shift2, self.eps, bias_left(self.attn.proj)
         )
-        branch, bias_C = self.ffn(normed_BLC), _bias_left(self.ffn.fc2)
+        branch, bias_C = self.ffn(normed_BLC), bias_left(self.ffn.fc2)
         if following is None:
             x_BLC = kernels.gated_residual(x_BLC, branch, own.gate2, bias_C)
             return x_BLC, x_BLC
@@ -438,19 +242,24 @@ def scale_buffers(patch_nums: Sequence[int]) -> dict[str, Tensor]:
     return {"lvl_1L": level_L.unsqueeze(0), "attn_bias_for_masking": mask_LL.unsqueeze(0).unsqueeze(0)}
 
 
-class VAR(nn.Module):
+class VAR(MixedPrecision):
     """Class-conditional next-scale autoregressive transformer.
 
     Args:
         config: sizes.
-    Attributes:
-        compute_dtype: dtype of the activations between embedding and logits; weights stay as they are stored.
     """
+
+    lora_targets: ClassVar = {
+        "mat_qkv": r"blocks\.\d+\.attn\.mat_qkv",
+        "proj": r"blocks\.\d+\.attn\.proj",
+        "fc1": r"blocks\.\d+\.ffn\.fc1",
+        "fc2": r"blocks\.\d+\.ffn\.fc2",
+        "ada_lin": r"blocks\.\d+\.ada_lin\.1|shared_ada_lin\.1",
+    }
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
         self.config = config
-        self.compute_dtype = torch.float32
         width, num_tokens, first = config.width, config.num_tokens, config.patch_nums[0] ** 2
         self.pos_start = nn.Parameter(torch.empty(1, first, width))
         self.pos_1LC = nn.Parameter(torch.empty(1, num_tokens, width))
@@ -467,16 +276,6 @@ class VAR(nn.Module):
         # Both buffers are constants that the public checkpoints carry. The mask is not used: see scale_ends.
         for name, constant in scale_buffers(config.patch_nums).items():
             self.register_buffer(name, constant)
-
-    def make_strict(self) -> None:
-        """From now on a token's bits do not depend on the batch, nor on whether its scale came alone."""
-        for module in self.modules():
-            if isinstance(module, Linear | Head | SelfAttention):
-                module.strict = True
-
-    @property
-    def strict(self) -> bool:
-        return self.head.strict
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> VAR:
@@ -613,97 +412,16 @@ class VAR(nn.Module):
         head = self.logits_and_bias if bias_apart else self.logits
         return head(self._run_blocks(x_BlC, constants, (cache, start)), constants)
 
-    def low_precision_copies(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Each weight that is stored in float32 and read in the compute dtype, and the copy that is read, up to date.
-
-        None where nothing is cast: compute_dtype float32, a frozen copy, sharded weights.
-        """
-        return [
-            (m.get_parameter(name), m.low_precision(name, self.compute_dtype)) for m, name in self._copied_parameters()
-        ]
-
-    @torch.no_grad()
-    def refresh_copies(self) -> None:
-        """Write all low-precision copies anew, in one go: after whatever has changed the weights.
-
-        Forward does so by itself, copy by copy, after changes that PyTorch knows of (see Linear).
-        """
-        copied = self._copied_parameters()
-        if not copied:
-            return
-        targets = [m._buffers[f"_low_{name}"] for m, name in copied]
-        if any(target is None for target in targets):  # the first time
-            self.low_precision_copies()
-            return
-        torch._foreach_copy_(targets, [m.get_parameter(name).detach() for m, name in copied])  # type: ignore[arg-type]
-        self.mark_copies_fresh()
-
-    def mark_copies_fresh(self) -> None:
-        """What has changed the weights has written the copies too (see low_precision_copies)."""
-        for module, name in self._copied_parameters():
-            module.mark_copied(name)
-
-    def _copied_parameters(self) -> list[tuple[Linear, _Copied]]:
-        """Modules and names of the parameters that have a low-precision copy."""
-        found: list[tuple[Linear, _Copied]] = []
-        for module in self._cast_modules():
-            if isinstance(module, Linear) and module.keeps_copies and module.weight.dtype != self.compute_dtype:
-                found.append((module, "weight"))
-                if module.bias is not None and not isinstance(module, (Head, BranchLinear)):
-                    found.append((module, "bias"))
-        return found
-
-    def drop_copies(self) -> None:
-        """Cast weights at each use from here on: before they are sharded."""
-        for module in self._cast_modules():
-            if isinstance(module, Linear):
-                module.drop_copies()
-
-    def frozen_copy(self) -> VAR:
-        """A copy without gradient that stores its large matrices in the compute dtype: no update reaches it."""
-        memo: dict[int, Any] = {}
-        for module in self._cast_modules():  # no float32 copy of them on the way
-            memo[id(module.weight)] = nn.Parameter(module.weight.detach().to(self.compute_dtype, copy=True), False)
-            memo |= {id(t): None for t in module.buffers()}
-        return copy.deepcopy(self, memo).requires_grad_(False)
-
-    @torch.no_grad()
-    def refresh(self, original: VAR) -> None:
-        """Copy the weights of the original into this frozen copy, in place; of all processes, if they are sharded."""
-        pairs = list(zip(self.parameters(), original.parameters(), strict=True))
-        if any(isinstance(theirs, DTensor) for _, theirs in pairs):
-            for own, theirs in pairs:  # one at a time, and in 16 bits: little memory, half the traffic
-                own.copy_(whole(theirs.to(own.dtype)))
-        else:
-            own_all, their_all = zip(*pairs, strict=True)
-            torch._foreach_copy_(list(own_all), list(their_all))
-
-    def store_in_compute_dtype(self) -> None:
-        """Store the large matrices as every product reads them, frozen, in place and one at a time."""
-        for module in self._cast_modules():
-            module.weight = nn.Parameter(module.weight.detach().to(self.compute_dtype), False)
-            if isinstance(module, Linear):
-                module._low_weight = None
-
-    @property
-    def stored_in_compute_dtype(self) -> bool:
-        """No weight has a copy: float32 throughout, or a frozen copy."""
-        return self.head.weight.dtype == self.compute_dtype
+    def float32_layers(self) -> Collection[nn.Module]:
+        return (self.word_embed, self.head_nm.ada_lin[1])
 
     def large_modules(self) -> Iterator[nn.Module]:
-        """Those with the large matrices, in the order in which forward calls them; what is left is read anywhere."""
         if self.shared_ada_lin is not None:
             yield self.shared_ada_lin
         blocks = [block for block in self.blocks if isinstance(block, Block)]
         yield from (block.ada_lin for block in blocks if block.ada_gss is None)
         for block in blocks:
             yield from (block.attn.mat_qkv, block.attn.proj, block.ffn)
-
-    def _cast_modules(self) -> list[nn.Linear]:
-        """Those whose weight is cast to the compute dtype when it is used: all but what turns a condition or codes into
-        float32."""
-        linear = [m for m in self.modules() if isinstance(m, nn.Linear)]
-        return [m for m in linear if m is not self.word_embed and m is not self.head_nm.ada_lin[1]]
 
 
 def _drop_branches(constants: Constants, rate_of_last: float) -> Constants:

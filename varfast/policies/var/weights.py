@@ -15,14 +15,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from varfast.config import HEAD_DIM, PRESETS, VARConfig, VQVAEConfig
+from varfast.policies.var.config import HEAD_DIM, PRESETS, VARConfig, VQVAEConfig
 from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR, scale_buffers
 from varfast.types import InputError
-from varfast.weights.containers import read_checkpoint, regular_file, shown
-from varfast.weights.hub import fetch_from_hub, one_line
-
-__all__ = ["infer_var_config", "infer_vqvae_config", "load_var", "load_vqvae", "read_checkpoint", "resolve"]
+from varfast.weights.containers import read_checkpoint
+from varfast.weights.files import resolve, shown
+from varfast.weights.hub import one_line
 
 State = dict[str, Tensor]
 
@@ -59,21 +58,6 @@ _OTHERS = (
     (r"visual\.(conv1|trunk|transformer)\.", "a CLIP model"),
     (r"self_attn\.q_proj\.", "a language model"),
 )
-
-
-def resolve(address: str) -> Path:
-    """The local file of a path or of hf://owner/repo/file (downloaded once, then from the hub's cache).
-
-    Raises: InputError if there is no such file that can be read, or if the hub cannot be reached and the file is not in
-        its cache.
-    """
-    if not address.startswith("hf://"):
-        if found := re.fullmatch(r"https?://(?:www\.)?huggingface\.co/([^/]+/[^/]+)/(?:resolve|blob)/([^/]+)/([^?]+).*",
-                                 address):  # fmt: skip
-            at = "" if found[2] == "main" else f"@{found[2]}"
-            raise InputError(f"checkpoint {shown(address)}: give it as hf://{found[1]}{at}/{found[3]}")
-        return regular_file(address)
-    return fetch_from_hub(address)
 
 
 def _flatten(

@@ -1,4 +1,4 @@
-"""LoRA on a transformer: its matrices are frozen, and low-rank products beside them are trained.
+"""LoRA: the matrices of a model are frozen, and low-rank products beside them are trained.
 
 y = W x + (alpha / rank) B A x, by the layers of the package peft. The policy without its adapter is the model that it
 came from, so the KL term's reference costs no weights.
@@ -12,24 +12,18 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from varfast.config import LoRAConfig
-from varfast.policies.var.transformer import VAR, Linear
+from varfast.policies.precision import Linear, MixedPrecision
+from varfast.policies.var.config import LoRAConfig
 from varfast.randomness import Purpose, keyed_generator
 from varfast.types import InputError
 
+_Model = TypeVar("_Model", bound=nn.Module)
 _ADAPTER = "default"  # the name that peft gives to an adapter without one
-_MODULES = {
-    "mat_qkv": r"blocks\.\d+\.attn\.mat_qkv",
-    "proj": r"blocks\.\d+\.attn\.proj",
-    "fc1": r"blocks\.\d+\.ffn\.fc1",
-    "fc2": r"blocks\.\d+\.ffn\.fc2",
-    "ada_lin": r"blocks\.\d+\.ada_lin\.1|shared_ada_lin\.1",
-}
 
 
 def import_peft() -> Any:
@@ -43,10 +37,10 @@ def import_peft() -> Any:
         ) from error
 
 
-def add_lora(var: VAR, config: LoRAConfig, seed: int) -> None:
-    """Freeze a transformer and put an adapter into it, in place; its function stays what it was until B moves from 0.
+def add_lora(model: MixedPrecision, config: LoRAConfig, seed: int) -> None:
+    """Freeze a model and put an adapter into it, in place; its function stays what it was until B moves from 0.
 
-    The frozen matrices are stored in var.compute_dtype from here on: the same numbers in every product. The adapter is
+    The frozen matrices are stored in its compute_dtype from here on: the same numbers in every product. The adapter is
     float32. Rollout and update call the very same modules, so that both have the policy's own log-probabilities.
     (Merged into 16-bit matrices for the rollout, an update of less than 1/512 of an element would be rounded away, and
     another policy sampled.)
@@ -57,12 +51,12 @@ def add_lora(var: VAR, config: LoRAConfig, seed: int) -> None:
     Raises: InputError if peft is not installed.
     """
     peft = import_peft()
-    var.requires_grad_(False)
-    var.store_in_compute_dtype()
+    model.requires_grad_(False)
+    model.store_in_compute_dtype()
     # low_cpu_mem_usage: peft's own matrices are made without memory and without a draw from the global generator.
-    peft.inject_adapter_in_model(_peft_config(config), var, _ADAPTER, low_cpu_mem_usage=True)
+    peft.inject_adapter_in_model(_peft_config(model, config), model, _ADAPTER, low_cpu_mem_usage=True)
     generator = keyed_generator(seed, Purpose.ADAPTER)
-    for layer in lora_layers(var).values():
+    for layer in lora_layers(model).values():
         # Our Linear: weights float32, products in the dtype of the activations. peft's would turn those into float32.
         device = layer.get_base_layer().weight.device
         a_RC = torch.empty(config.rank, layer.in_features)
@@ -79,51 +73,51 @@ def _linear(weight: Tensor) -> Linear:
     return module
 
 
-def _peft_config(config: LoRAConfig) -> Any:
-    modules = "|".join(_MODULES[name] for name in _MODULES if name in config.targets)
+def _peft_config(model: MixedPrecision, config: LoRAConfig) -> Any:
+    modules = "|".join(pattern for name, pattern in model.lora_targets.items() if name in config.targets)
     return import_peft().LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=modules)
 
 
-def lora_layers(var: VAR) -> dict[str, Any]:
+def lora_layers(model: nn.Module) -> dict[str, Any]:
     """peft's layers by the name of the matrix they stand for, as blocks.0.attn.proj; none without an adapter."""
-    return {name: module for name, module in var.named_modules() if hasattr(module, "lora_A")}
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
-def without_lora(var: VAR) -> VAR:
-    """The transformer with its adapter left out: a model of its own, all of whose tensors are those of `var`."""
-    memo: dict[int, Any] = {id(t): t for t in (*var.parameters(), *var.buffers())}
-    memo |= {id(layer): layer.get_base_layer() for layer in lora_layers(var).values()}
-    return copy.deepcopy(var, memo)
+def without_lora(model: _Model) -> _Model:
+    """The model without its adapter: a module of its own, all of whose tensors are those of `model`."""
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memo |= {id(layer): layer.get_base_layer() for layer in lora_layers(model).values()}
+    return copy.deepcopy(model, memo)
 
 
 @torch.no_grad()
-def merged_state(var: VAR, base: dict[str, Tensor]) -> dict[str, Tensor]:
+def merged_state(model: nn.Module, base: dict[str, Tensor]) -> dict[str, Tensor]:
     """W + (alpha / rank) B A, in float32 on the CPU, with the names of the public checkpoints.
 
     Args:
-        var: the transformer with the adapter. Its own W may have been rounded to 16 bits, so they are not used.
+        model: with the adapter. Its own W may have been rounded to 16 bits, so they are not used.
         base: state_dict of the model that it came from, in float32.
     """
     merged = {name: tensor.detach().cpu() for name, tensor in base.items()}
-    for name, layer in lora_layers(var).items():
+    for name, layer in lora_layers(model).items():
         a_RC, b_CR = (matrix[_ADAPTER].weight.cpu() for matrix in (layer.lora_A, layer.lora_B))
         merged[f"{name}.weight"] = merged[f"{name}.weight"] + layer.scaling[_ADAPTER] * (b_CR @ a_RC)
     return merged
 
 
-def peft_adapter(var: VAR, config: LoRAConfig, base: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def peft_adapter(model: MixedPrecision, config: LoRAConfig, base: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What peft keeps of an adapter: the content of adapter_config.json and of adapter_model.safetensors.
 
     Args:
         base: where the weights of the model beneath came from, for adapter_config.json.
     """
-    noted = _peft_config(config)
+    noted = _peft_config(model, config)
     noted.base_model_name_or_path, noted.inference_mode = base, True
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in noted.to_dict().items()}
     tensors = {
         # The prefix of peft.PeftModel.
         f"base_model.model.{name}.{kind}.weight": getattr(layer, kind)[_ADAPTER].weight.detach().cpu().contiguous()
-        for name, layer in lora_layers(var).items()
+        for name, layer in lora_layers(model).items()
         for kind in ("lora_A", "lora_B")
     }
     return settings, tensors

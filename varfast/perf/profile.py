@@ -1,4 +1,4 @@
-"""What a step costs: its stages against their limits, the memory of the device, and a trace of one step."""
+"""The memory of the device after a step, and a trace of one step."""
 
 from __future__ import annotations
 
@@ -8,42 +8,7 @@ from pathlib import Path
 
 import torch
 
-from varfast.config import Config
 from varfast.files import WriteError, save_text
-from varfast.roofline import measure_here, speed_of_light_s, stage_counts
-
-
-class StageLimits:
-    """Measured times of a step's stages beside the least that they could take: ms, share of the limit, MFU, images/s.
-
-    The limit of a stage is the time that its FLOPs or its bytes need (`varfast.roofline`), whichever is longer, at the
-    rates that a short benchmark measured on this device when the run began.
-    """
-
-    def __init__(self, config: Config, device: torch.device, images: int) -> None:
-        """Measure the device.
-
-        Args:
-            config: this process's part of a step, with the micro-batches and checkpointing that are in use.
-            images: of a step, over all processes.
-        """
-        self._images = images
-        counts = stage_counts(config)
-        ceilings = measure_here(device, getattr(torch, config.run.dtype))
-        self._limit_ms = {name: speed_of_light_s(count, ceilings) * 1e3 for name, count in counts.items()}
-        # MFU counts model FLOPs only: recomputation for checkpointing does not count as work.
-        self._step_at_peak_s = sum(count.flop for count in stage_counts(config, "none").values()) / ceilings.flop_per_s
-
-    def metrics(self, stages_ms: dict[str, float], step_s: float) -> dict[str, float]:
-        """Speed of a step, under the names that metrics.jsonl uses."""
-        shares = {f"{n}_share": self._limit_ms[n] / ms for n, ms in stages_ms.items() if self._limit_ms.get(n)}
-        return {
-            **{f"{name}_ms": ms for name, ms in stages_ms.items()},
-            **shares,
-            "step_s": step_s,
-            "mfu": self._step_at_peak_s / step_s,
-            "images_per_s": self._images / step_s,
-        }
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

@@ -1,0 +1,78 @@
+"""Group-relative advantages: how much better an image was than the others of its prompt.
+
+Axes: B image; B = P prompts x G samples, group-major; L token over all scales.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from varfast.types import Rewards
+
+
+def group_advantages(rewards_B: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
+    """Centre and scale rewards within each label's group.
+
+    A_i = (r_i - mean_g) / (std_g + eps), population std, in float32; exactly 0 where a group's rewards are all equal.
+
+    Args:
+        rewards_B: (B,) finite; rows of one label are adjacent.
+        group_size: G >= 2, divides B.
+        eps: > 0, in units of the reward.
+    Returns: (B,) float32, no gradient.
+    Raises: ValueError if G < 2 or B % G != 0.
+    Source: GRPO, arXiv:2402.03300, eq. 2 of arXiv:2505.23331.
+    """
+    rewards_PG = _groups(rewards_B, group_size)
+    centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+    std_P1 = rewards_PG.std(dim=1, correction=0, keepdim=True)
+    # The mean of equal numbers is not always that number in float32, and eps is too small to hide the difference.
+    advantages_PG = torch.where(_all_equal(rewards_PG).unsqueeze(1), 0.0, centred_PG / (std_P1 + eps))
+    return advantages_PG.flatten()
+
+
+def combined_advantages(
+    rewards: Rewards,
+    weights: dict[str, float],
+    group_size: int,
+    combine: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise",
+    eps: float = 1e-6,
+) -> Tensor:
+    """Advantages of several rewards at once.
+
+    sum_then_normalise: group_advantages of the weighted sum; a component counts by its weight times its spread.
+    normalise_then_sum: A = sum_i w_i A_i, the weighted sum of each component's group_advantages; its spread, and its
+    units, do not count. Exactly 0 where each component's rewards are all equal within the group.
+
+    Args:
+        rewards: total_B and the components, before their weights.
+        weights: of the components, by name.
+        group_size, eps: as in group_advantages.
+    Returns: (B,) float32, no gradient.
+    """
+    if combine == "sum_then_normalise":
+        return group_advantages(rewards.total_B, group_size, eps)
+    parts = [weight * group_advantages(rewards.components[name], group_size, eps) for name, weight in weights.items()]
+    return torch.stack(parts).sum(dim=0)
+
+
+def groups_without_signal(rewards_B: Tensor, group_size: int) -> int:
+    """Number of groups whose rewards, or advantages, are all equal: only the KL term moves the policy there."""
+    return int(_all_equal(_groups(rewards_B, group_size)).sum())
+
+
+def _groups(rewards_B: Tensor, group_size: int) -> Tensor:
+    if group_size < 2:
+        raise ValueError(f"group_size={group_size}: an advantage is relative to a group; use 2 or more (the paper: 16)")
+    if rewards_B.ndim != 1 or rewards_B.shape[0] % group_size:
+        raise ValueError(
+            f"rewards are {tuple(rewards_B.shape)}, want (B,) with B a multiple of group_size={group_size}"
+        )
+    return rewards_B.detach().float().view(-1, group_size)
+
+
+def _all_equal(rewards_PG: Tensor) -> Tensor:
+    return rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)

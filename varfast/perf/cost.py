@@ -1,0 +1,119 @@
+"""Units of work, and what a family of models says about its cost so that a step can be planned and limited.
+
+How work is counted
+- FLOPs: two for each multiply and add of a matrix product, a convolution or attention; of attention only the pairs that
+  the mask keeps (0.619 of all for VAR at 256 px). Elementwise work counts none. A backward pass is two forward passes.
+  (Attention's is 2.5, because the scores are computed again: 1 % of d16's update, not counted.) With an adapter
+  (policy.lora) the frozen matrices get no gradient, so their backward pass is one forward pass. (The first block's qkv
+  product needs none at all: 0.5 % of d16's update, not counted.)
+- Bytes are a lower bound: a product or convolution reads its input and writes its output once; a GroupNorm, whose
+  statistics need the whole image, reads and writes it once more; everything else (attention, LayerNorm, gates, GELU,
+  residuals) is assumed to be fused into these. Weights are read once a pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+Checkpointing = Literal["none", "attention", "full"]
+
+FLOAT32_BYTES = 4
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Count:
+    """Work: FLOPs, and the least bytes that go through the device's memory."""
+
+    flop: float
+    io_bytes: float
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.flop + other.flop, self.io_bytes + other.io_bytes)
+
+    def __mul__(self, times: float) -> Count:
+        return Count(self.flop * times, self.io_bytes * times)
+
+
+class Network(NamedTuple):
+    """A network that rewards run: its work on one image, and its parameters."""
+
+    per_image: Count
+    parameters: int
+
+
+class Cost(Protocol):
+    """What a policy of one family costs in one compute dtype. Work and activations are those of one image.
+
+    Attributes:
+        dtype: "float32" or "bfloat16", of activations.
+        base: the cost of the model without its adapter; itself if there is none.
+        trained_parameters: how many numbers have a gradient.
+        rollout: sampling, without reading the weights; the key-value cache is included.
+        rollout_passes: how often one rollout reads all weights.
+        decode: from tokens to pixels, without the decoder's weights.
+        forward, backward: teacher-forced, without the weights and without what checkpointing computes again.
+        weight_read_bytes, decoder_read_bytes: of the weights that one pass reads.
+        optimizer_copy_bytes: the low-precision copies that an optimizer step writes beside the float32 weights.
+        weight_bytes: held for the weights themselves: float32, but for matrices that an adapter freezes.
+        compute_copy_bytes: held for the low-precision copies that rollout and update read; 0 in float32.
+        vqvae_bytes: of the frozen tokenizer, float32.
+        image_bytes: the pixels, float32.
+        input_bytes: the transformer's input, float32.
+        kv_cache_bytes, rollout_activation_bytes: of sampling; the activations where they are largest.
+        decode_activation_bytes: the most that exists at once in the decoder.
+    """
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def base(self) -> Cost: ...
+    @property
+    def has_adapter(self) -> bool: ...
+    @property
+    def trained_parameters(self) -> int: ...
+    @property
+    def rollout(self) -> Count: ...
+    @property
+    def rollout_passes(self) -> int: ...
+    @property
+    def decode(self) -> Count: ...
+    @property
+    def forward(self) -> Count: ...
+    @property
+    def backward(self) -> Count: ...
+    @property
+    def weight_read_bytes(self) -> float: ...
+    @property
+    def decoder_read_bytes(self) -> int: ...
+    @property
+    def optimizer_copy_bytes(self) -> int: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def compute_copy_bytes(self) -> int: ...
+    @property
+    def vqvae_bytes(self) -> int: ...
+    @property
+    def image_bytes(self) -> int: ...
+    @property
+    def input_bytes(self) -> int: ...
+    @property
+    def kv_cache_bytes(self) -> int: ...
+    @property
+    def rollout_activation_bytes(self) -> int: ...
+    @property
+    def decode_activation_bytes(self) -> int: ...
+
+    def recomputed_share(self, checkpointing: Checkpointing) -> float:
+        """FLOPs that the backward pass computes again, as a share of a forward pass."""
+        ...
+
+    def moment_bytes(self, optimizer: str) -> int:
+        """Held for the optimizer's state."""
+        ...
+
+    def update_activation_bytes(self, checkpointing: Checkpointing) -> int:
+        """What the forward pass keeps for the backward pass, and the most that comes on top while that runs."""
+        ...

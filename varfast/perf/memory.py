@@ -1,0 +1,171 @@
+"""What a step holds in a device's memory, counted for a plan of micro-batches, checkpointing and CUDA graphs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from varfast.perf.cost import FLOAT32_BYTES, Checkpointing
+from varfast.perf.work import Work
+from varfast.policies.config import DECODE_GRAPH_IMAGES
+
+# The share of free memory that plans may use; the rest is left to the allocator's fragmentation and to workspaces.
+USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """Attributes:
+    micro_batch: images sampled and decoded at a time.
+    cuda_graph: whether rollout and decoder are captured on a GPU, and replayed.
+    """
+
+    micro_batch: int
+    cuda_graph: bool
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """Attributes:
+    micro_batch: images of a forward and backward pass.
+    checkpointing: what the backward pass computes again instead of keeping it.
+    cuda_graph: whether the passes are captured on a GPU, and replayed.
+    """
+
+    micro_batch: int
+    checkpointing: Checkpointing
+    cuda_graph: bool
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a step is split so that it fits into a device's memory. It changes no result but for the order of sums."""
+
+    rollout: RolloutPlan
+    update: UpdatePlan
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one device that are there all the time.
+
+    Attributes:
+        weights: of the transformer, float32. With an adapter its blocks' matrices are frozen in run.dtype, and the
+            adapter is float32.
+        compute_copy: the matrices of blocks and head in 16 bits, which rollout and update read; of an adapter its own.
+            0 in float32. Where weights are sharded, all of the transformer as it samples.
+        gradients: float32, of what is trained.
+        moments: of the optimizer; see `Cost.moment_bytes`.
+        average: of what is trained, float32; 0 without update.ema_decay.
+        reference: the base model of the KL term, matrices in run.dtype; 0 where none is held, and with an adapter,
+            whose frozen weights are the reference.
+        vqvae, reward: their weights, float32.
+    """
+
+    weights: int
+    compute_copy: int
+    gradients: int
+    moments: int
+    average: int
+    reference: int
+    vqvae: int
+    reward: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        states: what is there all the time.
+        images: of a step, float32 pixels, and the transformer's input, twice while micro-batches are put together.
+        kv_cache: of a micro-batch, without the last scale, whose keys and values no later scale needs.
+        rollout_activations: of a micro-batch at the last scale, where they are largest.
+        decode: of a micro-batch, at the level where most exists at once.
+        update: of a micro-batch: what autograd keeps, logits, and the block at work.
+        captured: what the rollout's CUDA graph holds on to during the update: cache and activations.
+        captured_decode: what the decoder's graph holds on to, in a pool of its own: it runs beside the rollout.
+        captured_update: what the update's CUDA graph holds on to during the rollout, with which it shares a pool.
+    """
+
+    states: States
+    images: int
+    kv_cache: int
+    rollout_activations: int
+    decode: int
+    update: int
+    captured: int
+    captured_decode: int
+    captured_update: int
+
+    @property
+    def rollout(self) -> int:
+        """Cache, activations and decode together: buffers of a captured graph are not given back between them.
+
+        A captured update's pool is as large as the larger of the two graphs, all the time.
+        """
+        pool_grown = max(0, self.captured_update - self.captured)
+        return self.images + self.kv_cache + self.rollout_activations + self.decode + pool_grown
+
+    @property
+    def peak(self) -> int:
+        shared = min(self.captured, self.captured_update)
+        of_update = self.update + self.captured - shared + self.captured_decode
+        return self.states.total + max(self.rollout, of_update)
+
+    def fits(self, device_bytes: float) -> bool:
+        """Whether the share of the memory beside the states that a plan may use is enough."""
+        return self.peak - self.states.total <= USABLE * (device_bytes - self.states.total)
+
+
+def held_states(work: Work) -> States:
+    """What a process holds all the time."""
+    config, cost = work.config, work.cost
+    trained = FLOAT32_BYTES * cost.trained_parameters
+    whole = round(cost.base.weight_read_bytes)
+    return States(
+        weights=cost.weight_bytes // work.shards,
+        compute_copy=cost.compute_copy_bytes if work.shards == 1 else whole,
+        gradients=trained // work.shards,
+        moments=cost.moment_bytes(config.update.optimizer) // work.shards,
+        average=trained // work.shards if config.update.ema_decay is not None else 0,
+        reference=whole if config.holds_reference and not cost.has_adapter else 0,
+        vqvae=cost.vqvae_bytes,
+        reward=FLOAT32_BYTES * sum(network.parameters for network in work.networks),
+    )
+
+
+def memory(work: Work, plan: MemoryPlan) -> Memory:
+    """What a process' part of a step needs."""
+    cost, sampled = work.cost, plan.rollout.micro_batch
+    update = plan.update.micro_batch * cost.update_activation_bytes(plan.update.checkpointing)
+    captures = work.config.run.fast and plan.rollout.cuda_graph
+    return Memory(
+        states=held_states(work),
+        images=work.images * kept_bytes(work),
+        kv_cache=sampled * cost.kv_cache_bytes,
+        rollout_activations=sampled * cost.rollout_activation_bytes,
+        decode=sampled * cost.decode_activation_bytes,
+        update=update,
+        captured=captured_rollout_bytes(work, sampled) if captures else 0,
+        captured_decode=captured_decode_bytes(work, sampled) if captures else 0,
+        captured_update=update if plan.update.cuda_graph else 0,
+    )
+
+
+def kept_bytes(work: Work) -> int:
+    """Of one image, from the rollout to the end of the step."""
+    return work.cost.image_bytes + 2 * work.cost.input_bytes
+
+
+def captured_rollout_bytes(work: Work, sampled: int) -> int:
+    """What the CUDA graph of a rollout of so many images holds on to."""
+    return sampled * (work.cost.kv_cache_bytes + work.cost.rollout_activation_bytes + work.cost.input_bytes)
+
+
+def captured_decode_bytes(work: Work, sampled: int) -> int:
+    """What the CUDA graph of their decoder holds on to."""
+    return min(sampled, DECODE_GRAPH_IMAGES) * work.cost.decode_activation_bytes

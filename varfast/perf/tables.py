@@ -1,0 +1,95 @@
+"""The tables that `python -m varfast.roofline` prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from varfast.perf.devices import Ceilings
+from varfast.perf.limits import speed_of_light_s, stage_counts
+from varfast.perf.memory import MemoryPlan, memory
+from varfast.perf.numbers import three_digits
+from varfast.perf.plan import plan_memory
+from varfast.perf.scaling import scale_data_parallel, scale_fully_sharded
+from varfast.perf.work import Work
+
+
+def report(work: Work, ceilings: Ceilings, title: str) -> str:
+    """Limits, memory and scaling of a step, planned for a device's memory.
+
+    title: names the device and where its ceilings come from.
+    """
+    plan = plan_memory(work, ceilings.memory_bytes)
+    lines = [title, *_stage_table(work, plan, ceilings), "", *_memory_table(work, plan, ceilings), ""]
+    lines += [*_scaling_table(work, plan, ceilings), "", "Predictions from counts, not measurements."]
+    return "\n".join(lines)
+
+
+def _stage_table(work: Work, plan: MemoryPlan, ceilings: Ceilings) -> list[str]:
+    counts, images, steps = stage_counts(work, plan), work.images, work.config.run.steps
+    total_s = sum(speed_of_light_s(count, ceilings) for count in counts.values())
+    apart_s = sum(c.flop / ceilings.flop_per_s + c.io_bytes / ceilings.byte_per_s for c in counts.values())
+    names = ("GFLOP/image", "TFLOP/step", "GB/step", "compute ms", "bytes ms", "limit ms", "share")
+    lines = [
+        f"{ceilings.flop_per_s / 1e12:.4g} TFLOP/s in {work.cost.dtype}, {ceilings.byte_per_s / 1e12:.4g} TB/s",
+        "",
+        f"one step of {images} images, {work.optimizer_steps} optimizer steps of {work.minibatch}",
+        f"{'stage':10}" + "".join(f"{name:>13}" for name in names),
+    ]
+    for name, count in counts.items():
+        limit_s = speed_of_light_s(count, ceilings)
+        numbers = (count.flop / images / 1e9, count.flop / 1e12, count.io_bytes / 1e9)
+        times = (count.flop / ceilings.flop_per_s, count.io_bytes / ceilings.byte_per_s, limit_s)
+        cells = "".join(f"{three_digits(x):>13}" for x in (*numbers, *(s * 1e3 for s in times)))
+        lines.append(f"{name:10}{cells}{limit_s / total_s:13.1%}")
+    hours = steps * total_s / 3600
+    return [
+        *lines,
+        f"limit, computing and moving overlapped: {total_s:.3g} s a step, {images / total_s:.4g} images/s",
+        f"one after the other: {apart_s:.3g} s a step, {images / apart_s:.4g} images/s",
+        f"run.steps={steps}: at least {hours:.3g} h ({hours * apart_s / total_s:.3g} h not overlapped), "
+        "without evaluation and checkpoints",
+    ]
+
+
+def _memory_table(work: Work, plan: MemoryPlan, ceilings: Ceilings) -> list[str]:
+    held, rollout, update = memory(work, plan), plan.rollout, plan.update
+    lines = [
+        f"memory, GiB: rollout.micro_batch={rollout.micro_batch}, "
+        f"rollout.cuda_graph={str(rollout.cuda_graph).lower()}, "
+        f"update.micro_batch={update.micro_batch}, update.checkpointing={update.checkpointing}"
+    ]
+    parts = asdict(held.states) | {name: size for name, size in asdict(held).items() if name != "states"}
+    parts |= {"all states": held.states.total, "peak": held.peak}
+    lines += [f"{name.replace('_', ' '):20}{three_digits(size / 2**30):>10}" for name, size in parts.items()]
+    if ceilings.memory_bytes is None:
+        return [*lines, "the memory of this device is not known"]
+    fits = held.fits(ceilings.memory_bytes)
+    return [
+        *lines,
+        f"{'fits' if fits else 'does not fit'} into {ceilings.memory_bytes / 2**30:.1f} GiB, "
+        f"of which a tenth of what the states leave is kept for fragmentation and workspaces",
+    ]
+
+
+def _scaling_table(work: Work, plan: MemoryPlan, ceilings: Ceilings) -> list[str]:
+    lines = [
+        "many GPUs, predicted: each does the step above; a node has 8, with NVLink of 450 GB/s a GPU and direction,",
+        "and 50 GB/s a GPU (a 400 Gb/s port each) between nodes, both fully used; no latency, no stragglers. GB and ms",
+        "of communication are an optimizer step's. Overlapped: data parallel hides in the backward pass of the last",
+        "micro-batch, FSDP in reference and update; its rollout gathers the weights once, before it starts, and holds",
+        "them. 100 % is the speed of light of one GPU times their number.",
+        f"{'':27}{'GPUs':>6}{'GB/GPU':>10}{'ms':>10}{'efficiency':>12}{'overlapped':>12}{'states GiB':>12}",
+    ]
+    for gpus in (8, 64, 512):
+        ways = {
+            "data parallel, float32 sums": scale_data_parallel(work, plan, ceilings, gpus, 4),
+            "data parallel, bf16 sums": scale_data_parallel(work, plan, ceilings, gpus, 2),
+        }
+        if not work.cost.has_adapter:  # an adapter is not sharded
+            ways["FSDP"] = scale_fully_sharded(work, plan, ceilings, gpus)
+        for name, way in ways.items():
+            sizes = (way.bytes_per_gpu / 1e9, way.communication_s * 1e3, way.states_bytes / 2**30)
+            gigabytes, ms, states = map(three_digits, sizes)
+            efficiency = f"{way.efficiency:12.1%}{way.efficiency_overlapped:12.1%}"
+            lines.append(f"{name:27}{way.gpus:6}{gigabytes:>10}{ms:>10}{efficiency}{states:>12}")
+    return lines

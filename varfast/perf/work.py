@@ -1,0 +1,58 @@
+"""What one process does of a step: all of it, or its share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from varfast.config import Config
+from varfast.perf.cost import Cost, Network
+from varfast.rewards.cost import reward_networks
+
+
+@dataclass(frozen=True)
+class Work:
+    """The part of each step that one process does, and what an image of it costs.
+
+    Attributes:
+        config: of the run.
+        cost: of the policy.
+        images: how many it samples and scores a step.
+        minibatch: how many it trains on an optimizer step.
+        shards: how many processes weights, gradients, moments and average are spread over; 1: each holds them all.
+    """
+
+    config: Config
+    cost: Cost
+    images: int
+    minibatch: int
+    shards: int = 1
+
+    @classmethod
+    def whole(cls, config: Config, cost: Cost) -> Work:
+        """A step on one process."""
+        return cls(config, cost, config.rollout.images, config.update.minibatch)
+
+    def share(self, images: int, processes: int) -> Work:
+        """Of one of several processes.
+
+        Args:
+            images: its part of the step's images.
+            processes: how many share a step. Of a minibatch, what counts is the share of the process with the most.
+        """
+        sharded = self.config.run.parallel == "fsdp"
+        minibatch = -(-self.minibatch // processes)
+        return replace(self, images=images, minibatch=minibatch, shards=processes if sharded else 1)
+
+    @property
+    def optimizer_steps(self) -> int:
+        return self.config.update.epochs * self.images // self.minibatch
+
+    @property
+    def networks(self) -> set[Network]:
+        """Of the rewards."""
+        return reward_networks(self.config.reward)
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the loss has a KL term, for which the reference runs on every image."""
+        return self.config.grpo.kl_beta > 0.0

@@ -1,0 +1,106 @@
+"""The sections of the config that describe a run and its folder, and the arguments of `export`. No PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from varfast.settings.section import MANY, Device, LocalPath, Section
+
+
+class RunConfig(Section):
+    """Where and how long."""
+
+    dir: LocalPath = Field(description="folder of the run; an unfinished run in it goes on")
+    steps: int = Field(ge=1, le=MANY, description="rollouts; each is followed by images / minibatch optimizer steps")
+    seed: int = Field(0, ge=0, lt=2**63, description="fixes labels, samples and minibatches")
+    device: Device = Field("auto", description="auto: cuda if there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32",
+        description="of activations; weights stay float32. auto: bfloat16 where the device computes in it (a CPU with "
+        "AVX512-BF16 or AMX), else float32",
+    )
+    deterministic: bool = Field(
+        False,
+        description="equal runs on one machine give equal bits: PyTorch takes algorithms that sum in one order, and "
+        "refuses to run an operation that has none; micro-batches are chosen from the memory that there is, not from "
+        "what is free. On a CPU no cost was seen (docs/measured.md); not measured on a GPU",
+    )
+    max_bad_rollouts: int = Field(
+        3,
+        ge=1,
+        le=MANY,
+        description="rollouts in a row left out for a reward that is not finite, before the run stops",
+    )
+    fast: bool = Field(
+        True, description="false: sample eagerly, decode plainly: what the fast path is compared with; see also kernels"
+    )
+    strict: bool = Field(
+        False,
+        description="the rollout's log-probability of every token equals the update's before its first optimizer step "
+        "bit for bit, in bfloat16 too, and tokens do not depend on the batch split: products and attention add in one "
+        "order, whatever the batch. Checked at the start and in every step. Its cost is not measured; on a CPU every "
+        "image's attention is a call of its own (docs/training.md)",
+    )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="under torchrun: ddp, every process holds everything; fsdp: weights in training, gradients and "
+        "moments are spread over processes; auto: ddp",
+    )
+    timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        le=30 * 86400,
+        description="under torchrun: a process waits so long for the others, which wait while the first "
+        "one pre-trains, evaluates or writes a checkpoint",
+    )
+
+
+class LogConfig(Section):
+    """What is written into the run folder beside metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="write TensorBoard events")
+    wandb: str | None = Field(
+        None, min_length=1, description="project of Weights & Biases to log to as well; WANDB_MODE=offline: no upload"
+    )
+    grid_every: int = Field(
+        10, ge=1, le=MANY, description="steps between sample grids (one at start and end in any case)"
+    )
+    grid_labels: int = Field(8, ge=1, le=1000, description="rows of the grid: the first labels trained on")
+    grid_samples: int = Field(8, ge=1, le=1000, description="columns of the grid; the seeds are the same in every grid")
+    checkpoint_every: int = Field(
+        50, ge=1, le=MANY, description="steps between checkpoints (one at the end in any case)"
+    )
+    checkpoint_minutes: float = Field(30.0, gt=0, le=1e6, description="minutes after which one is due in any case")
+    keep_last: int = Field(
+        2, ge=1, le=MANY, description="checkpoints kept; the one before serves where the last is damaged"
+    )
+    keep_best: bool = Field(False, description="keep the one with the highest reward_mean too")
+
+
+class EvalConfig(Section):
+    """The table of before and after, sampled with the rollout's temperature."""
+
+    samples_per_label: int = Field(2, ge=0, le=100_000, description="images a label; 0: no table")
+    max_labels: int = Field(1000, ge=1, le=MANY, description="the first labels, up to this many")
+    classifier: Literal["digits"] | None = Field(None, description="whose accuracy on the samples is reported")
+
+
+class ExportConfig(Section):
+    """Arguments of `python -m varfast.export`."""
+
+    checkpoint: LocalPath = Field(description="a run folder")
+    out: LocalPath = Field(
+        description="the file to write, .safetensors or .pth; a model card is written beside it as .md"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights in the file")
+    overwrite: bool = Field(False, description="replace files that exist")
+
+    @field_validator("out")
+    @classmethod
+    def _known_format(cls, out: str) -> str:
+        if Path(out).suffix not in (".safetensors", ".pth"):
+            raise ValueError(f"got {out}, want a name that ends with .safetensors or .pth")
+        return out

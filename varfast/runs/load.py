@@ -1,0 +1,157 @@
+"""A policy from whatever names one: a run folder, files of weights, addresses of the hub, or a config.
+
+All commands and the Python API load models here. A run folder is data that somebody may have handed on: nothing is
+made, fetched or executed because something in it says so (docs/security.md).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from varfast.config import Config
+from varfast.policies.device import existing_device, pick_device
+from varfast.policies.lora import without_lora
+from varfast.policies.var import build  # the family; a second one is chosen by the config
+from varfast.policies.var.config import VARConfig, VQVAEConfig
+from varfast.policies.var.policy import VARPolicy
+from varfast.runs.base import Base
+from varfast.runs.folder import RunFolder
+from varfast.types import InputError
+
+State = dict[str, Tensor]
+
+
+def load_policy(
+    var: str,
+    vqvae: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+    var_config: VARConfig | None = None,
+    vqvae_config: VQVAEConfig | None = None,
+    fast: bool | None = None,
+    strict: bool | None = None,
+    *,
+    argument: str = "var",
+) -> VARPolicy:
+    """A policy from a run folder, or from checkpoints, whose sizes are read from the files.
+
+    Args:
+        var: a run folder, whose last checkpoint is loaded; or the transformer's weights, as a path or
+            hf://owner/repo/file; the public ones are hf://FoundationVision/var/var_d16.pth.
+        vqvae: the VQ-VAE's weights, as hf://FoundationVision/var/vae_ch160v4096z32.pth. A run folder has its own.
+        device: "cpu", "cuda", "cuda:1".
+        dtype: of activations, "float32" or "bfloat16".
+        var_config, vqvae_config: sizes the files must have.
+        fast: False samples eagerly and decodes with the reference decoder: what the fast path is compared with. Default:
+            as the run did, or True.
+        strict: the same bits in sampling and in teacher forcing, whatever the batch: see varfast.Policy. Default: as the
+            run did, or False.
+        argument: what `var` is called where the user gave it, for errors.
+    Raises: InputError if a file or folder cannot be read or does not fit, or for a device that is not there.
+    """
+    device = existing_device(device)
+    if Path(var).expanduser().is_dir():
+        return load_run(RunFolder(var), device, dtype, fast, strict)
+    if vqvae is None:
+        if not var.startswith("hf://") and not Path(var).expanduser().exists():
+            raise InputError(f"{argument}={var} does not exist; want a run folder, or a transformer's weights")
+        raise InputError(f"{argument}={var} is not a run folder, so vqvae=... is needed too")
+    files: dict[build.Part, str] = {"var": var, "vqvae": vqvae}
+    return build.from_files(files, device, dtype, fast is not False, strict is True, var_config, vqvae_config)
+
+
+def load_run(
+    folder: RunFolder, device: torch.device, dtype: str, fast: bool | None = None, strict: bool | None = None
+) -> VARPolicy:
+    """What a run delivers, as of its last checkpoint: with update.ema_decay, the averaged policy.
+
+    fast, strict: default: as the run did.
+    """
+    config = folder.load_config()
+    how = (config.run.fast if fast is None else fast, config.run.strict if strict is None else strict)
+    if config.policy.checkpoint == "random":
+        parts = build.random_parts(config.policy, config.run.seed, device)
+    elif config.policy.lora:
+        parts = {part: build.load_part(part, str(Base(folder).find(part)), config.policy) for part in build.PARTS}
+    else:  # the checkpoint holds the whole trained model: the base's is not needed
+        first, *others = build.PARTS
+        parts = {part: build.load_part(part, str(Base(folder).find(part)), config.policy) for part in others}
+        parts[first] = build.empty_model(config.policy)
+    policy = build.assemble(parts, device, dtype, *how)
+    if config.policy.lora:
+        policy.add_lora(config.policy.lora, config.run.seed)
+    folder.newest().load_result(policy.trainable)
+    return policy
+
+
+def load_base(
+    config: Config, folder: RunFolder, device: torch.device, dtype: str | None = None, whole: bool = True
+) -> VARPolicy:
+    """The model that a run started from: random, or the files that its folder notes. Nothing is made or fetched.
+
+    Args:
+        config: of the run.
+        dtype: of activations; default: the run's.
+        whole: compare the files' SHA-256; False where that has just been done.
+    Raises: InputError if the files are not there as they were.
+    """
+    if config.policy.checkpoint == "random":
+        parts = build.random_parts(config.policy, config.run.seed, device)
+    else:
+        parts = {
+            part: build.load_part(part, str(Base(folder).find(part, whole)), config.policy) for part in build.PARTS
+        }
+    return build.assemble(parts, device, dtype or config.run.dtype, config.run.fast, config.run.strict)
+
+
+def random_policy(config: Config, device: torch.device) -> VARPolicy:
+    """Random weights of the configured sizes, a function of run.seed: for benchmarks and tests."""
+    parts = build.random_parts(config.policy, config.run.seed, device)
+    return build.assemble(parts, device, config.run.dtype, config.run.fast, config.run.strict)
+
+
+def base_state(config: Config, folder: RunFolder, device: torch.device) -> State:
+    """The trained model's weights as the run started from them, in float32: in memory they may be rounded to 16 bits.
+
+    device: where random weights were drawn.
+    """
+    part = build.PARTS[0]
+    if config.policy.checkpoint == "random":
+        return build.random_parts(config.policy, config.run.seed, device)[part].state_dict()
+    return build.load_part(part, str(Base(folder).find(part, whole=False)), config.policy).state_dict()
+
+
+def frozen_part(folder: RunFolder, part: build.Part) -> Path | State:
+    """A frozen part of a run: its file, or of random weights, which have none, the tensors. Raises: as Base.find."""
+    config = folder.load_config()
+    if config.policy.checkpoint != "random":
+        return Base(folder).find(part)
+    device = pick_device(config.run.device)  # random weights are those of the device that they were drawn on
+    return build.random_parts(config.policy, config.run.seed, device)[part].state_dict()
+
+
+def delivered_state(folder: RunFolder, dtype: torch.dtype) -> tuple[State, int | None]:
+    """Names, shapes and order of the public checkpoints, buffers included; what is no integer in `dtype`.
+
+    Returns: what the run delivers as of the last checkpoint (with update.ema_decay, the average), or var.pth where that
+        alone is left, and the steps that made it (None for var.pth).
+    Raises: InputError if the folder holds no weights, or others than its config says.
+    """
+    step, config = None, folder.load_config()
+    if folder.weights.exists() and not folder.checkpoints.exists():
+        found: State = build.load_part(build.PARTS[0], str(folder.weights), config.policy).state_dict()
+    elif config.policy.lora:
+        # Random weights are those of the device that they were drawn on.
+        device = pick_device(config.run.device if config.policy.checkpoint == "random" else "cpu")
+        policy, step = load_run(folder, device, "float32"), folder.newest().step
+        found = policy.merged_state(without_lora(policy.trainable).state_dict())
+    else:
+        checkpoint, model = folder.newest(), build.empty_model(config.policy)
+        checkpoint.load_result(model)
+        found, step = model.state_dict(), checkpoint.step
+    with torch.device("meta"):
+        wanted = build.empty_model(config.policy).state_dict()
+    return {n: found[n].to(dtype if t.is_floating_point() else t.dtype).contiguous() for n, t in wanted.items()}, step

@@ -1,0 +1,338 @@
+"""A run while it goes on: its processes, its folder, what it says and saves, and what ends it.
+
+`varfast.train` is the algorithm; everything around it is here.
+
+Axes: B image, b image of this process, L token.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from varfast.advantages import groups_without_signal
+from varfast.config import Config
+from varfast.data.labels import caption
+from varfast.distributed import gathered
+from varfast.files import save_tensors, save_text
+from varfast.losses.grpo import kl_to_reference
+from varfast.perf.limits import StageLimits
+from varfast.perf.out_of_memory import Part, memory_advice
+from varfast.perf.profile import memory_metrics, profiled
+from varfast.perf.stages import StageClock, stage
+from varfast.policies.checks import check_finite
+from varfast.randomness import GRID_STEP, Key
+from varfast.runs.before_after import BeforeAfter, means, table
+from varfast.runs.checkpoint import Checkpoints
+from varfast.runs.divergence import diagnosis, refuse_diverged
+from varfast.runs.load import base_state
+from varfast.runs.log import RunLog
+from varfast.runs.setup import Setup
+from varfast.state import State
+from varfast.types import InputError, NotFinitePolicy, NotFiniteReward, Prompts, Rewards, Rollout
+
+
+class Run:
+    """What goes on around the steps of a run. A context manager.
+
+    Args:
+        setup: device, processes, folder, plan of memory.
+        state: what is trained.
+        before_after: the table of before and after, its "before" measured.
+        profile: write a trace and the memory use of one steady step into the run folder.
+
+    Attributes:
+        shard: the images of a step that this process samples and scores.
+    """
+
+    def __init__(self, setup: Setup, state: State, before_after: BeforeAfter, profile: bool) -> None:
+        self.setup, self.state = setup, state
+        self.shard = setup.shard
+        self._before_after, self._profile = before_after, profile
+        self._before = means(before_after.values.get("before", {})) if setup.world.is_main else {}
+        self._stopped = 0  # number of the signal that ended it
+        self._metrics: dict[str, float] = {}  # of the last step
+        self._begin_s = 0.0
+        self._at_end = ExitStack()
+
+    @property
+    def config(self) -> Config:
+        return self.setup.config
+
+    def __enter__(self) -> Run:
+        config, folder, world = self.config, self.setup.folder, self.setup.world
+        is_main = world.is_main
+        enter = self._at_end.enter_context
+        self._spare = enter(_spare_descriptors())
+        total = max(self.state.step, config.run.steps)
+        log = RunLog(folder.path, self.state.step, total, config.log.tensorboard, config) if is_main else None
+        self._log: RunLog | None = enter(log) if log else None
+        here, say = self.setup.environment, self._say
+        self._checkpoints = enter(Checkpoints(folder.checkpoints, config, here, say))
+        self._clock = enter(StageClock(self.setup.device))
+        enter(self.setup.signals.in_steps())
+        self._limits = (
+            StageLimits(self.setup.work, self.setup.plan, self.setup.device, config.rollout.images) if is_main else None
+        )
+        self._say_how_it_begins()
+        return self
+
+    def __exit__(self, *of_error: object) -> None:
+        self._at_end.__exit__(*of_error)  # type: ignore[arg-type]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Steps
+
+    def steps(self) -> Iterator[int]:
+        """Numbers of the steps that are left, from 0, until the last one or a signal."""
+        first, total = self.state.step, self.config.run.steps
+        for step in range(first, total):
+            self.setup.lock.check()
+            steady = self._profile and self._log is not None and step == min(first + 2, total - 1)
+            with profiled(self.setup.folder.path / "profile", self.setup.device) if steady else nullcontext():
+                self._clock.read()
+                self._begin_s = time.perf_counter()
+                yield step
+            if self._stopped:
+                return
+
+    def advised(self, part: Part) -> AbstractContextManager[None]:
+        """Say which setting to change where the device's memory does not suffice for a part of the step."""
+        return memory_advice(part, self.setup.work, self.setup.plan)
+
+    def score(self, images: Tensor, rollout: Rollout, key: Key) -> Rewards | BaseException:
+        """Rewards of this process's images, or what kept this process, or another one, from them."""
+        world = self.setup.world
+        found: Rewards | BaseException
+        try:
+            check_finite(rollout, images)  # here, where the reward waits for the images anyway
+            with stage("reward"), self.advised("reward"):
+                found = self.state.rewards(images, rollout.labels_B, key.step, key.first_sample)
+        except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once
+            found = error  # all processes know, and the state is saved
+        rank = 3 if isinstance(found, NotFinitePolicy) else 1 if isinstance(found, NotFiniteReward) else 2
+        worst = world.largest(0 if isinstance(found, Rewards) else rank)
+        if worst == 3 and not isinstance(found, NotFinitePolicy):
+            return NotFinitePolicy("the logits or images of another process, which says which, are not finite")
+        if not isinstance(found, Rewards) or worst == 0:
+            return found
+        elsewhere = "the reward failed in another process, which says why"
+        return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
+
+    def gather(self, rollout: Rollout, rewards: Rewards) -> tuple[Rollout, Rewards]:
+        """What all processes have sampled and scored in this step."""
+        world, images = self.setup.world, self.config.rollout.images
+        # The transformer's input of 512 images of the public models is 44 MB: 0.2 ms between GPUs of one machine, 2 ms
+        # at 25 GB/s. Computing it again takes each of two processes 3 ms, and may differ in the last bit.
+        read = rollout.teacher_input
+        of_all = replace(
+            rollout,
+            prompts=Prompts(world.gather(rollout.prompts.ids_B, images)),
+            tokens_BL=world.gather(rollout.tokens_BL, images),
+            logp_BL=world.gather(rollout.logp_BL, images),
+            entropy_BL=world.gather(rollout.entropy_BL, images),
+            teacher_input=None if read is None else world.gather(read, images),
+        )
+        components = {name: world.gather(score_B, images) for name, score_B in rewards.components.items()}
+        return of_all, Rewards(world.gather(rewards.total_B, images), components)
+
+    def drift(self, rollout: Rollout) -> dict[str, float]:
+        """The KL to the base where the loss has none and it is due: of the policy that sampled this step's images.
+
+        rollout: this process's shard of them.
+        """
+        reference, every, done = self.state.reference, self.config.measure_kl_every, self.state.step + 1
+        if reference is None or every is None or (done % every and done != self.config.run.steps):
+            return {}
+        kl_b = kl_to_reference(reference, rollout, self.setup.plan.update.micro_batch).double()
+        total, images = self.setup.world.sum(torch.stack([kl_b.sum(), torch.ones_like(kl_b).sum()])).tolist()
+        return {"kl": total / images}
+
+    def skip(self, error: BaseException) -> None:
+        """End a step whose rollout could not be scored, and go on; raise what ends the run, its state saved.
+
+        Raises: NotFinitePolicy with a diagnosis; whatever the reward raised; NotFiniteReward after
+            run.max_bad_rollouts of them in a row.
+        """
+        state = self.state
+        if isinstance(error, NotFinitePolicy):
+            raise diagnosis(error, self.config, self.setup.folder.path, state.step, self._metrics, self._checkpoints)
+        if isinstance(error, NotFiniteReward) and state.skipped_rollouts + 1 < self.config.run.max_bad_rollouts:
+            self._say(f"step {state.step + 1} is left out: {error}")
+            self._end_step({}, None)
+            return
+        self._spare.close()  # the reward may have failed as it used up all the files that can be open
+        try:
+            self._save(state.learned_steps, None)
+            self._checkpoints.wait()
+            note = (
+                f"nothing is lost: {self.setup.folder.path} holds step {state.learned_steps}; the same command goes on "
+                "from there"
+            )
+        except InputError as unsaved:
+            note = f"and step {state.learned_steps} was not saved: {unsaved}"
+        error.add_note(f"  {note}")
+        raise error
+
+    def record(
+        self, rollout: Rollout, images: Tensor, rewards: Rewards, advantages_B: Tensor, metrics: dict[str, float]
+    ) -> None:
+        """End a step that was learned from: metrics.jsonl, grids, and a checkpoint where one is due.
+
+        Args:
+            rollout, rewards, advantages_B: of all processes.
+            images: of this process, in [0, 1].
+            metrics: of the update.
+        """
+        found = _metrics(rollout, rewards, advantages_B, self.config.rollout.group_size) | metrics
+        labels_b = rollout.labels_B[self.shard]
+        self._end_step(found, lambda log, done: log.samples(done, images, labels_b, rewards.rows(self.shard)))
+
+    def _end_step(self, metrics: dict[str, float], show: Callable[[RunLog, int], None] | None) -> None:
+        """show: writes pictures of this step; None: its rollout was skipped."""
+        config, state, world = self.config, self.state, self.setup.world
+        stages_ms, step_s = self._clock.read(), time.perf_counter() - self._begin_s
+        memory = memory_metrics(self.setup.device)
+        state.end_step(learned=show is not None)
+        self._metrics = {"skipped_rollouts": float(show is None)} | metrics
+        if show is not None and (since := state.reference_step()) is not None:
+            self._metrics["reference_step"] = float(since)
+        # One process is told to stop: all of them do.
+        self._stopped = int(world.largest(self.setup.signals.received or 0))
+        done, last = state.step, state.step == config.run.steps
+        shown = last or done % config.log.grid_every == 0
+        saved = bool(last or self._stopped or self._checkpoints.due(done))
+        # What cannot be sampled is neither shown nor saved, so that the last good checkpoint stays.
+        if shown or saved:
+            self.refuse_diverged(self._metrics, self._checkpoints)
+        if self._log and self._limits:
+            self._log.step(done, self._metrics | self._limits.metrics(stages_ms, step_s) | memory)
+            if shown:
+                self._save_grid(self._log)
+                if show is not None:
+                    show(self._log, done)
+        if saved:
+            self._save(done if last else state.learned_steps, self._metrics.get("reward_mean"))
+        if last:
+            self._stopped = 0
+        elif self._stopped:
+            self._checkpoints.wait()
+            self._say(
+                f"stopped; {self.setup.folder.path} holds step {state.learned_steps} of {config.run.steps}. The same "
+                "command goes on."
+            )
+
+    def refuse_diverged(self, metrics: dict[str, float], checkpoints: Checkpoints | None = None) -> None:
+        """Raises: NotFinitePolicy, with a diagnosis, if the policy's weights, logits or images are not finite."""
+        setup = self.setup
+        refuse_diverged(
+            self.state.policy,
+            setup.labels,
+            self.config,
+            setup.world,
+            setup.folder.path,
+            self.state.step,
+            metrics,
+            checkpoints,
+        )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Beginning and end
+
+    def finish(self) -> int:
+        """After the last step: weights and the table of before and after. After a signal: nothing.
+
+        Returns: the exit code: 0, or 128 + the number of the signal that ended the run.
+        """
+        if self._stopped:
+            return 128 + self._stopped
+        self._at_end.close()  # waits for the last checkpoint
+        state, folder, world = self.state, self.setup.folder, self.setup.world
+        state.deliver()
+        weights = gathered(state.policy.trainable.state_dict(), world)
+        if world.is_main:
+            if (lora := self.config.policy.lora) is not None:
+                weights = state.policy.merged_state(base_state(self.config, folder, self.setup.device))
+                folder.save_adapter(*state.policy.adapter(lora, self.config.policy.checkpoint))
+            save_tensors(folder.weights, weights)
+            after = self._before_after.after(
+                state.policy,
+                state.rewards,
+                state.step,
+                self.setup.plan.rollout.micro_batch,
+                trained=bool(self._metrics),
+            )
+            summary = {"before": self._before, "after": means(after)}
+            save_text(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+            print(f"\n{table(self._before_after.values)}\n" if after else "")
+            print(f"run complete: {state.step} steps. Weights {folder.weights}, curves and grids in {folder.path}")
+        world.wait()
+        return 0
+
+    def _say(self, text: str) -> None:
+        if self._log:
+            self._log.say(text)
+
+    def _say_how_it_begins(self) -> None:
+        config, start, folder = self.config, self.state.step, self.setup.folder.path
+        if start > config.run.steps:
+            self._say(f"{folder} holds step {start}, more than run.steps={config.run.steps}: no step is left to do")
+        elif start:
+            self._say(f"going on after step {start} of {config.run.steps} in {folder}")
+        elif self._log:
+            self._log.environment(self.setup.environment)
+            self._save_grid(self._log)
+        if not config.holds_reference:
+            self._say("the KL to the base is not measured: grpo.kl_beta=0 holds no base; grpo.kl_every=10 measures it")
+
+    def _save(self, step: int, reward_mean: float | None) -> None:
+        state = self.state
+        self._checkpoints.save(
+            step, state.policy.trainable, state.adamw.optimizer, self._before, reward_mean, state.further()
+        )
+
+    def _save_grid(self, log: RunLog) -> None:
+        config, policy = self.config, self.state.policy
+        columns, rows = config.log.grid_samples, self.setup.labels[: config.log.grid_labels]
+        rollout = policy.sample(
+            [label for label in rows for _ in range(columns)],
+            config.rollout.temperature,
+            seed=config.run.seed,
+            step=GRID_STEP,
+        )
+        titles = [caption(label, self.setup.names) for label in rows]
+        log.grid(self.state.step, policy.decode(rollout.tokens_BL), columns, titles)
+
+
+def _metrics(rollout: Rollout, rewards: Rewards, advantages_B: Tensor, group_size: int) -> dict[str, float]:
+    """The numbers of a step before its update, by the names of metrics.jsonl."""
+    measured = {
+        "reward_mean": rewards.total_B.mean(),
+        "reward_std": rewards.total_B.std(correction=0),
+        **{f"reward/{name}": score_B.mean() for name, score_B in rewards.components.items()},
+        "advantage_mean": advantages_B.mean(),
+        "advantage_std": advantages_B.std(correction=0),
+        "entropy": rollout.entropy_BL.mean(),
+    }
+    values = torch.stack(list(measured.values())).tolist()  # one copy from the device
+    without_signal = groups_without_signal(advantages_B, group_size)
+    return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal}
+
+
+@contextmanager
+def _spare_descriptors() -> Iterator[ExitStack]:
+    """Open files to close before a failing reward's state is saved: it may have failed as it used up all there are."""
+    with ExitStack() as spare:
+        if resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 64:  # else the run needs them itself
+            with suppress(OSError):
+                for _ in range(16):
+                    spare.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        yield spare

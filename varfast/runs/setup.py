@@ -1,0 +1,168 @@
+"""From a config to what a run is made of: device, processes, folder, plan of memory, and the state it begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from varfast import kernels
+from varfast.config import Config
+from varfast.data.labels import label_pool, run_names
+from varfast.distributed import World, joined, local_device, processes_here
+from varfast.perf.devices import available_bytes, usual_bytes, with_dtype
+from varfast.perf.memory import MemoryPlan
+from varfast.perf.out_of_memory import check_states
+from varfast.perf.plan import plan_memory
+from varfast.perf.work import Work
+from varfast.policies import strict
+from varfast.policies.device import pick_device
+from varfast.policies.lora import import_peft
+from varfast.policies.protocol import Policy
+from varfast.policies.var.cost import cost_of
+from varfast.randomness import deterministic
+from varfast.rewards import WeightedSum
+from varfast.runs.before_after import BeforeAfter
+from varfast.runs.checkpoint import Checkpoint
+from varfast.runs.divergence import refuse_diverged
+from varfast.runs.environment import environment
+from varfast.runs.folder import RunFolder
+from varfast.runs.load import load_base
+from varfast.runs.lock import FolderLock
+from varfast.runs.log import import_wandb
+from varfast.runs.signals import StopSignals, listen
+from varfast.runs.start import prepare_base
+from varfast.state import State
+from varfast.types import InputError
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run has, before and beside its state.
+
+    Attributes:
+        config: with run.dtype resolved.
+        device, world, signals, folder, lock: the folder is locked while the run goes on.
+        found: the checkpoint to go on from; None: the run is new.
+        work, plan: what this process does of a step, and how it fits into memory.
+        shard: the images of a step that this process samples and scores.
+        labels: those that the run draws from. names: of all labels, if they have any.
+        environment: versions and hardware.
+    """
+
+    config: Config
+    device: torch.device
+    world: World
+    signals: StopSignals
+    folder: RunFolder
+    lock: FolderLock
+    found: Checkpoint | None
+    work: Work
+    plan: MemoryPlan
+    shard: slice
+    labels: list[int]
+    names: list[str] | None
+    environment: dict[str, Any]
+
+
+@contextmanager
+def set_up(config: Config) -> Iterator[Setup]:
+    """Join the other processes and lock the run folder; leaving undoes both.
+
+    Raises: InputError for anything in the config or in the folder that cannot be used.
+    """
+    device = pick_device(local_device(config.run.device))
+    with (
+        listen() as signals,
+        deterministic(config.run.deterministic),
+        joined(device, config.run.timeout_s) as world,
+    ):
+        if world.size > config.rollout.images:
+            raise InputError(f"{world.size} processes for {config.rollout.images} images a step; start fewer")
+        config = with_dtype(config, device)
+        try:
+            kernels.configure(config.kernels.model_dump(), device)
+        except ValueError as error:
+            raise InputError(f"kernels: {error}") from error
+        # What cannot start is said before models are loaded.
+        if config.log.wandb:
+            import_wandb()
+        if config.policy.lora:
+            import_peft()
+        shard = world.share(config.rollout.images)
+        cost = cost_of(config.policy, config.run.dtype)
+        work = Work.whole(config, cost).share(shard.stop - shard.start, world.size)
+        plan = fitting_plan(work, device, world)
+        folder = RunFolder(config.run.dir)
+        with folder.held() as lock:
+            found = folder.prepare(config)
+            names = run_names(config, folder.path, made=folder.base.exists())
+            labels = label_pool(config.rollout, config.policy.sizes.num_classes, config.run.seed, names)
+            here = environment() | {"processes": world.size}
+            yield Setup(
+                config, device, world, signals, folder, lock, found, work, plan, shard, labels, names, here
+            )  # fmt: skip
+
+
+def fitting_plan(work: Work, device: torch.device, world: World) -> MemoryPlan:
+    """Micro-batches, checkpointing and CUDA graphs that fit the memory of every process.
+
+    Raises: InputError if what a run holds all the time does not fit.
+    """
+    free_bytes = usual_bytes(device) if work.config.run.deterministic else available_bytes(device)
+    free_bytes //= processes_here() if device.type == "cpu" else 1
+    free_bytes = -int(world.largest(-free_bytes))
+    check_states(work, device)
+    return plan_memory(work, free_bytes, may_capture_update=device.type == "cuda" and world.size == 1)
+
+
+def begin(
+    setup: Setup, beside: Path | None, of_folder: bool, policy: Policy | None = None
+) -> tuple[State, BeforeAfter]:
+    """The state that the run begins with, or goes on with; and the table of before and after, its "before" measured.
+
+    Args:
+        beside: folder of the config file, where a reward of the user's is looked for too.
+        of_folder: take what the run starts from out of its folder, not from where the config says.
+        policy: what is trained, in place of what the config names.
+    Raises: InputError for what cannot be loaded.
+    """
+    config, world, folder = setup.config, setup.world, setup.folder
+    with world.leader_first():  # it pre-trains and downloads
+        rewards = WeightedSum(
+            config.reward,
+            setup.device,
+            config.policy.sizes.num_classes,
+            names=setup.names,
+            seed=config.run.seed,
+            beside=beside,
+        )
+        if policy is None:
+            if world.is_main:
+                prepare_base(config, folder, setup.found is not None, setup.device, of_folder)
+            policy = load_base(config, folder, setup.device, whole=False)
+    if config.policy.lora:
+        policy.add_lora(config.policy.lora, config.run.seed)
+    if config.run.strict:
+        strict.check(policy, config.rollout.temperature, config.run.seed)
+    policy.cuda_graph = setup.plan.rollout.cuda_graph
+    reference = policy.frozen_copy() if config.holds_reference else None
+    policy.distribute(world, config.run.parallel, reference)
+    state = State(policy, reference, rewards, config.update, config.grpo.reference_every)
+    before_after = BeforeAfter(folder.path, config, setup.labels)
+    if setup.found is None:
+        _refuse_diverged(setup, policy, 0)
+    if world.is_main:  # the policy is still the base, of a run that goes on too
+        before_after.before(policy, rewards, setup.plan.rollout.micro_batch)
+    if setup.found is not None:
+        state.load(setup.found)
+        _refuse_diverged(setup, policy, state.step)
+    return state, before_after
+
+
+def _refuse_diverged(setup: Setup, policy: Policy, step: int) -> None:
+    refuse_diverged(policy, setup.labels, setup.config, setup.world, setup.folder.path, step, {})

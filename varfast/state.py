@@ -1,0 +1,88 @@
+"""What a run is: everything that changes while it trains, and so everything that a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from varfast.optim.adamw import ClippedAdamW
+from varfast.optim.averages import Averages
+from varfast.optim.config import UpdateConfig
+from varfast.policies.protocol import Policy
+from varfast.rewards import WeightedSum
+from varfast.runs.checkpoint import Checkpoint
+
+
+class State:
+    """Policy, reference, optimizer, averages of the weights, and how far the run has come.
+
+    Args:
+        policy: it is trained from here on.
+        reference: a frozen copy of it, which the loss or the measured KL compares it with; None: there is none.
+        rewards: what images earn.
+        update: settings of the optimizer and of the averages.
+        reference_every: steps after which, again and again, the policy becomes the reference; None: never.
+
+    Attributes:
+        step: rollouts that are done, skipped ones too.
+        skipped_rollouts: the last ones in a row whose rewards were not finite; nothing was learned from them.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        rewards: WeightedSum,
+        update: UpdateConfig,
+        reference_every: int | None = None,
+    ) -> None:
+        self.policy, self.reference, self.rewards = policy, reference, rewards
+        self.adamw = ClippedAdamW(policy, update)
+        self.averages = Averages(policy.trainable, update.ema_decay)
+        self._reference_every = reference_every
+        self.step = self.skipped_rollouts = 0
+
+    @property
+    def learned_steps(self) -> int:
+        """Steps that a checkpoint holds now: a rollout that was skipped changed nothing, and is tried again."""
+        return self.step - self.skipped_rollouts
+
+    def further(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """What a run is beside weights and optimizer, by kind and name: to save, or to load into, in place.
+
+        ema: the averages, if any are kept. reference: its weights, where policies of earlier steps replace it: such a
+        policy is nowhere else.
+        """
+        state: dict[str, Mapping[str, Tensor]] = {"ema": self.averages.by_name} if self.averages.by_name else {}
+        if self.reference is not None and self._reference_every is not None:
+            state["reference"] = {name: p.detach() for name, p in self.reference.trainable.named_parameters()}
+        return state
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take over what a checkpoint holds. Raises: InputError as Checkpoint.load."""
+        checkpoint.load(self.policy.trainable, self.adamw.optimizer, self.further())
+        self.policy.gather()
+        self.step = checkpoint.step
+
+    def begin_update(self) -> None:
+        """Before a step that learns: replace the reference, if that was due in this step or in skipped ones before."""
+        every = self._reference_every
+        if self.reference is not None and every and self.step // every > (self.learned_steps - 1) // every:
+            self.reference.refresh(self.policy)
+
+    def end_step(self, learned: bool) -> None:
+        """After each step. learned: False if its rollout was skipped."""
+        self.step += 1
+        self.skipped_rollouts = 0 if learned else self.skipped_rollouts + 1
+
+    def reference_step(self) -> int | None:
+        """Steps done by the policy that is the reference; None if it is the base for the whole run."""
+        every = self._reference_every
+        return None if every is None else (self.step - 1) // every * every
+
+    def deliver(self) -> None:
+        """The run is over: the average of the weights, if one is kept, becomes the policy's weights."""
+        if self.averages.by_name:
+            self.averages.copy_to_weights()
+            self.policy.gather()
