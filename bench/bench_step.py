@@ -30,11 +30,11 @@ import pytest
 import torch
 import torch._dynamo
 
-from varfast import Policy, kernels
+from varfast import kernels
 from varfast.advantages import group_advantages
 from varfast.config import load_config
 from varfast.kernels import reference
-from varfast.kernels.selection import _OPS
+from varfast.kernels.selection import OPS
 from varfast.learner import Updater
 from varfast.perf.devices import Ceilings, available_bytes, measure_here, with_dtype
 from varfast.perf.limits import STAGES, speed_of_light_s, stage_counts
@@ -87,7 +87,7 @@ PLAIN = {
     "selective_log_softmax": plain_logp,
     **{
         op: getattr(reference, op)
-        for op in _OPS
+        for op in OPS
         if op not in ("sample_tokens", "selective_log_softmax", "group_norm_silu")
     },
 }

@@ -27,7 +27,6 @@ import harness
 import torch
 from torch import Tensor
 
-from varfast import Policy
 from varfast.config import load_config
 from varfast.perf.devices import with_dtype
 from varfast.policies.protocol import Policy

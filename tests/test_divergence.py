@@ -75,7 +75,7 @@ def test_sample_says_that_a_policy_diverged_and_writes_no_picture(make_policy, m
     policy = make_policy()
     with torch.no_grad():
         policy.var.head.weight.fill_(math.inf)
-    monkeypatch.setattr("varfast.sample.load", lambda *_: policy)
+    monkeypatch.setattr("varfast.sample.load_policy", lambda *_, **__: policy)
     with pytest.raises(NotFinitePolicy, match="the transformer's logits hold NaN or infinite numbers"):
         varfast.sample.main(["checkpoint=some.pth", f"out={tmp_path / 'out.png'}", "device=cpu"])
     assert not list(tmp_path.iterdir())

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from varfast import Policy
-from varfast.kernels.selection import _OPS, configure
+from varfast.kernels.selection import OPS, configure
 from varfast.policies.driver import DTYPES
 from varfast.policies.var.config import LoRAConfig
 from varfast.randomness import Key
@@ -18,7 +18,7 @@ SIZES = [
 @pytest.fixture
 def plain_ops():
     """Every op in plain PyTorch."""
-    configure(dict.fromkeys(_OPS, "reference"))
+    configure(dict.fromkeys(OPS, "reference"))
     yield
     configure({})
 

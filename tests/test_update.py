@@ -212,8 +212,8 @@ def test_images_without_signal_are_left_out_without_a_kl_term(make_policy, monke
     advantages = torch.randn(32, generator=torch.Generator().manual_seed(0))
     advantages[torch.arange(32) % 4 != 1] = 0.0
     gradients, images = [], []
-    token_logp = policy.token_logp
-    monkeypatch.setattr(policy, "token_logp", lambda *a, **k: (images.append(len(a[0])), token_logp(*a, **k))[1])
+    forced = policy.teacher_forced
+    monkeypatch.setattr(policy, "teacher_forced", lambda r, **k: (images.append(len(r.prompts)), forced(r, **k))[1])
     for smallest in (0.0, 1e-30):  # 1e-30 is no signal either, but not 0
         maker = updater(policy, kl_beta=0.0, minibatch=8, lr=1e-30, micro_batch=2)
 
@@ -248,9 +248,9 @@ def test_reference_is_asked_once_a_rollout(make_policy, monkeypatch):
     policy = make_policy(depth=2)
     maker = updater(policy, epochs=3, minibatch=4)
     images = []
-    token_logp = maker.reference.token_logp
+    forced = maker.reference.teacher_forced
     monkeypatch.setattr(
-        maker.reference, "token_logp", lambda *a, **k: (images.append(len(a[0])), token_logp(*a, **k))[1]
+        maker.reference, "teacher_forced", lambda r, **k: (images.append(len(r.prompts)), forced(r, **k))[1]
     )
     maker.step(scored_rollout(policy), 0)
     assert sum(images) == 8

@@ -1,7 +1,7 @@
-"""The commands: how their arguments are read, their --help, and how they end when the user's input is at fault.
+"""The commands: reads their arguments, prints their --help, runs them, and turns an InputError into a short message.
 
-`varfast train ...`, `python -m varfast train ...` and `python -m varfast.train ...` are the same. Nothing here imports
-PyTorch, which takes seconds: `--help` and a typo are answered at once.
+`varfast train ...`, `python -m varfast train ...` and `python -m varfast.train ...` are the same. Importing PyTorch
+takes seconds, so nothing here imports it: `--help` and typos are answered at once.
 """
 
 from __future__ import annotations
@@ -46,10 +46,14 @@ _AnyConfig = TypeVar("_AnyConfig", bound=Config)
 
 @dataclass(frozen=True)
 class Runs:
-    """What `train` was asked for: one run, or those of a sweep, in folders side by side in `parent`.
+    """What `train` was asked to do: one run, or the runs of a sweep.
 
-    beside: folder of the config file, in which a reward's file may lie.
-    of_folder: a run folder was named in place of a config.
+    Attributes:
+        configs: one for each run.
+        beside: folder of the config file, where a user's reward is looked for too.
+        parent: the folder that holds the run folders of a sweep; None: no sweep.
+        profile: write a trace of one step.
+        of_folder: a run folder was named instead of a config.
     """
 
     configs: list[Config]
@@ -116,7 +120,7 @@ def _config_path(paths: list[str], name: str) -> str:
 
 
 def _load(model: type[_AnyConfig], path: str, overrides: list[str]) -> _AnyConfig:
-    """A config, or a run folder: its own config, with the folder where it is now as run.dir."""
+    """Load a config file, or the config in a run folder, with the folder's present path as run.dir."""
     if not _is_run_folder(path):
         return load_as(model, path, overrides)
     config = load_as(model, expanded(path) / "config.yaml", overrides)
@@ -130,7 +134,7 @@ def _is_run_folder(path: str) -> bool:
 
 
 def _refuse_what_reaches_outside(folder: str, overrides: list[str]) -> None:
-    """Somebody may have handed a run folder on: to name it is not to name what its config runs (docs/security.md)."""
+    """A run folder may come from somebody else: naming it does not approve what its config runs (docs/security.md)."""
     config = _load(Config, folder, overrides)
     named = []
     if not any(override.startswith("reward=") for override in overrides):
@@ -160,11 +164,11 @@ class Command:
 
     Attributes:
         about: one line, for the list of commands.
-        usage: what stands after its name.
-        read: takes its arguments; raises InputError for what is wrong with them, without importing PyTorch.
-        schema: of its keys; None: it takes none.
-        options: what it takes beside keys, with what each one does.
-        sections: those that its --help shows; default: all of them.
+        usage: the arguments after its name.
+        read: checks its arguments, without importing PyTorch; raises InputError.
+        schema: of its keys; None: it has no keys.
+        options: what it takes besides keys, with what each does.
+        sections: which sections its --help shows; default: all.
     """
 
     about: str
@@ -241,7 +245,7 @@ def _usage(name: str) -> str:
 
 
 def help_text(name: str, only: list[str], width: int = 100) -> str:
-    """What `varfast NAME --help` prints; `only`: names of sections. Raises: InputError for a name that is none."""
+    """What `varfast NAME --help` prints; `only`: names of sections. Raises: InputError for an unknown section."""
     command = COMMANDS[name]
     lines = [f"usage: {_usage(name)}", f"       {f'varfast {name} {command.usage}'.rstrip()}", "", command.about]
     lines += [""] if command.options else []
@@ -288,7 +292,7 @@ def key_reference() -> str:
 def run_command(name: str, arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit with its code; for bad input with 2 and a message, without a traceback.
 
-    Arguments are read here once before the command's module, and PyTorch with it, is imported.
+    Arguments are checked here before the command's module, and with it PyTorch, is imported.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -315,7 +319,7 @@ def _run(name: str, arguments: list[str]) -> int:
 
 
 def _print(text: str) -> int:
-    """Print, also into a pipe whose reader has gone."""
+    """Print; a pipe whose reader has gone is no error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -348,6 +352,6 @@ def main() -> NoReturn:
 
 
 def _complain(text: str, error: BaseException) -> None:
-    # An error may quote a server, a file or a folder that somebody handed on: here all of it meets the terminal.
+    # An error may quote a server, a file or a folder from somebody else: escape what would control the terminal.
     for part in (text, *getattr(error, "__notes__", [])):
         print(printable(part, _LONGEST_MESSAGE, lines=True), file=sys.stderr)

@@ -9,6 +9,7 @@ Axes: B image of a step, b image of this process.
 from __future__ import annotations
 
 import os
+import sys
 import time
 import uuid
 import warnings
@@ -16,19 +17,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from varfast.types import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -305,6 +306,9 @@ def shard(model: nn.Module, parts: Iterable[nn.Module], world: World, device: to
         model: its weights outside `parts` are gathered in float32 for a whole step.
         parts: modules whose weights are gathered in `dtype` when they are called, and freed afterwards.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(device.type, (world.size,))
     compute = None if dtype == torch.float32 else dtype
     for part in parts:
@@ -315,9 +319,23 @@ def shard(model: nn.Module, parts: Iterable[nn.Module], world: World, device: to
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
 
+def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
+    """Whether a value is a tensor that is sharded over processes.
+
+    Until somebody imports DTensor, no tensor can be one. It is not imported here, since that takes 0.6 s on two cores.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor without its sharding. All processes must call it for a sharded tensor."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The shard of a tensor that this process holds, without a gradient. Writing to it writes to the tensor."""
+    return (tensor.to_local() if is_sharded(tensor) else tensor).detach()
 
 
 def gathered(state: Any, world: World) -> Any:
@@ -329,7 +347,7 @@ def gathered(state: Any, world: World) -> Any:
         return {name: gathered(value, world) for name, value in state.items()}
     if isinstance(state, list):
         return [gathered(value, world) for value in state]
-    if isinstance(state, DTensor):
+    if is_sharded(state):
         tensor = whole(state.detach())
         return tensor.cpu() if world.is_main else None
     return state

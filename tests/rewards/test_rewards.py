@@ -1,19 +1,23 @@
 import json
 import sys
 from pathlib import Path
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import pytest
 import torch
+from pydantic import Field, TypeAdapter
 
 from varfast import InputError
-from varfast.rewards import WeightedSum, aesthetic
+from varfast.rewards import RewardConfig, WeightedSum, aesthetic
 from varfast.rewards.aesthetic import AestheticReward
 from varfast.rewards.backbone import Backbone
 from varfast.rewards.brightness import Brightness, BrightnessReward, brightness
+from varfast.rewards.building import Building, Score, Weight, on_images
 from varfast.rewards.clip import ClipReward
 from varfast.rewards.function import FunctionReward
 from varfast.rewards.preprocess import Preprocessing
+from varfast.settings.section import Section
 from varfast.train import train
 
 HEAD = str(Path(__file__).parent.parent / "data" / "aesthetic" / aesthetic.PUBLIC_HEAD)
@@ -176,3 +180,25 @@ def test_reward_that_returns_nonsense_is_named(images, my_rewards, name, message
 def test_reward_that_cannot_be_imported_is_named(my_rewards, path, message):
     with pytest.raises(InputError, match=message):
         WeightedSum({"mine": FunctionReward(type="function", function=path)})
+
+
+class RednessReward(Section):
+    """A reward as a new file of varfast/rewards would hold it."""
+
+    type: Literal["redness"] = Field(description="the kind of reward")
+    weight: Weight = Field(1.0, description="factor in the sum")
+
+    def build(self, building: Building) -> Score:
+        return on_images(lambda images, labels_B: images[:, 0].mean(dim=(1, 2)) + labels_B)
+
+    def reaches_outside(self) -> str | None:
+        return None
+
+
+def test_a_new_reward_is_a_section_with_two_methods_and_a_line_of_the_union(images):
+    union, discriminator = get_args(RewardConfig)
+    known = TypeAdapter(dict[str, Annotated[union | RednessReward, discriminator]])
+    components = known.validate_python({"red": {"type": "redness", "weight": 2.0}, "luma": {"type": "brightness"}})
+    scored = WeightedSum(components)(images, LABELS + 3)
+    torch.testing.assert_close(scored.components["red"], images[:, 0].mean(dim=(1, 2)) + 3)
+    torch.testing.assert_close(scored.total_B, 2 * scored.components["red"] + scored.components["luma"])

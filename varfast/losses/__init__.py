@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from varfast.types import Batch, TokenLogp
+
+if TYPE_CHECKING:  # losses/config.py is read before PyTorch is imported
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

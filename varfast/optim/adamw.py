@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from varfast import kernels
-from varfast.distributed import whole
+from varfast.distributed import is_sharded, whole
 from varfast.optim.config import UpdateConfig
 from varfast.optim.gradients import Gradients
 from varfast.policies.protocol import Policy
@@ -57,7 +56,7 @@ class ClippedAdamW:
         norm = buffer.norm() if buffer else whole(torch.nn.utils.get_total_norm(gradients))
         not_finite = ~norm.isfinite()
         too_long = ((norm + 1e-6) / self._config.grad_clip).clamp_min(1.0)
-        if self._config.optimizer == "adamw" and not isinstance(self.parameters[0], DTensor):
+        if self._config.optimizer == "adamw" and not is_sharded(self.parameters[0]):
             group, tensors = self.optimizer.param_groups[0], self._tensors()
             kernels.adamw_step(tensors, group["lr"], group["betas"], group["eps"], too_long, not_finite.float())
             self._policy.weights_changed(copies_written=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from varfast.distributed import local
 
 
 class Averages:
@@ -38,4 +39,4 @@ class Averages:
 
 def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """What this process holds of them; writing there writes them."""
-    return [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors.values()]
+    return [local(tensor) for tensor in tensors.values()]

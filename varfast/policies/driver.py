@@ -16,11 +16,10 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from varfast import kernels
-from varfast.distributed import World, replicate, shard
+from varfast.distributed import World, local, replicate, shard
 from varfast.perf.graphs import GraphPool
 from varfast.perf.stages import stage
 from varfast.policies import lora
@@ -410,8 +409,7 @@ class Driver(ABC):
 
         Raises: NotFinitePolicy if not. Of sharded weights each process looks at its own.
         """
-        named = self.trainable.named_parameters()
-        check_weights({name: (p.to_local() if isinstance(p, DTensor) else p).detach() for name, p in named})
+        check_weights({name: local(parameter) for name, parameter in self.trainable.named_parameters()})
         self.sampled.low_precision_copies()
         how, key = Sampling(temperature), torch.tensor([seed, 0, 0], device=self.device)
         # Not by the sampler, which captures what it meets twice in a row: a rollout comes before and after.

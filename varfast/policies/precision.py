@@ -15,11 +15,10 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from varfast import kernels
-from varfast.distributed import whole
+from varfast.distributed import is_sharded, whole
 from varfast.kernels.linear import LowPrecisionLinear, weight_gradient
 
 _Copied = Literal["weight", "bias"]
@@ -301,7 +300,7 @@ class MixedPrecision(nn.Module):
     def refresh(self, original: nn.Module) -> None:
         """Copy the weights of the original into this frozen copy, in place; of all processes, if they are sharded."""
         pairs = list(zip(self.parameters(), original.parameters(), strict=True))
-        if any(isinstance(theirs, DTensor) for _, theirs in pairs):
+        if any(is_sharded(theirs) for _, theirs in pairs):
             for own, theirs in pairs:  # one at a time, and in 16 bits: little memory, half the traffic
                 own.copy_(whole(theirs.to(own.dtype)))
         else:

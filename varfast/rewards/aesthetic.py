@@ -40,6 +40,10 @@ class AestheticReward(ClipModel):
         "openai", description="weights of ViT-L-14: open_clip's tag, or a path or hf:// address of the same weights"
     )
 
+    @property
+    def clip_model(self) -> str:
+        return CLIP_MODEL.removesuffix("-quickgelu")
+
     def build(self, building: Building) -> Score:
         from varfast.rewards.backbone import backbone_spec
 

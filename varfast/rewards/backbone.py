@@ -28,7 +28,7 @@ _TEXT_TOWER = ("text", "text_decoder", "transformer", "token_embedding")
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """What makes two CLIP models the same one.
+    """Identifies a CLIP model: rewards with equal specs share one model.
 
     Attributes:
         model: a name of open_clip.list_models(), without -quickgelu.
@@ -182,14 +182,14 @@ def import_open_clip() -> Any:
 
 
 def _beside(spec: BackboneSpec) -> dict[str, str]:
-    """What a model reads of the hub beside its weights: repository by what it is."""
+    """What else a model reads from the hub besides its weights, with the repository of each."""
     text = (import_open_clip().get_model_config(spec.model) or {}).get("text_cfg", {})
     parts = {"tokenizer": text.get("hf_tokenizer_name"), "description of the text tower": text.get("hf_model_name")}
     return {what: repository for what, repository in parts.items() if repository}
 
 
 def _text_config(spec: BackboneSpec) -> None:
-    """Read the description of a text tower of transformers, which open_clip reads again where it makes the model."""
+    """Read the config of a text tower from transformers; open_clip reads it again when it builds the model."""
     if repository := _beside(spec).get("description of the text tower"):
         from transformers import AutoConfig
 
@@ -197,7 +197,7 @@ def _text_config(spec: BackboneSpec) -> None:
 
 
 def _from_the_hub(read: Callable[[], Any], spec: BackboneSpec, key: str) -> Any:
-    """Raises: InputError that says what the model needs in the hub's cache beside its weights, if `read` fails."""
+    """Call `read`. Raises: InputError that lists what the model needs from the hub besides its weights, if it fails."""
     beside = _beside(spec)
     try:
         return read()

@@ -28,6 +28,11 @@ class ClipModel(Section):
         64, ge=1, le=1_000_000, description="images at a time; the smallest counts where rewards share a model"
     )
 
+    @property
+    def clip_model(self) -> str:
+        """Name of the model in open_clip, without -quickgelu; what it costs is in cost.py."""
+        raise NotImplementedError
+
 
 class Text(Section):
     """What images are compared with: one text, or one a label."""
@@ -76,6 +81,10 @@ class ClipReward(TextReward):
         description="a tag of open_clip.list_pretrained(), a path or hf://owner/repo/file; for a file whose model was "
         "trained with QuickGELU (OpenAI, DFN, MetaCLIP) the model's name ends with -quickgelu",
     )
+
+    @property
+    def clip_model(self) -> str:
+        return self.model.removesuffix("-quickgelu")
 
     def build(self, building: Building) -> Score:
         from varfast.rewards.backbone import backbone_spec

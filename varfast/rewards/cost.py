@@ -6,9 +6,7 @@ from collections.abc import Mapping
 
 from varfast.perf.cost import ITEM_BYTES, Count, Network
 from varfast.rewards import RewardConfig
-from varfast.rewards.aesthetic import AestheticReward
-from varfast.rewards.clip import ClipReward
-from varfast.rewards.hpsv2 import HPSv2Reward
+from varfast.rewards.clip import ClipModel
 
 # Image towers of CLIP models: width, layers, patch side, width of the embedding. The image is 224 x 224.
 _TOWERS = {
@@ -24,14 +22,7 @@ def reward_networks(rewards: Mapping[str, RewardConfig]) -> set[Network]:
 
     Not counted: CLIP models other than the four above, classifiers and a user's own.
     """
-    named = set()
-    for reward in rewards.values():
-        if isinstance(reward, AestheticReward):
-            named.add(("ViT-L-14", reward.dtype))
-        elif isinstance(reward, HPSv2Reward):
-            named.add(("ViT-H-14", reward.dtype))
-        elif isinstance(reward, ClipReward):
-            named.add((reward.model.removesuffix("-quickgelu"), reward.dtype))
+    named = {(reward.clip_model, reward.dtype) for reward in rewards.values() if isinstance(reward, ClipModel)}
     return {_tower(name, dtype) for name, dtype in named if name in _TOWERS}
 
 

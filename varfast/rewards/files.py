@@ -1,4 +1,4 @@
-"""Weights of the rewards: a path, the hub, or a web address; checked by hash where one is known."""
+"""Files that rewards read, from a path, the hub or a web address; checked against a SHA-256 where one is known."""
 
 from __future__ import annotations
 

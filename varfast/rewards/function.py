@@ -1,4 +1,4 @@
-"""A reward of the user's own: found, imported, asked with what its parameters name, and kept from the trainer.
+"""A reward of the user's own: finds and imports it, passes what its parameters name, and protects the trainer from it.
 
 Axes: B image.
 """
@@ -111,7 +111,7 @@ class UserReward:
         self._reward: Callable[..., Any] = functools.partial(reward, **config.args) if takes_args else reward
 
     def __call__(self, scored: Scored) -> Any:
-        """What the reward returns; images and labels are copied before it sees them.
+        """What the reward returns for copies of the images and labels.
 
         Raises: InputError if it ends the process by SystemExit.
         """
@@ -126,7 +126,7 @@ class UserReward:
 
     @contextmanager
     def _named(self, when: str) -> Iterator[None]:
-        """What comes out of the reward's own code names it; nothing in it ends the process in silence."""
+        """Errors of the reward's own code get a note that names it; an exit of its code becomes an error."""
         where = f"reward {self._name} ({printable(self._source)}){when and ', '}{when}"
         try:
             yield
@@ -210,7 +210,7 @@ def _search(folder: Path) -> None:
 
 
 def _made(where: str, target: Any, args: dict[str, Any]) -> Callable[..., Any]:
-    """An instance of a class; anything else as it is. `args` must fit it."""
+    """An instance, if the target is a class; otherwise the target itself. Raises: InputError if `args` do not fit."""
     if isinstance(target, type) and not any("__call__" in kind.__dict__ for kind in target.__mro__):
         raise InputError(
             f"{where}: instances of {target.__name__} cannot be called; give it __call__(self, images, labels)"
@@ -233,7 +233,7 @@ def _made(where: str, target: Any, args: dict[str, Any]) -> Callable[..., Any]:
 
 
 def _arguments(name: str, reward: Callable[..., Any], given: set[str]) -> tuple[list[str], list[str]]:
-    """What of images, labels, batch ... the parameters get, by position and by name.
+    """Which of images, labels, batch ... the reward's parameters take, by position and by name.
 
     The first parameter gets the images, whatever its name; further ones what their names say; a second one of any other
     name the labels. One with a default keeps it, but None.

@@ -28,6 +28,10 @@ class HPSv2Reward(TextReward):
         "hf://xswu/HPSv2/HPS_v2.1_compressed.pt", description="the tuned weights: a path or hf://owner/repo/file"
     )
 
+    @property
+    def clip_model(self) -> str:
+        return CLIP_MODEL
+
     def build(self, building: Building) -> Score:
         return self.similarity(building, hpsv2_spec(self.pretrained, self.dtype))
 

@@ -1,4 +1,4 @@
-"""What a reward returned, as (B,) float32; or the one line that says what it is in place of that.
+"""Turns what a reward returned into (B,) float32, or raises one line that says what it returned instead.
 
 Axes: B image.
 """
@@ -45,7 +45,7 @@ def scores(name: str, value: Any, images: int, device: torch.device) -> Tensor:
 
 
 def must_be_finite(name: str, scores_B: Tensor, given: Tensor | None = None) -> None:
-    """Raises: NotFiniteReward if a number is not; `given` are the numbers before they were turned into float32."""
+    """Raises: NotFiniteReward if a score is not finite; `given`: the scores before they were converted to float32."""
     bad = (~scores_B.isfinite()).nonzero().flatten().tolist()
     if bad:
         first = float(scores_B[bad[0]]) if given is None else float(given.reshape(-1)[bad[0]])
@@ -57,7 +57,7 @@ def must_be_finite(name: str, scores_B: Tensor, given: Tensor | None = None) -> 
 
 
 def _tensor(value: Any, images: int) -> Tensor | None:
-    """Of plain numbers; None for what is none. What is not as long as wanted is not looked into."""
+    """A tensor of what was returned; None if it holds no numbers. Lists and arrays of a wrong length are not read."""
     if isinstance(value, Tensor):
         plain = value.layout == torch.strided and not (
             value.is_meta or value.is_nested or value.is_quantized or value.is_complex()
@@ -101,7 +101,7 @@ def _from_array(array: np.ndarray[Any, Any], images: int) -> Tensor | None:
 
 
 def _described(value: Any) -> str:
-    """What it is, without looking into what may be endless."""
+    """The type of a returned value in words, without reading more than a few elements of it."""
     kind = type(value)
     what = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
     if value is None:

@@ -1,7 +1,7 @@
-"""What a user's reward may not leave changed: the process it runs in is the trainer's.
+"""Restores the settings of the process that a user's reward changes, since it runs in the trainer's process.
 
-A reward is code of whoever trains, and trusted (docs/security.md): this is against accidents, as a module that switches
-gradients off when it is imported, not against an attack.
+A reward is code of the person who trains, and trusted (docs/security.md). This protects from accidents, such as a
+module that switches gradients off when it is imported, not from an attack.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ import torch
 
 from varfast.printable import printable
 
-# Those that end a run after a checkpoint, where a trainer catches them. Not SIGALRM: an alarm that is still to come
-# must meet the handler of whoever set it.
+# The signals that end a run after a checkpoint. Not SIGALRM: who set an alarm still needs its handler when it rings.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# How torchrun says who this process is. The rest of the environment is left to the reward, as libraries read it late.
+# How torchrun tells a process its rank. Other variables stay as the reward set them, as libraries read them late.
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -80,7 +79,7 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
 )
 
 
-# Whose names a reward may have bound to something of its own, which the trainer would then call.
+# Modules and classes whose functions a reward may have replaced; the trainer would then call the replacement.
 _LIBRARY: tuple[Any, ...] = (torch, torch.nn.functional, torch.autograd, torch.Tensor, torch.nn.Module)
 
 
@@ -101,13 +100,13 @@ def _read(read: Callable[[], Any]) -> Any:
 
 @contextmanager
 def shielded(name: str, device: torch.device, key: Sequence[int]) -> Iterator[None]:
-    """Run the body without gradients and with random numbers of its own; put back what it changed of the process.
+    """Run the body without gradients and with its own random numbers; then restore what it changed of the process.
 
     That is: grad mode, inference mode, autocast, default dtype and device, precision and determinism of PyTorch, its
     threads, NumPy's error state, random generators of Python, NumPy and PyTorch, the GPU and its stream, handlers of
     the signals that end a run, filters that turn warnings into errors, standard output, the working directory, and
-    torchrun's variables. Names of PyTorch that it bound to something else are put back with a warning. A process that
-    the body forked does not leave it.
+    torchrun's variables. Functions of PyTorch that it replaced are restored, with a warning. A process that the body
+    forked ends here instead of going on as a second trainer.
 
     Args:
         name: of the reward, for messages.
@@ -145,7 +144,7 @@ def shielded(name: str, device: torch.device, key: Sequence[int]) -> Iterator[No
 
 
 def _names_put_back(library: list[dict[str, Any]]) -> list[str]:
-    """What was bound to something else, by name, and is as before now."""
+    """Restore names that were bound to something else; returns them."""
     replaced = []
     for owner, before in zip(_LIBRARY, library, strict=True):
         now = vars(owner)

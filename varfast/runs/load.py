@@ -45,10 +45,10 @@ def load_policy(
         device: "cpu", "cuda", "cuda:1".
         dtype: of activations, "float32" or "bfloat16".
         var_config, vqvae_config: sizes the files must have.
-        fast: False samples eagerly and decodes with the reference decoder: what the fast path is compared with. Default:
-            as the run did, or True.
-        strict: the same bits in sampling and in teacher forcing, whatever the batch: see varfast.Policy. Default: as the
-            run did, or False.
+        fast: False samples eagerly and decodes with the reference decoder: what the fast path is compared with.
+            Default: as the run did, or True.
+        strict: the same bits in sampling and in teacher forcing, whatever the batch: see varfast.Policy. Default: as
+            the run did, or False.
         argument: what `var` is called where the user gave it, for errors.
     Raises: InputError if a file or folder cannot be read or does not fit, or for a device that is not there.
     """

@@ -100,7 +100,7 @@ def set_up(config: Config) -> Iterator[Setup]:
         folder = RunFolder(config.run.dir)
         with folder.held() as lock:
             found = folder.prepare(config)
-            names = run_names(config, folder.path, made=folder.base.exists())
+            names = run_names(config.policy, config.pretrain, folder.path, made=folder.base.exists())
             labels = label_pool(config.rollout, config.policy.sizes.num_classes, config.run.seed, names)
             here = environment() | {"processes": world.size}
             yield Setup(

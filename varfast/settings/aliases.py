@@ -1,9 +1,9 @@
-"""The names that TRL, diffusers, flow_grpo, accelerate and their kin give to our keys."""
+"""The names that TRL, diffusers, flow_grpo, accelerate and similar packages use for our keys."""
 
 from __future__ import annotations
 
-# Their names, and what they mean here: our key, and what is to be known of it. Of several keys those count that the
-# command has; an empty one says that there is none.
+# Their names, and for each our key with a remark. Of several keys, those that the command has are suggested. An empty
+# key means that we have none; the remark says why.
 _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("learning_rate base_lr max_lr peak_lr", (("update.lr", ""),)),
     (

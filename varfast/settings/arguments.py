@@ -1,4 +1,4 @@
-"""What stands on a command line: paths, overrides a.b=c, flags."""
+"""Sorts a command line into paths, overrides a.b=c, and flags."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Arguments:
     """A command line, sorted.
 
     Attributes:
-        paths: what is no key=value.
-        overrides: "a.b=c".
-        flags: of those that the command has.
-        options: values of those of the command's options that take one, as ("--sweep", "a.b=c,d").
+        paths: the arguments that are not key=value.
+        overrides: "a.b=c" each.
+        flags: those of the command's flags that were given.
+        options: options that take a value, with it, as ("--sweep", "a.b=c,d").
     """
 
     paths: list[str] = field(default_factory=list)
@@ -39,7 +39,7 @@ def sort(
 ) -> Arguments:
     """Sort a command line. `--a.b=c` and `--a.b c` are a.b=c; a switch alone, as --overwrite, is overwrite=true.
 
-    Raises: InputError for an option that there is none of, and for what looks like a key=value and is none.
+    Raises: InputError for an unknown option, and for an argument that looks like key=value but is not valid as one.
     """
     found, words = Arguments(), list(arguments)
     while words:
@@ -67,7 +67,7 @@ def sort(
 
 
 def is_path(word: str, model: type[BaseModel]) -> bool:
-    """Whether an argument is a path and not a key=value: sweeps make folders that are called key=value."""
+    """Whether an argument is a path rather than key=value. Both can hold "=": sweeps name their folders key=value."""
     key, equals, _ = word.partition("=")
     if not equals or not KEY.fullmatch(key):
         return bool(word.strip("=")) and bool(key)
@@ -77,12 +77,12 @@ def is_path(word: str, model: type[BaseModel]) -> bool:
 
 
 def _exists(word: str) -> bool:
-    """Not of pathlib, which raises for names that are too long and for users that there are not."""
+    """As Path.exists, which however raises for names that are too long and for unknown users."""
     return os.path.exists(os.path.expanduser(word))
 
 
 def _refuse_half(word: str, words: list[str], model: type[BaseModel]) -> None:
-    """A key without "=", or with spaces round it."""
+    """Refuse a key without "=", or with spaces around the "=", which is taken for a path otherwise."""
     key = word.partition(":")[0]
     if KEY.fullmatch(key) and schema.exists(model, key) and not _exists(word):
         value = word.partition(":")[2] or "".join(w for w in words[:2] if w != "=")[:40] or "value"
@@ -119,7 +119,7 @@ def _refuse_option(word: str, options: list[str]) -> None:
 
 
 def split_values(text: str) -> list[str]:
-    """What stands between the commas of a sweep; those inside of brackets and quotes belong to a value."""
+    """Split the values of a sweep at commas, except at those inside of brackets or quotes."""
     found, depth, quote = [""], 0, ""
     for letter in text:
         if quote:
@@ -136,7 +136,7 @@ def split_values(text: str) -> list[str]:
 
 
 def file_names(texts: Sequence[str]) -> list[str]:
-    """Names of folders that show these texts: no "/", not hidden, not too long, each another one."""
+    """A folder name for each of these texts: without "/", not hidden, at most 200 bytes long, all different."""
     names: list[str] = []
     for text in texts:
         name = re.sub(r"[/\0\n\\]+", "_", text).lstrip(".~ ") or "_"

@@ -1,7 +1,7 @@
-"""What a path in a config or on a command line may be.
+"""Which paths and addresses a config or a command line may hold.
 
-One rule for all of them: `~` and `~user` are expanded where the path is used, $NAME is refused. (A config stays in the
-run folder and is handed on with it: a variable would mean something else, or tell something, elsewhere.)
+`~` and `~user` are expanded where a path is used; $NAME is refused. A config is kept in the run folder and shared with
+it, so a variable would have another value, or disclose one, on somebody else's machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\}?)")
 
 
 def expanded(text: str) -> Path:
-    """A path with `~` expanded. Raises: InputError for a user that there is not, and for what can be no path."""
+    """A path with `~` expanded. Raises: InputError for an unknown user, and for text that cannot be a path."""
     try:
         check_source(text)
     except ValueError as error:
@@ -54,7 +54,7 @@ def check_local(text: str) -> str:
 
 
 def address_parts(url: str) -> SplitResult:
-    """The parts of a URL that can be asked. Raises: ValueError, with the reason."""
+    """The parts of an http:// or https:// URL. Raises: ValueError, with the reason, if it cannot be requested."""
     url.encode("ascii")
     if unprintable := next((c for c in url if not c.isprintable() or c == " "), None):
         raise ValueError(f"it holds {unprintable!r}")

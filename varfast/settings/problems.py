@@ -1,4 +1,4 @@
-"""What is wrong with a config, in one line a key: what came, what is wanted, what to write instead."""
+"""The text of errors, one line a key: what came, what is wanted, what to write instead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxlev
 
 
 def explain(model: type[BaseModel], error: ValidationError) -> list[str]:
-    """A line for each key that cannot be used; the members of a union that were tried make one of them."""
+    """One line for each key whose value cannot be used, even where several members of a union were tried."""
     problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors(include_url=False)]
     inside = [problem["loc"][:-1] for problem in problems]
     lines = [_explain(model, p) for p in problems if not (p["type"] == "too_short" and p["loc"] in inside)]
@@ -51,7 +51,7 @@ def _any_of(values: list[schema.Value]) -> str:
 
 
 def _hint(values: list[schema.Value], given: Any) -> str:
-    """What a value of the wrong kind was meant to be."""
+    """For a value of the wrong type: what the user probably meant."""
     kinds = {member.annotation for value in values for member in value.members()}
     if isinstance(given, str):
         if bool in kinds and given.lower() in ("yes", "no", "on", "off", "true", "false"):
@@ -66,7 +66,7 @@ def _hint(values: list[schema.Value], given: Any) -> str:
 
 
 def _explain_type(values: list[schema.Value], key: str, given: Any) -> str:
-    """A reward's `type` that there is none of, or that was left out."""
+    """The error for a section whose `type` is unknown or missing."""
     known = [tag for value in values for section in value.sections() for tag in schema.types_of(section)]
     wanted = f"want {schema.listed(known)}"
     if "function" in known:
@@ -85,7 +85,11 @@ def _near(known: list[str], given: Any) -> str:
 
 
 def unknown_key(model: type[BaseModel], path: list[str]) -> str:
-    """What to say of a key that the schema has not: another trainer's name, another section's, the nearest, or all."""
+    """What to say about an unknown key.
+
+    The first that applies: our name for another trainer's key, the same key in another section, the nearest key, or
+    the list of all keys of the section.
+    """
     *parents, last = path
     meanings = [(key, note) for key, note in ALIASES.get(last.lower().replace("-", "_"), ()) if key]
     meanings = [(key, note) for key, note in meanings if schema.exists(model, key)]
@@ -117,7 +121,7 @@ def unknown_key(model: type[BaseModel], path: list[str]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as YAML writes it, on one short line, without what a terminal would obey."""
+    """A value as YAML writes it, on one short line, with control characters escaped."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     try:
@@ -127,6 +131,6 @@ def show(value: Any) -> str:
 
 
 def name(key: str) -> str:
-    """A key as it is, or quoted where a terminal would obey it."""
+    """A key; quoted and escaped if it holds control characters, cut off if it is long."""
     text = key if key.isprintable() and key else repr(key)
     return text if len(text) <= 60 else f"{text[:60]}..."

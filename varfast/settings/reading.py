@@ -1,4 +1,4 @@
-"""YAML files and values, as plain data of a bounded size; a config over its base; overrides a.b=c.
+"""Reads YAML files and values into plain data of a bounded size; merges a config over its base; applies overrides.
 
 Scalars mean what YAML 1.2's core schema says: `yes`, `no`, `on` and `off` are text, `1e-4` is a number, `1:30` and
 `2026-01-01` are text. (PyYAML reads YAML 1.1, where these are true, false, text, 90 and a date.)
@@ -50,7 +50,7 @@ def scalar(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Null, booleans, numbers, text, lists and mappings, nothing else; no key twice, no depth beyond Python's."""
+    """Accepts null, booleans, numbers, text, lists and mappings only; no duplicate keys, at most DEEPEST levels."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -65,7 +65,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put the keys that `<<` names into a mapping, each once: PyYAML's own repeats them, 10^9 of them if asked."""
+        """Merge the mappings under `<<`. PyYAML's own merge repeats keys: a small file can make 10^9."""
         for key, _ in node.value:
             if key.tag == f"{_TAG}merge":
                 break
@@ -132,12 +132,12 @@ _Loader.add_constructor("!scalar", _construct_scalar)
 _Loader.add_constructor(f"{_TAG}merge", _construct_scalar)  # as a value it is text
 _Loader.add_constructor(None, _refuse_tag)
 _Loader.add_implicit_resolver(f"{_TAG}merge", re.compile(r"<<$"), ["<"])
-# Every other plain scalar: which of the five it is, is asked in one place.
+# All other unquoted scalars: `scalar` decides what they are.
 _Loader.add_implicit_resolver("!scalar", re.compile(r".*", re.DOTALL), None)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.1, which PyYAML writes, or 1.2, which we read, would take for something else."""
+    """Quotes text that YAML 1.1 (as PyYAML writes) or 1.2 (as we read) would read as a number, date or boolean."""
 
 
 for _kind, _pattern in (("int", _INT), ("float", _FLOAT)):
@@ -145,11 +145,11 @@ for _kind, _pattern in (("int", _INT), ("float", _FLOAT)):
 
 
 def dump_yaml(data: Any) -> str:
-    """Plain data as YAML that `read_yaml`, and a reader of YAML 1.1, give back as it was."""
+    """Plain data as YAML that `read_yaml`, and any reader of YAML 1.1, read back unchanged."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
 
-# PyYAML lets what int() and its own tables raise through.
+# PyYAML passes on what int() and its own tables raise.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 
@@ -163,7 +163,7 @@ def read_yaml(text: str, what: str) -> Any:
 
 
 def _cause(error: Exception) -> str:
-    """In one line, with the place."""
+    """The reason in one line, with line and column."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return str(error)
     mark = error.problem_mark or error.context_mark
@@ -172,7 +172,7 @@ def _cause(error: Exception) -> str:
 
 
 def plain(data: Any, what: str) -> Any:
-    """A copy without shared parts, so that an override changes one place.
+    """A copy in which no two places share an object, so that an override changes one place only.
 
     Raises: InputError if `data` holds more than 100 000 values, is nested more than 32 deep (as what contains itself
         is), or holds text that no file can hold.
@@ -198,7 +198,7 @@ def plain(data: Any, what: str) -> Any:
 
 
 def check_text(text: str, what: str) -> None:
-    """Raises: InputError for a NUL, and for what is not Unicode (half of a surrogate pair, bytes that are no UTF-8)."""
+    """Raises: InputError for a NUL, and for text that is not Unicode, as Python makes of bytes that are not UTF-8."""
     bad = re.search("[\0\ud800-\udfff]", text)
     if bad:
         name = "a NUL character" if bad[0] == "\0" else "bytes that are not UTF-8"
@@ -233,7 +233,7 @@ def read_text_file(path: Path, what: str) -> str:
 
 
 def read_config(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file over the one that its key `base` names, by a path from its folder, over that one's base, ..."""
+    """Read a YAML file, merged over the file that its key `base` names (relative to its folder), and so on."""
     named = f" (the base of {readers[-1]})" if readers else ""
     data = read_yaml(read_text_file(path, f"config {path}{named}"), f"config {path}")
     if not isinstance(data, dict):
@@ -250,7 +250,7 @@ def read_config(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Sections key by key; but rewards are replaced as a whole: a run has the rewards that its own file names."""
+    """Merge sections key by key; `reward` is replaced as a whole, so a run has the rewards of its own file only."""
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)

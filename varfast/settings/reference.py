@@ -1,4 +1,4 @@
-"""Every key of a schema with what it wants, its default and its meaning: `--help`, and docs/config.md."""
+"""Lists every key of a schema with its type, default and meaning, for `--help` and docs/config.md."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Section:
 
 
 def _sections(model: type[BaseModel], prefix: str = "", about: str = "") -> Iterator[_Section]:
-    """A section's own keys, then those of the sections in it. Of names that the user chooses, one a `type`."""
+    """A section's own keys, then those of the sections inside it; below names that the user chooses, one per `type`."""
     own = _Section(prefix.removesuffix("."), about or _first_paragraph(model))
     deeper: list[_Section] = []
     for key, info in model.model_fields.items():
@@ -59,7 +59,7 @@ def _first_paragraph(model: type[BaseModel]) -> str:
 
 
 def _default(info: Any) -> str:
-    """What stands where the key is left out; nothing where the meaning says it."""
+    """The default in words; empty where the meaning says it already."""
     if info.is_required():
         return "required"
     default = info.get_default(call_default_factory=True)
@@ -89,7 +89,7 @@ def terminal(model: type[BaseModel], only: Sequence[str] = (), width: int = 100)
 
 
 def markdown(model: type[BaseModel]) -> str:
-    """A table a section."""
+    """One table for each section."""
     lines: list[str] = []
     for section in _sections(model):
         if section.rows:

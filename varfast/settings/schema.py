@@ -1,4 +1,4 @@
-"""What a schema's keys are, and in words what each one wants."""
+"""Which keys a section has, and in words which values each of them takes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pydantic.fields import FieldInfo
 
 @dataclass(frozen=True)
 class Wanted:
-    """In a field's Annotated: what it wants, where its type does not say it.
+    """A mark in a field's Annotated: in words what the field takes, for types that do not say it themselves.
 
     Attributes:
-        elsewhere: the keys below it are listed with another section.
+        elsewhere: --help and docs/config.md list the keys below this one with another section.
     """
 
     text: str
@@ -25,7 +25,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Value:
-    """The type of a value: an annotation, and the bounds beside it."""
+    """The type of a value: an annotation, and the bounds that Field(ge=...) and the like put on it."""
 
     annotation: Any
     metadata: tuple[Any, ...] = ()
@@ -51,7 +51,7 @@ class Value:
         return type(None) in get_args(self.annotation)
 
     def members(self) -> list[Value]:
-        """The types of a union, without None; of another one itself."""
+        """The types of a union, without None; for any other type, itself."""
         if get_origin(self.annotation) in (Union, types.UnionType):
             found = [a for a in get_args(self.annotation) if a is not type(None)]
             return [member for a in found for member in Value.of_annotation(a, self.metadata).members()]
@@ -62,7 +62,7 @@ class Value:
         return [m.annotation for m in self.members() if _is_section(m.annotation)]
 
     def below(self, part: str | int) -> list[Value]:
-        """The types of what stands under a key or an index; none if there is no such thing."""
+        """The types of the value under a key or an index; an empty list if there is no such key."""
         found = []
         for member in self.members():
             origin, inside = get_origin(member.annotation), get_args(member.annotation)
@@ -76,7 +76,7 @@ class Value:
         return found
 
     def tagged(self, tag: str) -> list[Value]:
-        """The member of a union whose `type` is this tag."""
+        """The members of a union of sections whose key `type` takes this tag."""
         return [Value(s) for s in self.sections() if "type" in s.model_fields and tag in types_of(s)]
 
 
@@ -85,15 +85,15 @@ def _is_section(annotation: Any) -> bool:
 
 
 def types_of(section: type[BaseModel]) -> tuple[str, ...]:
-    """What `type` may be in a member of a union."""
+    """The values that a section's key `type` takes."""
     return get_args(section.model_fields["type"].annotation)
 
 
 def find(model: type[BaseModel], location: Sequence[str | int]) -> tuple[list[Value], list[str]]:
-    """The types that stand at a location of pydantic's, and the location as a user wrote it.
+    """The types at a location in a pydantic error, and that location as the user wrote it.
 
-    pydantic puts the chosen members of unions into it, as in ("reward", "bright", "brightness", "mode").
-    A part that the schema does not know is left out: it is such a member.
+    pydantic adds the chosen member of a union, as "brightness" in ("reward", "bright", "brightness", "mode"). Such
+    parts, which are not keys of the schema, are left out.
     """
     at, shown = [Value(model)], []
     for part in location:
@@ -108,7 +108,7 @@ def find(model: type[BaseModel], location: Sequence[str | int]) -> tuple[list[Va
 
 
 def exists(model: type[BaseModel], key: str) -> bool:
-    """Whether `a.b.c` is a key of the schema; below a name that the user chose, of any member."""
+    """Whether `a.b.c` is a key of the schema; below a name that the user chooses, a key of any member of the union."""
     at = [Value(model)]
     for part in key.split("."):
         at = [value for a in at for value in a.below(part)]
@@ -116,7 +116,7 @@ def exists(model: type[BaseModel], key: str) -> bool:
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Value]]:
-    """Every key by its dotted name, sections too; what stands below names of the user's choice is left out."""
+    """Every key by its dotted name, sections included, but not the keys below names that the user chooses."""
     for name, field in model.model_fields.items():
         value = Value.of(field)
         yield f"{prefix}{name}", value
@@ -125,7 +125,7 @@ def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Valu
 
 
 def wanted(value: Value) -> str:
-    """In words, as "a number above 0, or null"."""
+    """In words which values are taken, as "a number above 0, or null"."""
     texts = dict.fromkeys(_told(value) or _told(member) or _wanted(member) for member in value.members())
     return ", or ".join([*texts, *(["null"] if value.optional else [])])
 
@@ -135,7 +135,7 @@ def _told(value: Value) -> str:
 
 
 def choices(value: Value) -> list[str]:
-    """The words that a value may be."""
+    """The words that are taken, for a type that lists them."""
     return [str(c) for m in value.members() if get_origin(m.annotation) is Literal for c in get_args(m.annotation)]
 
 
