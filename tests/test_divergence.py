@@ -10,9 +10,9 @@ from varfast.distributed import ALONE, World
 from varfast.learner import Updater
 from varfast.policies.checks import check_finite
 from varfast.randomness import Key
-from varfast.report.run import load_run
 from varfast.runs.divergence import diagnosis, refuse_diverged
 from varfast.runs.folder import RunFolder
+from varfast.runs.load import load_run
 from varfast.train import _score, train
 from varfast.types import NotFinitePolicy, NotFiniteReward, Sampling
 

@@ -25,12 +25,11 @@ from varfast.perf.plan import _plan
 from varfast.perf.profile import memory_metrics
 from varfast.perf.work import Work
 from varfast.policies.var.cost import cost_of
-from varfast.report.run import load_run
 from varfast.runs.base import Base
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.environment import environment
 from varfast.runs.folder import RunFolder
-from varfast.runs.load import random_policy
+from varfast.runs.load import load_run, random_policy
 from varfast.runs.manifest import dump_config
 from varfast.train import main, train
 

@@ -9,7 +9,7 @@ import torch
 from varfast.config import Config
 from varfast.data.labels import LABELS_FILE, labels_json, read_labels
 from varfast.files import save_text
-from varfast.pretrain import pretrained
+from varfast.pretraining.cache import pretrained
 from varfast.printable import printable
 from varfast.runs.base import PARTS, Base, Source
 from varfast.runs.folder import RunFolder
