@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from varfast import kernels
-from varfast.config import PRESETS, LoRAConfig, VARConfig, VQVAEConfig
 from varfast.kernels.selection import _OPS, INTERPRETED
 from varfast.models import VAR, VQVAE, KVCache
+from varfast.policies.lora import add_lora
+from varfast.policies.var.config import PRESETS, LoRAConfig, VARConfig, VQVAEConfig
 from varfast.policies.var.cost import (
     VARCost,
     decode_count,
@@ -24,7 +25,6 @@ from varfast.policies.var.cost import (
     num_parameters,
     num_vqvae_parameters,
 )
-from varfast.policies.var.lora import add_lora
 from varfast.policies.var.sampler import SamplingSettings, sample
 
 

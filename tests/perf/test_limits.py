@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from varfast.config import PRESETS, LoRAConfig, VQVAEConfig
 from varfast.models import VQVAE
 from varfast.perf.cost import Count
 from varfast.perf.devices import Ceilings
 from varfast.perf.limits import STAGES, speed_of_light_s, stage_counts
 from varfast.perf.plan import plan_memory
+from varfast.policies.var.config import PRESETS, LoRAConfig, VQVAEConfig
 from varfast.policies.var.cost import forward_flop, num_adapter_parameters
 
 H200 = Ceilings(790e12, 4.3e12, 139 * 2**30)

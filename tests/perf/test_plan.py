@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from varfast.config import UpdateConfig
+from varfast.optim.config import UpdateConfig
 from varfast.perf.devices import DEVICES
-from varfast.perf.memory import DECODE_GRAPH_IMAGES, RolloutPlan, UpdatePlan, held_states, memory
+from varfast.perf.memory import RolloutPlan, UpdatePlan, held_states, memory
 from varfast.perf.plan import plan_memory, planned_update, rollout_micro_batch, update_plan
+from varfast.policies.config import DECODE_GRAPH_IMAGES
 
 
 def unlimited(work):

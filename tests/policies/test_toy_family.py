@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn.functional import embedding, gelu, mse_loss
 
 from varfast import InputError, kernels
-from varfast.config import LoRAConfig
 from varfast.policies.driver import Driver
 from varfast.policies.precision import Head, Linear, MixedPrecision
 from varfast.policies.protocol import Policy
 from varfast.policies.sampler import Sampled
+from varfast.policies.var.config import LoRAConfig
 from varfast.randomness import Key
 from varfast.runs import load
 from varfast.types import NotFinitePolicy, Prompts, Sampling
