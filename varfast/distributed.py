@@ -49,9 +49,9 @@ class World:
         """Whether this is process 0, which writes files."""
         return self.rank == 0
 
-    def share(self, count: int) -> slice:
+    def shard(self, count: int) -> slice:
         """This process's rows of `count`: consecutive, and as many as every other process has, or one more or less."""
-        return _share(self.rank, self.size, count)
+        return _shard(self.rank, self.size, count)
 
     def gather(self, rows_b: Tensor, count: int) -> Tensor:
         """All `count` rows, in every process, from the rows of each."""
@@ -62,7 +62,7 @@ class World:
         padded[: len(rows_b)] = rows_b
         everything = rows_b.new_empty(self.size * most, *rows_b.shape[1:])
         dist.all_gather_into_tensor(everything, padded)
-        shares = [_share(rank, self.size, count) for rank in range(self.size)]
+        shares = [_shard(rank, self.size, count) for rank in range(self.size)]
         parts = [part[: s.stop - s.start] for part, s in zip(everything.split(most), shares, strict=True)]
         return torch.cat(parts)
 
@@ -120,7 +120,7 @@ def decided_by_first(decide: Callable[[], _T]) -> _T:
     return box[0]
 
 
-def _share(rank: int, size: int, count: int) -> slice:
+def _shard(rank: int, size: int, count: int) -> slice:
     rows, more = divmod(count, size)
     start = rank * rows + min(rank, more)
     return slice(start, start + rows + (rank < more))
