@@ -43,13 +43,15 @@ from varfast.perf.memory import MemoryPlan
 from varfast.perf.plan import plan_memory
 from varfast.perf.stages import StageClock, stage
 from varfast.perf.work import Work
-from varfast.policies.protocol import Policy
+from varfast.policies.pixels import Pixels
 from varfast.policies.var.cost import cost_of
+from varfast.policies.var.policy import VARPolicy
 from varfast.policies.var.transformer import FFN
 from varfast.randomness import Key
 from varfast.rewards import WeightedSum
 from varfast.runs.load import random_policy
-from varfast.types import Sampling, ScoredRollout
+from varfast.state import State
+from varfast.types import Batch, Sampling
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CUDA, DEVICE = harness.CUDA, harness.DEVICE
@@ -128,22 +130,22 @@ def acting_as(who, num_tokens):
 
 
 @functools.lru_cache(maxsize=1)  # one model at a time on the device
-def models(name: str) -> dict[str, Policy]:
+def models(name: str) -> dict[str, VARPolicy]:
     """Ours and the peers, with the same weights."""
     ours = random_policy(step_work(name, 2)[0].config, DEVICE)
     dtype = str(ours.var.compute_dtype).removeprefix("torch.")
-    policies = {"ours": ours, "plain": Policy(ours.var, ours.vqvae, DEVICE, dtype, fast=False)}
+    policies = {"ours": ours, "plain": VARPolicy(ours.var, ours.vqvae, DEVICE, dtype, fast=False)}
     if CUDA:
-        policies["compiled"] = Policy(ours.var, ours.vqvae, DEVICE, dtype, fast=False)
+        policies["compiled"] = VARPolicy(ours.var, ours.vqvae, DEVICE, dtype, fast=False)
         in_dtype = copy.deepcopy(ours.vqvae).bfloat16().to(memory_format=torch.channels_last)
         for who in ("plain", "compiled"):
-            policies[who]._decodable = 64  # one shape to compile, that of bench_decode.py
-        policies["plain"]._decode_part = functools.partial(plain_decode, in_dtype.decode_f_hat)
-        policies["compiled"]._decode_part = functools.partial(
+            policies[who]._pixels = Pixels(64)  # one shape to compile, that of bench_decode.py
+        policies["plain"]._decode_latent = functools.partial(plain_decode, in_dtype.decode_f_hat)
+        policies["compiled"]._decode_latent = functools.partial(
             plain_decode, torch.compile(in_dtype.decode_f_hat, dynamic=False)
         )
     else:
-        policies["public"] = Policy(copy.deepcopy(ours.var), ours.vqvae, DEVICE, "float32", fast=False)
+        policies["public"] = VARPolicy(copy.deepcopy(ours.var), ours.vqvae, DEVICE, "float32", fast=False)
     return policies
 
 
@@ -306,7 +308,7 @@ def in_strict_mode(policy):
     """A policy on the same weights whose rollout and update have the same bits."""
     memo = {id(t): t for model in (policy.var, policy.vqvae) for t in (*model.parameters(), *model.buffers())}
     var, vqvae = copy.deepcopy(policy.var, memo), copy.deepcopy(policy.vqvae, memo)
-    return Policy(var, vqvae, DEVICE, str(policy.var.compute_dtype).removeprefix("torch."), strict=True)
+    return VARPolicy(var, vqvae, DEVICE, str(policy.var.compute_dtype).removeprefix("torch."), strict=True)
 
 
 @pytest.mark.parametrize(("name", "images"), STEPS)
@@ -423,7 +425,7 @@ def test_rollout(benchmark, record, name, images):
     for policy in policies.values():
         policy.cuda_graph = True
     if CUDA:  # ours but for the graph
-        eager = policies["eager"] = Policy(policies["ours"].var, policies["ours"].vqvae, DEVICE, config.run.dtype)
+        eager = policies["eager"] = VARPolicy(policies["ours"].var, policies["ours"].vqvae, DEVICE, config.run.dtype)
         eager.cuda_graph = False
 
     def sampling(who, policy):
