@@ -85,16 +85,19 @@ def plain_logp(logits, tokens, temperature, consume_logits=False, bias_V=None):
     return reference.selective_log_softmax(logits, tokens, temperature, bias_V)
 
 
-PLAIN = {
+def plain_linear_gelu(x, weight, bias, low=None):
+    return reference.linear_gelu(x, weight, low, bias)
+
+
+_OTHERWISE = {
     "sample_tokens": eager_sample_tokens,
     "selective_log_softmax": plain_logp,
-    **{
-        op: getattr(reference, op)
-        for op in OPS
-        if op not in ("sample_tokens", "selective_log_softmax", "group_norm_silu")
-    },
+    "linear_gelu": plain_linear_gelu,
+    "adamw_step": functools.partial(kernels.adamw_step, impl="library"),
 }
-_NOT_COMPILED = ("block_causal_attention", "cached_attention", "split_heads_to_cache")  # library calls, and a copy
+PLAIN = {op: _OTHERWISE.get(op) or getattr(reference, op) for op in OPS if op != "group_norm_silu"}
+# Library calls, and a copy.
+_NOT_COMPILED = ("block_causal_attention", "cached_attention", "split_heads_to_cache", "adamw_step")
 
 
 @functools.cache
