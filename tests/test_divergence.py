@@ -103,7 +103,8 @@ def test_all_processes_end_alike(make_policy, make_config, tmp_path):
     with pytest.raises(NotFinitePolicy, match="after step 2 .*the weights of another process"):
         refuse_diverged(policy, [0, 1], config, OfTwo(1), tmp_path, 2, {})
     rollout, images = policy.sample_images([0, 1], Sampling(), Key(0))
-    found = _measure(SimpleNamespace(measure=lambda *_: {}), images, rollout, Key(0), OfTwo(3), nullcontext())
+    fine = SimpleNamespace(measure=lambda *_: {})
+    found = _measure(fine, images, rollout, Key(0), OfTwo(3), nullcontext())
     assert isinstance(found, NotFinitePolicy)
     found = _measure(
         SimpleNamespace(measure=lambda *_: {}), images.fill_(math.nan), rollout, Key(0), OfTwo(1), nullcontext()

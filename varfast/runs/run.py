@@ -311,14 +311,14 @@ def _measure(
     world: World,
     advised: AbstractContextManager[None],
 ) -> dict[str, Tensor] | BaseException:
-    """What this process's images are scored by; an exception if this process, or another one, could not measure them."""
+    """What this process's images are scored by; an exception if this or another process could not measure them."""
     found: dict[str, Tensor] | BaseException
     try:
         check_finite(rollout, images)  # here, where the reward waits for the images anyway
         with stage("reward"), advised:
             found = rewards.measure(images, rollout.labels_B, key.step, key.first_sample)
-    except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once all
-        found = error  # processes know, and the state is saved
+    except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt too: `Run.skip` raises it
+        found = error
     rank = 3 if isinstance(found, NotFinitePolicy) else 1 if isinstance(found, NotFiniteReward) else 2
     worst = world.largest(rank if isinstance(found, BaseException) else 0)
     if worst == 3 and not isinstance(found, NotFinitePolicy):
