@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 from pydantic import Field
 
@@ -76,8 +76,31 @@ class Scored:
         return self._embeddings[backbone]
 
 
-# What `build` returns: from images to (B,) numbers, which are checked by whoever calls it (scores.py).
+# What `build` returns: from images to (B,) numbers, which are checked by whoever calls it (scores.py); or a StepReward.
 Score = Callable[[Scored], Any]
+
+
+@runtime_checkable
+class StepReward(Protocol):
+    """A reward of each image among all images of a step, such as a distance between distributions.
+
+    Each process measures its own images; what was measured is gathered, and every process scores the whole step.
+    """
+
+    def measure(self, scored: Scored) -> Tensor:
+        """(b, ...) of finite numbers about this process's images."""
+        ...
+
+    def score(self, measured: Tensor, labels_B: Tensor, learn: bool) -> Tensor:
+        """(B,) from what all processes measured.
+
+        learn: the step counts for the reward's state, if it has one. Equal on all processes, and so is the state then.
+        """
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, by name; a run that goes on loads it in place. {} without a state."""
+        ...
 
 
 def on_images(reward: Callable[[Tensor, Tensor], Any]) -> Score:

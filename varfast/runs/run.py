@@ -109,26 +109,31 @@ class Run:
         """Say which setting to change where the device's memory does not suffice for a part of the step."""
         return memory_advice(part, self.setup.work, self.setup.plan)
 
-    def score(self, images: Tensor, rollout: Rollout, key: Key) -> Rewards | BaseException:
-        """Rewards of this process's images, or what kept this process, or another one, from them."""
-        return _score(self.state.rewards, images, rollout, key, self.setup.world, self.advised("reward"))
+    def score(self, images: Tensor, rollout: Rollout, key: Key) -> tuple[Rollout, Rewards] | BaseException:
+        """What all processes have sampled in this step, with its rewards; or what kept a process from scoring.
 
-    def gather(self, rollout: Rollout, rewards: Rewards) -> tuple[Rollout, Rewards]:
-        """What all processes have sampled and scored in this step."""
-        world, images = self.setup.world, self.config.rollout.images
+        images, rollout: of this process.
+        """
+        world, count = self.setup.world, self.config.rollout.images
+        measured = _measure(self.state.rewards, images, rollout, key, world, self.advised("reward"))
+        if isinstance(measured, BaseException):
+            return measured
         # The transformer's input of 512 images of the public models is 44 MB: 0.2 ms between GPUs of one machine, 2 ms
         # at 25 GB/s. Computing it again takes each of two processes 3 ms, and may differ in the last bit.
         read = rollout.teacher_input
         of_all = replace(
             rollout,
-            prompts=Prompts(world.gather(rollout.prompts.ids_B, images)),
-            tokens_BL=world.gather(rollout.tokens_BL, images),
-            logp_BL=world.gather(rollout.logp_BL, images),
-            entropy_BL=world.gather(rollout.entropy_BL, images),
-            teacher_input=None if read is None else world.gather(read, images),
+            prompts=Prompts(world.gather(rollout.prompts.ids_B, count)),
+            tokens_BL=world.gather(rollout.tokens_BL, count),
+            logp_BL=world.gather(rollout.logp_BL, count),
+            entropy_BL=world.gather(rollout.entropy_BL, count),
+            teacher_input=None if read is None else world.gather(read, count),
         )
-        components = {name: world.gather(score_B, images) for name, score_B in rewards.components.items()}
-        return of_all, Rewards(world.gather(rewards.total_B, images), components)
+        gathered_rewards = {name: world.gather(part, count) for name, part in measured.items()}
+        try:
+            return of_all, self.state.rewards.score(gathered_rewards, of_all.labels_B, learn=True)
+        except NotFiniteReward as error:  # on all processes alike
+            return error
 
     def drift(self, rollout: Rollout) -> dict[str, float]:
         """The KL to the base where the loss has none and it is due: of the policy that sampled this step's images.
@@ -298,26 +303,27 @@ class Run:
         log.grid(self.state.step, policy.decode(rollout.tokens_BL), columns, titles)
 
 
-def _score(
+def _measure(
     rewards: WeightedSum,
     images: Tensor,
     rollout: Rollout,
     key: Key,
     world: World,
     advised: AbstractContextManager[None],
-) -> Rewards | BaseException:
-    found: Rewards | BaseException
+) -> dict[str, Tensor] | BaseException:
+    """What this process's images are scored by; an exception if this or another process could not measure them."""
+    found: dict[str, Tensor] | BaseException
     try:
         check_finite(rollout, images)  # here, where the reward waits for the images anyway
         with stage("reward"), advised:
-            found = rewards(images, rollout.labels_B, key.step, key.first_sample)
-    except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once all
-        found = error  # processes know, and the state is saved
+            found = rewards.measure(images, rollout.labels_B, key.step, key.first_sample)
+    except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt too: `Run.skip` raises it
+        found = error
     rank = 3 if isinstance(found, NotFinitePolicy) else 1 if isinstance(found, NotFiniteReward) else 2
-    worst = world.largest(0 if isinstance(found, Rewards) else rank)
+    worst = world.largest(rank if isinstance(found, BaseException) else 0)
     if worst == 3 and not isinstance(found, NotFinitePolicy):
         return NotFinitePolicy("the logits or images of another process, which says which, are not finite")
-    if not isinstance(found, Rewards) or worst == 0:
+    if isinstance(found, BaseException) or worst == 0:
         return found
     elsewhere = "the reward failed in another process, which says why"
     return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
