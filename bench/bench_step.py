@@ -266,7 +266,8 @@ def learner_of(policy, config, plan):
 def lend(learner, policy, plan, reference=None):
     """Let it train another policy that has the same weights; reference: another copy of the same base."""
     learner.state.policy = learner.state.adamw._policy = policy
-    learner.plan, learner._reference = plan, reference or learner._reference
+    learner.state.reference = reference or learner.state.reference
+    learner.plan = plan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
