@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from varfast import kernels
 from varfast.kernels import attention
-from varfast.kernels.selection import _OPS
+from varfast.kernels.selection import OPS
 from varfast.models import VARConfig
 
 CUDA, DEVICE = harness.CUDA, harness.DEVICE
@@ -40,7 +40,7 @@ def randn(*shape, dtype=torch.float32):
 def other_impls(op: str) -> list[str]:
     """Implementations that can run here, but for the one that auto picks and for the reference."""
     choice = kernels.selection.choose(op, DEVICE)
-    runs = [i.name for i in _OPS[op] if i.cannot(DEVICE) is None]
+    runs = [i.name for i in OPS[op] if i.cannot(DEVICE) is None]
     return [name for name in runs if name not in (choice.impl, "reference")]
 
 

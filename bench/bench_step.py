@@ -32,33 +32,21 @@ import torch._dynamo
 
 from varfast import kernels
 from varfast.advantages import group_advantages
-from varfast import Policy, kernels
-from varfast.config import Config, load_config
-from varfast.kernels import reference
-from varfast.kernels.selection import _OPS
-from varfast.learner import Updater
 from varfast.config import load_config
 from varfast.kernels import reference
-from varfast.kernels.selection import _OPS
+from varfast.kernels.selection import OPS
 from varfast.learner import Updater
-from varfast.advantages import group_advantages
 from varfast.perf.devices import Ceilings, available_bytes, measure_here, with_dtype
 from varfast.perf.limits import STAGES, speed_of_light_s, stage_counts
 from varfast.perf.memory import MemoryPlan
 from varfast.perf.plan import plan_memory
 from varfast.perf.stages import StageClock, stage
 from varfast.perf.work import Work
-from varfast.policies.var.cost import cost_of
 from varfast.policies.protocol import Policy
+from varfast.policies.var.cost import cost_of
 from varfast.policies.var.transformer import FFN
 from varfast.randomness import Key
 from varfast.rewards import WeightedSum
-from varfast.runs.load import random_policy
-from varfast.types import ScoredRollout
-from varfast.perf.devices import Ceilings, available_bytes, measure_here, with_dtype
-from varfast.policies.var.cost import forward_flop
-from varfast.roofline import planned
-from varfast.perf.limits import speed_of_light_s, stage_counts
 from varfast.runs.load import random_policy
 from varfast.types import Sampling, ScoredRollout
 
@@ -99,7 +87,7 @@ PLAIN = {
     "selective_log_softmax": plain_logp,
     **{
         op: getattr(reference, op)
-        for op in _OPS
+        for op in OPS
         if op not in ("sample_tokens", "selective_log_softmax", "group_norm_silu")
     },
 }

@@ -30,8 +30,6 @@ import torch
 
 from varfast.perf.devices import Ceilings
 from varfast.runs.environment import environment
-from varfast.perf.devices import Ceilings
-from varfast.runs.environment import environment
 
 RECORDS = Path(__file__).parent / "records"
 CUDA = torch.cuda.is_available()

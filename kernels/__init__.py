@@ -15,13 +15,15 @@ from varfast.kernels.logprob import selective_log_softmax
 from varfast.kernels.matmul import invariant_linear
 from varfast.kernels.qkv import split_heads, split_heads_to_cache
 from varfast.kernels.sampling import sample_tokens
-from varfast.kernels.selection import Choice, check_implementation, choices, configure
+from varfast.kernels.selection import OPS, Choice, Implementation, check_implementation, choices, configure
 
 __all__ = [
     "GRPO_STATS",
+    "OPS",
     "AdamWTensors",
     "ChannelMoments",
     "Choice",
+    "Implementation",
     "adamw_step",
     "block_causal_attention",
     "cached_attention",

@@ -16,21 +16,13 @@ import torch
 from torch import Tensor
 
 from varfast.kernels import reference
+from varfast.kernels._triton import jit, tl
 from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 from varfast.kernels.settings import setting
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
-
-try:
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # never launched then: cannot_run_triton says why
-
-    def jit(function):
-        return function
-
 
 # A program of the backward pass adds up two chains of 16 rows of one image. With one, writing and reading the partial
 # sums of gate, bias, scale and shift was 17 % of the bytes of the op's large tensors; a chain of 32 had an error of

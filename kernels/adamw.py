@@ -21,19 +21,12 @@ from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw as torch_adamw
 
 from varfast.kernels import reference
+from varfast.kernels._triton import jit, tl
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, run
 from varfast.kernels.settings import setting
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
-
-try:
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # never launched then: cannot_run_triton says why
-
-    def jit(function):
-        return function
 
 
 @dataclass(frozen=True)

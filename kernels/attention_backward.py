@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from varfast.kernels._triton import jit, tl
 from varfast.kernels.attention_fused import fused_backward
 from varfast.kernels.attention_tiles import (
     LOG2_E,
@@ -28,14 +29,6 @@ from varfast.kernels.attention_tiles import (
     tile_of_program,
     visible_keys,
 )
-
-try:
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # never launched then: cannot_run_triton says why
-
-    def jit(function=None, **_):
-        return function or jit
 
 
 @jit

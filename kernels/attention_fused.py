@@ -21,6 +21,7 @@ import functools
 import torch
 from torch import Tensor
 
+from varfast.kernels._triton import jit, tl
 from varfast.kernels.attention_tiles import (
     LOG2_E,
     D,
@@ -31,14 +32,6 @@ from varfast.kernels.attention_tiles import (
     table,
     visible_keys,
 )
-
-try:
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # never launched then: cannot_run_triton says why
-
-    def jit(function=None, **_):
-        return function or jit
 
 
 @jit

@@ -17,22 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varfast.kernels._triton import constexpr, jit, tl
 from varfast.kernels.selection import INTERPRETED
 from varfast.kernels.settings import setting
 
 HEAD_DIM = 64
 
-try:
-    import triton.language as tl
-    from triton import jit
-
-    D = tl.constexpr(HEAD_DIM)
-    LOG2_E = tl.constexpr(1.4426950408889634)
-except ImportError:  # never launched then: cannot_run_triton says why
-
-    def jit(function=None, **_):
-        return function or jit
-
+D = constexpr(HEAD_DIM)
+LOG2_E = constexpr(1.4426950408889634)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which tile sees what

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from varfast.kernels._triton import jit, tl
 from varfast.kernels.attention_backward import backward_op
 from varfast.kernels.attention_tiles import (
     HEAD_DIM,
@@ -37,14 +38,6 @@ from varfast.kernels.settings import AS_WRITTEN
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
-
-try:
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # never launched then: cannot_run_triton says why
-
-    def jit(function=None, **_):
-        return function or jit
 
 
 @jit

@@ -19,20 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varfast.kernels import reference
+from varfast.kernels._triton import jit, tl
 from varfast.kernels.group_norm import ChannelMoments, channel_moments
 from varfast.kernels.selection import INTERPRETED, Implementation, cannot_run_triton, implementations, run
 from varfast.kernels.settings import setting
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
-
-try:
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # never launched then: cannot_run_triton says why
-
-    def jit(function):
-        return function
 
 
 @jit

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from varfast.kernels import reference
+from varfast.kernels._triton import jit, tl
 from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.linear import LowPrecisionLinear, weight_gradient
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
@@ -26,15 +27,6 @@ from varfast.kernels.settings import setting
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
-
-try:
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # never launched then: cannot_run_triton says why
-
-    def jit(function):
-        return function
-
 
 # A tile of 8 rows and 256 columns is 16 numbers a thread of 4 warps, two 128-bit loads of each tensor in bfloat16. A
 # program takes 8 tiles one below the other: its partial sums, written and read, are 2 % of the bytes of the op.

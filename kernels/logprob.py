@@ -20,20 +20,12 @@ import torch
 from torch import Tensor
 
 from varfast.kernels import reference
+from varfast.kernels._triton import jit, tl
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 from varfast.kernels.settings import setting
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
-
-try:
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # never launched then: cannot_run_triton says why
-
-    def jit(function):
-        return function
-
 
 # A row is held in registers: 32 numbers a thread at 1024 threads.
 _MAX_VOCAB = 32768

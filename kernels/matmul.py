@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varfast.kernels import reference
+from varfast.kernels._triton import jit, tl
 from varfast.kernels.linear import weight_gradient
 from varfast.kernels.selection import (
     INTERPRETED,
@@ -33,15 +34,6 @@ from varfast.kernels.settings import AS_WRITTEN, setting
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
-
-try:
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # never launched then: cannot_run_triton says why
-
-    def jit(function=None, **_):
-        return function or jit
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Triton

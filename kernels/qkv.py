@@ -18,21 +18,13 @@ import torch
 from torch import Tensor
 
 from varfast.kernels import reference
+from varfast.kernels._triton import jit, tl
 from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 from varfast.kernels.settings import setting
 
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
-
-try:
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # never launched then: cannot_run_triton says why
-
-    def jit(function):
-        return function
-
 
 _HEAD_DIM = 64
 # A program takes 16 tokens of one head. In bfloat16, of each of q, k and v: 16 segments of 128 bytes, whole cache

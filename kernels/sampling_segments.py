@@ -29,16 +29,8 @@ import math
 import torch
 from torch import Tensor
 
+from varfast.kernels._triton import jit, tl
 from varfast.kernels.settings import setting
-
-try:
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # never launched then: cannot_run_triton says why
-
-    def jit(function):
-        return function
-
 
 _SUM_BITS = 52  # of the sum of a row's counts: exact in float64 too
 _SEGMENTS = 8  # 16 take as many instructions, 4 and 32 more

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from varfast.kernels._triton import NO_TRITON
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,16 @@ class Choice:
     available: tuple[str, ...]
 
 
-_OPS: dict[str, tuple[Implementation, ...]] = {}
+# Every op and its implementations, the fastest first and "reference" last.
+OPS: dict[str, tuple[Implementation, ...]] = {}
 _CONFIGURED: dict[str, str] = {}
 
 
 def implementations(op: str, *fastest_first: Implementation) -> None:
     """Declare the implementations of an op, once, in the op's own file; `reference` is the last of them."""
-    assert op not in _OPS, op
+    assert op not in OPS, op
     assert fastest_first[-1].name == "reference", op
-    _OPS[op] = fastest_first
+    OPS[op] = fastest_first
 
 
 def configure(impls: Mapping[str, str], device: torch.device | None = None) -> None:
@@ -70,20 +72,20 @@ def configure(impls: Mapping[str, str], device: torch.device | None = None) -> N
 
 def check_implementation(op: str, impl: str) -> None:
     """Raises: ValueError for an op that does not exist, or an `impl` that is neither "auto" nor one of its own."""
-    if op not in _OPS:
-        raise ValueError(f"there is no op {op}; there are {', '.join(_OPS)}")
+    if op not in OPS:
+        raise ValueError(f"there is no op {op}; there are {', '.join(OPS)}")
     if impl != "auto":
         _named(op, impl)
 
 
 def choose(op: str, device: torch.device) -> Choice:
     """The implementation that impl="auto" stands for."""
-    reasons = {i.name: i.cannot(device) for i in _OPS[op]}
+    reasons = {i.name: i.cannot(device) for i in OPS[op]}
     available = tuple(name for name, reason in reasons.items() if reason is None)
     if op in _CONFIGURED:
         return Choice(op, _CONFIGURED[op], "asked for in the config", available)
-    picked = next(i for i in _OPS[op] if device.type in i.auto_on and reasons[i.name] is None)
-    faster = [i for i in _OPS[op][: _OPS[op].index(picked)] if i.auto_on]
+    picked = next(i for i in OPS[op] if device.type in i.auto_on and reasons[i.name] is None)
+    faster = [i for i in OPS[op][: OPS[op].index(picked)] if i.auto_on]
     why = "; ".join(f"{i.name}: {reasons[i.name] or 'not picked on this device'}" for i in faster)
     return Choice(op, picked.name, why or "the fastest that runs here", available)
 
@@ -109,7 +111,7 @@ def run(op: str, impl: str, *arguments: Any) -> Any:
         return chosen.run(*arguments)
     if impl != "auto" or op in _CONFIGURED:
         raise ValueError(f"impl={chosen.name!r} of {op} takes {refusal}; use impl='reference'")
-    slower = _OPS[op][_OPS[op].index(chosen) + 1 :]
+    slower = OPS[op][OPS[op].index(chosen) + 1 :]
     able = (
         i for i in slower if device.type in i.auto_on and i.cannot(device) is None and i.refuses(*arguments) is None
     )
@@ -134,14 +136,14 @@ def _runnable(op: str, impl: str, device: torch.device) -> Implementation:
 
 def choices(device: torch.device) -> list[Choice]:
     """What impl="auto" means for every op, for `python -m varfast.env`."""
-    return [choose(op, device) for op in _OPS]
+    return [choose(op, device) for op in OPS]
 
 
 def _named(op: str, impl: str) -> Implementation:
-    for implementation in _OPS[op]:
+    for implementation in OPS[op]:
         if implementation.name == impl:
             return implementation
-    names = ", ".join(i.name for i in _OPS[op])
+    names = ", ".join(i.name for i in OPS[op])
     raise ValueError(f"impl={impl!r}: {op} has {names}; use one of these, or 'auto'")
 
 
@@ -160,11 +162,6 @@ def launches_recorded() -> Iterator[None]:
         _recording = False
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what Triton kernels take
 
 
@@ -175,8 +172,8 @@ def refused_dtype(x: Tensor) -> str | None:
 
 def cannot_run_triton(device: torch.device) -> str | None:
     """Triton kernels run on CUDA devices; with TRITON_INTERPRET=1, slowly, on the CPU, for tests of their logic."""
-    if not _has_triton():
-        return "the package triton is not installed"
+    if NO_TRITON is not None:
+        return NO_TRITON
     if device.type == "cuda" or INTERPRETED or _recording:
         return None
     return "Triton needs a CUDA device"

@@ -18,6 +18,8 @@ if not torch.cuda.is_available():  # Triton kernels run interpreted then; read w
 from varfast import Policy
 from varfast.config import Config, parse_config
 from varfast.models import VAR, VQVAE, VARConfig, VQVAEConfig
+from varfast.perf.work import Work
+from varfast.policies.var.cost import cost_of
 
 DATA = Path(__file__).parent / "data"
 
@@ -154,6 +156,24 @@ def make_config(tmp_path):
                 node = node.setdefault(parent, {})
             node[last] = value
         return parse_config(data)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_work():
+    """A whole step of the paper's settings, of a public model; keyword arguments replace sections of the config."""
+
+    def make(preset="d16", dtype="bfloat16", **sections) -> Work:
+        config = parse_config(
+            {
+                "run": {"dir": "r", "steps": 1000, "dtype": dtype},
+                "policy": {"preset": preset, "checkpoint": "random"},
+                "reward": {"bright": {"type": "brightness"}},
+                **sections,
+            }
+        )
+        return Work.whole(config, cost_of(config.policy, dtype))
 
     return make
 

@@ -18,14 +18,8 @@ import varfast.sample
 from varfast import InputError, load_policy
 from varfast.runs.base import PARTS, Base, FileNote
 from varfast.runs.folder import RunFolder
+from varfast.runs.load import load_base, load_run
 from varfast.runs.manifest import dump_config
-from varfast.runs.load import load_base
-from varfast.train import train
-from varfast.report.run import load_run
-from varfast.runs.folder import RunFolder
-from varfast.runs.manifest import dump_config
-from varfast.runs.load import load_base
-from varfast.report.run import load_run
 from varfast.train import train
 
 from .runs import assert_same_run, metrics, weights

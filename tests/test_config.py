@@ -322,7 +322,7 @@ def test_names_of_kernels_are_those_of_the_implementations():
     """The schema lists them by itself: asking kernels/ would import PyTorch before a typo is answered."""
     from varfast.kernels import selection
 
-    declared = {op: {"auto", *(i.name for i in impls)} for op, impls in selection._OPS.items()}
+    declared = {op: {"auto", *(i.name for i in impls)} for op, impls in selection.OPS.items()}
     listed = {op: set(get_args(field.annotation)) for op, field in KernelsConfig.model_fields.items()}
     assert listed == declared
 

@@ -20,10 +20,6 @@ import varfast.evaluate
 from varfast import InputError
 from varfast.config import load_config
 from varfast.distributed import Launch, World, _share, joined, launched, local_device
-from varfast.perf.memory import memory
-from varfast.roofline import planned, share
-from varfast.runs.folder import RunFolder
-from varfast.runs.manifest import dump_config
 from varfast.perf.memory import RolloutPlan, held_states
 from varfast.perf.plan import plan_memory
 from varfast.perf.work import Work

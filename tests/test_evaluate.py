@@ -21,7 +21,6 @@ from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.metrics import diversity, fid, inception_score, mean_interval, neighbours, statistics
 from varfast.evaluation.plan import Plan
 from varfast.evaluation.table import table, tabulate
-from varfast.randomness import EVAL_STEP
 from varfast.randomness import EVAL_STEP, Key
 from varfast.rewards.brightness import brightness
 from varfast.settings.loading import parse_arguments

@@ -12,10 +12,10 @@ from PIL import Image
 
 import varfast.progress
 from varfast import InputError
+from varfast.perf.profile import profiled
 from varfast.progress import Progress, duration
 from varfast.runs.log import RunLog
 from varfast.runs.pictures import image_grid, save_picture
-from varfast.perf.profile import profiled
 from varfast.types import Rewards
 
 METRICS = {"reward_mean": 0.5, "kl": 0.1, "images_per_s": 3.0}

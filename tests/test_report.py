@@ -19,12 +19,12 @@ from PIL import Image
 import varfast.evaluate
 import varfast.evaluation.metrics
 from varfast import InputError
-from varfast.report.run import load_run
 from varfast.report import main
 from varfast.report.charts import charts, curve, ticks
-from varfast.report.elements import brief, printable
+from varfast.report.elements import brief, masked
 from varfast.report.layout import page
 from varfast.report.reading import parse_metrics
+from varfast.report.run import read_run
 from varfast.report.verdicts import HEALTHY, verdict
 from varfast.runs.log import RunLog
 from varfast.runs.pictures import save_picture
@@ -108,7 +108,7 @@ def make_run(tmp_path):
 
 
 def report(*folders):
-    return Page(page([load_run(folder, folder.name) for folder in folders]))
+    return Page(page([read_run(folder, folder.name) for folder in folders]))
 
 
 def test_report_of_a_real_run(make_config, tmp_path, capsys):
@@ -160,7 +160,7 @@ def test_several_runs_share_charts_and_show_what_differs(make_run):
     assert "minibatch" not in table
     assert "run.dir" not in table
     # A run keeps its colour where the other one has no curve.
-    only_b = charts([load_run(first, "a"), load_run(second, "b")])["Other metrics"][0]
+    only_b = charts([read_run(first, "a"), read_run(second, "b")])["Other metrics"][0]
     assert [(line.name, line.style) for line in only_b.curves] == [("b", 1)]
 
 
@@ -217,10 +217,10 @@ def test_what_is_no_run_folder_is_refused(tmp_path, make_run):
     for file in folder.iterdir():
         file.unlink()
     with pytest.raises(InputError, match=r"x is no run folder, or its run has not begun: it holds none of config.yaml"):
-        load_run(folder, "x")
+        read_run(folder, "x")
     (folder / "config.yaml").write_text("a: [1")
     with pytest.raises(InputError, match=r"x holds nothing to show: config.yaml: not valid YAML"):
-        load_run(folder, "x")
+        read_run(folder, "x")
     with pytest.raises(InputError, match="nowhere is no run folder: it does not exist"):
         main([str(tmp_path / "nowhere")])
     with pytest.raises(InputError, match="runs is missing; want a list, each a path"):
@@ -394,7 +394,7 @@ def test_page_in_a_browser(make_run, tmp_path, width):
     shorter = make_run("y")
     for step in (0, 10):
         save_picture(folder / "grids" / f"step_{step:06d}.png", np.zeros((1040, 1040, 3), np.uint8))
-    source = page([load_run(folder, "x"), load_run(shorter, "y")])
+    source = page([read_run(folder, "x"), read_run(shorter, "y")])
     acted = re.sub(r"'sha256-[^']*'", "'unsafe-inline'", source).replace("</body>", f"<script>{ACT}</script></body>")
     results = []
     for name, content in (("plain", source), ("acted", acted)):
@@ -422,7 +422,7 @@ def test_page_shows_what_evaluate_measured(make_config, tmp_path):
     arguments = [f"checkpoint={folder}", "samples_per_label=4", "cfg=0", "top_k=0", "top_p=0", "device=cpu"]
     assert varfast.evaluate.main(arguments) == 0
     measured = json.loads((folder / "evaluation" / "evaluation.json").read_text())
-    shown = page([load_run(folder, "run")])
+    shown = page([read_run(folder, "run")])
     assert "varfast.evaluate" in shown
     row = measured["rows"][0]
     for side in ("reference", "checkpoint", "difference"):
@@ -431,7 +431,7 @@ def test_page_shows_what_evaluate_measured(make_config, tmp_path):
     assert re.search(r'<figure class="measured"><img src="data:image/png;base64,[^"]+" alt="A row a label', shown)
     assert "from the left: reference, then checkpoint, the same seeds" in shown
     (folder / "evaluation" / "evaluation.json").write_text('{"rows": [{"name": "<b>x</b>"}]}')
-    broken = page([load_run(folder, "run")])
+    broken = page([read_run(folder, "run")])
     assert "evaluation/evaluation.json: images: Field required" in broken
     assert "varfast.evaluate" not in broken
 
@@ -470,7 +470,7 @@ def test_the_only_reward_is_not_shown_twice(make_run, weights, names):
     total = {"reward": [sum(w * v for w in weights) for v in (0.5, 0.25)]}
     rows = [metrics(1, **dict.fromkeys(parts, 0.5))]
     folder = make_run(rows=rows, before_after=before_after(total | parts, total | parts))
-    text = page([load_run(folder, "x")])
+    text = page([read_run(folder, "x")])
     top = text[: text.index("Is it healthy?")]
     assert re.findall(r'<th scope="row">(reward.*?)</th>', top) == names
     titles = re.findall(r"<figcaption><b>(.*?)</b>", text)
@@ -489,7 +489,7 @@ def test_grids_of_first_and_last_step_stand_side_by_side_before_all_else(make_ru
     folder = make_run()
     for step, grey in ((0, 10), (2, 20), (3, 30)):
         save_picture(folder / "grids" / f"step_{step:06d}.png", np.full((8, 8, 3), grey, np.uint8))
-    text = page([load_run(folder, "x")])
+    text = page([read_run(folder, "x")])
     parsed = Page(text[: text.index("<section><h2>Is it healthy?")] + "</main></body></html>")
     shown = [a for a in parsed.all("img") if "hidden" not in a]
     assert [picture(a["src"])[1][0, 0, 0] for a in shown] == [10, 30]
@@ -537,7 +537,7 @@ def test_labels_are_called_by_name_where_the_folder_gives_names(make_run, conten
 
 def run_of(make_run, metric, values, config="{}"):
     rows = [{"step": step, metric: value} for step, value in enumerate(values, start=1)]
-    return load_run(make_run(rows=rows, config=config), "x")
+    return read_run(make_run(rows=rows, config=config), "x")
 
 
 @pytest.mark.parametrize(
@@ -648,5 +648,5 @@ def test_brief_looks_at_no_more_than_it_shows():
 
 
 def test_printable_keeps_letters_and_drops_what_terminals_obey():
-    assert printable("é\u3000\xa0日\n") == "é\u3000\xa0日\n"
-    assert printable("\x1b[2J\ud800\x00\u202e") == "?[2J???"
+    assert masked("é\u3000\xa0日\n") == "é\u3000\xa0日\n"
+    assert masked("\x1b[2J\ud800\x00\u202e") == "?[2J???"

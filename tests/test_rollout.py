@@ -2,10 +2,9 @@ import pytest
 import torch
 
 from varfast import Policy
-from varfast.kernels.selection import _OPS, configure
-from varfast.policies.var.config import LoRAConfig
-from varfast.policies.var.policy import _DTYPES
+from varfast.kernels.selection import OPS, configure
 from varfast.policies.driver import DTYPES
+from varfast.policies.var.config import LoRAConfig
 from varfast.randomness import Key
 from varfast.types import Sampling
 
@@ -19,7 +18,7 @@ SIZES = [
 @pytest.fixture
 def plain_ops():
     """Every op in plain PyTorch."""
-    configure(dict.fromkeys(_OPS, "reference"))
+    configure(dict.fromkeys(OPS, "reference"))
     yield
     configure({})
 

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch.nn.init import normal_
 
 from varfast import InputError, Policy, kernels
-from varfast.policies.var.config import LoRAConfig
-from varfast.kernels.selection import _OPS
+from varfast.kernels.selection import OPS
 from varfast.models import VAR, VQVAE, VARConfig, VQVAEConfig
 from varfast.policies import strict
 from varfast.policies.var import transformer as var_module
@@ -156,7 +155,7 @@ def test_kernels_of_the_gpu_interpreted(make_strict, monkeypatch):
     if not kernels.selection.INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")
     monkeypatch.setitem(var_module.STRICT_ATTENTION, "cpu", "triton_invariant")
-    kernels.configure({op: "triton" for op in _OPS if any(i.name == "triton" for i in _OPS[op])})
+    kernels.configure({op: "triton" for op in OPS if any(i.name == "triton" for i in OPS[op])})
     try:
         policy = make_strict("bfloat16", depth=1, patch_nums=(1, 3))
         assert strict.difference(policy, [0, 1], 0.7, seed=0) is None
@@ -178,7 +177,7 @@ def test_train_stops_where_the_bits_differ(make_config, hostile, monkeypatch):
 
 
 def test_strict_is_refused_where_its_product_cannot_run(make_models, monkeypatch):
-    monkeypatch.setitem(_OPS, "invariant_linear", _OPS["invariant_linear"][-1:])
+    monkeypatch.setitem(OPS, "invariant_linear", OPS["invariant_linear"][-1:])
     with pytest.raises(InputError, match="run.strict=true cannot run on cpu"):
         Policy(*make_models(), strict=True)
 

@@ -1,7 +1,7 @@
-"""Several processes that train one policy: who they are, what they exchange, how weights are spread over them.
+"""Several processes that train one policy: how they find each other, exchange tensors and spread weights.
 
-torchrun starts them and says by environment variables (RANK, WORLD_SIZE, LOCAL_RANK) which one this is. Tensors on GPUs
-travel by NCCL, those on the CPU, and all waiting, by gloo: a process that waits keeps no GPU busy.
+torchrun starts them and tells each, by environment variables (RANK, WORLD_SIZE, LOCAL_RANK), which one it is. NCCL
+carries tensors on GPUs; gloo carries those on the CPU and every barrier, so that a waiting process keeps no GPU busy.
 
 Axes: B image of a step, b image of this process.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run. Of one process all methods do nothing.
+    """This process among those of the run. With a single process, no method communicates.
 
     Attributes:
         rank: number of this process; 0 writes files.
@@ -50,14 +50,14 @@ class World:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """The rows of this process, of `count`: consecutive, and as many as others have, or one more or less."""
+        """This process's rows of `count`: consecutive, and as many as every other process has, or one more or less."""
         return _share(self.rank, self.size, count)
 
     def gather(self, rows_b: Tensor, count: int) -> Tensor:
-        """All `count` rows, in every process, of which each brings its share."""
+        """All `count` rows, in every process, from the rows of each."""
         if self.size == 1:
             return rows_b
-        most = -(-count // self.size)  # the collective wants equal parts
+        most = -(-count // self.size)  # the collective needs parts of equal size
         padded = rows_b.new_zeros(most, *rows_b.shape[1:])
         padded[: len(rows_b)] = rows_b
         everything = rows_b.new_empty(self.size * most, *rows_b.shape[1:])
@@ -79,20 +79,20 @@ class World:
         return tensor
 
     def largest(self, number: float) -> float:
-        """Largest number over processes. Waits for all of them, but not for the device."""
+        """The largest number over processes. Waits for all processes, but not for the device."""
         return float(self.max(torch.tensor(number, dtype=torch.float64)))
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in some process. Waits for all of them, but not for the device."""
+        """Whether `flag` is true in any process. Waits for all processes, but not for the device."""
         return self.largest(float(flag)) > 0.0
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have got here."""
         self.largest(0.0)
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
-        """The body runs in process 0, and when it is done there in the others: they find the files that it made."""
+        """Run the body in process 0 first and then in the others, which find the files that it made."""
         if not self.is_main:
             self.wait()
         yield
@@ -126,8 +126,8 @@ def _share(rank: int, size: int, count: int) -> slice:
     return slice(start, start + rows + (rank < more))
 
 
-# What else starts several processes, each of which would be alone: number of tasks, by who sets it. Slurm's step comes
-# first: SLURM_NTASKS may be the allocation's.
+# Launchers whose tasks do not know one another, by the variable that holds their number of tasks. The variable of the
+# Slurm step comes first, since SLURM_NTASKS may be that of the whole allocation.
 _TASKS = {
     "SLURM_STEP_NUM_TASKS": "srun",
     "SLURM_NTASKS": "srun",
@@ -138,11 +138,11 @@ _TASKS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """What the environment says about this process, before any other one is asked.
+    """What the environment variables say about this process.
 
     Attributes:
         rank, size: this process among those of the run.
-        local_rank, local_size: among those on this machine; local_rank is None where nobody says.
+        local_rank, local_size: this process among those on its machine; local_rank is None if it is not set.
     """
 
     rank: int = 0
@@ -154,8 +154,8 @@ class Launch:
 def launched() -> Launch:
     """How this process was started: by torchrun, or alone. An empty variable counts as unset.
 
-    Raises: InputError for variables that contradict each other, and for tasks of srun or mpirun, which would each be a
-        process alone in the same folder.
+    Raises: InputError for variables that contradict each other, and for tasks of srun or mpirun, each of which would
+        run alone, all in the same folder.
     """
     rank, size = _number("RANK"), _number("WORLD_SIZE")
     if size == 0:
@@ -195,9 +195,9 @@ def _refuse_lone_tasks() -> None:
 
 
 def local_device(name: str) -> str:
-    """run.device as it is meant for this process: auto and cuda are a GPU for each process of a machine.
+    """run.device for this process: with several processes, "auto" and "cuda" mean the GPU of its local rank.
 
-    Raises: InputError for one GPU named for several processes, or if nobody says which one is this process's.
+    Raises: InputError if one GPU is named for several processes, or if LOCAL_RANK is not set.
     """
     process = launched()
     if process.size == 1 or name == "cpu" or not torch.cuda.is_available():
@@ -218,12 +218,12 @@ def processes_here() -> int:
 def joined(device: torch.device, timeout_s: float) -> Iterator[World]:
     """Join the processes that torchrun started; without torchrun, a world of one process.
 
-    An error in the body ends the connections before it goes on, so that no other process waits for this one.
+    An error in the body closes the connections before it is raised on, so that no other process waits for this one.
 
     Args:
         device: of this process.
         timeout_s: how long to wait for another process before it counts as lost.
-    Raises: InputError if the processes do not meet.
+    Raises: InputError if the processes do not find each other.
     """
     if launched().size == 1:
         yield World()
@@ -238,23 +238,24 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[World]:
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     except BaseException:
-        if on_gpu:  # to destroy it would wait for collectives that others never join
+        if on_gpu:  # destroy_process_group would wait for collectives that the others never join
             dist.distributed_c10d._abort_process_group()
         else:
             dist.destroy_process_group()
         raise
-    # gloo's thread drops the last tensor it sent when Python lets it. Were Python at its end by then, it would abort
-    # the process (3 of 12 runs of 4 processes with FSDP): sleeping lets it.
+    # gloo's thread may release its last tensor after the interpreter has shut down, and abort the process (3 of 12 runs
+    # of 4 processes with FSDP). So give it time.
     time.sleep(0.2)
     dist.destroy_process_group()
 
 
 def _met(timeout: timedelta) -> tuple[Store, int, int]:
-    """The store in which processes find one another's addresses, under a name that no earlier attempt used; rank, size.
+    """The store in which processes find one another's addresses, under a prefix of this attempt; rank, size.
 
-    torchrun --max-restarts starts processes anew but keeps its store, in which the addresses of the dead still stand:
-    torch 2.15 then connects to them, fails or waits for ever. So process 0 draws a name, and tells it to whoever asks
-    by a number drawn now. What is left of an earlier attempt asks by other numbers; nobody reads those answers.
+    torchrun --max-restarts restarts processes but keeps its store, which still holds the addresses of the dead: torch
+    2.15 then connects to them, and fails or waits for ever. So process 0 chooses a random prefix and tells it to each
+    process that asks with a random number of its own. Questions of an earlier attempt carry other numbers, and nobody
+    reads the answers to those.
     """
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
@@ -264,25 +265,25 @@ def _met(timeout: timedelta) -> tuple[Store, int, int]:
             f"the processes do not meet at MASTER_ADDR={os.environ.get('MASTER_ADDR', '')} "
             f"MASTER_PORT={os.environ.get('MASTER_PORT', '')}: {reason}. Start them with torchrun, which sets both"
         ) from error
-    drawn = uuid.uuid4().hex
+    chosen = uuid.uuid4().hex
     if rank > 0:
-        store.set(f"asks/{rank}", drawn)
-        name = store.get(f"answer/{drawn}").decode()
+        store.set(f"asks/{rank}", chosen)
+        name = store.get(f"answer/{chosen}").decode()
         store.set(f"{name}/{rank}", "knows")
         return PrefixStore(name, store), rank, size
     waiting_for, deadline_s = set(range(1, size)), time.monotonic() + timeout.total_seconds()
     while waiting_for:
         for other in sorted(waiting_for):
-            if store.check([f"{drawn}/{other}"]):
+            if store.check([f"{chosen}/{other}"]):
                 waiting_for.remove(other)
             elif store.check([f"asks/{other}"]):
-                store.set(f"answer/{store.get(f'asks/{other}').decode()}", drawn)
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", chosen)
         if time.monotonic() > deadline_s:
             raise InputError(
                 f"processes {sorted(waiting_for)} did not come within run.timeout_s={timeout.total_seconds():g}"
             )
         time.sleep(0.01)
-    return PrefixStore(drawn, store), rank, size
+    return PrefixStore(chosen, store), rank, size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,20 +291,20 @@ def _met(timeout: timedelta) -> tuple[Store, int, int]:
 
 
 def replicate(model: nn.Module) -> DistributedDataParallel:
-    """The model, called through a wrapper that averages gradients over processes while the backward pass runs."""
+    """The model in a wrapper that averages gradients over processes during the backward pass."""
     with warnings.catch_warnings():
-        # torch 2.15 has another name for broadcast_buffers, which 2.11 does not know.
+        # torch 2.15 renamed broadcast_buffers, and 2.11 does not know the new name.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers")
-        # Buffers are constants. Views: gradients exist once, not once more in the buckets that travel (8 GB for d30).
+        # Buffers are constants. Gradients are views of the communication buckets: without that, d30 needs 8 GB more.
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def shard(model: nn.Module, parts: Iterable[nn.Module], world: World, device: torch.device, dtype: torch.dtype) -> None:
-    """Spread weights, gradients and with them the optimizer's state over processes, in place (FSDP).
+    """Shard weights, gradients and so the optimizer's state over processes, in place (FSDP).
 
     Args:
-        model: all of it that is not in `parts` is gathered in float32 for the whole of a step.
-        parts: modules whose weights are gathered in `dtype` when they are called and dropped behind it.
+        model: its weights outside `parts` are gathered in float32 for a whole step.
+        parts: modules whose weights are gathered in `dtype` when they are called, and freed afterwards.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -313,7 +314,7 @@ def shard(model: nn.Module, parts: Iterable[nn.Module], world: World, device: to
     for part in parts:
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(part, mesh=mesh, mp_policy=policy)
-    # The 16-bit head returns its logits as a view. Nothing writes on them before their backward pass.
+    # The 16-bit head returns its logits as a view, and nothing writes to them before the backward pass.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
@@ -328,19 +329,19 @@ def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor as one process has it. Of a sharded one all processes must ask."""
+    """A tensor without its sharding. All processes must call it for a sharded tensor."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, without a gradient; to write there is to write the tensor."""
+    """The part of a tensor that this process holds, without a gradient; writing there writes the tensor."""
     return (tensor.to_local() if is_sharded(tensor) else tensor).detach()
 
 
 def gathered(state: Any, world: World) -> Any:
-    """A state_dict with whole tensors in process 0; those that were sharded are on the CPU there, and None elsewhere.
+    """A state_dict with whole tensors in process 0. Sharded ones are on the CPU there, and None in other processes.
 
-    All processes must ask.
+    All processes must call it.
     """
     if isinstance(state, dict):
         return {name: gathered(value, world) for name, value in state.items()}

@@ -1,7 +1,7 @@
-"""Files that hold the old content or the new, never a part; and files that are read as what anybody may have put there.
+"""Files that hold the old content or the new one, never a part; and reading of files that anybody may have made.
 
-A run's folder is copied, damaged, filled to the last byte and handed on. So what is written replaces in one step, and
-what is read back is a regular file of bounded size, whose content is looked at before it is used.
+A run's folder gets copied, damaged, filled to the last byte and handed on. So a file is replaced in one step, and what
+is read must be a regular file of bounded size, whose content is checked before it is used.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from varfast.types import InputError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# What is written beside a file and renamed: NAME.<12 hex digits>.incomplete, so that no two writers share one.
+# A file is first written beside its place, as NAME.<12 hex digits>.incomplete, so that no two writers use the same.
 INCOMPLETE = ".incomplete"
-# The small files of a run have some kB; metrics.jsonl, read line by line, is not among them.
+# The small files of a run have some kB. metrics.jsonl may be larger; it is read line by line.
 _MOST_BYTES = 64 * 2**20
-# Levels of nesting that something we wrote can have: sections of a config within rewards, and their arguments.
+# Nesting that a file written by varfast can have: rewards in a config, their sections, and their arguments.
 _MOST_LEVELS = 100
 # Sections and values of a small file: a config has about 200.
 _MOST_NODES = 100_000
-# A folder's fsync brings a rename to the disk. CIFS, vboxsf and FUSE refuse it for folders (EINVAL, ENOTSUP, EACCES and
-# others); that costs safety at a power failure alone. These say that the disk itself is in trouble.
+# fsync of a folder makes a rename durable. CIFS, vboxsf and FUSE refuse it for folders (EINVAL, ENOTSUP, EACCES and
+# others), which matters only at a power failure. These errors say that the disk itself fails.
 _OF_THE_DISK = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 
 
 class WriteError(InputError):
-    """A file could not be written. What is only looked at may be left out then."""
+    """A file could not be written. A caller may go on without a file that only people look at."""
 
 
 def reason(error: OSError) -> str:
-    """What happened, in words; shutil raises OSErrors without them."""
+    """What happened, in words; shutil raises OSErrors that have none."""
     return error.strerror or str(error) or type(error).__name__
 
 
@@ -74,7 +74,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         write: gets a file opened for writing.
     Raises: WriteError, an InputError, if it cannot be written; what stood at `path` is still there.
     """
-    # The name is cut: a name of 255 bytes is the longest there is.
+    # The name is cut because file names have at most 255 bytes.
     beside = path.with_name(f"{path.name[:40]}.{uuid.uuid4().hex[:12]}{INCOMPLETE}")
     replaced, raw = False, None
     try:
@@ -90,7 +90,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         replaced = True
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        # torch reports a failed write as a RuntimeError of its own.
+        # torch reports a failed write as a RuntimeError.
         failed = raw.failed if isinstance(error, RuntimeError) and raw is not None else error
         if not isinstance(failed, OSError):
             raise
@@ -124,12 +124,12 @@ def save_tensors(path: Path, content: Any) -> None:
 
 def save_text(path: Path, text: str) -> None:
     """Write a text file, atomically. Raises: WriteError as write_atomically."""
-    # JSON may hold half of a surrogate pair, which UTF-8 cannot.
+    # JSON may hold half of a surrogate pair, which UTF-8 cannot represent.
     write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def append(path: Path, content: bytes) -> None:
-    """Add all of it, or nothing, at the end of a regular file. Raises: OSError."""
+    """Append all of `content` to a regular file, or nothing. Raises: OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:
         status = os.fstat(descriptor)
@@ -147,7 +147,7 @@ def append(path: Path, content: bytes) -> None:
 
 
 def sync_file(descriptor: int) -> None:
-    """Bring a file to the disk, as far as its file system knows how. Raises: OSError if the disk fails."""
+    """Flush a file to the disk, where its file system supports that. Raises: OSError if the disk fails."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -156,7 +156,7 @@ def sync_file(descriptor: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring what was created and renamed in a folder to the disk, where that can be asked for.
+    """Flush what was created and renamed in a folder to the disk, where its file system supports that.
 
     Raises: OSError if the disk is full or faulty.
     """
@@ -172,10 +172,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def move_folder(folder: Path, to: Path, last: tuple[str, ...] = ()) -> None:
-    """Rename a folder of files; where that is refused (EXDEV on overlays), file by file.
+    """Rename a folder of files; where that is refused (EXDEV on overlay file systems), move it file by file.
 
     Args:
-        last: names of the files that come last, in this order: without them the folder counts for nothing.
+        last: names of the files to move last, in this order: the folder counts as complete only with them.
     Raises: OSError.
     """
     try:
@@ -192,7 +192,7 @@ def move_folder(folder: Path, to: Path, last: tuple[str, ...] = ()) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder and what is in it; of a symbolic link the link alone. Raises: OSError."""
+    """Remove a folder and its content, or a file; of a symbolic link only the link. Raises: OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -200,20 +200,20 @@ def remove_tree(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in a folder. To be called with the folder's lock in hand alone."""
+    """Remove what killed writers left in a folder. Call it only while holding the folder's lock."""
     with suppress(OSError):
         for path in folder.glob(f"*{INCOMPLETE}"):
             remove_tree(path)
 
 
 def free_space(path: Path) -> str:
-    """Free MiB, and of which disk."""
+    """How much space is free on the disk of `path`, in words."""
     try:
         mount = path.resolve()
         while not mount.exists() or not os.path.ismount(mount):
             mount = mount.parent
         return f"{shutil.disk_usage(mount).free / 2**20:.0f} MiB free on the disk at {mount}"
-    except (OSError, RuntimeError):  # a loop of links
+    except (OSError, RuntimeError):  # symbolic links in a circle
         return "free space unknown"
 
 
@@ -224,7 +224,7 @@ def free_space(path: Path) -> str:
 def open_regular(path: Path, follow: bool = True) -> io.BufferedReader:
     """Open a regular file, or if `follow` a link to one.
 
-    Raises: OSError, for a FIFO or a device too, which are not waited for.
+    Raises: OSError; also for a FIFO or a device, without waiting for it.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -234,7 +234,7 @@ def open_regular(path: Path, follow: bool = True) -> io.BufferedReader:
 
 
 def read_bytes(path: Path, most: int = _MOST_BYTES) -> bytes:
-    """The content of a small file. Raises: OSError, if it has more than `most` bytes too."""
+    """The content of a small file. Raises: OSError; also if it has more than `most` bytes."""
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -263,14 +263,14 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON whose numbers are of use as floats, and whose texts can be written. Raises: ValueError, RecursionError."""
+    """JSON whose numbers fit into floats and whose strings can be encoded. Raises: ValueError, RecursionError."""
     content = json.loads(text, parse_int=_number)
     _check(content, 0)
     return content
 
 
 def _number(digits: str) -> int | float:
-    # Python reads integers of any length; math.isfinite and others raise for them.
+    # Python reads integers of any length, but math.isfinite and others raise for large ones.
     return int(digits) if len(digits) <= 19 else float(digits)
 
 
@@ -278,7 +278,7 @@ def _check(node: Any, level: int) -> None:
     if level > _MOST_LEVELS:
         raise ValueError(f"nested more than {_MOST_LEVELS} deep")
     if isinstance(node, str):
-        node.encode()  # half of a surrogate pair is refused here, as a UnicodeEncodeError, which is a ValueError
+        node.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
     elif isinstance(node, dict):
         for name, child in node.items():
             _check(name, level)
@@ -298,15 +298,15 @@ def read_leaves(path: Path) -> dict[str, Any]:
 
 
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-    """What a nested dictionary holds, by key, as update.lr. Of one that is too deep or too large, a part."""
+    """The values of a nested dictionary by dotted key, as update.lr; a part of them if it is too deep or too large."""
     found: dict[str, Any] = {}
-    left = [(prefix, node, 0)]
+    waiting = [(prefix, node, 0)]
     for _ in range(_MOST_NODES):
-        if not left:
+        if not waiting:
             break
-        name, child, level = left.pop()
+        name, child, level = waiting.pop()
         if isinstance(child, dict) and level < _MOST_LEVELS:
-            left += [(f"{name}.{key}".strip("."), value, level + 1) for key, value in reversed(child.items())]
+            waiting += [(f"{name}.{key}".strip("."), value, level + 1) for key, value in reversed(child.items())]
         elif not isinstance(child, dict):
             found[name] = child
     return found

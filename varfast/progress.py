@@ -1,6 +1,6 @@
-"""How far a command has come: a bar on a terminal, and off it plain lines that `tee`, `nohup` and Slurm can keep.
+"""How far a command has come: a bar on a terminal, elsewhere lines of text that `tee`, `nohup` and Slurm can keep.
 
-A bar redraws its line with carriage returns. In a file that becomes one line of 90 kB, so where standard output or
+A bar redraws its line with carriage returns, which in a file becomes one line of 90 kB. So where standard output or
 standard error is not a terminal, lines are printed instead, each flushed at once:
 
     grpo: step 10 of 60, reward=0.412 kl=0.003, 1532 ms a step, 1 min 17 s left
@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Where steps are slow, a line comes after so many seconds whatever the number of the step.
+# If steps are slow, a line is printed after so many seconds, whatever the number of the step.
 _LONGEST_SILENCE_S = 30.0
 
 
@@ -27,11 +27,11 @@ class Progress:
 
     Args:
         name: at the beginning of the bar and of every line.
-        total, done: steps in all, and those done already.
+        total, done: steps in all, and steps done already.
         unit: what a step is called.
-        every: steps between lines, off a terminal. The first and the last step have a line in any case, and so has
-            a step that ends 30 s after the last line.
-        quiet: show nothing, as in all processes but the first.
+        every: steps between lines where there is no terminal. The first and the last step always get a line, and so
+            does a step that ends 30 s after the last line.
+        quiet: show nothing, for all processes but the first.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Progress:
             self._bar.close()
 
     def _print(self, note: str, now_s: float) -> None:
-        """The pace is that of the steps since the last line: the first step of a run compiles, later ones do not."""
+        """Print a line. Its pace is that since the last line, because the first step of a run is slow: it compiles."""
         step_s = (now_s - self._line_s) / (self._done - self._line_done)
         self._line_s, self._line_done = now_s, self._done
         left = duration(step_s * (self._total - self._done))

@@ -21,12 +21,8 @@ from varfast import InputError
 from varfast.pretrain import PretrainReport, pretrained
 from varfast.runs.base import PARTS, Base
 from varfast.runs.folder import RunFolder
+from varfast.runs.load import load_run
 from varfast.runs.manifest import dump_config
-from varfast.report.run import load_run
-from varfast.train import train
-from varfast.runs.folder import RunFolder
-from varfast.runs.manifest import dump_config
-from varfast.report.run import load_run
 from varfast.train import train
 
 from ..runs import assert_same_run

@@ -1,3 +1,5 @@
+import importlib.util
+import sys
 from dataclasses import replace
 
 import pytest
@@ -76,10 +78,10 @@ def first_of(outputs):
 REFUSED = [
     *(
         (op, {"dtype": torch.float64})
-        for op in selection._OPS
-        if selection._OPS[op][0].name == "triton" and op != "adamw_step"
+        for op in selection.OPS
+        if selection.OPS[op][0].name == "triton" and op != "adamw_step"
     ),
-    *((op, {"head_dim": 32}) for op in selection._OPS if "attention" in op or "heads" in op),
+    *((op, {"head_dim": 32}) for op in selection.OPS if "attention" in op or "heads" in op),
     *((op, {"vocab": 32769}) for op in ("sample_tokens", "selective_log_softmax")),
     *((op, {"width": 8200}) for op in ("layer_norm_modulate", "gated_residual", "gated_residual_norm")),
 ]
@@ -88,8 +90,8 @@ REFUSED = [
 @pytest.mark.skipif(not selection.INTERPRETED, reason="interpreted, Triton can run where auto picks it in this test")
 @pytest.mark.parametrize(("op", "what"), REFUSED, ids=lambda x: x if isinstance(x, str) else next(iter(x)))
 def test_auto_passes_over_a_kernel_that_refuses_and_says_so_once(op, what, monkeypatch, restore):
-    ways = (replace(selection._OPS[op][0], auto_on=("cpu",)), selection._OPS[op][-1])
-    monkeypatch.setitem(selection._OPS, op, ways)
+    ways = (replace(selection.OPS[op][0], auto_on=("cpu",)), selection.OPS[op][-1])
+    monkeypatch.setitem(selection.OPS, op, ways)
     assert selection.choose(op, CPU).impl == "triton"
     selection._say_once.cache_clear()
     given = arguments(op, **{"dtype": torch.float32} | what)
@@ -105,3 +107,21 @@ def test_auto_passes_over_a_kernel_that_refuses_and_says_so_once(op, what, monke
     configure({op: "triton"})
     with pytest.raises(ValueError, match=f"impl='triton' of {op} takes"):
         function(*given)
+
+
+def test_kernels_can_be_imported_without_triton(monkeypatch):
+    """Its stand-ins leave functions as they are, and no kernel is launched."""
+    from varfast.kernels import _triton
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    spec = importlib.util.spec_from_file_location("without_triton", _triton.__file__)
+    without = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(without)
+    assert without.tl is None
+    assert without.jit(len) is len
+    assert without.jit(do_not_specialize=["x"])(len) is len
+    assert without.constexpr(3) == 3
+    assert "the package triton cannot be imported" in without.NO_TRITON
+    monkeypatch.setattr(selection, "NO_TRITON", without.NO_TRITON)
+    assert selection.cannot_run_triton(torch.device("cuda")) == without.NO_TRITON
+    assert selection.choose("selective_log_softmax", torch.device("cuda")).impl == "reference"

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from varfast import InputError, load_policy
 from varfast.models import VARConfig
 from varfast.policies.var.weights import infer_var_config, infer_vqvae_config, load_var, load_vqvae
-from varfast.weights.files import resolve
 from varfast.weights.containers import read_checkpoint
+from varfast.weights.files import resolve
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Labelled images: the handwritten digits of scikit-learn, and any folder with one sub-folder a class.
+"""Labelled images: the handwritten digits of scikit-learn, or any folder with a sub-folder for each class.
 
 Axes: N image; images are (N, 3, H, W) float32 in [0, 1].
 """
@@ -33,10 +33,11 @@ from varfast.types import InputError
 
 Images = Dataset[tuple[Tensor, ...]]
 
-# Ink and paper of the drawn digits: about one in eleven images is bright by the paper's rule (mean luma >= 0.8).
+# Brightness of paper and ink of the digits: about one image in eleven is bright by the rule of arXiv:2505.23331 (mean
+# luma >= 0.8).
 _PAPER = (0.6, 1.0)
 _INK_OVER_PAPER = (0.2, 0.75)
-# Of a longer image the middle counts.
+# Of an image whose sides have a larger ratio, only the middle is used.
 _MOST_LONG = 8
 
 
@@ -44,12 +45,12 @@ def load_images(dataset: str, image_size: int, num_classes: int | None = None, c
     """Images and labels for pre-training.
 
     Args:
-        dataset: "digits", or a folder with one sub-folder a class: see FolderImages.
+        dataset: "digits", or a folder with a sub-folder for each class: see FolderImages.
         image_size: side in pixels. Digits come at 8, or at a multiple of 8 by repetition.
-        num_classes: labels of the model: a folder must have as many classes. None: any number.
-        check: read every file once, to name all that cannot be read.
-    Raises: InputError if the folder is missing, has other classes, or one without images, if files cannot be read, or
-        a package is missing.
+        num_classes: labels of the model, which must be the number of classes in the folder; None: not checked.
+        check: read every file once, to name all files that cannot be read.
+    Raises: InputError if the folder is missing, has another number of classes or an empty one, if files cannot be read,
+        or if a package is missing.
     """
     if dataset == "digits":
         return TensorDataset(*digits(image_size))
@@ -79,7 +80,7 @@ def _other_number(images: FolderImages, num_classes: int) -> str:
 
 
 def digits(image_size: int = 8) -> tuple[Tensor, Tensor]:
-    """The 1797 handwritten digits of scikit-learn, each drawn in its own shade of ink on its own shade of paper.
+    """The 1797 handwritten digits of scikit-learn, each with its own shade of ink on its own shade of paper.
 
     Returns: (1797, 3, image_size, image_size) float32 in [0, 1], (1797,) int64 labels. The shades are fixed.
     Source: E. Alpaydin and C. Kaynak, Optical recognition of handwritten digits, UCI, 1998.
@@ -106,16 +107,16 @@ def _load_digits() -> tuple[Tensor, Tensor]:
 
 
 class FolderImages(Dataset[tuple[Tensor, ...]]):
-    """A folder with one sub-folder a class. Labels follow the names of the sub-folders in natural order: 2 before 10.
+    """A folder with a sub-folder for each class. Labels number the sub-folders in natural order: 2 before 10.
 
-    Hidden folders are passed over. Images may lie at any depth of a class folder; suffixes may be in upper case.
-    An image is brought to 9/8 of image_size (shorter side, Lanczos) and cropped at random.
+    Hidden folders are skipped. Images may lie at any depth of a class folder; suffixes may be in upper case. An image
+    is resized to 9/8 of image_size (shorter side, Lanczos) and cropped at random.
 
     Attributes:
-        folder: the data set's.
+        folder: of the data set.
         classes: names of the sub-folders in the order of the labels.
-        counts: number of images of each.
-        notes: what a user should know of how the folder was read.
+        counts: number of images of each class.
+        notes: lines that tell the user how the folder was read.
 
     Raises: InputError if there are no class folders, one holds no images, or a file cannot be read.
     """
@@ -145,7 +146,7 @@ class FolderImages(Dataset[tuple[Tensor, ...]]):
 
     @property
     def class_to_idx(self) -> dict[str, int]:
-        """Label of each class folder, by torchvision's name."""
+        """Label of each class folder, named as in torchvision."""
         return {name: label for label, name in enumerate(self.classes)}
 
     def __len__(self) -> int:
@@ -211,9 +212,9 @@ def _notes(folder: str, classes: list[str], listings: list[Listing]) -> list[str
 
 
 def _random_crop(picture: Image.Image, size: int) -> Tensor:
-    """(3, size, size) in [0, 1], as torchvision's Resize, RandomCrop and ToTensor give it, with its random numbers."""
+    """(3, size, size) in [0, 1]: pixels and random numbers are those of torchvision's Resize, RandomCrop, ToTensor."""
     width, height = picture.size
-    if max(width, height) > _MOST_LONG * min(width, height):  # a line of pixels would become gigabytes
+    if max(width, height) > _MOST_LONG * min(width, height):  # a line of pixels would be resized to gigabytes
         left, top = (max(0, side - _MOST_LONG * min(width, height)) // 2 for side in (width, height))
         picture = picture.crop((left, top, width - left, height - top))
         width, height = picture.size
@@ -229,7 +230,7 @@ def _random_crop(picture: Image.Image, size: int) -> Tensor:
 
 
 def fingerprint(dataset: str) -> str:
-    """What the content of a data set is known by: its labels' order, and names, sizes and times of its images."""
+    """Identifies the content of a data set: order of its labels, and names, sizes and times of its images."""
     if dataset == "digits":
         return "digits"
     digest = hashlib.sha256()
@@ -242,9 +243,9 @@ def fingerprint(dataset: str) -> str:
 
 
 class DigitsClassifier:
-    """Reads digits of any shade: a support vector machine fitted to the real ones, whatever ink and paper.
+    """Classifies digits of any shade: a support vector machine, fitted to scikit-learn's digits.
 
-    Each image is scaled to ink 1 on paper 0 first, so that its shades carry no information.
+    Each image is first scaled to ink 1 on paper 0, so that its shades carry no information.
     """
 
     def __init__(self) -> None:
@@ -266,12 +267,12 @@ class DigitsClassifier:
         return cls._features(-small.mean(dim=1))
 
     def accuracy(self, images: Tensor, labels_N: Tensor) -> float:
-        """Share of (N, 3, H, W) images in [0, 1] that are read as their label."""
+        """Fraction of (N, 3, H, W) images in [0, 1] that are classified as their label."""
         predicted = self._model.predict(self._image_features(images))
         return float((predicted == labels_N.cpu().numpy()).mean())
 
     def confidence(self, images: Tensor, labels_N: Tensor) -> Tensor:
-        """(N, 3, H, W) images in [0, 1] -> (N,) float32, probability of each one's label, on the CPU."""
+        """(N, 3, H, W) images in [0, 1] -> (N,) float32 probability of each image's label, on the CPU."""
         return self.probabilities(images).gather(1, labels_N.cpu().unsqueeze(1)).squeeze(1).float()
 
     def probabilities(self, images: Tensor) -> Tensor:
@@ -279,17 +280,17 @@ class DigitsClassifier:
         return torch.from_numpy(self._calibrated.predict_proba(self._image_features(images)))
 
     def ranks(self, images: Tensor, labels_N: Tensor) -> Tensor:
-        """(N, 3, H, W) images in [0, 1] -> (N,) int64, how many digits come before the label; 0: read as it."""
+        """(N, 3, H, W) images in [0, 1] -> (N,) int64, how many digits rank before the label; 0: classified as it."""
         features, labels_N = self._image_features(images), labels_N.cpu()
         margins = torch.from_numpy(self._model.decision_function(features))
         ranks_N = (margins > margins.gather(1, labels_N.unsqueeze(1))).sum(dim=1)
-        # Ten digits play 45 pairs; the machine breaks ties of won pairs by order, its margins by distance.
+        # The machine decides by 45 pairs of digits and breaks ties by order; its margins break them by distance.
         read_N = torch.from_numpy(self._model.predict(features)) == labels_N
         return torch.where(read_N, 0, ranks_N.clamp_min(1))
 
     @functools.cached_property
     def _calibrated(self) -> Any:
-        # The machine's own margins, turned into probabilities by a logistic curve a class, fitted to held-out fifths.
+        # The machine's margins, made probabilities by a logistic curve for each class, fitted to held-out fifths.
         from sklearn.calibration import CalibratedClassifierCV
         from sklearn.svm import SVC
 

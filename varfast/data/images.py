@@ -1,13 +1,13 @@
-"""Image files: which files of a folder are images, whether they can be read, and their pixels. The one reader of all.
+"""Image files: which files of a folder are images, whether they can be read, and their pixels.
 
-What is made of a file is decided here, in one place:
+All of varfast reads images here, so that every file is treated alike:
 
-- 16 bits a channel are scaled to 8; floats are taken in [0, 1]; whole numbers of 32 bits are refused.
+- 16 bits a channel are scaled to 8; floats must be in [0, 1]; integers of 32 bits are refused.
 - The camera's rotation (EXIF) is applied.
-- Transparent pixels lie on white: pictures with alpha are mostly drawn for white pages, and the colour that is stored
-  where nothing is to be seen is arbitrary.
-- CMYK, palettes, grey and 1 bit become RGB; of an animation the first frame counts.
-- Colour profiles (ICC) and gamma are left alone, as in the usual ImageNet pipelines: numbers are taken as sRGB.
+- Transparent pixels become white: pictures with alpha are mostly made for white pages, and the colour stored in
+  invisible pixels is arbitrary.
+- CMYK, palettes, grey and 1 bit become RGB; of an animation, the first frame is used.
+- Colour profiles (ICC) and gamma are ignored, as in the usual ImageNet pipelines: values are taken as sRGB.
 
 Only the formats listed here are opened, whatever a file is called: Pillow would start Ghostscript for PostScript.
 
@@ -38,24 +38,25 @@ from varfast.printable import printable
 from varfast.types import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-WHITE = (255, 255, 255, 255)  # what transparent images lie on
+WHITE = (255, 255, 255, 255)  # the background of transparent images
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_MOST_PIXELS = 178_956_970  # half a GB of RGB: where Pillow too begins to refuse
-# What the system, NAS boxes, macOS and notebooks leave beside images. Hidden names begin with a dot.
+_MOST_PIXELS = 178_956_970  # half a GB of RGB; Pillow refuses more too
+# What operating systems, NAS boxes and notebooks leave beside images, apart from names that begin with a dot.
 _NO_DATA = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__",
             "thumbs.db", "desktop.ini"}  # fmt: skip
-# Up to here every file is decoded before training: 1 GB of photographs takes half a minute of one core.
+# Up to this size, every file is decoded before training: 1 GB of photographs takes one core half a minute.
 _DECODED_BYTES = 2**30
 _TAIL_BYTES = 64
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _SHOWN = 20
-# A small damaged file may claim 179 million pixels, 2 GB while it is converted: larger images come one at a time.
+# A small damaged file may claim 179 million pixels, which take 2 GB while they are converted. So images with more
+# pixels than this are read one at a time.
 _LARGE_PIXELS = 2**24
 _one_large = threading.Lock()
 _THREADS = 8
 _BATCH_FILES = 1024
-_MOST_PATH = 4096  # letters: a file's name stands at the end
+_MOST_PATH = 4096  # letters; the file's name is at the end of its path
 _BAR_FROM = 5000
 # What Pillow raises for damaged files (tests/fuzz/test_images.py).
 _DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError,
@@ -73,7 +74,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# _MOST_PIXELS decides here, and a few of ImageNet's photographs have metadata that Pillow complains of.
+# _MOST_PIXELS is the limit here, not Pillow's; and Pillow warns about metadata of a few of ImageNet's photographs.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module=r"PIL\.(Tiff|Jpeg|Png)ImagePlugin")
 
@@ -84,7 +85,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.(Tiff|Jpeg|Png)ImagePlugin")
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """A file with the name of an image, and what says whether it has changed."""
+    """A file with the name of an image; size and time tell whether it has changed."""
 
     path: str
     bytes: int
@@ -97,8 +98,8 @@ class Listing:
 
     Attributes:
         files: images, folder by folder in natural order.
-        troubles: a line for each name of an image that is none: dangling links, folders, pipes, empty files.
-        passed_over: how many other files there are, by suffix; hidden ones as "hidden".
+        troubles: a line for each entry with the name of an image that is none: dangling link, folder, pipe, empty file.
+        passed_over: how many other files were skipped, by suffix; hidden ones as "hidden".
     """
 
     files: list[ImageFile] = field(default_factory=list)
@@ -107,25 +108,25 @@ class Listing:
 
 
 def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
-    """Orders names with numbers as people do: 2 before 10; other text by code points, as ImageFolder does."""
+    """Sorts names with numbers as people do, 2 before 10, and other text by code points, as ImageFolder does."""
     parts = re.split(r"([0-9]+)", name)
     return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), name
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is no data: hidden, or left by a system (__MACOSX, @eaDir, Thumbs.db)."""
+    """Whether a name is hidden, or of something that a system left behind (__MACOSX, @eaDir, Thumbs.db)."""
     return name.startswith(".") or name.lower() in _NO_DATA
 
 
 def list_images(folder: str) -> Listing:
-    """The images of a folder at any depth. Links are followed, each folder once; hidden names are passed over."""
+    """The images of a folder at any depth. Links are followed, each folder is read once, hidden names are skipped."""
     found = Listing()
     _walk(folder, found, set())
     return found
 
 
 def sorted_entries(folder: str) -> list[os.DirEntry[str]]:
-    """What lies in a folder, in natural order. Raises: OSError if it cannot be read."""
+    """The entries of a folder in natural order. Raises: OSError if it cannot be read."""
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: natural_key(entry.name))
 
@@ -133,7 +134,7 @@ def sorted_entries(folder: str) -> list[os.DirEntry[str]]:
 def _walk(folder: str, found: Listing, seen: set[tuple[int, int]]) -> None:
     try:
         here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:  # a link that leads back
+        if (here.st_dev, here.st_ino) in seen:  # a link to a folder that was read already
             return
         seen.add((here.st_dev, here.st_ino))
         entries = sorted_entries(folder)
@@ -174,12 +175,12 @@ def _kind(mode: int) -> str:
 
 
 def check_images(what: str, listing: Listing) -> None:
-    """Read every file once, so that training does not end at the first broken one: in 8 threads.
+    """Read every file once, in 8 threads, so that training does not end at the first broken one.
 
-    Up to 1 GB of files all are decoded. Of more (ImageNet has 138 GB: its 1.28 million files would take a core 40
-    minutes, at 1.75 ms each), JPEG and PNG files are read at their two ends, which finds what is cut, empty, a web page
-    or a git-lfs pointer: 0.12 ms a file, 3 minutes for ImageNet (measured on a CPU, on 1000 JPEGs of 71 kB from the
-    page cache). Damage in the middle is then named when training meets it.
+    Up to 1 GB, all files are decoded. With more (ImageNet has 138 GB: its 1.28 million files would take one core 40
+    minutes, at 1.75 ms each), only the two ends of JPEG and PNG files are read. That finds files that are cut off,
+    empty, a web page or a git-lfs pointer, and takes 0.12 ms a file, 3 minutes for ImageNet (measured on a CPU, on 1000
+    JPEGs of 71 kB from the page cache). Damage in the middle is reported when training reads the file.
 
     Args:
         what: the setting that names the folder, for errors.
@@ -214,7 +215,7 @@ def _why_not(file: ImageFile) -> str | None:
 
 
 def _why_not_quickly(file: ImageFile) -> str | None:
-    """Why a file cannot be read, by its first and last bytes where they tell; else by decoding it."""
+    """Why a file cannot be read. Its first and last bytes are looked at; if they are unusual, it is decoded."""
     try:
         with _opened(file.path) as source, Image.open(source, formats=_FORMATS) as image:
             end = _ENDS.get(image.format or "")
@@ -222,7 +223,7 @@ def _why_not_quickly(file: ImageFile) -> str | None:
             if end is not None and image.width * image.height <= _MOST_PIXELS and end in source.read():
                 return None
     except _DAMAGE:
-        pass  # said by the decoder
+        pass  # decoding it below will say what is wrong
     return _why_not(file)
 
 
@@ -264,7 +265,7 @@ def _read(path: str) -> Image.Image:
 
 
 def _opened(path: str) -> io.BufferedReader:
-    """A regular file. A pipe or device put in its place is not waited for. Raises: OSError, InputError."""
+    """A regular file, opened without waiting for a pipe or device in its place. Raises: OSError, InputError."""
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(number).st_mode
     if not stat.S_ISREG(mode):
@@ -274,7 +275,7 @@ def _opened(path: str) -> io.BufferedReader:
 
 
 def _looks_like(path: str) -> str:
-    """What a file is that is no image, where its first bytes tell."""
+    """What a file is that is not an image, if its first bytes tell; else empty."""
     try:
         with _opened(path) as source:
             start = source.read(512).lstrip()
@@ -297,7 +298,7 @@ _MAGIC = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"BM", b"GIF8", b"II*", b"MM\x00*", 
 
 
 def first_line(error: BaseException) -> str:
-    """The reason that a library gave, in a line of at most 200 letters that a terminal can show."""
+    """The first line of an error, printable and of at most 200 letters."""
     lines = str(error).splitlines() or [type(error).__name__]
     text = printable(lines[0])
     # Pillow names the open file: <_io.BufferedReader name=7>
@@ -311,15 +312,15 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         picture = Image.fromarray(_levels(image, clear)).convert("RGB")
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or clear is not None:
-        drawn = image.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", drawn.size, WHITE), drawn).convert("RGB")
+        with_alpha = image.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", with_alpha.size, WHITE), with_alpha).convert("RGB")
     else:
         picture = image.convert("RGB")
     return picture if turn is None else picture.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:
-    """The camera's; metadata that cannot be read is no reason to refuse the picture."""
+    """The camera's orientation, from EXIF; upright if the metadata cannot be read."""
     try:
         found = image.getexif().get(_ORIENTATION)
     except _DAMAGE:
@@ -328,7 +329,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _levels(image: Image.Image, clear: object) -> np.ndarray:
-    """Grey of more than 8 bits as (H, W) uint8, white where it is transparent. Pillow's own conversion clips it."""
+    """Grey with more than 8 bits as (H, W) uint8, white where transparent. (Pillow's own conversion clips it.)"""
     numbers_HW = np.asarray(image)
     if image.mode == "F":
         if not (np.isfinite(numbers_HW).all() and numbers_HW.min() >= 0.0 and numbers_HW.max() <= 1.0):
@@ -339,7 +340,7 @@ def _levels(image: Image.Image, clear: object) -> np.ndarray:
     if image.mode == "I" and image.format == "TIFF":
         raise InputError("holds numbers of 32 bits, of which nobody says what is white; save it with 8 or 16 bits")
     levels = np.rint(np.arange(65536) / 257.0).astype(np.uint8)
-    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # white is 0: Pillow turns 8 bits over, not 16
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # 0 is white: Pillow inverts 8 bits, but not 16
         levels = levels[::-1].copy()
     if isinstance(clear, int) and 0 <= clear < 65536:
         levels[clear] = 255
@@ -349,7 +350,7 @@ def _levels(image: Image.Image, clear: object) -> np.ndarray:
 
 
 def passed_over(listings: Iterable[Listing]) -> str:
-    """Files of other kinds, as "12 .heic, 3 hidden", the most frequent five; empty without any."""
+    """The five most frequent kinds of skipped files, as "12 .heic, 3 hidden"; empty if there are none."""
     counts: Counter[str] = Counter()
     for listing in listings:
         counts.update(listing.passed_over)

@@ -1,7 +1,7 @@
-"""Which labels a run trains on, which ones a step draws, and what they are called.
+"""Which labels a run trains on, which ones a step samples, and what they are called.
 
-Names come from labels.json, which pre-training on a folder writes beside the base and a run keeps; else a model with
-1000 labels is taken for one of ImageNet's, as all public ones are.
+Names come from labels.json, which pre-training on a folder writes beside the base and which a run copies. Without it, a
+model with 1000 labels is assumed to be one of ImageNet, as all public ones are.
 
 Axes: P labels.
 """
@@ -33,10 +33,10 @@ _SHOWN_ROWS = 40
 
 
 def label_pool(config: RolloutConfig, num_classes: int, seed: int, names: list[str] | None = None) -> list[int]:
-    """The labels of the run, ascending: all or those listed, of these the configured share, chosen by the seed.
+    """The labels of the run, ascending: all or those listed, reduced to the configured fraction by the seed.
 
     Args:
-        names: of all labels, where the config may list some by name.
+        names: of all labels, to look up those that the config lists by name; None if they have none.
     Raises: InputError for a name that is not among them.
     """
     if config.labels == "all":
@@ -51,7 +51,7 @@ def label_pool(config: RolloutConfig, num_classes: int, seed: int, names: list[s
 
 
 def draw_labels(pool: list[int], count: int, seed: int, step: int) -> Tensor:
-    """(P,) int64 labels of a step, drawn uniformly and independently from the pool."""
+    """(P,) int64 labels of a step, sampled uniformly and independently from the pool."""
     index_P = torch.randint(len(pool), (count,), generator=keyed_generator(seed, Purpose.LABELS, step))
     return torch.tensor(pool)[index_P]
 
@@ -99,7 +99,7 @@ def labels_of(images: FolderImages) -> list[Label]:
 
 
 def label_table(labels: Sequence[Label]) -> str:
-    """Rows of label, folder, images; of many the first and the last."""
+    """A table of label, folder and number of images; of more than 40 labels, the first 30 and the last 5."""
     shown = list(labels) if len(labels) <= _SHOWN_ROWS else [*labels[: _SHOWN_ROWS - 10], *labels[-5:]]
     cells = [("label", "folder", "images")]
     cells += [
@@ -117,7 +117,7 @@ def labels_json(labels: Sequence[Label]) -> str:
 
 
 def read_labels(folder: Path) -> list[Label] | None:
-    """The labels that a folder's labels.json describes; None without one that can be read: only names depend on it."""
+    """The labels in a folder's labels.json; None if it is missing or damaged, since only names depend on it."""
     path = folder / LABELS_FILE
     if not path.exists():
         return None
@@ -133,10 +133,10 @@ def read_labels(folder: Path) -> list[Label] | None:
 
 
 def label_names(place: str | Path, num_classes: int) -> list[str] | None:
-    """Names of a model's labels; None if nobody knows them.
+    """Names of a model's labels; None if they are not known.
 
     Args:
-        place: a run folder, or the file of the weights: labels.json lies in it, or beside it.
+        place: a run folder, which contains labels.json, or the file of the weights, which has labels.json beside it.
     """
     path = Path(place).expanduser()
     found = read_labels(path if path.is_dir() else path.parent)
@@ -146,15 +146,16 @@ def label_names(place: str | Path, num_classes: int) -> list[str] | None:
 
 
 def run_names(policy: PolicyConfig, pretrain: PretrainConfig, folder: Path, made: bool) -> list[str] | None:
-    """Names of a run's labels: of its folder, its data set, or the weights that it starts from.
+    """Names of a run's labels: from its folder, its data set, or the weights that it starts from.
 
     Args:
-        made: the base of a run is there. Without labels.json it is of a time when folders had another order.
+        made: whether the run's base exists already. One without labels.json is from a version that ordered the folders
+            of a data set differently, so their names would be wrong.
     """
     num_classes, checkpoint = policy.sizes.num_classes, policy.checkpoint
     if read_labels(folder) is not None:
         return label_names(folder, num_classes)
-    if checkpoint != "pretrain":  # a run keeps the names of what it starts from: no need to look there again
+    if checkpoint != "pretrain":  # a run keeps a copy of the names: do not look at the checkpoint again
         return label_names(folder if made else checkpoint, num_classes)
     if pretrain.dataset == "digits":
         return [str(digit) for digit in range(10)] if num_classes == 10 else None
@@ -164,14 +165,14 @@ def run_names(policy: PolicyConfig, pretrain: PretrainConfig, folder: Path, made
 
 
 def label_numbers(what: str, given: Sequence[int | str], num_classes: int, names: Sequence[str] | None) -> list[int]:
-    """Labels that were given by number or name, as numbers.
+    """Labels given by number or name, as numbers.
 
-    A name may be written in any case, and with _ or - for a space; for ImageNet, a WordNet id is one too.
+    A name may be written in any case, and with _ or - for a space. For ImageNet, a WordNet id is a name too.
 
     Args:
         what: the setting, for errors.
-        names: of all labels; None: nobody knows them.
-    Raises: InputError for a name that none or several labels have, and for a number out of range.
+        names: of all labels; None if they are not known.
+    Raises: InputError for a name that no label has, or several have, and for a number out of range.
     """
     numbers = [entry if isinstance(entry, int) else _number(what, entry, names) for entry in given]
     check_labels(what, numbers, num_classes)
@@ -181,10 +182,10 @@ def label_numbers(what: str, given: Sequence[int | str], num_classes: int, names
 def _number(what: str, name: str, names: Sequence[str] | None) -> int:
     if names is None:
         raise InputError(f"{what} holds {name!r}, but the labels of this model have no names; give numbers")
-    ways: list[Sequence[str]] = [names, [_plain(known) for known in names]]
+    ways: list[Sequence[str]] = [names, [_folded(known) for known in names]]
     if list(names) == list(imagenet().values()):
         ways.append(list(imagenet()))
-    for known, wanted in zip(ways, (name, _plain(name), name.strip()), strict=False):
+    for known, wanted in zip(ways, (name, _folded(name), name.strip()), strict=False):
         found = [label for label, other in enumerate(known) if other == wanted]
         if len(found) == 1:
             return found[0]
@@ -192,20 +193,21 @@ def _number(what: str, name: str, names: Sequence[str] | None) -> int:
             raise InputError(
                 f"{what} holds {name!r}, which labels {', '.join(map(str, found))} are called; give a number"
             )
-    plain = ways[1]
-    near = [names[plain.index(n)] for n in difflib.get_close_matches(_plain(name), plain, n=3, cutoff=0.5)]
-    near += [known for known in names if _plain(name) in _plain(known) and known not in near][: 3 - len(near)]
+    folded = ways[1]
+    near = [names[folded.index(n)] for n in difflib.get_close_matches(_folded(name), folded, n=3, cutoff=0.5)]
+    near += [known for known in names if _folded(name) in _folded(known) and known not in near][: 3 - len(near)]
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(map(repr, names[:10]))}"
     number = f"; for label {name} leave the quotes out" if name.isdecimal() else ""
     raise InputError(f"{what} holds {name!r}, which no label is called; {hint}{number}")
 
 
-def _plain(name: str) -> str:
+def _folded(name: str) -> str:
+    """A name without the differences that a user need not care about: case, _ and - for spaces."""
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
 def caption(label: int, names: Sequence[str] | None) -> str:
-    """A label for people, as "207 golden retriever"."""
+    """A label with its name, as "207 golden retriever"."""
     if names is None or label >= len(names) or names[label] == str(label):
         return f"{label}"
     return f"{label} {names[label]}"

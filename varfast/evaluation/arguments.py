@@ -96,5 +96,6 @@ def seen_labels(config: EvaluateConfig) -> set[int] | None:
         return None
     run = folder.load_config()
     num_classes = run.policy.sizes.num_classes
-    pool = label_pool(run.rollout, num_classes, run.run.seed, run_names(run.policy, run.pretrain, folder.path, True))
+    names = run_names(run.policy, run.pretrain, folder.path, made=True)
+    pool = label_pool(run.rollout, num_classes, run.run.seed, names)
     return set(pool) if len(pool) < num_classes else None

@@ -28,15 +28,15 @@ class Averages:
     def update(self) -> None:
         """After an optimizer step; after a skipped one too, in which the weights stayed where they were."""
         if self._decay is not None:
-            torch._foreach_lerp_(_local(self.by_name), _local(self._weights), 1.0 - self._decay)
+            torch._foreach_lerp_(_parts(self.by_name), _parts(self._weights), 1.0 - self._decay)
 
     @torch.no_grad()
     def copy_to_weights(self) -> None:
         """Make the averages the weights. Training is over then."""
         if self.by_name:
-            torch._foreach_copy_(_local(self._weights), _local(self.by_name))
+            torch._foreach_copy_(_parts(self._weights), _parts(self.by_name))
 
 
-def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+def _parts(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """What this process holds of them; writing there writes them."""
     return [local(tensor) for tensor in tensors.values()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from varfast.optim.config import UpdateConfig
 from varfast.perf.cost import Checkpointing
@@ -18,7 +19,9 @@ from varfast.perf.memory import (
     kept_bytes,
     memory,
 )
-from varfast.perf.work import Work
+
+if TYPE_CHECKING:  # what the learner reads here must not import the rewards
+    from varfast.perf.work import Work
 
 # See update_plan: below this many images at a time, recomputing costs less than more passes over the weights.
 ENOUGH_IMAGES = 8

@@ -13,8 +13,8 @@ from varfast.report.elements import brief, text
 from varfast.report.run import Run
 from varfast.report.verdicts import HEALTHY, badge, verdict
 
-# A curve of more than 40 steps is drawn as its moving mean over a twentieth of the run, in a band from minimum to
-# maximum; of more than 200, at 200 places.
+# A curve of more than 40 steps is drawn as a moving mean over a twentieth of the run, in a band from minimum to
+# maximum; with more than 200 steps it has 200 points.
 SMOOTHED = 40
 _POINTS = 200
 _UNITS = {
@@ -34,7 +34,7 @@ _UNITS = {
     "grad_norm": "before clipping, log scale",
 }
 _LOG_SCALE = ("ratio_gap_max", "ratio_gap_mean", "grad_norm")
-# Their own range says more than their distance from 0.
+# Metrics whose axis need not begin at 0: their changes matter more than their distance from 0.
 _OWN_RANGE = ("reward_mean", "entropy", "ratio_mean", "loss", "advantage_mean")
 _SPEED = ("images_per_s", "mfu", "step_s")
 _POLICY = ("kl", "entropy", "clip_fraction", "ratio_gap_max", "groups_without_signal")
@@ -49,8 +49,8 @@ class Curve:
 
     Attributes:
         name: in the legend.
-        style: number of its colour and dashes.
-        points: (step, value, lowest, highest); the last two over the steps that the point stands for.
+        style: index of its colour and dashes.
+        points: (step, value, lowest, highest), the last two over the steps that a point stands for.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Curve:
 
 
 def curve(name: str, style: int, steps: Sequence[int], values: Sequence[float]) -> Curve:
-    """Up to 40 steps as they are; more as moving means over a twentieth of the steps, at 200 places at most."""
+    """Up to 40 steps as they are; more of them as moving means over a twentieth of the steps, at most 200 points."""
     if len(steps) <= SMOOTHED:
         return Curve(name, style, [(step, value, value, value) for step, value in zip(steps, values, strict=True)])
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -80,7 +80,7 @@ def curve(name: str, style: int, steps: Sequence[int], values: Sequence[float]) 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """At most `most` + 1 round numbers in [low, high], 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / most
-    if not rough > 1e-300:  # equal, or too close for a power of ten between them
+    if not rough > 1e-300:  # equal, or so close that the power of ten below underflows
         return [low]
     power = 10.0 ** math.floor(math.log10(rough))
     apart = next(m * power for m in (1.0, 2.0, 5.0, 10.0, 20.0) if m * power >= rough * (1 - 1e-9))
@@ -89,7 +89,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 @dataclass(frozen=True)
 class _Axis:
-    """The values' axis: of a height in [low, high], how far down it is, in thousandths of the plot."""
+    """The vertical axis: maps a value to a height in [low, high], and that to thousandths of the plot from its top."""
 
     low: float
     high: float
@@ -115,14 +115,14 @@ class Chart:
     """Curves over the same axes.
 
     Attributes:
-        title: the metric's name, or what several have in common.
+        title: the metric's name, or what several metrics have in common.
         unit: of the values.
-        curves: not empty.
-        log: the axis of the values is logarithmic.
-        from_zero: it begins at 0, or below.
-        legend: name the curves.
-        cut: values beyond three times what 90 % of a curve stay below are cut off: a first step that compiles.
-        notes: HTML, lines beneath the title.
+        curves: at least one.
+        log: whether the vertical axis is logarithmic.
+        from_zero: whether it begins at 0 or below.
+        legend: whether the curves are named.
+        cut: whether values above three times a curve's 90 % quantile are cut off, as of a first step that compiles.
+        notes: lines beneath the title, HTML.
     """
 
     title: str
@@ -166,7 +166,7 @@ class Chart:
         return drawn, {"x": [first, last], "curves": rounded}
 
     def _axis(self) -> tuple[_Axis, list[str]]:
-        """The axis of the values, and what it cuts off."""
+        """The vertical axis, and a note if it cuts something off."""
         points = [point for line in self.curves for point in line.points]
         tiniest = min((low for _, _, low, _ in points if low > 0), default=1.0)
         whole = _Axis(0.0, 1.0, self.log, tiniest)
@@ -194,7 +194,7 @@ class Chart:
 
 
 def _path(line: Curve, x: Any, y: Any) -> str:
-    """A curve, and its band where it has one."""
+    """A curve, and its band if it has one, as SVG."""
     band = ""
     if any(p[2] != p[3] for p in line.points):
         upper = " ".join(f"{x(p[0]):.1f},{y(p[3]):.1f}" for p in line.points)
@@ -210,7 +210,7 @@ def _legend(curves: Sequence[Curve]) -> str:
 
 
 def _metric_chart(runs: Sequence[Run], metric: str) -> Chart | None:
-    """One metric, a curve a run; None if no run has it."""
+    """A chart of one metric with a curve for each run; None if no run has it."""
     curves = [curve(run.name, i, *run.series(metric)) for i, run in enumerate(runs) if run.series(metric)[0]]
     if not curves:
         return None
@@ -232,7 +232,7 @@ def _notes(runs: Sequence[Run], metric: str) -> tuple[str, ...]:
 
 
 def _stage_charts(runs: Sequence[Run], metrics: Sequence[str], suffix: str, unit: str) -> list[Chart]:
-    """All stages of one run in one chart; of several runs, a chart a stage."""
+    """One run: a chart with all its stages. Several runs: a chart for each stage."""
     chosen = [metric for metric in metrics if metric.endswith(suffix)]
     if len(runs) > 1:
         return [chart for metric in chosen if (chart := _metric_chart(runs, metric))]
@@ -241,7 +241,7 @@ def _stage_charts(runs: Sequence[Run], metrics: Sequence[str], suffix: str, unit
 
 
 def charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
-    """The charts of the runs, by section. Every metric is in one of them; of a single reward, reward_mean alone."""
+    """The charts by section. Every metric is in one of them, except a single reward, which reward_mean repeats."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics.columns))
     components = [m for m in metrics if m.startswith("reward/")]
     rewards = ["reward_mean", "reward_std", *(components if len(components) > 1 else [])]

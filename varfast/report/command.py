@@ -1,4 +1,4 @@
-"""The command: which folders are shown, and what is said of those that are not."""
+"""The command: reads the folders, writes the page, and says what could not be used."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from varfast.files import save_text
 from varfast.report.config import ReportConfig
-from varfast.report.elements import printable
+from varfast.report.elements import masked
 from varfast.report.layout import page
-from varfast.report.run import load_run
+from varfast.report.run import read_run
 from varfast.settings.loading import parse_arguments
 from varfast.types import InputError
 
@@ -17,7 +17,7 @@ from varfast.types import InputError
 def main(arguments: list[str]) -> int:
     """python -m varfast.report runs/x [runs/y ...] [out=report.html]
 
-    Of several folders those that hold nothing to show are named and left out. Raises: InputError if none is left.
+    Folders that hold nothing to show are named and skipped. Raises: InputError if none is left.
     """
     config = parse_arguments(arguments, ReportConfig)
     paths, out = [Path(run).expanduser() for run in config.runs], Path(config.out).expanduser()
@@ -25,16 +25,16 @@ def main(arguments: list[str]) -> int:
     runs, refused = [], []
     for path in paths:
         try:
-            runs.append(load_run(path, printable(path.absolute().name if by_name else path)))
+            runs.append(read_run(path, masked(path.absolute().name if by_name else path)))
         except InputError as error:
-            refused.append(printable(error))
+            refused.append(masked(error))
     if not runs:
         raise InputError("\n  ".join(refused))
     for reason in refused:
         print(f"left out: {reason}", file=sys.stderr)
     for run in runs:
         for note in run.left_out:
-            print(printable(f"{run.name}: left out: {note}"), file=sys.stderr)
+            print(masked(f"{run.name}: left out: {note}"), file=sys.stderr)
     save_text(out, page(runs))
     print(f"{out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {out.stat().st_size / 1e6:.1f} MB")
     return 0

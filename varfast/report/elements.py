@@ -1,4 +1,4 @@
-"""Pieces of HTML, and values as text of a bounded length. Whatever comes from a run folder passes through `text`."""
+"""Pieces of HTML, and values as text of a bounded length. Everything from a run folder passes through `text`."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-# Letters of a cell of a table, or of a name. A list of 1000 labels stands whole under "config.yaml, resolved".
+# Letters of a cell of a table, or of a name. (A list of 1000 labels is shown whole under "config.yaml, resolved".)
 LONGEST = 300
 _DEEPEST = 6
 
 
-def printable(value: object) -> str:
-    """Text in which control characters and halves of surrogate pairs are question marks: for a page or a terminal."""
+def masked(value: object) -> str:
+    """Text for a page or a terminal, with "?" in place of control characters and halves of surrogate pairs."""
     return "".join(c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else "?" for c in str(value))
 
 
 def text(value: object) -> str:
     """Escaped for HTML."""
-    return html.escape(printable(value), quote=True)
+    return html.escape(masked(value), quote=True)
 
 
 def brief(value: Any, most: int = LONGEST) -> str:
-    """A value as people write it, cut off after so many letters; a float has four digits, None is empty.
+    """A value as people write it, cut after `most` letters: a float with four digits, None as an empty text.
 
-    Never more of it is looked at than is shown: a file of 700 bytes can describe lists of 10^9 numbers.
+    No more of it is visited than is shown: YAML of 700 bytes can describe lists of 10^9 numbers.
     """
     if value is None:
         return ""
@@ -61,8 +61,13 @@ def _pieces(value: Any, depth: int, most: int) -> Iterator[str]:
         yield "]" if value else "[]"
 
 
-def table(columns: Iterable[str], rows: Iterable[tuple[str, Sequence[Any]]]) -> str:
-    """A row's name, and its values under the columns, as `brief` writes them. A Markup stays as it is."""
+def html_table(columns: Iterable[str], rows: Iterable[tuple[str, Sequence[Any]]]) -> str:
+    """An HTML table. Names and values are written by `brief`, except Markup, which is used as it is.
+
+    Args:
+        columns: headings, without that of the column of names.
+        rows: name and values of each row.
+    """
     head = "".join(f"<th>{text(brief(name))}</th>" for name in columns)
     body = "".join(
         f'<tr><th scope="row">{text(brief(name))}</th>{"".join(f"<td>{_cell(value)}</td>" for value in values)}</tr>'
@@ -72,7 +77,7 @@ def table(columns: Iterable[str], rows: Iterable[tuple[str, Sequence[Any]]]) -> 
 
 
 class Markup(str):
-    """HTML that is ours, its parts escaped."""
+    """HTML that this package wrote, whose parts are escaped already."""
 
     __slots__ = ()
 

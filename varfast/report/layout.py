@@ -1,4 +1,4 @@
-"""The page: what changed first, then whether it went well, then everything else."""
+"""The page, in this order: what changed, whether the run is healthy, curves, samples, evaluation, settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from varfast.evaluation.metrics import Estimate, difference_interval, interval_text
 from varfast.report.charts import SMOOTHED, charts
-from varfast.report.elements import Markup, brief, printable, table, text
+from varfast.report.elements import Markup, brief, html_table, masked, text
 from varfast.report.pictures import Extremes
 from varfast.report.reading import Estimated, Sample
 from varfast.report.run import Run
@@ -45,7 +45,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def _script_safe(content: Any) -> str:
-    """JSON that cannot end the script element it stands in; letters beyond ASCII are escaped."""
+    """JSON that cannot close the script element around it. Letters beyond ASCII are escaped."""
     return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
@@ -62,7 +62,7 @@ def _changed(runs: Sequence[Run]) -> str:
 
 
 def _headline(run: Run) -> str:
-    """Before -> after on the samples of the table, with the interval of the difference; else why there is none."""
+    """Before and after on fresh samples, with the interval of the difference; or why it was not measured."""
     steps = _steps(run)
     if not run.summary:
         reason = "Not measured: before and after are written when a run is complete"
@@ -87,13 +87,13 @@ def _headline(run: Run) -> str:
         )
         for name, c in changes.items()
     ]
-    detail = table(["before", "after", "difference"], rows)
+    detail = html_table(["before", "after", "difference"], rows)
     top = f'<p class="headline">{headline} <small>{text(difference)}</small></p>'
     return f"{top}{detail}<p>{about}</p><p>{text(steps)}</p>"
 
 
 def _of_summary(run: Run) -> list[str]:
-    """Names of the table, but for the only reward's where it repeats the sum."""
+    """Names of the table's rows. A single reward is skipped if it equals the total reward."""
     names = list(dict.fromkeys(name for numbers in run.summary.values() for name in numbers))
     components = [name for name in names if name.startswith("reward/")]
     return [name for name in names if name not in components or len(components) > 1 or not _repeats(run, name)]
@@ -142,7 +142,7 @@ def _first_to_last(run: Run) -> str:
 
 
 def _before_after_pictures(run: Run) -> str:
-    """The first sample grid beside the others: the same labels and random numbers in all of them."""
+    """The first sample grid beside the later ones, all with the same labels and random numbers."""
     if not run.grids:
         return "<p>No sample grids.</p>"
     first, *later = run.grids
@@ -187,11 +187,11 @@ def _health(runs: Sequence[Run]) -> str:
     if not rows:
         return "<p>No step is complete yet.</p>"
     columns = [run.name for run in runs] if len(runs) > 1 else ["found"]
-    return table([*columns, "healthy is"], rows) + _glance(runs)
+    return html_table([*columns, "healthy is"], rows) + _glance(runs)
 
 
 def _glance(runs: Sequence[Run]) -> str:
-    """First and last tenth of other metrics that are looked at first."""
+    """Means of the first and last tenth of the steps, for the metrics that people look at first."""
 
     def first_to_last(run: Run, metric: str) -> str:
         values = run.series(metric)[1]
@@ -203,11 +203,11 @@ def _glance(runs: Sequence[Run]) -> str:
     rows = [(name, cells) for name, cells in rows if any(cells)]
     columns = [run.name for run in runs] if len(runs) > 1 else ["first \u2192 last"]
     arrows = "<p>In training: from the mean of the first tenth of the steps to that of the last.</p>"
-    return f"<details><summary>Numbers of the steps</summary>{table(columns, rows)}{arrows}</details>"
+    return f"<details><summary>Numbers of the steps</summary>{html_table(columns, rows)}{arrows}</details>"
 
 
 def _curves(runs: Sequence[Run]) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
-    """Sections of charts, and the numbers of all charts, in the order of their appearance."""
+    """Sections of charts, and the numbers of all charts in the order of the page."""
     numbers: list[dict[str, Any]] = []
     sections = []
     long = any(len(steps) > SMOOTHED for run in runs for steps, _ in run.metrics.columns.values())
@@ -235,7 +235,7 @@ def _extremes(run: Run) -> str:
     if found is None:
         return f"<h3>{text(brief(run.name))}</h3><p>No samples.</p>"
     rows = [f"<h3>{text(brief(run.name))}, step {found.step}</h3>{_tied(found)}"]
-    for title, samples in (("best", found.noted.best), ("worst", found.noted.worst)):
+    for title, samples in (("best", found.samples.best), ("worst", found.samples.worst)):
         cells = [
             f'<figure><img src="{uri}" alt="{title} {place}: label {text(run.label(sample.label))}, reward '
             f'{text(brief(sample.reward))}"><figcaption>{_sample_caption(run, sample)}</figcaption></figure>'
@@ -246,16 +246,16 @@ def _extremes(run: Run) -> str:
 
 
 def _tied(found: Extremes) -> str:
-    """Said where equal rewards, and not the images, decide which ones are shown."""
-    best, worst = found.noted.best, found.noted.worst
+    """A note for ties: which of the equal samples are shown says nothing about the images."""
+    best, worst = found.samples.best, found.samples.worst
     rewards = {sample.reward for sample in (*best, *worst)}
     if len(rewards) == 1:
         return f"<p>All samples shown have the reward {text(brief(rewards.pop()))}: none is better than another.</p>"
     notes = []
     for title, samples in (("best", best), ("worst", worst)):
-        ties = found.noted.ties.get(title, 0)
+        ties = found.samples.ties.get(title, 0)
         if len({sample.reward for sample in samples}) == 1 and ties > len(samples):
-            of_step = f"{ties} of the step's {brief(found.noted.images) or 'samples'} have the {title} reward"
+            of_step = f"{ties} of the step's {brief(found.samples.images) or 'samples'} have the {title} reward"
             notes.append(f"{of_step}; {len(samples)} of them are shown, of as many labels as possible.")
     return "".join(f"<p>{text(note)}</p>" for note in notes)
 
@@ -272,7 +272,7 @@ def _evaluation(runs: Sequence[Run]) -> str:
 
 
 def _measured(run: Run) -> str:
-    """The table and the pictures of `python -m varfast.evaluate`, whose folder lies in the run's."""
+    """Table and pictures of `python -m varfast.evaluate`, from the folder evaluation/ of the run."""
     found = run.evaluation
     assert found is not None
     sides = [side for side in ("reference", "checkpoint", "difference") if any(getattr(r, side) for r in found.rows)]
@@ -284,7 +284,7 @@ def _measured(run: Run) -> str:
         for row in found.rows
     ]
     about = f"{found.images} images a model, of {found.labels} labels. Intervals: {brief(found.intervals, 1000)}."
-    parts = [f"<h3>{text(brief(run.name))}: varfast.evaluate</h3>{table(sides, rows)}<p>{text(about)}</p>"]
+    parts = [f"<h3>{text(brief(run.name))}: varfast.evaluate</h3>{html_table(sides, rows)}<p>{text(about)}</p>"]
     if run.evaluation_picture is not None:
         shown = found.pictures
         columns = ", then ".join(dict.fromkeys(brief(column.of, 60) for column in shown.columns)) if shown else ""
@@ -304,7 +304,9 @@ def _settings(runs: Sequence[Run]) -> str:
         keys = dict.fromkeys(key for run in runs for key in run.settings if key != "run.dir")
         rows = [(key, [run.settings.get(key, "not set") for run in runs]) for key in keys]
         rows = [(key, values) for key, values in rows if any(value != values[0] for value in values)]
-        parts.append(table([run.name for run in runs], rows) if rows else "<p>The runs have the same settings.</p>")
+        parts.append(
+            html_table([run.name for run in runs], rows) if rows else "<p>The runs have the same settings.</p>"
+        )
     for run in runs:
         if run.config:
             title = f"<summary>{text(brief(run.name))}: config.yaml, resolved</summary>"
@@ -315,9 +317,9 @@ def _settings(runs: Sequence[Run]) -> str:
 def _environment(runs: Sequence[Run]) -> str:
     names = dict.fromkeys(name for run in runs for name in run.environment)
     rows = [(name, [run.environment.get(name) for run in runs]) for name in names]
-    return table([run.name for run in runs], rows) if rows else ""
+    return html_table([run.name for run in runs], rows) if rows else ""
 
 
 def _left_out(runs: Sequence[Run]) -> str:
     notes = [f"{run.name}: {note}" for run in runs for note in run.left_out[:100]]
-    return "".join(f"<p>{text(printable(note))}</p>" for note in notes)
+    return "".join(f"<p>{text(masked(note))}</p>" for note in notes)

@@ -1,4 +1,4 @@
-"""The pictures of a run folder, checked, and as values of src."""
+"""The pictures of a run folder, checked, as data: URIs for the attribute src."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from PIL import Image
 from varfast.report.reading import PICTURE_BYTES, Samples, Unreadable, read_bytes, read_json, validated
 from varfast.runs.pictures import GAP_PX
 
-# A run of 40 000 steps has 400 grids of 8 MB; of those as many are shown, at most as wide, as JPEG.
+# A run of 40 000 steps has 400 grids of 8 MB. At most so many are shown, as JPEG and at most so wide.
 _GRIDS = 24
 _WIDEST_PX = 1024
 _AS_IT_IS_BYTES = 200_000
-# A grid of 8 x 8 images of 256 pixels a side has 4.3 million.
+# A grid of 8 x 8 images with 256 pixels a side has 4.3 million pixels.
 _MOST_PIXELS = 50_000_000
 # What Pillow raises for damaged PNGs.
 _PICTURE_ERRORS = (
@@ -65,12 +65,12 @@ class Extremes:
 
     Attributes:
         step: whose.
-        noted: what is known of them.
-        uris: of "best" and "worst", a picture each.
+        samples: their labels and rewards, from samples/step_N.json.
+        uris: for "best" and "worst", a data: URI for each image.
     """
 
     step: int
-    noted: Samples
+    samples: Samples
     uris: dict[str, list[str]]
 
 
@@ -78,7 +78,7 @@ def read_picture(folder: Path, name: str) -> tuple[Image.Image, bytes]:
     """A PNG of a run folder, decoded, and its bytes. Raises: FileNotFoundError; Unreadable."""
     content = read_bytes(folder, name, PICTURE_BYTES)
     with _decoding():
-        # Of Pillow's formats this one alone: others run programs (EPS), or are rarely read and less tried.
+        # Only PNG: some of Pillow's other formats run programs (EPS), and the rare ones are less tested.
         picture = Image.open(io.BytesIO(content), formats=("PNG",))
         width, height = picture.size
         if width * height > _MOST_PIXELS:
@@ -89,7 +89,7 @@ def read_picture(folder: Path, name: str) -> tuple[Image.Image, bytes]:
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Around what Pillow does with a picture. Raises: Unreadable for whatever it raises."""
+    """Around the decoding of a picture: turn whatever Pillow raises into Unreadable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -99,14 +99,14 @@ def _decoding() -> Iterator[None]:
 
 
 def picture_uri(folder: Path, name: str) -> tuple[str, tuple[int, int]]:
-    """A PNG of a run folder as the value of src, and its width and height. Raises: as read_picture."""
+    """A PNG of a run folder as a data: URI, and its width and height. Raises: as read_picture."""
     picture, content = read_picture(folder, name)
     with _decoding():
         return data_uri(picture, content), picture.size
 
 
 def data_uri(picture: Image.Image, content: bytes | None = None) -> str:
-    """A picture as the value of src: the PNG `content` itself if it is small, else a JPEG at most 1024 pixels wide."""
+    """A picture as a data: URI: the PNG `content` itself if it is small, else a JPEG at most 1024 pixels wide."""
     kind = "png"
     if content is None and picture.width <= 128:
         content = _encoded(picture, "PNG")
@@ -124,7 +124,7 @@ def _encoded(picture: Image.Image, kind: str, **settings: Any) -> bytes:
 
 
 def _steps(folder: Path, suffix: str, leave_out: Callable[[str, object], None]) -> list[tuple[int, str]]:
-    """Steps and names of the files step_<number><suffix>, ascending."""
+    """Steps and names of the files step_<number><suffix> in a folder, ascending."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
@@ -141,7 +141,7 @@ def _steps(folder: Path, suffix: str, leave_out: Callable[[str, object], None]) 
 
 
 def read_grids(folder: Path, leave_out: Callable[[str, object], None]) -> tuple[list[Grid], int]:
-    """At most 24 of the sample grids, the first and the last among them, and how many there are."""
+    """At most 24 of the sample grids, including the first and the last, and how many there are in all."""
     found = _steps(folder / "grids", ".png", leave_out)
     grids = []
     for index in sorted({round(i * (len(found) - 1) / (_GRIDS - 1)) for i in range(_GRIDS)}) if found else []:
@@ -155,25 +155,25 @@ def read_grids(folder: Path, leave_out: Callable[[str, object], None]) -> tuple[
 
 
 def read_extremes(folder: Path, leave_out: Callable[[str, object], None]) -> Extremes | None:
-    """Best and worst samples of the last step whose pair of files can be used."""
+    """Best and worst samples of the last step for which both files can be used."""
     for step, name in reversed(_steps(folder / "samples", ".json", leave_out)[-100:]):
         try:
-            noted = validated(Samples, read_json(folder, f"samples/{name}"))
+            found = validated(Samples, read_json(folder, f"samples/{name}"))
             picture, _ = read_picture(folder, f"samples/{name.removesuffix('.json')}.png")
             with _decoding():
-                return Extremes(step, noted, _cut(noted, picture))
-        except (Unreadable, FileNotFoundError) as error:  # half of a pair: the run was killed between the two
+                return Extremes(step, found, _cut(found, picture))
+        except (Unreadable, FileNotFoundError) as error:  # one file is missing if the run was killed between the two
             leave_out(f"samples/{name}", error)
     return None
 
 
-def _cut(noted: Samples, picture: Image.Image) -> dict[str, list[str]]:
-    columns = max(len(noted.best), len(noted.worst))
+def _cut(found: Samples, picture: Image.Image) -> dict[str, list[str]]:
+    columns = max(len(found.best), len(found.worst))
     width, height = (picture.width + GAP_PX) // columns, (picture.height + GAP_PX) // 2
     if width <= GAP_PX or height <= GAP_PX:
         raise Unreadable(f"a picture of {picture.width} x {picture.height} pixels for 2 rows of {columns} samples")
     uris: dict[str, list[str]] = {}
-    for row, (title, samples) in enumerate((("best", noted.best), ("worst", noted.worst))):
+    for row, (title, samples) in enumerate((("best", found.best), ("worst", found.worst))):
         for column in range(len(samples)):
             left, top = column * width, row * height
             cell = picture.crop((left, top, left + width - GAP_PX, top + height - GAP_PX))

@@ -1,13 +1,12 @@
-"""What a run folder holds, read with care: any file may be missing, cut off, of other types, huge, or no file at all.
+"""Reading the files of a run folder that anybody may have made: each may be missing, cut off, malformed or huge.
 
-A file that cannot be used becomes a sentence in `Run.left_out`; nothing here waits for a FIFO, follows a link out of
-the folder, or grows with what a file claims to hold.
+A file that cannot be used becomes a sentence in `Run.left_out`. Nothing here waits for a FIFO, follows a link out of
+the folder, or allocates what a file only claims to hold.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import stat
 from array import array
 from collections import Counter
@@ -19,22 +18,23 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from varfast.files import open_regular
 from varfast.report.elements import brief
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 METRICS_BYTES = 256 * 2**20  # 40 000 steps are 40 MB
 _LINE_BYTES = 2**20
-# PyYAML reads about 0.1 MB a second; a config with 1000 labels and their names has 50 kB.
+# PyYAML reads about 0.1 MB/s; a config with 1000 labels and their names has 50 kB.
 CONFIG_BYTES = 256 * 2**10
 _JSON_BYTES = 64 * 2**20
 PICTURE_BYTES = 64 * 2**20
 _MOST_METRICS = 300
 _MOST_SETTINGS = 2000
-# Sums and differences of 10^6 of these are finite.
+# A sum of 10^6 numbers up to this size is finite.
 _LARGEST = 1e300
 _LAST_STEP = 10**12
-# What PyYAML's own constructors and parser let through for text that is not valid YAML.
+# What PyYAML raises for text that is not valid YAML.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 _KINDS = {
     stat.S_ISDIR: "a folder",
@@ -56,19 +56,17 @@ class Unreadable(Exception):
 def read_bytes(folder: Path, name: str, most_bytes: int) -> bytes:
     """The content of a file of a run folder.
 
-    Raises: FileNotFoundError if there is none; Unreadable for a link out of the folder, something else than a file, a
-        file that is too large, or one that the system refuses to read.
+    Raises: FileNotFoundError if there is none; Unreadable for a link out of the folder, for anything that is not a
+        regular file, for a file that is too large, or one that the system refuses to read.
     """
     path = folder / name
     try:
-        found = path.stat()
-        _refuse_special(found.st_mode)
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise Unreadable(next((kind for is_kind, kind in _KINDS.items() if is_kind(mode)), "no file"))
         if not path.resolve().is_relative_to(folder.resolve()):
             raise Unreadable("a link that leads out of the run folder")
-        # Between the two looks the name may become a FIFO: opening one without O_NONBLOCK waits for a writer.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            _refuse_special(os.fstat(descriptor).st_mode)
+        with open_regular(path) as file:
             content = file.read(most_bytes + 1)
     except FileNotFoundError:
         if path.is_symlink():
@@ -81,13 +79,8 @@ def read_bytes(folder: Path, name: str, most_bytes: int) -> bytes:
     return content
 
 
-def _refuse_special(mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        raise Unreadable(next((kind for is_kind, kind in _KINDS.items() if is_kind(mode)), "no file"))
-
-
 def read_json(folder: Path, name: str) -> Any:
-    """The content of a JSON file. Raises: as read_bytes; Unreadable for what is no JSON."""
+    """The content of a JSON file. Raises: as read_bytes; Unreadable for what is not valid JSON."""
     content = read_bytes(folder, name, _JSON_BYTES)
     try:
         return json.loads(content)
@@ -98,7 +91,7 @@ def read_json(folder: Path, name: str) -> Any:
 
 
 def validated(model: type[_Model], content: Any) -> _Model:
-    """JSON as a model. Raises: Unreadable, naming the first place that is of another type."""
+    """JSON content as a pydantic model. Raises: Unreadable, which names the first place that does not fit."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -156,7 +149,7 @@ class Sample(BaseModel):
 
 
 class Samples(BaseModel):
-    """samples/step_N.json: a row each of its picture. ties: images of the step with the reward of the first one."""
+    """samples/step_N.json, see RunLog.samples: a list for each row of the picture."""
 
     best: list[Sample] = Field(min_length=1, max_length=64)
     worst: list[Sample] = Field(min_length=1, max_length=64)
@@ -175,9 +168,9 @@ class Metrics:
     """metrics.jsonl by column.
 
     Attributes:
-        columns: steps and values of each metric, ascending by step, of a step that is there twice the later one.
-        last_step: of all lines; 0 without one.
-        left_out: what no column holds, a sentence each.
+        columns: steps and values of each metric, ascending by step; of a step that is there twice, the later line.
+        last_step: of all lines; 0 if there is none.
+        left_out: what the columns do not hold, one sentence for each kind.
     """
 
     columns: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
@@ -186,11 +179,11 @@ class Metrics:
 
 
 def parse_metrics(content: bytes) -> Metrics:
-    """Read the lines of metrics.jsonl; those that are damaged are counted."""
+    """The columns of metrics.jsonl; damaged lines are counted."""
     steps = array("q")
-    columns: dict[str, tuple[array[int], array[float]]] = {}  # numbers of lines, and values
+    columns: dict[str, tuple[array[int], array[float]]] = {}  # line numbers, and values
     unreadable, bad, too_many = 0, Counter[str](), 0
-    for line in content.decode("utf-8", "replace").split("\n"):  # of bytes json.loads guesses the encoding each time
+    for line in content.decode("utf-8", "replace").split("\n"):  # json.loads guesses the encoding of bytes
         if not line.strip():
             continue
         row = _row(line)
@@ -222,7 +215,7 @@ def _row(line: str) -> dict[str, Any] | None:
         return None
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):  # a run killed while it wrote
+    except (ValueError, RecursionError):  # a run was killed while it wrote
         return None
     step = row.get("step") if isinstance(row, dict) else None
     is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step <= _LAST_STEP
@@ -235,7 +228,7 @@ def _by_step(
     if not len(steps):
         return {}
     steps_N = np.array(steps)
-    # Of equal steps the last line counts: a run that was killed does its last steps again.
+    # The last line of a step counts: a run that was killed does its last steps again.
     _, last = np.unique(steps_N[::-1], return_index=True)
     kept_N = np.zeros(len(steps_N), dtype=bool)
     kept_N[len(steps_N) - 1 - last] = True
@@ -250,7 +243,7 @@ def _by_step(
 
 
 def finite(value: Any) -> float | None:
-    """A number that a curve can hold; None for all else, and for more than 1e300 either way."""
+    """A number that a curve can show; None for anything else, and for more than 1e300 in either direction."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -260,24 +253,24 @@ def finite(value: Any) -> float | None:
     return number if abs(number) <= _LARGEST else None
 
 
-def parse_config(content: bytes) -> tuple[str, dict[str, str]]:
-    """config.yaml as text, and its leaves by key, as update.lr. Values stay text: nothing is constructed.
+def parse_settings(content: bytes) -> tuple[str, dict[str, str]]:
+    """config.yaml as text, and its values by dotted key, as update.lr. Values stay text: no objects are constructed.
 
-    Raises: Unreadable for what holds no settings.
+    Raises: Unreadable if it holds no settings.
     """
     shown = content.decode("utf-8", "replace")
     try:
-        settings = yaml.load(shown, Loader=yaml.BaseLoader)  # it makes strings, lists and dicts alone
+        settings = yaml.load(shown, Loader=yaml.BaseLoader)  # it constructs only strings, lists and dictionaries
     except _YAML_ERRORS as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else brief(str(error), 100)
         raise Unreadable(f"not valid YAML: {reason}") from error
     if not isinstance(settings, dict):
         raise Unreadable("it holds no settings")
-    return shown, leaves(settings)
+    return shown, text_leaves(settings)
 
 
-def leaves(content: dict[Any, Any]) -> dict[str, str]:
-    """What nested dictionaries hold, by key, as update.lr, and as text; at most 2000 of them, 8 deep."""
+def text_leaves(content: dict[Any, Any]) -> dict[str, str]:
+    """The values of nested dictionaries as text, by dotted key, as update.lr; at most 2000 of them, 8 levels deep."""
     found: dict[str, str] = {}
     waiting: list[tuple[str, Any, int]] = [("", content, 0)]
     while waiting and len(found) < _MOST_SETTINGS:

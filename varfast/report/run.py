@@ -19,11 +19,11 @@ from varfast.report.reading import (
     Metrics,
     Unreadable,
     finite,
-    leaves,
-    parse_config,
     parse_metrics,
+    parse_settings,
     read_bytes,
     read_json,
+    text_leaves,
     validated,
 )
 from varfast.runs.before_after import FILE as BEFORE_AFTER
@@ -39,19 +39,19 @@ class Run:
     """What a run folder holds, as far as it can be used.
 
     Attributes:
-        name: how the page calls it.
+        name: of the run, on the page.
         path: of the folder.
         config: the resolved config, as text.
-        settings: the same by key, as update.lr; text.
+        settings: its values as text, by dotted key, as update.lr.
         metrics: the columns of metrics.jsonl.
         summary: "before" and "after": means by name.
-        pairs: "before" and "after": values of every image, by name; what intervals are computed from.
-        measured_step: after which "after" was sampled.
-        names: of labels, by number.
-        environment: by key.
-        evaluation, evaluation_picture: of varfast.evaluate.
-        grids, num_grids, extremes: sample grids that are shown, of how many; best and worst samples.
-        left_out: what is not shown and why, a sentence each.
+        pairs: "before" and "after": values of every image, by name, from which intervals are computed.
+        measured_step: the step after which "after" was sampled.
+        names: names of labels, by number.
+        environment: content of environment.json, by dotted key.
+        evaluation, evaluation_picture: result of varfast.evaluate.
+        grids, num_grids, extremes: sample grids that are shown, how many there are, best and worst samples.
+        left_out: what is not shown and why, one sentence for each file.
     """
 
     name: str
@@ -76,18 +76,18 @@ class Run:
         self.left_out.append(f"{brief(file, 100)}: {brief(str(why))}")
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
-        """Steps, and values at them."""
+        """Steps, and the values of a metric at them."""
         return self.metrics.columns.get(metric, ([], []))
 
     def number(self, setting: str) -> float | None:
-        """A setting that is a number."""
+        """A setting as a number; None if it is not one."""
         try:
             return finite(float(self.settings[setting]))
         except (KeyError, ValueError):
             return None
 
     def label(self, label: int | str) -> str:
-        """A label with its name, where one is known."""
+        """A label with its name, if that is known."""
         named = self.names.get(label) if isinstance(label, int) else None
         return f"{brief(label, 60)} {named}" if named and named != str(label) else brief(label, 60)
 
@@ -99,7 +99,7 @@ class Run:
 
     @contextmanager
     def reading(self, file: str) -> Iterator[None]:
-        """Around the use of a file: one that cannot be used is left out, one that is not there is passed over."""
+        """Around the use of a file: one that cannot be used is noted in left_out, a missing one is skipped silently."""
         try:
             yield
         except FileNotFoundError:
@@ -108,16 +108,16 @@ class Run:
             self.leave_out(file, error)
 
 
-def load_run(path: Path, name: str) -> Run:
-    """Read a run folder; of a run that goes on, was killed or is damaged, what can be used.
+def read_run(path: Path, name: str) -> Run:
+    """Read a run folder; if its run is going on, was killed or is damaged, what can be used of it.
 
-    Raises: InputError if it is none, or nothing in it can be shown.
+    Raises: InputError if it is not a run folder, or nothing in it can be shown.
     """
     run = Run(name, path)
     try:
         is_folder, exists = path.is_dir(), path.exists()
         present = [file for file in _OF_A_RUN if os.path.lexists(path / file)]
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, links in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte in the name, or links in a circle
         raise InputError(f"{path} is no run folder: {error}") from error
     if not is_folder:
         raise InputError(f"{path} is no run folder: {'a file' if exists else 'it does not exist'}")
@@ -136,7 +136,7 @@ def load_run(path: Path, name: str) -> Run:
 
 def _config(run: Run) -> None:
     with run.reading("config.yaml"):
-        run.config, run.settings = parse_config(read_bytes(run.path, "config.yaml", CONFIG_BYTES))
+        run.config, run.settings = parse_settings(read_bytes(run.path, "config.yaml", CONFIG_BYTES))
 
 
 def _metrics(run: Run) -> None:
@@ -159,7 +159,7 @@ def _summary(run: Run) -> None:
 
 
 def _pairs(run: Run) -> None:
-    """Values by image: before and after of the same labels and random numbers."""
+    """Values of each image, before and after, with the same labels and random numbers."""
     with run.reading(BEFORE_AFTER):
         content = _object(read_json(run.path, BEFORE_AFTER))
         try:
@@ -191,7 +191,7 @@ def _names(run: Run) -> None:
 
 def _environment(run: Run) -> None:
     with run.reading("environment.json"):
-        run.environment = leaves(_object(read_json(run.path, "environment.json")))
+        run.environment = text_leaves(_object(read_json(run.path, "environment.json")))
 
 
 def _evaluation(run: Run) -> None:

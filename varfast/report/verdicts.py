@@ -1,4 +1,4 @@
-"""Good, watch or bad: what the numbers of a run say about its health, by thresholds that the page states."""
+"""Verdicts (good, watch, bad) on the health of a run, by thresholds that the page shows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from varfast.report.elements import text
 from varfast.report.run import Run
 
-# What the README says under "Read the numbers": healthy, and otherwise.
+# The table of the README under "Read the numbers": what is healthy, and what it means otherwise.
 HEALTHY = {
     "ratio_gap_max": (
         "at rounding: 1e-5 in float32, a few hundredths in bfloat16",
@@ -24,17 +24,17 @@ HEALTHY = {
     "clip_fraction": ("below about 0.1", "steps are too large: lower update.lr"),
 }
 _SIGNS = {"good": "\u2713", "watch": "!", "bad": "\u2717"}
-# Steps from which on a rise, or a tenth of the run, says something.
+# With fewer values than this, the rise of a metric says nothing.
 _ENOUGH_STEPS = 20
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is thought of a metric.
+    """A verdict on a metric.
 
     Attributes:
-        level: "good", "watch" or "bad"; None where nothing can be said.
-        value: what was looked at.
+        level: "good", "watch" or "bad"; None if there is no verdict.
+        value: the number that was compared, as text.
         rule: the thresholds, or why there is no verdict.
     """
 
@@ -44,7 +44,7 @@ class Verdict:
 
 
 def verdict(run: Run, metric: str) -> Verdict | None:
-    """Of one of HEALTHY's metrics; None where the run has no number of it."""
+    """The verdict on one of the metrics of HEALTHY; None if the run has no values of it."""
     values = run.series(metric)[1]
     if metric == "kl" and not values and run.number("grpo.kl_beta") == 0.0:
         return Verdict(None, "not measured", "grpo.kl_beta=0 holds no base to compare with; grpo.kl_every=10 does")
@@ -80,7 +80,7 @@ def _rounding(values: Sequence[float], dtype: str) -> Verdict:
 
 
 def _levels_off(values: Sequence[float]) -> Verdict:
-    """How much of the KL came in the last quarter of the steps: a quarter where it grows as steadily as ever."""
+    """By the part of the KL that the last quarter of the steps added: it is a quarter if the KL grows steadily."""
     late = last_tenth(values)
     if len(values) < _ENOUGH_STEPS:
         return Verdict(None, f"{late:.3g} at the end", f"no verdict on fewer than {_ENOUGH_STEPS} values")
@@ -100,6 +100,6 @@ def mean(values: Sequence[float]) -> float:
 
 
 def badge(found: Verdict) -> str:
-    """HTML: a sign and a word, so that colour is not needed; then the thresholds."""
+    """HTML: a sign and a word, readable without colour, and the thresholds."""
     word = "no verdict" if found.level is None else f"{_SIGNS[found.level]} {found.level}"
     return f'<span class="badge {found.level or "none"}">{word}</span> <small>{text(found.rule)}</small>'

@@ -1,16 +1,15 @@
-"""The two files that a run starts from: known by their SHA-256, and still found when the run folder has moved.
+"""The two files that a run starts from, identified by SHA-256 and still found when the run folder has moved.
 
-base.json of a run folder notes of the transformer's and of the VQ-VAE's file where it was, its size and its SHA-256:
-a resumed run must have the same reference, and the same decoder, bit for bit. The folder base/ beside it holds
+base.json of a run folder records path, size and SHA-256 of the transformer's file and of the VQ-VAE's: a resumed run
+must have the same reference and the same decoder, bit for bit. The folder base/ beside it holds
 
-- what was made for the run (pre-trained, or taken from another run), as copies: a few MB, and nobody else has them;
-- files that the config names, as hard links, which cost no space. Where the disk does not allow one, the VQ-VAE is
-  copied (0.4 GB for the public one): without it no image can be decoded. The transformer (8 GB for d30, which a sweep
-  would copy for every run) stays where it is, and whoever needs it is told what to put where.
+- what was made for the run (pre-trained, or taken from another run), as copies: a few MB that exist nowhere else;
+- files that the config names, as hard links, which take no space. Where the disk does not allow a hard link, the VQ-VAE
+  is copied (0.4 GB for the public one), since no image can be decoded without it. The transformer is not copied (8 GB
+  for d30, and a sweep would copy it for every run); if it goes missing, the error says which file to put where.
 
-So a run folder that is copied or handed on can be sampled from, exported and evaluated. What stands in base.json is
-data that anybody may have written: a file is taken for a base only if it is a regular one with the noted size and
-SHA-256.
+So a run folder that is copied or handed on can be sampled from, exported and evaluated. Anybody may have written
+base.json, so a file is accepted as a base only if it is a regular file with the recorded size and SHA-256.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ _WHAT = {"var": "transformer", "vqvae": "VQ-VAE"}
 
 
 class FileNote(BaseModel):
-    """What a file is known by."""
+    """Size and SHA-256, by which a file is recognised."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     bytes: int = Field(ge=0)
@@ -65,7 +64,7 @@ class FileNote(BaseModel):
             raise InputError(f"{path} cannot be read: {reason(error)}") from error
 
     def differs(self, path: Path, whole: bool = True) -> str | None:
-        """How the file at `path` differs from the noted one; None if it is the same. whole: compare its SHA-256 too."""
+        """How the file at `path` differs; None if it is the same. whole: compare its SHA-256, not only its size."""
         try:
             with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -87,7 +86,7 @@ class _Noted(BaseModel):
 
 
 class _BaseNote(BaseModel):
-    """base.json. A text is the path or hf:// address alone, as varfast noted it before it noted hashes."""
+    """Content of base.json. A string is a path or hf:// address without a hash, as the first version wrote it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     var: _Noted | str
@@ -99,9 +98,9 @@ class Source:
     """Where a part of the base comes from.
 
     Attributes:
-        content: its file, or tensors that no file of their own holds yet.
-        only_here: it was made for this run, so the run folder gets a copy.
-        origin: where it was taken from.
+        content: its file, or tensors that are not in a file of their own yet.
+        only_here: whether it was made for this run, so that the run folder must hold a copy.
+        origin: the file, or the run folder, that it was taken from.
     """
 
     content: Path | State
@@ -118,26 +117,26 @@ class Base:
 
     @property
     def noted(self) -> bool:
-        """Whether the run has noted what it started from; of random weights the config says it all."""
+        """Whether there is a base.json. A run of random weights has none: they are a function of its config."""
         return self._json.exists()
 
     @property
     def hashed(self) -> bool:
-        """Whether it noted the hashes of both files. Raises: InputError if base.json is damaged."""
+        """Whether base.json holds the hashes of both files. Raises: InputError if it is damaged."""
         return self.noted and all(isinstance(getattr(self._read(), part), _Noted) for part in PARTS)
 
     def keep(self, var: Source, vqvae: Source) -> None:
-        """Bring the files into base/ and note them. Raises: InputError if the disk is full."""
+        """Bring the files into base/ and write base.json. Raises: InputError if the disk is full."""
         remove_leftovers(self._files)
         parts = {"var": self._keep("var", var), "vqvae": self._keep("vqvae", vqvae)}
         save_text(self._json, json.dumps({name: note.model_dump() for name, note in parts.items()}, indent=2) + "\n")
 
     def find(self, part: Part, whole: bool = True) -> Path:
-        """The file of a part: in base/, or where it was. Nothing is made, fetched or written.
+        """The file of a part: in base/, or at its recorded path. Nothing is made, fetched or written.
 
         Args:
             whole: compare its SHA-256; False where another process has just done so.
-        Raises: InputError if it is nowhere as it was, with what to put where.
+        Raises: InputError, which says what to put where, if neither place holds the recorded file.
         """
         note = self._read().var if part == "var" else self._read().vqvae
         if isinstance(note, str):
@@ -155,9 +154,9 @@ class Base:
         )
 
     def differs(self, part: Part, source: Source) -> str | None:
-        """How a source differs from what was noted; None where it is the same, or no hash was noted.
+        """How a source differs from what base.json records; None if it does not, or if no hash is recorded.
 
-        Tensors are written into base/ for that; what stands there is overwritten.
+        Tensors are written into base/ to compare them, over the file that is there.
         """
         note = getattr(self._read(), part)
         if isinstance(note, str):
@@ -170,7 +169,7 @@ class Base:
         return problem and f"{path} {problem}"
 
     def heal(self, part: Part, only_here: bool) -> None:
-        """Bring a part into base/ again where that one is missing or damaged, if it is whole where it was.
+        """If the file in base/ is missing or damaged, bring it there again from its recorded path.
 
         Raises: InputError as find.
         """
@@ -191,7 +190,7 @@ class Base:
         return _Noted(path=os.path.abspath(source.origin), file=FileNote.of(found))
 
     def _bring(self, part: Part, path: Path, copy: bool) -> Path:
-        """A file as a copy or hard link in base/; itself, where it is a transformer that cannot be linked."""
+        """The path of a file in base/, as a hard link or copy; of a transformer that cannot be linked, its own path."""
         inside = self._inside(part, path)
         if inside.exists() and os.path.samefile(inside, path):
             return inside
@@ -202,7 +201,7 @@ class Base:
                 os.link(os.path.realpath(path), beside)  # the hub's cache holds symbolic links
                 os.replace(beside, inside)
                 return inside
-            except OSError:  # another disk, one without links, or a file of another user
+            except OSError:  # another disk, a file system without hard links, or a file of another user
                 if part == "var":
                     inside.unlink(missing_ok=True)
                     return path
@@ -235,7 +234,7 @@ class Base:
 
 
 def _in_hub_cache(address: str) -> Path | None:
-    """The file of an hf:// address, if it has been fetched: what a run folder names is not asked for on the network."""
+    """The file of an hf:// address if it is in the local cache; an address from a run folder is never downloaded."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

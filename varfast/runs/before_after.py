@@ -1,7 +1,7 @@
-"""The table of before and after that training prints: fresh samples, scored, and read by a classifier.
+"""The table that training prints at its end: fresh samples before and after it, scored and classified.
 
-The values of every image are kept in before_after.json of the run folder, so that the difference has an interval over
-pairs of images, and so that a run that goes on knows what its "before" was measured on.
+before_after.json in the run folder keeps the values of every image, so that the difference gets an interval over pairs
+of images, and so that a resumed run knows which settings its "before" was measured with.
 
 Axes: B, N image.
 """
@@ -34,20 +34,20 @@ _CHUNK_IMAGES = 256
 
 
 class BeforeAfter:
-    """What the same labels and random numbers give before training and after it.
+    """Values of the same labels and random numbers before training and after it.
 
     Args:
         folder: of the run.
         config: of the run.
-        labels: that it trains on; the first eval.max_labels are sampled, eval.samples_per_label images each.
+        labels: that the run trains on; the first eval.max_labels are sampled, eval.samples_per_label images each.
     Attributes:
-        values: "before" and "after" as far as they are known.
+        values: "before" and "after", each if it has been measured.
     """
 
     def __init__(self, folder: Path, config: Config, labels: list[int]) -> None:
         self._path, self._config = folder / FILE, config
         self._labels = np.repeat(labels[: config.eval.max_labels], config.eval.samples_per_label).tolist()
-        # All that the samples and their values depend on and that may change when a run goes on.
+        # Everything that the values depend on and that may change when a run is resumed.
         self._settings = config.eval.model_dump(mode="json") | {
             "temperature": config.rollout.temperature,
             "seed": config.run.seed,
@@ -57,7 +57,7 @@ class BeforeAfter:
         self._read()
 
     def before(self, base: Policy, reward: WeightedSum, micro_batch: int | None) -> Numbers:
-        """The values of the base; measured now, unless the run folder holds those of the same settings."""
+        """The values of the base: from the run folder if they have the same settings, else measured now."""
         if self._labels and "before" not in self.values:
             self.values = {"before": self._measure("before", base, reward, micro_batch)}
             self._save()
@@ -66,7 +66,11 @@ class BeforeAfter:
     def after(
         self, policy: Policy, reward: WeightedSum, step: int, micro_batch: int | None, trained: bool = True
     ) -> Numbers:
-        """The values of the policy after `step` steps. trained: False where it did none just now: kept ones serve."""
+        """The values of the policy after `step` steps.
+
+        Args:
+            trained: whether a step was done since the run started; if not, values of the same step are read back.
+        """
         if self._labels and (trained or self._step != step):
             self.values["after"], self._step = self._measure("after", policy, reward, micro_batch), step
             self._save()
@@ -106,7 +110,7 @@ class BeforeAfter:
         save_text(self._path, json.dumps(content) + "\n")
 
     def _read(self) -> None:
-        """Take what the folder holds, if it is of these settings; a file that is damaged is as good as none."""
+        """Take the values in the folder if their settings are the same; a damaged file counts as none."""
         try:
             content = read_json(self._path)
             if content["settings"] != self._settings or content["labels"] != self._labels:
@@ -120,7 +124,7 @@ class BeforeAfter:
 
 
 def as_numbers(content: dict[str, Any]) -> Numbers:
-    """Values by name, from JSON. Raises: ValueError, TypeError, AttributeError or OverflowError for something else."""
+    """Values by name, from JSON. Raises: ValueError, TypeError, AttributeError or OverflowError for anything else."""
     numbers = {str(name): np.array(values, dtype=np.float64) for name, values in content.items()}
     if not all(values_N.ndim == 1 and np.isfinite(values_N).all() for values_N in numbers.values()):
         raise ValueError("want lists of finite numbers")

@@ -1,4 +1,4 @@
-"""A policy whose numbers stopped being finite: found before it is shown or saved, and said with what is known of it."""
+"""A policy whose numbers are no longer finite: detected before it is sampled or saved, with an error that helps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from varfast.policies.protocol import Policy
 from varfast.runs.checkpoint import Checkpoints
 from varfast.types import NotFinitePolicy
 
-_PROBED = 8  # labels at most
-# Of the metrics of the last step, what tells why.
-_TELLING = ("learning_rate", "grad_norm", "skipped_steps", "loss", "kl", "clip_fraction", "ratio_gap_max", "entropy",
-            "reward_mean")  # fmt: skip
+_MOST_LABELS = 8  # that are sampled to find out
+# Metrics of the last step that may tell why.
+_SHOWN_METRICS = ("learning_rate", "grad_norm", "skipped_steps", "loss", "kl", "clip_fraction", "ratio_gap_max",
+                  "entropy", "reward_mean")  # fmt: skip
 
 
 def refuse_diverged(
@@ -26,16 +26,16 @@ def refuse_diverged(
     metrics: dict[str, float],
     checkpoints: Checkpoints | None = None,
 ) -> None:
-    """Do nothing if the weights are finite and give images; of all processes.
+    """Check, in all processes, that the weights are finite and that images can be sampled from them.
 
     Args:
-        labels: those of the run; an image of some of them is sampled.
-        others: as of diagnosis.
-    Raises: NotFinitePolicy, in all processes, if they are not in one of them.
+        labels: of the run; an image of up to 8 of them is sampled.
+        folder, step, metrics, checkpoints: as for diagnosis.
+    Raises: NotFinitePolicy, in all processes, if the check fails in one of them.
     """
     found = None
     try:
-        policy.check_usable(labels[:: -(-len(labels) // _PROBED)], config.rollout.temperature, config.run.seed)
+        policy.check_usable(labels[:: -(-len(labels) // _MOST_LABELS)], config.rollout.temperature, config.run.seed)
     except NotFinitePolicy as error:
         found = error
     if world.any(found is not None):
@@ -51,14 +51,14 @@ def diagnosis(
     metrics: dict[str, float],
     checkpoints: Checkpoints | None = None,
 ) -> NotFinitePolicy:
-    """What is known of a policy that diverged, and how to go on.
+    """The error to raise for a policy that diverged: what is known of it, and how to go on.
 
     Args:
-        found: what was seen.
+        found: what the check saw.
         folder: of the run.
-        step: steps that made the policy.
-        metrics: of the last of them; empty if this process took none.
-        checkpoints: those of the run; the one that is being written is waited for.
+        step: steps done so far.
+        metrics: of the last step; empty if this process has done none.
+        checkpoints: of the run; a save in flight is waited for.
     """
     if not step:
         return NotFinitePolicy(
@@ -70,7 +70,7 @@ def diagnosis(
         checkpoints.wait()
     whole = sorted(path.name for path in (folder / "checkpoints").glob("step_*") if not path.suffix)
     lines = [f"the policy diverged: after step {step} of {config.run.steps} it cannot be sampled: {found}"]
-    if seen := ", ".join(f"{name} {metrics[name]:.4g}" for name in _TELLING if name in metrics):
+    if seen := ", ".join(f"{name} {metrics[name]:.4g}" for name in _SHOWN_METRICS if name in metrics):
         lines.append(f"  step {step}: {seen}")
     good = [name for name in whole if name != f"step_{step:06d}"]
     if len(good) < len(whole):

@@ -1,12 +1,13 @@
-"""One process at a time in a folder: a run's, or that of a base model that is being made.
+"""A lock that admits one process at a time to a folder: of a run, or of a base model that is being pre-trained.
 
-The lock is a file, lock.json, that says who holds it. What keeps others out is the operating system's lock on that
-file (flock): it ends with the process, however that ends, so a process killed at any moment leaves nothing to clear up.
+The lock is a file, lock.json, that names its holder. Other processes are kept out by the operating system's lock on
+that file (flock), which ends with the process, so a process killed at any moment leaves nothing to clean up.
 
-Some network file systems refuse flock (Lustre without its mount option, FUSE) or keep it within one machine (NFS with
-local_lock or nolock, BeeGFS as it comes, sshfs). There the file's content decides. A holder of this machine is looked
-up by process number and start time. A holder elsewhere gives a sign of life every 10 s; if none is seen for 35 s, the
-lock is taken over. A holder that was taken over, as it was suspended for so long, learns it from `check`.
+Some network file systems refuse flock (Lustre without its mount option, FUSE) or apply it within one machine only (NFS
+with local_lock or nolock, BeeGFS by default, sshfs). There the file's content decides. A holder on this machine is
+looked up by process number and start time. A holder on another machine updates the file's time every 10 s as a sign of
+life; if there is none for 35 s, the lock is taken over. A holder that was suspended for so long, and lost its lock that
+way, finds out from `check`.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from varfast.types import InputError
 
 LOCK_NAME = "lock.json"
 _SIGN_OF_LIFE_S = 10.0
-# Three signs of life, and some seconds for a server that is slow.
+# Three signs of life, and 5 s for a slow server.
 _SILENCE_S = 35.0
-# Where flock is not there to keep two apart that start at one time: each writes, waits so long, and the last one stays.
+# Without flock two processes can start at the same time: each writes the file and waits so long; the last writer wins.
 _SETTLE_S = 1.0
 _POLL_S = 0.1
-# Locks that the file system does not have: the content of the file decides.
+# What flock raises where the file system has no locks, so that the content of the file decides.
 _NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)
-# The note is written in place in one piece of this size, so that a reader never sees a part of it.
+# The content is written in place in one piece of this size, so that a reader never sees half of it.
 _NOTE_BYTES = 1024
 
 
@@ -49,9 +50,9 @@ class Holder:
         pid: number of the process.
         since: when it took the lock, local time.
         boot: identity of the running kernel; "" where /proc does not tell.
-        namespace: in which `pid` is a number; containers have their own.
+        namespace: the process namespace that `pid` belongs to; each container has its own.
         started: when the process started, in ticks of that kernel.
-        token: unlike any other lock's.
+        token: unique to this lock.
     """
 
     host: str
@@ -72,7 +73,7 @@ class FolderLock:
     Args:
         folder: is created by `take`.
         name: of the folder in messages, such as "run.dir=runs/x".
-        advice: what somebody who is refused can do beside waiting.
+        advice: what a user who is refused can do instead of waiting.
     """
 
     def __init__(self, folder: Path, name: str, advice: str) -> None:
@@ -87,10 +88,10 @@ class FolderLock:
         """Hold the lock from now on.
 
         Args:
-            wait_s: how long to wait for another holder. 2 s: a killed process that gives back much memory takes a
-                moment to end.
-            say: told, once, who is waited for if that can take longer.
-        Raises: InputError that names the holder, or says why there can be no lock file.
+            wait_s: how long to wait for another holder. The default, 2 s, lets a killed process end, which takes a
+                moment if it has much memory to give back.
+            say: called once with a line that names the holder, if the wait can take longer than 10 s.
+        Raises: InputError that names the holder, or says why the lock file cannot be created.
         """
         assert self._descriptor is None
         deadline_s, said = time.monotonic() + wait_s, False
@@ -103,18 +104,18 @@ class FolderLock:
             time.sleep(_POLL_S)
 
     def release(self) -> None:
-        """Let others have it; does nothing where it is not held."""
+        """Give the lock up, if it is held."""
         if self._descriptor is None or self._mine is None or self._mine.pid != os.getpid():
-            return  # a forked process that ends by an exception comes by here too
+            return  # a forked process that ends with an exception gets here too
         self._released.set()
-        # The file goes first: whoever opened it before finds, with the lock in hand, that it is not there any more.
+        # Remove the file before unlocking it: whoever has it open notices, once it has the lock, that the file is gone.
         if self._is_at_path(self._descriptor) and self._at_path() in (self._mine, None):
             self.path.unlink(missing_ok=True)
         _close(self._descriptor)
         self._descriptor = self._mine = None
 
     def check(self) -> None:
-        """Raises: InputError if another process took the lock over, which writes into the folder since then."""
+        """Raises: InputError if another process has taken the lock over and now writes into the folder."""
         if self._taken_by is not None:
             raise InputError(
                 f"{self._name} was taken over by {self._taken_by}, as this process gave no sign of life for "
@@ -128,7 +129,7 @@ class FolderLock:
         )
 
     def _try(self, say: Callable[[str], object]) -> Holder | str | None:
-        """None: the lock is ours. Else who has it, as far as is known."""
+        """Try to take the lock once. Returns its holder, as far as it is known; None if the lock is now ours."""
         descriptor = self._opened()
         try:
             try:
@@ -141,7 +142,7 @@ class FolderLock:
                     raise self._unusable(error) from error
                 locked = False
             if not self._is_at_path(descriptor):
-                return "another process, which has just ended"  # its holder removed it; the next try makes a new one
+                return "another process, which has just ended"  # its holder removed the file; the next try creates one
             left = _read(descriptor)
             if left is not None and not self._is_gone(left, locked, say):
                 return left
@@ -177,15 +178,15 @@ class FolderLock:
         return InputError(f"{self._name} cannot be used: {error.strerror}; {self._advice}")
 
     def _is_gone(self, holder: Holder, locked: bool, say: Callable[[str], object]) -> bool:
-        """Whether the process that left its note is surely not at work any more."""
+        """Whether the process that the file names has certainly ended."""
         here = _this_process()
         if holder.boot == here.boot != "":
             if locked:
-                return True  # one kernel's flock holds between all its containers
+                return True  # one kernel applies flock across all of its containers
             if holder.namespace == here.namespace:
                 return _started(holder.pid) != holder.started
         elif holder.host == here.host and (locked or here.boot):
-            return True  # the machine was started again since
+            return True  # the machine has been restarted since
         say(f"{self._name} was last in use by {holder}; watching {_SILENCE_S:.0f} s for a sign of life")
         first, deadline_s = self._sign(), time.monotonic() + _SILENCE_S
         while time.monotonic() < deadline_s:
@@ -200,11 +201,11 @@ class FolderLock:
             os.pwrite(descriptor, note, 0)
             os.fsync(descriptor)
         except OSError as error:
-            if not locked:  # else a full disk costs the note alone: others hear of "another process"
+            if not locked:  # with flock the lock holds without its content: others are told "another process"
                 raise self._unusable(error) from error
 
     def _live(self, mine: Holder) -> None:
-        """Give signs of life until the lock is released, and see whether somebody took it over."""
+        """Give a sign of life every 10 s until the lock is released; stop if another process has taken it over."""
         while not self._released.wait(_SIGN_OF_LIFE_S):
             try:
                 found = self._at_path()
@@ -212,11 +213,11 @@ class FolderLock:
                     self._taken_by = found
                     return
                 os.utime(self.path, follow_symlinks=False)
-            except OSError:  # released just now, or the disk is away: silence tells the others
+            except OSError:  # released just now, or the disk is not reachable; then others see no sign of life
                 continue
 
     def _at_path(self) -> Holder | None:
-        # Opened anew: network file systems look at the server then, and not into what they remember.
+        # Opened again each time: on open, a network file system asks the server instead of its cache.
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
@@ -272,7 +273,7 @@ def _this_process() -> Holder:
 
 
 def _started(pid: int) -> str:
-    """When a process started; "" if there is none of this number, or only what a dead one leaves to its parent."""
+    """When a process started; "" if there is none with this number, or only a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
@@ -281,7 +282,7 @@ def _started(pid: int) -> str:
 
 
 def _read(descriptor: int) -> Holder | None:
-    """The note in a lock file; None where there is none, as of a process that has just opened it."""
+    """The holder that a lock file names; None if it names none yet, or is damaged."""
     try:
         content = json.loads(os.pread(descriptor, _NOTE_BYTES, 0))
     except (OSError, ValueError, RecursionError):
@@ -291,14 +292,14 @@ def _read(descriptor: int) -> Holder | None:
         return None
     if not all(isinstance(content[name], str) for name in names if name != "pid"):
         return None
-    # What stands in a file is printed: nothing that a terminal would obey, and no long texts.
+    # This text will be printed, so it must not hold control characters, nor be long.
     if not all(str(value).isprintable() and len(str(value)) <= 100 for value in content.values()):
         return None
     return Holder(**content)
 
 
-# A forked process (of a DataLoader, of a reward) has the lock's descriptor too, and would keep the lock when this
-# process is killed. It closes its copy; that leaves the lock to us.
+# A forked process (of a DataLoader, of a reward) inherits the lock's descriptor, and would hold the lock on after this
+# process is killed. So it closes its copy, which does not release the lock.
 _HELD: set[int] = set()
 
 

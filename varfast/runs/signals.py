@@ -1,7 +1,8 @@
 """Signals that ask a run to end: Ctrl-C, and what a scheduler or a terminal that closes sends.
 
-SIGINT, SIGTERM, SIGHUP and SIGUSR1 (Slurm's --signal=USR1@120) mean the same: end the step at hand, save, exit with
-128 + the signal's number. Outside of steps there is nothing to save, and they end the process as Ctrl-C does.
+SIGINT, SIGTERM, SIGHUP and SIGUSR1 (Slurm's --signal=USR1@120) have the same effect: the run finishes the current step,
+saves, and exits with 128 + the signal's number. Outside of steps there is nothing to save, and they end the process at
+once, as Ctrl-C does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-# The terminal sends SIGINT to torchrun and to its processes, and torchrun sends it on: one Ctrl-C, two signals.
+# One Ctrl-C arrives twice: the terminal sends SIGINT to torchrun and to its processes, and torchrun forwards it.
 _ONE_REQUEST_S = 1.0
 
 
@@ -31,19 +32,23 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """The signals of STOPPING, from `listen` on; see there."""
+    """The signals of STOPPING while `listen` handles them.
+
+    Attributes:
+        received: the first signal that arrived within steps.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._in_steps = False
         self._received_s = 0.0
         self._pid = os.getpid()
-        # Now: of a terminal that has hung up, isatty says that it is none.
+        # Asked now, because isatty is False for a terminal that has hung up.
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     @contextmanager
     def in_steps(self) -> Iterator[None]:
-        """In the body a signal is noted in `received`, for the body to look at. A later Ctrl-C acts at once."""
+        """In the body a signal only sets `received`, which the body looks at. A second Ctrl-C stops at once."""
         self._in_steps = True
         try:
             yield
@@ -52,7 +57,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: object) -> None:
         name = signal.Signals(number)
-        if os.getpid() != self._pid:  # a forked process, of a reward or a DataLoader: as if nobody listened
+        if os.getpid() != self._pid:  # a forked process, of a reward or a DataLoader: the default effect
             if name == signal.SIGINT:
                 raise KeyboardInterrupt
             signal.signal(name, signal.SIG_DFL)
@@ -63,15 +68,14 @@ class StopSignals:
             raise Stopped(name)
         if self.received is None:
             self.received, self._received_s = name, time.monotonic()
-            # Not by print: the signal may have interrupted one. Nor may a reader that is gone keep the state from
-            # being saved.
+            # os.write, since the signal may have interrupted a print; and a closed pipe must not prevent the save.
             with suppress(OSError):
                 os.write(2, b"\nstopping after this step; Ctrl-C stops at once (back to the last checkpoint)\n")
         elif name == signal.SIGINT and time.monotonic() - self._received_s > _ONE_REQUEST_S:
             raise Stopped(name)
 
     def _leave_terminal(self) -> None:
-        """A terminal that hung up fails every further write, progress bars too: print to nowhere from now on."""
+        """Redirect output to /dev/null: every write to a terminal that hung up fails, those of progress bars too."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in self._terminals:
             os.dup2(nowhere, descriptor)
@@ -80,10 +84,10 @@ class StopSignals:
 
 @contextmanager
 def listen() -> Iterator[StopSignals]:
-    """Handle the signals of STOPPING in the body: they raise Stopped, but in `in_steps`.
+    """Handle the signals of STOPPING in the body: they raise Stopped, except within `in_steps`.
 
-    SIGHUP that was ignored, by nohup, stays so. In another thread than the main one signals cannot be handled: there
-    they do what they did.
+    A SIGHUP or SIGUSR1 that was ignored (nohup ignores SIGHUP) stays ignored. Only the main thread can handle signals;
+    in another thread they keep their effect.
     """
     signals, previous = StopSignals(), {}
     if threading.current_thread() is threading.main_thread():
