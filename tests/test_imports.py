@@ -16,7 +16,7 @@ LAYERS = [
     {"policies", "models", "data", "rewards", "losses", "optim", "runs.config"}
     | {"perf.allocator", "perf.cpu", "perf.graphs", "perf.stages", "perf.cost"},
     {"config"},
-    {"perf", "advantages", "learner", "state", "runs", "evaluation", "report.config", "command"},
+    {"perf", "advantages", "learner", "state", "runs", "pretraining", "evaluation", "report.config", "command"},
     {"pretrain", "train", "sample", "evaluate", "export", "report", "env", "roofline"},
 ]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

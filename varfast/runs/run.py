@@ -21,7 +21,7 @@ from torch import Tensor
 from varfast.advantages import groups_without_signal
 from varfast.config import Config
 from varfast.data.labels import caption
-from varfast.distributed import gathered
+from varfast.distributed import World, gathered
 from varfast.files import save_tensors, save_text
 from varfast.losses.grpo import kl_to_reference
 from varfast.perf.limits import StageLimits
