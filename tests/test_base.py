@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import varfast.evaluate
 import varfast.export
-import varfast.pretrain
+import varfast.pretraining.cache
 import varfast.sample
 from varfast import InputError, load_policy
 from varfast.runs.base import PARTS, Base, FileNote
@@ -48,8 +48,8 @@ def damage(path, how):
 @pytest.fixture
 def pretrainings(monkeypatch):
     """A list that grows by one for each base that is trained."""
-    made, pretrain = [], varfast.pretrain.pretrain
-    monkeypatch.setattr(varfast.pretrain, "pretrain", lambda *given: made.append(1) or pretrain(*given))
+    made, pretrain = [], varfast.pretraining.cache.pretrain
+    monkeypatch.setattr(varfast.pretraining.cache, "pretrain", lambda *given: made.append(1) or pretrain(*given))
     return made
 
 
@@ -123,14 +123,14 @@ def test_a_base_that_cannot_be_had_again_bit_for_bit_ends_the_run(make_config, m
     base = Base(RunFolder(config.run.dir))
     shutil.rmtree(config.pretrain.cache_dir)
     damage(base.find("var"), "flipped")
-    pretrain = varfast.pretrain.pretrain
+    pretrain = varfast.pretraining.cache.pretrain
 
     def other(config, device):
         var, vqvae, report = pretrain(config, device)
         var.head.bias.data += 1.0
         return var, vqvae, report
 
-    monkeypatch.setattr(varfast.pretrain, "pretrain", other)
+    monkeypatch.setattr(varfast.pretraining.cache, "pretrain", other)
     with pytest.raises(InputError, match="the transformer .* is not there as it was") as caught:
         train(make_config(**PRETRAINED, run__steps=2))
     assert "it cannot be had again from policy.checkpoint=pretrain: " in caught.value.__notes__[0]
@@ -253,7 +253,7 @@ def test_a_folder_of_before_hashes_goes_on_and_notes_them(make_config, tmp_path,
 def test_what_stands_in_base_json_is_data(make_config, tmp_path, monkeypatch, content, message):
     """Nothing is fetched, made, waited for or taken that is not what the run started from."""
     monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("asked the network"))
-    monkeypatch.setattr(varfast.pretrain, "pretrain", lambda *args: pytest.fail("pre-trained"))
+    monkeypatch.setattr(varfast.pretraining.cache, "pretrain", lambda *args: pytest.fail("pre-trained"))
     folder = RunFolder(tmp_path)
     os.mkfifo(tmp_path / "fifo")
     folder.config.write_text(dump_config(make_config(**PRETRAINED)))

@@ -7,17 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-import varfast.evaluate
 import varfast.files
 from varfast import InputError, Policy, load_policy
 from varfast.data.datasets import DigitsClassifier, digits
 from varfast.data.labels import Label, label_pool, labels_json
 from varfast.distributed import Launch
-from varfast.evaluate import evaluate, main
+from varfast.evaluate import main
 from varfast.evaluation.arguments import BASE, resolved
 from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.features import DigitsPixels, load_real_images, to_levels
 from varfast.evaluation.folder import EvaluationFolder
+from varfast.evaluation.measure import evaluate
 from varfast.evaluation.metrics import diversity, fid, inception_score, mean_interval, neighbours, statistics
 from varfast.evaluation.plan import Plan
 from varfast.evaluation.table import table, tabulate
@@ -220,7 +220,7 @@ def test_labels_are_sampled_by_name(make, tmp_path):
 
 
 def test_real_images_are_looked_at_before_models_are_loaded(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(varfast.evaluate, "_load", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("varfast.evaluation.measure._load", lambda *_: pytest.fail("a model is loaded"))
     for name in ("a", "b"):
         (tmp_path / "real").mkdir(exist_ok=True)
         (tmp_path / "real" / f"{name}.png").write_bytes(b"x")

@@ -12,13 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-import varfast.pretrain
+import varfast.pretraining.cache
+import varfast.pretraining.training
 from varfast import InputError, load_policy
 from varfast.data.datasets import digits, load_images
 from varfast.data.labels import read_labels
 from varfast.export import model_card
 from varfast.models import VQVAE
-from varfast.pretrain import PretrainReport, _batches, base_paths, main, pretrain, pretrained
+from varfast.pretrain import main
+from varfast.pretraining.cache import base_paths, pretrained
+from varfast.pretraining.training import PretrainReport, _batches, pretrain
 from varfast.randomness import deterministic
 from varfast.runs.folder import RunFolder
 from varfast.runs.manifest import dump_config
@@ -50,7 +53,7 @@ def test_a_deterministic_run_may_pretrain_by_operations_without_a_fixed_order(co
         torch.zeros(2).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
         raise ZeroDivisionError
 
-    monkeypatch.setattr("varfast.pretrain.load_images", unordered)
+    monkeypatch.setattr("varfast.pretraining.training.load_images", unordered)
     with deterministic(True), pytest.warns(UserWarning, match="put_"), pytest.raises(ZeroDivisionError):
         pretrained(config, CPU)
 
@@ -75,7 +78,7 @@ def test_fixed_images_are_encoded_once_and_others_at_every_step(config, monkeypa
     assert sum(encoded) == 1797
     encoded.clear()
     images = digits()
-    monkeypatch.setattr("varfast.pretrain.load_images", lambda *_: torch.utils.data.StackDataset(*images))
+    monkeypatch.setattr("varfast.pretraining.training.load_images", lambda *_: torch.utils.data.StackDataset(*images))
     again, _, _ = pretrain(config, CPU)
     assert sum(encoded) == 40 * 32
     for a, b in zip(once.parameters(), again.parameters(), strict=True):
@@ -107,7 +110,7 @@ def instant(monkeypatch, make_models):
         made.append(1)
         return *make_models(), PretrainReport(0.1, 1.0, 0.5, 2.0, 1.0)
 
-    monkeypatch.setattr(varfast.pretrain, "pretrain", stand_in)
+    monkeypatch.setattr(varfast.pretraining.cache, "pretrain", stand_in)
     return made
 
 
@@ -149,7 +152,7 @@ def test_a_cache_that_cannot_be_written_is_said_before_anything_is_trained(make_
 
 def test_of_two_that_want_one_base_the_second_waits_for_it(config, instant, capsys):
     """Two threads; flock tells two descriptors of a process apart as it does two processes."""
-    began, go_on, pretrain_now = threading.Event(), threading.Event(), varfast.pretrain.pretrain
+    began, go_on, pretrain_now = threading.Event(), threading.Event(), varfast.pretraining.cache.pretrain
 
     def slow(*given):
         began.set()
@@ -157,7 +160,7 @@ def test_of_two_that_want_one_base_the_second_waits_for_it(config, instant, caps
         return pretrain_now(*given)
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as threads:
-        patch.setattr(varfast.pretrain, "pretrain", slow)
+        patch.setattr(varfast.pretraining.cache, "pretrain", slow)
         first = threads.submit(pretrained, config, CPU)
         assert began.wait(30)
         second = threads.submit(pretrained, config, CPU)
@@ -173,7 +176,7 @@ def test_of_two_that_want_one_base_the_second_waits_for_it(config, instant, caps
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_pre_training_and_leaves_no_lock_and_no_half_file(config, tmp_path, monkeypatch, capsys, number):
-    monkeypatch.setattr(varfast.pretrain, "_train_vqvae", lambda *given: os.kill(os.getpid(), number))
+    monkeypatch.setattr(varfast.pretraining.training, "_train_vqvae", lambda *given: os.kill(os.getpid(), number))
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     with pytest.raises(Stopped, match=f"stopped by {number.name}") as caught:
@@ -293,7 +296,7 @@ def test_main_needs_a_config():
 
 @pytest.mark.parametrize("which", ["vqvae", "var"])
 def test_a_base_model_that_diverges_does_not_come_into_the_cache(config, monkeypatch, which):
-    train_it = getattr(varfast.pretrain, f"_train_{which}")
+    train_it = getattr(varfast.pretraining.training, f"_train_{which}")
 
     def diverged(*args):
         model, *measured = train_it(*args)
@@ -301,7 +304,7 @@ def test_a_base_model_that_diverges_does_not_come_into_the_cache(config, monkeyp
             next(model.parameters()).fill_(math.nan)
         return model, *measured
 
-    monkeypatch.setattr(f"varfast.pretrain._train_{which}", diverged)
+    monkeypatch.setattr(f"varfast.pretraining.training._train_{which}", diverged)
     config = config.model_copy(
         update={"pretrain": config.pretrain.model_copy(update={"vqvae_steps": 2, "var_steps": 2})}
     )

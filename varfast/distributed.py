@@ -49,9 +49,9 @@ class World:
         """Whether this is process 0, which writes files."""
         return self.rank == 0
 
-    def share(self, count: int) -> slice:
+    def shard(self, count: int) -> slice:
         """This process's rows of `count`: consecutive, and as many as every other process has, or one more or less."""
-        return _share(self.rank, self.size, count)
+        return _shard(self.rank, self.size, count)
 
     def gather(self, rows_b: Tensor, count: int) -> Tensor:
         """All `count` rows, in every process, from the rows of each."""
@@ -62,7 +62,7 @@ class World:
         padded[: len(rows_b)] = rows_b
         everything = rows_b.new_empty(self.size * most, *rows_b.shape[1:])
         dist.all_gather_into_tensor(everything, padded)
-        shares = [_share(rank, self.size, count) for rank in range(self.size)]
+        shares = [_shard(rank, self.size, count) for rank in range(self.size)]
         parts = [part[: s.stop - s.start] for part, s in zip(everything.split(most), shares, strict=True)]
         return torch.cat(parts)
 
@@ -120,7 +120,7 @@ def decided_by_first(decide: Callable[[], _T]) -> _T:
     return box[0]
 
 
-def _share(rank: int, size: int, count: int) -> slice:
+def _shard(rank: int, size: int, count: int) -> slice:
     rows, more = divmod(count, size)
     start = rank * rows + min(rank, more)
     return slice(start, start + rows + (rank < more))
@@ -320,9 +320,9 @@ def shard(model: nn.Module, parts: Iterable[nn.Module], world: World, device: to
 
 
 def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
-    """Whether it is a tensor that is spread over processes.
+    """Whether a value is a tensor that is sharded over processes.
 
-    As long as nobody has imported DTensor, no tensor is one; to import it here would take 0.6 s of two cores.
+    Until somebody imports DTensor, no tensor can be one. It is not imported here, since that takes 0.6 s on two cores.
     """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -334,7 +334,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, without a gradient; writing there writes the tensor."""
+    """The shard of a tensor that this process holds, without a gradient. Writing to it writes to the tensor."""
     return (tensor.to_local() if is_sharded(tensor) else tensor).detach()
 
 

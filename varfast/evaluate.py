@@ -21,26 +21,12 @@ from pathlib import Path
 
 import torch
 
-from varfast.distributed import Launch, launched
-from varfast.evaluation.arguments import BASE, resolved
+from varfast.distributed import launched
+from varfast.evaluation.arguments import resolved
 from varfast.evaluation.config import EvaluateConfig
-from varfast.evaluation.measure import measure, silent
-from varfast.evaluation.table import Row, about, table
-from varfast.policies.protocol import Policy
-from varfast.runs.folder import RunFolder
-from varfast.runs.load import load_base, load_policy
+from varfast.evaluation.measure import evaluate, silent
+from varfast.evaluation.table import about, table
 from varfast.settings.loading import parse_arguments
-
-
-def evaluate(config: EvaluateConfig, process: Launch = Launch()) -> list[Row]:  # noqa: B008 - frozen
-    return measure(config, _load, process)
-
-
-def _load(side: str, address: str, config: EvaluateConfig, device: torch.device) -> Policy:
-    if address != BASE or side == "checkpoint":
-        return load_policy(address, config.vqvae, device, config.dtype, argument=side)
-    folder = RunFolder(config.checkpoint)
-    return load_base(folder.load_config(), folder, device, config.dtype)
 
 
 def main(arguments: list[str]) -> int:

@@ -36,7 +36,7 @@ from varfast.types import InputError
 
 
 def export(config: ExportConfig) -> Path:
-    """Write config.out and the model card; the card's path.
+    """Write config.out and the model card. Returns the card's path.
 
     Raises: InputError if the folder holds no run or no checkpoint, or a file is in the way and overwrite is not set.
     """
@@ -58,7 +58,7 @@ def export(config: ExportConfig) -> Path:
 
 
 def vqvae_file(out: Path, config: Config) -> Path | None:
-    """Where the VQ-VAE is written; None if whoever gets the model can fetch it from the hub, as the config does."""
+    """Where the VQ-VAE is written; None if the config takes it from the hub, where everybody can fetch it."""
     address = config.policy.vqvae_checkpoint
     return None if address is not None and address.startswith("hf://") else out.with_suffix(f".vqvae{out.suffix}")
 
@@ -75,16 +75,16 @@ def _save_safetensors(state: dict[str, Tensor], file: IO[bytes]) -> None:
     from safetensors.torch import save_file
 
     try:
-        # By name: safetensors.torch.save would hold the file in memory once more.
+        # By file name, since safetensors.torch.save would hold the whole file in memory.
         save_file(state, file.name, metadata={"format": "pt"})
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))  # as Rust puts it
+        number = re.search(r"os error (\d+)", str(error))  # the text of an error from Rust
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code) if number else printable(error)) from error
 
 
 def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: int | None) -> str:
-    """Markdown: base model, reward, settings, evaluation, how to load it. `step`: steps done; None: all."""
+    """Markdown: base model, reward, settings, evaluation, how to load it. step: steps done; None if all."""
     sizes, sampling, done = config.policy.sizes, config.rollout, config.run.steps if step is None else step
     decay = config.update.ema_decay
     here = environment()
@@ -107,7 +107,7 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
         [
             f"# {Path(name).stem}",
             "A VAR transformer, fine-tuned with GRPO.",
-            _table(["", ""], [[key, value] for key, value in rows.items()]),
+            _markdown_table(["", ""], [[key, value] for key, value in rows.items()]),
             f"## Reward\n\n```yaml\n{reward}```",
             f"## Evaluation\n\n{_evaluation(folder, done >= config.run.steps)}",
             f"## Load it\n\nWith varfast:\n\n```python\n{_with_varfast(name, config)}\n```",
@@ -122,7 +122,7 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
 
 
 def _without_home(text: str) -> str:
-    """Paths of home folders, which name who made the model, as ~."""
+    """The text with ~ in place of home folders, whose names say who made the model."""
     return re.sub(rf"({re.escape(os.path.expanduser('~'))}|/home/[^/\s]+|/Users/[^/\s]+)(?=/|\s|$)", "~", text)
 
 
@@ -152,7 +152,7 @@ def _evaluation(folder: RunFolder, complete: bool) -> str:
         names = dict.fromkeys(key.partition(".")[2] for key in summary)
         rows = [[name, *(summary.get(f"{when}.{name}") for when in ("before", "after"))] for name in names]
         parts.append("Fresh samples, the same labels and random numbers before and after:")
-        parts.append(_table(["", "before", "after"], rows))
+        parts.append(_markdown_table(["", "before", "after"], rows))
     measured = folder.path / "evaluation" / "evaluation.json"
     if os.path.lexists(measured):
         parts.append(_measured(measured))
@@ -160,7 +160,7 @@ def _evaluation(folder: RunFolder, complete: bool) -> str:
 
 
 def _measured(path: Path) -> str:
-    """The table of an evaluation.json, or that it cannot be read: the card says it, and the weights are exported."""
+    """The table of an evaluation.json; if that is damaged, a note, since the weights can be exported all the same."""
     try:
         rows = read_json(path)["rows"]
         sides = [side for side in ("reference", "checkpoint", "difference") if any(row[side] for row in rows)]
@@ -169,15 +169,15 @@ def _measured(path: Path) -> str:
         ]
     except (InputError, KeyError, TypeError, AttributeError) as error:
         return f"`evaluation/{path.name}` is left out, as it is damaged: {printable(error)}"
-    return "By `varfast.evaluate`, with the labels it is of:\n\n" + _table(["", *sides], cells)
+    return "By `varfast.evaluate`, with the labels it is of:\n\n" + _markdown_table(["", *sides], cells)
 
 
 def _labels(folder: RunFolder, num_classes: int) -> list[str]:
-    """What the labels are: of a base that was pre-trained on a folder, or of ImageNet."""
+    """A section about the labels: of the folder that the base was pre-trained on, or of ImageNet."""
     found = read_labels(folder.path)
     if found:
         rows = [[row.label, row.folder, row.name if row.name != row.folder else None, row.images] for row in found]
-        return ["## Labels\n\n" + _table(["label", "folder", "name", "images"], rows)]
+        return ["## Labels\n\n" + _markdown_table(["label", "folder", "name", "images"], rows)]
     names = list(imagenet().values())
     if folder.load_config().policy.checkpoint not in ("random", "pretrain") and num_classes == len(names):
         order = f"in the order of their WordNet ids, 0 {names[0]} to {num_classes - 1} {names[-1]}"
@@ -185,7 +185,7 @@ def _labels(folder: RunFolder, num_classes: int) -> list[str]:
     return []
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> str:
+def _markdown_table(head: list[str], rows: list[list[Any]]) -> str:
     def line(cells: list[Any]) -> str:
         texts = [f"{c:.4g}" if isinstance(c, float) else "" if c is None else str(c)[:200] for c in cells]
         return "| " + " | ".join(" ".join(text.replace("|", "\\|").split()) for text in texts) + " |"
@@ -203,7 +203,7 @@ def _with_varfast(name: str, config: Config) -> str:
 
 
 def _with_public_code(name: str, vqvae_name: str, var: VARConfig, vqvae: VQVAEConfig) -> str:
-    # What build_vae_var fixes.
+    # The sizes that build_vae_var of the public code fixes.
     public = VQVAEConfig()
     fixed = {key: getattr(public, key) for key in ("channel_multipliers", "num_res_blocks", "phi_ratio")}
     if any(getattr(vqvae, key) != value for key, value in fixed.items()) or (var.mlp_ratio, var.norm_eps) != (

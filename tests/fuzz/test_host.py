@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import varfast.files
-import varfast.pretrain
+import varfast.pretraining.cache
 import varfast.runs.base
 from varfast import InputError
-from varfast.pretrain import PretrainReport, pretrained
+from varfast.pretraining.cache import pretrained
+from varfast.pretraining.training import PretrainReport
 from varfast.runs.base import PARTS, Base
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_run
@@ -42,14 +43,14 @@ def instant(monkeypatch, make_models):
     """Pre-training that takes no time: models that were made before. A list that grows by one for each base."""
     models, made = make_models(), []
     stand_in = lambda *given: made.append(1) or (*models, PretrainReport(0.1, 1.0, 0.5, 2.0, 1.0))  # noqa: E731
-    monkeypatch.setattr(varfast.pretrain, "pretrain", stand_in)
+    monkeypatch.setattr(varfast.pretraining.cache, "pretrain", stand_in)
     return made
 
 
 def test_processes_killed_while_a_base_is_made_leave_it_whole_or_not_there(make_config, instant, monkeypatch):
     """Three at once, of which one or two are killed; every fsync takes up to 20 ms, so that kills fall into writes."""
     rng, sync, counts = random.Random(0), os.fsync, collections.Counter()
-    monkeypatch.setattr(varfast.pretrain, "print", lambda *_: None, raising=False)
+    monkeypatch.setattr(varfast.pretraining.cache, "print", lambda *_: None, raising=False)
     config = make_config(**PRETRAINED)
     paths = pretrained(config, CPU)
     whole = [path.read_bytes() for path in paths]
@@ -104,7 +105,7 @@ def damaged(rng, content):
 
 def test_bit_flips_in_a_cached_base_never_reach_a_run(make_config, instant, monkeypatch):
     rng, counts = random.Random(1), collections.Counter()
-    monkeypatch.setattr(varfast.pretrain, "print", lambda *_: None, raising=False)
+    monkeypatch.setattr(varfast.pretraining.cache, "print", lambda *_: None, raising=False)
     config = make_config(**PRETRAINED)
     paths = pretrained(config, CPU)
     files = {path: path.read_bytes() for path in (*paths, paths[0].with_name("report.json"))}

@@ -1,6 +1,6 @@
-"""Features of images, and the set of real images that samples are compared with.
+"""Features of images, and the real images that samples are compared with.
 
-Axes: B image of a batch, M image of the set, D feature, K class; H, W pixels. Levels are uint8 (., 3, H, W).
+Axes: B image of a batch, M real image, D feature, K class; H, W pixels. Levels are uint8 (., 3, H, W).
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _INCEPTION_SHA256 = "6726825d"  # torch-fidelity names the file by its first dig
 
 
 def to_levels(images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> uint8, as a PNG keeps them."""
+    """Images (B, 3, H, W) in [0, 1] -> uint8, as a PNG stores them."""
     return images.float().clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
 
 
 class Inception:
-    """Inception-v3 of the FID paper, by torch-fidelity: TensorFlow's weights and its way to resize.
+    """Inception-v3 of the FID paper, from torch-fidelity: with TensorFlow's weights and its way to resize.
 
     Args:
         weights: path, hf:// or https address; None: torch-fidelity's public file.
         device: where it runs.
-    Raises: InputError if the library is missing, or the weights cannot be had or do not fit.
+    Raises: InputError if the library is missing, or if the weights cannot be loaded or do not fit.
     """
 
     width = 2048
@@ -53,7 +53,7 @@ class Inception:
         address = weights or URL_INCEPTION_V3
         public = file_name(address) == file_name(URL_INCEPTION_V3)
         path = fetch(address, "inception_weights", _INCEPTION_SHA256 if public else "")
-        read_checkpoint(path)  # the library would run code in it
+        read_checkpoint(path)  # refuses pickles with code, which the library would run
         try:
             network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
@@ -73,7 +73,7 @@ class Inception:
 
 
 class DigitsPixels:
-    """8 x 8 grey levels, and what the classifier of handwritten digits reads: for tiny models, without weights.
+    """For tiny models, without weights: 8 x 8 grey levels as features, a classifier of handwritten digits for logits.
 
     Raises: InputError if a library is missing.
     """
@@ -102,12 +102,12 @@ def load_network(name: Literal["inception", "digits"], weights: str | None, devi
 
 @dataclass(frozen=True)
 class RealImages:
-    """The set that samples are compared with.
+    """Real images that samples are compared with.
 
     Attributes:
         statistics: of the features of all its images.
-        features_MD: of at most 10 000 of them; None where only statistics are known.
-        count: number of images; None where only statistics are known.
+        features_MD: of at most 10 000 of them; None if only the statistics are known.
+        count: number of images; None if only the statistics are known.
     """
 
     statistics: Statistics
@@ -119,16 +119,16 @@ def load_real_images(address: str, network: Network, image_size: int) -> RealIma
     """Features of real images.
 
     Args:
-        address: 'digits'; a folder of images at any depth, brought to image_size (shorter side, Lanczos, and the centre
-            cropped); or an .npz with arr_0, uint8 (M, image_size, image_size, 3), with mu and sigma, or both: then FID
-            takes mu and sigma, and the rest arr_0, as the reference batches of ADM are meant.
+        address: 'digits'; or a folder of images at any depth, which are resized to image_size (shorter side, Lanczos)
+            and cropped at the centre; or an .npz. That has arr_0, uint8 (M, image_size, image_size, 3), or mu and
+            sigma, or both: then FID uses mu and sigma, and everything else uses arr_0, as for ADM's reference batches.
         network: computes the features.
-    Raises: InputError if there are none, a file is broken, or the statistics are of other features.
+    Raises: InputError if there are no images, a file is broken, or the statistics are of other features.
     """
     known = None
     if address == "digits":
         batches = iter(to_levels(digits(image_size)[0]).split(_BATCH_IMAGES))
-    elif os.path.isdir(os.path.expanduser(address)):  # False, not an error, for what can be no path
+    elif os.path.isdir(os.path.expanduser(address)):  # unlike Path.is_dir, no error for text that cannot be a path
         batches = _folder(Path(address).expanduser(), image_size)
     else:
         path = regular_file(address, "fid_reference", "a folder of images, an .npz or digits")
@@ -142,9 +142,9 @@ def load_real_images(address: str, network: Network, image_size: int) -> RealIma
 
 
 def check_real_images(address: str) -> None:
-    """Whether the set of real images is there and can be read, without computing anything of it.
+    """Check that the real images are there and can be read, without computing anything.
 
-    Raises: InputError as load_real_images, but for what depends on the network.
+    Raises: InputError as load_real_images, except for what depends on the network.
     """
     path = Path(address).expanduser()
     if path.is_dir():
@@ -200,7 +200,7 @@ def _archive(path: Path, width: int, image_size: int) -> tuple[Statistics | None
 
 
 def _stored_images(path: Path, image_size: int) -> Iterator[Tensor]:
-    """The rows of arr_0, a batch at a time: 50 000 images of 512 pixels would take 39 GB."""
+    """The images of arr_0, batch by batch: 50 000 images of 512 x 512 pixels would take 39 GB."""
     side = image_size
     with Arrays(path, "fid_reference") as arrays, arrays.open("arr_0") as (file, shape, dtype, fortran_order):
         if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[1:] != (side, side, 3):
@@ -212,4 +212,4 @@ def _stored_images(path: Path, image_size: int) -> Iterator[Tensor]:
             count = min(_BATCH_IMAGES, shape[0] - first)
             pixels = np.frombuffer(file.read(count * side * side * 3), np.uint8).reshape(count, side, side, 3)
             yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
-        file.read(1)  # at its end zipfile compares the CRC
+        file.read(1)  # zipfile compares the CRC at the end of the file

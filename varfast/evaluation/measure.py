@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from varfast.data.labels import label_names
 from varfast.distributed import Launch
-from varfast.evaluation.arguments import chunk_settings, resolved, sampled_labels, seen_labels
+from varfast.evaluation.arguments import BASE, chunk_settings, resolved, sampled_labels, seen_labels
 from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.features import RealImages, check_real_images, load_real_images
 from varfast.evaluation.folder import EvaluationFolder
@@ -24,18 +23,15 @@ from varfast.files import save_text
 from varfast.policies.device import pick_device
 from varfast.policies.protocol import Policy
 from varfast.runs.environment import environment
+from varfast.runs.folder import RunFolder
+from varfast.runs.load import load_base, load_policy
 from varfast.types import InputError
 
 
-def measure(
-    config: EvaluateConfig,
-    load: Callable[[str, str, EvaluateConfig, torch.device], Policy],
-    process: Launch = Launch(),  # noqa: B008 - frozen
-) -> list[Row]:
+def evaluate(config: EvaluateConfig, process: Launch = Launch()) -> list[Row]:  # noqa: B008 - frozen
     """Sample, measure, and write evaluation.json, pictures.png and what `save` asks for into the out folder.
 
     Args:
-        load: a model, from its side ("reference" or "checkpoint"), its address, the arguments and the device.
         process: this process among those that share the chunks; process 0 waits for the others and makes the table.
     Returns: the table; empty for another process than 0.
     Raises: InputError for whatever cannot be used; what was sampled so far stays in the folder.
@@ -51,7 +47,7 @@ def measure(
     real: RealImages | None = None
     first_sizes: dict[str, int] = {}
     for side, address in sides.items():
-        policy = load(side, address, config, device)
+        policy = _load(side, address, config, device)
         sizes = {"labels": policy.num_classes, "pixels a side": policy.image_size}
         if evaluation is None:
             first_sizes = sizes
@@ -67,6 +63,14 @@ def measure(
         return []
     evaluation.folder.wait(sides, evaluation.plan)
     return finish(config, evaluation.folder, list(sides), evaluation.plan, real)
+
+
+def _load(side: str, address: str, config: EvaluateConfig, device: torch.device) -> Policy:
+    """side: "reference" or "checkpoint"; address: what that argument says."""
+    if address != BASE or side == "checkpoint":
+        return load_policy(address, config.vqvae, device, config.dtype, argument=side)
+    folder = RunFolder(config.checkpoint)
+    return load_base(folder.load_config(), folder, device, config.dtype)
 
 
 def _prepare(

@@ -1,7 +1,7 @@
 """Numbers over many images: means with intervals, and distances between sets of features.
 
-FID and inception score are torch-fidelity's; precision, recall, density and coverage are those of prdc. Everything is
-computed in float64.
+torch-fidelity computes FID and inception score; prdc computes precision, recall, density and coverage. Everything is in
+float64.
 
 Axes: N image, M real image, D feature, K class.
 """
@@ -18,18 +18,18 @@ import torch
 
 from varfast.types import InputError
 
-# Neighbours that span the manifold of a set, and images of each set that are compared: prdc holds N x M distances,
-# 0.8 GB for 10 000 of each, several times over.
+# The manifold of a set is estimated from so many nearest neighbours, and from at most so many images: prdc holds
+# several matrices of N x M distances, 0.8 GB each for 10 000 images.
 NEIGHBOURS = 5
 NEIGHBOUR_IMAGES = 10_000
-# Images a split of the inception score, as in ADM's evaluator: ten splits of 50 000 images.
+# Images in each split of the inception score, as in ADM's evaluator, which makes ten splits of 50 000 images.
 _SPLIT_IMAGES = 5000
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, with the bounds of its 95 % interval where there is one."""
+    """A number, and the bounds of its 95 % interval if it has one."""
 
     value: float
     low: float | None = None
@@ -41,7 +41,7 @@ class Estimate:
 
 
 def interval_text(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
-    """A number and the bounds of its interval, as far as they are there."""
+    """A number with the bounds of its interval, if it has one."""
     if value is None:
         return ""
     bounds = "" if low is None or high is None else f" [{low:{sign}.4g}, {high:{sign}.4g}]"
@@ -77,13 +77,13 @@ def mean_interval(values_N: np.ndarray) -> Estimate:
 
 
 def difference_interval(before_N: np.ndarray, after_N: np.ndarray) -> Estimate:
-    """Mean of after - before with its 95 % interval; the two belong together image by image.
+    """Mean of after - before with its 95 % interval, over pairs of images.
 
-    Two images of one label and seed share their random numbers, so the interval is that of the differences: normal, or
-    Bonett and Price's where every value is 0 or 1. That one has a width where all images, or none, changed; the normal
-    one has none there.
+    The two images of a pair have the same label and random numbers, so the interval is computed from their differences.
+    It is a normal one, or that of Bonett and Price if every value is 0 or 1: if all images changed, or none, a normal
+    interval would have no width.
 
-    Source of the second: Bonett, Price, "Adjusted Wald confidence interval for a difference of binomial proportions
+    Source of the latter: Bonett, Price, "Adjusted Wald confidence interval for a difference of binomial proportions
     based on paired data", 2012.
     """
     after_N, before_N = after_N.astype(np.float64), before_N.astype(np.float64)
@@ -106,7 +106,7 @@ def _normal_interval(values_N: np.ndarray) -> Estimate:
 
 
 def _share_interval(hits: int, total: int) -> Estimate:
-    # Wilson's interval has a width where no image, or every image, is a hit; the normal one has none there.
+    # Wilson's interval, since a normal one has no width if no image, or every image, is a hit.
     share, z2 = hits / total, _Z * _Z
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
@@ -114,7 +114,7 @@ def _share_interval(hits: int, total: int) -> Estimate:
 
 
 def statistics(features_ND: np.ndarray) -> Statistics:
-    """Mean and covariance (over N - 1) of two images or more."""
+    """Mean and covariance (divided by N - 1) of at least two images."""
     assert len(features_ND) > 1
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
@@ -130,11 +130,13 @@ def fid(a: Statistics, b: Statistics) -> float:
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     stats = [{"mu": s.mu_D, "sigma": s.sigma_DD} for s in (a, b)]
-    return max(0.0, float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID]))  # equal ones: -1e-8
+    return max(
+        0.0, float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
+    )  # of equal distributions it may be -1e-8
 
 
 def inception_score(logits_NK: np.ndarray) -> float:
-    """exp(mean KL(p(k|image) || p(k))), averaged over splits of 5000 images, shuffled.
+    """exp(mean KL(p(k|image) || p(k))), averaged over shuffled splits of 5000 images.
 
     Source: arXiv:1606.03498.
     """
@@ -145,29 +147,29 @@ def inception_score(logits_NK: np.ndarray) -> float:
 
 
 def neighbours(real_MD: np.ndarray, features_ND: np.ndarray) -> dict[str, float]:
-    """Precision, recall, density and coverage, with the 5 nearest neighbours, on at most 10 000 images of each set.
+    """Precision, recall, density and coverage from the 5 nearest neighbours, over at most 10 000 images of each set.
 
     Args:
-        real_MD, features_ND: seven images of each at least; larger sets are thinned evenly.
+        real_MD, features_ND: at least seven images each; of a larger set, evenly spaced ones are used.
     Source: arXiv:1904.06991 and arXiv:2002.09797.
     """
     assert min(len(real_MD), len(features_ND)) > NEIGHBOURS + 1
     from prdc import compute_prdc
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the sizes
+    with contextlib.redirect_stdout(io.StringIO()):  # prdc prints the sizes
         found = compute_prdc(thinned(real_MD).astype(np.float64), thinned(features_ND).astype(np.float64), NEIGHBOURS)
     return {name: float(found[name]) for name in ("precision", "recall", "density", "coverage")}
 
 
 def thinned(features_ND: np.ndarray) -> np.ndarray:
-    """At most 10 000 rows, evenly spaced."""
+    """The rows, or 10 000 evenly spaced ones if there are more."""
     if len(features_ND) <= NEIGHBOUR_IMAGES:
         return features_ND
     return features_ND[np.arange(NEIGHBOUR_IMAGES) * len(features_ND) // NEIGHBOUR_IMAGES]
 
 
 def diversity(features_ND: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
-    """(labels,) mean distance of two images of a label, of each label with two images or more, ascending by label."""
+    """(labels,) mean distance between images of the same label, for each label with at least two images, ascending."""
     groups = [features_ND[labels_N == label] for label in np.unique(labels_N)]
     return np.array(
         [float(torch.pdist(torch.from_numpy(rows_ND).double()).mean()) for rows_ND in groups if len(rows_ND) > 1]

@@ -21,7 +21,7 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,9 +35,11 @@ from varfast.files import (
     save_text,
     write_atomically,
 )
-from varfast.runs.folder import RunFolder
 from varfast.types import InputError
 from varfast.weights.state import State
+
+if TYPE_CHECKING:
+    from varfast.runs.folder import RunFolder
 
 Part = Literal["var", "vqvae"]
 PARTS: tuple[Part, Part] = ("var", "vqvae")
@@ -75,7 +77,7 @@ class FileNote(BaseModel):
         return None
 
 
-class _Noted(BaseModel):
+class _SavedFile(BaseModel):
     """An entry of base.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,12 +85,12 @@ class _Noted(BaseModel):
     file: FileNote
 
 
-class _BaseNote(BaseModel):
+class _BaseFiles(BaseModel):
     """Content of base.json. A string is a path or hf:// address without a hash, as the first version wrote it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    var: _Noted | str
-    vqvae: _Noted | str
+    var: _SavedFile | str
+    vqvae: _SavedFile | str
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,14 @@ class Base:
         self._json, self._files = folder.base, folder.path / "base"
 
     @property
-    def noted(self) -> bool:
+    def exists(self) -> bool:
         """Whether there is a base.json. A run of random weights has none: they are a function of its config."""
         return self._json.exists()
 
     @property
     def hashed(self) -> bool:
         """Whether base.json holds the hashes of both files. Raises: InputError if it is damaged."""
-        return self.noted and all(isinstance(getattr(self._read(), part), _Noted) for part in PARTS)
+        return self.exists and all(isinstance(getattr(self._read(), part), _SavedFile) for part in PARTS)
 
     def keep(self, var: Source, vqvae: Source) -> None:
         """Bring the files into base/ and write base.json. Raises: InputError if the disk is full."""
@@ -179,13 +181,13 @@ class Base:
         suffix = Path(origin).suffix
         return self._files / f"{part}{suffix if suffix == '.safetensors' else '.pth'}"
 
-    def _keep(self, part: Part, source: Source) -> _Noted:
+    def _keep(self, part: Part, source: Source) -> _SavedFile:
         if isinstance(source.content, Path):
             found = self._bring(part, source.content, source.only_here)
         else:
             found = self._inside(part, "")
             save_tensors(found, source.content)
-        return _Noted(path=os.path.abspath(source.origin), file=FileNote.of(found))
+        return _SavedFile(path=os.path.abspath(source.origin), file=FileNote.of(found))
 
     def _bring(self, part: Part, path: Path, copy: bool) -> Path:
         """The path of a file in base/, as a hard link or copy; of a transformer that cannot be linked, its own path."""
@@ -207,14 +209,14 @@ class Base:
             write_atomically(inside, lambda file: shutil.copyfileobj(source, file, 2**24))
         return inside
 
-    def _read(self) -> _BaseNote:
+    def _read(self) -> _BaseFiles:
         if not os.path.lexists(self._json):
             raise InputError(
                 f"{self._folder.path} has no {self._json.name}, which says what the run started from; "
                 "`python -m varfast.train` with its config writes it again"
             )
         try:
-            return _BaseNote.model_validate(read_json(self._json))
+            return _BaseFiles.model_validate(read_json(self._json))
         except ValueError as error:  # pydantic's too
             raise InputError(
                 f"{self._json} cannot be read; delete it, and `python -m varfast.train` with the run's config starts "

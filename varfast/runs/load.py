@@ -7,6 +7,7 @@ made, fetched or executed because something in it says so (docs/security.md).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,9 +18,11 @@ from varfast.policies.var import build  # the family; a second one is chosen by 
 from varfast.policies.var.config import VARConfig, VQVAEConfig
 from varfast.policies.var.policy import VARPolicy
 from varfast.runs.base import Base
-from varfast.runs.folder import RunFolder
 from varfast.types import InputError
 from varfast.weights.state import State
+
+if TYPE_CHECKING:
+    from varfast.runs.folder import RunFolder
 
 
 def load_policy(
@@ -55,6 +58,8 @@ def load_policy(
     if Path(var).expanduser().is_dir():
         if var_config is not None or vqvae_config is not None:
             raise InputError(f"{argument}={var} is a run folder, whose config says the sizes; give no sizes beside it")
+        from varfast.runs.folder import RunFolder  # and with it torch.distributed.checkpoint and FSDP, which take 0.8 s
+
         return load_run(RunFolder(var), device, dtype, fast, strict)
     if vqvae is None:
         if not var.startswith("hf://") and not Path(var).expanduser().exists():

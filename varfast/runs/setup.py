@@ -93,7 +93,7 @@ def set_up(config: Config) -> Iterator[Setup]:
             import_wandb()
         if config.policy.lora:
             import_peft()
-        shard = world.share(config.rollout.images)
+        shard = world.shard(config.rollout.images)
         cost = cost_of(config.policy, config.run.dtype)
         work = Work.whole(config, cost).share(shard.stop - shard.start, world.size)
         plan = fitting_plan(work, device, world)

@@ -9,7 +9,7 @@ import torch
 from varfast.config import Config
 from varfast.data.labels import LABELS_FILE, labels_json, read_labels
 from varfast.files import save_text
-from varfast.pretrain import pretrained
+from varfast.pretraining.cache import pretrained
 from varfast.printable import printable
 from varfast.runs.base import PARTS, Base, Source
 from varfast.runs.folder import RunFolder
@@ -36,14 +36,14 @@ def prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.
         f"{folder.path} was named, and not its config: if you trust that, and what it starts from "
         f"(policy.checkpoint={printable(address)}), pass it as a file: {folder.config} run.dir={folder.path}"
     )
-    if outside and not base.noted:
+    if outside and not base.exists:
         raise InputError(f"what the run starts from is not in its folder. {untrusted}")
     if not resume and not outside:
         var, vqvae = _sources(config, device)
         _keep_labels(folder, var.origin)
         base.keep(var, vqvae)
         return
-    if not base.noted:
+    if not base.exists:
         print(f"{folder.base} is gone; the base is what policy.checkpoint names now, unchecked")
         base.keep(*_sources(config, device))
         return
@@ -52,7 +52,7 @@ def prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.
         if base.hashed:
             base.heal("var", only_here)
             base.heal("vqvae", only_here)
-        else:  # begun before hashes were noted
+        else:  # of a version that recorded no hashes
             base.keep(*(Source(path, only_here, path) for path in (base.find("var"), base.find("vqvae"))))
     except InputError as lost:
         if outside:

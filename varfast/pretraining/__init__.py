@@ -1,0 +1,1 @@
+"""Base models made from images, and the cache that keeps them."""

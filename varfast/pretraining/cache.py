@@ -1,0 +1,165 @@
+"""The cache of base models: one for each config, data set and version of the code, made when it is first needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from varfast.config import Config
+from varfast.data.datasets import FolderImages, fingerprint, load_images
+from varfast.data.labels import LABELS_FILE, caption, labels_json, labels_of
+from varfast.files import read_json, remove_leftovers, save_tensors, save_text
+from varfast.policies.var.policy import VARPolicy
+from varfast.policies.var.tokenizer import VQVAE
+from varfast.policies.var.transformer import VAR
+from varfast.pretraining.training import PretrainReport, pretrain
+from varfast.randomness import GRID_STEP, Key, order_may_vary
+from varfast.runs.base import FileNote
+from varfast.runs.lock import locked
+from varfast.runs.pictures import image_grid, save_picture
+from varfast.types import Prompts, Sampling
+
+# Bounds of advice(), and how many images the pictures of a user's own base show.
+_BLURRED, _CODES_USED, _NEAR_GUESSING = 0.1, 0.5, 0.8
+_SHOWN_IMAGES = 8
+
+
+def base_paths(config: Config, device: torch.device) -> tuple[Path, Path]:
+    """Where the transformer and the VQ-VAE of this config are kept, whether they exist or not."""
+    made_by = {
+        "var": config.policy.sizes.model_dump(),
+        "vqvae": config.policy.vqvae.model_dump(),
+        "pretrain": config.pretrain.model_dump(exclude={"cache_dir", "num_workers"}),
+        "data": fingerprint(config.pretrain.dataset),
+        "seed": config.run.seed,
+        "device": device.type,
+        "torch": torch.__version__,
+        "code": _code_digest(),
+    }
+    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(config.pretrain.cache_dir).expanduser() / key
+    return folder / "var.pth", folder / "vqvae.pth"
+
+
+def _code_digest() -> str:
+    """Digest of the sources that a base model depends on."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in [
+        package / "pretraining" / "training.py",
+        package / "optim" / "schedule.py",
+        *sorted((package / "data").glob("*.py")),
+        *sorted((package / "policies").rglob("*.py")),
+    ]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
+    """The files of transformer and VQ-VAE for this config, trained now unless the cache holds them undamaged.
+
+    If several processes want the same base at once, on one machine or several, one makes it and the others wait.
+
+    Raises: InputError if the cache cannot be written, which is checked before anything is trained; or as pretrain.
+    """
+    paths = base_paths(config, device)
+    if _damage(paths) is None:
+        return paths
+    folder = paths[0].parent
+    with locked(folder, f"the base model in {folder}", "choose another pretrain.cache_dir", math.inf):
+        damage = _damage(paths)  # another process may have made it meanwhile
+        if damage is None:
+            return paths
+        remove_leftovers(folder)
+        if damage:
+            print(f"base model in {folder}: {damage}; it is made again")
+        # A base is made once and kept, so it need not be repeatable. All of its operations seem to sum in a fixed order
+        # since upsampling is a matrix product, but that has not been tried on a GPU.
+        with order_may_vary():
+            try:
+                var, vqvae, report = pretrain(config, device)
+            except KeyboardInterrupt as error:
+                error.add_note("  pre-training keeps nothing of a base model that is not complete: it starts again")
+                raise
+        if config.pretrain.dataset != "digits":
+            save_text(folder / LABELS_FILE, labels_json(labels_of(_own_images(config))))
+        for path, model in zip(paths, (var, vqvae), strict=True):
+            save_tensors(path, model.state_dict())
+        # Written last: without it, the other files count as missing.
+        files = {path.name: FileNote.of(path).model_dump() for path in paths}
+        save_text(_report(paths), json.dumps(asdict(report) | {"files": files}, indent=2) + "\n")
+        print(
+            f"base model: {report.seconds:.0f} s; reconstruction MSE {report.reconstruction_mse:.4f}, "
+            f"{report.codebook_usage:.0%} of the codes in use, {report.token_loss:.2f} nats a token"
+        )
+        if config.pretrain.dataset != "digits":
+            _show_own(config, var, vqvae, report, folder, device)
+    return paths
+
+
+def _report(paths: tuple[Path, Path]) -> Path:
+    return paths[0].with_name("report.json")
+
+
+def _damage(paths: tuple[Path, Path]) -> str | None:
+    """What is wrong with a base model in the cache: None if it is whole, an empty text if there is none."""
+    report = _report(paths)
+    if not any(path.exists() for path in (report, *paths)):
+        return ""
+    try:
+        files = read_json(report)["files"]
+        notes = [FileNote.model_validate(files[path.name]) for path in paths]
+    except (ValueError, LookupError, TypeError):
+        return f"{report.name} does not say what belongs there"
+    found = {path.name: note.differs(path) for path, note in zip(paths, notes, strict=True)}
+    return next((f"{name} {problem}" for name, problem in found.items() if problem), None)
+
+
+def _own_images(config: Config) -> FolderImages:
+    images = load_images(config.pretrain.dataset, config.policy.vqvae.image_size, check=False)
+    assert isinstance(images, FolderImages)
+    return images
+
+
+def _show_own(
+    config: Config, var: VAR, vqvae: VQVAE, report: PretrainReport, folder: Path, device: torch.device
+) -> None:
+    """For a base of a user's own images: print what its numbers mean, and save pictures beside it."""
+    images = _own_images(config)
+    labels = labels_of(images)
+    print("\n".join(f"  {line}" for line in advice(report, config)))
+    shown = sorted({i * (len(images) - 1) // (_SHOWN_IMAGES - 1) for i in range(_SHOWN_IMAGES)})
+    real = torch.stack([images[i][0] for i in shown]).to(device)
+    policy = VARPolicy(var, vqvae, device)
+    rebuilt = policy.decode(policy.encode(real))
+    save_picture(
+        folder / "reconstructions.png", image_grid(torch.cat([real, rebuilt]), len(shown), ["image", "rebuilt"])
+    )
+    rows = labels[:_SHOWN_IMAGES]
+    prompts = Prompts(torch.tensor([row.label for row in rows])).repeat(_SHOWN_IMAGES)
+    _, samples = policy.sample_images(prompts, Sampling(), Key(config.run.seed, GRID_STEP), _SHOWN_IMAGES)
+    titles = [caption(row.label, [label.name for label in labels]) for row in rows]
+    save_picture(folder / "samples.png", image_grid(samples, _SHOWN_IMAGES, titles))
+    print(f"  {folder}: reconstructions.png, samples.png, {LABELS_FILE}")
+
+
+def advice(report: PretrainReport, config: Config) -> list[str]:
+    """What the numbers of a base mean and what to do about them, by rules of thumb from small runs."""
+    lost = report.reconstruction_mse / max(report.pixel_variance, 1e-12)
+    guessing = math.log(config.policy.sizes.vocab_size)
+    vqvae, var = config.pretrain.vqvae_steps, config.pretrain.var_steps
+    lines = [f"reconstruction MSE: {lost:.0%} of the pixels' variance is lost by the VQ-VAE (0 %: none, 100 %: all but "
+             "the mean colour)" + (f"; blurred above 10 %: raise pretrain.vqvae_steps={vqvae}, as to {4 * vqvae}"
+                                   if lost > _BLURRED else "")]  # fmt: skip
+    lines.append("codes in use: the share of the vocabulary that the last images needed" + (
+        f"; below {_CODES_USED:.0%}: raise pretrain.vqvae_steps, or take fewer codes than policy.var.vocab_size="
+        f"{config.policy.sizes.vocab_size}" if report.codebook_usage < _CODES_USED else ""))  # fmt: skip
+    lines.append(f"nats a token: guessing costs {guessing:.2f}; samples take shape as this falls" + (
+        f". It is near guessing: raise pretrain.var_steps={var}, as to {4 * var}"
+        if report.token_loss > _NEAR_GUESSING * guessing else ""))  # fmt: skip
+    return lines
