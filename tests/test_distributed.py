@@ -19,7 +19,7 @@ import torch
 import varfast.evaluate
 from varfast import InputError
 from varfast.config import load_config
-from varfast.distributed import Launch, World, _share, joined, launched, local_device
+from varfast.distributed import Launch, World, _shard, joined, launched, local_device
 from varfast.perf.memory import RolloutPlan, held_states
 from varfast.perf.plan import plan_memory
 from varfast.perf.work import Work
@@ -380,7 +380,7 @@ def test_a_signal_to_all_processes_of_torchrun_saves(make_config, tmp_path, numb
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("count", [0, 1, 6, 8])
 def test_shares_are_consecutive_whole_and_even(size, count):
-    shares = [_share(rank, size, count) for rank in range(size)]
+    shares = [_shard(rank, size, count) for rank in range(size)]
     assert [i for s in shares for i in range(count)[s]] == list(range(count))
     sizes = [len(range(count)[s]) for s in shares]
     assert max(sizes) - min(sizes) <= 1
