@@ -30,25 +30,26 @@ import pytest
 import torch
 import torch._dynamo
 
-from varfast import kernels
+from varfast import Policy, kernels
 from varfast.advantages import group_advantages
 from varfast.config import load_config
 from varfast.kernels import reference
 from varfast.kernels.selection import OPS
-from varfast.learner import Updater
+from varfast.learner import Learner
+from varfast.losses.grpo import GRPO
 from varfast.perf.devices import Ceilings, available_bytes, measure_here, with_dtype
 from varfast.perf.limits import STAGES, speed_of_light_s, stage_counts
 from varfast.perf.memory import MemoryPlan
 from varfast.perf.plan import plan_memory
 from varfast.perf.stages import StageClock, stage
 from varfast.perf.work import Work
-from varfast.policies.protocol import Policy
 from varfast.policies.var.cost import cost_of
 from varfast.policies.var.transformer import FFN
 from varfast.randomness import Key
 from varfast.rewards import WeightedSum
 from varfast.runs.load import random_policy
-from varfast.types import Sampling, ScoredRollout
+from varfast.state import State
+from varfast.types import Batch, Sampling
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CUDA, DEVICE = harness.CUDA, harness.DEVICE
@@ -247,6 +248,18 @@ def measure(benchmark, record, stages, name, images, makes, sizes, what, count=N
         benchmark.extra_info |= {"images_per_s": round(images / row.ms * 1e3, 1), "threads": torch.get_num_threads()}
 
 
+def learner_of(policy, config, plan):
+    """With a frozen copy of the policy as the reference."""
+    state = State(policy, policy.frozen_copy(), WeightedSum(config.reward, DEVICE), config.update)
+    return Learner(state, GRPO(config.grpo), config.update, plan, 1, 0)
+
+
+def use(learner, policy, plan):
+    """Train another policy on the same weights; the moments are shared."""
+    learner.state.policy = learner.state.adamw.policy = policy
+    learner.plan = plan
+
+
 def labels_of(images):
     return (torch.arange(images) % 10).sort().values.to(DEVICE)
 
@@ -262,25 +275,23 @@ def test_step(benchmark, record, name, images):
     reward = WeightedSum(config.reward, DEVICE)
     policies = models(name)
     # Of the public code in float32 the weights are a copy: its reference and moments are too.
-    of_ours = Updater(
-        policies["ours"], policies["ours"].frozen_copy(), config.grpo, config.update, 1, 0, plan=plan.update
-    )
+    of_ours = learner_of(policies["ours"], config, plan.update)
 
     def stepping(policy):
         policy.cuda_graph = plan.rollout.cuda_graph
-        updater = of_ours
+        learner = of_ours
         if policy.var is not policies["ours"].var:
-            updater = Updater(policy, policy.frozen_copy(), config.grpo, config.update, 1, 0, plan=plan.update)
+            learner = learner_of(policy, config, plan.update)
 
         def make(sampled, trained):
             def step():
-                updater.policy, updater.plan = policy, replace(plan.update, micro_batch=trained)
+                use(learner, policy, replace(plan.update, micro_batch=trained))
                 rollout, pictures = policy.sample_images(
                     labels, Sampling(TEMPERATURE), Key(0), micro_batch=sampled, keep_input=True
                 )
                 with stage("reward"):
                     rewards = reward(pictures, labels)
-                updater.step(ScoredRollout(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
+                learner.step(Batch.of(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
 
             return step
 
@@ -309,7 +320,7 @@ def test_strict_step(benchmark, record, name, images):
     policies = {"ours": in_strict_mode(ordinary), "without strict": ordinary}
     references = {who: policy.frozen_copy() for who, policy in policies.items()}
     eager = replace(plan.update, cuda_graph=False)  # a captured pass would be that of one policy
-    updater = Updater(ordinary, references["without strict"], config.grpo, config.update, 1, 0, plan=eager)
+    learner = learner_of(ordinary, config, eager)
 
     def stepping(who):
         policy = policies[who]
@@ -317,11 +328,11 @@ def test_strict_step(benchmark, record, name, images):
 
         def make(sampled, trained):
             def step():
-                updater.policy, updater.reference = policy, references[who]
-                updater.plan = replace(eager, micro_batch=trained)
+                learner.state.reference = references[who]
+                use(learner, policy, replace(eager, micro_batch=trained))
                 rollout, pictures = policy.sample_images(labels, Sampling(TEMPERATURE), Key(0), micro_batch=sampled)
                 rewards = reward(pictures, labels)
-                updater.step(ScoredRollout(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
+                learner.step(Batch.of(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
 
             return step
 
@@ -357,21 +368,19 @@ def test_update(benchmark, record, name, images):
     rewards = torch.randn(images, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     advantages = group_advantages(rewards, config.rollout.group_size)
     policies = models(name)
-    of_ours = Updater(
-        policies["ours"], policies["ours"].frozen_copy(), config.grpo, config.update, 1, 0, plan=plan.update
-    )
+    of_ours = learner_of(policies["ours"], config, plan.update)
 
     def updating(policy):
-        updater = of_ours
+        learner = of_ours
         if policy.var is not policies["ours"].var:
-            updater = Updater(policy, policy.frozen_copy(), config.grpo, config.update, 1, 0, plan=plan.update)
+            learner = learner_of(policy, config, plan.update)
         drawn = policy.sample(labels, TEMPERATURE, seed=0, micro_batch=plan.rollout.micro_batch)
-        scored = ScoredRollout(drawn, advantages)
+        batch = Batch.of(drawn, advantages)
 
         def make(trained):
             def update():
-                updater.policy, updater.plan = policy, replace(plan.update, micro_batch=trained)
-                updater.step(scored, 0)
+                use(learner, policy, replace(plan.update, micro_batch=trained))
+                learner.step(batch, 0)
 
             return update
 

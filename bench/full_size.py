@@ -27,9 +27,9 @@ import harness
 import torch
 from torch import Tensor
 
+from varfast import Policy
 from varfast.config import load_config
 from varfast.perf.devices import with_dtype
-from varfast.policies.protocol import Policy
 from varfast.policies.var.sampler import sample
 from varfast.runs.load import random_policy
 from varfast.train import train

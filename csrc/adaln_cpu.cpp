@@ -1,11 +1,61 @@
 // LayerNorm with modulation, alone or after a gated residual, on the CPU; specified by kernels/reference.py.
-#include "adaln.h"
+#include "tensors.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 namespace varfast {
+
+// One vector an image: (B, C), rows `stride` apart.
+template <typename W>
+struct Vectors {
+  const W* data;
+  int64_t stride;
+};
+
+struct AdalnSizes {
+  int64_t num_images, num_tokens, width;
+};
+
+// sum = x + (branch + bias) * gate; out = LayerNorm(sum) * (1 + scale) + shift. Without a branch (null) sum is x, not
+// written.
+// Large arrays are (B, L, C), mean and rstd (B, L), bias (C,) or null.
+template <typename T>
+struct AdalnForward {
+  const T* x;
+  const T* branch;
+  const Wide<T>* bias;
+  Vectors<Wide<T>> gate, scale, shift;
+  T* sum;
+  T* out;
+  Wide<T>* mean;
+  Wide<T>* rstd;
+  AdalnSizes sizes;
+  double eps;
+};
+
+// sum: what was normalised. d_sum or d_out: null where there is no gradient. d_branch, d_gate: null without a branch.
+// d_bias (null without a bias), d_gate, d_scale and d_shift: (B, C).
+template <typename T>
+struct AdalnBackward {
+  const T* d_sum;
+  const T* d_out;
+  const T* sum;
+  const T* branch;
+  const Wide<T>* bias;
+  Vectors<Wide<T>> gate, scale;
+  const Wide<T>* mean;
+  const Wide<T>* rstd;
+  T* d_x;
+  T* d_branch;
+  Wide<T>* d_bias;
+  Wide<T>* d_gate;
+  Wide<T>* d_scale;
+  Wide<T>* d_shift;
+  AdalnSizes sizes;
+};
+
 namespace {
 
 // Numbers of a large array that are worth a thread of their own.
@@ -131,11 +181,100 @@ void adaln_backward_cpu(const AdalnBackward<T>& f) {
   });
 }
 
-template void adaln_cpu(const AdalnForward<float>&);
-template void adaln_cpu(const AdalnForward<double>&);
-template void adaln_cpu(const AdalnForward<BFloat16>&);
-template void adaln_backward_cpu(const AdalnBackward<float>&);
-template void adaln_backward_cpu(const AdalnBackward<double>&);
-template void adaln_backward_cpu(const AdalnBackward<BFloat16>&);
+// ---------------------------------------------------------------------------------------------------------------------
+// The op: arguments checked and allocated
+
+namespace {
+
+AdalnSizes adaln_sizes(const Tensor& x) { return {x.size(0), x.size(1), x.size(2)}; }
+
+Tensor empty_rows(const Tensor& x) { return new_empty(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type()); }
+
+// A large array, contiguous, or nothing.
+MaybeTensor rows_like(const Tensor& x, const MaybeTensor& other) {
+  if (!other) return other;
+  STD_TORCH_CHECK(other->dim() == 3 && other->size(0) == x.size(0) && other->size(1) == x.size(1) &&
+                      other->size(2) == x.size(2) && other->scalar_type() == x.scalar_type(),
+                  "want arrays of one shape (B, L, C) and one dtype");
+  return torch::stable::contiguous(*other);
+}
+
+// (B, C) with unit stride, in the dtype of the arithmetic, or nothing.
+MaybeTensor vectors_of(const Tensor& x, const MaybeTensor& vectors) {
+  if (!vectors) return vectors;
+  STD_TORCH_CHECK(vectors->dim() == 2 && vectors->size(0) == x.size(0) && vectors->size(1) == x.size(2) &&
+                      vectors->scalar_type() == wide_of(x.scalar_type()),
+                  "want gate, scale and shift (B, C) in float32, or in float64 for float64; kernels/adaln.py converts");
+  return vectors->stride(1) == 1 ? vectors : torch::stable::contiguous(*vectors);
+}
+
+template <typename W>
+Vectors<W> vectors(const MaybeTensor& x) {
+  return {data<W>(x), x ? x->stride(0) : 0};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_cpp(const Tensor& x_BLC, const MaybeTensor& branch_BLC,
+                                                     const MaybeTensor& bias_C, const MaybeTensor& gate_BC,
+                                                     const Tensor& scale_BC, const Tensor& shift_BC, double eps) {
+  STD_TORCH_CHECK(x_BLC.dim() == 3 && x_BLC.size(2) > 0, "want (B, L, C) with channels");
+  STD_TORCH_CHECK(branch_BLC.has_value() == gate_BC.has_value(), "want branch and gate together");
+  const AdalnSizes sizes = adaln_sizes(x_BLC);
+  const ScalarType dtype = x_BLC.scalar_type(), wide = wide_of(dtype);
+  const Tensor x = torch::stable::contiguous(x_BLC);
+  const MaybeTensor branch = rows_like(x, branch_BLC), bias = bias_of(x, bias_C), gate = vectors_of(x, gate_BC),
+                    scale = vectors_of(x, scale_BC), shift = vectors_of(x, shift_BC);
+  const Tensor sum = branch ? empty_rows(x) : new_empty(x, {0}, dtype), out = empty_rows(x),
+               mean = new_empty(x, {sizes.num_images, sizes.num_tokens}, wide),
+               rstd = new_empty(x, {sizes.num_images, sizes.num_tokens}, wide);
+  with_float(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using W = Wide<T>;
+    adaln_cpu(AdalnForward<T>{data<T>(x), data<T>(branch), data<W>(bias), vectors<W>(gate), vectors<W>(scale),
+                              vectors<W>(shift), mutable_data<T>(sum), mutable_data<T>(out), mutable_data<W>(mean),
+                              mutable_data<W>(rstd), sizes, eps});
+  });
+  return {sum, out, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_backward_cpp(const MaybeTensor& d_new_BLC,
+    const MaybeTensor& d_out_BLC, const Tensor& new_BLC, const MaybeTensor& branch_BLC, const MaybeTensor& bias_C,
+    const MaybeTensor& gate_BC, const Tensor& scale_BC, const Tensor& mean_BL, const Tensor& rstd_BL) {
+  STD_TORCH_CHECK(new_BLC.dim() == 3 && new_BLC.size(2) > 0, "want (B, L, C) with channels");
+  STD_TORCH_CHECK(d_new_BLC || d_out_BLC, "want a gradient");
+  STD_TORCH_CHECK(branch_BLC.has_value() == gate_BC.has_value(), "want branch and gate together");
+  const AdalnSizes sizes = adaln_sizes(new_BLC);
+  const ScalarType dtype = new_BLC.scalar_type(), wide = wide_of(dtype);
+  const Tensor sum = torch::stable::contiguous(new_BLC), mean = torch::stable::contiguous(mean_BL),
+               rstd = torch::stable::contiguous(rstd_BL);
+  for (const Tensor* x : {&mean, &rstd}) {
+    STD_TORCH_CHECK(x->numel() == sizes.num_images * sizes.num_tokens && x->scalar_type() == wide,
+                    "want mean and 1 / deviation as the forward pass returned them");
+  }
+  const MaybeTensor d_sum = rows_like(sum, d_new_BLC), d_out = rows_like(sum, d_out_BLC),
+                    branch = rows_like(sum, branch_BLC), bias = bias_of(sum, bias_C), gate = vectors_of(sum, gate_BC),
+                    scale = vectors_of(sum, scale_BC);
+  const Tensor d_x = empty_rows(sum), d_scale = new_empty(sum, {sizes.num_images, sizes.width}, wide),
+               d_shift = new_empty(sum, {sizes.num_images, sizes.width}, wide);
+  MaybeTensor d_branch, d_gate, d_bias_BC, d_bias;
+  if (bias) {
+    d_bias_BC = new_empty(sum, {sizes.num_images, sizes.width}, wide);
+    d_bias = new_empty(sum, {sizes.width}, wide);
+  }
+  if (branch) d_branch = empty_rows(sum), d_gate = new_empty(sum, {sizes.num_images, sizes.width}, wide);
+  with_float(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using W = Wide<T>;
+    adaln_backward_cpu(AdalnBackward<T>{data<T>(d_sum), data<T>(d_out), data<T>(sum), data<T>(branch),
+                                        data<W>(bias), vectors<W>(gate), vectors<W>(scale), data<W>(mean),
+                                        data<W>(rstd), mutable_data<T>(d_x), mutable_data<T>(d_branch),
+                                        mutable_data<W>(d_bias_BC), mutable_data<W>(d_gate), mutable_data<W>(d_scale),
+                                        mutable_data<W>(d_shift), sizes});
+    if (bias) column_sums_cpu(data<W>(d_bias_BC), sizes.num_images, sizes.width, mutable_data<W>(d_bias));
+  });
+  const auto or_nothing = [&](const MaybeTensor& x, ScalarType type) { return x ? *x : new_empty(sum, {0}, type); };
+  return {d_x, or_nothing(d_branch, dtype), or_nothing(d_bias, wide), or_nothing(d_gate, wide), d_scale, d_shift};
+}
 
 }  // namespace varfast

@@ -1,16 +1,47 @@
 // Attention under VAR's scale mask on the CPU; specified by kernels/reference.py. A thread takes a head of an image and
 // some queries of one scale at a time: what the mask hides is not computed. Arithmetic in float32.
-#include "attention.h"
+#include "tensors.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "cpu.h"
-
 #pragma GCC diagnostic ignored "-Wpsabi"  // of vectors as arguments: all of it is inlined
 
 namespace varfast {
+
+// B images of H heads; queries come in groups (scales): group g ends at query ends[g] and sees the keys before
+// visible[g]. T: float, or uint16_t for the bits of a bfloat16.
+struct AttentionSizes {
+  int64_t num_images, num_heads, num_queries, num_keys, num_groups;
+  const int64_t* ends;
+  const int64_t* visible;
+};
+
+// out (B, H, L, D) contiguous; log_sum (B, H, L) of the exponentials, or null: not wanted.
+template <typename T>
+struct AttentionForward {
+  Heads<const T> q, k, v;
+  const float* logit_scale;  // (H,)
+  T* out;
+  float* log_sum;
+  AttentionSizes sizes;
+};
+
+// As many keys as queries. d_q, d_k, d_v (B, H, L, D) contiguous; d_logit_scale (B, H).
+template <typename T>
+struct AttentionBackward {
+  Heads<const T> q, k, v, d_out;
+  const float* logit_scale;
+  const T* out;
+  const float* log_sum;
+  T* d_q;
+  T* d_k;
+  T* d_v;
+  float* d_logit_scale;
+  AttentionSizes sizes;
+};
+
 namespace {
 
 // Queries at a time: their logits over 680 keys, 130 KB, stay in the L2 cache.
@@ -245,9 +276,101 @@ void attention_backward_cpu(const AttentionBackward<T>& f) {
   });
 }
 
-template void attention_cpu(const AttentionForward<float>&);
-template void attention_cpu(const AttentionForward<uint16_t>&);
-template void attention_backward_cpu(const AttentionBackward<float>&);
-template void attention_backward_cpu(const AttentionBackward<uint16_t>&);
+// ---------------------------------------------------------------------------------------------------------------------
+// The op: arguments checked and allocated
+
+namespace {
+
+AttentionSizes attention_sizes(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& logit_scale) {
+  for (const Tensor* x : {&q, &k, &v}) {
+    STD_TORCH_CHECK(x->dim() == 4 && x->size(3) == kHeadDim && x->size(0) == q.size(0) && x->size(1) == q.size(1) &&
+                        x->scalar_type() == q.scalar_type(),
+                    "want q, k, v (B, H, L, 64) of one dtype");
+  }
+  STD_TORCH_CHECK(k.size(2) == v.size(2) && k.size(2) > 0, "want as many keys as values");
+  STD_TORCH_CHECK(logit_scale.dim() == 1 && logit_scale.size(0) == q.size(1) &&
+                      logit_scale.scalar_type() == ScalarType::Float,
+                  "logit_scale_H: want one float32 a head");
+  return {q.size(0), q.size(1), q.size(2), k.size(2), 1, nullptr, nullptr};
+}
+
+// Every query sees the keys of its own scale and of the earlier ones.
+AttentionSizes masked(AttentionSizes sizes, const Tensor& ends) {
+  STD_TORCH_CHECK(ends.dim() == 1 && ends.size(0) > 0 && ends.scalar_type() == ScalarType::Long,
+                  "scale_ends: want int64 (S,)");
+  const int64_t* at = data<int64_t>(ends);
+  for (int64_t g = 0; g < ends.size(0); ++g) {
+    STD_TORCH_CHECK(at[g] > (g ? at[g - 1] : 0), "scale_ends: want every scale to end after the one before it");
+  }
+  STD_TORCH_CHECK(at[ends.size(0) - 1] == sizes.num_queries && sizes.num_queries == sizes.num_keys,
+                  "scale_ends: want the last to be the number of queries and of keys");
+  sizes.num_groups = ends.size(0), sizes.ends = sizes.visible = at;
+  return sizes;
+}
+
+Tensor attention_out(const Tensor& q) {
+  return new_empty(q, {q.size(0), q.size(1), q.size(2), kHeadDim}, q.scalar_type());
+}
+
+void attend(const Tensor& q_BHLD, const Tensor& k_BHLD, const Tensor& v_BHLD, const Tensor& logit_scale,
+            const AttentionSizes& sizes, const Tensor& out, float* log_sum) {
+  const Tensor q = unit_stride(q_BHLD), k = unit_stride(k_BHLD), v = unit_stride(v_BHLD);
+  with_bits(q.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    attention_cpu(AttentionForward<T>{heads(q, data<T>(q)), heads(k, data<T>(k)), heads(v, data<T>(v)),
+                                      data<float>(logit_scale), mutable_data<T>(out), log_sum, sizes});
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_cpp(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& logit_scale_H,
+                                         const Tensor& scale_ends_S) {
+  const Tensor scale = torch::stable::contiguous(logit_scale_H), ends = torch::stable::contiguous(scale_ends_S);
+  const AttentionSizes sizes = masked(attention_sizes(q, k, v, scale), ends);
+  const Tensor out = attention_out(q), log_sum = new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  attend(q, k, v, scale, sizes, out, mutable_data<float>(log_sum));
+  return {out, log_sum};
+}
+
+Tensor cached_attention_cpp(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& logit_scale_H,
+                            int64_t num_keys) {
+  const Tensor scale = torch::stable::contiguous(logit_scale_H);
+  AttentionSizes sizes = attention_sizes(q, k_cache, v_cache, scale);
+  STD_TORCH_CHECK(num_keys > 0 && num_keys <= sizes.num_keys, "num_keys: want a number within the cache");
+  sizes.num_keys = num_keys, sizes.ends = &sizes.num_queries, sizes.visible = &num_keys;
+  const Tensor out = attention_out(q);
+  attend(q, k_cache, v_cache, scale, sizes, out, nullptr);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpp(const Tensor& d_out_BHLD, const Tensor& q_BHLD,
+                                                                  const Tensor& k_BHLD, const Tensor& v_BHLD,
+                                                                  const Tensor& out_BHLD, const Tensor& log_sum_BHL,
+                                                                  const Tensor& logit_scale_H,
+                                                                  const Tensor& scale_ends_S) {
+  const Tensor scale = torch::stable::contiguous(logit_scale_H), ends = torch::stable::contiguous(scale_ends_S),
+               q = unit_stride(q_BHLD), k = unit_stride(k_BHLD), v = unit_stride(v_BHLD),
+               d_out = unit_stride(d_out_BHLD), out = torch::stable::contiguous(out_BHLD),
+               log_sum = torch::stable::contiguous(log_sum_BHL);
+  const AttentionSizes sizes = masked(attention_sizes(q, k, v, scale), ends);
+  for (const Tensor* x : {&d_out, &out}) {
+    STD_TORCH_CHECK(x->dim() == 4 && x->numel() == q.numel() && x->size(2) == q.size(2) && x->size(1) == q.size(1) &&
+                        x->scalar_type() == q.scalar_type(),
+                    "want the output and its gradient of the shape and dtype of q");
+  }
+  STD_TORCH_CHECK(log_sum.numel() * kHeadDim == q.numel() && log_sum.scalar_type() == ScalarType::Float,
+                  "log_sum_BHL: want what the forward pass returned");
+  const Tensor d_q = attention_out(q), d_k = attention_out(q), d_v = attention_out(q),
+               d_scale = new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
+  with_bits(q.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    attention_backward_cpu(AttentionBackward<T>{heads(q, data<T>(q)), heads(k, data<T>(k)), heads(v, data<T>(v)),
+                                                heads(d_out, data<T>(d_out)), data<float>(scale), data<T>(out),
+                                                data<float>(log_sum), mutable_data<T>(d_q), mutable_data<T>(d_k),
+                                                mutable_data<T>(d_v), mutable_data<float>(d_scale), sizes});
+  });
+  return {d_q, d_k, d_v, d_scale};
+}
 
 }  // namespace varfast

@@ -1,12 +1,15 @@
 // GELU by tanh, with the bias before it, on the CPU; specified by kernels/reference.py.
-#include "gelu.h"
+#include "tensors.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "cpu.h"
-
 namespace varfast {
+
+struct GeluSizes {
+  int64_t num_rows, width;  // N, C
+};
+
 namespace {
 
 // Numbers that are worth a thread of their own.
@@ -71,6 +74,7 @@ VARFAST_GELU(float)
 VARFAST_GELU(uint16_t)
 #undef VARFAST_GELU
 
+// out (N, C) = GELU(x + bias), by tanh. T: float, or uint16_t for the bits of a bfloat16; bias (C,), or null.
 template <typename T>
 void gelu_cpu(const T* x, const float* bias, T* out, GeluSizes sizes) {
   const int64_t width = sizes.width;
@@ -81,6 +85,7 @@ void gelu_cpu(const T* x, const float* bias, T* out, GeluSizes sizes) {
   });
 }
 
+// d_x (N, C) = grad * GELU'(x + bias); d_bias (C,), where there is a bias: the sum of d_x over the rows, not rounded.
 template <typename T>
 void gelu_backward_cpu(const T* grad, const T* x, const float* bias, T* d_x, float* d_bias, GeluSizes sizes) {
   const int64_t width = sizes.width, chunks = (sizes.num_rows + kRows - 1) / kRows;
@@ -107,9 +112,48 @@ void gelu_backward_cpu(const T* grad, const T* x, const float* bias, T* d_x, flo
   for (int64_t c = 0; c < width; ++c) d_bias[c] = float(total[c]);
 }
 
-template void gelu_cpu(const float*, const float*, float*, GeluSizes);
-template void gelu_cpu(const uint16_t*, const float*, uint16_t*, GeluSizes);
-template void gelu_backward_cpu(const float*, const float*, const float*, float*, float*, GeluSizes);
-template void gelu_backward_cpu(const uint16_t*, const uint16_t*, const float*, uint16_t*, float*, GeluSizes);
+// ---------------------------------------------------------------------------------------------------------------------
+// The op: arguments checked and allocated
+
+namespace {
+
+MaybeTensor gelu_bias(const Tensor& x, const MaybeTensor& bias) {
+  STD_TORCH_CHECK(x.dim() > 0, "want (..., C)");
+  if (!bias) return bias;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == x.size(x.dim() - 1) && bias->scalar_type() == ScalarType::Float,
+                  "bias_C: want one float32 a channel");
+  return torch::stable::contiguous(*bias);
+}
+
+GeluSizes gelu_sizes(const Tensor& x) {
+  const int64_t width = x.size(x.dim() - 1);
+  return {width ? x.numel() / width : 0, width};
+}
+
+}  // namespace
+
+Tensor gelu_cpp(const Tensor& x_NC, const MaybeTensor& bias_C) {
+  const Tensor x = torch::stable::contiguous(x_NC), out = torch::stable::empty_like(x);
+  const MaybeTensor bias = gelu_bias(x, bias_C);
+  with_bits(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    gelu_cpu(data<T>(x), data<float>(bias), mutable_data<T>(out), gelu_sizes(x));
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> gelu_backward_cpp(const Tensor& grad_NC, const Tensor& x_NC, const MaybeTensor& bias_C) {
+  const Tensor x = torch::stable::contiguous(x_NC), grad = torch::stable::contiguous(grad_NC);
+  STD_TORCH_CHECK(grad.numel() == x.numel() && grad.scalar_type() == x.scalar_type(), "grad: want shape and dtype of x");
+  const MaybeTensor bias = gelu_bias(x, bias_C);
+  const Tensor d_x = torch::stable::empty_like(x),
+               d_bias = new_empty(x, {bias ? bias->size(0) : 0}, ScalarType::Float);
+  with_bits(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    gelu_backward_cpu(data<T>(grad), data<T>(x), data<float>(bias), mutable_data<T>(d_x),
+                      mutable_data<float>(d_bias), gelu_sizes(x));
+  });
+  return {d_x, d_bias};
+}
 
 }  // namespace varfast

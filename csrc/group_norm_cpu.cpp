@@ -1,15 +1,27 @@
 // GroupNorm and SiLU on the CPU: per channel mean and squared deviations of a chunk of pixels, joined by group, then one
 // pass that normalises. Everything is written for the compiler to vectorise over the channels.
-#include "group_norm.h"
+#include "tensors.h"
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <vector>
 
-#include "cpu.h"
-
 namespace varfast {
+
+// B images of P pixels of C channels, channels innermost; P at least 1, num_groups divides C.
+struct GroupNorm {
+  const float* weight;      // (C,)
+  const float* bias;        // (C,)
+  const float* input_bias;  // (C,), added to x first
+  int64_t num_images;
+  int64_t num_pixels;    // P
+  int64_t num_channels;  // C
+  int64_t num_groups;
+  double eps;
+  bool silu;
+};
+
 namespace {
 
 // Numbers of a chunk: 32 KB of bfloat16. Fixed, and chunks are joined in order: the result does not depend on the number
@@ -71,6 +83,7 @@ VARFAST_CLONES void normalise(const uint16_t* x, int64_t rows, int64_t channels,
   normalise_of(x, rows, channels, factor, offset, with_silu, out);
 }
 
+// T: float, or uint16_t for the bits of a bfloat16.
 template <typename T>
 void group_norm_silu_cpu(const GroupNorm& norm, const T* x, T* out) {
   const int64_t channels = norm.num_channels, pixels = norm.num_pixels, width = channels / norm.num_groups;
@@ -123,7 +136,39 @@ void group_norm_silu_cpu(const GroupNorm& norm, const T* x, T* out) {
   });
 }
 
-template void group_norm_silu_cpu(const GroupNorm&, const float*, float*);
-template void group_norm_silu_cpu(const GroupNorm&, const uint16_t*, uint16_t*);
+// ---------------------------------------------------------------------------------------------------------------------
+// The op: arguments checked and allocated
+
+Tensor group_norm_silu_cpu(const Tensor& x_BPC, const Tensor& weight_C, const Tensor& bias_C,
+                           const Tensor& input_bias_C, int64_t num_groups, double eps, bool silu) {
+  const Tensor x = torch::stable::contiguous(x_BPC);
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x_BPC: want float32 or bfloat16");
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0, "x_BPC: want three axes and at least one pixel");
+  STD_TORCH_CHECK(num_groups > 0 && x.size(2) % num_groups == 0, "num_groups: want a divisor of the channels");
+  std::array<Tensor, 3> vectors = {weight_C, bias_C, input_bias_C};
+  for (Tensor& vector : vectors) {
+    STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == x.size(2) && vector.scalar_type() == ScalarType::Float,
+                    "weight_C, bias_C and input_bias_C: want one float32 a channel");
+    vector = torch::stable::contiguous(vector);
+  }
+  const Tensor out = new_empty(x, {x.size(0), x.size(1), x.size(2)}, dtype);
+  const GroupNorm norm{vectors[0].const_data_ptr<float>(),
+                       vectors[1].const_data_ptr<float>(),
+                       vectors[2].const_data_ptr<float>(),
+                       x.size(0),
+                       x.size(1),
+                       x.size(2),
+                       num_groups,
+                       eps,
+                       silu};
+  if (dtype == ScalarType::Float) {
+    group_norm_silu_cpu(norm, x.const_data_ptr<float>(), out.mutable_data_ptr<float>());
+  } else {
+    group_norm_silu_cpu(norm, static_cast<const uint16_t*>(x.const_data_ptr()),
+                        static_cast<uint16_t*>(out.mutable_data_ptr()));
+  }
+  return out;
+}
 
 }  // namespace varfast

@@ -1,4 +1,4 @@
-// What ops.cpp asks of the two kernels: plain pointers, no torch.
+// What grpo_loss.cpp passes to the kernels of the CPU and of CUDA: pointers and numbers, nothing of torch.
 #pragma once
 
 #include <cstdint>

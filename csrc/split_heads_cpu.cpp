@@ -1,11 +1,49 @@
 // The split of the qkv product into normalised heads on the CPU, as kernels/reference.py, split_heads, specifies it.
-#include "split_heads.h"
+#include "tensors.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 namespace varfast {
+
+struct HeadSizes {
+  int64_t num_images, num_tokens, num_heads;
+};
+
+// Tokens of one image that a thread takes at a time, and how many such tiles an image has.
+constexpr int64_t kTile = 16;
+inline int64_t head_tiles(const HeadSizes& sizes) { return (sizes.num_tokens + kTile - 1) / kTile; }
+
+// product (B, L, 3 H D) + bias (3 H D, or null) -> q, k, v; q and k normalised where `normalise` says so. inverse_q and
+// inverse_k, (B, H, L):
+// 1 / max(norm, eps), not written where null.
+template <typename T>
+struct SplitForward {
+  const T* product;
+  const Wide<T>* bias;
+  Heads<T> q, k, v;
+  Wide<T>* inverse_q;
+  Wide<T>* inverse_k;
+  HeadSizes sizes;
+  bool normalise;
+};
+
+// Gradients of q, k, v -> of the product. q, k, contiguous, and the inverse norms are what the forward pass returned.
+// partial (tiles, 3 H D), or null: sums of d_product over the tokens of each tile, before it is rounded.
+template <typename T>
+struct SplitBackward {
+  Heads<const T> d_q, d_k, d_v;
+  const T* q;
+  const T* k;
+  const Wide<T>* inverse_q;
+  const Wide<T>* inverse_k;
+  T* d_product;
+  Wide<T>* partial;
+  HeadSizes sizes;
+  bool normalise;
+};
+
 namespace {
 
 constexpr double kEps = 1e-12;
@@ -135,11 +173,96 @@ void split_heads_backward_cpu(const SplitBackward<T>& f) {
   });
 }
 
-template void split_heads_cpu(const SplitForward<float>&);
-template void split_heads_cpu(const SplitForward<double>&);
-template void split_heads_cpu(const SplitForward<BFloat16>&);
-template void split_heads_backward_cpu(const SplitBackward<float>&);
-template void split_heads_backward_cpu(const SplitBackward<double>&);
-template void split_heads_backward_cpu(const SplitBackward<BFloat16>&);
+// ---------------------------------------------------------------------------------------------------------------------
+// The op: arguments checked and allocated
+
+namespace {
+
+HeadSizes head_sizes(const Tensor& product, int64_t num_heads) {
+  STD_TORCH_CHECK(product.dim() == 3 && num_heads > 0 && product.size(2) == 3 * num_heads * kHeadDim,
+                  "want a product (B, L, 3 * H * 64)");
+  return {product.size(0), product.size(1), num_heads};
+}
+
+void check_heads(const Tensor& x, const HeadSizes& sizes, ScalarType dtype) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == sizes.num_images && x.size(1) == sizes.num_heads &&
+                      x.size(2) == sizes.num_tokens && x.size(3) == kHeadDim && (x.stride(3) == 1 || x.numel() == 0) &&
+                      x.scalar_type() == dtype,
+                  "want (B, H, L, 64) of the sizes and dtype of the product, with unit stride in D");
+}
+
+Tensor empty_heads(const Tensor& product, const HeadSizes& sizes) {
+  return new_empty(product, {sizes.num_images, sizes.num_heads, sizes.num_tokens, kHeadDim}, product.scalar_type());
+}
+
+// inverse_q and inverse_k: null, or written.
+void split_into(const Tensor& product, const MaybeTensor& bias_C3, const HeadSizes& sizes, bool l2_norm,
+                const Tensor& q, const Tensor& k, const Tensor& v, const Tensor* inverse_q, const Tensor* inverse_k) {
+  const Tensor x = torch::stable::contiguous(product);
+  const MaybeTensor bias = bias_of(x, bias_C3);
+  with_float(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const auto inverse = [&](const Tensor* y) { return y ? mutable_data<Wide<T>>(*y) : nullptr; };
+    split_heads_cpu(SplitForward<T>{data<T>(x), data<Wide<T>>(bias), heads(q, mutable_data<T>(q)),
+                                    heads(k, mutable_data<T>(k)), heads(v, mutable_data<T>(v)), inverse(inverse_q),
+                                    inverse(inverse_k), sizes, l2_norm});
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> split_heads_cpp(const Tensor& product, const MaybeTensor& bias_C3,
+                                                                   int64_t num_heads, bool l2_norm) {
+  const HeadSizes sizes = head_sizes(product, num_heads);
+  const ScalarType wide = wide_of(product.scalar_type());
+  const Tensor q = empty_heads(product, sizes), k = empty_heads(product, sizes), v = empty_heads(product, sizes);
+  const auto empty_inverse = [&] {
+    return l2_norm ? new_empty(product, {sizes.num_images, sizes.num_heads, sizes.num_tokens}, wide)
+                   : new_empty(product, {0}, wide);
+  };
+  const Tensor inverse_q = empty_inverse(), inverse_k = empty_inverse();
+  split_into(product, bias_C3, sizes, l2_norm, q, k, v, &inverse_q, &inverse_k);
+  return {q, k, v, inverse_q, inverse_k};
+}
+
+Tensor split_heads_into_cpp(const Tensor& product, const MaybeTensor& bias_C3, int64_t num_heads, bool l2_norm,
+                            Tensor k_BHlD, Tensor v_BHlD) {
+  const HeadSizes sizes = head_sizes(product, num_heads);
+  for (const Tensor* x : {&k_BHlD, &v_BHlD}) check_heads(*x, sizes, product.scalar_type());
+  const Tensor q = empty_heads(product, sizes);
+  split_into(product, bias_C3, sizes, l2_norm, q, k_BHlD, v_BHlD, nullptr, nullptr);
+  return q;
+}
+
+std::tuple<Tensor, Tensor> split_heads_backward_cpp(const Tensor& d_q_BHLD, const Tensor& d_k_BHLD,
+                                                    const Tensor& d_v_BHLD, const MaybeTensor& q_BHLD,
+                                                    const MaybeTensor& k_BHLD,
+                                                    const MaybeTensor& q_inverse_BHL,
+                                                    const MaybeTensor& k_inverse_BHL, bool with_bias) {
+  STD_TORCH_CHECK(d_q_BHLD.dim() == 4 && d_k_BHLD.dim() == 4 && d_v_BHLD.dim() == 4, "want gradients (B, H, L, 64)");
+  const Tensor d_q = unit_stride(d_q_BHLD), d_k = unit_stride(d_k_BHLD), d_v = unit_stride(d_v_BHLD);
+  const HeadSizes sizes{d_q.size(0), d_q.size(2), d_q.size(1)};
+  for (const Tensor* x : {&d_q, &d_k, &d_v}) check_heads(*x, sizes, d_q.scalar_type());
+  const bool normalised = q_BHLD && k_BHLD && q_inverse_BHL && k_inverse_BHL;
+  // Contiguous: a saved-tensor hook may have changed their layout. Without normalisation they are not read.
+  const auto kept = [&](const MaybeTensor& x) { return normalised ? torch::stable::contiguous(*x) : d_q; };
+  const Tensor q = kept(q_BHLD), k = kept(k_BHLD), q_inverse = kept(q_inverse_BHL), k_inverse = kept(k_inverse_BHL);
+  for (const Tensor* x : {&q, &k}) check_heads(*x, sizes, d_q.scalar_type());
+  const int64_t width = 3 * sizes.num_heads * kHeadDim;
+  const Tensor out = new_empty(d_q, {sizes.num_images, sizes.num_tokens, width}, d_q.scalar_type());
+  const int64_t tiles = sizes.num_images * head_tiles(sizes);
+  const ScalarType wide = wide_of(d_q.scalar_type());
+  const Tensor partial = new_empty(d_q, {with_bias ? tiles : 0, width}, wide),
+               d_bias = new_empty(d_q, {with_bias ? width : 0}, wide);
+  with_float(d_q.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    split_heads_backward_cpu(SplitBackward<T>{
+        heads(d_q, data<T>(d_q)), heads(d_k, data<T>(d_k)), heads(d_v, data<T>(d_v)), data<T>(q), data<T>(k),
+        data<Wide<T>>(q_inverse), data<Wide<T>>(k_inverse), mutable_data<T>(out),
+        with_bias ? mutable_data<Wide<T>>(partial) : nullptr, sizes, normalised});
+    if (with_bias) column_sums_cpu(data<Wide<T>>(partial), tiles, width, mutable_data<Wide<T>>(d_bias));
+  });
+  return {out, d_bias};
+}
 
 }  // namespace varfast

@@ -38,7 +38,7 @@ def _cannot_run_cuda(device: torch.device) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Custom op, fake and autograd. The ops are defined in csrc/ops.cpp:
+# Custom op, fake and autograd. Registered by csrc/ops.cpp:
 # grpo_token_loss(logp_BL, logp_old_BL, logp_ref_BL?, advantages_BL, clip_eps, kl_beta) -> loss, stats, grad_BL
 # grpo_token_loss_backward(grad_BL, grad_loss) -> grad_BL * grad_loss
 

@@ -1,19 +1,21 @@
 """A policy that diverges ends with a diagnosis, and the last good checkpoint is still there."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import varfast.sample
 from varfast.distributed import ALONE, World
-from varfast.learner import Updater
+from varfast.learner import Learner
 from varfast.policies.checks import check_finite
 from varfast.randomness import Key
 from varfast.runs.divergence import diagnosis, refuse_diverged
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_run
-from varfast.train import _score, train
+from varfast.runs.run import _score
+from varfast.train import train
 from varfast.types import NotFinitePolicy, NotFiniteReward, Sampling
 
 
@@ -35,16 +37,18 @@ def test_a_learning_rate_that_is_too_large_ends_with_a_diagnosis(make_config):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("every", [{"log__checkpoint_every": 1}, {"log__checkpoint_every": 3, "log__grid_every": 1}])
 def test_weights_that_are_not_finite_are_neither_saved_nor_shown(make_config, monkeypatch, value, every):
-    step_of = Updater.step
+    step_of = Learner.step
 
     def poisoned(self, scored, step):
         stats = step_of(self, scored, step)
         if step == 3:
             with torch.no_grad():
-                self.policy.var.class_emb.weight[5, 0] = value  # of "no label": no logit of a rollout shows it
+                self.state.policy.trainable.class_emb.weight[5, 0] = (
+                    value  # of "no label": no logit of a rollout shows it
+                )
         return stats
 
-    monkeypatch.setattr(Updater, "step", poisoned)
+    monkeypatch.setattr(Learner, "step", poisoned)
     config = make_config(run__steps=8, log__keep_last=1, **every)
     with pytest.raises(NotFinitePolicy, match="1 of .* weights hold NaN or infinite numbers, the first is class_emb"):
         train(config)
@@ -64,7 +68,7 @@ def test_a_rollout_that_is_not_finite_is_not_scored(make_config, monkeypatch):
             raise NotFinitePolicy("logits")
         check_finite(rollout, images)
 
-    monkeypatch.setattr("varfast.train.check_finite", diverged)
+    monkeypatch.setattr("varfast.runs.run.check_finite", diverged)
     with pytest.raises(NotFinitePolicy, match="step_000002 is the last good checkpoint") as caught:
         train(config)
     assert "after step 3 of 4 it cannot be sampled: logits\n  step 3: learning_rate " in str(caught.value)
@@ -98,15 +102,15 @@ def test_all_processes_end_alike(make_policy, make_config, tmp_path):
     with pytest.raises(NotFinitePolicy, match="after step 2 .*the weights of another process"):
         refuse_diverged(policy, [0, 1], config, OfTwo(1), tmp_path, 2, {})
     rollout, images = policy.sample_images([0, 1], Sampling(), Key(0))
-    found = _score(lambda *_: None, images, rollout, OfTwo(3), config, 0, 0)
+    found = _score(lambda *_: None, images, rollout, Key(0), OfTwo(3), nullcontext())
     assert isinstance(found, NotFinitePolicy)
-    found = _score(lambda *_: None, images.fill_(math.nan), rollout, OfTwo(1), config, 0, 0)
+    found = _score(lambda *_: None, images.fill_(math.nan), rollout, Key(0), OfTwo(1), nullcontext())
     assert isinstance(found, NotFinitePolicy)
 
     def bad(*_):
         raise NotFiniteReward("nan")
 
-    assert isinstance(_score(bad, images.zero_(), rollout, OfTwo(0), config, 0, 0), NotFiniteReward)
+    assert isinstance(_score(bad, images.zero_(), rollout, Key(0), OfTwo(0), nullcontext()), NotFiniteReward)
 
 
 def test_the_diagnosis_says_what_holds_the_weights(make_config, tmp_path):

@@ -10,12 +10,11 @@ import torch
 
 from varfast import Policy
 from varfast.kernels import sample_tokens
-from varfast.learner import Updater
-from varfast.losses.config import GRPOConfig
-from varfast.optim.config import UpdateConfig
 from varfast.randomness import Key
 from varfast.train import train
-from varfast.types import Sampling, ScoredRollout
+from varfast.types import Batch, Sampling
+
+from .learners import make_learner
 
 pytestmark = pytest.mark.gpu
 
@@ -57,16 +56,16 @@ def test_tokens_are_those_of_the_interpreter_for_the_same_seed(tmp_path):
 def test_update_waits_for_the_device_as_often_for_eight_minibatches_as_for_one(make_models):
     policy = Policy(*make_models(depth=2), device="cuda", dtype="bfloat16")
     rollout = policy.sample([0, 1] * 8, 0.7, seed=0)
-    scored = ScoredRollout(rollout, torch.randn(16, device="cuda"))
+    scored = Batch.of(rollout, torch.randn(16, device="cuda"))
     counts = []
     for minibatch in (2, 16):
-        updater = Updater(policy, policy.frozen_copy(), GRPOConfig(), UpdateConfig(minibatch=minibatch), 10, 0)
-        updater.step(scored, 0)
+        learner = make_learner(policy, minibatch=minibatch)
+        learner.step(scored, 0)
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                updater.step(scored, 1)
+                learner.step(scored, 1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         counts.append(sum("synchron" in str(warning.message) for warning in caught))

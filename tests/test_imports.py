@@ -91,3 +91,26 @@ MODULES = {module_name(path): path for path in SOURCES}
 def test_no_module_imports_itself_by_a_detour():
     graph = {name: imported_modules(path) - {name} for name, path in MODULES.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names them
+
+
+HEAVY = {"torch", "numpy", "PIL", "triton", "torchvision", "open_clip", "sklearn", "safetensors"}
+
+
+def imported_packages(path: Path) -> set[str]:
+    """The packages that the body of a module imports."""
+    body = ast.parse(path.read_text()).body
+    names = [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
+    names += [str(node.module) for node in body if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
+
+
+def test_what_reads_a_command_line_imports_no_heavy_package():
+    """PyTorch takes seconds: a typo is answered before it is imported. This names the module that imports it."""
+    seen, left = set(), {"varfast.command"}
+    while left:
+        name = left.pop()
+        seen.add(name)
+        assert imported_packages(MODULES[name]) & HEAVY == set(), name
+        packages = {".".join(name.split(".")[:count]) for count in range(2, name.count(".") + 1)}
+        left |= (imported_modules(MODULES[name]) | packages & MODULES.keys()) - seen
+    assert {"varfast.config", "varfast.rewards.classifier", "varfast.losses"} <= seen

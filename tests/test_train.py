@@ -19,9 +19,8 @@ from varfast import InputError, kernels, load_policy
 from varfast.config import load_config
 from varfast.data.labels import Label, labels_json
 from varfast.distributed import ALONE
-from varfast.learner import Updater
+from varfast.learner import Learner
 from varfast.perf.allocator import expand_segments
-from varfast.perf.plan import _plan
 from varfast.perf.profile import memory_metrics
 from varfast.perf.work import Work
 from varfast.policies.var.cost import cost_of
@@ -31,6 +30,7 @@ from varfast.runs.environment import environment
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_run, random_policy
 from varfast.runs.manifest import dump_config
+from varfast.runs.setup import fitting_plan
 from varfast.train import main, train
 
 STAGES = ("rollout", "decode", "reward", "reference", "update", "optimizer")
@@ -75,7 +75,7 @@ def test_train_writes_a_whole_run_folder(make_config, capsys):
 
 def test_deterministic_runs_agree_in_every_bit_whatever_memory_is_free(make_config, tmp_path, monkeypatch):
     def trained(name, free_bytes, wanted):
-        monkeypatch.setattr("varfast.train.available_bytes", lambda device: free_bytes)
+        monkeypatch.setattr("varfast.runs.setup.available_bytes", lambda device: free_bytes)
         config = make_config(run__dir=str(tmp_path / name), run__deterministic=wanted)
         assert train(config) == 0
         return config.run.dir
@@ -164,13 +164,13 @@ def test_reported_kl_is_to_the_policy_of_the_last_refresh(make_config, monkeypat
     """One optimizer step a rollout: the KL of a step is between two sets of weights; in float64, written out."""
     policies, rollouts = [], []
 
-    def record(self, scored, step, step_of=Updater.step):
-        policies.append(copy.deepcopy(self.policy.var).double())
+    def record(self, scored, step, step_of=Learner.step):
+        policies.append(copy.deepcopy(self.state.policy.trainable).double())
         policies[-1].compute_dtype = torch.float64
         rollouts.append(scored.rollout)
         return step_of(self, scored, step)
 
-    monkeypatch.setattr(Updater, "step", record)
+    monkeypatch.setattr(Learner, "step", record)
     config = make_config(run__steps=5, update__minibatch=8, update__lr=1e-2, grpo__reference_every=every)
     train(config)
     vqvae = random_policy(config, torch.device("cpu")).vqvae
@@ -650,9 +650,9 @@ def test_memory_metrics_are_of_a_gpu_alone():
     ],
 )
 def test_update_is_captured_on_one_gpu_where_memory_allows(monkeypatch, asked, free_bytes, device, captured):
-    monkeypatch.setattr("varfast.train.available_bytes", lambda device: free_bytes)
+    monkeypatch.setattr("varfast.runs.setup.available_bytes", lambda device: free_bytes)
     monkeypatch.setattr("varfast.perf.out_of_memory.whole_bytes", lambda device: 80 * 2**30)
     root = Path(__file__).parent.parent
     config = load_config(root / "configs" / "d30.yaml", ["run.dtype=bfloat16", f"update.cuda_graph={asked}"])
     work = Work.whole(config, cost_of(config.policy, "bfloat16"))
-    assert _plan(work, torch.device(device), ALONE).update.cuda_graph is captured
+    assert fitting_plan(work, torch.device(device), ALONE).update.cuda_graph is captured

@@ -19,6 +19,7 @@ from varfast.perf.graphs import Replayed
 from varfast.perf.memory import UpdatePlan
 from varfast.perf.stages import stage
 from varfast.policies import strict
+from varfast.policies.protocol import Policy
 from varfast.randomness import Purpose, keyed_generator
 from varfast.state import State
 from varfast.types import Batch, InputError, Prompts, Rollout
@@ -52,7 +53,6 @@ class Learner:
         assert (state.reference is not None) or not loss.needs_reference
         self.state, self.loss, self.world = state, loss, world
         self.config, self.plan, self.total_steps, self.seed = update, plan, total_steps, seed
-        self._reference = state.reference if loss.needs_reference else None
         policy = state.policy
         alone = world.size == 1  # DistributedDataParallel and FSDP have gradients of their own
         self._captures = plan.cuda_graph and policy.device.type == "cuda" and alone
@@ -124,6 +124,10 @@ class Learner:
         names = ["loss", *(stat.name for stat in self.loss.stats)]
         of_steps = {"grad_norm": grad_norm, "learning_rate": lr, "skipped_steps": sum(flags)}
         return dict(zip(names, values, strict=True)) | of_steps
+
+    @property
+    def _reference(self) -> Policy | None:
+        return self.state.reference if self.loss.needs_reference else None
 
     def _minibatches(self, images: int, step: int, epoch: int) -> list[Tensor]:
         """Rows of each, on the CPU, in random order; the loss's units stay whole."""

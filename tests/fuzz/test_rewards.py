@@ -182,7 +182,7 @@ def test_no_reward_reaches_the_trainer(make_config, tmp_path, limit, monkeypatch
         def metrics(self, *args):
             return collections.defaultdict(float, step_s=1.0, images_per_s=1.0)
 
-    monkeypatch.setattr("varfast.train.StageLimits", NoCeilings)
+    monkeypatch.setattr("varfast.runs.run.StageLimits", NoCeilings)
     settings = {"run__steps": 1, "eval__samples_per_label": 0, "log__checkpoint_every": 99, "log__grid_every": 99,
                 "log__grid_labels": 1, "log__grid_samples": 1, "run__max_bad_rollouts": 1}  # fmt: skip
     counts, failures, reference = collections.Counter(), [], None

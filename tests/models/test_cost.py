@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from varfast import kernels
-from varfast.kernels.selection import _OPS, INTERPRETED
+from varfast.kernels.selection import INTERPRETED, OPS
 from varfast.models import VAR, VQVAE, KVCache
 from varfast.policies.lora import add_lora
 from varfast.policies.var.config import PRESETS, LoRAConfig, VARConfig, VQVAEConfig
@@ -25,7 +25,8 @@ from varfast.policies.var.cost import (
     num_parameters,
     num_vqvae_parameters,
 )
-from varfast.policies.var.sampler import SamplingSettings, sample
+from varfast.policies.var.sampler import sample
+from varfast.types import Sampling
 
 
 @pytest.fixture
@@ -33,9 +34,9 @@ def on_meta():
     """Ops that run on the meta device: shapes alone, nothing computed."""
 
     def use(impl):
-        names = {op: {i.name for i in _OPS[op]} for op in _OPS}
+        names = {op: {i.name for i in OPS[op]} for op in OPS}
         # Where there is none of this name, what is made of other ops: linear_gelu.
-        kernels.configure({op: name for name in ("library", impl) for op in _OPS if name in names[op]})
+        kernels.configure({op: name for name in ("library", impl) for op in OPS if name in names[op]})
 
     use("reference")
     yield use
@@ -245,7 +246,7 @@ def test_rollout_activations_are_what_exists_at_once(depth, dtype, lora, on_meta
     peaks = []
     for count in (24, 32):
         with LiveBytes() as live:
-            sample(var, vqvae, labels(count), key, SamplingSettings(0.7))
+            sample(var, vqvae, labels(count), key, Sampling(0.7))
         peaks.append(live.peak)
     cache = KVCache(sizes, 1, var.compute_dtype, torch.device("meta"))
     held = cache._k.nbytes + cache._v.nbytes

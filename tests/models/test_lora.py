@@ -8,14 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from varfast import InputError, Policy
 from varfast.advantages import group_advantages
-from varfast.learner import Updater
-from varfast.losses.config import GRPOConfig
-from varfast.optim.config import UpdateConfig
 from varfast.policies.lora import lora_layers, merged_state, without_lora
 from varfast.policies.precision import Head
 from varfast.policies.var.config import LoRAConfig
 from varfast.policies.var.weights import load_var
-from varfast.types import ScoredRollout
+from varfast.types import Batch
+
+from ..learners import make_learner
 
 ALL = ("mat_qkv", "proj", "fc1", "fc2", "ada_lin")
 LABELS = [0, 1, 2]
@@ -119,7 +118,7 @@ def test_products_are_in_the_compute_dtype(make_adapted):
 def test_reference_is_the_base_bit_for_bit_and_takes_no_memory(make_adapted, dtype):
     policy, base = make_adapted(dtype, moved=False)
     reference = policy.frozen_copy()
-    Updater(policy, reference, GRPOConfig(), UpdateConfig(minibatch=4, lr=1e-2), 10, 0).step(scored(policy), 0)
+    make_learner(policy, reference, minibatch=4, lr=1e-2).step(scored(policy), 0)
     assert float((logp(policy) - logp(reference)).abs().max()) > 1e-2
     assert torch.equal(logp(reference), logp(plain(policy, base, dtype)))
     own = {t.data_ptr() for t in (*policy.var.parameters(), *policy.var.buffers())}
@@ -151,7 +150,7 @@ def test_rollout_and_update_have_one_policy_and_see_each_step(make_adapted, dtyp
 def scored(policy):
     rollout = policy.sample([0, 0, 0, 0, 1, 1, 1, 1], 0.7, seed=0)
     rewards = torch.randn(8, generator=torch.Generator().manual_seed(0))
-    return ScoredRollout(rollout, group_advantages(rewards, 4))
+    return Batch.of(rollout, group_advantages(rewards, 4))
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
@@ -177,14 +176,14 @@ def test_gradient_of_a_step_is_that_of_w_plus_ba_in_float64(make_adapted, checkp
         return (logits / 0.7).log_softmax(-1).gather(-1, given.rollout.tokens_BL[..., None])[..., 0]
 
     new, reference = wide_logp(matrices), wide_logp(wide).detach()
-    ratio, advantage = (new - given.rollout.logp_BL).exp(), given.advantages_B.double()[:, None]
+    ratio, advantage = (new - given.rollout.logp_BL).exp(), given.advantages_BL[:, 0].double()[:, None]
     k3 = (reference - new).exp() - (reference - new) - 1
     loss = -(torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) - 0.2 * k3).mean(1).mean()
     loss.backward()
 
-    update = UpdateConfig(minibatch=8, micro_batch=2, lr=1e-30, grad_clip=1e9, checkpointing=checkpointing)
-    stats = Updater(policy, policy.frozen_copy(), GRPOConfig(), update, 10, 0).step(given, 0)
-    assert stats.loss == pytest.approx(loss.item(), rel=1e-4)
+    update = {"minibatch": 8, "micro_batch": 2, "lr": 1e-30, "grad_clip": 1e9, "checkpointing": checkpointing}
+    stats = make_learner(policy, **update).step(given, 0)
+    assert stats["loss"] == pytest.approx(loss.item(), rel=1e-4)
     for name, parameter in adapter(policy).items():
         assert parameter.grad is not None
         exact = trained[name].grad
@@ -195,9 +194,9 @@ def test_gradient_of_a_step_is_that_of_w_plus_ba_in_float64(make_adapted, checkp
 def test_a_gradient_that_is_not_finite_reaches_no_adapter(make_adapted):
     policy, _ = make_adapted()
     before = {name: p.detach().clone() for name, p in adapter(policy).items()}
-    bad = ScoredRollout(scored(policy).rollout, torch.full((8,), float("nan")))
-    stats = Updater(policy, policy.frozen_copy(), GRPOConfig(), UpdateConfig(minibatch=4), 10, 0).step(bad, 0)
-    assert stats.skipped_steps == 2
+    bad = Batch.of(scored(policy).rollout, torch.full((8,), float("nan")))
+    stats = make_learner(policy, minibatch=4).step(bad, 0)
+    assert stats["skipped_steps"] == 2
     assert all(torch.equal(before[name], p) for name, p in adapter(policy).items())
 
 

@@ -636,7 +636,7 @@ def test_load_vqvae_refuses_structures_that_make_no_sense(models, tmp_path, chan
 def test_load_refuses_weights_that_are_declared_larger_than_the_file(make_models, tmp_path, monkeypatch):
     state = make_models()[0].state_dict()
     state["class_emb.weight"] = torch.zeros(1).expand(1_000_001, 64)
-    monkeypatch.setattr("varfast.policies.var.weights._MOST_EXPANDED_BYTES", 2**27)
+    monkeypatch.setattr("varfast.weights.state._MOST_EXPANDED_BYTES", 2**27)
     with pytest.raises(InputError, match="declares 256.* bytes of weights in a file of .*expanded views"):
         load_var(saved(state, tmp_path))
 

@@ -33,19 +33,27 @@ class Stat:
 
 
 class Loss(Protocol):
-    """A function of the policy's log-probabilities, and what it needs beside them.
+    """A function of the policy's log-probabilities, and what it needs beside them."""
 
-    Attributes:
-        unit: rows of a batch that stay together in a minibatch and a micro-batch: 1, or 2 for pairs.
-        needs_reference: whether it compares the policy with a frozen one: `Batch.logp_ref_BL` is there then.
-        needs_entropy: whether it reads `TokenLogp.entropy_BL`.
-        stats: what it measures.
-    """
+    @property
+    def unit(self) -> int:
+        """Rows of a batch that stay together in a minibatch and a micro-batch: 1, or 2 for pairs."""
+        ...
 
-    unit: int
-    needs_reference: bool
-    needs_entropy: bool
-    stats: Sequence[Stat]
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it compares the policy with a frozen one: `Batch.logp_ref_BL` is there then."""
+        ...
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether it reads `TokenLogp.entropy_BL`."""
+        ...
+
+    @property
+    def stats(self) -> Sequence[Stat]:
+        """What it measures."""
+        ...
 
     def keep(self, batch: Batch) -> Tensor | None:
         """(B,) bool on the CPU, False for images whose gradient is exactly 0, which are left out; None keeps all."""

@@ -23,13 +23,14 @@ class ClippedAdamW:
     Matrices have weight decay; vectors have none.
 
     Attributes:
+        policy: whose low-precision copies are brought up to date.
         parameters: those of the policy that are trained.
         optimizer: what holds the moments; its state is part of a checkpoint.
     """
 
     def __init__(self, policy: Policy, config: UpdateConfig) -> None:
         """Raises: InputError if update.optimizer needs a package that is not here, or that cannot run here."""
-        self._policy, self._config = policy, config
+        self.policy, self._config = policy, config
         self.parameters = [p for p in policy.trainable.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -59,7 +60,7 @@ class ClippedAdamW:
         if self._config.optimizer == "adamw" and not is_sharded(self.parameters[0]):
             group, tensors = self.optimizer.param_groups[0], self._tensors()
             kernels.adamw_step(tensors, group["lr"], group["betas"], group["eps"], too_long, not_finite.float())
-            self._policy.weights_changed(copies_written=True)
+            self.policy.weights_changed(copies_written=True)
             return norm, not_finite
         if isinstance(self.optimizer, torch.optim.AdamW):
             # The hooks of torch.amp.GradScaler: the kernel divides by the one, and does nothing where the other is 1.
@@ -70,12 +71,12 @@ class ClippedAdamW:
             # With 8 bits a gradient of 0 everywhere (no image has one) is skipped too: see adamw8bit, float32.
             torch._foreach_div_(gradients, too_long)
             self.optimizer.step()
-        self._policy.weights_changed()
+        self.policy.weights_changed()
         return norm, not_finite
 
     def _tensors(self) -> kernels.AdamWTensors:
         """Of the parameters that have a gradient. The state is torch.optim.AdamW's, which saves and loads it."""
-        copy_of = {id(weight): low for weight, low in self._policy.low_precision_copies()}
+        copy_of = {id(weight): low for weight, low in self.policy.low_precision_copies()}
         trained = [
             (p, group["weight_decay"])
             for group in self.optimizer.param_groups

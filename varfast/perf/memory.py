@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 from varfast.perf.cost import FLOAT32_BYTES, Checkpointing
+from varfast.perf.work import Work
 from varfast.policies.config import DECODE_GRAPH_IMAGES
-
-if TYPE_CHECKING:  # what a policy reads here must not import the rewards
-    from varfast.perf.work import Work
 
 # The share of free memory that plans may use; the rest is left to the allocator's fragmentation and to workspaces.
 USABLE = 0.9

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from varfast.optim.config import UpdateConfig
 from varfast.perf.cost import Checkpointing
@@ -19,9 +18,7 @@ from varfast.perf.memory import (
     kept_bytes,
     memory,
 )
-
-if TYPE_CHECKING:  # what the learner reads here must not import the rewards
-    from varfast.perf.work import Work
+from varfast.perf.work import Work
 
 # See update_plan: below this many images at a time, recomputing costs less than more passes over the weights.
 ENOUGH_IMAGES = 8

@@ -20,13 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from varfast import kernels
 from varfast.distributed import World, local, replicate, shard
+from varfast.perf.cost import Checkpointing
 from varfast.perf.graphs import GraphPool
 from varfast.perf.stages import stage
 from varfast.policies import lora
 from varfast.policies.checks import as_prompts, as_tokens, check_finite, check_images, check_weights
 from varfast.policies.pixels import Pixels
 from varfast.policies.precision import MixedPrecision
-from varfast.policies.protocol import Checkpointing, Policy
+from varfast.policies.protocol import Policy
 from varfast.policies.sampler import Sampled, Sampler
 from varfast.policies.var.config import LoRAConfig
 from varfast.randomness import Key

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from varfast.perf.cost import Checkpointing
 from varfast.types import Prompts, Rollout, Sampling, TokenLogp
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from varfast.perf.graphs import GraphPool
     from varfast.policies.var.config import LoRAConfig
     from varfast.randomness import Key
-
-# What a backward pass computes again instead of keeping it from the forward pass.
-Checkpointing = Literal["none", "attention", "full"]
 
 
 class Policy(Protocol):

@@ -14,7 +14,6 @@ from varfast.rewards.clip import ClipModel
 from varfast.rewards.files import fetch, file_name
 from varfast.settings.section import Source
 from varfast.types import InputError
-from varfast.weights.containers import read_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +67,8 @@ class Aesthetic:
 
     def __init__(self, head: str, device: torch.device | str, key: str) -> None:
         from torch import nn
+
+        from varfast.weights.containers import read_checkpoint
 
         path = fetch(head, key, PUBLIC_HEAD_SHA256 if file_name(head) == PUBLIC_HEAD else "")
         state = read_checkpoint(path)

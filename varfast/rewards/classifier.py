@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from varfast.data.datasets import DigitsClassifier
 from varfast.rewards.building import Building, Score, Weight, on_images
 from varfast.rewards.files import fetch, file_name
 from varfast.settings.section import Section, Source
 from varfast.types import InputError
-from varfast.weights.containers import read_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +66,8 @@ class DigitsConfidence:
     """
 
     def __init__(self, num_classes: int | None, key: str) -> None:
+
+        from varfast.data.datasets import DigitsClassifier
 
         _check_classes("digits", 10, num_classes, key)
         self._classifier = DigitsClassifier()
@@ -169,6 +169,8 @@ def _from_torchvision(model: str, entry: Any, key: str) -> Any:
 
 def _from_file(model: str, entry: Any, file: str, key: str) -> Any:
     import torchvision
+
+    from varfast.weights.containers import read_checkpoint
 
     if model in _CHANGE_THEIR_INPUT:
         raise InputError(f"{key}.file: {model} is only right where torchvision loads its weights; leave file out")

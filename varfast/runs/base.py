@@ -21,7 +21,7 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,9 +35,11 @@ from varfast.files import (
     save_text,
     write_atomically,
 )
-from varfast.policies.var.weights import State
-from varfast.runs.folder import RunFolder
 from varfast.types import InputError
+from varfast.weights.state import State
+
+if TYPE_CHECKING:
+    from varfast.runs.folder import RunFolder
 
 Part = Literal["var", "vqvae"]
 PARTS: tuple[Part, Part] = ("var", "vqvae")

@@ -7,9 +7,9 @@ made, fetched or executed because something in it says so (docs/security.md).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from varfast.config import Config
 from varfast.policies.device import existing_device, pick_device
@@ -18,10 +18,11 @@ from varfast.policies.var import build  # the family; a second one is chosen by 
 from varfast.policies.var.config import VARConfig, VQVAEConfig
 from varfast.policies.var.policy import VARPolicy
 from varfast.runs.base import Base
-from varfast.runs.folder import RunFolder
 from varfast.types import InputError
+from varfast.weights.state import State
 
-State = dict[str, Tensor]
+if TYPE_CHECKING:
+    from varfast.runs.folder import RunFolder
 
 
 def load_policy(
@@ -41,10 +42,11 @@ def load_policy(
     Args:
         var: a run folder, whose last checkpoint is loaded; or the transformer's weights, as a path or
             hf://owner/repo/file; the public ones are hf://FoundationVision/var/var_d16.pth.
-        vqvae: the VQ-VAE's weights, as hf://FoundationVision/var/vae_ch160v4096z32.pth. A run folder has its own.
+        vqvae: the VQ-VAE's weights, as hf://FoundationVision/var/vae_ch160v4096z32.pth. Not read for a run folder,
+            which has its own.
         device: "cpu", "cuda", "cuda:1".
         dtype: of activations, "float32" or "bfloat16".
-        var_config, vqvae_config: sizes the files must have.
+        var_config, vqvae_config: sizes the files must have; not with a run folder, whose config says them.
         fast: False samples eagerly and decodes with the reference decoder: what the fast path is compared with.
             Default: as the run did, or True.
         strict: the same bits in sampling and in teacher forcing, whatever the batch: see varfast.Policy. Default: as
@@ -54,6 +56,10 @@ def load_policy(
     """
     device = existing_device(device)
     if Path(var).expanduser().is_dir():
+        if var_config is not None or vqvae_config is not None:
+            raise InputError(f"{argument}={var} is a run folder, whose config says the sizes; give no sizes beside it")
+        from varfast.runs.folder import RunFolder  # and with it torch.distributed.checkpoint and FSDP, which take 0.8 s
+
         return load_run(RunFolder(var), device, dtype, fast, strict)
     if vqvae is None:
         if not var.startswith("hf://") and not Path(var).expanduser().exists():

@@ -21,7 +21,7 @@ from torch import Tensor
 from varfast.advantages import groups_without_signal
 from varfast.config import Config
 from varfast.data.labels import caption
-from varfast.distributed import gathered
+from varfast.distributed import World, gathered
 from varfast.files import save_tensors, save_text
 from varfast.losses.grpo import kl_to_reference
 from varfast.perf.limits import StageLimits
@@ -30,6 +30,7 @@ from varfast.perf.profile import memory_metrics, profiled
 from varfast.perf.stages import StageClock, stage
 from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
+from varfast.rewards import WeightedSum
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, refuse_diverged
@@ -110,22 +111,7 @@ class Run:
 
     def score(self, images: Tensor, rollout: Rollout, key: Key) -> Rewards | BaseException:
         """Rewards of this process's images, or what kept this process, or another one, from them."""
-        world = self.setup.world
-        found: Rewards | BaseException
-        try:
-            check_finite(rollout, images)  # here, where the reward waits for the images anyway
-            with stage("reward"), self.advised("reward"):
-                found = self.state.rewards(images, rollout.labels_B, key.step, key.first_sample)
-        except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once
-            found = error  # all processes know, and the state is saved
-        rank = 3 if isinstance(found, NotFinitePolicy) else 1 if isinstance(found, NotFiniteReward) else 2
-        worst = world.largest(0 if isinstance(found, Rewards) else rank)
-        if worst == 3 and not isinstance(found, NotFinitePolicy):
-            return NotFinitePolicy("the logits or images of another process, which says which, are not finite")
-        if not isinstance(found, Rewards) or worst == 0:
-            return found
-        elsewhere = "the reward failed in another process, which says why"
-        return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
+        return _score(self.state.rewards, images, rollout, key, self.setup.world, self.advised("reward"))
 
     def gather(self, rollout: Rollout, rewards: Rewards) -> tuple[Rollout, Rewards]:
         """What all processes have sampled and scored in this step."""
@@ -310,6 +296,31 @@ class Run:
         )
         titles = [caption(label, self.setup.names) for label in rows]
         log.grid(self.state.step, policy.decode(rollout.tokens_BL), columns, titles)
+
+
+def _score(
+    rewards: WeightedSum,
+    images: Tensor,
+    rollout: Rollout,
+    key: Key,
+    world: World,
+    advised: AbstractContextManager[None],
+) -> Rewards | BaseException:
+    found: Rewards | BaseException
+    try:
+        check_finite(rollout, images)  # here, where the reward waits for the images anyway
+        with stage("reward"), advised:
+            found = rewards(images, rollout.labels_B, key.step, key.first_sample)
+    except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once all
+        found = error  # processes know, and the state is saved
+    rank = 3 if isinstance(found, NotFinitePolicy) else 1 if isinstance(found, NotFiniteReward) else 2
+    worst = world.largest(0 if isinstance(found, Rewards) else rank)
+    if worst == 3 and not isinstance(found, NotFinitePolicy):
+        return NotFinitePolicy("the logits or images of another process, which says which, are not finite")
+    if not isinstance(found, Rewards) or worst == 0:
+        return found
+    elsewhere = "the reward failed in another process, which says why"
+    return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
 
 
 def _metrics(rollout: Rollout, rewards: Rewards, advantages_B: Tensor, group_size: int) -> dict[str, float]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from varfast import kernels
+from varfast.perf.cost import Checkpointing
 from varfast.policies.driver import Driver
-from varfast.policies.protocol import Checkpointing
 from varfast.policies.sampler import Sampled
 from varfast.policies.var.decoder import FastDecoder
 from varfast.policies.var.sampler import sample

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from varfast import kernels
+from varfast.perf.cost import Checkpointing
 from varfast.policies.precision import BranchLinear, Head, Linear, MixedPrecision, bias_left
-from varfast.policies.protocol import Checkpointing
 from varfast.policies.var.config import HEAD_DIM, VARConfig
 
 MAX_LOGIT_SCALE = 100.0

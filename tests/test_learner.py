@@ -9,8 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from varfast import InputError, Policy
 from varfast.advantages import group_advantages
-from varfast.learner import Updater
-from varfast.losses.config import GRPOConfig
 from varfast.optim.config import UpdateConfig
 from varfast.optim.gradients import Gradients
 from varfast.optim.schedule import learning_rate, scheduled
@@ -18,18 +16,19 @@ from varfast.perf.graphs import GraphPool, Replayed
 from varfast.policies.var.config import LoRAConfig
 from varfast.policies.var.cost import VARCost
 from varfast.randomness import Key, Purpose, keyed_generator
-from varfast.types import Sampling, ScoredRollout
+from varfast.types import Batch, Sampling
+
+from .learners import make_learner
 
 
 def scored_rollout(policy, count=8, seed=0, **inference):
     rollout = policy.sample([0, 0, 0, 0, 1, 1, 1, 1][:count], 0.7, seed=seed, **inference)
     rewards = torch.randn(count, generator=torch.Generator().manual_seed(seed))
-    return ScoredRollout(rollout, group_advantages(rewards, 4))
+    return Batch.of(rollout, group_advantages(rewards, 4))
 
 
-def updater(policy, kl_beta=0.2, **update):
-    reference = policy.frozen_copy() if kl_beta else None
-    return Updater(policy, reference, GRPOConfig(kl_beta=kl_beta), UpdateConfig(**({"minibatch": 4} | update)), 10, 0)
+def learner(policy, kl_beta=0.2, **update):
+    return make_learner(policy, kl_beta=kl_beta, **({"minibatch": 4} | update))
 
 
 def weights(policy):
@@ -38,10 +37,10 @@ def weights(policy):
 
 def test_first_ratio_is_one_and_later_ones_are_not(make_policy):
     policy = make_policy(depth=2)
-    stats = updater(policy, lr=1e-3, epochs=3).step(scored_rollout(policy), 0)
-    assert 0 <= stats.ratio_gap_mean <= stats.ratio_gap_max < 1e-4
-    assert stats.kl > 1e-6
-    assert stats.ratio_mean != pytest.approx(1.0, abs=1e-6)
+    stats = learner(policy, lr=1e-3, epochs=3).step(scored_rollout(policy), 0)
+    assert 0 <= stats["ratio_gap_mean"] <= stats["ratio_gap_max"] < 1e-4
+    assert stats["kl"] > 1e-6
+    assert stats["ratio_mean"] != pytest.approx(1.0, abs=1e-6)
 
 
 def test_step_equals_plain_autograd_in_float64(make_policy):
@@ -63,17 +62,17 @@ def test_step_equals_plain_autograd_in_float64(make_policy):
     new, old = logp(wide), scored.rollout.logp_BL.double()
     with torch.no_grad():
         q_from = logp(wide_reference)
-    ratio, advantage = (new - old).exp(), scored.advantages_B.double()[:, None]
+    ratio, advantage = (new - old).exp(), scored.advantages_BL[:, 0].double()[:, None]
     k3 = (q_from - new).exp() - (q_from - new) - 1
     loss = -(torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) - 0.2 * k3).mean(1).mean()
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in wide.parameters()])
     norm = gradient.norm()
 
-    maker = Updater(policy, reference, GRPOConfig(), UpdateConfig(minibatch=8, micro_batch=2, lr=1e-3), 10, 0)
+    maker = make_learner(policy, reference, minibatch=8, micro_batch=2, lr=1e-3)
     stats = maker.step(scored, 0)
-    assert stats.loss == pytest.approx(loss.item(), rel=1e-4)
-    assert stats.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+    assert stats["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert stats["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     # Adam's first step is lr * g / (|g| + eps), with g clipped to norm 1.
     clipped = gradient * min(1.0, 1.0 / (norm.item() + 1e-6))
     expected = start - 1e-3 * clipped / (clipped.abs() + 1e-8)
@@ -86,20 +85,20 @@ def test_micro_batches_give_the_same_step(make_policy):
     results = []
     for micro_batch in (None, 1, 2):
         policy = make_policy(depth=2)
-        stats = updater(policy, micro_batch=micro_batch).step(scored_rollout(policy), 0)
+        stats = learner(policy, micro_batch=micro_batch).step(scored_rollout(policy), 0)
         results.append((weights(policy), stats))
     for other_weights, other in results[1:]:
         torch.testing.assert_close(other_weights, results[0][0], rtol=0, atol=2e-5)
-        assert other.loss == pytest.approx(results[0][1].loss, abs=1e-6)
+        assert other["loss"] == pytest.approx(results[0][1]["loss"], abs=1e-6)
 
 
 def test_only_the_policy_moves(make_policy):
     policy = make_policy(depth=2)
-    maker = updater(policy)
-    before = weights(maker.reference)
+    maker = learner(policy)
+    before = weights(maker.state.reference)
     vqvae = [p.clone() for p in policy.vqvae.parameters()]
     maker.step(scored_rollout(policy), 0)
-    assert torch.equal(weights(maker.reference), before)
+    assert torch.equal(weights(maker.state.reference), before)
     assert not torch.equal(weights(policy), before)
     assert all(torch.equal(a, b) for a, b in zip(vqvae, policy.vqvae.parameters(), strict=True))
 
@@ -107,62 +106,62 @@ def test_only_the_policy_moves(make_policy):
 def test_rewarded_tokens_become_more_likely(make_policy):
     policy = make_policy(depth=2)
     scored = scored_rollout(policy)
-    updater(policy, kl_beta=0.0, lr=1e-3).step(scored, 0)
+    learner(policy, kl_beta=0.0, lr=1e-3).step(scored, 0)
     with torch.no_grad():
         moved = (
             policy.token_logp(scored.rollout.labels_B, scored.rollout.tokens_BL, 0.7) - scored.rollout.logp_BL
         ).mean(1)
-    assert float((moved * scored.advantages_B).sum()) > 0
-    assert float(torch.corrcoef(torch.stack([moved, scored.advantages_B]))[0, 1]) > 0.5
+    assert float((moved * scored.advantages_BL[:, 0]).sum()) > 0
+    assert float(torch.corrcoef(torch.stack([moved, scored.advantages_BL[:, 0]]))[0, 1]) > 0.5
 
 
 def test_no_signal_and_no_kl_moves_nothing(make_policy):
     policy = make_policy()
     before = weights(policy)
     rollout = policy.sample([0] * 4, 0.7, seed=0)
-    updater(policy, kl_beta=0.0).step(ScoredRollout(rollout, torch.zeros(4)), 0)
+    learner(policy, kl_beta=0.0).step(Batch.of(rollout, torch.zeros(4)), 0)
     assert torch.equal(weights(policy), before)
 
 
 def test_kl_pulls_back_to_the_reference(make_policy):
     policy = make_policy(depth=2)
-    maker = updater(policy, kl_beta=1.0, lr=3e-3)
+    maker = learner(policy, kl_beta=1.0, lr=3e-3)
     with torch.no_grad():
         for parameter in policy.var.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     rollout = policy.sample([0, 1, 2, 3] * 8, 0.7, seed=0)
-    kl = [maker.step(ScoredRollout(rollout, torch.zeros(32)), step).kl for step in range(20)]
+    kl = [maker.step(Batch.of(rollout, torch.zeros(32)), step)["kl"] for step in range(20)]
     assert kl[-1] < 0.5 * kl[0]
 
 
 def test_step_refuses_a_rollout_that_is_not_on_policy(make_policy):
     policy = make_policy()
     with pytest.raises(InputError, match="cfg, top_k or top_p"):
-        updater(policy).step(scored_rollout(policy, top_k=3), 0)
+        learner(policy).step(scored_rollout(policy, top_k=3), 0)
 
 
 def test_a_gradient_that_is_not_finite_reaches_no_weight_and_is_counted(make_policy):
     policy = make_policy()
     scored = scored_rollout(policy)
-    maker = updater(policy, minibatch=4)
+    maker = learner(policy, minibatch=4)
     before = weights(policy)
-    bad = ScoredRollout(scored.rollout, torch.full((8,), float("nan")))
-    assert maker.step(bad, 0).skipped_steps == 2
+    bad = Batch.of(scored.rollout, torch.full((8,), float("nan")))
+    assert maker.step(bad, 0)["skipped_steps"] == 2
     assert torch.equal(weights(policy), before)
-    half = scored.advantages_B.clone()
+    half = scored.advantages_BL[:, 0].clone()
     order = torch.randperm(8, generator=keyed_generator(0, Purpose.MINIBATCHES, 1, 0))
     half[order[0]] = float("inf")  # in the first minibatch alone
-    stats = maker.step(ScoredRollout(scored.rollout, half), 1)
-    assert stats.skipped_steps == 1
+    stats = maker.step(Batch.of(scored.rollout, half), 1)
+    assert stats["skipped_steps"] == 1
     assert not torch.equal(weights(policy), before)
     assert weights(policy).isfinite().all()
-    assert all(math.isfinite(x) for x in (stats.loss, stats.kl, stats.ratio_mean, stats.grad_norm))
+    assert all(math.isfinite(x) for x in (stats["loss"], stats["kl"], stats["ratio_mean"], stats["grad_norm"]))
 
 
 def test_step_stops_after_max_skipped_steps_in_a_row(make_policy):
     policy = make_policy()
-    bad = ScoredRollout(scored_rollout(policy).rollout, torch.full((8,), float("nan")))
-    maker = updater(policy, minibatch=4, max_skipped_steps=3)
+    bad = Batch.of(scored_rollout(policy).rollout, torch.full((8,), float("nan")))
+    maker = learner(policy, minibatch=4, max_skipped_steps=3)
     maker.step(bad, 0)
     with pytest.raises(InputError, match="3 gradients in a row were not finite; none of them reached a weight"):
         maker.step(bad, 1)
@@ -171,7 +170,7 @@ def test_step_stops_after_max_skipped_steps_in_a_row(make_policy):
 @pytest.mark.parametrize("one_buffer", [False, True])
 def test_clipped_step_equals_clip_grad_norm_and_adamw_in_float64(make_policy, one_buffer):
     policy = make_policy(depth=2)
-    maker = updater(policy, lr=1e-2, grad_clip=1e-3, cuda_graph=one_buffer)
+    maker = learner(policy, lr=1e-2, grad_clip=1e-3, cuda_graph=one_buffer)
     generator = torch.Generator().manual_seed(0)
     wide = [p.detach().double().requires_grad_() for p in policy.var.parameters()]
     reference = torch.optim.AdamW(wide, lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
@@ -180,7 +179,7 @@ def test_clipped_step_equals_clip_grad_norm_and_adamw_in_float64(make_policy, on
             gradient = torch.randn(mine.shape, generator=generator)
             mine.grad = mine.grad.copy_(gradient) if one_buffer else gradient
             theirs.grad = gradient.double()
-        norm, not_finite = maker._clipped_step()
+        norm, not_finite = maker.state.adamw.step()
         expected = torch.nn.utils.clip_grad_norm_(wide, 1e-3)
         reference.step()
         torch.testing.assert_close(norm.double(), expected, rtol=1e-5, atol=0)
@@ -215,14 +214,14 @@ def test_images_without_signal_are_left_out_without_a_kl_term(make_policy, monke
     forced = policy.teacher_forced
     monkeypatch.setattr(policy, "teacher_forced", lambda r, **k: (images.append(len(r.prompts)), forced(r, **k))[1])
     for smallest in (0.0, 1e-30):  # 1e-30 is no signal either, but not 0
-        maker = updater(policy, kl_beta=0.0, minibatch=8, lr=1e-30, micro_batch=2)
+        maker = learner(policy, kl_beta=0.0, minibatch=8, lr=1e-30, micro_batch=2)
 
-        def record(step=maker._clipped_step):
+        def record(buffer, step=maker.state.adamw.step):
             gradients.append(torch.cat([p.grad.flatten() for p in policy.var.parameters()]))
-            return step()
+            return step(buffer)
 
-        monkeypatch.setattr(maker, "_clipped_step", record)
-        maker.step(ScoredRollout(rollout, advantages.where(advantages != 0, smallest)), 0)
+        monkeypatch.setattr(maker.state.adamw, "step", record)
+        maker.step(Batch.of(rollout, advantages.where(advantages != 0, smallest)), 0)
     assert sum(images) == 8 + 32
     for left_out, all_images in zip(gradients[:4], gradients[4:], strict=True):
         torch.testing.assert_close(left_out, all_images, rtol=0, atol=1e-6 * float(all_images.abs().max()) + 1e-20)
@@ -232,25 +231,25 @@ def test_a_step_without_signal_still_moves_by_adams_moments(make_policy):
     ends = []
     for smallest in (0.0, 1e-30):
         policy = make_policy(depth=2)
-        maker = updater(policy, kl_beta=0.0, minibatch=8)
+        maker = learner(policy, kl_beta=0.0, minibatch=8)
         scored = scored_rollout(policy)
         maker.step(scored, 0)
         moved = weights(policy)
-        stats = maker.step(ScoredRollout(scored.rollout, torch.full((8,), smallest)), 1)
+        stats = maker.step(Batch.of(scored.rollout, torch.full((8,), smallest)), 1)
         assert not torch.equal(weights(policy), moved)
-        assert stats.loss == pytest.approx(0.0, abs=1e-20)
-        assert stats.kl is None  # nothing measured it
+        assert stats["loss"] == pytest.approx(0.0, abs=1e-20)
+        assert "kl" not in stats  # nothing measured it
         ends.append(weights(policy))
     torch.testing.assert_close(*ends, rtol=0, atol=1e-7)
 
 
 def test_reference_is_asked_once_a_rollout(make_policy, monkeypatch):
     policy = make_policy(depth=2)
-    maker = updater(policy, epochs=3, minibatch=4)
+    maker = learner(policy, epochs=3, minibatch=4)
     images = []
-    forced = maker.reference.teacher_forced
+    forced = maker.state.reference.teacher_forced
     monkeypatch.setattr(
-        maker.reference, "teacher_forced", lambda r, **k: (images.append(len(r.prompts)), forced(r, **k))[1]
+        maker.state.reference, "teacher_forced", lambda r, **k: (images.append(len(r.prompts)), forced(r, **k))[1]
     )
     maker.step(scored_rollout(policy), 0)
     assert sum(images) == 8
@@ -259,7 +258,7 @@ def test_reference_is_asked_once_a_rollout(make_policy, monkeypatch):
 def test_apex_is_used_where_it_can_be_imported_and_named_where_not(make_policy, monkeypatch):
     policy = make_policy()
     with pytest.raises(InputError, match="update.optimizer=apex: NVIDIA Apex cannot be imported"):
-        updater(policy, optimizer="apex")
+        learner(policy, optimizer="apex")
 
     class FusedAdam(torch.optim.Adam):  # apex's signature, without its kernel
         def __init__(self, params, lr, betas, adam_w_mode):
@@ -270,12 +269,12 @@ def test_apex_is_used_where_it_can_be_imported_and_named_where_not(make_policy, 
     monkeypatch.setitem(sys.modules, "apex.optimizers", SimpleNamespace(FusedAdam=FusedAdam))
     scored = scored_rollout(policy)
     twin = make_policy()
-    updater(policy, optimizer="apex", grad_clip=1e-3).step(scored, 0)
-    updater(twin, grad_clip=1e-3).step(scored, 0)
+    learner(policy, optimizer="apex", grad_clip=1e-3).step(scored, 0)
+    learner(twin, grad_clip=1e-3).step(scored, 0)
     torch.testing.assert_close(weights(policy), weights(twin), rtol=0, atol=1e-6)
     before = weights(policy)
-    stats = updater(policy, optimizer="apex").step(ScoredRollout(scored.rollout, torch.full((8,), float("nan"))), 0)
-    assert stats.skipped_steps == 2
+    stats = learner(policy, optimizer="apex").step(Batch.of(scored.rollout, torch.full((8,), float("nan"))), 0)
+    assert stats["skipped_steps"] == 2
     assert torch.equal(weights(policy), before)
 
 
@@ -283,42 +282,42 @@ def test_apex_is_used_where_it_can_be_imported_and_named_where_not(make_policy, 
 def test_average_is_that_of_the_weights_after_every_optimizer_step(make_policy, decay):
     """Against the sum written out in float64; a step left out counts once more for the weights that stay."""
     policy = make_policy(depth=2)
-    maker = updater(policy, lr=1e-2, ema_decay=decay)
+    maker = learner(policy, lr=1e-2, ema_decay=decay)
     recorded = [weights(policy).double()]
-    clipped_step = maker._clipped_step
+    clipped_step = maker.state.adamw.step
 
-    def record():
-        measured = clipped_step()
+    def record(buffer):
+        measured = clipped_step(buffer)
         recorded.append(weights(policy).double())
         return measured
 
-    maker._clipped_step = record
+    maker.state.adamw.step = record
     good = scored_rollout(policy)
-    for step, scored in enumerate((good, ScoredRollout(good.rollout, torch.full((8,), float("nan"))), good)):
+    for step, scored in enumerate((good, Batch.of(good.rollout, torch.full((8,), float("nan"))), good)):
         stats = maker.step(scored, step)
-        assert stats.skipped_steps == (2 if step == 1 else 0)
+        assert stats["skipped_steps"] == (2 if step == 1 else 0)
     assert len(recorded) == 1 + 3 * 2
     expected = decay**6 * recorded[0]
     for age, moved in enumerate(reversed(recorded[1:])):
         expected += decay**age * (1 - decay) * moved
-    averages = maker.further_state()["ema"]
+    averages = maker.state.further()["ema"]
     assert list(averages) == [name for name, _ in policy.var.named_parameters()]
     found = torch.cat([t.flatten() for t in averages.values()])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
     assert float((found.double() - recorded[-1]).abs().max()) > 1e-3
-    maker.deliver()
+    maker.state.deliver()
     assert torch.equal(weights(policy), found)
 
 
 def test_without_the_options_there_is_no_further_state(make_policy):
     policy = make_policy()
-    maker = updater(policy)
+    maker = learner(policy)
     maker.step(scored_rollout(policy), 0)
     before = weights(policy)
-    maker.deliver()
+    maker.state.deliver()
     assert torch.equal(weights(policy), before)
-    assert maker.further_state() == {}
+    assert maker.state.further() == {}
 
 
 def test_learning_rate_schedules():
@@ -346,7 +345,7 @@ EIGHT_BITS = {"optimizer": "adamw8bit", "lr": 1e-3, "grad_clip": 1e-3}
 def test_adamw8bit_follows_adamw_in_float64(make_policy, bitsandbytes):
     """20 steps on the same gradients, a direction and as much noise: matrices of 8 bits come 1.4 % of the way apart."""
     policy = make_policy(depth=2, num_classes=50)
-    maker = updater(policy, **EIGHT_BITS, weight_decay=0.1)
+    maker = learner(policy, **EIGHT_BITS, weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
     parameters = dict(policy.var.named_parameters())
     wide = {n: p.detach().double().requires_grad_() for n, p in parameters.items()}
@@ -359,11 +358,11 @@ def test_adamw8bit_follows_adamw_in_float64(make_policy, bitsandbytes):
         for name, parameter in parameters.items():
             parameter.grad = towards[name] + torch.randn(parameter.shape, generator=generator)
             wide[name].grad = parameter.grad.double()
-        maker._clipped_step()
+        maker.state.adamw.step()
         torch.nn.utils.clip_grad_norm_(wide.values(), 1e-3)
         reference.step()
     for name, parameter in parameters.items():
-        state = maker.optimizer.state[parameter]
+        state = maker.state.adamw.optimizer.state[parameter]
         way, own_way = wide[name].detach() - start[name], parameter.detach() - start[name]
         apart = float((own_way - way).norm() / way.norm())
         float32 = parameter.numel() < 4096 or name == "class_emb.weight"
@@ -374,9 +373,9 @@ def test_adamw8bit_follows_adamw_in_float64(make_policy, bitsandbytes):
 
 def test_adamw8bit_s_state_takes_the_bytes_that_roofline_says(make_policy, bitsandbytes):
     policy = make_policy(depth=2, num_classes=50)
-    maker = updater(policy, **EIGHT_BITS)
+    maker = learner(policy, **EIGHT_BITS)
     maker.step(scored_rollout(policy), 0)
-    states = maker.optimizer.state_dict()["state"].values()
+    states = maker.state.adamw.optimizer.state_dict()["state"].values()
     held = sum(tensor.nbytes for state in states for name, tensor in state.items() if name != "step")
     cost = VARCost(policy.var.config, policy.vqvae.config, "float32")
     assert held == cost.moment_bytes("adamw8bit") < 0.5 * cost.moment_bytes("adamw")
@@ -384,17 +383,17 @@ def test_adamw8bit_s_state_takes_the_bytes_that_roofline_says(make_policy, bitsa
 
 def test_adamw8bit_is_not_reached_by_a_gradient_that_is_not_finite_or_0(make_policy, bitsandbytes):
     policy = make_policy(depth=2)
-    maker = updater(policy, **EIGHT_BITS, kl_beta=0.0, minibatch=4)
+    maker = learner(policy, **EIGHT_BITS, kl_beta=0.0, minibatch=4)
     scored = scored_rollout(policy)
     maker.step(scored, 0)
 
     def state():
-        moments = maker.optimizer.state_dict()["state"].values()
+        moments = maker.state.adamw.optimizer.state_dict()["state"].values()
         return torch.cat([weights(policy), *(t.flatten().float() for of_one in moments for t in of_one.values())])
 
     before = state()
-    assert maker.step(ScoredRollout(scored.rollout, torch.full((8,), float("nan"))), 1).skipped_steps == 2
-    assert maker.step(ScoredRollout(scored.rollout, torch.zeros(8)), 2).skipped_steps == 0
+    assert maker.step(Batch.of(scored.rollout, torch.full((8,), float("nan"))), 1)["skipped_steps"] == 2
+    assert maker.step(Batch.of(scored.rollout, torch.zeros(8)), 2)["skipped_steps"] == 0
     assert torch.equal(state(), before)
 
 
@@ -405,11 +404,11 @@ def test_adamw8bit_says_what_it_lacks(make_policy, monkeypatch, bitsandbytes):
     with monkeypatch.context() as patch:
         patch.setattr(bitsandbytes.functional, "optimizer_update_8bit_blockwise", no_kernel)
         with pytest.raises(InputError, match="bitsandbytes cannot step on cpu: no kernel for this device"):
-            updater(make_policy(), **EIGHT_BITS)
+            learner(make_policy(), **EIGHT_BITS)
     monkeypatch.delitem(sys.modules, "varfast.optim.adamw8bit")
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     with pytest.raises(InputError, match=r"bitsandbytes cannot be imported; pip install 'varfast\[adamw8bit\]'"):
-        updater(make_policy(), **EIGHT_BITS)
+        learner(make_policy(), **EIGHT_BITS)
 
 
 class AsCaptured:
@@ -451,7 +450,7 @@ def test_a_captured_update_is_the_eager_one(make_policy, monkeypatch, settings, 
         policy = make_policy(depth=2)
         if lora:
             policy.add_lora(LoRAConfig(rank=2), seed=0)
-        maker = updater(policy, lr=1e-3, **settings)
+        maker = learner(policy, lr=1e-3, **settings)
         maker._captures = captured
         found = [maker.step(scored_rollout(policy, seed=step), step) for step in range(3)]
         ends.append((weights(policy), found))
@@ -517,13 +516,13 @@ def test_captured_update_equals_the_eager_one_on_a_gpu(make_models, settings, dt
     ends = []
     for captured in (False, True):
         policy = Policy(*make_models(depth=2), device="cuda", dtype=dtype)
-        maker = updater(policy, lr=1e-3, cuda_graph=True, **settings)
+        maker = learner(policy, lr=1e-3, cuda_graph=True, **settings)
         maker._captures = captured  # the same gradients in one buffer, whose norm is summed in an order of its own
         found = []
         for step in range(4):  # a rollout between updates: its graph shares their memory
             rollout = policy.sample([0, 0, 0, 0, 1, 1, 1, 1], 0.7, seed=1, step=step)
             rewards = torch.randn(8, generator=torch.Generator().manual_seed(step)).cuda()
-            found.append(maker.step(ScoredRollout(rollout, group_advantages(rewards, 4)), step))
+            found.append(maker.step(Batch.of(rollout, group_advantages(rewards, 4)), step))
         assert len(maker._policy_pass._graphs) == captured * (1 + ("micro_batch" in settings))
         ends.append((weights(policy), found))
     assert torch.equal(ends[0][0], ends[1][0])
@@ -535,13 +534,13 @@ def test_captured_update_equals_the_eager_one_on_a_gpu(make_models, settings, dt
 def test_memory_is_flat_over_20_steps_on_a_gpu(make_models, captured):
     policy = Policy(*make_models(depth=2), device="cuda", dtype="bfloat16")
     policy.cuda_graph = captured
-    maker = updater(policy, cuda_graph=captured, micro_batch=2)
+    maker = learner(policy, cuda_graph=captured, micro_batch=2)
     peaks = []
     for step in range(20):
         torch.cuda.reset_peak_memory_stats()
         rollout, _ = policy.sample_images([0, 0, 0, 0, 1, 1, 1, 1], Sampling(0.7), Key(0, step), micro_batch=4)
         rewards = torch.randn(8, generator=torch.Generator().manual_seed(step)).cuda()
-        maker.step(ScoredRollout(rollout, group_advantages(rewards, 4)), step)
+        maker.step(Batch.of(rollout, group_advantages(rewards, 4)), step)
         peaks.append((torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
     for of_kind in zip(*peaks, strict=True):
         assert max(of_kind[10:]) <= max(of_kind[2:10])

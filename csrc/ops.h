@@ -1,0 +1,65 @@
+// The functions behind the ops, each in the file of its kernel, which checks its arguments. ops.cpp registers them.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace varfast {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// grpo_loss.cpp
+std::tuple<Tensor, Tensor, Tensor> grpo_token_loss_cpu(const Tensor& logp_BL, const Tensor& logp_old_BL,
+                                                       const MaybeTensor& logp_ref_BL, const Tensor& advantages_BL,
+                                                       double clip_eps, double kl_beta);
+Tensor grpo_token_loss_backward_cpu(const Tensor& grad_BL, const Tensor& grad_loss);
+#ifdef VARFAST_CUDA
+std::tuple<Tensor, Tensor, Tensor> grpo_token_loss_cuda(const Tensor& logp_BL, const Tensor& logp_old_BL,
+                                                        const MaybeTensor& logp_ref_BL, const Tensor& advantages_BL,
+                                                        double clip_eps, double kl_beta);
+Tensor grpo_token_loss_backward_cuda(const Tensor& grad_BL, const Tensor& grad_loss);
+#endif
+
+// group_norm_cpu.cpp
+Tensor group_norm_silu_cpu(const Tensor& x_BPC, const Tensor& weight_C, const Tensor& bias_C,
+                           const Tensor& input_bias_C, int64_t num_groups, double eps, bool silu);
+
+// adaln_cpu.cpp
+std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_cpp(const Tensor& x_BLC, const MaybeTensor& branch_BLC,
+                                                     const MaybeTensor& bias_C, const MaybeTensor& gate_BC,
+                                                     const Tensor& scale_BC, const Tensor& shift_BC, double eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_backward_cpp(const MaybeTensor& d_new_BLC,
+    const MaybeTensor& d_out_BLC, const Tensor& new_BLC, const MaybeTensor& branch_BLC, const MaybeTensor& bias_C,
+    const MaybeTensor& gate_BC, const Tensor& scale_BC, const Tensor& mean_BL, const Tensor& rstd_BL);
+
+// gelu_cpu.cpp
+Tensor gelu_cpp(const Tensor& x_NC, const MaybeTensor& bias_C);
+std::tuple<Tensor, Tensor> gelu_backward_cpp(const Tensor& grad_NC, const Tensor& x_NC, const MaybeTensor& bias_C);
+
+// attention_cpu.cpp
+std::tuple<Tensor, Tensor> attention_cpp(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& logit_scale_H,
+                                         const Tensor& scale_ends_S);
+Tensor cached_attention_cpp(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& logit_scale_H,
+                            int64_t num_keys);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpp(const Tensor& d_out_BHLD, const Tensor& q_BHLD,
+                                                                  const Tensor& k_BHLD, const Tensor& v_BHLD,
+                                                                  const Tensor& out_BHLD, const Tensor& log_sum_BHL,
+                                                                  const Tensor& logit_scale_H,
+                                                                  const Tensor& scale_ends_S);
+
+// split_heads_cpu.cpp
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> split_heads_cpp(const Tensor& product, const MaybeTensor& bias_C3,
+                                                                   int64_t num_heads, bool l2_norm);
+Tensor split_heads_into_cpp(const Tensor& product, const MaybeTensor& bias_C3, int64_t num_heads, bool l2_norm,
+                            Tensor k_BHlD, Tensor v_BHlD);
+std::tuple<Tensor, Tensor> split_heads_backward_cpp(const Tensor& d_q_BHLD, const Tensor& d_k_BHLD,
+                                                    const Tensor& d_v_BHLD, const MaybeTensor& q_BHLD,
+                                                    const MaybeTensor& k_BHLD,
+                                                    const MaybeTensor& q_inverse_BHL,
+                                                    const MaybeTensor& k_inverse_BHL, bool with_bias);
+
+}  // namespace varfast

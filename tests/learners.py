@@ -1,0 +1,18 @@
+"""A learner as the tests want one."""
+
+from varfast.distributed import ALONE
+from varfast.learner import Learner
+from varfast.losses.config import GRPOConfig
+from varfast.losses.grpo import GRPO
+from varfast.optim.config import UpdateConfig
+from varfast.perf.plan import planned_update
+from varfast.state import State
+
+
+def make_learner(policy, reference=None, kl_beta=0.2, world=ALONE, **update):
+    """GRPO, with a reference if kl_beta > 0: a frozen copy unless one is given; of a run of 10 steps with seed 0."""
+    if kl_beta and reference is None:
+        reference = policy.frozen_copy()
+    config = UpdateConfig(**update)
+    state = State(policy, reference, None, config)
+    return Learner(state, GRPO(GRPOConfig(kl_beta=kl_beta)), config, planned_update(config), 10, 0, world)
