@@ -130,9 +130,8 @@ def fid(a: Statistics, b: Statistics) -> float:
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     stats = [{"mu": s.mu_D, "sigma": s.sigma_DD} for s in (a, b)]
-    return max(
-        0.0, float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
-    )  # of equal distributions it may be -1e-8
+    # Of equal distributions it may be -1e-8.
+    return max(0.0, float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID]))
 
 
 def inception_score(logits_NK: np.ndarray) -> float:

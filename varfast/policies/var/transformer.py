@@ -129,14 +129,14 @@ class SelfAttention(nn.Module):
         batch, length, width = x_BLC.shape
         qkv = self.mat_qkv(x_BLC)
         l2_norm = self.scale_mul_1H11 is not None
-        impl = {"impl": STRICT_ATTENTION[x_BLC.device.type]} if self.strict else {}
+        impl = STRICT_ATTENTION[x_BLC.device.type] if self.strict else "auto"
         if cache is None:
             q, k, v = kernels.split_heads(qkv, self.num_heads, l2_norm, qkv_bias)
-            out = kernels.block_causal_attention(q, k, v, scale_ends, logit_scale_H, **impl)
+            out = kernels.block_causal_attention(q, k, v, scale_ends, logit_scale_H, impl)
         else:
             k_cache, v_cache, start = cache
             q = kernels.split_heads_to_cache(qkv, self.num_heads, l2_norm, k_cache, v_cache, start, qkv_bias)
-            out = kernels.cached_attention(q, k_cache, v_cache, start + length, logit_scale_H, **impl)
+            out = kernels.cached_attention(q, k_cache, v_cache, start + length, logit_scale_H, impl)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 
 
