@@ -6,6 +6,7 @@ Axes: B image, L token, V vocabulary, C channel.
 """
 
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -169,6 +170,14 @@ def test_an_adapter_is_trained_and_merged():
 def test_strict_mode_is_refused_of_a_family_without_it():
     with pytest.raises(InputError, match="run.strict=true: ToyPolicy has no strict mode; use run.strict=false"):
         make(strict=True)
+
+
+def test_a_policy_is_freed_when_nobody_holds_it():
+    policy = make()
+    policy.sample_images(LABELS, Sampling(), Key(0))
+    held = weakref.ref(policy)
+    del policy
+    assert held() is None  # without the garbage collector: an evaluation loads one model after the other
 
 
 def test_weights_that_are_not_finite_are_named():
