@@ -30,7 +30,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from varfast import Policy, kernels
+from varfast import kernels
 from varfast.advantages import group_advantages
 from varfast.config import load_config
 from varfast.kernels import reference
@@ -43,7 +43,9 @@ from varfast.perf.memory import MemoryPlan
 from varfast.perf.plan import plan_memory
 from varfast.perf.stages import StageClock, stage
 from varfast.perf.work import Work
+from varfast.policies.pixels import Pixels
 from varfast.policies.var.cost import cost_of
+from varfast.policies.var.policy import VARPolicy
 from varfast.policies.var.transformer import FFN
 from varfast.randomness import Key
 from varfast.rewards import WeightedSum
@@ -83,16 +85,19 @@ def plain_logp(logits, tokens, temperature, consume_logits=False, bias_V=None):
     return reference.selective_log_softmax(logits, tokens, temperature, bias_V)
 
 
-PLAIN = {
+def plain_linear_gelu(x, weight, bias, low=None):
+    return reference.linear_gelu(x, weight, low, bias)
+
+
+_OTHERWISE = {
     "sample_tokens": eager_sample_tokens,
     "selective_log_softmax": plain_logp,
-    **{
-        op: getattr(reference, op)
-        for op in OPS
-        if op not in ("sample_tokens", "selective_log_softmax", "group_norm_silu")
-    },
+    "linear_gelu": plain_linear_gelu,
+    "adamw_step": functools.partial(kernels.adamw_step, impl="library"),
 }
-_NOT_COMPILED = ("block_causal_attention", "cached_attention", "split_heads_to_cache")  # library calls, and a copy
+PLAIN = {op: _OTHERWISE.get(op) or getattr(reference, op) for op in OPS if op != "group_norm_silu"}
+# Library calls, and a copy.
+_NOT_COMPILED = ("block_causal_attention", "cached_attention", "split_heads_to_cache", "adamw_step")
 
 
 @functools.cache
@@ -128,22 +133,22 @@ def acting_as(who, num_tokens):
 
 
 @functools.lru_cache(maxsize=1)  # one model at a time on the device
-def models(name: str) -> dict[str, Policy]:
+def models(name: str) -> dict[str, VARPolicy]:
     """Ours and the peers, with the same weights."""
     ours = random_policy(step_work(name, 2)[0].config, DEVICE)
     dtype = str(ours.var.compute_dtype).removeprefix("torch.")
-    policies = {"ours": ours, "plain": Policy(ours.var, ours.vqvae, DEVICE, dtype, fast=False)}
+    policies = {"ours": ours, "plain": VARPolicy(ours.var, ours.vqvae, DEVICE, dtype, fast=False)}
     if CUDA:
-        policies["compiled"] = Policy(ours.var, ours.vqvae, DEVICE, dtype, fast=False)
+        policies["compiled"] = VARPolicy(ours.var, ours.vqvae, DEVICE, dtype, fast=False)
         in_dtype = copy.deepcopy(ours.vqvae).bfloat16().to(memory_format=torch.channels_last)
         for who in ("plain", "compiled"):
-            policies[who]._decodable = 64  # one shape to compile, that of bench_decode.py
-        policies["plain"]._decode_part = functools.partial(plain_decode, in_dtype.decode_f_hat)
-        policies["compiled"]._decode_part = functools.partial(
+            policies[who]._pixels = Pixels(64)  # one shape to compile, that of bench_decode.py
+        policies["plain"]._decode_latent = functools.partial(plain_decode, in_dtype.decode_f_hat)
+        policies["compiled"]._decode_latent = functools.partial(
             plain_decode, torch.compile(in_dtype.decode_f_hat, dynamic=False)
         )
     else:
-        policies["public"] = Policy(copy.deepcopy(ours.var), ours.vqvae, DEVICE, "float32", fast=False)
+        policies["public"] = VARPolicy(copy.deepcopy(ours.var), ours.vqvae, DEVICE, "float32", fast=False)
     return policies
 
 
@@ -248,20 +253,20 @@ def measure(benchmark, record, stages, name, images, makes, sizes, what, count=N
         benchmark.extra_info |= {"images_per_s": round(images / row.ms * 1e3, 1), "threads": torch.get_num_threads()}
 
 
+def labels_of(images):
+    return (torch.arange(images) % 10).sort().values.to(DEVICE)
+
+
 def learner_of(policy, config, plan):
-    """With a frozen copy of the policy as the reference."""
+    """What trains a policy, with a reference, moments and rewards of its own."""
     state = State(policy, policy.frozen_copy(), WeightedSum(config.reward, DEVICE), config.update)
     return Learner(state, GRPO(config.grpo), config.update, plan, 1, 0)
 
 
-def use(learner, policy, plan):
-    """Train another policy on the same weights; the moments are shared."""
-    learner.state.policy = learner.state.adamw.policy = policy
-    learner.plan = plan
-
-
-def labels_of(images):
-    return (torch.arange(images) % 10).sort().values.to(DEVICE)
+def lend(learner, policy, plan, reference=None):
+    """Let it train another policy that has the same weights; reference: another copy of the same base."""
+    learner.state.policy = learner.state.adamw._policy = policy
+    learner.plan, learner._reference = plan, reference or learner._reference
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,7 +277,6 @@ def test_step(benchmark, record, name, images):
     """Rollout, decode, reward, reference, update. The moments of the optimizer are shared, as the weights are."""
     (work, plan), labels = step_work(name, images), labels_of(images)
     config = work.config
-    reward = WeightedSum(config.reward, DEVICE)
     policies = models(name)
     # Of the public code in float32 the weights are a copy: its reference and moments are too.
     of_ours = learner_of(policies["ours"], config, plan.update)
@@ -285,12 +289,12 @@ def test_step(benchmark, record, name, images):
 
         def make(sampled, trained):
             def step():
-                use(learner, policy, replace(plan.update, micro_batch=trained))
+                lend(learner, policy, replace(plan.update, micro_batch=trained))
                 rollout, pictures = policy.sample_images(
                     labels, Sampling(TEMPERATURE), Key(0), micro_batch=sampled, keep_input=True
                 )
                 with stage("reward"):
-                    rewards = reward(pictures, labels)
+                    rewards = learner.state.rewards(pictures, labels)
                 learner.step(Batch.of(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
 
             return step
@@ -307,7 +311,7 @@ def in_strict_mode(policy):
     """A policy on the same weights whose rollout and update have the same bits."""
     memo = {id(t): t for model in (policy.var, policy.vqvae) for t in (*model.parameters(), *model.buffers())}
     var, vqvae = copy.deepcopy(policy.var, memo), copy.deepcopy(policy.vqvae, memo)
-    return Policy(var, vqvae, DEVICE, str(policy.var.compute_dtype).removeprefix("torch."), strict=True)
+    return VARPolicy(var, vqvae, DEVICE, str(policy.var.compute_dtype).removeprefix("torch."), strict=True)
 
 
 @pytest.mark.parametrize(("name", "images"), STEPS)
@@ -315,7 +319,6 @@ def test_strict_step(benchmark, record, name, images):
     """The step of run.strict=true beside the ordinary one: what strict mode costs. Weights and moments are shared."""
     (work, plan), labels = step_work(name, images), labels_of(images)
     config = work.config
-    reward = WeightedSum(config.reward, DEVICE)
     ordinary = models(name)["ours"]
     policies = {"ours": in_strict_mode(ordinary), "without strict": ordinary}
     references = {who: policy.frozen_copy() for who, policy in policies.items()}
@@ -328,10 +331,9 @@ def test_strict_step(benchmark, record, name, images):
 
         def make(sampled, trained):
             def step():
-                learner.state.reference = references[who]
-                use(learner, policy, replace(eager, micro_batch=trained))
+                lend(learner, policy, replace(eager, micro_batch=trained), references[who])
                 rollout, pictures = policy.sample_images(labels, Sampling(TEMPERATURE), Key(0), micro_batch=sampled)
-                rewards = reward(pictures, labels)
+                rewards = learner.state.rewards(pictures, labels)
                 learner.step(Batch.of(rollout, group_advantages(rewards.total_B, config.rollout.group_size)), 0)
 
             return step
@@ -379,7 +381,7 @@ def test_update(benchmark, record, name, images):
 
         def make(trained):
             def update():
-                use(learner, policy, replace(plan.update, micro_batch=trained))
+                lend(learner, policy, replace(plan.update, micro_batch=trained))
                 learner.step(batch, 0)
 
             return update
@@ -426,7 +428,7 @@ def test_rollout(benchmark, record, name, images):
     for policy in policies.values():
         policy.cuda_graph = True
     if CUDA:  # ours but for the graph
-        eager = policies["eager"] = Policy(policies["ours"].var, policies["ours"].vqvae, DEVICE, config.run.dtype)
+        eager = policies["eager"] = VARPolicy(policies["ours"].var, policies["ours"].vqvae, DEVICE, config.run.dtype)
         eager.cuda_graph = False
 
     def sampling(who, policy):

@@ -6,6 +6,7 @@ from varfast.losses.config import GRPOConfig
 from varfast.losses.grpo import GRPO
 from varfast.optim.config import UpdateConfig
 from varfast.perf.plan import planned_update
+from varfast.rewards import BrightnessReward, WeightedSum
 from varfast.state import State
 
 
@@ -14,5 +15,5 @@ def make_learner(policy, reference=None, kl_beta=0.2, world=ALONE, **update):
     if kl_beta and reference is None:
         reference = policy.frozen_copy()
     config = UpdateConfig(**update)
-    state = State(policy, reference, None, config)
+    state = State(policy, reference, WeightedSum({"luma": BrightnessReward(type="brightness")}), config)
     return Learner(state, GRPO(GRPOConfig(kl_beta=kl_beta)), config, planned_update(config), 10, 0, world)

@@ -30,7 +30,7 @@ from varfast.policies.protocol import Policy
 from varfast.randomness import Key
 from varfast.runs.run import Run
 from varfast.runs.setup import begin, set_up
-from varfast.types import Batch, Prompts, Rewards, Sampling
+from varfast.types import Batch, Prompts, Sampling
 
 
 def train(
@@ -73,11 +73,11 @@ def train(
                         prompts_b, Sampling(config.rollout.temperature), key, plan.rollout.micro_batch, keep_input=True
                     )
                 # Score: compare the images of a group with one another.
-                scores = run.score(images, rollout_b, key)
-                if not isinstance(scores, Rewards):
-                    run.skip(scores)  # raises, unless the next step may go better
+                scored = run.score(images, rollout_b, key)
+                if isinstance(scored, BaseException):
+                    run.skip(scored)  # raises, unless the next step may go better
                     continue
-                rollout, rewards = run.gather(rollout_b, scores)
+                rollout, rewards = scored
                 advantages_B = combined_advantages(
                     rewards, state.rewards.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
                 )

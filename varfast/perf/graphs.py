@@ -1,7 +1,7 @@
-"""CUDA graphs: a sequence of kernels recorded once and launched as one; and the memory that they hold.
+"""CUDA graphs, sequences of kernels that are recorded once and launched as one; and the memory that they hold.
 
-A graph keeps the memory of everything that it computes, for as long as it exists. Graphs that never run at the same
-time take it from one pool, so that together they hold what the largest needs: see GraphPool.
+A graph holds the memory of everything that it computes for as long as it exists. Graphs that never run at the same time
+can share a GraphPool: together they hold only what the largest needs.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 
 class GraphPool:
-    """Memory that several graphs share, which are replayed one after the other on one stream.
+    """Memory that is shared by graphs which are replayed one after the other on one stream.
 
-    What a graph computes may be overwritten by the replay of any other: results are copied out at once (CudaGraph does
-    that), and what must outlive a replay, such as gradients, is allocated outside of all graphs. Graphs on another
-    stream, such as the decoder's, which runs beside the rollout, need a pool of their own.
+    The replay of one graph may overwrite what another has computed. So CudaGraph copies results out at once, and what
+    must outlive a replay, such as gradients, is allocated outside of all graphs. A graph on another stream, such as the
+    decoder's, which runs beside the rollout, needs a pool of its own.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class GraphPool:
         self._users: weakref.WeakSet[CudaGraph] = weakref.WeakSet()
 
     def handle_for(self, graph: CudaGraph) -> Any:
-        """The handle to capture with. A new one where no graph is left: the allocator refuses one without a user."""
+        """The handle to capture with. A new one if no graph is left: the allocator refuses a pool without users."""
         if not self._users:
             self._handle = torch.cuda.graph_pool_handle()
         self._users.add(graph)
@@ -36,17 +36,17 @@ class GraphPool:
 
 
 class CudaGraph:
-    """A function of tensors, captured for the shapes of its first arguments.
+    """A function of tensors, captured for the shapes of the tensors that it is captured with.
 
-    The function must not look at values on the host. Weights that it reads may change in place, not move.
+    The function must not read values on the host. Weights that it reads may change in place, but must not move.
 
     Args:
         function: returns a tuple of tensors, without autograd's graph.
         inputs: on a CUDA device.
         pool: shared with other graphs; default: memory of its own.
-        warm_up: run the function once outside of the graph first: kernels are compiled, tables made and workspaces
-            allocated on a first call. False where it has run with these shapes already, and must where it changes
-            something, as a function does that adds to gradients: capturing itself executes nothing.
+        warm_up: run the function once outside of the graph first, because a first call compiles kernels, makes tables
+            and allocates workspaces. Set False if it has already run with these shapes. This is required for a function
+            with side effects, such as adding to gradients; capturing executes nothing.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class CudaGraph:
             with torch.cuda.stream(side):
                 function(*self._inputs)
             torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.empty_cache()  # the pool cannot take what earlier calls left in the common one
+        torch.cuda.empty_cache()  # a graph's pool cannot use blocks that the common pool keeps cached
         self._graph = torch.cuda.CUDAGraph()
         handle = None if pool is None else pool.handle_for(self)
-        # thread_local: other threads use the device meanwhile, NCCL's watchdog and one that saves a checkpoint.
+        # thread_local: other threads may use the device meanwhile, as NCCL's watchdog and one that saves a checkpoint.
         with torch.cuda.graph(self._graph, pool=handle, capture_error_mode="thread_local"):
             self._outputs = function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Copy the arguments in, replay, copy the results out."""
+        """Copy the arguments in, replay, and copy the results out."""
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given)
         self._graph.replay()
@@ -79,15 +79,15 @@ class CudaGraph:
 
 
 class Replayed:
-    """A function of tensors that runs eagerly at first, and is captured and replayed from its second call on.
+    """A function of tensors that runs eagerly on its first call, and is captured and replayed from its second call on.
 
-    One graph is kept for each `key`, which is whatever the function must know beside tensors. Calls with shapes other
-    than those of a key's first call run eagerly.
+    One graph is kept for each `key`, which holds what the function must know beside tensors. A call with other shapes
+    than the first call of its key runs eagerly.
 
     Args:
-        function: of a key and tensors, as CudaGraph wants it; it may change memory outside: it is not run to warm up.
+        function: of a key and tensors; see CudaGraph. It may have side effects: it is not run to warm up.
         pool: of its graphs.
-        say: gets one line where a capture fails; the function runs eagerly from then on.
+        say: gets one line if a capture fails; from then on the function runs eagerly.
     """
 
     make: Callable[..., CudaGraph] = CudaGraph
@@ -101,7 +101,7 @@ class Replayed:
         self._fails = False
 
     def forget(self) -> None:
-        """Drop the graphs: what they read has moved or is to be prepared anew."""
+        """Drop the graphs, because what they read has moved or must be prepared again."""
         self._seen.clear()
         self._graphs.clear()
 
@@ -115,7 +115,7 @@ class Replayed:
                 self._graphs[key] = self.make(partial(self._function, key), *inputs, pool=self._pool, warm_up=False)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # CUDA's, for a call that cannot be captured; nothing has been executed
+            except RuntimeError as error:  # CUDA refuses to capture a call; nothing has been executed
                 self.forget()
                 self._fails = True
                 self._say(

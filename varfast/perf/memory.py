@@ -1,4 +1,4 @@
-"""What a step holds in a device's memory, counted for a plan of micro-batches, checkpointing and CUDA graphs."""
+"""What a step holds in a device's memory under a plan: its micro-batches, checkpointing and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class UpdatePlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a step is split so that it fits into a device's memory. It changes no result but for the order of sums."""
+    """How a step is split so that it fits into a device's memory. It changes results only by the order of sums."""
 
     rollout: RolloutPlan
     update: UpdatePlan
@@ -46,19 +46,19 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one device that are there all the time.
+    """Bytes that one process holds on its device from the start of a run to its end.
 
     Attributes:
-        weights: of the transformer, float32. With an adapter its blocks' matrices are frozen in run.dtype, and the
-            adapter is float32.
-        compute_copy: the matrices of blocks and head in 16 bits, which rollout and update read; of an adapter its own.
-            0 in float32. Where weights are sharded, all of the transformer as it samples.
-        gradients: float32, of what is trained.
+        weights: of the transformer, float32. With an adapter, the frozen matrices of the blocks are in run.dtype and
+            the adapter is float32.
+        compute_copy: low-precision copies of the matrices of blocks and head, or of the adapter, which rollout and
+            update read; 0 in float32. With sharded weights, the whole transformer that samples.
+        gradients: of what is trained, float32.
         moments: of the optimizer; see `Cost.moment_bytes`.
         average: of what is trained, float32; 0 without update.ema_decay.
-        reference: the base model of the KL term, matrices in run.dtype; 0 where none is held, and with an adapter,
-            whose frozen weights are the reference.
-        vqvae, reward: their weights, float32.
+        reference: the base model of the KL term, its matrices in run.dtype; 0 if none is held, and with an adapter,
+            because the frozen weights are the reference.
+        vqvae, reward: weights of the VQ-VAE and of the rewards' networks, float32.
     """
 
     weights: int
@@ -77,18 +77,18 @@ class States:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device.
+    """Bytes that one process holds on its device during a step.
 
     Attributes:
-        states: what is there all the time.
-        images: of a step, float32 pixels, and the transformer's input, twice while micro-batches are put together.
-        kv_cache: of a micro-batch, without the last scale, whose keys and values no later scale needs.
-        rollout_activations: of a micro-batch at the last scale, where they are largest.
-        decode: of a micro-batch, at the level where most exists at once.
-        update: of a micro-batch: what autograd keeps, logits, and the block at work.
-        captured: what the rollout's CUDA graph holds on to during the update: cache and activations.
-        captured_decode: what the decoder's graph holds on to, in a pool of its own: it runs beside the rollout.
-        captured_update: what the update's CUDA graph holds on to during the rollout, with which it shares a pool.
+        states: from the start of the run to its end.
+        images: of a step: float32 pixels, and the transformer's input, twice while micro-batches are concatenated.
+        kv_cache: of a micro-batch.
+        rollout_activations: of a micro-batch, where they are largest.
+        decode: activations of a micro-batch, where they are largest.
+        update: of a micro-batch: what autograd keeps, the logits, and the block that is computed.
+        captured: what the rollout's CUDA graph holds during the update: cache and activations.
+        captured_decode: what the decoder's graph holds, in a pool of its own because it runs beside the rollout.
+        captured_update: what the update's CUDA graph holds during the rollout; the two share a pool.
     """
 
     states: States
@@ -103,9 +103,9 @@ class Memory:
 
     @property
     def rollout(self) -> int:
-        """Cache, activations and decode together: buffers of a captured graph are not given back between them.
+        """Cache, activations and decode together: a captured graph keeps its buffers between them.
 
-        A captured update's pool is as large as the larger of the two graphs, all the time.
+        With a captured update, the pool is always as large as the larger of the two graphs.
         """
         pool_grown = max(0, self.captured_update - self.captured)
         return self.images + self.kv_cache + self.rollout_activations + self.decode + pool_grown
@@ -117,12 +117,12 @@ class Memory:
         return self.states.total + max(self.rollout, of_update)
 
     def fits(self, device_bytes: float) -> bool:
-        """Whether the share of the memory beside the states that a plan may use is enough."""
+        """Whether a step takes at most 0.9 of the memory that the states leave."""
         return self.peak - self.states.total <= USABLE * (device_bytes - self.states.total)
 
 
 def held_states(work: Work) -> States:
-    """What a process holds all the time."""
+    """What a process holds from the start of a run to its end."""
     config, cost = work.config, work.cost
     trained = FLOAT32_BYTES * cost.trained_parameters
     whole = round(cost.base.weight_read_bytes)
@@ -139,7 +139,7 @@ def held_states(work: Work) -> States:
 
 
 def memory(work: Work, plan: MemoryPlan) -> Memory:
-    """What a process' part of a step needs."""
+    """What a process needs for its part of a step."""
     cost, sampled = work.cost, plan.rollout.micro_batch
     update = plan.update.micro_batch * cost.update_activation_bytes(plan.update.checkpointing)
     captures = work.config.run.fast and plan.rollout.cuda_graph
@@ -157,15 +157,15 @@ def memory(work: Work, plan: MemoryPlan) -> Memory:
 
 
 def kept_bytes(work: Work) -> int:
-    """Of one image, from the rollout to the end of the step."""
+    """Of one image, held from the rollout to the end of the step."""
     return work.cost.image_bytes + 2 * work.cost.input_bytes
 
 
 def captured_rollout_bytes(work: Work, sampled: int) -> int:
-    """What the CUDA graph of a rollout of so many images holds on to."""
+    """What the CUDA graph of a rollout of `sampled` images holds."""
     return sampled * (work.cost.kv_cache_bytes + work.cost.rollout_activation_bytes + work.cost.input_bytes)
 
 
 def captured_decode_bytes(work: Work, sampled: int) -> int:
-    """What the CUDA graph of their decoder holds on to."""
+    """What the CUDA graph of the decoder holds, if `sampled` images are sampled at a time."""
     return min(sampled, DECODE_GRAPH_IMAGES) * work.cost.decode_activation_bytes

@@ -25,11 +25,11 @@ ENOUGH_IMAGES = 8
 
 
 def plan_memory(work: Work, device_bytes: float | None, may_capture_update: bool = False) -> MemoryPlan:
-    """What the config names, and for the rest what runs fastest in a device's memory.
+    """Follow the config; what it leaves open is chosen to run fastest in the memory of a device.
 
     Args:
-        device_bytes: of the device, for the states too; None: memory is no limit.
-        may_capture_update: where update.cuda_graph is null, capture the update if a plan with its graph fits.
+        device_bytes: all of the memory that this process may use; None: no limit.
+        may_capture_update: if update.cuda_graph is null, capture the update when a plan with its graph fits.
     """
     room = math.inf if device_bytes is None else device_bytes
     asked = work.config.update.cuda_graph
@@ -43,9 +43,9 @@ def plan_memory(work: Work, device_bytes: float | None, may_capture_update: bool
 def _plan(work: Work, device_bytes: float, captures_update: bool) -> MemoryPlan:
     asked, free = work.config.rollout, device_bytes - held_states(work).total
     sampled, update = rollout_micro_batch(work, free), update_plan(work, free)
-    # A captured rollout holds on to its memory while the update runs. Where that would cost the update its room, it is
-    # launched kernel by kernel: with images enough to fill the memory, the kernels are longer than their launches. A
-    # captured update takes its memory from the pool that the rollout's graph has.
+    # A captured rollout holds its memory while the update runs. If that made the update's micro-batch smaller, the
+    # rollout is not captured: with enough images to fill the memory, kernels take longer than their launches. A
+    # captured update shares the memory of the rollout's graph.
     beside_graph = update
     if work.config.run.fast and asked.cuda_graph is not False and not captures_update:
         held = captured_rollout_bytes(work, sampled) + captured_decode_bytes(work, sampled)
@@ -53,7 +53,7 @@ def _plan(work: Work, device_bytes: float, captures_update: bool) -> MemoryPlan:
     graph = beside_graph == update if asked.cuda_graph is None else asked.cuda_graph
     micro_batch, checkpointing = beside_graph if graph else update
     plan = MemoryPlan(RolloutPlan(sampled, graph), UpdatePlan(micro_batch, checkpointing, captures_update))
-    # The pool of a captured update is held during the rollout, which has less room then.
+    # A captured update also holds its memory during the rollout, which then has less.
     while captures_update and asked.micro_batch is None and sampled > 1 and not memory(work, plan).fits(device_bytes):
         sampled = largest_divisor(work.images, sampled / 2)
         plan = replace(plan, rollout=RolloutPlan(sampled, graph))
@@ -61,33 +61,33 @@ def _plan(work: Work, device_bytes: float, captures_update: bool) -> MemoryPlan:
 
 
 def planned_update(config: UpdateConfig) -> UpdatePlan:
-    """What a config names of the update; where it names nothing, a minibatch at a time with nothing recomputed."""
+    """The plan that a config names: by default a minibatch at a time, nothing recomputed and nothing captured."""
     checkpointing = "none" if config.checkpointing == "auto" else config.checkpointing
     return UpdatePlan(config.micro_batch or config.minibatch, checkpointing, config.cuda_graph is True)
 
 
 def rollout_micro_batch(work: Work, free_bytes: float) -> int:
-    """Images to sample and decode at a time: what the config names, else the most that fits, at least 1.
+    """Images to sample and decode at a time: what the config names, else as many as fit, at least 1.
 
-    The largest divisor of a step's images whose key-value cache, activations and decode take at most 0.9 of
-    `free_bytes`. d16 in bfloat16: 27.8 + 10.1 + 106 MB an image, so 512 images want 83 GB free.
+    That is the largest divisor of a step's images whose key-value cache, activations and decoding take at most 0.9 of
+    `free_bytes`. d16 in bfloat16: 27.8 + 10.1 + 106 MB an image, so 512 images need 83 GB free.
 
     Args:
         free_bytes: the device's memory without the states.
     """
     asked, cost = work.config.rollout.micro_batch, work.cost
-    if asked is not None:  # a process' share may have fewer images, or a number that it does not divide
+    if asked is not None:  # it need not divide the images of one of several processes
         return largest_divisor(work.images, asked)
     one = cost.kv_cache_bytes + cost.rollout_activation_bytes + cost.decode_activation_bytes
     return largest_divisor(work.images, (USABLE * free_bytes - work.images * kept_bytes(work)) / one)
 
 
 def update_plan(work: Work, free_bytes: float) -> tuple[int, Checkpointing]:
-    """Images to forward and backward at a time, and what to recompute: what the config names, else what fits best.
+    """Images of a forward and backward pass, and what to recompute: what the config names, else what fits best.
 
-    The largest divisor of the minibatch that fits into 0.9 of `free_bytes` without checkpointing, if it is the
-    minibatch or at least 8 images; else with attention; else the largest that fits with full, at least 1. A
-    micro-batch that the config names is kept, with the first of these that it fits with.
+    The checkpointing modes none, attention and full are tried in this order. The first is taken with which the whole
+    minibatch or at least 8 images fit into 0.9 of `free_bytes`, or the micro-batch that the config names; else full.
+    The micro-batch is the largest divisor of the minibatch that fits, at least 1.
 
     Why 8: each further micro-batch reads the weights and adds to the gradient once more, 12 bytes a parameter; for d30
     24 GB, 5.6 ms on an H200. Forward and backward of 8 of its images take 57 ms, so at 8 that is 10 % more; at 4, 20 %.

@@ -1,4 +1,4 @@
-"""The stages of a step, by name: seen in Nsight (NVTX, domain varfast) and in torch.profiler, and timed.
+"""The stages of a step, by name: shown by Nsight (NVTX, domain varfast) and torch.profiler, and timed.
 
 with StageClock(device) as clock:
     with stage("rollout"):
@@ -9,7 +9,7 @@ clock.read()  # {"rollout": milliseconds}
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import nvtx
@@ -27,28 +27,51 @@ def span(name: str) -> Iterator[None]:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """A span that the clock running, if any, adds to the time of its name."""
+    """A span whose time is added to its name by the clock that is running, if one is."""
     with span(name):
         if not _clocks:
             yield
             return
-        read = _clocks[-1].start()
+        timer = Timer(_clocks[-1].device)
         yield
-        _clocks[-1].add(name, read)
+        _clocks[-1].add(name, timer)
+
+
+class Timer:
+    """Times what the current stream runs, or on a CPU the process, from its creation to `stop`. Waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = None
+        if device.type == "cuda":
+            self._events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._events[0].record()
+        self._begin_s = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._events is not None:
+            self._events[1].record()
+        self._end_s = time.perf_counter()
+
+    def ms(self) -> float:
+        """Milliseconds until `stop`; on a GPU, once the device has run all that was launched before it."""
+        if self._events is not None:
+            return self._events[0].elapsed_time(self._events[1])
+        return (self._end_s - self._begin_s) * 1e3
 
 
 class StageClock:
-    """Adds up what each stage took, until it is read.
+    """Adds up the time of each stage until it is read.
 
-    On a GPU by events on the stage's own stream: nothing waits before `read`. Stages that overlap count in full each.
+    On a GPU each stage is timed by events on its own stream, so nothing waits before `read`. Each of several stages
+    that overlap counts in full.
 
     Args:
         device: where the stages run.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._measured: list[tuple[str, Callable[[], float]]] = []
+        self.device = device
+        self._measured: list[tuple[str, Timer]] = []
 
     def __enter__(self) -> StageClock:
         _clocks.append(self)
@@ -57,35 +80,17 @@ class StageClock:
     def __exit__(self, *error: object) -> None:
         _clocks.remove(self)
 
-    def start(self) -> Callable[[], Callable[[], float]]:
-        """A stage begins; call the result when it ends, and the result of that, once the device is done, for its ms."""
-        if self._device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-
-            def stop_event() -> Callable[[], float]:
-                end.record()
-                return lambda: begin.elapsed_time(end)
-
-            return stop_event
-        begin_s = time.perf_counter()
-
-        def stop() -> Callable[[], float]:
-            ms = (time.perf_counter() - begin_s) * 1e3
-            return lambda: ms
-
-        return stop
-
-    def add(self, name: str, stop: Callable[[], Callable[[], float]]) -> None:
-        """End a stage that `start` began."""
-        self._measured.append((name, stop()))
+    def add(self, name: str, timer: Timer) -> None:
+        """End a stage, whose timer was made when it began."""
+        timer.stop()
+        self._measured.append((name, timer))
 
     def read(self) -> dict[str, float]:
-        """Milliseconds by stage since the last reading; waits for the device, once."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        """Milliseconds by stage since the last call; waits for the device, once."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         totals: dict[str, float] = {}
-        for name, ms in self._measured:
-            totals[name] = totals.get(name, 0.0) + ms()
+        for name, timer in self._measured:
+            totals[name] = totals.get(name, 0.0) + timer.ms()
         self._measured.clear()
         return totals

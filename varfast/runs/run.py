@@ -30,7 +30,6 @@ from varfast.perf.profile import memory_metrics, profiled
 from varfast.perf.stages import StageClock, stage
 from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
-from varfast.rewards import WeightedSum
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, refuse_diverged
@@ -109,17 +108,31 @@ class Run:
         """Say which setting to change where the device's memory does not suffice for a part of the step."""
         return memory_advice(part, self.setup.work, self.setup.plan)
 
-    def score(self, images: Tensor, rollout: Rollout, key: Key) -> Rewards | BaseException:
-        """Rewards of this process's images, or what kept this process, or another one, from them."""
-        return _score(self.state.rewards, images, rollout, key, self.setup.world, self.advised("reward"))
+    def score(self, images: Tensor, rollout: Rollout, key: Key) -> tuple[Rollout, Rewards] | BaseException:
+        """What all processes have sampled in this step, and its rewards; or what kept a process from measuring them.
 
-    def gather(self, rollout: Rollout, rewards: Rewards) -> tuple[Rollout, Rewards]:
-        """What all processes have sampled and scored in this step."""
+        images, rollout: of this process.
+        """
+        world, rewards = self.setup.world, self.state.rewards
+        measured = _measured(rewards.measure, images, rollout, key, world, self.advised("reward"))
+        if isinstance(measured, BaseException):
+            return measured
+        count = self.config.rollout.images
+        measured = {name: world.gather(value, count) for name, value in measured.items()}
+        try:
+            scores = rewards.score(measured)
+        except NotFiniteReward as error:  # of a sum: the same in all processes
+            return error
+        rewards.learn(measured)
+        return self._gathered(rollout), scores
+
+    def _gathered(self, rollout: Rollout) -> Rollout:
+        """What all processes have sampled."""
         world, images = self.setup.world, self.config.rollout.images
         # The transformer's input of 512 images of the public models is 44 MB: 0.2 ms between GPUs of one machine, 2 ms
         # at 25 GB/s. Computing it again takes each of two processes 3 ms, and may differ in the last bit.
         read = rollout.teacher_input
-        of_all = replace(
+        return replace(
             rollout,
             prompts=Prompts(world.gather(rollout.prompts.ids_B, images)),
             tokens_BL=world.gather(rollout.tokens_BL, images),
@@ -127,8 +140,6 @@ class Run:
             entropy_BL=world.gather(rollout.entropy_BL, images),
             teacher_input=None if read is None else world.gather(read, images),
         )
-        components = {name: world.gather(score_B, images) for name, score_B in rewards.components.items()}
-        return of_all, Rewards(world.gather(rewards.total_B, images), components)
 
     def drift(self, rollout: Rollout) -> dict[str, float]:
         """The KL to the base where the loss has none and it is due: of the policy that sampled this step's images.
@@ -298,26 +309,26 @@ class Run:
         log.grid(self.state.step, policy.decode(rollout.tokens_BL), columns, titles)
 
 
-def _score(
-    rewards: WeightedSum,
+def _measured(
+    measure: Callable[..., dict[str, Tensor]],
     images: Tensor,
     rollout: Rollout,
     key: Key,
     world: World,
     advised: AbstractContextManager[None],
-) -> Rewards | BaseException:
-    found: Rewards | BaseException
+) -> dict[str, Tensor] | BaseException:
+    found: dict[str, Tensor] | BaseException
     try:
         check_finite(rollout, images)  # here, where the reward waits for the images anyway
         with stage("reward"), advised:
-            found = rewards(images, rollout.labels_B, key.step, key.first_sample)
+            found = measure(images, rollout.labels_B, key.step, key.first_sample)
     except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once all
         found = error  # processes know, and the state is saved
     rank = 3 if isinstance(found, NotFinitePolicy) else 1 if isinstance(found, NotFiniteReward) else 2
-    worst = world.largest(0 if isinstance(found, Rewards) else rank)
+    worst = world.largest(rank if isinstance(found, BaseException) else 0)
     if worst == 3 and not isinstance(found, NotFinitePolicy):
         return NotFinitePolicy("the logits or images of another process, which says which, are not finite")
-    if not isinstance(found, Rewards) or worst == 0:
+    if isinstance(found, BaseException) or worst == 0:
         return found
     elsewhere = "the reward failed in another process, which says why"
     return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
