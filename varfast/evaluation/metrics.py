@@ -18,6 +18,9 @@ import torch
 
 from varfast.types import InputError
 
+# Arrays with a row for each image, by name of what they hold.
+Numbers = dict[str, np.ndarray]
+
 # The manifold of a set is estimated from so many nearest neighbours, and from at most so many images: prdc holds
 # several matrices of N x M distances, 0.8 GB each for 10 000 images.
 NEIGHBOURS = 5
