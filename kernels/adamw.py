@@ -104,30 +104,12 @@ def _advance_kernel(
 
 @jit
 def _adamw_kernel(
-    table_ptr,
-    tensor_of_chunk_ptr,
-    decay_ptr,
-    corrections_ptr,
-    clip_ptr,
-    skip_ptr,
-    lr,
-    beta1,
-    rest1,
-    beta2,
-    rest2,
-    eps,
-    PARAMETER: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    EXP_AVG: tl.constexpr,
-    EXP_AVG_SQ: tl.constexpr,
-    COPY: tl.constexpr,
-    NUMEL: tl.constexpr,
-    FIRST_CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    COPY_TYPE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    table_ptr, tensor_of_chunk_ptr, decay_ptr, corrections_ptr, clip_ptr, skip_ptr,
+    lr, beta1, rest1, beta2, rest2, eps,
+    PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, EXP_AVG: tl.constexpr, EXP_AVG_SQ: tl.constexpr,
+    COPY: tl.constexpr, NUMEL: tl.constexpr, FIRST_CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    COPY_TYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One chunk of one tensor a program. Nothing is written where the step is skipped.
 
     Only the end of a tensor is masked: with a mask that divides by nothing, numbers are loaded one by one.

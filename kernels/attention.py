@@ -18,6 +18,7 @@ from varfast.kernels import attention_flash, attention_triton, reference
 from varfast.kernels.attention_tiles import HEAD_DIM, visible_keys
 from varfast.kernels.attention_triton import ahead_of_time
 from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
+from varfast.kernels.position import check_position, host_positions, on_host_only
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 
 __all__ = ["ahead_of_time", "block_causal_attention", "cached_attention"]
@@ -57,13 +58,14 @@ def _run_triton_cached(
     v_cache_BHLD: Tensor,
     num_keys: int,
     logit_scale_H: Tensor,
+    position: Tensor | None = None,
     invariant: bool = False,
 ) -> Tensor:
     tensors = (q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError("impl='triton' of cached_attention has no gradient; use torch.no_grad() or impl='reference'")
     return attention_triton.cached_attention_op(
-        q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H.float(), num_keys, invariant
+        q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H.float(), num_keys, invariant, position
     )
 
 
@@ -116,17 +118,24 @@ def _run_cpp(
 
 
 def _run_cpp_cached(
-    q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
+    q_BHlD: Tensor,
+    k_cache_BHLD: Tensor,
+    v_cache_BHLD: Tensor,
+    num_keys: int,
+    logit_scale_H: Tensor,
+    position: Tensor | None = None,
 ) -> Tensor:
     if q_BHlD.dtype == torch.float64:  # what tests compare with
-        return reference.cached_attention(q_BHlD, k_cache_BHLD, v_cache_BHLD, num_keys, logit_scale_H)
+        return reference.cached_attention(q_BHlD, k_cache_BHLD, v_cache_BHLD, num_keys, logit_scale_H, position)
     tensors = (q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError("impl='cpp' of cached_attention has no gradient; use torch.no_grad() or impl='reference'")
-    out_BHlD: Tensor = torch.ops.varfast.cached_attention_cpp(
-        q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H.float(), num_keys
-    )
-    return out_BHlD
+    parts = []
+    for images, before in host_positions(position, len(q_BHlD)):
+        _check_num_keys(before + num_keys, k_cache_BHLD)
+        q, k, v = (x[images] for x in (q_BHlD, k_cache_BHLD, v_cache_BHLD))
+        parts.append(torch.ops.varfast.cached_attention_cpp(q, k, v, logit_scale_H.float(), before + num_keys))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _refuses_cpp(q_BHLD: Tensor, *_: Any) -> str | None:
@@ -247,9 +256,16 @@ implementations(
     Implementation(
         "triton_invariant", functools.partial(_run_triton_cached, invariant=True), cannot_run_triton, (), _refuses
     ),
-    Implementation("sdpa_invariant", _run_alone_cached, auto_on=()),
+    Implementation("sdpa_invariant", _run_alone_cached, auto_on=(), refuses=on_host_only(5, lambda *_: None)),
     Implementation("reference", reference.cached_attention),
 )
+
+
+def _check_num_keys(num_keys: int, k_cache_BHLD: Tensor) -> None:
+    if num_keys > k_cache_BHLD.shape[2]:
+        raise ValueError(f"num_keys={num_keys}, but the cache holds {k_cache_BHLD.shape[2]} tokens")
+    if num_keys < 1:
+        raise ValueError(f"num_keys={num_keys}: there must be a key to attend to")
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, logit_scale_H: Tensor) -> None:
@@ -312,24 +328,27 @@ def cached_attention(
     num_keys: int,
     logit_scale_H: Tensor,
     impl: str = "auto",
+    position: Tensor | None = None,
 ) -> Tensor:
-    """softmax(logit_scale * q k^T) v for the tokens of the current scale against a static key-value cache.
+    """softmax(logit_scale * q k^T) v for new tokens, as those of one scale, against a static key-value cache.
 
     Args:
-        q_BHlD: (B, H, l, D) queries of one scale. They see every valid key, so there is no mask.
-        k_cache_BHLD, v_cache_BHLD: (B, H, L, D) buffers whose first `num_keys` rows are valid, the current scale's
-            own keys and values among them.
+        q_BHlD: (B, H, l, D) queries of the new tokens. They see every valid key, so there is no mask.
+        k_cache_BHLD, v_cache_BHLD: (B, H, L, D) buffers whose first `num_keys` rows are valid, the new tokens' own keys
+            and values among them. The others are not read.
         num_keys: number of valid rows, in [1, L].
         logit_scale_H: (H,) factor of each head's logits.
         impl: "auto", "triton" (D = 64, no gradient), "cpp" (CPU, D = 64, no gradient; float64 by PyTorch), "flash_attn"
             or "fa4" (CUDA, 16 bits), "triton_invariant", "sdpa_invariant" (see block_causal_attention) or "reference".
+        position: int32 or int64 on the device, () or (B,), >= 0, added to `num_keys`: a captured CUDA graph reads its
+            value at each replay. Not with "flash_attn", "fa4" and "sdpa_invariant". On a GPU the value is not checked,
+            which would wait for it: of a value beyond the cache "triton" reads the whole cache.
     Returns: (B, H, l, D).
     Raises: ValueError if num_keys is not within the cache, for other shapes or dtypes, for an impl that is unknown or
         cannot run, or if impl "triton" is to be differentiated.
     """
-    if num_keys > k_cache_BHLD.shape[2]:
-        raise ValueError(f"num_keys={num_keys}, but the cache holds {k_cache_BHLD.shape[2]} tokens")
-    if num_keys < 1:
-        raise ValueError(f"num_keys={num_keys}: there must be a key to attend to")
+    _check_num_keys(num_keys, k_cache_BHLD)
     _check_shapes(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
-    return run("cached_attention", impl, q_BHlD, k_cache_BHLD, v_cache_BHLD, num_keys, logit_scale_H)
+    check_position(position, len(q_BHlD), q_BHlD.device)
+    given = (q_BHlD, k_cache_BHLD, v_cache_BHLD, num_keys, logit_scale_H)
+    return run("cached_attention", impl, *given, *(() if position is None else (position,)))

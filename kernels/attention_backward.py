@@ -65,40 +65,12 @@ def _dq_part(
 
 @jit
 def _dq_kernel(
-    grad_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    scale_ptr,
-    out_ptr,
-    top_ptr,
-    share_ptr,
-    delta_ptr,
-    d_scale_ptr,
-    dq_ptr,
-    tiles_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, scale_ptr, out_ptr, top_ptr, share_ptr, delta_ptr, d_scale_ptr, dq_ptr, tiles_ptr,
     visible_ptr,
-    grad_batch,
-    grad_head,
-    grad_row,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    out_batch,
-    out_head,
-    out_row,
-    length,
-    num_heads,
-    num_tiles,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    grad_batch, grad_head, grad_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    out_batch, out_head, out_row, length, num_heads, num_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """d q, each row's part of d logit_scale, and delta = sum_D(grad * out), which _dkv_kernel reads."""
     batch_head, batch, head, start, end, full, keys = tile_of_program(tiles_ptr, num_tiles, num_heads)
     row = start + tl.arange(0, BLOCK_M)
@@ -170,39 +142,11 @@ def _dkv_part(
 
 @jit
 def _dkv_kernel(
-    grad_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    scale_ptr,
-    top_ptr,
-    share_ptr,
-    delta_ptr,
-    dk_ptr,
-    dv_ptr,
-    tiles_ptr,
-    visible_ptr,
-    grad_batch,
-    grad_head,
-    grad_row,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    out_batch,
-    out_head,
-    out_row,
-    length,
-    num_heads,
-    num_tiles,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    grad_ptr, q_ptr, k_ptr, v_ptr, scale_ptr, top_ptr, share_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, visible_ptr,
+    grad_batch, grad_head, grad_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    out_batch, out_head, out_row, length, num_heads, num_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """d k and d v of one tile of keys."""
     batch_head, batch, head, start, end, first, full = tile_of_program(tiles_ptr, num_tiles, num_heads)
     key = start + tl.arange(0, BLOCK_N)

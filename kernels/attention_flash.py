@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varfast.kernels.position import on_host_only
 from varfast.kernels.selection import Implementation
 
 _MODULES = {"flash_attn": "flash_attn", "fa4": "flash_attn.cute"}
@@ -113,7 +114,8 @@ def block_causal(impl: str) -> Implementation:
 
 def cached(impl: str) -> Implementation:
     """The implementation "flash_attn" or "fa4" of cached_attention."""
-    return Implementation(impl, functools.partial(_run_cached, impl), functools.partial(_cannot, impl), (), _refuses)
+    refuses = on_host_only(5, _refuses)
+    return Implementation(impl, functools.partial(_run_cached, impl), functools.partial(_cannot, impl), (), refuses)
 
 
 def flex_flash(run: Callable[..., Tensor]) -> Implementation:

@@ -106,33 +106,11 @@ def _attend_tile(
 
 @jit
 def _forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    scale_ptr,
-    out_ptr,
-    top_ptr,
-    share_ptr,
-    tiles_ptr,
-    visible_ptr,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    out_batch,
-    out_head,
-    out_row,
-    length,
-    num_heads,
-    num_tiles,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, scale_ptr, out_ptr, top_ptr, share_ptr, tiles_ptr, visible_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row, length,
+    num_heads, num_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     batch_head, batch, head, start, end, full, keys = tile_of_program(tiles_ptr, num_tiles, num_heads)
     row = start + tl.arange(0, BLOCK_M)
     out, top, share = _attend_tile(
@@ -156,35 +134,19 @@ def _forward_kernel(
     tl.store(share_ptr + batch_head * length + row, share, mask=row < end)
 
 
-@jit(do_not_specialize=["num_queries", "num_keys", "num_tiles"])
+@jit(do_not_specialize=["num_queries", "num_keys", "num_tiles", "cache_rows"])
 def _cached_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    scale_ptr,
-    out_ptr,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    out_batch,
-    out_head,
-    out_row,
-    num_heads,
-    num_queries,
-    num_keys,
-    num_tiles,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, scale_ptr, out_ptr, position_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row, num_heads,
+    num_queries, num_keys, num_tiles, position_stride, cache_rows,
+    POSITION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     batch_head = program // num_tiles
     batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
+    if POSITION:
+        before = tl.load(position_ptr + batch * position_stride).to(tl.int32)
+        num_keys = tl.minimum(num_keys + before, cache_rows)
     row = (program % num_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     out, _, _ = _attend_tile(
         q_ptr + batch * q_batch + head * q_head,
@@ -292,8 +254,9 @@ def cached_attention_op(
     logit_scale_H: Tensor,
     num_keys: int,
     invariant: bool = False,
+    position: Tensor | None = None,
 ) -> Tensor:
-    """Output, (B, H, l, D). logit_scale_H: float32.
+    """Output, (B, H, l, D). logit_scale_H: float32. position: () or (B,), keys before these num_keys.
 
     invariant: each row has the bits that attention_op gives it among all scales. Both kernels walk the keys from 0 in
     tiles of BLOCK_N, by the same code (_attend_tile) and, here, in the same tile shape; only where the masked tiles
@@ -316,6 +279,7 @@ def cached_attention_op(
                 v,
                 logit_scale_H.contiguous(),
                 out,
+                q if position is None else position,
                 *q.stride()[:3],
                 *k.stride()[:3],
                 *v.stride()[:3],
@@ -324,13 +288,16 @@ def cached_attention_op(
                 num_queries,
                 num_keys,
                 num_tiles,
+                0 if position is None else position.expand(batch).stride(0),
+                k.shape[2],
+                POSITION=position is not None,
                 **chosen,
             )
     return out.to(q_BHlD.dtype)
 
 
 @cached_attention_op.register_fake
-def _(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H, num_keys, invariant=False):
+def _(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H, num_keys, invariant=False, position=None):
     return empty_BHLD(q_BHlD)
 
 
@@ -347,10 +314,17 @@ def ahead_of_time() -> list[AheadOfTime]:
         q, k, v = torch.empty(3, 1, 16, ends[-1], HEAD_DIM, dtype=dtype).unbind()
         attention_op(q, k, v, torch.ones(16), ends, True)
 
-    def call_cached(dtype: torch.dtype, heads: int, num_queries: int, num_keys: int, invariant: bool = False) -> None:
+    def call_cached(
+        dtype: torch.dtype,
+        heads: int,
+        num_queries: int,
+        num_keys: int,
+        invariant: bool = False,
+        position: Tensor | None = None,
+    ) -> None:
         q = torch.empty(1, heads, num_queries, HEAD_DIM, dtype=dtype)
         k, v = torch.empty(2, 1, heads, num_keys, HEAD_DIM, dtype=dtype).unbind()
-        cached_attention_op(q, k, v, torch.ones(heads), num_keys, invariant)
+        cached_attention_op(q, k, v, torch.ones(heads), num_keys, invariant, position)
 
     items = []
     sides = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -368,6 +342,9 @@ def ahead_of_time() -> list[AheadOfTime]:
                 matrix=half and queries > 16,
                 also_blackwell=main,
             )
+        for position in (torch.zeros((), dtype=torch.int32), torch.zeros(1, dtype=torch.int64)):
+            at = partial(call_cached, dtype, 16, 1, 680, position=position)
+            items += recorded(f"{what} l=1, position {tuple(position.shape)}", at, also_blackwell=main)
         what = f"attention invariant {name}"
         items += recorded(f"{what} forward", partial(call_forward, dtype, ends), matrix=half)
         items += recorded(f"{what} cached", partial(call_cached, dtype, 16, 256, 680, True), matrix=half)

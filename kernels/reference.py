@@ -204,8 +204,15 @@ def split_heads_to_cache(
     v_cache_BHLD: Tensor,
     start: int,
     bias_C3: Tensor | None = None,
+    position: Tensor | None = None,
 ) -> Tensor:
     q, k, v = split_heads(qkv_BlC3, num_heads, l2_norm, bias_C3)
+    if position is not None:
+        row_Bl = position.long().reshape(-1, 1) + torch.arange(start, start + k.shape[2], device=k.device)
+        index_BHlD = row_Bl[:, None, :, None].expand(k.shape)
+        k_cache_BHLD.scatter_(2, index_BHlD, k)
+        v_cache_BHLD.scatter_(2, index_BHlD, v)
+        return q
     k_cache_BHLD[:, :, start : start + k.shape[2]] = k
     v_cache_BHLD[:, :, start : start + v.shape[2]] = v
     return q
@@ -244,8 +251,20 @@ def block_causal_attention(
 
 
 def cached_attention(
-    q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
+    q_BHlD: Tensor,
+    k_cache_BHLD: Tensor,
+    v_cache_BHLD: Tensor,
+    num_keys: int,
+    logit_scale_H: Tensor,
+    position: Tensor | None = None,
 ) -> Tensor:
+    if position is not None:
+        row_L = torch.arange(k_cache_BHLD.shape[2], device=q_BHlD.device)
+        valid_B11L = row_L < (position.reshape(-1, 1, 1, 1) + num_keys)
+        # 0 where a row is not valid yet: 0 * NaN is NaN, and what is there was perhaps never written.
+        k, v = (cache.masked_fill(~valid_B11L.mT, 0.0) for cache in (k_cache_BHLD, v_cache_BHLD))
+        q = q_BHlD * logit_scale_H.to(q_BHlD.dtype)[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=valid_B11L, scale=1.0)
     return F.scaled_dot_product_attention(
         q_BHlD * logit_scale_H.to(q_BHlD.dtype)[:, None, None],
         k_cache_BHLD[:, :, :num_keys],

@@ -34,29 +34,11 @@ def _sortable(x):
 
 @jit
 def _sample_kernel(
-    logits_ptr,
-    uncond_ptr,
-    bias_ptr,
-    key_ptr,
-    tokens_ptr,
-    logp_ptr,
-    entropy_ptr,
-    row_stride,
-    num_tokens,
-    vocab,
-    scale,
-    inv_temperature,
-    inv_temperature_rest,
-    guidance,
-    top_k,
-    drop_share,
-    BLOCK: tl.constexpr,
-    COUNT_SCALE: tl.constexpr,
-    BIAS: tl.constexpr,
-    GUIDED: tl.constexpr,
-    TOP_K: tl.constexpr,
+    logits_ptr, uncond_ptr, bias_ptr, key_ptr, tokens_ptr, logp_ptr, entropy_ptr,
+    row_stride, num_tokens, vocab, scale, inv_temperature, inv_temperature_rest, guidance, top_k, drop_share,
+    BLOCK: tl.constexpr, COUNT_SCALE: tl.constexpr, BIAS: tl.constexpr, GUIDED: tl.constexpr, TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
-):
+):  # fmt: skip
     """One row a program: a single pass over the logits, everything else in registers."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)

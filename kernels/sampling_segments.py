@@ -102,29 +102,11 @@ def _weigh(
 
 @jit
 def _sample_kernel(
-    logits_ptr,
-    uncond_ptr,
-    bias_ptr,
-    key_ptr,
-    tokens_ptr,
-    logp_ptr,
-    entropy_ptr,
-    row_stride,
-    num_tokens,
-    vocab,
-    scale,
-    inv_temperature_log2,
-    guidance,
-    top_k,
-    drop_share,
-    BLOCK: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    COUNT_BITS: tl.constexpr,
-    BIAS: tl.constexpr,
-    GUIDED: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-):
+    logits_ptr, uncond_ptr, bias_ptr, key_ptr, tokens_ptr, logp_ptr, entropy_ptr,
+    row_stride, num_tokens, vocab, scale, inv_temperature_log2, guidance, top_k, drop_share,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, COUNT_BITS: tl.constexpr, BIAS: tl.constexpr, GUIDED: tl.constexpr,
+    TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+):  # fmt: skip
     """One row a program."""
     row = tl.program_id(0)
     first = row.to(tl.int64) * row_stride

@@ -2,7 +2,6 @@
 
 import math
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from varfast.randomness import Key
 from varfast.runs.divergence import diagnosis, refuse_diverged
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_run
-from varfast.runs.run import _measure
+from varfast.runs.run import _measured
 from varfast.train import train
 from varfast.types import NotFinitePolicy, NotFiniteReward, Sampling
 
@@ -59,7 +58,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_shown(make_config, mo
     assert train(config) == 0  # the poison was not in the checkpoint
 
 
-def test_a_rollout_that_is_not_finite_is_not_measured(make_config, monkeypatch):
+def test_a_rollout_that_is_not_finite_is_not_measuredd(make_config, monkeypatch):
     config = make_config(log__checkpoint_every=2, run__steps=4)
     calls = []
 
@@ -103,21 +102,15 @@ def test_all_processes_end_alike(make_policy, make_config, tmp_path):
     with pytest.raises(NotFinitePolicy, match="after step 2 .*the weights of another process"):
         refuse_diverged(policy, [0, 1], config, OfTwo(1), tmp_path, 2, {})
     rollout, images = policy.sample_images([0, 1], Sampling(), Key(0))
-    fine = SimpleNamespace(measure=lambda *_: {})
-    found = _measure(fine, images, rollout, Key(0), OfTwo(3), nullcontext())
+    found = _measured(lambda *_: None, images, rollout, Key(0), OfTwo(3), nullcontext())
     assert isinstance(found, NotFinitePolicy)
-    found = _measure(
-        SimpleNamespace(measure=lambda *_: {}), images.fill_(math.nan), rollout, Key(0), OfTwo(1), nullcontext()
-    )
+    found = _measured(lambda *_: None, images.fill_(math.nan), rollout, Key(0), OfTwo(1), nullcontext())
     assert isinstance(found, NotFinitePolicy)
 
     def bad(*_):
         raise NotFiniteReward("nan")
 
-    assert isinstance(
-        _measure(SimpleNamespace(measure=bad), images.zero_(), rollout, Key(0), OfTwo(0), nullcontext()),
-        NotFiniteReward,
-    )
+    assert isinstance(_measured(bad, images.zero_(), rollout, Key(0), OfTwo(0), nullcontext()), NotFiniteReward)
 
 
 def test_the_diagnosis_says_what_holds_the_weights(make_config, tmp_path):

@@ -25,7 +25,7 @@ def test_wheel_and_sdist_carry_everything(tmp_path):
     modules = [n for n in tracked if n.endswith(".py") and n.startswith("varfast/")]
     modules += [f"varfast/{n}" for n in tracked if n.endswith(".py") and n.startswith("kernels/")]
     assert len(modules) > 20
-    assert set(modules) | {"varfast/py.typed", "varfast/imagenet.txt"} <= in_wheel
+    assert set(modules) | {"varfast/py.typed", "varfast/data/imagenet.txt"} <= in_wheel
     if shutil.which("c++") or shutil.which("g++"):
         assert "varfast/kernels/_C.so" in in_wheel
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:

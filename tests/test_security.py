@@ -84,12 +84,13 @@ def hostile(folder):
 
 
 def opened(folder, tmp_path):
-    """Every command on the folder; it may refuse it, in one line."""
+    """Every command on the folder, and the Python API; it may be refused, in one line."""
     for main, arguments in (
         (varfast.evaluate.main, [f"checkpoint={folder}", *FEW, f"out={tmp_path / 'evaluated'}"]),
         (varfast.sample.main, [f"checkpoint={folder}", f"out={tmp_path / 'out.png'}", "device=cpu"]),
         (varfast.export.main, [f"checkpoint={folder}", f"out={tmp_path / 'model.safetensors'}"]),
         (varfast.report.main, [str(folder), f"out={tmp_path / 'report.html'}"]),
+        (lambda folders: 0 * len(varfast.load_policy(*folders).parts), [str(folder)]),
     ):
         try:
             assert main(arguments) == 0

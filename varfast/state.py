@@ -51,14 +51,13 @@ class State:
     def further(self) -> Mapping[str, Mapping[str, Tensor]]:
         """What a run is beside weights and optimizer, by kind and name: to save, or to load into, in place.
 
-        ema: the averages, if any are kept. reference: its weights, where policies of earlier steps replace it: such a
-        policy is nowhere else. reward: what rewards remember of earlier steps.
+        ema: the averages, if any are kept. reward: what rewards keep from step to step. reference: its weights, where
+        policies of earlier steps replace it: such a policy is nowhere else.
         """
-        state: dict[str, Mapping[str, Tensor]] = {"ema": self.averages.by_name} if self.averages.by_name else {}
+        kept = {"ema": self.averages.by_name, "reward": self.rewards.state()}
+        state: dict[str, Mapping[str, Tensor]] = {kind: tensors for kind, tensors in kept.items() if tensors}
         if self.reference is not None and self._reference_every is not None:
             state["reference"] = {name: p.detach() for name, p in self.reference.trainable.named_parameters()}
-        if remembered := self.rewards.state():
-            state["reward"] = remembered
         return state
 
     def load(self, checkpoint: Checkpoint) -> None:

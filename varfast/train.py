@@ -77,7 +77,7 @@ def train(
                 if isinstance(scored, BaseException):
                     run.skip(scored)  # raises, unless the next step may go better
                     continue
-                rollout, rewards = scored  # of all processes
+                rollout, rewards = scored
                 advantages_B = combined_advantages(
                     rewards, state.rewards.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
                 )

@@ -191,13 +191,13 @@ def test_adaln_in_cpp_opcheck(path):
 
 
 def test_adaln_opcheck():
-    from varfast.kernels.adaln import _adaln
+    from varfast.kernels.adaln_triton import adaln_op
 
     how = {"device": "cuda" if torch.cuda.is_available() else "cpu", "requires_grad": True}
     x, branch = (torch.randn(2, 3, 8, **how) for _ in range(2))
     gate, scale, shift = (torch.randn(2, 8, **how) for _ in range(3))
     bias = torch.randn(8, **how)
-    torch.library.opcheck(_adaln, (x, branch, bias, gate, scale, shift, EPS))
-    torch.library.opcheck(_adaln, (x, branch, None, gate, scale, shift, EPS))
-    torch.library.opcheck(_adaln, (x, None, None, None, scale, shift, EPS))
-    torch.library.opcheck(_adaln, (x, branch, bias, gate, None, None, 0.0))
+    torch.library.opcheck(adaln_op, (x, branch, bias, gate, scale, shift, EPS))
+    torch.library.opcheck(adaln_op, (x, branch, None, gate, scale, shift, EPS))
+    torch.library.opcheck(adaln_op, (x, None, None, None, scale, shift, EPS))
+    torch.library.opcheck(adaln_op, (x, branch, bias, gate, None, None, 0.0))

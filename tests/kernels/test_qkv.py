@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from varfast.kernels import block_causal_attention, qkv, reference, split_heads, split_heads_to_cache
+from varfast.kernels import block_causal_attention, qkv_triton, reference, split_heads, split_heads_to_cache
 
 EPS = 1e-12
 HAS_CPP = True
@@ -217,9 +217,11 @@ def test_split_heads_reads_and_writes_nothing_beside_its_tensors(path, monkeypat
         seas.append((inside, sea))
         return inside
 
-    monkeypatch.setattr(qkv, "_empty_heads", lambda x, h: empty(x, (x.shape[0], h, x.shape[1], x.shape[2] // 3 // h)))
     monkeypatch.setattr(
-        qkv, "_empty_product", lambda d: empty(d, (d.shape[0], d.shape[2], 3 * d.shape[1] * d.shape[3]))
+        qkv_triton, "_empty_heads", lambda x, h: empty(x, (x.shape[0], h, x.shape[1], x.shape[2] // 3 // h))
+    )
+    monkeypatch.setattr(
+        qkv_triton, "_empty_product", lambda d: empty(d, (d.shape[0], d.shape[2], 3 * d.shape[1] * d.shape[3]))
     )
     x, _ = in_a_sea((2, 5, 3 * 3 * 64), torch.float32, path.device)
     x.copy_(product(2, 5, 3))
@@ -250,6 +252,60 @@ def test_split_heads_to_cache_writes_its_rows_and_no_other(path, start, length, 
     for (cache, sea), rows in zip(seas, wanted[1:], strict=True):
         assert torch.equal(cache[:, :, start : start + length], rows)
         assert int(sea.isnan().sum()) == sea.numel() - rows.numel()
+
+
+POSITIONS = [
+    torch.tensor(4),
+    torch.tensor(0, dtype=torch.int32),
+    torch.tensor([0, 7]),
+    torch.tensor([[9, 5], [2, 6]])[:, 1],
+]
+
+
+@pytest.mark.parametrize("position", POSITIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (2, 3)])
+def test_split_heads_to_cache_at_a_position_on_the_device(path, position, dtype, start, length):
+    """The same bits as with the sum of both as an integer, image by image, and no other row."""
+    x, bias = product(2, length, 3, dtype=dtype).to(path.device), bias_of(product(2, length, 3)).to(path.device)
+    seas = [in_a_sea((2, 3, 14, 64), dtype, path.device) for _ in range(2)]
+    caches = [inside for inside, _ in seas]
+    at = position.to(path.device) if position.ndim == 0 else position.to(path.device).expand(2)
+    q = split_heads_to_cache(x, 3, True, *caches, start, bias, impl=path.impl, position=at)
+    wanted = split_heads(x, 3, True, bias, impl=path.impl)
+    assert torch.equal(q, wanted[0])
+    for (cache, sea), rows in zip(seas, wanted[1:], strict=True):
+        for image, first in enumerate(position.expand(2).tolist()):
+            assert torch.equal(cache[image, :, start + first : start + first + length], rows[image])
+        assert int(sea.isnan().sum()) == sea.numel() - rows.numel()
+
+
+def test_split_heads_to_cache_outside_the_cache(path):
+    x = product(2, 2, 2).to(path.device)
+    seas = [in_a_sea((2, 2, 5, 64), torch.float32, path.device) for _ in range(2)]
+    caches = [inside for inside, _ in seas]
+    for outside in ([0, 4], [-1, 0]):
+        position = torch.tensor(outside, device=path.device)
+        if path.impl == "triton":  # the row that is inside is written, the other is not
+            for _, sea in seas:
+                sea.fill_(float("nan"))
+            split_heads_to_cache(x, 2, True, *caches, 0, impl="triton", position=position)
+            for _, sea in seas:
+                assert int((~sea.isnan()).sum()) == 3 * 2 * 64
+        else:
+            with pytest.raises((ValueError, RuntimeError), match="outside the cache|out of bounds"):
+                split_heads_to_cache(x, 2, True, *caches, 0, impl=path.impl, position=position)
+
+
+def test_split_heads_to_cache_refuses_bad_positions(path):
+    x = product(2, 3, 2).to(path.device)
+    caches = [torch.zeros(2, 2, 5, 64, device=path.device) for _ in range(2)]
+    for position in (torch.zeros(3, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2)):
+        with pytest.raises(ValueError, match=r"want int32 or int64, \(\) for all images or \(2,\), one an image"):
+            split_heads_to_cache(x, 2, True, *caches, 0, impl=path.impl, position=position.to(path.device))
+    elsewhere = torch.zeros((), dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="position is on meta"):
+        split_heads_to_cache(x, 2, True, *caches, 0, impl=path.impl, position=elsewhere)
 
 
 def test_split_heads_to_cache_takes_caches_of_any_strides(path):
@@ -306,7 +362,7 @@ def test_split_heads_opcheck(path, l2_norm):
     if path.impl == "reference":
         pytest.skip("not an op")
     ops = torch.ops.varfast
-    split, into, backward = qkv._split_op, qkv._split_into_op, qkv._split_backward_op
+    split, into, backward = qkv_triton.split_op, qkv_triton.split_into_op, qkv_triton.split_backward_op
     if path.impl == "cpp":
         split, into, backward = ops.split_heads_cpp, ops.split_heads_into_cpp, ops.split_heads_backward_cpp
     x = product(2, 3, 2).to(path.device)
@@ -315,6 +371,8 @@ def test_split_heads_opcheck(path, l2_norm):
     torch.library.opcheck(split, (x.clone().requires_grad_(), bias.clone().requires_grad_(), 2, l2_norm))
     caches = [torch.zeros(2, 2, 5, 64, device=path.device) for _ in range(2)]
     torch.library.opcheck(into, (x, bias, 2, l2_norm, *(c[:, :, 1:4] for c in caches)))
+    if path.impl == "triton":
+        torch.library.opcheck(into, (x, bias, 2, l2_norm, *caches, torch.tensor([0, 1], device=path.device)))
     q, k, _, *inverse = split(x, None, 2, l2_norm)
     saved = (q, k, *inverse) if l2_norm else (None,) * 4
     for with_bias in (False, True):

@@ -5,6 +5,9 @@ What it fills in is all that a family must: see `Toy`, `ToyPolicy` and `build`.
 Axes: B image, L token, V vocabulary, C channel.
 """
 
+import json
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -21,6 +24,8 @@ from varfast.policies.sampler import Sampled
 from varfast.policies.var.config import LoRAConfig
 from varfast.randomness import Key
 from varfast.runs import load
+from varfast.runs.folder import RunFolder
+from varfast.train import train
 from varfast.types import NotFinitePolicy, Prompts, Sampling
 
 VOCAB, SIDE, CLASSES, WIDTH = 8, 4, 5, 32
@@ -167,6 +172,14 @@ def test_strict_mode_is_refused_of_a_family_without_it():
         make(strict=True)
 
 
+def test_a_policy_is_freed_when_nobody_holds_it():
+    policy = make()
+    policy.sample_images(LABELS, Sampling(), Key(0))
+    held = weakref.ref(policy)
+    del policy
+    assert held() is None  # without the garbage collector: an evaluation loads one model after the other
+
+
 def test_weights_that_are_not_finite_are_named():
     policy = make()
     with torch.no_grad():
@@ -181,3 +194,21 @@ def test_a_policy_of_a_config_is_of_the_family_that_is_built(make_config, monkey
     assert isinstance(policy, ToyPolicy)
     images = policy.decode(policy.sample(LABELS, seed=0).tokens_BL)
     assert mse_loss(policy.decode(policy.encode(images)), images) == 0.0
+
+
+def test_the_trainer_trains_a_toy_family_and_goes_on(make_config):
+    options = {"policy__var": {"depth": 1, "patch_nums": [1, 2], "vocab_size": 16, "code_width": 4}}
+    options["policy__var"]["num_classes"] = CLASSES
+    straight = make_config(**options, update__lr=1e-2)
+    assert train(straight, policy=make()) == 0
+    rows = [json.loads(line) for line in (Path(straight.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["ratio_gap_max"] < 1e-5 and row["grad_norm"] > 0 for row in rows)
+    trained = torch.load(RunFolder(straight.run.dir).weights, weights_only=True)
+    assert list(trained) == list(Toy().state_dict())
+    assert not torch.equal(trained["fc.weight"], make().trainable.fc.weight)
+    in_parts = straight.run.dir + "_in_parts"
+    for steps in (2, 3):
+        assert train(make_config(**options, update__lr=1e-2, run__dir=in_parts, run__steps=steps), policy=make()) == 0
+    again = torch.load(RunFolder(in_parts).weights, weights_only=True)
+    assert all(torch.equal(trained[name], tensor) for name, tensor in again.items())

@@ -13,7 +13,7 @@ from varfast.rewards import RewardConfig, WeightedSum, aesthetic
 from varfast.rewards.aesthetic import AestheticReward
 from varfast.rewards.backbone import Backbone
 from varfast.rewards.brightness import Brightness, BrightnessReward, brightness
-from varfast.rewards.building import Building, Score, Weight, on_images
+from varfast.rewards.building import Building, Reward, Weight, on_images
 from varfast.rewards.clip import ClipReward
 from varfast.rewards.function import FunctionReward
 from varfast.rewards.preprocess import Preprocessing
@@ -188,8 +188,8 @@ class RednessReward(Section):
     type: Literal["redness"] = Field(description="the kind of reward")
     weight: Weight = Field(1.0, description="factor in the sum")
 
-    def build(self, building: Building) -> Score:
-        return on_images(lambda images, labels_B: images[:, 0].mean(dim=(1, 2)) + labels_B)
+    def build(self, building: Building) -> Reward:
+        return on_images(building, lambda images, labels_B: images[:, 0].mean(dim=(1, 2)) + labels_B)
 
     def reaches_outside(self) -> str | None:
         return None
@@ -202,3 +202,52 @@ def test_a_new_reward_is_a_section_with_two_methods_and_a_line_of_the_union(imag
     scored = WeightedSum(components)(images, LABELS + 3)
     torch.testing.assert_close(scored.components["red"], images[:, 0].mean(dim=(1, 2)) + 3)
     torch.testing.assert_close(scored.total_B, 2 * scored.components["red"] + scored.components["luma"])
+
+
+class Surprise:
+    """A reward with a state: how far an image is from the mean of the images of earlier steps."""
+
+    def __init__(self):
+        self.mean, self.steps = torch.zeros(1), torch.zeros(1)
+
+    def measure(self, scored):
+        return torch.stack([scored.images.mean(dim=(1, 2, 3)), scored.batch.labels.float()], dim=1)
+
+    def score(self, measured):
+        return (measured[:, 0] - self.mean).abs()
+
+    def learn(self, measured):
+        self.steps += 1
+        self.mean += (measured[:, 0].mean() - self.mean) / self.steps
+
+    def state(self):
+        return {"mean": self.mean, "steps": self.steps}
+
+
+@pytest.fixture
+def surprise(monkeypatch):
+    monkeypatch.setattr(BrightnessReward, "build", lambda self, building: Surprise())
+    return {"new": {"type": "brightness"}}
+
+
+def test_a_reward_with_state_scores_over_the_step_and_learns_afterwards(images, surprise):
+    reward = WeightedSum({"new": BrightnessReward(type="brightness", weight=2.0)})
+    measured = reward.measure(images, LABELS)
+    mean = images.mean(dim=(1, 2, 3))
+    torch.testing.assert_close(reward.score(measured).total_B, 2 * mean)
+    torch.testing.assert_close(reward(images, LABELS).total_B, 2 * mean)
+    assert reward.state()["new.mean"] == 0
+    reward.learn(measured)
+    torch.testing.assert_close(reward.score(measured).components["new"], (mean - mean.mean()).abs())
+
+
+def test_a_run_saves_the_state_of_its_rewards(make_config, surprise, tmp_path):
+    def lines(folder):
+        rows = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
+        return [(row["step"], row["reward_mean"], row["loss"]) for row in rows]
+
+    settings = {"reward": surprise, "log__checkpoint_every": 1}
+    assert train(make_config(run__dir=str(tmp_path / "whole"), run__steps=3, **settings)) == 0
+    assert train(make_config(run__dir=str(tmp_path / "parts"), run__steps=2, **settings)) == 0
+    assert train(make_config(run__dir=str(tmp_path / "parts"), run__steps=3, **settings)) == 0
+    assert lines("parts") == lines("whole")

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from varfast.evaluation.judge import Numbers
+from varfast.evaluation.metrics import Numbers
 from varfast.evaluation.plan import Plan
 from varfast.files import open_regular, parse_json, read_bytes, save_text, write_atomically
 from varfast.printable import printable

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from varfast.data.datasets import DigitsClassifier
 from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.features import Network, load_network, to_levels
+from varfast.evaluation.metrics import Numbers
 from varfast.rewards import WeightedSum
 from varfast.rewards.classifier import ClassifierConfig, Confidence
 from varfast.types import InputError
-
-# Arrays with a row for each image, by name.
-Numbers = dict[str, np.ndarray]
 
 
 class Judge:

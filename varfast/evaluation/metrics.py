@@ -18,6 +18,9 @@ import torch
 
 from varfast.types import InputError
 
+# Arrays with a row for each image, by name of what they hold.
+Numbers = dict[str, np.ndarray]
+
 # The manifold of a set is estimated from so many nearest neighbours, and from at most so many images: prdc holds
 # several matrices of N x M distances, 0.8 GB each for 10 000 images.
 NEIGHBOURS = 5
@@ -130,9 +133,8 @@ def fid(a: Statistics, b: Statistics) -> float:
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     stats = [{"mu": s.mu_D, "sigma": s.sigma_DD} for s in (a, b)]
-    return max(
-        0.0, float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
-    )  # of equal distributions it may be -1e-8
+    # Of equal distributions it may be -1e-8.
+    return max(0.0, float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID]))
 
 
 def inception_score(logits_NK: np.ndarray) -> float:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from varfast.evaluation.features import RealImages
-from varfast.evaluation.judge import Numbers
 from varfast.evaluation.metrics import (
     NEIGHBOURS,
     Estimate,
+    Numbers,
     difference_interval,
     diversity,
     fid,

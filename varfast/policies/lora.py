@@ -111,9 +111,9 @@ def peft_adapter(model: MixedPrecision, config: LoRAConfig, base: str) -> tuple[
     Args:
         base: where the weights of the model beneath came from, for adapter_config.json.
     """
-    noted = _peft_config(model, config)
-    noted.base_model_name_or_path, noted.inference_mode = base, True
-    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in noted.to_dict().items()}
+    described = _peft_config(model, config)
+    described.base_model_name_or_path, described.inference_mode = base, True
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in described.to_dict().items()}
     tensors = {
         # The prefix of peft.PeftModel.
         f"base_model.model.{name}.{kind}.weight": getattr(layer, kind)[_ADAPTER].weight.detach().cpu().contiguous()

@@ -22,7 +22,8 @@ from varfast.distributed import is_sharded, whole
 from varfast.kernels.linear import LowPrecisionLinear, weight_gradient
 
 _Copied = Literal["weight", "bias"]
-_optimizer_steps = 0  # of all optimizers of this process: fused ones write weights without telling autograd
+# Steps of all optimizers of this process. Fused optimizers write weights without raising their version counters.
+_optimizer_steps = 0
 
 
 def _count_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -34,17 +35,17 @@ register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 class Linear(nn.Linear):
-    """The one place of the model's precision: weights stay as they are stored, the product is in the input's dtype.
+    """A linear layer that keeps its weights as they are stored and multiplies in the dtype of its input.
 
-    Where the two differ, a copy of weight and bias in the input's dtype is kept and read, by rollout, update and
-    reference alike, and written anew when the weights have changed: after a step of any torch.optim.Optimizer, after
-    any in-place operation of PyTorch, after the tensor was replaced. What changes weights in another way (a kernel of
-    its own, a replayed CUDA graph) must call VAR.refresh_copies() afterwards. The gradient of the weight goes from the
-    product into the weight's own dtype, not through a 16-bit tensor.
+    Where the two dtypes differ, the layer keeps low-precision copies of weight and bias, which rollout, update and
+    reference all read. A copy is written again when its weight has changed: after a step of any torch.optim.Optimizer,
+    after any in-place operation of PyTorch, after the tensor was replaced. Code that changes weights in another way (a
+    kernel of our own, a replayed CUDA graph) must call MixedPrecision.refresh_copies() afterwards. The gradient of the
+    weight is written in the weight's own dtype and never stored in 16 bits.
 
     Attributes:
-        strict: a row's bits do not depend on the other rows: see varfast/policies/strict.py.
-        keeps_copies: False casts at each use: FSDP exchanges the weights behind PyTorch's back.
+        strict: the bits of a row do not depend on the other rows: see varfast/policies/strict.py.
+        keeps_copies: False casts at each use. FSDP replaces the weights' storage without a change that PyTorch counts.
     """
 
     strict = False
@@ -75,15 +76,15 @@ class Linear(nn.Linear):
     def strict_product(
         self, input: Tensor, bias: Tensor | None, gelu: bool = False, float32_out: bool = False
     ) -> Tensor:
-        """The product of strict mode, from the copy of the weight where there is one."""
+        """The product in strict mode, with the low-precision copy of the weight if there is one."""
         if self.keeps_copies and self.weight.dtype != input.dtype:
             low_MC = self.low_precision("weight", input.dtype)
             return kernels.invariant_linear(input, low_MC, bias, gelu, float32_out, self.weight)
         return kernels.invariant_linear(input, self.weight.to(input.dtype), bias, gelu, float32_out)
 
     def low_precision(self, name: _Copied, dtype: torch.dtype) -> Tensor:
-        """The copy of a parameter in `dtype`, up to date."""
-        parameter: Tensor = getattr(self, name)  # torch.func.functional_call puts tensors where parameters were
+        """The copy of a parameter in `dtype`, brought up to date."""
+        parameter: Tensor = getattr(self, name)  # torch.func.functional_call replaces parameters by tensors
         copied = self._buffers[f"_low_{name}"]
         if parameter.dtype == dtype:
             return parameter.detach()
@@ -96,7 +97,7 @@ class Linear(nn.Linear):
         return copied
 
     def mark_copied(self, name: _Copied) -> None:
-        """The copy of a parameter is what the parameter is now."""
+        """Record that the copy of a parameter holds the parameter's present value."""
         parameter: Tensor = getattr(self, name)
         self._copied[name] = (weakref.ref(parameter), parameter._version, parameter.data_ptr(), _optimizer_steps)
 
@@ -108,7 +109,7 @@ class Linear(nn.Linear):
         return of() is parameter and state == [parameter._version, parameter.data_ptr(), _optimizer_steps]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: they have parameters of their own, of which nothing has been copied yet."""
+        """For deepcopy and pickle: the new module has its own parameters, which have not been copied yet."""
         return self.__dict__ | {"_copied": {}}
 
     def drop_copies(self) -> None:
@@ -118,26 +119,26 @@ class Linear(nn.Linear):
 
 
 class BranchLinear(Linear):
-    """A Linear whose bias is added by the op that reads its product: there the bias's gradient costs no extra pass.
+    """A Linear that leaves its bias to the op that reads its product, where the bias's gradient costs no extra pass.
 
-    Sharded (keeps_copies False) it adds the bias itself: outside of its forward the bias is spread over processes.
+    A sharded layer (keeps_copies False) adds the bias itself: outside of its forward, each process has only a shard.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         return self.product(input, with_bias=not self.keeps_copies)
 
     def with_gelu(self, input: Tensor) -> Tensor:
-        """Strict forward with its bias, through tanh GELU in the product's own kernel."""
+        """Strict mode: product, bias and tanh GELU in one kernel."""
         return self.strict_product(input, self.get_parameter("bias").to(input.dtype), gelu=True)
 
     @property
     def bias_left(self) -> Tensor | None:
-        """What is still to be added to the result of forward."""
+        """The bias that the caller must still add to the result of forward; None if it is in it."""
         return self.bias if self.keeps_copies else None
 
 
 def bias_left(module: nn.Module) -> Tensor | None:
-    """Of a BranchLinear, or of the one beneath an adapter."""
+    """BranchLinear.bias_left of a layer, or of the layer under its LoRA adapter."""
     layer = module if isinstance(module, BranchLinear) else module.base_layer
     assert isinstance(layer, BranchLinear)
     return layer.bias_left

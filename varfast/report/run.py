@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from varfast.evaluation.metrics import Numbers
 from varfast.report.elements import brief
 from varfast.report.pictures import Extremes, Grid, picture_uri, read_extremes, read_grids
 from varfast.report.reading import (
@@ -27,7 +28,7 @@ from varfast.report.reading import (
     validated,
 )
 from varfast.runs.before_after import FILE as BEFORE_AFTER
-from varfast.runs.before_after import Numbers, as_numbers, means
+from varfast.runs.before_after import as_numbers, means
 from varfast.types import InputError
 
 # One of these is in every run folder.

@@ -3,9 +3,8 @@
 To add a reward, write one file and name its section in RewardConfig below. The file holds the section of the config and
 the class that computes. The section has two methods::
 
-    build(building) -> Score or StepReward
-        makes the reward: a function of images, or one that compares all images of a step and may have a state;
-        building.py has what it is given, and what the result is called with
+    build(building) -> Reward
+        makes the reward; building.py has what it is given, and what a reward does
     reaches_outside() -> str | None
         what the reward does beyond computing on the images: the code that it runs, the server that it asks, the files
         that it reads. None: nothing, so that it may be taken from a run folder that somebody else made
@@ -34,7 +33,7 @@ from pydantic import Field
 
 from varfast.rewards.aesthetic import AestheticReward
 from varfast.rewards.brightness import BrightnessReward
-from varfast.rewards.building import Building, Scored, StepReward
+from varfast.rewards.building import Building, Scored
 from varfast.rewards.classifier import ClassifierReward
 from varfast.rewards.clip import ClipReward
 from varfast.rewards.function import FunctionReward
@@ -83,71 +82,56 @@ class WeightedSum:
         self._seed, self._names = seed, names
         self.weights = {name: config.weight for name, config in components.items()}
         building = Building(section, torch.device(device), num_classes, seed, beside)
-        self._components = {
+        self._rewards = {
             name: config.build(replace(building, key=f"{section}.{name}")) for name, config in components.items()
         }
         for backbone in building.backbones.values():
             backbone.drop_text_tower()
 
     def __call__(self, images: Tensor, labels_B: Tensor, step: int | None = None, first_sample: int = 0) -> Rewards:
-        """Score (B, 3, H, W) images in [0, 1], which are all that there are; state stays as it is.
-
-        Args:
-            step: of the training; None in an evaluation.
-            first_sample: number of the first image among those of the step.
-        Raises: InputError if a component returns anything but (B,) numbers; NotFiniteReward, which is one too, if it or
-            the sum holds a number that is not finite.
-        """
-        return self.score(self.measure(images, labels_B, step, first_sample), labels_B, learn=False)
+        """`measure`, then `score`, of one process's images."""
+        return self.score(self.measure(images, labels_B, step, first_sample))
 
     def measure(
         self, images: Tensor, labels_B: Tensor, step: int | None = None, first_sample: int = 0
     ) -> dict[str, Tensor]:
-        """What `score` needs of the images of this process, (B, ...) by component. Arguments and errors as above."""
-        import torch
-
-        from varfast.rewards.scores import must_be_finite, scores
-
-        scored = Scored(images, self._batch(labels_B, step), first_sample)
-        found = {}
-        with torch.no_grad():
-            for name, reward in self._components.items():
-                if isinstance(reward, StepReward):
-                    found[name] = reward.measure(scored)
-                    must_be_finite(name, found[name].flatten())
-                else:
-                    found[name] = scores(name, reward(scored), len(images), images.device)
-        return found
-
-    def score(self, measured: dict[str, Tensor], labels_B: Tensor, learn: bool) -> Rewards:
-        """Rewards of all images of a step, from what all processes measured. The same on each of them.
+        """What each component measures of (B, 3, H, W) images in [0, 1]: (B, ...) by name.
 
         Args:
-            learn: the step counts for the state of rewards that have one.
-        Raises: as above.
+            step: of the training; None in an evaluation.
+            first_sample: number of the first image among those of the step.
+        Raises: InputError if a component returns anything but (B,) numbers; NotFiniteReward, which is one too, if a
+            number is not finite.
         """
         import torch
 
-        from varfast.rewards.scores import must_be_finite, scores
-
-        found = dict(measured)
+        scored = Scored(images, self._batch(labels_B, step), first_sample)
         with torch.no_grad():
-            for name, reward in self._components.items():
-                if isinstance(reward, StepReward):
-                    value = reward.score(measured[name], labels_B, learn)
-                    found[name] = scores(name, value, len(labels_B), labels_B.device)
+            return {name: reward.measure(scored) for name, reward in self._rewards.items()}
+
+    def score(self, measured: dict[str, Tensor]) -> Rewards:
+        """The rewards of all images of a step, from what the processes measured.
+
+        Raises: NotFiniteReward if the sum holds a number that is not finite.
+        """
+        import torch
+
+        from varfast.rewards.scores import must_be_finite
+
+        with torch.no_grad():
+            found = {name: reward.score(measured[name]) for name, reward in self._rewards.items()}
             total_B = torch.stack([weight * found[name] for name, weight in self.weights.items()]).sum(dim=0)
         must_be_finite("(their weighted sum)", total_B)
         return Rewards(total_B, found)
 
+    def learn(self, measured: dict[str, Tensor]) -> None:
+        """Components that keep a state take the images of a step of training into it."""
+        for name, reward in self._rewards.items():
+            reward.learn(measured[name])
+
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the components, by COMPONENT.NAME; to load, write into the tensors."""
-        return {
-            f"{name}.{key}": tensor
-            for name, reward in self._components.items()
-            if isinstance(reward, StepReward)
-            for key, tensor in reward.state().items()
-        }
+        """What the components keep from step to step, to save, or to load into, in place."""
+        return {f"{name}.{key}": t for name, reward in self._rewards.items() for key, t in reward.state().items()}
 
     def _batch(self, labels_B: Tensor, step: int | None) -> RewardBatch:
         labels = labels_B.tolist()

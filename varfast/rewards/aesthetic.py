@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from varfast.rewards.building import Building, Score, Weight, on_embeddings, reads_or_fetches
+from varfast.rewards.building import Building, Reward, Weight, on_embeddings, reads_or_fetches
 from varfast.rewards.clip import ClipModel
 from varfast.rewards.files import fetch, file_name
 from varfast.settings.section import Source
@@ -43,12 +43,12 @@ class AestheticReward(ClipModel):
     def clip_model(self) -> str:
         return CLIP_MODEL.removesuffix("-quickgelu")
 
-    def build(self, building: Building) -> Score:
+    def build(self, building: Building) -> Reward:
         from varfast.rewards.backbone import backbone_spec
 
         head = Aesthetic(self.head, building.device, f"{building.key}.head")
         spec = backbone_spec(CLIP_MODEL, self.pretrained, self.dtype, building.key)
-        return on_embeddings(building.backbone(spec, self.batch_size), head)
+        return on_embeddings(building, building.backbone(spec, self.batch_size), head)
 
     def reaches_outside(self) -> str:
         return reads_or_fetches(self.pretrained, self.head)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from varfast.rewards.building import Building, Score, Weight, on_images
+from varfast.rewards.building import Building, Reward, Weight, on_images
 from varfast.settings.section import Section
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ class BrightnessReward(Section):
     )
     threshold: float | None = Field(None, ge=-1e6, le=1e6, description="default: 0.8 for bright, 0.2 for dark")
 
-    def build(self, building: Building) -> Score:
-        return on_images(Brightness(self.mode, self.threshold))
+    def build(self, building: Building) -> Reward:
+        return on_images(building, Brightness(self.mode, self.threshold))
 
     def reaches_outside(self) -> str | None:
         return None

@@ -1,4 +1,4 @@
-"""What a reward's config builds its reward from, and what the built reward is called with. No PyTorch.
+"""What the section of a reward is given to build it, and what a built reward does. No PyTorch.
 
 Axes: B image, D embedding.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from pydantic import Field
 
@@ -43,6 +43,11 @@ class Building:
     beside: Path | None = None
     backbones: dict[BackboneSpec, Backbone] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """Of the reward: what the user calls it, as mine."""
+        return self.key.partition(".")[2] or self.key
+
     def backbone(self, spec: BackboneSpec, batch_size: int) -> Backbone:
         """A CLIP model, which works in the smallest of the batch sizes that it is asked for with."""
         from varfast.rewards.backbone import Backbone
@@ -76,41 +81,66 @@ class Scored:
         return self._embeddings[backbone]
 
 
-# What `build` returns: from images to (B,) numbers, which are checked by whoever calls it (scores.py); or a StepReward.
-Score = Callable[[Scored], Any]
-
-
-@runtime_checkable
-class StepReward(Protocol):
-    """A reward of each image among all images of a step, such as a distance between distributions.
-
-    Each process measures its own images; what was measured is gathered, and every process scores the whole step.
-    """
+class Reward(Protocol):
+    """What a section builds. Its state, if it has one, is saved with the run and loaded in place."""
 
     def measure(self, scored: Scored) -> Tensor:
-        """(b, ...) of finite numbers about this process's images."""
+        """On each process, of its own images: (B, ...), a row for each.
+
+        Raises: InputError if there is none; NotFiniteReward, which is one too, for numbers that are not finite.
+        """
         ...
 
-    def score(self, measured: Tensor, labels_B: Tensor, learn: bool) -> Tensor:
-        """(B,) from what all processes measured.
+    def score(self, measured: Tensor) -> Tensor:
+        """(B,) float32, from what the processes measured of all images of a step, (B, ...). It changes no state."""
+        ...
 
-        learn: the step counts for the reward's state, if it has one. Equal on all processes, and so is the state then.
+    def learn(self, measured: Tensor) -> None:
+        """Take the images of a step of training into the state, in place; not called for a step that is skipped.
+
+        Each process has its own copy of the state, so what is done must be a function of state and `measured` alone.
         """
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, by name; a run that goes on loads it in place. {} without a state."""
+        """The tensors that `learn` changes, by name; {} for a reward that keeps nothing."""
         ...
 
 
-def on_images(reward: Callable[[Tensor, Tensor], Any]) -> Score:
-    """A reward of images (B, 3, H, W) and labels (B,)."""
-    return lambda scored: reward(scored.images, scored.batch.labels)
+class PerImage:
+    """A reward that looks at each image by itself: what it measures is the score.
+
+    Args:
+        building: where it stands.
+        function: what it computes: (B,) numbers of any kind, which are checked.
+    """
+
+    def __init__(self, building: Building, function: Callable[[Scored], Any]) -> None:
+        self._name, self._function = building.name, function
+
+    def measure(self, scored: Scored) -> Tensor:
+        from varfast.rewards.scores import scores
+
+        return scores(self._name, self._function(scored), len(scored.images), scored.images.device)
+
+    def score(self, measured: Tensor) -> Tensor:
+        return measured
+
+    def learn(self, measured: Tensor) -> None:
+        pass
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
 
 
-def on_embeddings(backbone: Backbone, reward: Callable[[Tensor, Tensor], Any]) -> Score:
-    """A reward of embeddings (B, D) and labels (B,)."""
-    return lambda scored: reward(scored.embeddings(backbone), scored.batch.labels)
+def on_images(building: Building, reward: Callable[[Tensor, Tensor], Any]) -> Reward:
+    """A reward of each image by itself, from images (B, 3, H, W) and labels (B,)."""
+    return PerImage(building, lambda scored: reward(scored.images, scored.batch.labels))
+
+
+def on_embeddings(building: Building, backbone: Backbone, reward: Callable[[Tensor, Tensor], Any]) -> Reward:
+    """A reward of each image by itself, from embeddings (B, D) and labels (B,)."""
+    return PerImage(building, lambda scored: reward(scored.embeddings(backbone), scored.batch.labels))
 
 
 def reads_or_fetches(*sources: object) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from varfast.rewards.building import Building, Score, Weight, on_images
+from varfast.rewards.building import Building, Reward, Weight, on_images
 from varfast.rewards.files import fetch, file_name
 from varfast.settings.section import Section, Source
 from varfast.types import InputError
@@ -45,12 +45,13 @@ class ClassifierReward(ClassifierConfig):
     type: Literal["classifier"] = Field(description="the kind of reward")
     weight: Weight = Field(1.0, description="factor in the sum")
 
-    def build(self, building: Building) -> Score:
+    def build(self, building: Building) -> Reward:
         key, num_classes = building.key, building.num_classes
         if self.model == "digits":
-            return on_images(DigitsConfidence(num_classes, key))
+            return on_images(building, DigitsConfidence(num_classes, key))
         return on_images(
-            Confidence(self.model, self.weights, self.file, building.device, self.batch_size, num_classes, key)
+            building,
+            Confidence(self.model, self.weights, self.file, building.device, self.batch_size, num_classes, key),
         )
 
     def reaches_outside(self) -> str | None:

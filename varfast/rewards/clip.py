@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from varfast.rewards.building import Building, Score, Weight, on_embeddings, reads_or_fetches
+from varfast.rewards.building import Building, Reward, Weight, on_embeddings, reads_or_fetches
 from varfast.rewards.files import read_names
 from varfast.settings.section import Section, Source
 from varfast.types import InputError
@@ -59,7 +59,7 @@ class Text(Section):
 class TextReward(ClipModel, Text):
     """What the rewards of images and texts have in common."""
 
-    def similarity(self, building: Building, spec: BackboneSpec) -> Score:
+    def similarity(self, building: Building, spec: BackboneSpec) -> Reward:
         """The reward under the CLIP model that `spec` describes.
 
         Raises: InputError if names cannot be read, weights cannot be had, or a text is too long for the model.
@@ -67,7 +67,7 @@ class TextReward(ClipModel, Text):
         texts = prompts(self.prompt, self.label_prompt, self.names, building.num_classes, building.key)
         backbone = building.backbone(spec, self.batch_size)
         texts_ND = backbone.embed_texts(texts, building.key)
-        return on_embeddings(backbone, TextSimilarity(texts_ND, self.label_prompt is not None))
+        return on_embeddings(building, backbone, TextSimilarity(texts_ND, self.label_prompt is not None))
 
 
 class ClipReward(TextReward):
@@ -86,7 +86,7 @@ class ClipReward(TextReward):
     def clip_model(self) -> str:
         return self.model.removesuffix("-quickgelu")
 
-    def build(self, building: Building) -> Score:
+    def build(self, building: Building) -> Reward:
         from varfast.rewards.backbone import backbone_spec
 
         return self.similarity(building, backbone_spec(self.model, self.pretrained, self.dtype, building.key))

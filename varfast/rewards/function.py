@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from varfast.printable import printable
-from varfast.rewards.building import Building, Score, Scored, Weight
+from varfast.rewards.building import Building, PerImage, Reward, Scored, Weight
 from varfast.settings.paths import check_source
 from varfast.settings.problems import show
 from varfast.settings.reading import is_finite
@@ -69,8 +69,8 @@ class FunctionReward(Section):
             raise ValueError(f"got {show(args)}; want finite numbers, below 2**63")
         return args
 
-    def build(self, building: Building) -> Score:
-        return UserReward(self, building)
+    def build(self, building: Building) -> Reward:
+        return PerImage(building, UserReward(self, building))
 
     def reaches_outside(self) -> str:
         return f"runs {self.function}"
@@ -96,7 +96,7 @@ class UserReward:
         from varfast.rewards.shield import shielded
 
         key, device = building.key, building.device
-        self._name = key.partition(".")[2] or key
+        self._name = building.name
         self._source = config.function
         self._shielded = functools.partial(shielded, self._name, device)
         self._key = (building.seed, int(Purpose.REWARD), zlib.crc32(self._name.encode("utf-8", "replace")))

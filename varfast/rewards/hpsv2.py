@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from varfast.rewards.building import Building, Score, Weight, reads_or_fetches
+from varfast.rewards.building import Building, Reward, Weight, reads_or_fetches
 from varfast.rewards.clip import TextReward
 from varfast.settings.section import Source
 
@@ -32,7 +32,7 @@ class HPSv2Reward(TextReward):
     def clip_model(self) -> str:
         return CLIP_MODEL
 
-    def build(self, building: Building) -> Score:
+    def build(self, building: Building) -> Reward:
         return self.similarity(building, hpsv2_spec(self.pretrained, self.dtype))
 
     def reaches_outside(self) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from varfast.printable import printable
-from varfast.rewards.building import Building, Score, Weight, on_images
+from varfast.rewards.building import Building, Reward, Weight, on_images
 from varfast.settings.paths import address_parts
 from varfast.settings.problems import show
 from varfast.settings.schema import Wanted
@@ -58,8 +58,8 @@ class HttpReward(Section):
     batch_size: int = Field(64, ge=1, le=1_000_000, description="images a request")
     max_response_bytes: int = Field(1_000_000, ge=1, le=MANY, description="a longer answer is refused")
 
-    def build(self, building: Building) -> Score:
-        return on_images(Http(self, building.key))
+    def build(self, building: Building) -> Reward:
+        return on_images(building, Http(self, building.key))
 
     def reaches_outside(self) -> str:
         return f"asks {self.url}"

@@ -17,7 +17,7 @@ import torch
 
 from varfast.config import Config
 from varfast.data.datasets import DigitsClassifier
-from varfast.evaluation.metrics import difference_interval
+from varfast.evaluation.metrics import Numbers, difference_interval
 from varfast.files import read_json, save_text
 from varfast.policies.protocol import Policy
 from varfast.progress import Progress
@@ -25,9 +25,6 @@ from varfast.randomness import EVAL_STEP
 from varfast.rewards import WeightedSum
 from varfast.tables import text_table
 from varfast.types import InputError
-
-# (N,) float64 by name: reward, reward/<component>, entropy, accuracy (0 or 1).
-Numbers = dict[str, np.ndarray]
 
 FILE = "before_after.json"
 _CHUNK_IMAGES = 256
@@ -41,7 +38,8 @@ class BeforeAfter:
         config: of the run.
         labels: that the run trains on; the first eval.max_labels are sampled, eval.samples_per_label images each.
     Attributes:
-        values: "before" and "after", each if it has been measured.
+        values: "before" and "after", each if it has been measured: (N,) float64 by name, which is reward,
+            reward/<component>, entropy or accuracy (0 or 1).
     """
 
     def __init__(self, folder: Path, config: Config, labels: list[int]) -> None:

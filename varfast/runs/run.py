@@ -30,7 +30,6 @@ from varfast.perf.profile import memory_metrics, profiled
 from varfast.perf.stages import StageClock, stage
 from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
-from varfast.rewards import WeightedSum
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, refuse_diverged
@@ -110,30 +109,37 @@ class Run:
         return memory_advice(part, self.setup.work, self.setup.plan)
 
     def score(self, images: Tensor, rollout: Rollout, key: Key) -> tuple[Rollout, Rewards] | BaseException:
-        """What all processes have sampled in this step, with its rewards; or what kept a process from scoring.
+        """What all processes have sampled in this step, and its rewards; or what kept a process from measuring them.
 
         images, rollout: of this process.
         """
-        world, count = self.setup.world, self.config.rollout.images
-        measured = _measure(self.state.rewards, images, rollout, key, world, self.advised("reward"))
+        world, rewards = self.setup.world, self.state.rewards
+        measured = _measured(rewards.measure, images, rollout, key, world, self.advised("reward"))
         if isinstance(measured, BaseException):
             return measured
+        count = self.config.rollout.images
+        measured = {name: world.gather(value, count) for name, value in measured.items()}
+        try:
+            scores = rewards.score(measured)
+        except NotFiniteReward as error:  # of a sum: the same in all processes
+            return error
+        rewards.learn(measured)
+        return self._gathered(rollout), scores
+
+    def _gathered(self, rollout: Rollout) -> Rollout:
+        """What all processes have sampled."""
+        world, images = self.setup.world, self.config.rollout.images
         # The transformer's input of 512 images of the public models is 44 MB: 0.2 ms between GPUs of one machine, 2 ms
         # at 25 GB/s. Computing it again takes each of two processes 3 ms, and may differ in the last bit.
         read = rollout.teacher_input
-        of_all = replace(
+        return replace(
             rollout,
-            prompts=Prompts(world.gather(rollout.prompts.ids_B, count)),
-            tokens_BL=world.gather(rollout.tokens_BL, count),
-            logp_BL=world.gather(rollout.logp_BL, count),
-            entropy_BL=world.gather(rollout.entropy_BL, count),
-            teacher_input=None if read is None else world.gather(read, count),
+            prompts=Prompts(world.gather(rollout.prompts.ids_B, images)),
+            tokens_BL=world.gather(rollout.tokens_BL, images),
+            logp_BL=world.gather(rollout.logp_BL, images),
+            entropy_BL=world.gather(rollout.entropy_BL, images),
+            teacher_input=None if read is None else world.gather(read, images),
         )
-        gathered_rewards = {name: world.gather(part, count) for name, part in measured.items()}
-        try:
-            return of_all, self.state.rewards.score(gathered_rewards, of_all.labels_B, learn=True)
-        except NotFiniteReward as error:  # on all processes alike
-            return error
 
     def drift(self, rollout: Rollout) -> dict[str, float]:
         """The KL to the base where the loss has none and it is due: of the policy that sampled this step's images.
@@ -303,22 +309,21 @@ class Run:
         log.grid(self.state.step, policy.decode(rollout.tokens_BL), columns, titles)
 
 
-def _measure(
-    rewards: WeightedSum,
+def _measured(
+    measure: Callable[..., dict[str, Tensor]],
     images: Tensor,
     rollout: Rollout,
     key: Key,
     world: World,
     advised: AbstractContextManager[None],
 ) -> dict[str, Tensor] | BaseException:
-    """What this process's images are scored by; an exception if this or another process could not measure them."""
     found: dict[str, Tensor] | BaseException
     try:
         check_finite(rollout, images)  # here, where the reward waits for the images anyway
         with stage("reward"), advised:
-            found = rewards.measure(images, rollout.labels_B, key.step, key.first_sample)
-    except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt too: `Run.skip` raises it
-        found = error
+            found = measure(images, rollout.labels_B, key.step, key.first_sample)
+    except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once all
+        found = error  # processes know, and the state is saved
     rank = 3 if isinstance(found, NotFinitePolicy) else 1 if isinstance(found, NotFiniteReward) else 2
     worst = world.largest(rank if isinstance(found, BaseException) else 0)
     if worst == 3 and not isinstance(found, NotFinitePolicy):

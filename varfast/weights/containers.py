@@ -36,8 +36,8 @@ _MSDOS_FOLDER = 0x10
 # Deflate makes photographs 1.1 to 3 times smaller, and zeros 1000 times.
 _MOST_COMPRESSED = 200
 
-# Names in a pickle that make tensors and plain data. All others are refused by name before torch sees the file;
-# bytearray too, which torch allows and which takes any amount of memory from a file of 50 bytes.
+# Names in a pickle that make tensors and simple data. All others are refused by name before torch sees the file;
+# bytearray too, which torch allows: a file of 50 bytes could allocate any amount of memory with it.
 _HARMLESS = re.compile(
     r"collections\.(OrderedDict|Counter)|(__builtin__|builtins)\.(set|complex)|_codecs\.encode"
     r"|torch\.(Size|Tensor|device|nn\.parameter\.Parameter|serialization\._get_layout|\w*Storage)"

@@ -24,7 +24,8 @@ from varfast.weights.hub import fetch_from_hub, one_line
 
 Kind = Literal["torch", "legacy torch", "safetensors", "npz"]
 
-# What damaged bytes make zipfile, pickle, NumPy and torch raise. Found by flipping bits: tests/fuzz/test_weights.py.
+# Exceptions that zipfile, pickle, NumPy and torch raise for damaged bytes. Found by flipping bits
+# (tests/fuzz/test_weights.py).
 _DAMAGE = (
     ArithmeticError,
     AssertionError,
@@ -142,7 +143,7 @@ def resolve(address: str) -> Path:
 
 @contextmanager
 def damage_named(path: Path, what: str) -> Iterator[None]:
-    """What damaged bytes raise inside becomes one InputError."""
+    """Turn whatever damaged bytes raise in the body into one InputError that names the file."""
     try:
         yield
     except InputError:

@@ -1,18 +1,19 @@
 """The VQ-VAE's decoder for the rollout: the function of VQVAE.decode_f_hat, without gradient, on prepared weights.
 
-What differs from vqvae.py, which stays the specification:
+What differs from tokenizer.py, which is the specification:
 
 - One dtype throughout, bfloat16 or float32, and channels_last, the layout of the convolution kernels.
 - Nearest upsampling and the 3x3 convolution after it are one transposed convolution: a pixel of the larger image sees
-  2x2 pixels of the smaller one, through sums of the 3x3 taps. 4/9 of the arithmetic (42 of 394 GFLOP an image of the
-  public model at 256 px are saved), and the upsampled image is not stored.
-- The last convolution makes 64 channels on a GPU, of which 3 are read: for 16 or fewer cuDNN takes an engine without
+  2x2 pixels of the smaller one, through sums of the 3x3 taps. That takes 4/9 of the arithmetic (it saves 42 of 394
+  GFLOP an image of the public model at 256 px), and the upsampled image is not stored.
+- The last convolution computes 64 channels on a GPU, of which 3 are read. For 16 or fewer, cuDNN takes a kernel without
   tensor cores (an H100, 64 images of 256 px: 24.1 ms for 3, 1.80 ms for 32, 1.54 ms for 64, although it writes more).
-  Who reads 3 of a pixel's channels moves 32 bytes, be they 32 or 64. A CPU takes as long for 16 as for 3, twice for 32.
-- The 3x3 convolutions add no bias: on a GPU that is a pass of its own over the image. A bias is carried as a vector
-  beside the image; GroupNorm adds it to what it reads, at no cost.
-- GroupNorm and SiLU are one op. On a GPU the op before it leaves the statistics that it needs, and adds what a block
-  adds to its input on the way: two of the five passes over an image at the end of a block are saved.
+  Reading 3 channels of a pixel moves 32 bytes, whether it has 32 or 64. A CPU takes as long for 16 as for 3, and twice
+  as long for 32.
+- The 3x3 convolutions add no bias, which would be a pass of its own over the image on a GPU. Biases are kept as a
+  vector beside the image, and the next GroupNorm adds it to what it reads, at no cost.
+- GroupNorm and SiLU are one op. On a GPU the op before it measures the statistics that GroupNorm needs and adds the
+  block's residual in the same pass: that saves two of the five passes over an image at the end of a block.
 
 Axes: B image, C channel, HW side of the last scale, N position (of all B images).
 """
@@ -27,8 +28,8 @@ from varfast.kernels import ChannelMoments, channel_moments, conv3x3, group_norm
 from varfast.policies.var.tokenizer import VQVAE, AttnBlock, Level, ResnetBlock, Upsample
 from varfast.types import InputError
 
-# On a CPU images go on in parts from where they are larger than this together: glibc gives larger blocks back to the
-# system and pages them in anew each time, which was 5 % of the decode (docs/measured.md).
+# On a CPU, images that together are larger than this are decoded in parts: glibc returns larger blocks to the system
+# and maps them again each time, which was 5 % of the decode (docs/measured.md).
 _CPU_BYTES = 2**25
 # Channels of the last convolution on a GPU, in bfloat16.
 _CUDA_CHANNELS = 64
@@ -76,8 +77,8 @@ class FastDecoder:
 
         Args:
             f_hat: (B, C, HW, HW), any floating dtype.
-        Returns: (B, 3, H, W) in the decoder's dtype, channels innermost, on a GPU 3 of 64; within [-1, 1] but for what
-            the model overshoots: not clamped.
+        Returns: (B, 3, H, W) in the decoder's dtype, channels innermost (on a GPU a view of 3 of 64). Not clamped: the
+            model may leave [-1, 1] a little.
         """
         x = f_hat.to(self.dtype).contiguous(memory_format=torch.channels_last)
         return self._run(_measured(self._conv_in(self._post_quant_conv(x))), 0)
@@ -93,28 +94,28 @@ class FastDecoder:
         return self._conv_out(self._norm_out(image))[:, :3]
 
 
-# An image and, where it is not None, what the GroupNorm that reads it next can take as its statistics.
+# An image, and the statistics for the GroupNorm that reads it next, if they have been measured already.
 _Image = tuple[Tensor, ChannelMoments | None]
 
 
 def _measured(x: Tensor, residual: Tensor | None = None) -> _Image:
-    """x + residual, with its statistics where they are of use; x is used up."""
+    """x + residual, with its statistics if GroupNorm can use them. x may be overwritten."""
     return channel_moments(x, residual)
 
 
 def _wide(parameter: Tensor | None) -> Tensor:
-    """A parameter in float64, in which weights are combined before they are rounded once."""
+    """A parameter in float64: weights are combined in it and then rounded once."""
     assert parameter is not None
     return parameter.detach().double()
 
 
 class _Conv:
-    """A convolution that keeps the side, with its bias only where nothing after it can take it."""
+    """A convolution that keeps the image's size. It adds its bias only if no op after it can do so."""
 
     def __init__(
         self, conv: nn.Conv2d, dtype: torch.dtype, with_bias: bool = False, channels: int | None = None
     ) -> None:
-        """channels: of the output, filled up with zeros; default: its own."""
+        """channels: of the output, padded with zeros; default: those of the convolution."""
         more = max(0, (channels or 0) - conv.out_channels)
         weight = F.pad(_wide(conv.weight), (0, 0, 0, 0, 0, 0, 0, more))
         self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -126,7 +127,7 @@ class _Conv:
 
 
 class _Norm:
-    """GroupNorm of x + the bias carried with it; SiLU or not."""
+    """GroupNorm of x plus the bias that is kept beside it; with or without SiLU."""
 
     def __init__(self, norm: nn.GroupNorm, bias_C: Tensor, silu: bool = True) -> None:
         self.num_groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
@@ -140,12 +141,12 @@ class _Norm:
         )
 
 
-# The steps between conv_in and norm_out. Each takes the image without the bias that is carried with it, and leaves one
-# to be carried on in `bias_C`. Each owns what it returns, so the next may add in place.
+# The steps between conv_in and norm_out. Each takes an image to which a bias is still to be added, and says in `bias_C`
+# which bias its own result still lacks. The result is a new tensor, so the next step may overwrite it.
 
 
 class _Block:
-    """ResnetBlock. The biases of its shortcut and its second convolution stay beside the sum."""
+    """ResnetBlock. The biases of its shortcut and its second convolution are left to the next step."""
 
     def __init__(self, block: ResnetBlock, bias_C: Tensor, dtype: torch.dtype) -> None:
         self.norm1, self.conv1 = _Norm(block.norm1, bias_C), _Conv(block.conv1, dtype)
@@ -164,7 +165,7 @@ class _Block:
 
 
 class _Attention:
-    """AttnBlock. Its 1x1 convolutions are matrix products, whose bias is free: they take what was carried, too."""
+    """AttnBlock. Its 1x1 convolutions are matrix products, whose bias is free: the bias of the step before joins it."""
 
     def __init__(self, attn: AttnBlock, bias_C: Tensor, dtype: torch.dtype) -> None:
         self.norm = _Norm(attn.norm, bias_C, silu=False)
@@ -187,7 +188,7 @@ class _Upsample:
 
     def __init__(self, upsample: Upsample, bias_C: Tensor, dtype: torch.dtype) -> None:
         conv = upsample.conv
-        self.input_bias = bias_C.to(dtype)[:, None, None]  # not carried on: it ends at the border of the image
+        self.input_bias = bias_C.to(dtype)[:, None, None]  # added here: a pad of zeros follows, which has no bias
         weight = _merged_taps(_merged_taps(_wide(conv.weight), dim=2), dim=3).transpose(0, 1)
         self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
         self.bias_C = _wide(conv.bias)

@@ -168,11 +168,11 @@ class Decoder(nn.Module):
 
 
 class Phi(nn.Conv2d):
-    """phi(x) = (1 - ratio) x + ratio conv3x3(x): mends what upsampling a token map lost.
+    """phi(x) = (1 - ratio) x + ratio conv3x3(x): refines a token map after it was upsampled.
 
     Attributes:
-        strict: an image's bits do not depend on the others (varfast/policies/strict.py). cuDNN and oneDNN choose an
-            algorithm by the batch.
+        strict: the bits of an image do not depend on the other images (varfast/policies/strict.py). cuDNN and oneDNN
+            choose their algorithm by the size of the batch, so the convolution is a product of patches then.
     """
 
     strict = False
@@ -211,11 +211,11 @@ class SharedPhi(nn.Module):
 
 @lru_cache(maxsize=256)
 def _upsampling(side: int, last: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(side^2, last^2): pixels of a map times this are its bicubic upsampling; made in float64, rounded once.
+    """(side^2, last^2): the matrix that upsamples the pixels of a map, bicubic; computed in float64 and rounded once.
 
     On an H100 PyTorch's kernel takes 1.8 to 4.0 ms for 256 maps of 32 channels, the product 0.01 to 0.02 ms, with the
-    same error (361 ms of a step of 512 images; docs/measured.md). The gradient of a product has a fixed order, too.
-    Made at the first call: before a CUDA graph is captured there is one.
+    same error (that saves 361 ms of a step of 512 images; docs/measured.md). A product's gradient has a fixed order.
+    The cache is filled by a first call, which comes before any CUDA graph is captured.
     """
     pixels = torch.eye(side * side, dtype=torch.float64).view(-1, 1, side, side)
     upsampled = F.interpolate(pixels, size=(last, last), mode="bicubic")
@@ -243,7 +243,7 @@ class Quantizer(nn.Module):
             self.quant_resi = nn.ModuleList(Phi(config.code_width, config.phi_ratio) for _ in range(scales))
         else:
             self.quant_resi = SharedPhi(config)
-        # Usage statistics of the public training; carried along, not used.
+        # Usage statistics of the public training. Not read, but part of the public state_dict.
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(scales, config.vocab_size))
 
     def make_strict(self) -> None:
@@ -267,7 +267,7 @@ class Quantizer(nn.Module):
         return torch.addmm(distance, x_NC, codes_VC.T, alpha=-2.0).argmin(dim=1)
 
     def contribution(self, tokens_Bl: Tensor, scale: int) -> Tensor:
-        """What the tokens of a scale add to f_hat: looked up, upsampled to the last side, through phi."""
+        """What the tokens of a scale add to f_hat: their codes, upsampled to the last side, through phi."""
         side, last = self.config.patch_nums[scale], self.config.patch_nums[-1]
         h_BCl = self.embedding(tokens_Bl).transpose(1, 2)
         if side != last:
@@ -311,7 +311,7 @@ class Quantizer(nn.Module):
             f_hat = f_hat + self.contribution(tokens_Bl, scale)
             loss = loss + F.mse_loss(f_hat, f_fixed) + self.config.commitment * F.mse_loss(f, f_hat.detach())
             tokens.append(tokens_Bl)
-        # The value of f_hat, the gradient of f.
+        # Straight-through: the value of f_hat with the gradient of f.
         return f + (f_hat - f).detach(), loss / len(self.config.patch_nums), torch.cat(tokens, dim=1)
 
 
@@ -356,7 +356,7 @@ class VQVAE(nn.Module):
         return self.decode_f_hat(self.f_hat(tokens_BL)).clamp(-1.0, 1.0)
 
     def var_input(self, tokens_BL: Tensor) -> Tensor:
-        """Teacher-forcing input: what the transformer saw when each scale but the first was drawn.
+        """Teacher-forcing input: what the transformer reads when it samples each scale but the first.
 
         Returns: (B, L - first, C) float32.
         """

@@ -28,11 +28,11 @@ MAX_LOGIT_SCALE = 100.0
 
 
 class KVCache:
-    """Static keys and values of all blocks: written in place, scale by scale.
+    """Static keys and values of all blocks, written in place, scale by scale.
 
-    What the last scale adds is read by its own block alone, so all blocks share the room for it: a block's rows stand
-    before those of the block below, which that block needs no more when the rows of the last scale overwrite them. With
-    a batch of 512 that saves 8.6 GB of 22.8 for d16, and 30 of 80 GB for d30.
+    The last scale's keys are read only within their own block, so the blocks share the memory for them: block i is
+    stored in front of block i - 1, and its last scale overwrites the first rows of block i - 1, which has run by then
+    and is not read again. At a batch of 512 this saves 8.6 GB of 22.8 GB for d16, and 30 GB of 80 GB for d30.
 
     Args:
         config: sizes.
@@ -52,7 +52,7 @@ class KVCache:
 
 
 class BlockConstants(NamedTuple):
-    """What a block needs that is the same for all tokens: computed once a rollout, not once a scale.
+    """What a block reads that is the same for all tokens: computed once per rollout, not once per scale.
 
     gate1 ... shift2: (B, C), of attention (1) and MLP (2). qkv_bias (3 C,) and logit_scale_H (H,): float32.
     """
@@ -75,7 +75,7 @@ class Constants:
     head: tuple[Tensor, Tensor]
 
 
-# Attention of strict mode, by device: a row's bits among all scales are those of its scale alone.
+# Attention in strict mode, by device: a row has the same bits when all scales are computed and when its own is.
 STRICT_ATTENTION = {"cuda": "triton_invariant", "cpu": "sdpa_invariant"}
 
 
@@ -105,7 +105,7 @@ class SelfAttention(nn.Module):
 
     def logit_scale_H(self) -> Tensor:
         if self.scale_mul_1H11 is None:
-            # 0.25 beside 1/sqrt(D): so in the public model.
+            # The public model multiplies by 0.25 beside the usual 1/sqrt(D).
             return torch.full((self.num_heads,), 0.25 / math.sqrt(HEAD_DIM), device=self.q_bias.device)
         return self.scale_mul_1H11.flatten().clamp_max(math.log(MAX_LOGIT_SCALE)).exp()
 
@@ -120,21 +120,23 @@ class SelfAttention(nn.Module):
         scale_ends: tuple[int, ...],
         cache: tuple[Tensor, Tensor, int] | None,
     ) -> Tensor:
-        """All scales under the mask; or, with a cache (k_BHLD, v_BHLD, tokens before), one scale after the others.
+        """All scales under the block-causal mask; or, with a cache, the one scale that follows those in it.
 
+        Args:
+            cache: k_BHLD, v_BHLD and the number of tokens in them.
         The bias of `proj` is left to the op that reads the result.
         """
         batch, length, width = x_BLC.shape
         qkv = self.mat_qkv(x_BLC)
         l2_norm = self.scale_mul_1H11 is not None
-        impl = {"impl": STRICT_ATTENTION[x_BLC.device.type]} if self.strict else {}
+        impl = STRICT_ATTENTION[x_BLC.device.type] if self.strict else "auto"
         if cache is None:
             q, k, v = kernels.split_heads(qkv, self.num_heads, l2_norm, qkv_bias)
-            out = kernels.block_causal_attention(q, k, v, scale_ends, logit_scale_H, **impl)
+            out = kernels.block_causal_attention(q, k, v, scale_ends, logit_scale_H, impl)
         else:
             k_cache, v_cache, start = cache
             q = kernels.split_heads_to_cache(qkv, self.num_heads, l2_norm, k_cache, v_cache, start, qkv_bias)
-            out = kernels.cached_attention(q, k_cache, v_cache, start + length, logit_scale_H, **impl)
+            out = kernels.cached_attention(q, k_cache, v_cache, start + length, logit_scale_H, impl)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -154,7 +156,7 @@ class FFN(nn.Module):
         if type(self.fc1) is BranchLinear and self.fc1.keeps_copies:
             low_MC = self.fc1.low_precision("weight", x_BLC.dtype)
             hidden = kernels.linear_gelu(x_BLC, self.fc1.weight, self.fc1.bias, low_MC)
-        else:  # an adapter's part of the product comes before GELU; a sharded layer adds its bias itself
+        else:  # with an adapter, whose product is added before GELU; or sharded, where the layer adds its bias itself
             product, bias_C = self.fc1(x_BLC), bias_left(self.fc1)
             hidden = kernels.gelu_bias(product, product.new_zeros(product.shape[-1]) if bias_C is None else bias_C)
         return self.fc2(hidden)
@@ -192,9 +194,9 @@ class Block(nn.Module):
         cache: tuple[Tensor, Tensor, int] | None = None,
         recompute_attention: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Residual stream and its normalised, modulated form in; the same for the following block out.
+        """One block. In: the residual stream and its normalised, modulated form. Out: both for the following block.
 
-        After the last block (`following` is None) the second is not normalised: the stream again.
+        After the last block (`following` is None) there is nothing to normalise for: the stream is returned twice.
         """
         arguments = (normed_BLC, own.qkv_bias, own.logit_scale_H, scale_ends, cache)
         branch = _recomputed(self.attn, *arguments) if recompute_attention else self.attn(*arguments)
@@ -211,7 +213,7 @@ class Block(nn.Module):
 
 
 def _recomputed(function: nn.Module, *arguments: Any) -> Any:
-    """Call a module without keeping what its backward pass needs: that is computed again. Nothing in it is random."""
+    """Call a module with activation checkpointing: the backward pass runs it again. Nothing in it is random."""
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -273,7 +275,7 @@ class VAR(MixedPrecision):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = AdaLNBeforeHead(config)
         self.head = Head(width, config.vocab_size)
-        # Both buffers are constants that the public checkpoints carry. The mask is not used: see scale_ends.
+        # Both buffers are constants that are in the public checkpoints. The mask is not read: see scale_ends.
         for name, constant in scale_buffers(config.patch_nums).items():
             self.register_buffer(name, constant)
 
@@ -299,7 +301,7 @@ class VAR(MixedPrecision):
             assert isinstance(block, Block)
             for branch_out in (block.attn.proj, block.ffn.fc2):
                 branch_out.weight.div_(math.sqrt(2 * self.config.depth))
-            # Gates start near 0, so that every block starts near the identity.
+            # Gates start near 0, so every block starts near the identity.
             if block.ada_gss is None:
                 weight = block.ada_lin[1].get_parameter("weight")
                 weight[2 * width :].mul_(0.5)
@@ -332,7 +334,7 @@ class VAR(MixedPrecision):
         return self.lvl_embed(self.get_buffer("lvl_1L")[:, span]) + self.pos_1LC[:, span]
 
     def constants(self, cond_BC: Tensor) -> Constants:
-        """What the condition makes of every block, in the compute dtype, and of the head's norm, in its own."""
+        """What every block computes from the condition, in the compute dtype; and the head's norm, in its own dtype."""
         cond = cond_BC.to(self.compute_dtype)
         if self.shared_ada_lin is not None:
             cond = self.shared_ada_lin(cond).view(-1, 1, 6, self.config.width)
@@ -344,7 +346,7 @@ class VAR(MixedPrecision):
         return self.head(kernels.layer_norm_modulate(x_BLC, *constants.head, self.config.norm_eps))
 
     def logits_and_bias(self, x_BLC: Tensor, constants: Constants) -> tuple[Tensor, Tensor | None]:
-        """As `logits`, but they may lack the bias, which then comes beside them, (V,): see Head.product."""
+        """`logits`, and the bias (V,) if it is still to be added to them: see Head.logits_and_bias."""
         return self.head.logits_and_bias(kernels.layer_norm_modulate(x_BLC, *constants.head, self.config.norm_eps))
 
     def _run_blocks(
@@ -425,7 +427,7 @@ class VAR(MixedPrecision):
 
 
 def _drop_branches(constants: Constants, rate_of_last: float) -> Constants:
-    """A gate of 0 drops the branch of an image."""
+    """DropPath: a gate of 0 drops the branch of an image."""
     depth = len(constants.blocks)
     rates = [rate_of_last * index / max(1, depth - 1) for index in range(depth)]
     blocks = [
