@@ -1,6 +1,8 @@
 """Counts against torch's own counter and the real modules on the meta device, and against tables counted by hand."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -322,3 +324,8 @@ def test_backward_flop_with_an_adapter_is_what_torch_counts(lora, on_meta):
     assert ours.base.forward.flop == forward_flop(sizes).total
     again = flop.linear + flop.attention + flop.adaln
     assert ours.recomputed_share("full") * flop.total == pytest.approx(again, rel=1e-6)
+
+
+def test_counting_imports_no_pytorch():
+    code = "import sys, varfast.policies.var.cost; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
