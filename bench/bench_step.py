@@ -89,7 +89,17 @@ def plain_linear_gelu(x, weight, bias, low=None):
     return reference.linear_gelu(x, weight, low, bias)
 
 
+def plain_attention(q, k, v, scale_ends, logit_scale, impl="auto"):
+    return reference.block_causal_attention(q, k, v, scale_ends, logit_scale)
+
+
+def plain_cached_attention(q, k_cache, v_cache, num_keys, logit_scale, impl="auto", position=None):
+    return reference.cached_attention(q, k_cache, v_cache, num_keys, logit_scale, position)
+
+
 _OTHERWISE = {
+    "block_causal_attention": plain_attention,
+    "cached_attention": plain_cached_attention,
     "sample_tokens": eager_sample_tokens,
     "selective_log_softmax": plain_logp,
     "linear_gelu": plain_linear_gelu,
