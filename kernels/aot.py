@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -28,7 +29,6 @@ from typing import Any
 
 from varfast.kernels import selection, settings
 
-MODULES = ("sampling", "logprob", "attention", "qkv", "adaln", "gelu", "group_norm", "conv", "matmul", "adamw")
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 _MAX_REGISTERS = 255
 _OPTIONS = ("num_warps", "num_stages")
@@ -262,13 +262,32 @@ def problems(item: AheadOfTime, used: Resources) -> list[str]:
     return found
 
 
+def _modules() -> list[Any]:
+    """The files of this package, but for this one and those that hold no op (_triton, the extension)."""
+    import varfast.kernels
+
+    names = [found.name for found in pkgutil.iter_modules(varfast.kernels.__path__)]
+    return [importlib.import_module(f"varfast.kernels.{name}") for name in names if name[0] != "_" and name != "aot"]
+
+
 def all_kernels() -> list[AheadOfTime]:
-    """Every kernel at every shipped configuration, from each op's file; what compiles to the same binary once."""
+    """Every kernel at every shipped configuration, from each file that has an `ahead_of_time` of its own; what compiles
+    to the same binary once."""
     items: dict[tuple[Any, ...], AheadOfTime] = {}
-    for module in MODULES:
-        for item in importlib.import_module(f"varfast.kernels.{module}").ahead_of_time():
-            items.setdefault(item.compiled, item)
+    for module in _modules():
+        calls = getattr(module, "ahead_of_time", None)
+        if calls is not None and calls.__module__ == module.__name__:
+            for item in calls():
+                items.setdefault(item.compiled, item)
     return list(items.values())
+
+
+def forgotten(items: list[AheadOfTime]) -> list[str]:
+    """Kernels of this package, by file and name, that none of the items compiles."""
+    compiled = {id(item.kernel) for item in items}
+    found = ((f"{m.__name__}.{name}", kernel) for m in _modules() for name, kernel in vars(m).items())
+    kernels = {name: kernel for name, kernel in found if name.endswith("_kernel") and hasattr(kernel, "arg_names")}
+    return sorted(name for name, kernel in kernels.items() if id(kernel) not in compiled)
 
 
 def report(item: AheadOfTime) -> tuple[str, bool]:
@@ -288,11 +307,15 @@ def report(item: AheadOfTime) -> tuple[str, bool]:
 
 def main(words: list[str]) -> int:
     """Print a line a kernel; 1 if one of them does not pass."""
-    items = [item for item in all_kernels() if all(word in item.name for word in words)]
+    everything = all_kernels()
+    items = [item for item in everything if all(word in item.name for word in words)]
     print(
         f"{'kernel':60} {'for':7} {'regs':>4} {'shared':>7} {'spill':>5} {'matrix':>6} {'128-bit':>7} instrs barriers"
     )
-    passed = True
+    missing = forgotten(everything)
+    if missing:
+        print(f"no example call launches {', '.join(missing)}: add one to ahead_of_time() of its file")
+    passed = not missing
     # Forked: the workers have the kernels, which cannot be pickled, and the imports, which take seconds.
     global _ITEMS
     _ITEMS = items

@@ -188,76 +188,52 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, each (B, H, L, D), and d logit_scale, (H,) float32; fused: by one kernel."""
     grad, q, k, v, out = map(readable, (grad_BHLD, q_BHLD, k_BHLD, v_BHLD, out_BHLD))
-    dq, dk, dv = empty_BHLD(q), empty_BHLD(q), empty_BHLD(q)
-    if out.stride() != dq.stride():  # a saved-tensor hook may have changed its layout; the kernel reads it as d q's
-        out = torch.empty_like(dq).copy_(out)
-    batch, heads, length, _ = q.shape
-    ends = tuple(scale_ends)
-    dtype = q_BHLD.dtype
+    gradients = (empty_BHLD(q), empty_BHLD(q), empty_BHLD(q))
+    if out.stride() != gradients[0].stride():  # a saved-tensor hook may have changed its layout; it is read as d q's is
+        out = torch.empty_like(gradients[0]).copy_(out)
     d_scale_BHL = torch.empty_like(top_BHL)
-    scale_H = logit_scale_H.contiguous()
-    if fused:
-        if q.numel():
-            with torch.cuda.device_of(q):
-                fused_backward(
-                    grad, q, k, v, scale_H, out, top_BHL, share_BHL, dq, dk, dv, d_scale_BHL, ends, dtype
-                )  # fmt: skip
-        return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_scale_BHL.sum(dim=(0, 2))
-    for_dq, for_dkv = (launch_setting(kernel, q_BHLD.dtype, q.device) for kernel in ("dq", "dkv"))
-    dq_tiles = table(query_tiles, ends, (for_dq["BLOCK_M"], for_dq["BLOCK_N"]), q.device)
-    dkv_tiles = table(key_tiles, ends, (for_dkv["BLOCK_N"], for_dkv["BLOCK_M"]), q.device)
-    visible_L = table(visible_keys, ends, (), q.device)
-    delta_BHL = torch.empty_like(top_BHL)
     if q.numel():
+        given = (grad, q, k, v, logit_scale_H.contiguous(), out, top_BHL, share_BHL)
+        launch = fused_backward if fused else _two_kernels
         with torch.cuda.device_of(q):
-            _dq_kernel[(batch * heads * len(dq_tiles),)](
-                grad,
-                q,
-                k,
-                v,
-                scale_H,
-                out,
-                top_BHL,
-                share_BHL,
-                delta_BHL,
-                d_scale_BHL,
-                dq,
-                dq_tiles,
-                visible_L,
-                *grad.stride()[:3],
-                *q.stride()[:3],
-                *k.stride()[:3],
-                *v.stride()[:3],
-                *dq.stride()[:3],
-                length,
-                heads,
-                len(dq_tiles),
-                **for_dq,
-            )
-            _dkv_kernel[(batch * heads * len(dkv_tiles),)](
-                grad,
-                q,
-                k,
-                v,
-                scale_H,
-                top_BHL,
-                share_BHL,
-                delta_BHL,
-                dk,
-                dv,
-                dkv_tiles,
-                visible_L,
-                *grad.stride()[:3],
-                *q.stride()[:3],
-                *k.stride()[:3],
-                *v.stride()[:3],
-                *dq.stride()[:3],
-                length,
-                heads,
-                len(dkv_tiles),
-                **for_dkv,
-            )
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_scale_BHL.sum(dim=(0, 2))
+            launch(given, gradients, d_scale_BHL, tuple(scale_ends), q_BHLD.dtype)
+    dq, dk, dv = (gradient.to(q_BHLD.dtype) for gradient in gradients)
+    return dq, dk, dv, d_scale_BHL.sum(dim=(0, 2))
+
+
+def _two_kernels(
+    given: tuple[Tensor, ...],
+    gradients: tuple[Tensor, Tensor, Tensor],
+    d_scale_BHL: Tensor,
+    scale_ends: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    """Write dq, dk, dv and each row's part of d logit_scale.
+
+    Args:
+        given: the first eight arguments of backward_op, readable; out, dq, dk and dv have one layout.
+        dtype: that of the caller's tensors, by which the launch is chosen.
+    """
+    grad, q, k, v, scale_H, _, top_BHL, share_BHL = given
+    dq, dk, dv = gradients
+    batch, heads, length, _ = q.shape
+    for_dq, for_dkv = (launch_setting(kernel, dtype, q.device) for kernel in ("dq", "dkv"))
+    dq_tiles = table(query_tiles, scale_ends, (for_dq["BLOCK_M"], for_dq["BLOCK_N"]), q.device)
+    dkv_tiles = table(key_tiles, scale_ends, (for_dkv["BLOCK_N"], for_dkv["BLOCK_M"]), q.device)
+    visible_L = table(visible_keys, scale_ends, (), q.device)
+    delta_BHL = torch.empty_like(top_BHL)
+    strides = [stride for x in (grad, q, k, v, dq) for stride in x.stride()[:3]]
+    _dq_kernel[(batch * heads * len(dq_tiles),)](
+        *given, delta_BHL, d_scale_BHL, dq, dq_tiles, visible_L, *strides, length, heads, len(dq_tiles), **for_dq
+    )
+    _dkv_kernel[(batch * heads * len(dkv_tiles),)](
+        *(grad, q, k, v, scale_H, top_BHL, share_BHL, delta_BHL, dk, dv, dkv_tiles, visible_L),
+        *strides,
+        length,
+        heads,
+        len(dkv_tiles),
+        **for_dkv,
+    )
 
 
 @backward_op.register_fake

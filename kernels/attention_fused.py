@@ -142,22 +142,14 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def fused_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale_H: Tensor,
-    out: Tensor,
-    top_BHL: Tensor,
-    share_BHL: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    given: tuple[Tensor, ...],
+    gradients: tuple[Tensor, Tensor, Tensor],
     d_scale_BHL: Tensor,
     scale_ends: tuple[int, ...],
     dtype: torch.dtype,
 ) -> None:
-    """Write dq, dk, dv and each row's part of d logit_scale. out, dq, dk, dv: of one layout. dtype: the caller's."""
+    """Write dq, dk, dv and each row's part of d logit_scale; arguments as of attention_backward._two_kernels."""
+    grad, q, k, v, _, _, top_BHL, _ = given
     batch, heads, length, _ = q.shape
     chosen = launch_setting("fused", dtype, q.device)
     # Short tiles are masked: weights of keys that are not there may be infinite, and inf * 0 would be NaN in d q.
@@ -165,28 +157,17 @@ def fused_backward(
     # 8 warps of up to 255 registers fill a multiprocessor.
     programs = min(batch * heads, _multiprocessors(q.device) * max(1, 8 // chosen["num_warps"]))
     sum_PLD = q.new_empty((programs, *q.shape[2:]), dtype=torch.float32)
+    visible_L = table(visible_keys, scale_ends, (), q.device)
+    strides = [stride for x in (grad, q, k, v, gradients[0]) for stride in x.stride()[:3]]
     fused_kernel[(programs,)](
-        grad,
-        q,
-        k,
-        v,
-        scale_H,
-        out,
-        top_BHL,
-        share_BHL,
+        *given,
         torch.empty_like(top_BHL),
         d_scale_BHL,
         sum_PLD,
-        dq,
-        dk,
-        dv,
+        *gradients,
         tiles,
-        table(visible_keys, scale_ends, (), q.device),
-        *grad.stride()[:3],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *dq.stride()[:3],
+        visible_L,
+        *strides,
         length,
         heads,
         batch * heads,

@@ -69,26 +69,10 @@ def _logp_kernel(
 
 @jit
 def _logp_backward_kernel(
-    grad_ptr,
-    grad_entropy_ptr,
-    logits_ptr,
-    bias_ptr,
-    tokens_ptr,
-    entropy_ptr,
-    largest_ptr,
-    log_total_ptr,
-    out_ptr,
-    d_bias_ptr,
-    row_stride,
-    vocab,
-    num_rows,
-    inv_temperature,
-    inv_temperature_rest,
-    BIAS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_ptr, logits_ptr, bias_ptr, tokens_ptr, largest_ptr, log_total_ptr, out_ptr, d_bias_ptr,
+    grad_entropy_ptr, entropy_ptr, row_stride, vocab, num_rows, inv_temperature, inv_temperature_rest,
+    BIAS: tl.constexpr, ENTROPY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """d logits = (grad * (one-hot - p) - grad_entropy * p * (log p + entropy)) / temperature, with p the softmax.
 
     The second term is there with ENTROPY alone; grad_entropy_ptr and entropy_ptr are not read without it. Each row is
@@ -111,9 +95,10 @@ def _logp_backward_kernel(
         x = tl.where(x == -float("inf"), x, x * inv_temperature + x * inv_temperature_rest)
         largest = tl.load(largest_ptr + row, mask=row < num_rows, other=0.0)
         log_total = tl.load(log_total_ptr + row, mask=row < num_rows, other=0.0)
+        of_token = tl.where(column == token, factor, 0.0)
         log_p = x - largest - log_total
         p = tl.exp(log_p)
-        gradient = tl.where(column == token, factor, 0.0) - factor * p
+        gradient = of_token - factor * p
         if ENTROPY:
             entropy = tl.load(entropy_ptr + row, mask=row < num_rows, other=0.0)
             factor = tl.load(grad_entropy_ptr + row, mask=row < num_rows, other=0.0) * inv_temperature
@@ -203,15 +188,15 @@ def _launch_backward(
         with torch.cuda.device_of(logits):
             _logp_backward_kernel[(-(-num_rows // rows),)](
                 grad_BL,
-                grad_BL if grad_entropy_BL is None else grad_entropy_BL.contiguous(),
                 logits,
                 logits if bias_V is None else bias_V.contiguous(),
                 tokens_BL.contiguous(),
-                entropy_BL,
                 largest_BL,
                 log_total_BL,
                 out,
                 partial_NV,
+                grad_BL if grad_entropy_BL is None else grad_entropy_BL.contiguous(),
+                entropy_BL,
                 vocab,
                 vocab,
                 num_rows,

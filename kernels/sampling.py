@@ -13,7 +13,7 @@ from torch import Tensor
 
 from varfast.kernels import reference
 from varfast.kernels._triton import jit, tl
-from varfast.kernels.sampling_segments import empty_outputs, sample_segments
+from varfast.kernels.sampling_segments import empty_outputs, sample_segments, token_uniform
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 from varfast.kernels.settings import setting
 
@@ -30,6 +30,30 @@ def _sortable(x):
     """float32 -> int64 in [0, 2^32) with the same order; -0 counts as 0."""
     bits = (x + 0.0).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     return tl.where(bits >= 0x80000000, 0xFFFFFFFF - bits, bits + 0x80000000)
+
+
+@jit
+def _kth_largest(order, top_k):
+    """The largest threshold that keeps top_k numbers, found bit by bit from the top. Equal numbers stay together."""
+    threshold = tl.zeros((), tl.int64)
+    for bit in tl.static_range(31, -1, -1):
+        candidate = threshold + (1 << bit)
+        enough = tl.sum((order >= candidate).to(tl.int32), axis=0) >= top_k
+        threshold = tl.where(enough, candidate, threshold)
+    return threshold
+
+
+@jit
+def _nucleus(order, count, drop_share):
+    """The largest threshold below which the counts sum to at most drop_share of all; the most probable token stays."""
+    total = tl.sum(count, axis=0)
+    may_drop = (total.to(tl.float64) * drop_share).to(tl.int64)
+    threshold = tl.zeros((), tl.int64)  # keys below it are dropped
+    for bit in tl.static_range(31, -1, -1):
+        candidate = threshold + (1 << bit)
+        fits = tl.sum(tl.where(order < candidate, count, 0), axis=0) <= may_drop
+        threshold = tl.where(fits, candidate, threshold)
+    return tl.minimum(threshold, tl.max(order, axis=0))
 
 
 @jit
@@ -57,41 +81,19 @@ def _sample_kernel(
     x = tl.where(x == x, x, float("inf"))
     largest = tl.max(x, axis=0)
 
-    # Filters: bit by bit, from the top, the largest key that still keeps enough. Ties stay together.
     if TOP_K:
         order = _sortable(x)
-        threshold = tl.zeros((), tl.int64)
-        for bit in tl.static_range(31, -1, -1):
-            candidate = threshold + (1 << bit)
-            enough = tl.sum((order >= candidate).to(tl.int32), axis=0) >= top_k
-            threshold = tl.where(enough, candidate, threshold)
-        x = tl.where(order >= threshold, x, -float("inf"))
+        x = tl.where(order >= _kth_largest(order, top_k), x, -float("inf"))
     # Probabilities as integers: their sums are the same in any order, so tokens do not depend on the block shape.
     # 2^40 counts for the most probable token at 4096 codes: what has less than 1e-12 of its probability is not drawn.
     count = (tl.exp(x - largest) * COUNT_SCALE).to(tl.int64)
     if TOP_P:
         order = _sortable(x)
-        total = tl.sum(count, axis=0)
-        may_drop = (total.to(tl.float64) * drop_share).to(tl.int64)
-        threshold = tl.zeros((), tl.int64)  # keys below it are dropped
-        for bit in tl.static_range(31, -1, -1):
-            candidate = threshold + (1 << bit)
-            fits = tl.sum(tl.where(order < candidate, count, 0), axis=0) <= may_drop
-            threshold = tl.where(fits, candidate, threshold)
-        threshold = tl.minimum(threshold, tl.max(order, axis=0))
+        threshold = _nucleus(order, count, drop_share)
         x = tl.where(order >= threshold, x, -float("inf"))
         count = tl.where(order >= threshold, count, 0)
 
-    # 52 random bits of this token alone.
-    image = row // num_tokens
-    position = (row % num_tokens).to(tl.uint32)
-    seed = tl.load(key_ptr)
-    step = tl.load(key_ptr + 1).to(tl.uint32)
-    sample = (tl.load(key_ptr + 2) + image).to(tl.uint32)
-    word0, word1, _, _ = tl.philox(seed, position, sample, (position * 0 + scale).to(tl.uint32), step)
-    bits = ((word0 >> 6).to(tl.int64) << 26) + (word1 >> 6).to(tl.int64)
-    uniform = (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16
-
+    uniform = token_uniform(key_ptr, row, num_tokens, scale)
     below = tl.cumsum(count, axis=0)
     target = (uniform * tl.sum(count, axis=0).to(tl.float64)).to(tl.int64)
     token = tl.sum((below <= target).to(tl.int32), axis=0)

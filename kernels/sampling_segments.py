@@ -38,6 +38,19 @@ _LOG2_E = math.log2(math.e)
 
 
 @jit
+def token_uniform(key_ptr, row, num_tokens, scale):
+    """One number in (0, 1) for the token of a row, float64 with 52 random bits: reference.uniform_Bl."""
+    image = row // num_tokens
+    position = (row % num_tokens).to(tl.uint32)
+    seed = tl.load(key_ptr)
+    step = tl.load(key_ptr + 1).to(tl.uint32)
+    sample = (tl.load(key_ptr + 2) + image).to(tl.uint32)
+    word0, word1, _, _ = tl.philox(seed, position, sample, (position * 0 + scale).to(tl.uint32), step)
+    bits = ((word0 >> 6).to(tl.int64) << 26) + (word1 >> 6).to(tl.int64)
+    return (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16
+
+
+@jit
 def _scores(
     logits_ptr,
     uncond_ptr,
@@ -101,6 +114,31 @@ def _weigh(
 
 
 @jit
+def _least_order(x, top_k):
+    """The largest order that keeps top_k numbers, found bit by bit from the top. Equal numbers stay together."""
+    order = _order(x)
+    lowest = tl.full((), -(1 << 31), tl.int64)
+    for step in range(32):
+        candidate = lowest + (tl.full((), 1 << 31, tl.int64) >> step)
+        enough = tl.sum((order >= candidate.to(tl.int32)).to(tl.int32), axis=0) >= top_k
+        lowest = tl.where(enough, candidate, lowest)
+    return lowest.to(tl.int32)
+
+
+@jit
+def _least_weight(weight, count, drop_share, COUNT_BITS: tl.constexpr):
+    """The largest weight of which all that is below sums to at most drop_share of the total; found bit by bit."""
+    may_drop = (tl.sum(count, axis=0).to(tl.float64) * drop_share).to(tl.int64)
+    lowest = tl.zeros((), tl.int32)  # bits of a float32 in [0, 1], of which the order is their own
+    for step in range(30):
+        candidate = lowest + (tl.full((), 1 << 29, tl.int32) >> step)
+        below = tl.where(weight < candidate.to(tl.float32, bitcast=True), weight, 0.0)
+        fits = tl.sum((below * 2.0**COUNT_BITS).to(tl.int64), axis=0) <= may_drop
+        lowest = tl.where(fits, candidate, lowest)
+    return tl.minimum(lowest.to(tl.float32, bitcast=True), 1.0)  # the most probable token stays
+
+
+@jit
 def _sample_kernel(
     logits_ptr, uncond_ptr, bias_ptr, key_ptr, tokens_ptr, logp_ptr, entropy_ptr,
     row_stride, num_tokens, vocab, scale, inv_temperature_log2, guidance, top_k, drop_share,
@@ -116,27 +154,13 @@ def _sample_kernel(
     x = _scores(logits_ptr, uncond_ptr, bias_ptr, first, column, vocab, guidance, BIAS, GUIDED, TOP_K or TOP_P)
     largest = tl.max(x, axis=0)
 
-    # Filters: bit by bit, from the top, the largest threshold that still keeps enough. Ties stay together.
     least_order = 0
     least_weight = 0.0
     if TOP_K:
-        order = _order(x)
-        lowest = tl.full((), -(1 << 31), tl.int64)
-        for step in range(32):
-            candidate = lowest + (tl.full((), 1 << 31, tl.int64) >> step)
-            enough = tl.sum((order >= candidate.to(tl.int32)).to(tl.int32), axis=0) >= top_k
-            lowest = tl.where(enough, candidate, lowest)
-        least_order = lowest.to(tl.int32)
+        least_order = _least_order(x, top_k)
     if TOP_P:
         _, weight, count = _weigh(x, largest, inv_temperature_log2, least_order, 0.0, COUNT_BITS, TOP_K, False)
-        may_drop = (tl.sum(count, axis=0).to(tl.float64) * drop_share).to(tl.int64)
-        lowest = tl.zeros((), tl.int32)  # bits of a float32 in [0, 1], of which the order is their own
-        for step in range(30):
-            candidate = lowest + (tl.full((), 1 << 29, tl.int32) >> step)
-            below = tl.where(weight < candidate.to(tl.float32, bitcast=True), weight, 0.0)
-            fits = tl.sum((below * 2.0**COUNT_BITS).to(tl.int64), axis=0) <= may_drop
-            lowest = tl.where(fits, candidate, lowest)
-        least_weight = tl.minimum(lowest.to(tl.float32, bitcast=True), 1.0)  # the most probable token stays
+        least_weight = _least_weight(weight, count, drop_share, COUNT_BITS)
     if TOP_K or TOP_P:
         x = _scores(logits_ptr, uncond_ptr, bias_ptr, first, column, vocab, guidance, BIAS, GUIDED)
 
@@ -147,16 +171,7 @@ def _sample_kernel(
     in_segment = tl.sum(tl.reshape(count, (SEGMENTS, BLOCK // SEGMENTS)), axis=1)
     total = tl.sum(in_segment, axis=0)
 
-    # 52 random bits of this token alone.
-    image = row // num_tokens
-    position = (row % num_tokens).to(tl.uint32)
-    seed = tl.load(key_ptr)
-    step = tl.load(key_ptr + 1).to(tl.uint32)
-    sample = (tl.load(key_ptr + 2) + image).to(tl.uint32)
-    word0, word1, _, _ = tl.philox(seed, position, sample, (position * 0 + scale).to(tl.uint32), step)
-    bits = ((word0 >> 6).to(tl.int64) << 26) + (word1 >> 6).to(tl.int64)
-    uniform = (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16
-    target = (uniform * total.to(tl.float64)).to(tl.int64)
+    target = (token_uniform(key_ptr, row, num_tokens, scale) * total.to(tl.float64)).to(tl.int64)
 
     # The segment, then the token in it. The limits hold where a NaN has made nonsense of the counts.
     ends = tl.cumsum(in_segment, axis=0)
