@@ -113,6 +113,14 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
         parts = [kernels.cached_attention(q[:, :, a:b], k, v, b, scale, impl=impl) for a, b in starts]
         return (torch.cat(parts, dim=2),)
 
+    def decoded(impl: str, qkv: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """One token an image, each at a position of its own that is on the device."""
+        scale = logit_scale.detach().to(torch.promote_types(q.dtype, torch.float32))
+        position = torch.arange(batch, device=device) * 5 + 2
+        caches = (k.clone(), v.clone())
+        query = kernels.split_heads_to_cache(qkv[:, :1], heads, True, *caches, 0, impl=impl, position=position)
+        return kernels.cached_attention(query, *caches, 1, scale, impl=impl, position=position), *caches
+
     def to_cache(impl: str, qkv: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         caches = [qkv.new_zeros(batch, heads, length + 3, 64) for _ in range(2)]
         return (kernels.split_heads_to_cache(qkv, heads, True, *caches, 2, bias, impl=impl), *caches)
@@ -170,6 +178,7 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
         # One of a thousand rounded otherwise is one unit in the last place: of 4 in bfloat16 0.016.
         Case("block_causal_attention", attention, (q, k, v, logit_scale)),
         Case("cached_attention", cached, detached),
+        Case("cached_attention, position", decoded, (qkv.detach(), *detached[1:])),
         Case("layer_norm_modulate", by(kernels.layer_norm_modulate), (x, scale, shift)),
         Case("gated_residual", by(kernels.gated_residual), (x, branch, gate, bias)),
         Case("gated_residual_norm", residual_norm, (x, branch, gate, scale, shift, bias)),
