@@ -13,15 +13,16 @@ import torch
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 # Empty counts as unset. A run refuses to be one of several tasks of the job that the tests run in.
 os.environ["SLURM_NTASKS"] = os.environ["SLURM_STEP_NUM_TASKS"] = ""
-# nohup and a shell's & start programs that ignore them; the tests want what a terminal starts.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():  # Triton kernels run interpreted then; read when varfast.kernels is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 from varfast import Policy
 from varfast.config import Config, parse_config
 from varfast.models import VAR, VQVAE, VARConfig, VQVAEConfig
+
+# nohup and a shell's & start programs that ignore them; the tests want what a terminal starts.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(__file__).parent / "data"
 
