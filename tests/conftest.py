@@ -26,6 +26,10 @@ from varfast.policies.var.cost import cost_of
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# nohup and a shell's & start programs that ignore them; the tests want what a terminal starts.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 DATA = Path(__file__).parent / "data"
 
 
