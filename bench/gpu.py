@@ -205,7 +205,7 @@ def workers(count: int) -> tuple[str, ...]:
 
 # The tests of `quick`, those that matter most first: whole policy, rollout, then the kernels' numbers.
 QUICK_TESTS = (
-    "tests/test_gpu.py", "tests/test_rollout.py", "tests/test_update.py", "tests/kernels/test_conv.py",
+    "tests/test_gpu.py", "tests/test_rollout.py", "tests/test_learner.py", "tests/kernels/test_conv.py",
     "tests/kernels/test_adamw.py", "tests/kernels/test_sampling.py", "tests/kernels/test_attention.py",
     "tests/kernels/test_adaln.py", "tests/kernels/test_qkv.py", "tests/kernels/test_logprob.py",
     "tests/kernels/test_grpo_loss.py", "tests/kernels/test_group_norm.py",

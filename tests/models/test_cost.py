@@ -286,7 +286,7 @@ def test_update_activations_are_what_the_allocator_hands_out():
 
 @pytest.mark.parametrize("sizes", [PRESETS["d16"], PRESETS["d36"], ODD])
 def test_moment_bytes_with_8_bits_are_counted_by_tensor(sizes):
-    """The optimizer's own state: tests/test_update.py."""
+    """The optimizer's own state: tests/test_learner.py."""
     expected = 0
     for name, parameter in meta(lambda: VAR(sizes)).named_parameters():
         n = parameter.numel()
