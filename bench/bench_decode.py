@@ -86,7 +86,7 @@ def test_upsample(benchmark, record, channels, side):
         return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, padding=1)
 
     torch.testing.assert_close(phases(), plain(), rtol=0.05, atol=0.05)
-    calls = {"ours": lambda: ours(x), "interpolate, 3x3": plain, "2x2 phases": phases}
+    calls = {"ours": lambda: ours((x, None)), "interpolate, 3x3": plain, "2x2 phases": phases}
     calls |= compiled(plain)
     flop = 2 * batch * (2 * side) ** 2 * 4 * channels**2 if CUDA else 0.0
     shape = f"B{batch} C{channels} {side} to {2 * side} bfloat16"
