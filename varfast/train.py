@@ -57,11 +57,11 @@ def train(
     """
     with set_up(config) as setup:  # device, processes, folder, plan of memory
         config, plan, world = setup.config, setup.plan, setup.world
-        state, before_after = begin(setup, beside, of_folder, policy)  # policy, reference, optimizer, rewards
+        minimised = loss or GRPO(config.grpo)
+        # Policy, reference, optimizer, rewards.
+        state, before_after = begin(setup, beside, of_folder, policy, minimised.needs_reference)
         policy, group_size = state.policy, config.rollout.group_size
-        learner = Learner(
-            state, loss or GRPO(config.grpo), config.update, plan.update, config.run.steps, config.run.seed, world
-        )
+        learner = Learner(state, minimised, config.update, plan.update, config.run.steps, config.run.seed, world)
         with Run(setup, state, before_after, profile) as run:
             for step in run.steps():
                 # Roll out: sample a group of images for each label that is drawn.

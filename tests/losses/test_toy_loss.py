@@ -73,6 +73,24 @@ def test_a_run_with_a_second_loss_goes_on_where_it_was(make_config, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+class TowardsTheReference(Reinforce):
+    """Its own need of a reference counts, though kl_beta=0 holds none."""
+
+    needs_reference = True
+    stats = (Stat("distance"),)
+
+    def __call__(self, logp, batch):
+        distance = (logp.logp_BL - batch.logp_ref_BL).square().mean()
+        return distance - (batch.advantages_BL * logp.logp_BL).mean(), distance.detach().unsqueeze(0)
+
+
+def test_a_loss_that_needs_a_reference_has_one(make_config, tmp_path):
+    train(settings(make_config, tmp_path / "run", update__lr=1e-2), loss=TowardsTheReference())
+    distances = [line["distance"] for line in metrics(tmp_path / "run")]
+    assert distances[0] < 1e-8  # the policy is still the base
+    assert distances[2] > distances[0]
+
+
 def test_the_entropy_bonus_changes_the_gradient(make_config, tmp_path):
     norms = []
     for bonus in (0.0, 1.0):

@@ -121,7 +121,7 @@ def fitting_plan(work: Work, device: torch.device, world: World) -> MemoryPlan:
 
 
 def begin(
-    setup: Setup, beside: Path | None, of_folder: bool, policy: Policy | None = None
+    setup: Setup, beside: Path | None, of_folder: bool, policy: Policy | None = None, needs_reference: bool = False
 ) -> tuple[State, BeforeAfter]:
     """The state that the run begins with, or goes on with; and the table of before and after, its "before" measured.
 
@@ -129,6 +129,7 @@ def begin(
         beside: folder of the config file, where a reward of the user's is looked for too.
         of_folder: take what the run starts from out of its folder, not from where the config says.
         policy: what is trained, in place of what the config names.
+        needs_reference: hold a frozen copy of the base, whatever the config says.
     Raises: InputError for what cannot be loaded.
     """
     config, world, folder = setup.config, setup.world, setup.folder
@@ -150,7 +151,7 @@ def begin(
     if config.run.strict:
         strict.check(policy, config.rollout.temperature, config.run.seed)
     policy.cuda_graph = setup.plan.rollout.cuda_graph
-    reference = policy.frozen_copy() if config.holds_reference else None
+    reference = policy.frozen_copy() if config.holds_reference or needs_reference else None
     policy.distribute(world, config.run.parallel, reference)
     state = State(policy, reference, rewards, config.update, config.grpo.reference_every)
     before_after = BeforeAfter(folder.path, config, setup.labels)
