@@ -154,6 +154,11 @@ class Config(Section):
                 "grpo.reference_every with policy.lora: the reference is the base with the adapter off, which does not "
                 "move; leave one of them out"
             )
+        if self.rollout.cfg > 0.0 and self.policy.checkpoint == "pretrain" and self.pretrain.class_dropout == 0.0:
+            raise ValueError(
+                f"rollout.cfg={self.rollout.cfg:g} with pretrain.class_dropout=0: guidance needs a model that has "
+                "learned to do without the label; set pretrain.class_dropout=0.1, or rollout.cfg=0"
+            )
         num_classes = self.policy.sizes.num_classes
         if self.rollout.labels != "all":
             check_labels("rollout.labels", self.rollout.labels, num_classes)
