@@ -1,6 +1,6 @@
 """Tables of rotary positions: cosine and sine of the angle by which each pair of channels of q and k is turned.
 
-Axes: N place of the sequence, P pair of channels (head dim / 2), 2 cosine and sine.
+Axes: N place of the sequence of inputs, P pair of channels (head dim / 2), 2 cosine and sine.
 Sources: Su et al., arXiv:2104.09864; the two-dimensional table is LlamaGen's (Sun et al., arXiv:2406.06525).
 """
 
@@ -31,7 +31,7 @@ def rotary_1d(num_places: int, head_dim: int, device: torch.device, base: float 
 
 @lru_cache(maxsize=16)
 def rotary_2d(side: int, head_dim: int, device: torch.device, base: float = 10000.0) -> Tensor:
-    """For a class token and the tokens of a square image in raster order: (1 + side^2, P, 2) float32.
+    """Of a class token and all tokens of a square image in raster order but the last: (side^2, P, 2) float32.
 
     The first half of the pairs is turned by the row, the second by the column, each with frequencies
     base^(-2j / (head_dim / 2)). The class token's cosines and sines are all 0, as in the published models: its query and
@@ -41,4 +41,4 @@ def rotary_2d(side: int, head_dim: int, device: torch.device, base: float = 1000
         line = torch.outer(torch.arange(side, dtype=torch.float32), _frequencies(head_dim // 2, base))
         row, column = line.unsqueeze(1).expand(-1, side, -1), line.unsqueeze(0).expand(side, -1, -1)
         table = _table(torch.cat([row, column], dim=-1).flatten(0, 1))
-        return torch.cat([torch.zeros_like(table[:1]), table]).to(device)
+        return torch.cat([torch.zeros_like(table[:1]), table[:-1]]).to(device)
