@@ -59,9 +59,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     return c0, c1, c2, c3
 
 
-def uniform_Bl(
-    key: Tensor, scale: int, num_images: int, num_tokens: int, first_token: Tensor | None = None
-) -> Tensor:
+def uniform_Bl(key: Tensor, scale: int, num_images: int, num_tokens: int, first_token: Tensor | None = None) -> Tensor:
     """One uniform number in the open interval (0, 1) for each token of a scale, float64 with 52 random bits.
 
     The number of an image's token depends on (seed, step, scale, sample index, position) alone, so it is the same

@@ -196,13 +196,14 @@ def ahead_of_time() -> list[AheadOfTime]:
     """
     from varfast.kernels.aot import recorded
 
-    def call(impl: str, dtype: torch.dtype, length: int, vocab: int, filtered: bool, biased: bool = False) -> None:
+    def call(
+        impl: str, dtype: torch.dtype, length: int, vocab: int, filtered: bool, biased: bool = False, by_place=False
+    ) -> None:
         bias = torch.empty(vocab) if biased else None
         logits, key = torch.empty(min(2, length), length, vocab, dtype=dtype), torch.zeros(3, dtype=torch.int64)
-        if filtered:
-            sample_tokens(logits, key, 9, 0.7, logits, 1.5, 900, 0.95, bias_V=bias, impl=impl)
-        else:
-            sample_tokens(logits, key, 9, 0.7, bias_V=bias, impl=impl)
+        inference = (logits, 1.5, 900, 0.95) if filtered else ()
+        first = torch.zeros((), dtype=torch.int64) if by_place else None
+        sample_tokens(logits, key, 9, 0.7, *inference, bias_V=bias, first_token=first, impl=impl)
 
     items = []
     sizes = [("triton", 4096, True), ("triton_segments", 4096, True), ("triton_segments", 16384, True)]
@@ -216,6 +217,8 @@ def ahead_of_time() -> list[AheadOfTime]:
                     biased = partial(call, impl, dtype, 256, vocab, filtered, True)
                     also = vocab == 4096 and not filtered
                     items += recorded(f"{what}, bias", biased, also_blackwell=also)
+                    by_place = partial(call, impl, dtype, 1, vocab, filtered, by_place=True)
+                    items += recorded(f"{what}, by place", by_place)
         if vocab == 4096:
             for odd in (1, 4097):
                 for filtered in (False, True):

@@ -145,7 +145,7 @@ def _sample_kernel(
     logits_ptr, uncond_ptr, bias_ptr, key_ptr, first_token_ptr, tokens_ptr, logp_ptr, entropy_ptr,
     row_stride, num_tokens, vocab, scale, inv_temperature_log2, guidance, top_k, drop_share,
     BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, COUNT_BITS: tl.constexpr, BIAS: tl.constexpr, GUIDED: tl.constexpr,
-    TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+    TOP_K: tl.constexpr, TOP_P: tl.constexpr, FIRST_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """One row a program."""
     row = tl.program_id(0)
@@ -173,7 +173,8 @@ def _sample_kernel(
     in_segment = tl.sum(tl.reshape(count, (SEGMENTS, BLOCK // SEGMENTS)), axis=1)
     total = tl.sum(in_segment, axis=0)
 
-    target = (token_uniform(key_ptr, first_token_ptr, row, num_tokens, scale, FIRST_TOKEN) * total.to(tl.float64)).to(tl.int64)
+    uniform = token_uniform(key_ptr, first_token_ptr, row, num_tokens, scale, FIRST_TOKEN)
+    target = (uniform * total.to(tl.float64)).to(tl.int64)
 
     # The segment, then the token in it. The limits hold where a NaN has made nonsense of the counts.
     ends = tl.cumsum(in_segment, axis=0)

@@ -17,7 +17,9 @@ class GPTConfig(TransformerConfig):
     @model_validator(mode="after")
     def _rotary_fits(self) -> GPTConfig:
         if self.head_dim % 4:
-            raise ValueError(f"heads of {self.head_dim} channels: want a multiple of 4, half for rows, half for columns")
+            raise ValueError(
+                f"heads of {self.head_dim} channels: want a multiple of 4, half for rows, half for columns"
+            )
         return self
 
     @property

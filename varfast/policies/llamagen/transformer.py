@@ -96,7 +96,7 @@ class LlamaGen(CausalTransformer):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> LlamaGen:
-        """Random weights, a function of `seed` and the sizes alone: normal with the public training's deviation of 0.02.
+        """Random weights, a function of `seed` and the sizes alone: normal, of the public deviation 0.02.
 
         The public training starts with a head of zeros; here it is as all others, so that random models differ.
         """

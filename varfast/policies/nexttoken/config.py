@@ -14,7 +14,10 @@ class TransformerConfig(Section):
     width: int = Field(768, ge=4, le=65536, description="channels of the residual stream")
     num_heads: int = Field(12, ge=1, le=1024, description="heads of the queries; each has width / num_heads channels")
     num_kv_heads: int | None = Field(
-        None, ge=1, le=1024, description="heads of keys and values, each for as many adjacent query heads; null: num_heads"
+        None,
+        ge=1,
+        le=1024,
+        description="heads of keys and values, each for as many adjacent query heads; null: num_heads",
     )
     mlp_width: int | None = Field(
         None, ge=1, le=2**18, description="hidden channels of the MLP; null: as the family computes it from the width"

@@ -61,8 +61,7 @@ class KVCache:
 
     def __init__(self, config: TransformerConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (2, config.depth, batch, config.kv_heads, config.num_tokens, config.head_dim)
-        # Zeros: places that are not written yet are masked, and 0 * NaN is NaN.
-        self.k_SBGND, self.v_SBGND = torch.zeros(shape, dtype=dtype, device=device).unbind()
+        self.k_SBGND, self.v_SBGND = torch.empty(shape, dtype=dtype, device=device).unbind()
 
 
 class Positions(NamedTuple):

@@ -1,4 +1,4 @@
-"""taming-transformers' class-conditional minGPT, with the parameter names of the public checkpoints below "transformer.".
+"""taming-transformers' class-conditional minGPT, with the parameter names of public checkpoints below "transformer.".
 
 Axes: B image, N place, C channel.
 Source: Esser et al., arXiv:2012.09841.
@@ -73,7 +73,7 @@ class MinGPT(CausalTransformer):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> MinGPT:
-        """Random weights, a function of `seed` and the sizes alone: normal with the public training's deviation of 0.02.
+        """Random weights, a function of `seed` and the sizes alone: normal, of the public deviation 0.02.
 
         The public training starts with positions of zeros; here they are as all others.
         """
