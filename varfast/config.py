@@ -98,6 +98,20 @@ class KernelsConfig(Section):
     invariant_linear: Literal["auto", "triton", "blocks", "reference"] = Field(
         "auto", description="products of run.strict, the same bits whatever the batch"
     )
+    rms_norm: Literal["auto", "reference"] = Field("auto", description="RMSNorm of next-token models")
+    swiglu: Literal["auto", "reference"] = Field("auto", description="silu(gate) * up in the MLP of next-token models")
+    split_heads_rotary: Literal["auto", "reference"] = Field(
+        "auto", description="queries, keys and values of a next-token model's block, with rotary positions"
+    )
+    split_heads_rotary_to_cache: Literal["auto", "reference"] = Field(
+        "auto", description="the same for one token an image: key and value go into the cache"
+    )
+    decode_attention: Literal["auto", "sdpa", "reference"] = Field(
+        "auto", description="attention of one new token an image against the cache"
+    )
+    causal_attention: Literal["auto", "reference"] = Field(
+        "auto", description="attention of a next-token model's update"
+    )
 
 
 class Config(Section):
