@@ -20,7 +20,7 @@ from varfast import Policy
 from varfast.config import Config, parse_config
 from varfast.models import VAR, VQVAE, VARConfig, VQVAEConfig
 from varfast.perf.work import Work
-from varfast.policies.var.cost import cost_of
+from varfast.policies.var.build import cost_of
 
 # nohup and a shell's & start programs that ignore them; the tests want what a terminal starts.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -15,12 +15,16 @@ from pydantic import Field, model_validator
 from varfast.losses.config import GRPOConfig
 from varfast.optim.config import UpdateConfig
 from varfast.policies.config import RolloutConfig
-from varfast.policies.var.config import PolicyConfig, PretrainConfig
+from varfast.policies.var.config import VARPolicyConfig
+from varfast.pretraining.config import PretrainConfig
 from varfast.rewards import RewardConfig
 from varfast.runs.config import EvalConfig, LogConfig, RunConfig
 from varfast.settings.loading import load_as, validate
 from varfast.settings.schema import Wanted
 from varfast.settings.section import Section, check_divides, check_labels
+
+# The families of models; varfast/policies/families.py says how to add one.
+PolicyConfig = VARPolicyConfig
 
 
 class KernelsConfig(Section):
@@ -124,6 +128,12 @@ class Config(Section):
         """Whether the base model is held beside the policy: for the KL in the loss, or to measure it."""
         return self.grpo.kl_beta > 0.0 or self.measure_kl_every is not None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_family(cls, data: Any) -> Any:
+        policy = data.get("policy") if isinstance(data, dict) else None
+        return data | {"policy": {"family": "var"} | policy} if isinstance(policy, dict) else data
+
     @model_validator(mode="after")
     def _fits(self) -> Config:
         if self.kernels.linear_gelu == "epilogue":
@@ -154,7 +164,7 @@ class Config(Section):
                 "grpo.reference_every with policy.lora: the reference is the base with the adapter off, which does not "
                 "move; leave one of them out"
             )
-        num_classes = self.policy.sizes.num_classes
+        num_classes = self.policy.num_classes
         if self.rollout.labels != "all":
             check_labels("rollout.labels", self.rollout.labels, num_classes)
         return self

@@ -25,11 +25,11 @@ from varfast.perf.graphs import GraphPool
 from varfast.perf.stages import stage
 from varfast.policies import lora
 from varfast.policies.checks import as_prompts, as_tokens, check_finite, check_images, check_weights
+from varfast.policies.config import LoRAConfig
 from varfast.policies.pixels import Pixels
 from varfast.policies.precision import MixedPrecision
 from varfast.policies.protocol import Policy
 from varfast.policies.sampler import Sampled, Sampler
-from varfast.policies.var.config import LoRAConfig
 from varfast.randomness import Key
 from varfast.settings.section import check_divides
 from varfast.types import InputError, Prompts, Rollout, Sampling, TokenLogp
