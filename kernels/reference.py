@@ -21,6 +21,7 @@ from torch import Tensor
 from varfast.kernels.reference_nexttoken import at_least_float32
 from varfast.kernels.reference_nexttoken import causal_attention as causal_attention
 from varfast.kernels.reference_nexttoken import decode_attention as decode_attention
+from varfast.kernels.reference_nexttoken import residual_rms_norm as residual_rms_norm
 from varfast.kernels.reference_nexttoken import rms_norm as rms_norm
 from varfast.kernels.reference_nexttoken import split_heads_rotary as split_heads_rotary
 from varfast.kernels.reference_nexttoken import split_heads_rotary_to_cache as split_heads_rotary_to_cache
