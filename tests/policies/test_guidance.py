@@ -17,7 +17,7 @@ from varfast.advantages import group_advantages
 from varfast.losses.grpo import kl_to_reference
 from varfast.policies.driver import Driver
 from varfast.policies.guidance import guided_logits
-from varfast.policies.var.config import LoRAConfig
+from varfast.policies.var.config import VARLoRAConfig, VARPolicyConfig
 from varfast.policies.var.policy import VARPolicy
 from varfast.runs.before_after import BeforeAfter
 from varfast.runs.folder import RunFolder
@@ -174,7 +174,7 @@ def test_the_kl_is_to_the_guided_reference(make_policy):
 
 def test_an_adapter_is_guided_too(make_policy):
     policy = make_policy(depth=2)
-    policy.add_lora(LoRAConfig(rank=2, targets=("mat_qkv", "fc1")), seed=0)
+    policy.add_lora(VARLoRAConfig(rank=2, targets=("mat_qkv", "fc1")), seed=0)
     for name, parameter in policy.var.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.constant_(parameter, 0.02)
@@ -194,10 +194,14 @@ def test_check_usable_samples_what_is_trained(make_policy):
         policy.check_usable([0, 3], 1.0, 0, CFG)
 
 
-def test_a_family_without_a_label_for_none_refuses_guidance(make_policy, monkeypatch):
+def test_a_family_without_a_label_for_none_refuses_guidance(make_policy, make_config, monkeypatch):
     monkeypatch.setattr(VARPolicy, "_guidance", Driver._guidance)
     policy = make_policy()
     tokens_BL = policy.sample([0], seed=0).tokens_BL
+    monkeypatch.setattr(VARPolicyConfig, "guidable", False)
+    with pytest.raises(InputError, match="policy.family=var know no label that stands for none"):
+        make_config(rollout__cfg=CFG)
+    make_config()
     for call in (
         lambda: policy.sample([0], seed=0, cfg=CFG),
         lambda: policy.token_logp([0], tokens_BL, cfg=CFG),
@@ -226,7 +230,7 @@ def metrics(config):
 
 
 def trained(config):
-    return torch.load(RunFolder(config.run.dir).weights, weights_only=True)
+    return torch.load(RunFolder(config.run.dir).weights(config), weights_only=True)
 
 
 def test_a_guided_run_and_one_that_goes_on_are_the_same(make_config):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
 
 import torch
@@ -21,16 +21,16 @@ from torch.nn.parallel import DistributedDataParallel
 from varfast import kernels
 from varfast.distributed import World, local, replicate, shard
 from varfast.perf.cost import Checkpointing
-from varfast.perf.graphs import GraphPool
+from varfast.perf.graphs import CudaGraph, GraphPool
 from varfast.perf.stages import stage
 from varfast.policies import lora
 from varfast.policies.checks import as_prompts, as_tokens, check_finite, check_images, check_weights
+from varfast.policies.config import LoRAConfig
 from varfast.policies.guidance import guided_logits
-from varfast.policies.pixels import Pixels
+from varfast.policies.pixels import Pixels, after_this_stream
 from varfast.policies.precision import MixedPrecision
 from varfast.policies.protocol import Policy
-from varfast.policies.sampler import Sampled, Sampler
-from varfast.policies.var.config import LoRAConfig
+from varfast.policies.sampler import Captured, Sampled, Sampler
 from varfast.randomness import Key
 from varfast.settings.section import check_divides
 from varfast.types import InputError, Prompts, Rollout, Sampling, TokenLogp
@@ -87,7 +87,6 @@ class Driver(ABC):
         self.graph_pool = GraphPool()
         self._guidance_tensors: dict[float, Tensor] = {}
         self._pixels = Pixels(decodable)
-        self._beside: torch.cuda.Stream | None = None
         self._replica: DistributedDataParallel | None = None
         self._gathered: MixedPrecision | None = None
         self._sample_from(self.trainable)
@@ -143,6 +142,15 @@ class Driver(ABC):
         """As many prompts that stand for none: by default the label num_classes."""
         return Prompts(torch.full_like(prompts.ids_B, self.num_classes))
 
+    @torch.no_grad()
+    def _capture_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Captured:
+        """`_sample_batch` as a CUDA graph, for as many prompts; it has run with them. A family may capture a part."""
+
+        def function(ids_B: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+            return tuple(t for t in self._sample_batch(Prompts(ids_B), key, how, keep) if t is not None)
+
+        return CudaGraph(function, prompts.ids_B, key, pool=self.graph_pool)
+
     def _make_strict(self) -> None:
         """Take ops whose rows do not depend on one another. Of a family that has none, strict mode is refused."""
         raise InputError(f"run.strict=true: {type(self).__name__} has no strict mode; use run.strict=false")
@@ -159,7 +167,7 @@ class Driver(ABC):
     def _sample_from(self, model: MixedPrecision) -> None:
         """Sample from `model` from now on. A graph that was captured reads the weights of the model before."""
         self.sampled = model
-        self._sampler = Sampler(self.fast, self.graph_pool)
+        self._sampler = Sampler(self.fast)
 
     def add_lora(self, config: LoRAConfig, seed: int) -> None:
         """Train an adapter beside frozen weights from now on. Once, before `frozen_copy` and `distribute`.
@@ -322,10 +330,10 @@ class Driver(ABC):
         if how.cfg > 0.0:
             self._guidance(how.cfg)  # refused by a family that cannot be guided
         self.sampled.low_precision_copies()  # up to date: a replayed graph does not look
-        parts = self._sampler.parts(
-            self._sample_batch, prompts, how, key, micro_batch, self.cuda_graph, keep=images is not None
-        )
-        beside = None if images is None else self._decoding_stream()
+        capture = self._capture_batch if self.cuda_graph else None
+        keep = images is not None
+        parts = self._sampler.parts(self._sample_batch, prompts, how, key, micro_batch, capture, keep)
+        beside = None if images is None else self._pixels.stream(self.device)
         sampled, first = [], 0
         while True:
             with stage("rollout"):
@@ -336,7 +344,7 @@ class Driver(ABC):
             if images is None:
                 continue
             assert part.latent is not None
-            with nullcontext() if beside is None else _after_this_stream(beside):
+            with nullcontext() if beside is None else after_this_stream(beside):
                 self._write_pixels(part.latent, images[first : first + len(part.tokens_BL)])
             if beside is not None:
                 part.latent.record_stream(beside)
@@ -354,13 +362,6 @@ class Driver(ABC):
             torch.cat(inputs) if keep_input else None,
             how.cfg,
         )
-
-    def _decoding_stream(self) -> torch.cuda.Stream | None:
-        """The stream that decodes beside the rollout on a GPU: one for all steps, as the allocator keeps memory by
-        stream."""
-        if self.device.type == "cuda" and self._beside is None:
-            self._beside = torch.cuda.Stream(self.device)
-        return self._beside
 
     # Given tokens.
 
@@ -486,11 +487,3 @@ class Driver(ABC):
 
     def _tokens(self, tokens_BL: Tensor) -> Tensor:
         return as_tokens(tokens_BL, self.tokens_shape, self.device)
-
-
-@contextmanager
-def _after_this_stream(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Inside, work goes to `stream`, after all that the current one was given."""
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield

@@ -13,12 +13,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from varfast.perf.cost import FLOAT32_BYTES, ITEM_BYTES, Checkpointing, Count
-from varfast.policies.var.config import LoRAConfig, PolicyConfig, VARConfig, VQVAEConfig
-
-
-def cost_of(config: PolicyConfig, dtype: str) -> VARCost:
-    """The cost of the model that a config describes; dtype: of activations, "float32" or "bfloat16"."""
-    return VARCost(config.sizes, config.vqvae, dtype, config.lora)
+from varfast.policies.var.config import VARConfig, VARLoRAConfig, VQVAEConfig
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class VARCost:
     sizes: VARConfig
     vqvae: VQVAEConfig
     dtype: str
-    lora: LoRAConfig | None = None
+    lora: VARLoRAConfig | None = None
 
     @property
     def base(self) -> VARCost:
@@ -273,14 +268,14 @@ def _hidden(sizes: VARConfig) -> int:
     return round(sizes.width * sizes.mlp_ratio)
 
 
-def _adapted(sizes: VARConfig, lora: LoRAConfig | None) -> dict[str, tuple[int, int]]:
+def _adapted(sizes: VARConfig, lora: VARLoRAConfig | None) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of a matrix of each kind that has an adapter."""
     C, hidden = sizes.width, _hidden(sizes)
     sides = {"mat_qkv": (C, 3 * C), "proj": (C, C), "fc1": (C, hidden), "fc2": (hidden, C), "ada_lin": (C, 6 * C)}
     return {name: side for name, side in sides.items() if lora is not None and name in lora.targets}
 
 
-def _adapter_tensors(sizes: VARConfig, lora: LoRAConfig | None) -> list[int]:
+def _adapter_tensors(sizes: VARConfig, lora: VARLoRAConfig | None) -> list[int]:
     """How many numbers each A and each B has."""
     tensors = []
     for name, widths in _adapted(sizes, lora).items():
@@ -289,7 +284,7 @@ def _adapter_tensors(sizes: VARConfig, lora: LoRAConfig | None) -> list[int]:
     return tensors
 
 
-def num_adapter_parameters(sizes: VARConfig, lora: LoRAConfig | None) -> int:
+def num_adapter_parameters(sizes: VARConfig, lora: VARLoRAConfig | None) -> int:
     """Numbers of A and B: 14 745 600 for d30 with rank 16 beside the blocks' four matrices; 0 without an adapter."""
     return sum(_adapter_tensors(sizes, lora))
 
@@ -330,7 +325,7 @@ class ForwardFlop:
         return self.linear + self.attention + self.head + self.adaln + self.embed
 
 
-def forward_flop(sizes: VARConfig, lora: LoRAConfig | None = None) -> ForwardFlop:
+def forward_flop(sizes: VARConfig, lora: VARLoRAConfig | None = None) -> ForwardFlop:
     """Per image; the same for a rollout with a key-value cache and for a teacher-forced pass.
 
     lora: an adapter, whose products are counted with those of its matrices.
