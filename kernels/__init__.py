@@ -16,7 +16,7 @@ from varfast.kernels.grpo_loss import GRPO_STATS, grpo_token_loss
 from varfast.kernels.logprob import selective_log_softmax
 from varfast.kernels.matmul import invariant_linear
 from varfast.kernels.qkv import split_heads, split_heads_to_cache
-from varfast.kernels.rms_norm import rms_norm
+from varfast.kernels.rms_norm import residual_rms_norm, rms_norm
 from varfast.kernels.rotary import split_heads_rotary, split_heads_rotary_to_cache
 from varfast.kernels.sampling import sample_tokens
 from varfast.kernels.selection import OPS, Choice, Implementation, check_implementation, choices, configure
@@ -47,6 +47,7 @@ __all__ = [
     "invariant_linear",
     "layer_norm_modulate",
     "linear_gelu",
+    "residual_rms_norm",
     "rms_norm",
     "sample_tokens",
     "selective_log_softmax",

@@ -21,6 +21,7 @@ from torch import Tensor
 from varfast.kernels.reference_nexttoken import at_least_float32
 from varfast.kernels.reference_nexttoken import causal_attention as causal_attention
 from varfast.kernels.reference_nexttoken import decode_attention as decode_attention
+from varfast.kernels.reference_nexttoken import residual_rms_norm as residual_rms_norm
 from varfast.kernels.reference_nexttoken import rms_norm as rms_norm
 from varfast.kernels.reference_nexttoken import split_heads_rotary as split_heads_rotary
 from varfast.kernels.reference_nexttoken import split_heads_rotary_to_cache as split_heads_rotary_to_cache
@@ -393,20 +394,25 @@ def grpo_token_loss(
     advantages_BL: Tensor,
     clip_eps: float,
     kl_beta: float,
+    sequence_ratio: bool = False,
+    unbiased_kl: bool = False,
 ) -> tuple[Tensor, Tensor]:
     logp_BL = at_least_float32(logp_BL)
     advantages_BL = advantages_BL.to(logp_BL.dtype)
     log_ratio_BL = logp_BL - logp_old_BL.to(logp_BL.dtype)
-    ratio_BL = log_ratio_BL.exp()
+    ratio_BL = token_ratio_BL = log_ratio_BL.exp()
+    if sequence_ratio:  # the value of the image's, the slope of the token's
+        ratio_BL = (log_ratio_BL.detach().mean(dim=1, keepdim=True) + (logp_BL - logp_BL.detach())).exp()
     clipped_BL = ratio_BL.clamp(1.0 - clip_eps, 1.0 + clip_eps)
     surrogate_BL = torch.minimum(ratio_BL * advantages_BL, clipped_BL * advantages_BL)
     kl_BL = torch.zeros_like(logp_BL) if logp_ref_BL is None else k3(logp_BL, logp_ref_BL.to(logp_BL.dtype))
-    loss = (kl_beta * kl_BL - surrogate_BL).mean(dim=1).mean()
+    unbiased_BL = token_ratio_BL * kl_BL if unbiased_kl and logp_ref_BL is not None else kl_BL
+    loss = (kl_beta * unbiased_BL - surrogate_BL).mean(dim=1).mean()
     with torch.no_grad():
         is_clipped_BL = ((ratio_BL > 1.0 + clip_eps) & (advantages_BL > 0)) | (
             (ratio_BL < 1.0 - clip_eps) & (advantages_BL < 0)
         )
-        gap_BL = (ratio_BL - 1.0).abs()
+        gap_BL = (token_ratio_BL - 1.0).abs()
         stats = torch.stack(
             [kl_BL.mean(), is_clipped_BL.to(loss.dtype).mean(), ratio_BL.mean(), gap_BL.mean(), gap_BL.max()]
         )

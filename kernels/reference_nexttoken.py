@@ -22,6 +22,11 @@ def rms_norm(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     return (at_least_float32(normed) * at_least_float32(weight_C)).to(x_BLC.dtype)
 
 
+def residual_rms_norm(x_BLC: Tensor, branch_BLC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    new_BLC = x_BLC + branch_BLC
+    return new_BLC, rms_norm(new_BLC, weight_C, eps)
+
+
 def swiglu(gate_BLF: Tensor, up_BLF: Tensor) -> Tensor:
     return (F.silu(at_least_float32(gate_BLF)) * at_least_float32(up_BLF)).to(gate_BLF.dtype)
 

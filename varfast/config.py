@@ -98,7 +98,10 @@ class KernelsConfig(Section):
     invariant_linear: Literal["auto", "triton", "blocks", "reference"] = Field(
         "auto", description="products of run.strict, the same bits whatever the batch"
     )
-    rms_norm: Literal["auto", "reference"] = Field("auto", description="RMSNorm of next-token models")
+    rms_norm: Literal["auto", "triton", "reference"] = Field("auto", description="RMSNorm of next-token models")
+    residual_rms_norm: Literal["auto", "triton", "reference"] = Field(
+        "auto", description="a branch's result added to the residual stream, and the rms_norm after it"
+    )
     swiglu: Literal["auto", "reference"] = Field("auto", description="silu(gate) * up in the MLP of next-token models")
     split_heads_rotary: Literal["auto", "reference"] = Field(
         "auto", description="queries, keys and values of a next-token model's block, with rotary positions"
