@@ -13,6 +13,7 @@ How work is counted
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -34,6 +35,72 @@ class Count:
 
     def __mul__(self, times: float) -> Count:
         return Count(self.flop * times, self.io_bytes * times)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How many numbers each tensor of a trained model has, and how many bytes hold them.
+
+    Weights are stored in float32. Computed with in 16 bits, each matrix has a low-precision copy, which products read.
+    With an adapter (policy.lora) the model is frozen: its matrices are stored in the compute dtype, and those of the
+    adapter have copies.
+
+    Attributes:
+        item_bytes: of a number of the compute dtype.
+        matrices: of linear layers.
+        others: what is always read in float32, such as biases and norms.
+        embeddings: tables of which a pass reads a row an image or token.
+        adapter: matrices of an adapter: with one, these alone are trained.
+    """
+
+    item_bytes: int
+    matrices: Sequence[int]
+    others: Sequence[int] = ()
+    embeddings: Sequence[int] = ()
+    adapter: Sequence[int] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the model without the adapter."""
+        return sum(self.matrices) + sum(self.others) + sum(self.embeddings)
+
+    @property
+    def trained(self) -> int:
+        """Numbers that have a gradient."""
+        return sum(self.adapter) if self.adapter else self.parameters
+
+    @property
+    def read_bytes(self) -> int:
+        """Read by one pass through the model."""
+        rest = sum(self.others) + sum(self.adapter)
+        return sum(self.matrices) * self.item_bytes + rest * FLOAT32_BYTES
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Held by a frozen copy, which stores the matrices in the compute dtype."""
+        return self.read_bytes + sum(self.embeddings) * FLOAT32_BYTES
+
+    @property
+    def held_bytes(self) -> int:
+        """Held for the weights themselves."""
+        return self.frozen_bytes if self.adapter else FLOAT32_BYTES * self.parameters
+
+    @property
+    def copy_bytes(self) -> int:
+        """Held for the low-precision copies, which an optimizer step writes; 0 in float32."""
+        return 0 if self.item_bytes == FLOAT32_BYTES else self.item_bytes * sum(self.adapter or self.matrices)
+
+    def moment_bytes(self, optimizer: str) -> int:
+        """Adam's two moments: float32, or for adamw8bit (varfast.optim.adamw8bit) 8 bits and a float32 a block of 256.
+
+        With adamw8bit, embeddings and tensors of fewer than 4096 numbers stay float32.
+        """
+        if optimizer != "adamw8bit":
+            return 2 * FLOAT32_BYTES * self.trained
+        sizes = self.adapter or (*self.matrices, *self.others)
+        small = sum(n for n in sizes if n < 4096) + (0 if self.adapter else sum(self.embeddings))
+        large = sum(n + FLOAT32_BYTES * -(-n // 256) for n in sizes if n >= 4096)
+        return 2 * (FLOAT32_BYTES * small + large)
 
 
 class Network(NamedTuple):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import NamedTuple
 
 from varfast.perf.cost import FLOAT32_BYTES, ITEM_BYTES, Checkpointing, Count
+from varfast.policies import autoencoder_cost
+from varfast.policies.autoencoder_cost import Layer, conv, encoder_layers
 from varfast.policies.var.config import LoRAConfig, PolicyConfig, VARConfig, VQVAEConfig
 
 
@@ -356,100 +356,22 @@ def forward_flop(sizes: VARConfig, lora: LoRAConfig | None = None) -> ForwardFlo
 # The VQ-VAE
 
 
-class _Layer(NamedTuple):
-    """One layer on a square map, of one image.
-
-    parameters, flop; elements: numbers read and written; live: numbers that exist at once while its block runs.
-    """
-
-    parameters: int
-    flop: float
-    elements: int
-    live: int
+def _encoder(config: VQVAEConfig) -> Iterator[Layer]:
+    layout = (config.base_channels, config.channel_multipliers, config.num_res_blocks)
+    yield from encoder_layers(config.image_size, *layout, config.code_width)
+    yield conv(config.code_width, config.code_width, 3, config.patch_nums[-1])  # quant_conv
 
 
-def _conv(channels_in: int, channels_out: int, kernel: int, side: int, side_in: int | None = None) -> _Layer:
-    weights = channels_in * channels_out * kernel * kernel
-    read, written = channels_in * (side_in or side) ** 2, channels_out * side * side
-    return _Layer(weights + channels_out, 2.0 * weights * side * side, read + written, read + written)
-
-
-def _norm(channels: int, side: int) -> _Layer:
-    # Map, normalised map and its SiLU exist together.
-    return _Layer(2 * channels, 0.0, 2 * channels * side * side, 3 * channels * side * side)
-
-
-def _resnet(channels_in: int, channels_out: int, side: int) -> Iterator[_Layer]:
-    yield _norm(channels_in, side)
-    yield _conv(channels_in, channels_out, 3, side)
-    # The block's input waits for the sum while the second half runs.
-    yield _norm(channels_out, side)._replace(live=(channels_in + 3 * channels_out) * side * side)
-    yield _conv(channels_out, channels_out, 3, side)
-    if channels_in != channels_out:
-        yield _conv(channels_in, channels_out, 1, side)
-
-
-def _attention(channels: int, side: int) -> Iterator[_Layer]:
-    positions = side * side
-    yield _norm(channels, side)
-    yield _conv(channels, 3 * channels, 1, side)
-    # Input, q, k, v, output, and the scores where no fused kernel takes a head of this width.
-    yield _Layer(0, 4.0 * positions**2 * channels, 0, 8 * channels * positions + 2 * positions**2)
-    yield _conv(channels, channels, 1, side)
-
-
-def _middle(channels: int, side: int) -> Iterator[_Layer]:
-    yield from _resnet(channels, channels, side)
-    yield from _attention(channels, side)
-    yield from _resnet(channels, channels, side)
-
-
-def _level(channels_in: int, channels_out: int, blocks: int, side: int, attention: bool) -> Iterator[_Layer]:
-    widths = [channels_in] + [channels_out] * blocks
-    for index, (narrow, wide) in enumerate(pairwise(widths)):
-        held = channels_in * side * side if index else 0  # the level's input, until the level is done
-        for layer in _resnet(narrow, wide, side):
-            yield layer._replace(live=layer.live + held)
-        if attention:
-            yield from _attention(channels_out, side)
-
-
-def _encoder(config: VQVAEConfig) -> Iterator[_Layer]:
-    widths = [config.base_channels * m for m in (1, *config.channel_multipliers)]
-    side, last = config.image_size, len(widths) - 2
-    yield _conv(3, widths[0], 3, side)
-    for index, (channels_in, channels_out) in enumerate(pairwise(widths)):
-        yield from _level(channels_in, channels_out, config.num_res_blocks, side, index == last)
-        if index != last:
-            yield _conv(channels_out, channels_out, 3, side // 2, side)
-            side //= 2
-    yield from _middle(widths[-1], side)
-    yield _norm(widths[-1], side)
-    yield _conv(widths[-1], config.code_width, 3, side)
-    yield _conv(config.code_width, config.code_width, 3, side)  # quant_conv
-
-
-def decoder_layers(config: VQVAEConfig) -> Iterator[_Layer]:
+def decoder_layers(config: VQVAEConfig) -> Iterator[Layer]:
     """From the sum of quantized scales to pixels: post_quant_conv and decoder."""
-    side = config.patch_nums[-1]
-    yield _conv(config.code_width, config.code_width, 3, side)  # post_quant_conv
-    widths = [config.base_channels * m for m in (*config.channel_multipliers, config.channel_multipliers[-1])]
-    levels = list(pairwise(widths))
-    yield _conv(config.code_width, widths[-1], 3, side)
-    yield from _middle(widths[-1], side)
-    for index in reversed(range(len(levels))):
-        channels_out, channels_in = levels[index]
-        yield from _level(channels_in, channels_out, config.num_res_blocks + 1, side, index == len(levels) - 1)
-        if index != 0:
-            side *= 2  # the convolution reads the upsampled map
-            yield _conv(channels_out, channels_out, 3, side)
-    yield _norm(widths[0], side)
-    yield _conv(widths[0], 3, 3, side)
+    side, layout = config.patch_nums[-1], (config.base_channels, config.channel_multipliers, config.num_res_blocks)
+    yield conv(config.code_width, config.code_width, 3, side)  # post_quant_conv
+    yield from autoencoder_cost.decoder_layers(side, *layout, config.code_width)
 
 
 def num_vqvae_parameters(config: VQVAEConfig) -> int:
     """Encoder, decoder, codebook and residual convolutions: 108 948 355 for the public one."""
-    phi = _conv(config.code_width, config.code_width, 3, 1).parameters
+    phi = conv(config.code_width, config.code_width, 3, 1).parameters
     both = sum(layer.parameters for layer in (*_encoder(config), *decoder_layers(config)))
     return both + (config.num_phi or len(config.patch_nums)) * phi + config.vocab_size * config.code_width
 
@@ -459,6 +381,6 @@ def decode_count(config: VQVAEConfig, dtype: str) -> Count:
 
     393.8 GFLOP for the public VQ-VAE: 181 in the level at 256x256, 30 in the upsampling to it.
     """
-    phi = _conv(config.code_width, config.code_width, 3, config.patch_nums[-1])
+    phi = conv(config.code_width, config.code_width, 3, config.patch_nums[-1])
     layers = [*decoder_layers(config), *[phi] * len(config.patch_nums)]
     return Count(sum(x.flop for x in layers), ITEM_BYTES[dtype] * sum(x.elements for x in layers))

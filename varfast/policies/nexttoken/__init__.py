@@ -1,0 +1,1 @@
+"""What the families that sample one token after the other have in common."""
