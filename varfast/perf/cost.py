@@ -116,18 +116,15 @@ class Cost(Protocol):
     Attributes:
         dtype: "float32" or "bfloat16", of activations.
         base: the cost of the model without its adapter; itself if there is none.
-        trained_parameters: how many numbers have a gradient.
+        weights: of the trained model.
         rollout: sampling, without reading the weights; the key-value cache is included.
         rollout_passes: how often one rollout reads all weights.
         decode: from tokens to pixels, without the decoder's weights.
         forward, backward: teacher-forced, without the weights and without what checkpointing computes again.
-        weight_read_bytes, decoder_read_bytes: of the weights that one pass reads.
-        optimizer_copy_bytes: the low-precision copies that an optimizer step writes beside the float32 weights.
-        weight_bytes: held for the weights themselves: float32, but for matrices that an adapter freezes.
-        compute_copy_bytes: held for the low-precision copies that rollout and update read; 0 in float32.
-        vqvae_bytes: of the frozen tokenizer, float32.
+        decoder_read_bytes: of the decoder's weights.
+        tokenizer_bytes: of the frozen tokenizer, float32.
         image_bytes: the pixels, float32.
-        input_bytes: the transformer's input, float32.
+        input_bytes: `teacher_input`.
         kv_cache_bytes, rollout_activation_bytes: of sampling; the activations where they are largest.
         decode_activation_bytes: the most that exists at once in the decoder.
     """
@@ -137,9 +134,7 @@ class Cost(Protocol):
     @property
     def base(self) -> Cost: ...
     @property
-    def has_adapter(self) -> bool: ...
-    @property
-    def trained_parameters(self) -> int: ...
+    def weights(self) -> Weights: ...
     @property
     def rollout(self) -> Count: ...
     @property
@@ -151,17 +146,9 @@ class Cost(Protocol):
     @property
     def backward(self) -> Count: ...
     @property
-    def weight_read_bytes(self) -> float: ...
-    @property
     def decoder_read_bytes(self) -> int: ...
     @property
-    def optimizer_copy_bytes(self) -> int: ...
-    @property
-    def weight_bytes(self) -> int: ...
-    @property
-    def compute_copy_bytes(self) -> int: ...
-    @property
-    def vqvae_bytes(self) -> int: ...
+    def tokenizer_bytes(self) -> int: ...
     @property
     def image_bytes(self) -> int: ...
     @property
@@ -175,10 +162,6 @@ class Cost(Protocol):
 
     def recomputed_share(self, checkpointing: Checkpointing) -> float:
         """FLOPs that the backward pass computes again, as a share of a forward pass."""
-        ...
-
-    def moment_bytes(self, optimizer: str) -> int:
-        """Held for the optimizer's state."""
         ...
 
     def update_activation_bytes(self, checkpointing: Checkpointing) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from varfast.perf.cost import FLOAT32_BYTES, ITEM_BYTES, Checkpointing, Count
+from varfast.perf.cost import FLOAT32_BYTES, ITEM_BYTES, Checkpointing, Count, Weights
 from varfast.policies import autoencoder_cost
 from varfast.policies.autoencoder_cost import Layer, conv, encoder_layers
 from varfast.policies.var.config import LoRAConfig, PolicyConfig, VARConfig, VQVAEConfig
@@ -41,63 +41,35 @@ class VARCost:
         return replace(self, lora=None)
 
     @property
-    def has_adapter(self) -> bool:
-        return self.lora is not None
-
-    @property
     def _item_bytes(self) -> int:
         return ITEM_BYTES[self.dtype]
 
-    # Weights
-
     @property
-    def trained_parameters(self) -> int:
-        return num_adapter_parameters(self.sizes, self.lora) if self.lora else num_parameters(self.sizes)
-
-    @property
-    def weight_read_bytes(self) -> float:
-        """The blocks' matrices in the compute dtype; the rest and an adapter in float32."""
-        matrices = num_matrix_parameters(self.sizes)
-        rest = num_parameters(self.sizes) - matrices + num_adapter_parameters(self.sizes, self.lora)
-        return float(matrices * self._item_bytes + rest * FLOAT32_BYTES)
+    def weights(self) -> Weights:
+        """310 283 520 numbers (d16), 2 010 020 356 (d30)."""
+        sizes, C, hidden = self.sizes, self.sizes.width, _hidden(self.sizes)
+        adaln = [6 * C * C]
+        matrices = [3 * C * C, C * C, C * hidden, hidden * C, *([] if sizes.shared_adaln else adaln)]
+        block = [C, C, C, hidden, C, 6 * C]  # biases of q and v, proj, fc1, fc2 and adaLN, whose place ada_gss takes
+        block += [sizes.depth] if sizes.qk_l2_norm else []
+        before = [sizes.patch_nums[0] ** 2 * C, sizes.num_tokens * C, sizes.code_width * C, C]
+        head = [2 * C * C, 2 * C, sizes.vocab_size]
+        shared = [6 * C] if sizes.shared_adaln else []
+        return Weights(
+            self._item_bytes,
+            matrices * sizes.depth + (adaln if sizes.shared_adaln else []) + [C * sizes.vocab_size],
+            before + block * sizes.depth + shared + head,
+            [(sizes.num_classes + 1) * C, len(sizes.patch_nums) * C],
+            _adapter_tensors(sizes, self.lora),
+        )
 
     @property
     def decoder_read_bytes(self) -> int:
         return sum(layer.parameters for layer in decoder_layers(self.vqvae)) * self._item_bytes
 
     @property
-    def optimizer_copy_bytes(self) -> int:
-        """Of the blocks' matrices, if they are trained and computed with in 16 bits."""
-        if self.dtype == "float32" or self.lora is not None:
-            return 0
-        return num_matrix_parameters(self.sizes) * self._item_bytes
-
-    @property
-    def weight_bytes(self) -> int:
-        return round(self.weight_read_bytes) if self.lora else FLOAT32_BYTES * self.trained_parameters
-
-    @property
-    def compute_copy_bytes(self) -> int:
-        """Of the matrices of blocks and head; with an adapter of its own matrices alone."""
-        if self.dtype == "float32":
-            return 0
-        matrices = num_matrix_parameters(self.sizes) + self.sizes.width * self.sizes.vocab_size
-        return self._item_bytes * (num_adapter_parameters(self.sizes, self.lora) if self.lora else matrices)
-
-    @property
-    def vqvae_bytes(self) -> int:
+    def tokenizer_bytes(self) -> int:
         return FLOAT32_BYTES * num_vqvae_parameters(self.vqvae)
-
-    def moment_bytes(self, optimizer: str) -> int:
-        """Adam's two moments: float32, or for adamw8bit (varfast.optim.adamw8bit) 8 bits and a float32 a block of 256.
-
-        With adamw8bit, embeddings and tensors of fewer than 4096 numbers stay float32.
-        """
-        embeddings, others = ([], _adapter_tensors(self.sizes, self.lora)) if self.lora else _tensors(self.sizes)
-        eight_bits = optimizer == "adamw8bit"
-        small = [n for n in others if n < 4096 or not eight_bits]
-        large = [n for n in others if n >= 4096 and eight_bits]
-        return 2 * (FLOAT32_BYTES * sum(embeddings + small) + sum(n + FLOAT32_BYTES * -(-n // 256) for n in large))
 
     # Work of one image
 
@@ -242,33 +214,6 @@ class VARCost:
 # The transformer
 
 
-def num_parameters(sizes: VARConfig) -> int:
-    """Trainable numbers of VAR: 310 283 520 (d16), 2 010 020 356 (d30)."""
-    embeddings, others = _tensors(sizes)
-    return sum(embeddings) + sum(others)
-
-
-def _tensors(sizes: VARConfig) -> tuple[list[int], list[int]]:
-    """How many numbers each trainable tensor has: embeddings of labels and scales; all others."""
-    C, hidden = sizes.width, _hidden(sizes)
-    adaln = [6 * C * C, 6 * C]
-    block = [3 * C * C, C, C, C * C, C, C * hidden, hidden, hidden * C, C]  # qkv, q and v biases, proj, fc1, fc2
-    block += [sizes.depth] if sizes.qk_l2_norm else []
-    block += [6 * C] if sizes.shared_adaln else adaln
-    before = [sizes.patch_nums[0] ** 2 * C, sizes.num_tokens * C, sizes.code_width * C, C]
-    head = [2 * C * C, 2 * C, C * sizes.vocab_size, sizes.vocab_size]
-    shared = adaln if sizes.shared_adaln else []
-    return [(sizes.num_classes + 1) * C, len(sizes.patch_nums) * C], before + block * sizes.depth + shared + head
-
-
-def num_matrix_parameters(sizes: VARConfig) -> int:
-    """Numbers in the blocks' matrices: those that are computed with in run.dtype. The rest stays float32."""
-    C = sizes.width
-    adaln = 6 * C * C
-    block = 4 * C * C + 2 * C * _hidden(sizes) + (0 if sizes.shared_adaln else adaln)
-    return sizes.depth * block + (adaln if sizes.shared_adaln else 0)
-
-
 def _hidden(sizes: VARConfig) -> int:
     return round(sizes.width * sizes.mlp_ratio)
 
@@ -281,17 +226,12 @@ def _adapted(sizes: VARConfig, lora: LoRAConfig | None) -> dict[str, tuple[int, 
 
 
 def _adapter_tensors(sizes: VARConfig, lora: LoRAConfig | None) -> list[int]:
-    """How many numbers each A and each B has."""
+    """How many numbers each A and each B has: 14 745 600 in all for d30, rank 16 beside the blocks' four matrices."""
     tensors = []
     for name, widths in _adapted(sizes, lora).items():
         times = 1 if name == "ada_lin" and sizes.shared_adaln else sizes.depth
         tensors += [lora.rank * width for width in widths if lora] * times
     return tensors
-
-
-def num_adapter_parameters(sizes: VARConfig, lora: LoRAConfig | None) -> int:
-    """Numbers of A and B: 14 745 600 for d30 with rank 16 beside the blocks' four matrices; 0 without an adapter."""
-    return sum(_adapter_tensors(sizes, lora))
 
 
 def num_pairs(sizes: VARConfig) -> int:
