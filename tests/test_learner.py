@@ -13,7 +13,7 @@ from varfast.optim.config import UpdateConfig
 from varfast.optim.gradients import Gradients
 from varfast.optim.schedule import learning_rate, scheduled
 from varfast.perf.graphs import GraphPool, Replayed
-from varfast.policies.var.config import LoRAConfig
+from varfast.policies.var.config import VARLoRAConfig
 from varfast.policies.var.cost import VARCost
 from varfast.randomness import Key, Purpose, keyed_generator
 from varfast.types import Batch, Sampling
@@ -449,7 +449,7 @@ def test_a_captured_update_is_the_eager_one(make_policy, monkeypatch, settings, 
     for captured in (False, True):
         policy = make_policy(depth=2)
         if lora:
-            policy.add_lora(LoRAConfig(rank=2), seed=0)
+            policy.add_lora(VARLoRAConfig(rank=2), seed=0)
         maker = learner(policy, lr=1e-3, **settings)
         maker._captures = captured
         found = [maker.step(scored_rollout(policy, seed=step), step) for step in range(3)]

@@ -15,7 +15,7 @@ from varfast import kernels
 from varfast.kernels.selection import INTERPRETED, OPS
 from varfast.models import VAR, VQVAE, KVCache
 from varfast.policies.lora import add_lora
-from varfast.policies.var.config import PRESETS, LoRAConfig, VARConfig, VQVAEConfig
+from varfast.policies.var.config import PRESETS, VARConfig, VARLoRAConfig, VQVAEConfig
 from varfast.policies.var.cost import (
     VARCost,
     decode_count,
@@ -118,7 +118,7 @@ def test_backward_flop_is_twice_the_forward(on_meta):
 
 
 ALL_TARGETS = ("mat_qkv", "proj", "fc1", "fc2", "ada_lin")
-ADAPTERS = [LoRAConfig(), LoRAConfig(rank=64, targets=ALL_TARGETS)]
+ADAPTERS = [VARLoRAConfig(), VARLoRAConfig(rank=64, targets=ALL_TARGETS)]
 
 
 def adapted(sizes, dtype, lora):
@@ -129,7 +129,7 @@ def adapted(sizes, dtype, lora):
     return var
 
 
-@pytest.mark.parametrize("lora", [*ADAPTERS, LoRAConfig(rank=3, targets=("proj", "fc1"))])
+@pytest.mark.parametrize("lora", [*ADAPTERS, VARLoRAConfig(rank=3, targets=("proj", "fc1"))])
 @pytest.mark.parametrize("sizes", [PRESETS["d16"], PRESETS["d36"], ODD])
 def test_counts_with_an_adapter_are_what_torch_counts(sizes, lora, on_meta):
     var = adapted(sizes, "float32", lora)
@@ -204,8 +204,8 @@ as_declared = pytest.mark.skipif(not INTERPRETED, reason="the kernels' shapes ar
         ("d16", "bfloat16", None),
         ("d16", "float32", None),
         ("d30", "bfloat16", None),
-        ("d16", "bfloat16", LoRAConfig(rank=64)),
-        ("d16", "float32", LoRAConfig()),
+        ("d16", "bfloat16", VARLoRAConfig(rank=64)),
+        ("d16", "float32", VARLoRAConfig()),
     ],
 )
 def test_update_activations_are_what_exists_at_once(preset, dtype, lora, checkpointing, on_meta):
@@ -234,7 +234,7 @@ def test_update_activations_are_what_exists_at_once(preset, dtype, lora, checkpo
 @as_declared
 @pytest.mark.parametrize(
     ("depth", "dtype", "lora"),
-    [(16, "bfloat16", None), (16, "float32", None), (30, "bfloat16", None), (16, "bfloat16", LoRAConfig())],
+    [(16, "bfloat16", None), (16, "float32", None), (30, "bfloat16", None), (16, "bfloat16", VARLoRAConfig())],
 )
 def test_rollout_activations_are_what_exists_at_once(depth, dtype, lora, on_meta):
     on_meta("triton")
@@ -294,13 +294,13 @@ def test_moment_bytes_with_8_bits_are_counted_by_tensor(sizes):
 
 
 def test_held_weights_with_an_adapter_are_those_of_the_module():
-    var = adapted(PRESETS["d16"], "bfloat16", LoRAConfig())
-    ours = cost("d16", "bfloat16", LoRAConfig()).weights
+    var = adapted(PRESETS["d16"], "bfloat16", VARLoRAConfig())
+    ours = cost("d16", "bfloat16", VARLoRAConfig()).weights
     assert ours.held_bytes == sum(p.nbytes for p in var.parameters())
     trained = sum(p.nbytes for p in var.parameters() if p.requires_grad)
     assert (4 * ours.trained, ours.moment_bytes("adamw"), ours.copy_bytes) == (trained, 2 * trained, trained // 2)
-    wide = cost("d16", "float32", LoRAConfig()).weights
-    assert wide.held_bytes == sum(p.nbytes for p in adapted(PRESETS["d16"], "float32", LoRAConfig()).parameters())
+    wide = cost("d16", "float32", VARLoRAConfig()).weights
+    assert wide.held_bytes == sum(p.nbytes for p in adapted(PRESETS["d16"], "float32", VARLoRAConfig()).parameters())
     assert wide.copy_bytes == 0
 
 

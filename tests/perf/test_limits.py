@@ -8,7 +8,7 @@ from varfast.perf.cost import Count
 from varfast.perf.devices import Ceilings
 from varfast.perf.limits import STAGES, speed_of_light_s, stage_counts
 from varfast.perf.plan import plan_memory
-from varfast.policies.var.config import PRESETS, LoRAConfig, VQVAEConfig
+from varfast.policies.var.config import PRESETS, VARLoRAConfig, VQVAEConfig
 from varfast.policies.var.cost import forward_flop
 
 H200 = Ceilings(790e12, 4.3e12, 139 * 2**30)
@@ -84,7 +84,7 @@ def test_stage_counts_follow_the_config(make_work):
 
 @pytest.mark.parametrize("rank", [16, 64])
 def test_stage_counts_with_an_adapter_are_those_of_its_cost(make_work, rank):
-    lora, sizes = LoRAConfig(rank=rank), PRESETS["d16"]
+    lora, sizes = VARLoRAConfig(rank=rank), PRESETS["d16"]
     policy = {"preset": "d16", "checkpoint": "random", "lora": lora}
     sections = {"rollout": {"labels_per_step": 1, "group_size": 2}, "update": {"minibatch": 2}}
     work = make_work(policy=policy, **sections)

@@ -45,7 +45,7 @@ def _sections(model: type[BaseModel], prefix: str = "", about: str = "") -> Iter
             if get_origin(member.annotation) is dict and not elsewhere:
                 chosen = schema.Value.of(get_args(member.annotation)[1])
                 for section in chosen.sections():
-                    tag = "".join(schema.types_of(section))
+                    tag = "".join(schema.tags_of(section))
                     deeper += [
                         _Section(f"{prefix}{key}.NAME, type: {tag}", found.about, found.rows)
                         for found in _sections(section, f"{prefix}{key}.NAME.")

@@ -76,17 +76,21 @@ class Value:
         return found
 
     def tagged(self, tag: str) -> list[Value]:
-        """The members of a union of sections whose key `type` takes this tag."""
-        return [Value(s) for s in self.sections() if "type" in s.model_fields and tag in types_of(s)]
+        """The members of a union of sections that this tag chooses."""
+        return [Value(s) for s in self.sections() if tag in tags_of(s)]
 
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def types_of(section: type[BaseModel]) -> tuple[str, ...]:
-    """The values that a section's key `type` takes."""
-    return get_args(section.model_fields["type"].annotation)
+# Keys by whose value a section is chosen among several: of a reward, of a model.
+TAG_KEYS = ("type", "family")
+
+
+def tags_of(section: type[BaseModel]) -> tuple[str, ...]:
+    """The values by which a section is chosen among several; none if it stands alone."""
+    return next((get_args(section.model_fields[key].annotation) for key in TAG_KEYS if key in section.model_fields), ())
 
 
 def find(model: type[BaseModel], location: Sequence[str | int]) -> tuple[list[Value], list[str]]:

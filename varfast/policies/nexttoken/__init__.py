@@ -1,1 +1,1 @@
-"""What the families that sample one token after the other have in common."""
+"""What the families that draw one token after the other share: transformer, engine, tokenizers."""

@@ -13,12 +13,7 @@ from dataclasses import dataclass, replace
 from varfast.perf.cost import FLOAT32_BYTES, ITEM_BYTES, Checkpointing, Count, Weights
 from varfast.policies import autoencoder_cost
 from varfast.policies.autoencoder_cost import Layer, conv, encoder_layers
-from varfast.policies.var.config import LoRAConfig, PolicyConfig, VARConfig, VQVAEConfig
-
-
-def cost_of(config: PolicyConfig, dtype: str) -> VARCost:
-    """The cost of the model that a config describes; dtype: of activations, "float32" or "bfloat16"."""
-    return VARCost(config.sizes, config.vqvae, dtype, config.lora)
+from varfast.policies.var.config import VARConfig, VARLoRAConfig, VQVAEConfig
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class VARCost:
     sizes: VARConfig
     vqvae: VQVAEConfig
     dtype: str
-    lora: LoRAConfig | None = None
+    lora: VARLoRAConfig | None = None
 
     @property
     def base(self) -> VARCost:
@@ -218,14 +213,14 @@ def _hidden(sizes: VARConfig) -> int:
     return round(sizes.width * sizes.mlp_ratio)
 
 
-def _adapted(sizes: VARConfig, lora: LoRAConfig | None) -> dict[str, tuple[int, int]]:
+def _adapted(sizes: VARConfig, lora: VARLoRAConfig | None) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of a matrix of each kind that has an adapter."""
     C, hidden = sizes.width, _hidden(sizes)
     sides = {"mat_qkv": (C, 3 * C), "proj": (C, C), "fc1": (C, hidden), "fc2": (hidden, C), "ada_lin": (C, 6 * C)}
     return {name: side for name, side in sides.items() if lora is not None and name in lora.targets}
 
 
-def _adapter_tensors(sizes: VARConfig, lora: LoRAConfig | None) -> list[int]:
+def _adapter_tensors(sizes: VARConfig, lora: VARLoRAConfig | None) -> list[int]:
     """How many numbers each A and each B has: 14 745 600 in all for d30, rank 16 beside the blocks' four matrices."""
     tensors = []
     for name, widths in _adapted(sizes, lora).items():
@@ -270,7 +265,7 @@ class ForwardFlop:
         return self.linear + self.attention + self.head + self.adaln + self.embed
 
 
-def forward_flop(sizes: VARConfig, lora: LoRAConfig | None = None) -> ForwardFlop:
+def forward_flop(sizes: VARConfig, lora: VARLoRAConfig | None = None) -> ForwardFlop:
     """Per image; the same for a rollout with a key-value cache and for a teacher-forced pass.
 
     lora: an adapter, whose products are counted with those of its matrices.
