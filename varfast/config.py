@@ -102,7 +102,9 @@ class KernelsConfig(Section):
     residual_rms_norm: Literal["auto", "triton", "reference"] = Field(
         "auto", description="a branch's result added to the residual stream, and the rms_norm after it"
     )
-    swiglu: Literal["auto", "reference"] = Field("auto", description="silu(gate) * up in the MLP of next-token models")
+    swiglu: Literal["auto", "triton", "reference"] = Field(
+        "auto", description="silu(gate) * up in the MLP of next-token models"
+    )
     split_heads_rotary: Literal["auto", "reference"] = Field(
         "auto", description="queries, keys and values of a next-token model's block, with rotary positions"
     )
