@@ -15,6 +15,8 @@ from pydantic import Field, model_validator
 from varfast.losses.config import GRPOConfig
 from varfast.optim.config import UpdateConfig
 from varfast.policies.config import RolloutConfig
+from varfast.policies.llamagen.config import LlamaGenPolicyConfig
+from varfast.policies.taming.config import TamingPolicyConfig
 from varfast.policies.var.config import VARPolicyConfig
 from varfast.pretraining.config import PretrainConfig
 from varfast.rewards import RewardConfig
@@ -24,7 +26,7 @@ from varfast.settings.schema import Wanted
 from varfast.settings.section import Section, check_divides, check_labels
 
 # The families of models; varfast/policies/families.py says how to add one.
-PolicyConfig = VARPolicyConfig
+PolicyConfig = Annotated[VARPolicyConfig | LlamaGenPolicyConfig | TamingPolicyConfig, Field(discriminator="family")]
 
 
 class KernelsConfig(Section):
