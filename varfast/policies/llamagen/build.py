@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from varfast.perf.cost import Cost
 from varfast.policies.llamagen.config import GPTConfig, LlamaGenPolicyConfig
 from varfast.policies.llamagen.policy import LlamaGenPolicy
 from varfast.policies.llamagen.transformer import LlamaGen
@@ -15,7 +14,6 @@ from varfast.policies.llamagen.weights import load_gpt
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import TokenizerConfig
 from varfast.policies.nexttoken.tokenizer_weights import load_tokenizer
-from varfast.types import InputError
 
 
 def _sizes(config: LlamaGenPolicyConfig) -> GPTConfig:

@@ -47,7 +47,8 @@ def infer_gpt_config(state: State, config: TransformerConfig | None = None) -> G
         mlp_width=axis_size(state, "layers.0.feed_forward.w1.weight", 0, 2),
         vocab_size=axis_size(state, "output.weight", 0, 2),
         num_classes=axis_size(state, "cls_embedding.embedding_table.weight", 0, 2) - 1,
-        **({} if config is None else {"side": config.side, "norm_eps": config.norm_eps}),
+        side=16 if config is None else config.side,
+        norm_eps=1e-5 if config is None else config.norm_eps,
     )
     return found.model_copy(update={"mlp_width": None}) if found.mlp_width == found.usual_hidden else found
 

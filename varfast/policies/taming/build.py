@@ -7,15 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from varfast.perf.cost import Cost
+from varfast.policies.nexttoken.tokenizer import Tokenizer
+from varfast.policies.nexttoken.tokenizer_config import VQGANConfig
+from varfast.policies.nexttoken.tokenizer_weights import load_tokenizer
 from varfast.policies.taming.config import MinGPTConfig, TamingPolicyConfig
 from varfast.policies.taming.policy import TamingPolicy
 from varfast.policies.taming.transformer import MinGPT
 from varfast.policies.taming.weights import load_mingpt
-from varfast.policies.nexttoken.tokenizer import Tokenizer
-from varfast.policies.nexttoken.tokenizer_config import VQGANConfig
-from varfast.policies.nexttoken.tokenizer_weights import load_tokenizer
-from varfast.types import InputError
 
 
 def _sizes(config: TamingPolicyConfig) -> MinGPTConfig:
