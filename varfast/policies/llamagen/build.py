@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from varfast.perf.cost import Cost
 from varfast.policies.llamagen.config import GPTConfig, LlamaGenPolicyConfig
 from varfast.policies.llamagen.policy import LlamaGenPolicy
 from varfast.policies.llamagen.transformer import LlamaGen
@@ -15,6 +16,7 @@ from varfast.policies.nexttoken.cost import NextTokenCost, TransformerSizes, tok
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import TokenizerConfig
 from varfast.policies.nexttoken.tokenizer_weights import load_tokenizer
+from varfast.types import InputError
 
 
 def _sizes(config: LlamaGenPolicyConfig) -> GPTConfig:
