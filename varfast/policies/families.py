@@ -67,6 +67,14 @@ class Family(Protocol):
 
 def family_of(config: FamilyConfig) -> Family:
     """The functions of the family that a section `policy` belongs to."""
+    if config.family == "llamagen":
+        from varfast.policies.llamagen import build as llamagen
+
+        return llamagen
+    if config.family == "taming":
+        from varfast.policies.taming import build as taming
+
+        return taming
     from varfast.policies.var import build
 
     return build
