@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -51,10 +51,11 @@ class FamilyConfig(Section):
     def num_classes(self) -> int:
         """Ids of prompts are in [0, num_classes)."""
 
-    @property
-    @abstractmethod
-    def image_size(self) -> int:
-        """H and W, in pixels."""
+    if TYPE_CHECKING:  # a field of some families: pydantic warns of one that shadows a property
+
+        @property
+        def image_size(self) -> int:
+            """H and W, in pixels."""
 
     @property
     @abstractmethod

@@ -80,11 +80,9 @@ class LlamaGen(CausalTransformer):
     """
 
     lora_targets: ClassVar = {
-        "mat_qkv": r"layers\.\d+\.attention\.wqkv",
-        "proj": r"layers\.\d+\.attention\.wo",
-        "fc1": r"layers\.\d+\.feed_forward\.w[13]",
-        "fc2": r"layers\.\d+\.feed_forward\.w2",
-    }
+        "wqkv": r"layers\.\d+\.attention\.wqkv",
+        "wo": r"layers\.\d+\.attention\.wo",
+    } | {name: rf"layers\.\d+\.feed_forward\.{name}" for name in ("w1", "w3", "w2")}
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
