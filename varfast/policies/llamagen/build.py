@@ -12,6 +12,7 @@ from varfast.policies.llamagen.config import GPTConfig, LlamaGenPolicyConfig
 from varfast.policies.llamagen.policy import LlamaGenPolicy
 from varfast.policies.llamagen.transformer import LlamaGen
 from varfast.policies.llamagen.weights import load_gpt
+from varfast.policies.nexttoken.cost import NextTokenCost, TransformerSizes, tokenizer_sizes
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import TokenizerConfig
 from varfast.policies.nexttoken.tokenizer_weights import load_tokenizer
@@ -55,3 +56,61 @@ def assemble(
     assert isinstance(transformer, LlamaGen)
     assert isinstance(tokenizer, Tokenizer)
     return LlamaGenPolicy(transformer, tokenizer, device, dtype, fast, strict)
+
+
+def from_files(
+    trained: str, frozen: str | None, device: torch.device, dtype: str, fast: bool = True, strict: bool = False
+) -> LlamaGenPolicy:
+    """The policy of transformer and tokenizer (paths or hf:// addresses); the sizes are the files'.
+
+    Of the 16 x 16 tokens of 256 px: how many an image has is not in the files.
+    Raises: InputError if a file cannot be read or does not fit, or the tokenizer's is not given.
+    """
+    if frozen is None:
+        raise InputError(f"{trained} has no tokenizer: give that of vq_ds16_c2i.pt too")
+    parts = {"gpt": load_gpt(trained), "vq": load_tokenizer(frozen, TokenizerConfig)}
+    return assemble(parts, device, dtype, fast, strict)
+
+
+# What the count of the work calls the matrices that an adapter may have.
+_COUNTED = {"wqkv": "qkv", "wo": "proj", "w1": "gate", "w3": "fc1", "w2": "fc2"}
+
+
+def cost_of(config: LlamaGenPolicyConfig, dtype: str) -> Cost:
+    """What one image costs. dtype: "float32" or "bfloat16", of activations."""
+    sizes, lora = _sizes(config), config.lora
+    transformer = TransformerSizes(
+        layers=sizes.depth,
+        width=sizes.width,
+        heads=sizes.num_heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        hidden=sizes.hidden,
+        vocab_size=sizes.vocab_size,
+        num_tokens=sizes.num_tokens,
+        embeddings=sizes.vocab_size + sizes.num_classes + 1,
+    )
+    targets = [_COUNTED[name] for name in lora.targets] if lora else []
+    return NextTokenCost(transformer, tokenizer_sizes(config), dtype, lora.rank if lora else 0, targets)
+
+
+def model_card(config: LlamaGenPolicyConfig, trained: str, frozen: str) -> tuple[str, str, str]:
+    """For a model card: what the model is, its sizes, and how LlamaGen's public code loads it."""
+    sizes, side = _sizes(config), config.image_size
+    named = f"GPT-{config.preset}" if config.preset else f"{sizes.depth} blocks of width {sizes.width}"
+    described = f"{named}, images of {side} x {side} pixels, {sizes.num_classes} labels"
+    if config.preset is None or sizes.num_classes != 1000 or sizes.vocab_size != 16384:
+        public = (
+            "The public code (github.com/FoundationVision/LlamaGen) reads the weights, which have its names and "
+            "shapes, into a model of these sizes (autoregressive/models/gpt.py, ModelArgs)."
+        )
+    else:
+        public = f"""With the public code, in a checkout of github.com/FoundationVision/LlamaGen:
+
+```
+python autoregressive/sample/sample_c2i.py --gpt-model GPT-{config.preset} --gpt-ckpt {trained} \\
+    --vq-ckpt {frozen} --image-size {side} --from-fsdp
+```
+
+`--from-fsdp` says that the file holds the weights alone; the tokenizer's it reads under the key "model"."""
+    return "A LlamaGen transformer", described, public
