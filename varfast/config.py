@@ -15,6 +15,8 @@ from pydantic import Field, model_validator
 from varfast.losses.config import GRPOConfig
 from varfast.optim.config import UpdateConfig
 from varfast.policies.config import RolloutConfig
+from varfast.policies.llamagen.config import LlamaGenPolicyConfig
+from varfast.policies.taming.config import TamingPolicyConfig
 from varfast.policies.var.config import VARPolicyConfig
 from varfast.pretraining.config import PretrainConfig
 from varfast.rewards import RewardConfig
@@ -24,7 +26,7 @@ from varfast.settings.schema import Wanted
 from varfast.settings.section import Section, check_divides, check_labels
 
 # The families of models; varfast/policies/families.py says how to add one.
-PolicyConfig = VARPolicyConfig
+PolicyConfig = Annotated[VARPolicyConfig | LlamaGenPolicyConfig | TamingPolicyConfig, Field(discriminator="family")]
 
 
 class KernelsConfig(Section):
@@ -102,7 +104,9 @@ class KernelsConfig(Section):
     residual_rms_norm: Literal["auto", "triton", "reference"] = Field(
         "auto", description="a branch's result added to the residual stream, and the rms_norm after it"
     )
-    swiglu: Literal["auto", "reference"] = Field("auto", description="silu(gate) * up in the MLP of next-token models")
+    swiglu: Literal["auto", "triton", "reference"] = Field(
+        "auto", description="silu(gate) * up in the MLP of next-token models"
+    )
     split_heads_rotary: Literal["auto", "reference"] = Field(
         "auto", description="queries, keys and values of a next-token model's block, with rotary positions"
     )

@@ -48,7 +48,7 @@ class Work:
         return self.config.update.epochs * self.images // self.minibatch
 
     @property
-    def networks(self) -> set[Network]:
+    def networks(self) -> list[Network]:
         """Of the rewards."""
         return reward_networks(self.config.reward)
 

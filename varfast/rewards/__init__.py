@@ -39,6 +39,8 @@ from varfast.rewards.clip import ClipReward
 from varfast.rewards.function import FunctionReward
 from varfast.rewards.hpsv2 import HPSv2Reward
 from varfast.rewards.http import HttpReward
+from varfast.rewards.imagereward import ImageRewardReward
+from varfast.rewards.pickscore import PickScoreReward
 from varfast.types import RewardBatch, Rewards
 
 if TYPE_CHECKING:
@@ -46,7 +48,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RewardConfig = Annotated[
-    BrightnessReward | FunctionReward | AestheticReward | ClipReward | HPSv2Reward | ClassifierReward | HttpReward,
+    BrightnessReward
+    | FunctionReward
+    | AestheticReward
+    | ClipReward
+    | HPSv2Reward
+    | PickScoreReward
+    | ImageRewardReward
+    | ClassifierReward
+    | HttpReward,
     Field(discriminator="type"),
 ]
 
@@ -54,7 +64,7 @@ RewardConfig = Annotated[
 class WeightedSum:
     """sum over components of weight * reward.
 
-    Rewards on the same CLIP model share one pass of it a batch of images.
+    Rewards on the same network share one pass of it a batch of images.
 
     Args:
         components: settings by name.
@@ -85,8 +95,8 @@ class WeightedSum:
         self._rewards = {
             name: config.build(replace(building, key=f"{section}.{name}")) for name, config in components.items()
         }
-        for backbone in building.backbones.values():
-            backbone.drop_text_tower()
+        for network in building.shared.values():
+            network.texts_are_read()
 
     def __call__(self, images: Tensor, labels_B: Tensor, step: int | None = None, first_sample: int = 0) -> Rewards:
         """`measure`, then `score`, of one process's images."""

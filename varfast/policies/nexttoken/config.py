@@ -125,7 +125,8 @@ class NextTokenPolicyConfig(FamilyConfig):
             return given
         preset: str = getattr(self, "preset")  # noqa: B009 - each family has its own names
         side = max(1, self.image_size // self.tokenizer.downsampling)
-        return self.presets[preset].model_copy(update={"side": side})
+        known = self.presets[preset]
+        return type(known)(**known.model_dump() | {"side": side})
 
     @property
     def tokenizer(self) -> TokenizerConfig:

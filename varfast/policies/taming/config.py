@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from varfast.policies.config import LoRAConfig
+from varfast.policies.config import LoRAConfig, names_a_file
 from varfast.policies.nexttoken.config import NextTokenPolicyConfig, TransformerConfig
 from varfast.policies.nexttoken.tokenizer_config import VQGANConfig
 from varfast.settings.section import Source
@@ -94,4 +94,6 @@ class TamingPolicyConfig(NextTokenPolicyConfig):
 
     @property
     def frozen_checkpoint(self) -> Source | None:
-        return self.vqgan_checkpoint
+        """A checkpoint of the whole model has the VQGAN too."""
+        whole = self.checkpoint if names_a_file(self.checkpoint) else None
+        return self.vqgan_checkpoint or whole
