@@ -116,6 +116,12 @@ CASES = {
     "strict": {"run__strict": True, "run__dtype": "bfloat16"},
     # var.pth is the average; the KL of the third step is to the policy after two.
     "average": {"update__ema_decay": 0.8, "update__lr": 1e-3, "grpo__reference_every": 2},
+    # All that moves a loss beside its defaults: numbers of the whole step, and an average as reference.
+    "loss": {
+        "grpo": {"ratio": "sequence", "kl_gradient": "unbiased", "reference_ema": 0.5, "normalise_std": False,
+                 "scale_alpha": 0.7, "entropy": {"coef": 0.1, "target": 0.5, "clamp": [0.0, 1.0]}},
+        "update__lr": 1e-3, "update__epochs": 2,
+    },
     # Moments of 8 bits: the order of a sum tips one in 1e5 or so to the next of 256 steps.
     "adamw8bit": {"update__optimizer": "adamw8bit", "update__lr": 1e-3},
 }  # fmt: skip

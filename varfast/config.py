@@ -174,15 +174,20 @@ class Config(Section):
                 f"update.optimizer={self.update.optimizer} does not take sharded weights; use adamw, or "
                 "run.parallel=ddp"
             )
+        if self.grpo.scale_alpha and not self.policy.scale_sides:
+            raise ValueError(
+                f"grpo.scale_alpha={self.grpo.scale_alpha:g} weights tokens by the scale that they are of; "
+                f"policy.family={self.policy.family} has no scales: leave it out"
+            )
         self._check_strict()
         if self.policy.lora is not None and self.run.parallel == "fsdp":
             raise ValueError(
                 "policy.lora with run.parallel=fsdp: there is little to spread, as the frozen weights have neither "
                 "gradients nor moments; use run.parallel=ddp"
             )
-        if self.policy.lora is not None and self.grpo.reference_every is not None:
+        if self.policy.lora is not None and (key := self.grpo.reference_moves):
             raise ValueError(
-                "grpo.reference_every with policy.lora: the reference is the base with the adapter off, which does not "
+                f"grpo.{key} with policy.lora: the reference is the base with the adapter off, which does not "
                 "move; leave one of them out"
             )
         num_classes = self.policy.num_classes

@@ -186,9 +186,10 @@ class Batch:
     logp_ref_BL: Tensor | None = None
 
     @classmethod
-    def of(cls, rollout: Rollout, advantages_B: Tensor) -> Batch:
-        """One advantage an image, (B,) float32: that of all its tokens."""
-        return cls(rollout, advantages_B.unsqueeze(1).expand_as(rollout.tokens_BL))
+    def of(cls, rollout: Rollout, advantages_B: Tensor, weights_L: Tensor | None = None) -> Batch:
+        """One advantage an image, (B,) float32: that of all its tokens, or of each times its weight, (L,) float32."""
+        advantages_BL = advantages_B.unsqueeze(1).expand_as(rollout.tokens_BL)
+        return cls(rollout, advantages_BL if weights_L is None else advantages_BL * weights_L)
 
     def __len__(self) -> int:
         return len(self.advantages_BL)

@@ -6,8 +6,10 @@ import pytest
 
 from varfast.optim.config import UpdateConfig
 from varfast.perf.devices import DEVICES
+from varfast.perf.limits import stage_counts
 from varfast.perf.memory import RolloutPlan, UpdatePlan, held_states, memory
 from varfast.perf.plan import plan_memory, planned_update, rollout_micro_batch, update_plan
+from varfast.perf.work import Work
 from varfast.policies.config import DECODE_GRAPH_IMAGES
 
 
@@ -38,6 +40,18 @@ def test_an_average_of_the_weights_is_counted(make_work):
     held, more = held_states(plain), held_states(averaged)
     assert (held.average, more.average, held_states(sharded).average) == (0, 4 * parameters, parameters // 2)
     assert more.total - held.total == 4 * parameters
+
+
+def test_an_average_as_reference_and_a_loss_of_ones_own_are_counted(make_work):
+    plain, averaged = make_work("d30"), make_work("d30", grpo={"reference_ema": 0.999})
+    held, more = held_states(plain), held_states(averaged)
+    assert more.reference - held.reference == 4 * 2_010_020_356
+    assert held_states(replace(averaged, shards=8)).reference - held.reference == 2_010_020_356 // 2
+    counts = lambda work: stage_counts(work, plan_memory(work, None))["reference"]  # noqa: E731
+    free = make_work("d30", grpo={"kl_beta": 0.0})
+    own = Work.whole(free.config, free.cost, reads_reference=True)
+    assert held_states(own).reference == held.reference
+    assert counts(own) == counts(plain)
 
 
 def test_memory_of_8_bit_moments_is_that_of_the_optimizer(make_work):

@@ -58,8 +58,8 @@ def _reference(work: Work, plan: MemoryPlan) -> Count:
     """A forward pass of the base model."""
     if not work.reads_reference:
         return Count(0.0, 0.0)
-    base, passes = work.cost.base, work.optimizer_steps * micro_batches(work, plan)
-    count = base.forward * (work.images * work.config.update.epochs)
+    base, passes = work.cost.base, work.images // work.minibatch * micro_batches(work, plan)
+    count = base.forward * work.images  # in the first epoch; others read its log-probabilities
     return count + Count(0.0, base.weights.read_bytes) * passes
 
 

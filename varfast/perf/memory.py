@@ -57,7 +57,7 @@ class States:
         moments: of the optimizer; see `Weights.moment_bytes`.
         average: of what is trained, float32; 0 without update.ema_decay.
         reference: the base model of the KL term, its matrices in run.dtype; 0 if none is held, and with an adapter,
-            because the frozen weights are the reference.
+            because the frozen weights are the reference. With grpo.reference_ema the average too, as `average`.
         tokenizer, reward: weights of the tokenizer and of the rewards' networks, float32.
     """
 
@@ -126,13 +126,16 @@ def held_states(work: Work) -> States:
     config, weights = work.config, work.cost.weights
     trained = FLOAT32_BYTES * weights.trained
     whole = work.cost.base.weights.frozen_bytes
+    reference = whole if work.holds_reference and not weights.adapter else 0
+    if config.grpo.reference_ema is not None:
+        reference += trained // work.shards
     return States(
         weights=weights.held_bytes // work.shards,
         compute_copy=weights.copy_bytes if work.shards == 1 else whole,
         gradients=trained // work.shards,
         moments=weights.moment_bytes(config.update.optimizer) // work.shards,
         average=trained // work.shards if config.update.ema_decay is not None else 0,
-        reference=whole if config.holds_reference and not weights.adapter else 0,
+        reference=reference,
         tokenizer=work.cost.tokenizer_bytes,
         reward=FLOAT32_BYTES * sum(network.parameters for network in work.networks),
     )

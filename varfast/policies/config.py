@@ -67,6 +67,11 @@ class FamilyConfig(Section):
         """V, number of codes."""
 
     @property
+    def scale_sides(self) -> tuple[int, ...]:
+        """Sides of an image's square token maps, in the order in which they are sampled; empty: one token at a time."""
+        return ()
+
+    @property
     @abstractmethod
     def frozen_checkpoint(self) -> Source | None:
         """Weights of the frozen part, a path or hf:// address; None where `checkpoint` has them too."""

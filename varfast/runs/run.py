@@ -32,7 +32,7 @@ from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
-from varfast.runs.divergence import diagnosis, refuse_diverged
+from varfast.runs.divergence import diagnosis, found_diverged
 from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
 from varfast.runs.setup import Setup
@@ -229,17 +229,8 @@ class Run:
 
     def refuse_diverged(self, metrics: dict[str, float], checkpoints: Checkpoints | None = None) -> None:
         """Raises: NotFinitePolicy, with a diagnosis, if the policy's weights, logits or images are not finite."""
-        setup = self.setup
-        refuse_diverged(
-            self.state.policy,
-            setup.labels,
-            self.config,
-            setup.world,
-            setup.folder.path,
-            self.state.step,
-            metrics,
-            checkpoints,
-        )
+        if found := found_diverged(self.state.policy, self.setup.labels, self.config, self.setup.world):
+            raise diagnosis(found, self.config, self.setup.folder.path, self.state.step, metrics, checkpoints)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Beginning and end
