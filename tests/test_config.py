@@ -488,7 +488,7 @@ def test_labels_need_no_brackets(value):
         ("num_generations", "did you mean rollout.group_size?"),
         ("output_dir", "did you mean run.dir?"),
         ("max_steps", "did you mean run.steps? (rollouts; each is followed by several optimizer steps)"),
-        ("guidance_scale", "training samples without guidance"),
+        ("guidance_scale", "did you mean rollout.cfg?"),
         ("num_samples", "did you mean rollout.group_size?"),
         ("per_device_train_batch_size", "update.micro_batch: images a forward and backward pass"),
         ("gradient_accumulation_steps", "did you mean update.micro_batch?"),

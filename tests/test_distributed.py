@@ -112,6 +112,8 @@ CASES = {
     },
     # The same in 16 bits, attention alone computed again.
     "bfloat16": {"run__dtype": "bfloat16", "update__checkpointing": "attention"},
+    # Both halves of guidance, in shares of two minibatches.
+    "guided": {"rollout__cfg": 1.5, "update__lr": 1e-3},
     # Not one log-probability of the update differs from the rollout's.
     "strict": {"run__strict": True, "run__dtype": "bfloat16"},
     # var.pth is the average; the KL of the third step is to the policy after two.

@@ -137,7 +137,7 @@ def test_kl_pulls_back_to_the_reference(make_policy):
 
 def test_step_refuses_a_rollout_that_is_not_on_policy(make_policy):
     policy = make_policy()
-    with pytest.raises(InputError, match="cfg, top_k or top_p"):
+    with pytest.raises(InputError, match="top_k or top_p"):
         learner(policy).step(scored_rollout(policy, top_k=3), 0)
 
 

@@ -190,10 +190,25 @@ class Config(Section):
                 f"grpo.{key} with policy.lora: the reference is the base with the adapter off, which does not "
                 "move; leave one of them out"
             )
+        self._check_guidance()
         num_classes = self.policy.num_classes
         if self.rollout.labels != "all":
             check_labels("rollout.labels", self.rollout.labels, num_classes)
         return self
+
+    def _check_guidance(self) -> None:
+        if self.rollout.cfg == 0.0:
+            return
+        if not self.policy.guidable:
+            raise ValueError(
+                f"rollout.cfg={self.rollout.cfg:g}: models of policy.family={self.policy.family} know no label that "
+                "stands for none, so nothing can guide them; use rollout.cfg=0"
+            )
+        if self.policy.checkpoint == "pretrain" and self.pretrain.class_dropout == 0.0:
+            raise ValueError(
+                f"rollout.cfg={self.rollout.cfg:g} with pretrain.class_dropout=0: guidance needs a model that has "
+                "learned to do without the label; set pretrain.class_dropout=0.1, or rollout.cfg=0"
+            )
 
     def _check_strict(self) -> None:
         if not self.run.strict:

@@ -73,8 +73,9 @@ def train(
                 labels_P = draw_labels(setup.labels, config.rollout.labels_per_step, config.run.seed, step)
                 prompts_b = Prompts(labels_P).repeat(group_size).rows(run.shard)
                 with run.advised("rollout"):
+                    how = Sampling(config.rollout.temperature, config.rollout.cfg)
                     rollout_b, images = policy.sample_images(
-                        prompts_b, Sampling(config.rollout.temperature), key, plan.rollout.micro_batch, keep_input=True
+                        prompts_b, how, key, plan.rollout.micro_batch, keep_input=True
                     )
                 # Score: compare the images of a group with one another.
                 scored = run.score(images, rollout_b, key)

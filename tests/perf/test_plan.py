@@ -89,6 +89,27 @@ def test_rollout_micro_batch_is_the_largest_divisor_that_fits(make_work):
     assert rollout_micro_batch(make_work(rollout={"micro_batch": 4}), 1e15) == 4
 
 
+def test_guidance_takes_a_second_row_of_the_model_an_image(make_work):
+    sizes = {"rollout": {"micro_batch": 64, "cuda_graph": True}, "update": {"micro_batch": 8}}
+    plain, guided = make_work("d30", **sizes), make_work("d30", **sizes | {"rollout": sizes["rollout"] | {"cfg": 1.5}})
+    ours, theirs = unlimited(guided), unlimited(plain)
+    for name in ("kv_cache", "rollout_activations", "update"):
+        assert getattr(ours, name) == 2 * getattr(theirs, name), name
+    for name in ("states", "images", "decode", "captured_decode"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    inputs = 64 * plain.cost.input_bytes  # the second row's is never made in a rollout
+    assert ours.captured - inputs == 2 * (theirs.captured - inputs)
+    free, guided = make_work("d30"), make_work("d30", rollout={"cfg": 1.5})
+    for size in (2, 64, 512):
+        held = unlimited(make_work("d30", rollout={"micro_batch": size, "cfg": 1.5}))
+        assert rollout_micro_batch(guided, held.rollout / 0.9 + 10) == size
+        assert rollout_micro_batch(guided, held.rollout / 0.9 - 10) == size // 2
+    # 4 images are 8 rows: as many as are worth more than recomputing.
+    assert update_plan(free, room_for(free, 8.01, "none")) == (8, "none")
+    assert update_plan(guided, room_for(free, 8.01, "none")) == (4, "none")
+    assert update_plan(guided, room_for(free, 7.99, "none")) == (4, "attention")
+
+
 def room_for(work, images, mode):
     """Bytes free in which so many images just fit."""
     return images * work.cost.update_activation_bytes(mode) / 0.9

@@ -143,14 +143,14 @@ def held_states(work: Work) -> States:
 
 def memory(work: Work, plan: MemoryPlan) -> Memory:
     """What a process needs for its part of a step."""
-    cost, sampled = work.cost, plan.rollout.micro_batch
-    update = plan.update.micro_batch * cost.update_activation_bytes(plan.update.checkpointing)
+    cost, sampled, rows = work.cost, plan.rollout.micro_batch, plan.rollout.micro_batch * work.rows
+    update = plan.update.micro_batch * work.rows * cost.update_activation_bytes(plan.update.checkpointing)
     captures = work.config.run.fast and plan.rollout.cuda_graph
     return Memory(
         states=held_states(work),
         images=work.images * kept_bytes(work),
-        kv_cache=sampled * cost.kv_cache_bytes,
-        rollout_activations=sampled * cost.rollout_activation_bytes,
+        kv_cache=rows * cost.kv_cache_bytes,
+        rollout_activations=rows * cost.rollout_activation_bytes,
         decode=sampled * cost.decode_activation_bytes,
         update=update,
         captured=captured_rollout_bytes(work, sampled) if captures else 0,
@@ -166,7 +166,8 @@ def kept_bytes(work: Work) -> int:
 
 def captured_rollout_bytes(work: Work, sampled: int) -> int:
     """What the CUDA graph of a rollout of `sampled` images holds."""
-    return sampled * (work.cost.kv_cache_bytes + work.cost.rollout_activation_bytes + work.cost.input_bytes)
+    of_rows = work.rows * (work.cost.kv_cache_bytes + work.cost.rollout_activation_bytes)
+    return sampled * (of_rows + work.cost.input_bytes)
 
 
 def captured_decode_bytes(work: Work, sampled: int) -> int:

@@ -52,6 +52,11 @@ class Work:
         return self.config.update.epochs * self.images // self.minibatch
 
     @property
+    def rows(self) -> int:
+        """Of the policy's model an image: 2 with guidance, in rollout, reference and update."""
+        return self.config.rollout.rows
+
+    @property
     def networks(self) -> list[Network]:
         """Of the rewards."""
         return reward_networks(self.config.reward)

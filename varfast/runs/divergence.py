@@ -25,7 +25,8 @@ def found_diverged(policy: Policy, labels: list[int], config: Config, world: Wor
     """
     found = None
     try:
-        policy.check_usable(labels[:: -(-len(labels) // _MOST_LABELS)], config.rollout.temperature, config.run.seed)
+        some, how = labels[:: -(-len(labels) // _MOST_LABELS)], config.rollout
+        policy.check_usable(some, how.temperature, config.run.seed, how.cfg)
     except NotFinitePolicy as error:
         found = error
     if world.any(found is not None):
@@ -51,10 +52,11 @@ def diagnosis(
         checkpoints: of the run; a save in flight is waited for.
     """
     if not step:
+        guided = f"rollout.cfg={config.rollout.cfg:g}, " if config.rollout.cfg else ""
         return NotFinitePolicy(
             f"the policy cannot be sampled before the first step: {found}\n"
-            f"  rollout.temperature={config.rollout.temperature:g}, run.dtype={config.run.dtype}: try a temperature "
-            "near 1, float32, or another policy.checkpoint"
+            f"  rollout.temperature={config.rollout.temperature:g}, {guided}run.dtype={config.run.dtype}: try a "
+            "temperature near 1, float32, or another policy.checkpoint"
         )
     if checkpoints is not None:
         checkpoints.wait()

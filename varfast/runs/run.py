@@ -294,6 +294,7 @@ class Run:
             [label for label in rows for _ in range(columns)],
             config.rollout.temperature,
             seed=config.run.seed,
+            cfg=config.rollout.cfg,
             step=GRID_STEP,
         )
         titles = [caption(label, self.setup.names) for label in rows]

@@ -149,7 +149,7 @@ def begin(
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
     if config.run.strict:
-        strict.check(policy, config.rollout.temperature, config.run.seed)
+        strict.check(policy, config.rollout.temperature, config.run.seed, config.rollout.cfg)
     policy.cuda_graph = setup.plan.rollout.cuda_graph
     reference = policy.frozen_copy() if setup.work.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)

@@ -55,7 +55,7 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         "guidance_scale cfg_scale guidance cfg",
         (
             ("cfg", "0 is off"),
-            ("", "training samples without guidance; cfg belongs to sample and evaluate"),
+            ("rollout.cfg", "guidance as a part of the policy that is trained; 0 is off"),
         ),
     ),
     ("top_k top_p", (("", "training samples without filters; they belong to sample and evaluate"),)),
