@@ -79,7 +79,12 @@ def train(
                     continue
                 rollout, rewards = scored
                 advantages_B = combined_advantages(
-                    rewards, state.rewards.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
+                    rewards,
+                    state.rewards.weights,
+                    group_size,
+                    config.grpo.combine,
+                    config.grpo.advantage_eps,
+                    state.rewards.apart,
                 )
                 # Learn: make the better ones more likely.
                 state.begin_update()
