@@ -5,12 +5,13 @@ Axes: B image; B = P prompts x G samples, group-major; L token over all scales.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from varfast.types import Rewards
+from varfast.types import Normalise, Rewards
 
 
 def group_advantages(rewards_B: Tensor, group_size: int, eps: float | None = 1e-6) -> Tensor:
@@ -40,6 +41,7 @@ def combined_advantages(
     group_size: int,
     combine: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise",
     eps: float | None = 1e-6,
+    apart: Mapping[str, Normalise] | None = None,
 ) -> Tensor:
     """Advantages of several rewards at once.
 
@@ -47,16 +49,41 @@ def combined_advantages(
     normalise_then_sum: A = sum_i w_i A_i, the weighted sum of each component's group_advantages; its spread, and its
     units, do not count. Exactly 0 where each component's rewards are all equal within the group.
 
+    A component that is named in `apart` is not among those: A = A_(others) + w_i A_i, whatever `combine` says. So a
+    reward of images and one of their distribution, whose numbers have nothing to do with one another, count as their
+    weights say.
+
     Args:
         rewards: total_B and the components, before their weights.
         weights: of the components, by name.
         group_size, eps: as in group_advantages.
+        apart: how components are normalised by themselves: "group": group_advantages; "batch": over the whole step, so
+            that groups may differ in their mean; eps is in units of the standard deviation over the step then, so
+            that the scale of the reward does not matter. "none": its raw numbers.
     Returns: (B,) float32, no gradient.
+    Source of A_(images) + A_(distribution): arXiv:2603.23086.
     """
-    if combine == "sum_then_normalise":
+    apart = apart or {}
+    together = [name for name in weights if name not in apart]
+    if not apart and combine == "sum_then_normalise":
         return group_advantages(rewards.total_B, group_size, eps)
-    parts = [weight * group_advantages(rewards.components[name], group_size, eps) for name, weight in weights.items()]
+    parts = []
+    if together and combine == "sum_then_normalise":
+        total_B = torch.stack([weights[name] * rewards.components[name] for name in together]).sum(dim=0)
+        parts.append(group_advantages(total_B, group_size, eps))
+    elif together:
+        parts += [weights[name] * group_advantages(rewards.components[name], group_size, eps) for name in together]
+    parts += [weights[name] * _alone(rewards.components[name], how, group_size, eps) for name, how in apart.items()]
     return torch.stack(parts).sum(dim=0)
+
+
+def _alone(rewards_B: Tensor, how: Normalise, group_size: int, eps: float) -> Tensor:
+    rewards_B = rewards_B.detach().float()
+    if how == "none":
+        return rewards_B
+    # In units of its own spread: a distance of moments may move by 1e-6 with an image, as little as eps.
+    rewards_B = rewards_B / rewards_B.std(correction=0).clamp_min(torch.finfo(torch.float32).tiny)
+    return group_advantages(rewards_B, group_size if how == "group" else len(rewards_B), eps)
 
 
 def groups_without_signal(rewards_B: Tensor, group_size: int) -> int:

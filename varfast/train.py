@@ -84,7 +84,12 @@ def train(
                     continue
                 rollout, rewards = scored
                 advantages_B = combined_advantages(
-                    rewards, state.rewards.weights, group_size, config.grpo.combine, std_eps
+                    rewards,
+                    state.rewards.weights,
+                    group_size,
+                    config.grpo.combine,
+                    std_eps,
+                    state.rewards.apart,
                 )
                 # Learn: make the better ones more likely.
                 state.begin_update()

@@ -123,8 +123,7 @@ class Run:
             scores = rewards.score(measured)
         except NotFiniteReward as error:  # of a sum: the same in all processes
             return error
-        rewards.learn(measured)
-        return self._gathered(rollout), scores
+        return self._gathered(rollout), replace(scores, numbers=rewards.learn(measured))
 
     def _gathered(self, rollout: Rollout) -> Rollout:
         """What all processes have sampled."""
@@ -332,6 +331,7 @@ def _metrics(rollout: Rollout, rewards: Rewards, advantages_B: Tensor, group_siz
         "reward_mean": rewards.total_B.mean(),
         "reward_std": rewards.total_B.std(correction=0),
         **{f"reward/{name}": score_B.mean() for name, score_B in rewards.components.items()},
+        **{name: number.float() for name, number in rewards.numbers.items()},
         "advantage_mean": advantages_B.mean(),
         "advantage_std": advantages_B.std(correction=0),
         "entropy": rollout.entropy_BL.mean(),

@@ -26,6 +26,7 @@ from varfast.policies.lora import import_peft
 from varfast.policies.protocol import Policy
 from varfast.randomness import deterministic
 from varfast.rewards import WeightedSum
+from varfast.runs.base_samples import begin_rewards
 from varfast.runs.before_after import BeforeAfter
 from varfast.runs.checkpoint import Checkpoint
 from varfast.runs.divergence import diagnosis, found_diverged
@@ -141,6 +142,7 @@ def begin(
             names=setup.names,
             seed=config.run.seed,
             beside=beside,
+            image_size=config.policy.vqvae.image_size,
         )
         if policy is None:
             if world.is_main:
@@ -157,6 +159,7 @@ def begin(
     before_after = BeforeAfter(folder.path, config, setup.labels)
     if setup.found is None:
         _refuse_diverged(setup, policy, 0)
+        begin_rewards(rewards, policy, config, setup.labels, world, setup.plan.rollout.micro_batch)
     if world.is_main:  # the policy is still the base, of a run that goes on too
         before_after.before(policy, rewards, setup.plan.rollout.micro_batch)
     if setup.found is not None:
