@@ -12,8 +12,8 @@ from torch import Tensor
 
 from varfast.data.datasets import DigitsClassifier
 from varfast.evaluation.config import EvaluateConfig
-from varfast.evaluation.features import Network, load_network, to_levels
 from varfast.evaluation.metrics import Numbers
+from varfast.features.networks import Network, load_network, to_levels
 from varfast.rewards import WeightedSum
 from varfast.rewards.classifier import ClassifierConfig, Confidence
 from varfast.types import InputError
@@ -44,7 +44,9 @@ class Judge:
             ranks_B = self._ranks(images, labels_B).cpu().numpy()
             numbers |= {"top1": ranks_B < 1, "top5": ranks_B < 5}
         if self.network is not None:
-            numbers["features"], numbers["logits"] = self.network(to_levels(images))
+            numbers["features"], logits_BK = self.network(to_levels(images))
+            if logits_BK is not None:
+                numbers["logits"] = logits_BK
         return numbers
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from varfast.rewards.building import Building, Reward, Weight, on_embeddings, reads_or_fetches
+from varfast.rewards.building import Building, Reward, RewardSection, on_embeddings, reads_or_fetches
 from varfast.rewards.files import read_names
 from varfast.settings.section import Section, Source
 from varfast.types import InputError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from varfast.rewards.backbone import BackboneSpec
 
 
-class ClipModel(Section):
+class ClipModel(RewardSection):
     """How a CLIP runs; rewards that name the same one share its pass over the images."""
 
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the CLIP model; scores are float32")
@@ -79,7 +79,6 @@ class ClipReward(TextReward):
     """Cosine of image and text under a CLIP of open_clip."""
 
     type: Literal["clip"] = Field(description="the kind of reward")
-    weight: Weight = Field(1.0, description="factor in the sum")
     model: str = Field("ViT-L-14", description="a name of open_clip.list_models()")
     pretrained: Source = Field(
         "openai",
