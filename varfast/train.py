@@ -60,7 +60,7 @@ def train(
         minimised = loss or GRPO(config.grpo)
         # Policy, reference, optimizer, rewards.
         state, before_after = begin(setup, beside, of_folder, policy, minimised.needs_reference)
-        policy, group_size = state.policy, config.rollout.group_size
+        policy, group_size, grpo = state.policy, config.rollout.group_size, config.grpo
         learner = Learner(state, minimised, config.update, plan.update, config.run.steps, config.run.seed, world)
         with Run(setup, state, before_after, profile) as run:
             for step in run.steps():
@@ -79,12 +79,7 @@ def train(
                     continue
                 rollout, rewards = scored
                 advantages_B = combined_advantages(
-                    rewards,
-                    state.rewards.weights,
-                    group_size,
-                    config.grpo.combine,
-                    config.grpo.advantage_eps,
-                    state.rewards.apart,
+                    rewards, state.rewards.weights, group_size, grpo.combine, grpo.advantage_eps, state.rewards.apart
                 )
                 # Learn: make the better ones more likely.
                 state.begin_update()
