@@ -13,6 +13,15 @@ def test_group_advantages_equal_numpy():
     np.testing.assert_allclose(group_advantages(rewards, 6), exact.ravel(), rtol=0, atol=2e-6)
 
 
+def test_group_advantages_without_division_are_in_units_of_the_reward():
+    rewards = torch.tensor([0.0, 1.0, 5.0, 5.5, 0.1, 0.1])
+    expected = torch.tensor([-0.5, 0.5, -0.25, 0.25, 0.0, 0.0])
+    torch.testing.assert_close(group_advantages(rewards, 2, None), expected)
+    both = Rewards(2 * rewards, {"score": rewards})
+    for combine in ("sum_then_normalise", "normalise_then_sum"):
+        torch.testing.assert_close(combined_advantages(both, {"score": 2.0}, 2, combine, None), 2 * expected)
+
+
 def test_group_advantages_are_exactly_zero_without_signal():
     # The mean of 16 times 0.1 is not 0.1 in float32, and eps is smaller than what is left.
     rewards = torch.cat([torch.full((16,), 0.1), torch.tensor([0.0, 1.0] * 8), torch.full((16,), 1e6)])

@@ -14,7 +14,7 @@ from torch import Tensor
 from varfast.types import Normalise, Rewards
 
 
-def group_advantages(rewards_B: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
+def group_advantages(rewards_B: Tensor, group_size: int, eps: float | None = 1e-6) -> Tensor:
     """Centre and scale rewards within each label's group.
 
     A_i = (r_i - mean_g) / (std_g + eps), population std, in float32; exactly 0 where a group's rewards are all equal.
@@ -22,16 +22,16 @@ def group_advantages(rewards_B: Tensor, group_size: int, eps: float = 1e-6) -> T
     Args:
         rewards_B: (B,) finite; rows of one label are adjacent.
         group_size: G >= 2, divides B.
-        eps: > 0, in units of the reward.
+        eps: > 0, in units of the reward. None: A_i = r_i - mean_g, in units of the reward (arXiv:2503.20783).
     Returns: (B,) float32, no gradient.
     Raises: ValueError if G < 2 or B % G != 0.
     Source: GRPO, arXiv:2402.03300, eq. 2 of arXiv:2505.23331.
     """
     rewards_PG = _groups(rewards_B, group_size)
     centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-    std_P1 = rewards_PG.std(dim=1, correction=0, keepdim=True)
+    scale_P1 = 1.0 if eps is None else rewards_PG.std(dim=1, correction=0, keepdim=True) + eps
     # The mean of equal numbers is not always that number in float32, and eps is too small to hide the difference.
-    advantages_PG = torch.where(_all_equal(rewards_PG).unsqueeze(1), 0.0, centred_PG / (std_P1 + eps))
+    advantages_PG = torch.where(_all_equal(rewards_PG).unsqueeze(1), 0.0, centred_PG / scale_P1)
     return advantages_PG.flatten()
 
 
@@ -40,7 +40,7 @@ def combined_advantages(
     weights: dict[str, float],
     group_size: int,
     combine: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise",
-    eps: float = 1e-6,
+    eps: float | None = 1e-6,
     apart: Mapping[str, Normalise] | None = None,
 ) -> Tensor:
     """Advantages of several rewards at once.
@@ -77,7 +77,7 @@ def combined_advantages(
     return torch.stack(parts).sum(dim=0)
 
 
-def _alone(rewards_B: Tensor, how: Normalise, group_size: int, eps: float) -> Tensor:
+def _alone(rewards_B: Tensor, how: Normalise, group_size: int, eps: float | None) -> Tensor:
     rewards_B = rewards_B.detach().float()
     if how == "none":
         return rewards_B

@@ -39,7 +39,9 @@ from varfast.rewards.clip import ClipReward
 from varfast.rewards.function import FunctionReward
 from varfast.rewards.hpsv2 import HPSv2Reward
 from varfast.rewards.http import HttpReward
+from varfast.rewards.imagereward import ImageRewardReward
 from varfast.rewards.loo_fid import LooFidReward
+from varfast.rewards.pickscore import PickScoreReward
 from varfast.types import RewardBatch, Rewards
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ RewardConfig = Annotated[
     | AestheticReward
     | ClipReward
     | HPSv2Reward
+    | PickScoreReward
+    | ImageRewardReward
     | ClassifierReward
     | HttpReward
     | LooFidReward,
@@ -66,7 +70,7 @@ class WeightedSum:
         weights: of the components, by name.
         apart: how components are normalised by themselves; those that are not have no entry.
 
-    Rewards on the same CLIP model share one pass of it a batch of images.
+    Rewards on the same network share one pass of it a batch of images.
 
     Args:
         components: settings by name.
@@ -100,8 +104,8 @@ class WeightedSum:
         self._rewards = {
             name: config.build(replace(building, key=f"{section}.{name}")) for name, config in components.items()
         }
-        for backbone in building.backbones.values():
-            backbone.drop_text_tower()
+        for network in building.shared.values():
+            network.texts_are_read()
         self._of_sets = {name: reward for name, reward in self._rewards.items() if isinstance(reward, SetReward)}
         self._of_images = self._rewards.keys() - self._of_sets
 

@@ -39,15 +39,15 @@ class AestheticReward(ClipModel):
     )
 
     @property
-    def clip_model(self) -> str:
-        return CLIP_MODEL.removesuffix("-quickgelu")
+    def network(self) -> tuple[str, str]:
+        return CLIP_MODEL.removesuffix("-quickgelu"), self.pretrained
 
     def build(self, building: Building) -> Reward:
-        from varfast.rewards.backbone import backbone_spec
+        from varfast.rewards.backbone import backbone_spec, shared_backbone
 
         head = Aesthetic(self.head, building.device, f"{building.key}.head")
         spec = backbone_spec(CLIP_MODEL, self.pretrained, self.dtype, building.key)
-        return on_embeddings(building, building.backbone(spec, self.batch_size), head)
+        return on_embeddings(building, shared_backbone(building, spec, self.batch_size), head)
 
     def reaches_outside(self) -> str:
         return reads_or_fetches(self.pretrained, self.head)

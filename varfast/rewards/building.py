@@ -5,10 +5,10 @@ Axes: B image, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 from pydantic import Field
 
@@ -21,9 +21,29 @@ if TYPE_CHECKING:
 
     from varfast.features.config import FeaturesSection
     from varfast.features.networks import Network
-    from varfast.rewards.backbone import Backbone, BackboneSpec
 
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
+
+
+class ImageNetwork(Protocol):
+    """A network whose pass over images several rewards may share.
+
+    Attributes:
+        batch_size: images at a time.
+    """
+
+    batch_size: int
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> what the rewards read, (B, ...)."""
+        ...
+
+    def texts_are_read(self) -> None:
+        """All rewards are built: what reads their texts may be freed."""
+        ...
+
+
+_Network = TypeVar("_Network", bound=ImageNetwork)
 
 
 class RewardSection(Section):
@@ -52,7 +72,7 @@ class Building:
         seed: of the run.
         beside: folder of the config file, where a user's reward is looked for too.
         image_size: side of the policy's images in pixels, to which real images are resized; None: not known.
-        backbones: the CLIP models that were loaded: each one once, however many rewards name it.
+        shared: the networks that were loaded: each one once, however many rewards name it.
         networks: those that compute features, likewise, by their settings.
     """
 
@@ -62,7 +82,7 @@ class Building:
     seed: int = 0
     beside: Path | None = None
     image_size: int | None = None
-    backbones: dict[BackboneSpec, Backbone] = field(default_factory=dict)
+    shared: dict[Hashable, ImageNetwork] = field(default_factory=dict)
     networks: dict[FeaturesSection, Network] = field(default_factory=dict)
 
     def network(self, section: FeaturesSection) -> Network:
@@ -77,15 +97,18 @@ class Building:
         """Of the reward: what the user calls it, as mine."""
         return self.key.partition(".")[2] or self.key
 
-    def backbone(self, spec: BackboneSpec, batch_size: int) -> Backbone:
-        """A CLIP model, which works in the smallest of the batch sizes that it is asked for with."""
-        from varfast.rewards.backbone import Backbone
+    def share(self, spec: Hashable, batch_size: int, load: Callable[[], _Network]) -> _Network:
+        """A network that works in the smallest of the batch sizes that it is asked for with.
 
-        if spec not in self.backbones:
-            self.backbones[spec] = Backbone(spec, self.device, batch_size, self.key)
-        backbone = self.backbones[spec]
-        backbone.batch_size = min(backbone.batch_size, batch_size)
-        return backbone
+        Args:
+            spec: rewards that ask with an equal one get the same network; it tells the kind of network too.
+            load: called for the first of them.
+        """
+        if spec not in self.shared:
+            self.shared[spec] = load()
+        network = cast("_Network", self.shared[spec])
+        network.batch_size = min(network.batch_size, batch_size)
+        return network
 
 
 @dataclass(frozen=True)
@@ -101,13 +124,13 @@ class Scored:
     images: Tensor
     batch: RewardBatch
     first_sample: int = 0
-    _embeddings: dict[Backbone, Tensor] = field(default_factory=dict, init=False)
+    _embeddings: dict[ImageNetwork, Tensor] = field(default_factory=dict, init=False)
 
-    def embeddings(self, backbone: Backbone) -> Tensor:
-        """(B, D) of norm 1, computed once for all rewards on this backbone."""
-        if backbone not in self._embeddings:
-            self._embeddings[backbone] = backbone.embed_images(self.images)
-        return self._embeddings[backbone]
+    def embeddings(self, network: ImageNetwork) -> Tensor:
+        """(B, ...) of the images, computed once for all rewards on this network."""
+        if network not in self._embeddings:
+            self._embeddings[network] = network.embed_images(self.images)
+        return self._embeddings[network]
 
 
 class Reward(Protocol):
@@ -188,9 +211,9 @@ def on_images(building: Building, reward: Callable[[Tensor, Tensor], Any]) -> Re
     return PerImage(building, lambda scored: reward(scored.images, scored.batch.labels))
 
 
-def on_embeddings(building: Building, backbone: Backbone, reward: Callable[[Tensor, Tensor], Any]) -> Reward:
-    """A reward of each image by itself, from embeddings (B, D) and labels (B,)."""
-    return PerImage(building, lambda scored: reward(scored.embeddings(backbone), scored.batch.labels))
+def on_embeddings(building: Building, network: ImageNetwork, reward: Callable[[Tensor, Tensor], Any]) -> Reward:
+    """A reward of each image by itself, from embeddings (B, ...) and labels (B,)."""
+    return PerImage(building, lambda scored: reward(scored.embeddings(network), scored.batch.labels))
 
 
 def reads_or_fetches(*sources: object) -> str:

@@ -29,8 +29,8 @@ class ClipModel(RewardSection):
     )
 
     @property
-    def clip_model(self) -> str:
-        """Name of the model in open_clip, without -quickgelu; what it costs is in cost.py."""
+    def network(self) -> tuple[str, str]:
+        """Name of the model in open_clip, without -quickgelu, and its weights; what it costs is in cost.py."""
         raise NotImplementedError
 
 
@@ -59,15 +59,20 @@ class Text(Section):
 class TextReward(ClipModel, Text):
     """What the rewards of images and texts have in common."""
 
-    def similarity(self, building: Building, spec: BackboneSpec) -> Reward:
+    def similarity(self, building: Building, spec: BackboneSpec, scaled: bool = False) -> Reward:
         """The reward under the CLIP model that `spec` describes.
 
+        Args:
+            scaled: multiply the cosine by the model's own scale, exp(logit_scale).
         Raises: InputError if names cannot be read, weights cannot be had, or a text is too long for the model.
         """
+        from varfast.rewards.backbone import shared_backbone
+
         texts = prompts(self.prompt, self.label_prompt, self.names, building.num_classes, building.key)
-        backbone = building.backbone(spec, self.batch_size)
+        backbone = shared_backbone(building, spec, self.batch_size)
         texts_ND = backbone.embed_texts(texts, building.key)
-        return on_embeddings(building, backbone, TextSimilarity(texts_ND, self.label_prompt is not None))
+        scale = backbone.logit_scale if scaled else 1.0
+        return on_embeddings(building, backbone, TextSimilarity(texts_ND, self.label_prompt is not None, scale))
 
 
 class ClipReward(TextReward):
@@ -82,8 +87,8 @@ class ClipReward(TextReward):
     )
 
     @property
-    def clip_model(self) -> str:
-        return self.model.removesuffix("-quickgelu")
+    def network(self) -> tuple[str, str]:
+        return self.model.removesuffix("-quickgelu"), self.pretrained
 
     def build(self, building: Building) -> Reward:
         from varfast.rewards.backbone import backbone_spec
@@ -100,16 +105,18 @@ class TextSimilarity:
     Args:
         texts_ND: (N, D) of norm 1: one, or one a label.
         per_label: whether there is one a label.
+        scale: factor of the cosine.
     """
 
-    def __init__(self, texts_ND: Tensor, per_label: bool) -> None:
+    def __init__(self, texts_ND: Tensor, per_label: bool, scale: float = 1.0) -> None:
         self._texts_ND = texts_ND
         self._per_label = per_label
+        self._scale = scale
 
     def __call__(self, embeddings_BD: Tensor, labels_B: Tensor) -> Tensor:
-        """(B, D) of norm 1, (B,) labels -> (B,) in [-1, 1]."""
+        """(B, D) of norm 1, (B,) labels -> (B,) in [-scale, scale]."""
         texts = self._texts_ND[labels_B.to(self._texts_ND.device)] if self._per_label else self._texts_ND
-        return (embeddings_BD * texts).sum(dim=1)
+        return self._scale * (embeddings_BD * texts).sum(dim=1)
 
 
 def prompts(

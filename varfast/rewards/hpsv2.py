@@ -28,8 +28,8 @@ class HPSv2Reward(TextReward):
     )
 
     @property
-    def clip_model(self) -> str:
-        return CLIP_MODEL
+    def network(self) -> tuple[str, str]:
+        return CLIP_MODEL, self.pretrained
 
     def build(self, building: Building) -> Reward:
         return self.similarity(building, hpsv2_spec(self.pretrained, self.dtype))

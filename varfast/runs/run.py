@@ -32,7 +32,7 @@ from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
-from varfast.runs.divergence import diagnosis, refuse_diverged
+from varfast.runs.divergence import diagnosis, found_diverged
 from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
 from varfast.runs.setup import Setup
@@ -228,17 +228,8 @@ class Run:
 
     def refuse_diverged(self, metrics: dict[str, float], checkpoints: Checkpoints | None = None) -> None:
         """Raises: NotFinitePolicy, with a diagnosis, if the policy's weights, logits or images are not finite."""
-        setup = self.setup
-        refuse_diverged(
-            self.state.policy,
-            setup.labels,
-            self.config,
-            setup.world,
-            setup.folder.path,
-            self.state.step,
-            metrics,
-            checkpoints,
-        )
+        if found := found_diverged(self.state.policy, self.setup.labels, self.config, self.setup.world):
+            raise diagnosis(found, self.config, self.setup.folder.path, self.state.step, metrics, checkpoints)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Beginning and end
@@ -258,7 +249,7 @@ class Run:
             if (lora := self.config.policy.lora) is not None:
                 weights = state.policy.merged_state(base_state(self.config, folder, self.setup.device))
                 folder.save_adapter(*state.policy.adapter(lora, self.config.policy.checkpoint))
-            save_tensors(folder.weights, weights)
+            save_tensors(path := folder.weights(self.config), weights)
             after = self._before_after.after(
                 state.policy,
                 state.rewards,
@@ -269,7 +260,7 @@ class Run:
             summary = {"before": self._before, "after": means(after)}
             save_text(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
             print(f"\n{table(self._before_after.values)}\n" if after else "")
-            print(f"run complete: {state.step} steps. Weights {folder.weights}, curves and grids in {folder.path}")
+            print(f"run complete: {state.step} steps. Weights {path}, curves and grids in {folder.path}")
         world.wait()
         return 0
 
@@ -302,6 +293,7 @@ class Run:
             [label for label in rows for _ in range(columns)],
             config.rollout.temperature,
             seed=config.run.seed,
+            cfg=config.rollout.cfg,
             step=GRID_STEP,
         )
         titles = [caption(label, self.setup.names) for label in rows]
