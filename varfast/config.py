@@ -15,6 +15,8 @@ from pydantic import Field, model_validator
 from varfast.losses.config import GRPOConfig
 from varfast.optim.config import UpdateConfig
 from varfast.policies.config import RolloutConfig
+from varfast.policies.llamagen.config import LlamaGenPolicyConfig
+from varfast.policies.taming.config import TamingPolicyConfig
 from varfast.policies.var.config import VARPolicyConfig
 from varfast.pretraining.config import PretrainConfig
 from varfast.rewards import RewardConfig
@@ -24,7 +26,7 @@ from varfast.settings.schema import Wanted
 from varfast.settings.section import Section, check_divides, check_labels
 
 # The families of models; varfast/policies/families.py says how to add one.
-PolicyConfig = VARPolicyConfig
+PolicyConfig = Annotated[VARPolicyConfig | LlamaGenPolicyConfig | TamingPolicyConfig, Field(discriminator="family")]
 
 
 class KernelsConfig(Section):
@@ -102,11 +104,13 @@ class KernelsConfig(Section):
     residual_rms_norm: Literal["auto", "triton", "reference"] = Field(
         "auto", description="a branch's result added to the residual stream, and the rms_norm after it"
     )
-    swiglu: Literal["auto", "reference"] = Field("auto", description="silu(gate) * up in the MLP of next-token models")
-    split_heads_rotary: Literal["auto", "reference"] = Field(
+    swiglu: Literal["auto", "triton", "reference"] = Field(
+        "auto", description="silu(gate) * up in the MLP of next-token models"
+    )
+    split_heads_rotary: Literal["auto", "triton", "reference"] = Field(
         "auto", description="queries, keys and values of a next-token model's block, with rotary positions"
     )
-    split_heads_rotary_to_cache: Literal["auto", "reference"] = Field(
+    split_heads_rotary_to_cache: Literal["auto", "triton", "reference"] = Field(
         "auto", description="the same for one token an image: key and value go into the cache"
     )
     decode_attention: Literal["auto", "sdpa", "reference"] = Field(
@@ -170,15 +174,20 @@ class Config(Section):
                 f"update.optimizer={self.update.optimizer} does not take sharded weights; use adamw, or "
                 "run.parallel=ddp"
             )
+        if self.grpo.scale_alpha and not self.policy.scale_sides:
+            raise ValueError(
+                f"grpo.scale_alpha={self.grpo.scale_alpha:g} weights tokens by the scale that they are of; "
+                f"policy.family={self.policy.family} has no scales: leave it out"
+            )
         self._check_strict()
         if self.policy.lora is not None and self.run.parallel == "fsdp":
             raise ValueError(
                 "policy.lora with run.parallel=fsdp: there is little to spread, as the frozen weights have neither "
                 "gradients nor moments; use run.parallel=ddp"
             )
-        if self.policy.lora is not None and self.grpo.reference_every is not None:
+        if self.policy.lora is not None and (key := self.grpo.reference_moves):
             raise ValueError(
-                "grpo.reference_every with policy.lora: the reference is the base with the adapter off, which does not "
+                f"grpo.{key} with policy.lora: the reference is the base with the adapter off, which does not "
                 "move; leave one of them out"
             )
         self._check_guidance()

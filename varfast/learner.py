@@ -61,7 +61,6 @@ class Learner:
         self._buffer = Gradients(state.adamw.parameters) if plan.cuda_graph and alone else None
         self._reference_pass = Replayed(self._reference_logp, policy.graph_pool)
         self._policy_pass = Replayed(self._accumulate, policy.graph_pool)
-        self._reference_version = -1
         # In strict mode, log-probabilities of this step that were not the rollout's. One tensor for all steps, and all
         # passes add to it: a captured one does so at each replay.
         self._differing = torch.zeros((), dtype=torch.int64, device=policy.device) if policy.strict else None
@@ -94,6 +93,7 @@ class Learner:
         self.state.adamw.set_lr(lr)
         if self._reference is not None:
             batch = Batch(batch.rollout, batch.advantages_BL, torch.zeros_like(batch.rollout.logp_BL))
+        self.loss.begin(batch, step, self.total_steps)
         keep_B = self.loss.keep(batch)
         measured, norms, skipped = [], [], []
         differing = None  # of the first minibatch: after it the weights have moved
@@ -192,13 +192,13 @@ class Learner:
             parameter.grad = torch.zeros_like(parameter)
 
     def _prepare_replays(self) -> None:
-        """What a replayed graph does not look at: copies of changed weights, a reference that was replaced."""
+        """Bring the copies of changed weights up to date, those of a reference that moved too: a graph does not look.
+
+        Weights change in place, so what a graph reads stays where it is.
+        """
         self.state.policy.low_precision_copies()
         if self._reference is not None:
-            version = sum(p._version for p in self._reference.trainable.parameters() if not p.requires_grad)
-            if version != self._reference_version:
-                self._reference_pass.forget()
-            self._reference_version = version
+            self._reference.low_precision_copies()
 
     def _backward(self, batch: Batch, rows: Tensor, minibatch: int, first_epoch: bool, first_pass: bool) -> Tensor:
         """Add the gradient of a micro-batch; (1 + S,) its part of the minibatch's loss, and statistics of its images.

@@ -5,11 +5,15 @@ Axes: B image, L token over all scales; B = P labels x G samples, group-major (t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # varfast/command.py answers a typo before PyTorch is imported
     from torch import Tensor
+
+
+# How a reward is normalised apart from the others: within each group, over the whole step, or not at all.
+Normalise = Literal["group", "batch", "none"]
 
 
 class InputError(ValueError):
@@ -145,10 +149,12 @@ class Rewards:
     Attributes:
         total_B: (B,) float32, the weighted sum.
         components: (B,) float32 each, before their weights, by the name they have in the config.
+        numbers: () each, of the step as a whole, by name.
     """
 
     total_B: Tensor
     components: dict[str, Tensor]
+    numbers: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, index: Tensor | slice) -> Rewards:
         """Those of the images at `index`."""
@@ -194,9 +200,10 @@ class Batch:
     logp_ref_BL: Tensor | None = None
 
     @classmethod
-    def of(cls, rollout: Rollout, advantages_B: Tensor) -> Batch:
-        """One advantage an image, (B,) float32: that of all its tokens."""
-        return cls(rollout, advantages_B.unsqueeze(1).expand_as(rollout.tokens_BL))
+    def of(cls, rollout: Rollout, advantages_B: Tensor, weights_L: Tensor | None = None) -> Batch:
+        """One advantage an image, (B,) float32: that of all its tokens, or of each times its weight, (L,) float32."""
+        advantages_BL = advantages_B.unsqueeze(1).expand_as(rollout.tokens_BL)
+        return cls(rollout, advantages_BL if weights_L is None else advantages_BL * weights_L)
 
     def __len__(self) -> int:
         return len(self.advantages_BL)

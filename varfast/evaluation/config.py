@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from varfast.policies.config import FamilyName
 from varfast.rewards import RewardConfig
 from varfast.rewards.classifier import ClassifierConfig
 from varfast.settings.schema import Wanted
@@ -16,7 +17,10 @@ class SampleConfig(Section):
     """Arguments of `python -m varfast.sample`."""
 
     checkpoint: Source = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
-    vqvae: Source | None = Field(None, description="the VQ-VAE's weights, where checkpoint is not a run folder")
+    vqvae: Source | None = Field(
+        None, description="the VQ-VAE's or tokenizer's weights, where checkpoint is not a run folder"
+    )
+    family: FamilyName = Field("var", description="of models, where checkpoint is not a run folder")
     out: LocalPath = Field("samples.png", description="the picture to write")
     labels: Labels | None = Field(
         None, description="numbers or names, as [207, golden retriever], one row each; default: the first 8"
@@ -47,7 +51,8 @@ class EvaluateConfig(Section):
         description="what it is compared with: as checkpoint, or 'base' for the model that the run folder started "
         "from, which is the default for a run folder; null: nothing",
     )
-    vqvae: Source | None = Field(None, description="the VQ-VAE's weights, for a transformer's weights")
+    vqvae: Source | None = Field(None, description="the VQ-VAE's or tokenizer's weights, for a transformer's weights")
+    family: FamilyName = Field("var", description="of models, where checkpoint is not a run folder")
     out: LocalPath | None = Field(
         None,
         description="folder of results; an unfinished evaluation in it goes on. Default: evaluation, in the run folder "
@@ -95,6 +100,17 @@ class EvaluateConfig(Section):
     inception_weights: Source | None = Field(
         None, description="path, hf:// or https address; default: torch-fidelity's public file"
     )
+
+    @field_validator("scores")
+    @classmethod
+    def _of_images(cls, scores: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
+        for name, reward in scores.items():
+            if reward.of_sets:
+                raise ValueError(
+                    f"{name}: {reward.type} scores an image among those of a step of training; here fid_reference and "
+                    "features measure how far the whole set is from real images"
+                )
+        return scores
 
     @field_validator("classifier", mode="before")
     @classmethod

@@ -16,22 +16,12 @@ _SHOWN_METRICS = ("learning_rate", "grad_norm", "skipped_steps", "loss", "kl", "
                   "entropy", "reward_mean")  # fmt: skip
 
 
-def refuse_diverged(
-    policy: Policy,
-    labels: list[int],
-    config: Config,
-    world: World,
-    folder: Path,
-    step: int,
-    metrics: dict[str, float],
-    checkpoints: Checkpoints | None = None,
-) -> None:
+def found_diverged(policy: Policy, labels: list[int], config: Config, world: World) -> NotFinitePolicy | None:
     """Check, in all processes, that the weights are finite and that images can be sampled from them.
 
     Args:
         labels: of the run; an image of up to 8 of them is sampled.
-        folder, step, metrics, checkpoints: as for diagnosis.
-    Raises: NotFinitePolicy, in all processes, if the check fails in one of them.
+    Returns: what is wrong, in all processes, if the check fails in one of them.
     """
     found = None
     try:
@@ -41,7 +31,7 @@ def refuse_diverged(
         found = error
     if world.any(found is not None):
         found = found or NotFinitePolicy("the weights of another process, which says which, are not finite")
-        raise diagnosis(found, config, folder, step, metrics, checkpoints)
+    return found
 
 
 def diagnosis(

@@ -93,6 +93,12 @@ def tags_of(section: type[BaseModel]) -> tuple[str, ...]:
     return next((get_args(section.model_fields[key].annotation) for key in TAG_KEYS if key in section.model_fields), ())
 
 
+def tag(section: type[BaseModel]) -> str:
+    """How a section is chosen among several, as type: brightness."""
+    key = next(key for key in TAG_KEYS if key in section.model_fields)
+    return f"{key}: {''.join(tags_of(section))}"
+
+
 def find(model: type[BaseModel], location: Sequence[str | int]) -> tuple[list[Value], list[str]]:
     """The types at a location in a pydantic error, and that location as the user wrote it.
 
@@ -158,6 +164,8 @@ def _wanted(value: Value) -> str:
             return f"a list of {len(inside)}, each {wanted(Value.of(inside[0]))}"
         return f"a list, each {wanted(Value.of(inside[0]))}"
     if _is_section(annotation):
+        if "family" in annotation.model_fields:
+            return "a section"
         tagged = "type" in annotation.model_fields
         return "a section with a type, such as {type: brightness}" if tagged else "a section"
     return "sections by names of your choice" if get_origin(annotation) is dict else "any value"

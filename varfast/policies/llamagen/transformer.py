@@ -80,11 +80,9 @@ class LlamaGen(CausalTransformer):
     """
 
     lora_targets: ClassVar = {
-        "mat_qkv": r"layers\.\d+\.attention\.wqkv",
-        "proj": r"layers\.\d+\.attention\.wo",
-        "fc1": r"layers\.\d+\.feed_forward\.w[13]",
-        "fc2": r"layers\.\d+\.feed_forward\.w2",
-    }
+        "wqkv": r"layers\.\d+\.attention\.wqkv",
+        "wo": r"layers\.\d+\.attention\.wo",
+    } | {name: rf"layers\.\d+\.feed_forward\.{name}" for name in ("w1", "w3", "w2")}
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
@@ -113,6 +111,10 @@ class LlamaGen(CausalTransformer):
 
     def positions(self, device: torch.device) -> Positions:
         return Positions(rotary_2d(self.config.side, self.config.head_dim, device))
+
+    @property
+    def null_id(self) -> int:
+        return self.config.num_classes
 
     def embed_prompt(self, ids_B: Tensor) -> Tensor:
         return self.cls_embedding(ids_B)

@@ -34,7 +34,7 @@ def rotary_2d(side: int, head_dim: int, device: torch.device, base: float = 1000
     """Of a class token and all tokens of a square image in raster order but the last: (side^2, P, 2) float32.
 
     The first half of the pairs is turned by the row, the second by the column, each with frequencies
-    base^(-2j / (head_dim / 2)). The class token's cosines and sines are all 0, as in the published models: its query and
+    base^(-2j / (head_dim / 2)). The class token has cosines and sines of 0, as in the published models: its query and
     key are zero vectors, so that all places score it 0, and its value counts still.
     """
     with torch.device("cpu"):

@@ -1,10 +1,15 @@
-"""The section of the config that describes taming-transformers' minGPT: sizes and weights. No PyTorch."""
+"""The section of the config that describes taming-transformers' models: sizes, weights and adapter. No PyTorch."""
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 from pydantic import Field, model_validator
 
-from varfast.policies.nexttoken.config import TransformerConfig
+from varfast.policies.config import LoRAConfig, names_a_file
+from varfast.policies.nexttoken.config import NextTokenPolicyConfig, TransformerConfig
+from varfast.policies.nexttoken.tokenizer_config import VQGANConfig
+from varfast.settings.section import Source
 
 
 class MinGPTConfig(TransformerConfig):
@@ -13,7 +18,11 @@ class MinGPTConfig(TransformerConfig):
     depth: int = Field(48, ge=1, le=512, description="number of blocks")
     width: int = Field(1536, ge=4, le=65536, description="channels of the residual stream")
     num_heads: int = Field(24, ge=1, le=1024, description="heads; each has width / num_heads channels")
+    num_kv_heads: None = Field(None, description="there are as many heads of keys and values as of queries")
     mlp_width: int | None = Field(None, ge=1, le=2**18, description="hidden channels of the MLP; null: 4 of the width")
+    num_classes: int = Field(
+        1000, ge=1, le=1_000_000, description="labels, up to vocab_size: they are looked up in the table of the codes"
+    )
     block_size: int | None = Field(
         None, ge=1, le=2**17, description="places with a learned position; null: as many as an image has tokens"
     )
@@ -25,10 +34,9 @@ class MinGPTConfig(TransformerConfig):
                              f"{self.num_tokens} places")  # fmt: skip
         if self.num_classes > self.vocab_size:
             raise ValueError(
-                f"num_classes={self.num_classes} is more than vocab_size={self.vocab_size}: labels and codes share a table"
+                f"num_classes={self.num_classes} is more than vocab_size={self.vocab_size}: labels and codes share a "
+                "table"
             )
-        if self.kv_heads != self.num_heads:
-            raise ValueError("num_kv_heads: minGPT has as many heads of keys as of queries")
         return self
 
     @property
@@ -42,4 +50,50 @@ class MinGPTConfig(TransformerConfig):
         return self.block_size or self.num_tokens
 
 
-PRESETS: dict[str, MinGPTConfig] = {"cin": MinGPTConfig()}
+# block_size is that of the published 256 px; the sizes agree with the stated 1.4 billion parameters.
+PRESETS: dict[str, MinGPTConfig] = {"cin": MinGPTConfig(block_size=256)}
+
+
+class TamingLoRAConfig(LoRAConfig):
+    """Low-rank matrices that are trained beside the frozen ones, by the package peft: y = W x + alpha / rank B A x.
+
+    There is no dropout: a log-probability must describe the policy that was sampled.
+    """
+
+    targets: tuple[Literal["query", "key", "value", "proj", "fc1", "fc2"], ...] = Field(
+        ("query", "key", "value", "proj", "fc1", "fc2"),
+        min_length=1,
+        strict=False,
+        description="matrices with an adapter: attention's four and the MLP's two (mlp.0 and mlp.2) of every block",
+    )
+
+
+class TamingPolicyConfig(NextTokenPolicyConfig):
+    """A class-conditional minGPT, and the frozen VQGAN that turns its tokens into images."""
+
+    parts: ClassVar = ("transformer", "vqgan")
+    sizes_key: ClassVar = "policy.transformer"
+    presets: ClassVar = PRESETS
+    public_tokenizer: ClassVar = None
+
+    family: Literal["taming"] = Field("taming", description="taming-transformers' minGPT and VQGAN, arXiv:2012.09841")
+    preset: Literal["cin"] | None = Field(None, description="a public model's sizes")
+    transformer: MinGPTConfig | None = Field(None, description="sizes of the transformer, where no preset is named")
+    vqgan: VQGANConfig = Field(
+        default_factory=VQGANConfig,
+        description="sizes of the VQGAN; vocab_size defaults to that of the transformer",
+    )
+    vqgan_checkpoint: Source | None = Field(
+        None,
+        description="weights of the VQGAN: a path or hf:// address; default: those in the checkpoint of the whole "
+        "model, or the run folder's; not with 'random' and 'pretrain'",
+    )
+    lora: TamingLoRAConfig | None = Field(
+        None, description="train an adapter beside the frozen weights; {} for its defaults; null: train all weights"
+    )
+
+    @property
+    def frozen_checkpoint(self) -> Source | None:
+        """A checkpoint of the whole model has the VQGAN too."""
+        whole = self.checkpoint if names_a_file(self.checkpoint) else None
+        return self.vqgan_checkpoint or whole

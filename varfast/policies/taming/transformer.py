@@ -57,11 +57,9 @@ class MinGPT(CausalTransformer):
     """
 
     lora_targets: ClassVar = {
-        "mat_qkv": r"blocks\.\d+\.attn\.(key|query|value)",
-        "proj": r"blocks\.\d+\.attn\.proj",
         "fc1": r"blocks\.\d+\.mlp\.0",
         "fc2": r"blocks\.\d+\.mlp\.2",
-    }
+    } | {name: rf"blocks\.\d+\.attn\.{name}" for name in ("query", "key", "value", "proj")}
 
     def __init__(self, config: MinGPTConfig) -> None:
         super().__init__(config)

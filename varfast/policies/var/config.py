@@ -213,5 +213,9 @@ class VARPolicyConfig(FamilyConfig):
         return self.sizes.vocab_size
 
     @property
+    def scale_sides(self) -> tuple[int, ...]:
+        return self.sizes.patch_nums
+
+    @property
     def frozen_checkpoint(self) -> Source | None:
         return self.vqvae_checkpoint
