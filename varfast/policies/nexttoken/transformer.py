@@ -144,6 +144,11 @@ class CausalTransformer(MixedPrecision):
     def positions(self, device: torch.device) -> Positions:
         """What the blocks read."""
 
+    @property
+    def null_id(self) -> int | None:
+        """Id of the prompt that says nothing; None: the family has none."""
+        return None
+
     @abstractmethod
     def embed_prompt(self, ids_B: Tensor) -> Tensor:
         """Input of place 0, (B, C), in the dtype of the weights."""
