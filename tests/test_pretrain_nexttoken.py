@@ -42,10 +42,10 @@ def tokenizer_of_digits(config):
 
 @pytest.mark.parametrize("family", POLICIES)
 def test_pretrain_learns_and_repeats_itself(make_small, family):
-    config = make_small(family, vqvae_steps=100, var_steps=60)
+    config = make_small(family, vqvae_steps=80, var_steps=40)
     transformer, tokenizer, report = pretrain(config, CPU)
-    assert report.reconstruction_mse < 0.5 * report.pixel_variance
-    assert report.token_loss < 0.8 * math.log(VOCAB)
+    assert report.reconstruction_mse < 0.7 * report.pixel_variance
+    assert report.token_loss < 0.9 * math.log(VOCAB)
     assert 0.5 < report.codebook_usage <= 1
     assert not any(p.requires_grad for p in tokenizer.parameters())
     again, tokenizer_again, _ = pretrain(config, CPU)
