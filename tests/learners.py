@@ -9,11 +9,16 @@ from varfast.perf.plan import planned_update
 from varfast.rewards import BrightnessReward, WeightedSum
 from varfast.state import State
 
+VOCAB = 32  # of make_policy
 
-def make_learner(policy, reference=None, kl_beta=0.2, world=ALONE, **update):
-    """GRPO, with a reference if kl_beta > 0: a frozen copy unless one is given; of a run of 10 steps with seed 0."""
+
+def make_learner(policy, reference=None, kl_beta=0.2, world=ALONE, grpo=None, **update):
+    """GRPO, with a reference if kl_beta > 0: a frozen copy unless one is given; of a run of 10 steps with seed 0.
+
+    grpo: further settings of the loss; the vocabulary is that of make_policy.
+    """
     if kl_beta and reference is None:
         reference = policy.frozen_copy()
-    config = UpdateConfig(**update)
-    state = State(policy, reference, WeightedSum({"luma": BrightnessReward(type="brightness")}), config)
-    return Learner(state, GRPO(GRPOConfig(kl_beta=kl_beta)), config, planned_update(config), 10, 0, world)
+    config, of_loss = UpdateConfig(**update), GRPOConfig(kl_beta=kl_beta, **(grpo or {}))
+    state = State(policy, reference, WeightedSum({"luma": BrightnessReward(type="brightness")}), config, of_loss)
+    return Learner(state, GRPO(of_loss, VOCAB), config, planned_update(config), 10, 0, world)

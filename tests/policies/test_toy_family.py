@@ -82,6 +82,9 @@ class ToyPolicy(Driver):
         tokens_BL, logp_BL, entropy_BL = (torch.cat(pieces, dim=1) for pieces in zip(*found, strict=True))
         return Sampled(tokens_BL, logp_BL, entropy_BL, *((tokens_BL, tokens_BL) if keep else ()))
 
+    def _guidance(self, cfg):
+        return [cfg] * SIDE**2
+
     def _logits(self, model, prompts, teacher_input, checkpointing, bias_apart):
         return model(prompts.ids_B, teacher_input), None
 
@@ -109,14 +112,16 @@ def make(dtype="float32", **options) -> Policy:
 LABELS = [0, 1, 2, 3, 4, 0]
 
 
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sample_logp_equals_teacher_forced(dtype):
+def test_sample_logp_equals_teacher_forced(dtype, cfg):
     policy = make(dtype)
-    rollout, images = policy.sample_images(LABELS, Sampling(0.7), Key(3), micro_batch=2, keep_input=True)
+    rollout, images = policy.sample_images(LABELS, Sampling(0.7, cfg), Key(3), micro_batch=2, keep_input=True)
     assert rollout.logp_BL.shape == (6, 16)
     assert torch.equal(policy.decode(rollout.tokens_BL), images)
     assert images.shape == (6, 3, SIDE, SIDE)
-    torch.testing.assert_close(policy.token_logp(LABELS, rollout.tokens_BL, 0.7), rollout.logp_BL, rtol=0, atol=1e-5)
+    logp_BL = policy.token_logp(LABELS, rollout.tokens_BL, 0.7, cfg=cfg)
+    torch.testing.assert_close(logp_BL, rollout.logp_BL, rtol=0, atol=1e-5)
     forced = policy.teacher_forced(rollout, entropy=True)
     torch.testing.assert_close(forced.entropy_BL, rollout.entropy_BL, rtol=0, atol=1e-5)
     assert policy.teacher_forced(rollout).entropy_BL is None
@@ -131,7 +136,7 @@ def test_sample_does_not_depend_on_the_batch_split(how):
     assert torch.equal(torch.cat([part.tokens_BL for part in parts]), whole.tokens_BL)
     assert torch.equal(policy.sample(Prompts(torch.tensor(LABELS)), 0.8, seed=1, micro_batch=1, **how).tokens_BL,
                        whole.tokens_BL)  # fmt: skip
-    assert whole.on_policy == (not how)
+    assert whole.on_policy == ("top_k" not in how)
 
 
 def test_an_update_reaches_the_model_and_neither_palette_nor_reference():

@@ -49,9 +49,10 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ev
         run, given = folder.load_config(), config.model_fields_set
         found: dict[str, Any] = {} if "reference" in given else {"reference": BASE}
         if "scores" not in given:
-            found["scores"] = {name: reward for name, reward in run.reward.items() if not reward.reaches_outside()}
-            if len(found["scores"]) < len(run.reward):
-                say(_skipped(folder, run.reward))
+            alone = {name: reward for name, reward in run.reward.items() if not reward.of_sets}
+            found["scores"] = {name: reward for name, reward in alone.items() if not reward.reaches_outside()}
+            if len(found["scores"]) < len(alone):
+                say(_skipped(folder, alone))
         if "classifier" not in given and run.eval.classifier is not None:
             found["classifier"] = ClassifierConfig(model=run.eval.classifier)
         if config.vqvae is None and run.policy.checkpoint != "random":

@@ -95,6 +95,17 @@ class EvaluateConfig(Section):
         None, description="path, hf:// or https address; default: torch-fidelity's public file"
     )
 
+    @field_validator("scores")
+    @classmethod
+    def _of_images(cls, scores: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
+        for name, reward in scores.items():
+            if reward.of_sets:
+                raise ValueError(
+                    f"{name}: {reward.type} scores an image among those of a step of training; here fid_reference and "
+                    "features measure how far the whole set is from real images"
+                )
+        return scores
+
     @field_validator("classifier", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:

@@ -96,7 +96,11 @@ class Policy(Protocol):
         first_sample: int = 0,
         micro_batch: int | None = None,
     ) -> Rollout:
-        """Sample one image a prompt; waits for the device. Raises: NotFinitePolicy for logits that are not finite."""
+        """Sample one image a prompt; waits for the device.
+
+        Raises: NotFinitePolicy for logits that are not finite; InputError for cfg > 0 with a family that has no prompt
+            which stands for none.
+        """
         ...
 
     def sample_images(
@@ -130,10 +134,10 @@ class Policy(Protocol):
     def teacher_forced(
         self, rollout: Rollout, *, checkpointing: Checkpointing = "none", entropy: bool = False
     ) -> TokenLogp:
-        """Log-probabilities of a rollout's tokens at its temperature; differentiable in the weights.
+        """Log-probabilities of a rollout's tokens at its temperature and guidance; differentiable in the weights.
 
         Args:
-            rollout: its prompts, tokens, temperature and, where it has one, teacher_input are read.
+            rollout: its prompts, tokens, temperature, cfg and, where it has one, teacher_input are read.
             checkpointing: what the backward pass computes again instead of keeping it.
             entropy: whether the result has entropies too.
         """
@@ -143,7 +147,7 @@ class Policy(Protocol):
         """What the model reads in place of the tokens when it is teacher-forced: (B, ...), without gradient."""
         ...
 
-    def check_usable(self, labels: Sequence[int], temperature: float, seed: int) -> None:
+    def check_usable(self, labels: Sequence[int], temperature: float, seed: int, cfg: float = 0.0) -> None:
         """Look at all weights and sample an image of each label. Raises: NotFinitePolicy if something is not finite."""
         ...
 

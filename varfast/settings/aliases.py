@@ -55,7 +55,7 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         "guidance_scale cfg_scale guidance cfg",
         (
             ("cfg", "0 is off"),
-            ("", "training samples without guidance; cfg belongs to sample and evaluate"),
+            ("rollout.cfg", "guidance as a part of the policy that is trained; 0 is off"),
         ),
     ),
     ("top_k top_p", (("", "training samples without filters; they belong to sample and evaluate"),)),
@@ -148,7 +148,11 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         "ref_model_sync_steps sync_ref_model ref_update_steps",
         (("grpo.reference_every", "rollouts after which the policy becomes the reference"),),
     ),
-    ("scale_rewards", (("", "advantages are always divided by their group's standard deviation, as in the paper"),)),
+    ("ref_model_mixup_alpha", (("grpo.reference_ema", "the reference as an average of the policy, such as 0.999"),)),
+    ("scale_rewards", (("grpo.normalise_std", "true: divided by the group's standard deviation, as in the paper"),)),
+    ("importance_sampling_level", (("grpo.ratio", "token or sequence"),)),
+    ("use_bias_correction_kl", (("grpo.kl_gradient", "k3 or unbiased"),)),
+    ("entropy_coef entropy_coeff ent_coef entropy_bonus", (("grpo.entropy.coef", "of an adaptive bonus"),)),
     (
         "model model_name model_path model_name_or_path base_model ckpt ckpt_path pretrained_model "
         "pretrained_model_name_or_path weights var_ckpt",

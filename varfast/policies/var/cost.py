@@ -292,16 +292,14 @@ def forward_flop(sizes: VARConfig, lora: VARLoRAConfig | None = None) -> Forward
 
 
 def _encoder(config: VQVAEConfig) -> Iterator[Layer]:
-    layout = (config.base_channels, config.channel_multipliers, config.num_res_blocks)
-    yield from encoder_layers(config.image_size, *layout, config.code_width)
+    yield from encoder_layers(config, config.image_size, config.code_width)
     yield conv(config.code_width, config.code_width, 3, config.patch_nums[-1])  # quant_conv
 
 
 def decoder_layers(config: VQVAEConfig) -> Iterator[Layer]:
     """From the sum of quantized scales to pixels: post_quant_conv and decoder."""
-    side, layout = config.patch_nums[-1], (config.base_channels, config.channel_multipliers, config.num_res_blocks)
-    yield conv(config.code_width, config.code_width, 3, side)  # post_quant_conv
-    yield from autoencoder_cost.decoder_layers(side, *layout, config.code_width)
+    yield conv(config.code_width, config.code_width, 3, config.patch_nums[-1])  # post_quant_conv
+    yield from autoencoder_cost.decoder_layers(config, config.patch_nums[-1], config.code_width)
 
 
 def num_vqvae_parameters(config: VQVAEConfig) -> int:
