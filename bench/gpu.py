@@ -284,7 +284,7 @@ def bench(name: str, record: Path, chosen: str, limit_s: float, file: str = "ben
 
 
 def decoder(record: Path) -> list[list[Part]]:
-    chosen = "(test_decode and bfloat16) or upsample"
+    chosen = "(test_decode and bfloat16 and not vq_ds8 and not vqgan) or upsample"
     return [[build()], [bench("decoder", record, chosen, 300, "bench/bench_decode.py")], [tables(record)]]
 
 
