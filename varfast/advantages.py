@@ -77,7 +77,7 @@ def combined_advantages(
     return torch.stack(parts).sum(dim=0)
 
 
-def _alone(rewards_B: Tensor, how: Normalise, group_size: int, eps: float) -> Tensor:
+def _alone(rewards_B: Tensor, how: Normalise, group_size: int, eps: float | None) -> Tensor:
     rewards_B = rewards_B.detach().float()
     if how == "none":
         return rewards_B

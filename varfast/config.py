@@ -107,10 +107,10 @@ class KernelsConfig(Section):
     swiglu: Literal["auto", "triton", "reference"] = Field(
         "auto", description="silu(gate) * up in the MLP of next-token models"
     )
-    split_heads_rotary: Literal["auto", "reference"] = Field(
+    split_heads_rotary: Literal["auto", "triton", "reference"] = Field(
         "auto", description="queries, keys and values of a next-token model's block, with rotary positions"
     )
-    split_heads_rotary_to_cache: Literal["auto", "reference"] = Field(
+    split_heads_rotary_to_cache: Literal["auto", "triton", "reference"] = Field(
         "auto", description="the same for one token an image: key and value go into the cache"
     )
     decode_attention: Literal["auto", "sdpa", "reference"] = Field(

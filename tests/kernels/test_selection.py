@@ -68,6 +68,19 @@ def arguments(op, dtype, head_dim=64, vocab=10, width=8):
         "gated_residual_norm": (x, x, vector, vector, vector),
         "invariant_linear": (x, x[0]),
         "gelu_bias": (x, vector[0]),
+        "rms_norm": (x, vector[0], 1e-5),
+        "residual_rms_norm": (x, x, vector[0], 1e-5),
+        "swiglu": (x, x),
+        "split_heads_rotary": (product, None, 2, 2),
+        "split_heads_rotary_to_cache": (
+            product[:, 0],
+            None,
+            torch.tensor(1),
+            *(torch.zeros_like(h) for h in heads[1:]),
+            2,
+        ),
+        "decode_attention": (heads[0][:, :, 0], *heads[1:], torch.tensor(1), 0.5),
+        "causal_attention": (*heads, 0.5),
     }[op]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from varfast import InputError
+from varfast import InputError, kernels
 from varfast.advantages import group_advantages
 from varfast.losses.grpo import kl_to_reference
 from varfast.policies.driver import Driver
@@ -93,6 +93,24 @@ def test_logp_entropy_and_gradient_equal_two_plain_passes_in_float64(make_policy
         scale = float(theirs.grad.abs().max())
         assert float((ours.grad.double() - theirs.grad).abs().max()) <= 2e-5 * max(1.0, scale), name
     assert float(wide.class_emb.weight.grad[NULL].abs().max()) > 0.1  # through the half without a label too
+
+
+def test_a_kernel_may_write_the_gradient_over_the_logits(make_policy):
+    """As on a GPU: the gradient arrives where the logits were, and both halves are written from it."""
+    if not kernels.selection.INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1")
+    found = []
+    for impl in ("reference", "triton"):
+        policy = make_policy()
+        kernels.configure({"selective_log_softmax": impl})
+        try:
+            logp_BL = policy.token_logp([0, 1], torch.arange(28).view(2, 14), TEMPERATURE, cfg=CFG)
+            logp_BL.sum().backward()
+        finally:
+            kernels.configure({})
+        found.append([logp_BL.detach(), *(p.grad for p in policy.var.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

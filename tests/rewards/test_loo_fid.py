@@ -83,7 +83,7 @@ def test_the_moments_begin_with_the_base_as_training_samples_it(make_config, tmp
     monkeypatch.setattr(LeaveOneOut, "begin", lambda self, measured: begun.append(measured) or begin(self, measured))
     for folder, micro_batch in (("a", 8), ("b", 2)):
         config = make_config(
-            run__dir=str(tmp_path / folder), run__steps=0, policy__var=SIZES, reward={"fid": section()},
+            run__dir=str(tmp_path / folder), run__steps=1, policy__var=SIZES, reward={"fid": section()},
             rollout__micro_batch=micro_batch, eval__samples_per_label=0,
         )  # fmt: skip
         train(config)

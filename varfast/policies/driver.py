@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from varfast import kernels
-from varfast.distributed import World, local, replicate, shard
+from varfast.distributed import World, local, replicate, shard_weights
 from varfast.perf.cost import Checkpointing
 from varfast.perf.graphs import CudaGraph, GraphPool
 from varfast.perf.stages import stage
@@ -242,7 +242,7 @@ class Driver(ABC):
         for each in (model, self._gathered, *references):  # all of them, for one arithmetic: see BranchLinear
             assert isinstance(each, MixedPrecision)
             each.drop_copies()
-        shard(model, model.large_modules(), world, self.device, model.compute_dtype)
+        shard_weights(model, model.large_modules(), world, self.device, model.compute_dtype)
 
     def gather(self) -> None:
         """Bring the copy that is sampled from up to date with sharded weights: of all processes."""

@@ -45,7 +45,8 @@ def begin_rewards(
         for first in firsts:
             labels_n = labels_N[first : min(first + chunk, shard.stop)]
             key = Key(config.run.seed, BASE_STEP, first)
-            rollout, images = policy.sample_images(Prompts(labels_n), Sampling(config.rollout.temperature), key)
+            how = Sampling(config.rollout.temperature, config.rollout.cfg)
+            rollout, images = policy.sample_images(Prompts(labels_n), how, key)
             check_finite(rollout, images)
             for name, value in rewards.measure_sets(images, rollout.labels_B, first).items():
                 parts.setdefault(name, []).append(value)

@@ -142,7 +142,7 @@ def begin(
             names=setup.names,
             seed=config.run.seed,
             beside=beside,
-            image_size=config.policy.vqvae.image_size,
+            image_size=config.policy.image_size,
         )
         if policy is None:
             if world.is_main:
