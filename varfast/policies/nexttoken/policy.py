@@ -70,6 +70,13 @@ class NextTokenPolicy(Driver):
     def _guidance(self, how: Sampling) -> Guidance | None:
         """What `how.cfg` means for this family. Raises: InputError if it has no guidance."""
 
+    def _strengths(self, cfg: float) -> list[float]:
+        guidance, (tokens,) = self._guidance(Sampling(cfg=cfg)), self.tokens_shape
+        if guidance is None:
+            return []
+        guided = tokens if guidance.tokens is None else guidance.tokens
+        return [guidance.strength] * guided + [0.0] * (tokens - guided)
+
     def _sample_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Sampled:
         assert isinstance(self.sampled, CausalTransformer)
         return self._result(sample(self.sampled, prompts.ids_B, key, how, self._guidance(how)), keep)
