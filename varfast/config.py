@@ -199,10 +199,15 @@ class Config(Section):
     def _check_guidance(self) -> None:
         if self.rollout.cfg == 0.0:
             return
-        if not self.policy.guidable:
+        if self.policy.unguided_cfg is None:
             raise ValueError(
                 f"rollout.cfg={self.rollout.cfg:g}: models of policy.family={self.policy.family} know no label that "
                 "stands for none, so nothing can guide them; use rollout.cfg=0"
+            )
+        if self.rollout.cfg <= self.policy.unguided_cfg:
+            raise ValueError(
+                f"rollout.cfg={self.rollout.cfg:g} guides nothing with policy.family={self.policy.family}, whose scale "
+                f"begins above {self.policy.unguided_cfg:g}; use rollout.cfg=0, or more than that"
             )
         if self.policy.checkpoint == "pretrain" and self.pretrain.class_dropout == 0.0:
             raise ValueError(

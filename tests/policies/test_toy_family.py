@@ -82,7 +82,7 @@ class ToyPolicy(Driver):
         tokens_BL, logp_BL, entropy_BL = (torch.cat(pieces, dim=1) for pieces in zip(*found, strict=True))
         return Sampled(tokens_BL, logp_BL, entropy_BL, *((tokens_BL, tokens_BL) if keep else ()))
 
-    def _guidance(self, cfg):
+    def _strengths(self, cfg):
         return [cfg] * SIDE**2
 
     def _logits(self, model, prompts, teacher_input, checkpointing, bias_apart):

@@ -72,6 +72,13 @@ class NextTokenPolicy(Driver):
             raise InputError(f"run.strict=true cannot run on {self.device}: {product.why}; use run.strict=false")
         self.transformer.make_strict()
 
+    def _strengths(self, cfg: float) -> list[float]:
+        guidance, (tokens,) = self._guidance(Sampling(cfg=cfg)), self.tokens_shape
+        if guidance is None:
+            return []
+        guided = tokens if guidance.tokens is None else guidance.tokens
+        return [guidance.strength] * guided + [0.0] * (tokens - guided)
+
     def _sample_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Sampled:
         assert isinstance(self.sampled, CausalTransformer)
         return self._result(sample(self.sampled, self._rows(prompts, how), key, how, self._strength_N(how)), keep)

@@ -76,7 +76,7 @@ class VARPolicy(Driver):
         assert isinstance(self.sampled, VAR)
         return sample(self.sampled, self.vqvae, prompts.ids_B, key, how, keep)
 
-    def _guidance(self, cfg: float) -> list[float]:
+    def _strengths(self, cfg: float) -> list[float]:
         """t = cfg * k / (K - 1) at scale k.
 
         The unconditional half is the last row of the class embedding. Class dropout trains it (the public models: 0.1);
