@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from varfast.policies.config import LoRAConfig
+from varfast.policies.nexttoken.cost import NextTokenCost
 from varfast.policies.nexttoken.policy import NextTokenPolicy
 from varfast.policies.nexttoken.sampler import Guidance
 from varfast.policies.nexttoken.tokenizer import Tokenizer
+from varfast.policies.taming.config import MinGPTConfig
+from varfast.policies.taming.cost import count
 from varfast.policies.taming.transformer import MinGPT
 from varfast.types import InputError, Sampling
 
@@ -25,6 +29,11 @@ class TamingPolicy(NextTokenPolicy):
     ) -> None:
         """Args and errors as of NextTokenPolicy."""
         super().__init__({"transformer": transformer, "vqgan": vqgan}, device, dtype, fast, strict)
+
+    def cost(self, dtype: str, lora: LoRAConfig | None = None) -> NextTokenCost:
+        sizes = self.transformer.config
+        assert isinstance(sizes, MinGPTConfig)
+        return count(sizes, self.tokenizer.config, dtype, lora)
 
     def _guidance(self, how: Sampling) -> Guidance | None:
         if how.cfg:
