@@ -8,10 +8,10 @@ from varfast.perf.cost import Count
 from varfast.perf.devices import Ceilings
 from varfast.perf.limits import speed_of_light_s, stage_counts
 from varfast.perf.memory import USABLE, MemoryPlan, memory
-from varfast.perf.numbers import three_digits
 from varfast.perf.plan import plan_memory
 from varfast.perf.scaling import scale_data_parallel, scale_fully_sharded
 from varfast.perf.work import Work
+from varfast.tables import three_digits
 
 
 def report(work: Work, ceilings: Ceilings, title: str) -> str:
