@@ -6,7 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from varfast.policies.config import LoRAConfig
+from varfast.policies.llamagen.config import GPTConfig
+from varfast.policies.llamagen.cost import count
 from varfast.policies.llamagen.transformer import LlamaGen
+from varfast.policies.nexttoken.cost import NextTokenCost
 from varfast.policies.nexttoken.policy import NextTokenPolicy
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 
@@ -33,3 +37,8 @@ class LlamaGenPolicy(NextTokenPolicy):
     def _guidance(self, cfg: float) -> Sequence[float]:
         """uncond + s (cond - uncond) is s cond - (s - 1) uncond."""
         return [max(0.0, cfg - 1.0)] * self.transformer.config.num_tokens
+
+    def cost(self, dtype: str, lora: LoRAConfig | None = None) -> NextTokenCost:
+        sizes = self.transformer.config
+        assert isinstance(sizes, GPTConfig)
+        return count(sizes, self.tokenizer.config, dtype, lora)
