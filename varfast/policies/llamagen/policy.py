@@ -34,9 +34,9 @@ class LlamaGenPolicy(NextTokenPolicy):
         """Args and errors as of NextTokenPolicy."""
         super().__init__({"gpt": gpt, "vq": vq}, device, dtype, fast, strict)
 
-    def _guidance(self, cfg: float) -> Sequence[float]:
+    def _strengths(self, cfg: float) -> Sequence[float]:
         """uncond + s (cond - uncond) is s cond - (s - 1) uncond."""
-        return [max(0.0, cfg - 1.0)] * self.transformer.config.num_tokens
+        return [cfg - 1.0] * self.transformer.config.num_tokens if cfg > 1.0 else []
 
     def cost(self, dtype: str, lora: LoRAConfig | None = None) -> NextTokenCost:
         sizes = self.transformer.config

@@ -72,13 +72,6 @@ class NextTokenPolicy(Driver):
             raise InputError(f"run.strict=true cannot run on {self.device}: {product.why}; use run.strict=false")
         self.transformer.make_strict()
 
-    def _strengths(self, cfg: float) -> list[float]:
-        guidance, (tokens,) = self._guidance(Sampling(cfg=cfg)), self.tokens_shape
-        if guidance is None:
-            return []
-        guided = tokens if guidance.tokens is None else guidance.tokens
-        return [guidance.strength] * guided + [0.0] * (tokens - guided)
-
     def _sample_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Sampled:
         assert isinstance(self.sampled, CausalTransformer)
         return self._result(sample(self.sampled, self._rows(prompts, how), key, how, self._strength_N(how)), keep)
@@ -100,7 +93,8 @@ class NextTokenPolicy(Driver):
 
     def _strength_N(self, how: Sampling) -> Tensor | None:
         """Of guidance, of each token; None where no token is guided."""
-        return self._guidance_L(how.cfg) if how.cfg > 0.0 and any(self._guidance(how.cfg)) else None
+        strength_N = self._strength_L(how.cfg)
+        return strength_N if len(strength_N) else None
 
     def _rows(self, prompts: Prompts, how: Sampling) -> Tensor:
         """Ids of the rows that are computed: with guidance also those of the images without a prompt."""
