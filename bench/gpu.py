@@ -284,8 +284,13 @@ def bench(name: str, record: Path, chosen: str, limit_s: float, file: str = "ben
 
 
 def decoder(record: Path) -> list[list[Part]]:
-    chosen = "(test_decode and bfloat16) or upsample"
+    chosen = "(test_decode and bfloat16 and not vq_ds8 and not vqgan) or upsample"
     return [[build()], [bench("decoder", record, chosen, 300, "bench/bench_decode.py")], [tables(record)]]
+
+
+def tokens(record: Path) -> list[list[Part]]:
+    chosen = "test_rollout"
+    return [[build()], [bench("tokens", record, chosen, 430, "bench/bench_decode_loop.py")], [tables(record)]]
 
 
 def agreement(record: Path) -> list[list[Part]]:
@@ -324,7 +329,8 @@ def tune(record: Path) -> list[list[Part]]:
 
 WHAT = {
     "quick": quick, "tests": tests, "sanitizers": sanitizers, "peers": peers, "d16": stages_of("d16"),
-    "d30": stages_of("d30"), "memory": memory, "decoder": decoder, "agreement": agreement, "tune": tune,
+    "d30": stages_of("d30"), "memory": memory, "decoder": decoder, "tokens": tokens,
+    "agreement": agreement, "tune": tune,
 }  # fmt: skip
 SECONDS = {"quick": 290.0}  # altogether; of the others 530
 

@@ -158,8 +158,9 @@ def ahead_of_time() -> list[AheadOfTime]:
         decode_attention(q, k, v, torch.zeros((), dtype=torch.int64), dim**-0.5, impl="triton")
 
     items = []
+    all_heads: tuple[tuple[int, int, int], ...] = ((16, 16, 64), (32, 32, 100), (32, 8, 128))
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for heads in ((16, 16, 64), (32, 32, 100), (32, 8, 128)):
+        for heads in all_heads:
             narrow = (decode_triton._join_kernel, *((decode_triton._part_kernel,) if heads[2] == 100 else ()))
             for batch in (2, 64):
                 what = f"decode_attention {name} {heads} B={batch}"

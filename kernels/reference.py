@@ -60,7 +60,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     return c0, c1, c2, c3
 
 
-def uniform_Bl(key: Tensor, scale: int, num_images: int, num_tokens: int) -> Tensor:
+def uniform_Bl(key: Tensor, scale: int, num_images: int, num_tokens: int, first_token: Tensor | None = None) -> Tensor:
     """One uniform number in the open interval (0, 1) for each token of a scale, float64 with 52 random bits.
 
     The number of an image's token depends on (seed, step, scale, sample index, position) alone, so it is the same
@@ -71,11 +71,14 @@ def uniform_Bl(key: Tensor, scale: int, num_images: int, num_tokens: int) -> Ten
             so that a captured graph reads the values of each replay.
         scale: index of the scale, 0 for the coarsest.
         num_images, num_tokens: B and l.
+        first_token: () int64 on the device, place in the scale of the first of the l tokens; None: 0.
     Returns: (B, l) float64.
     """
     seed, step, first_sample = key.unbind()
     sample_B1 = (first_sample + torch.arange(num_images, device=key.device)).unsqueeze(1)
     position_1l = torch.arange(num_tokens, device=key.device).unsqueeze(0)
+    if first_token is not None:
+        position_1l = position_1l + first_token
     word0, word1, _, _ = philox4x32(
         (position_1l, sample_B1 & _MASK32, torch.full_like(seed, scale), step & _MASK32),
         (seed & _MASK32, (seed >> 32) & _MASK32),
@@ -128,6 +131,7 @@ def sample_tokens(
     top_k: int,
     top_p: float,
     bias_V: Tensor | None = None,
+    first_token: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A row that holds NaN or +inf, or -inf alone, returns some token in [0, V), and NaN as logp and entropy."""
     logits = _with_bias(logits_BlV, bias_V)
@@ -137,7 +141,8 @@ def sample_tokens(
     logp_BlV = logits.log_softmax(dim=-1)
     prob_BlV = logp_BlV.double().exp()
     cdf_BlV = prob_BlV.cumsum(dim=-1)
-    target_Bl1 = uniform_Bl(key, scale, logits.shape[0], logits.shape[1]).unsqueeze(-1) * cdf_BlV[..., -1:]
+    uniform_Bl1 = uniform_Bl(key, scale, logits.shape[0], logits.shape[1], first_token).unsqueeze(-1)
+    target_Bl1 = uniform_Bl1 * cdf_BlV[..., -1:]
     # The first token whose cumulated probability exceeds the target has itself a positive probability. Where the
     # product above was rounded up to the whole sum there is none: the token that completes the sum stands in.
     token_Bl1 = torch.searchsorted(cdf_BlV, target_Bl1, right=True)
@@ -389,20 +394,25 @@ def grpo_token_loss(
     advantages_BL: Tensor,
     clip_eps: float,
     kl_beta: float,
+    sequence_ratio: bool = False,
+    unbiased_kl: bool = False,
 ) -> tuple[Tensor, Tensor]:
     logp_BL = at_least_float32(logp_BL)
     advantages_BL = advantages_BL.to(logp_BL.dtype)
     log_ratio_BL = logp_BL - logp_old_BL.to(logp_BL.dtype)
-    ratio_BL = log_ratio_BL.exp()
+    ratio_BL = token_ratio_BL = log_ratio_BL.exp()
+    if sequence_ratio:  # the value of the image's, the slope of the token's
+        ratio_BL = (log_ratio_BL.detach().mean(dim=1, keepdim=True) + (logp_BL - logp_BL.detach())).exp()
     clipped_BL = ratio_BL.clamp(1.0 - clip_eps, 1.0 + clip_eps)
     surrogate_BL = torch.minimum(ratio_BL * advantages_BL, clipped_BL * advantages_BL)
     kl_BL = torch.zeros_like(logp_BL) if logp_ref_BL is None else k3(logp_BL, logp_ref_BL.to(logp_BL.dtype))
-    loss = (kl_beta * kl_BL - surrogate_BL).mean(dim=1).mean()
+    unbiased_BL = token_ratio_BL * kl_BL if unbiased_kl and logp_ref_BL is not None else kl_BL
+    loss = (kl_beta * unbiased_BL - surrogate_BL).mean(dim=1).mean()
     with torch.no_grad():
         is_clipped_BL = ((ratio_BL > 1.0 + clip_eps) & (advantages_BL > 0)) | (
             (ratio_BL < 1.0 - clip_eps) & (advantages_BL < 0)
         )
-        gap_BL = (ratio_BL - 1.0).abs()
+        gap_BL = (token_ratio_BL - 1.0).abs()
         stats = torch.stack(
             [kl_BL.mean(), is_clipped_BL.to(loss.dtype).mean(), ratio_BL.mean(), gap_BL.mean(), gap_BL.max()]
         )

@@ -15,12 +15,13 @@ from varfast.distributed import Launch
 from varfast.evaluate import main
 from varfast.evaluation.arguments import BASE, resolved
 from varfast.evaluation.config import EvaluateConfig
-from varfast.evaluation.features import DigitsPixels, load_real_images, to_levels
+from varfast.evaluation.features import load_real_images
 from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.measure import evaluate
 from varfast.evaluation.metrics import diversity, fid, inception_score, mean_interval, neighbours, statistics
 from varfast.evaluation.plan import Plan
 from varfast.evaluation.table import table, tabulate
+from varfast.features.networks import DigitsPixels, to_levels
 from varfast.randomness import EVAL_STEP, Key
 from varfast.rewards.brightness import brightness
 from varfast.settings.loading import parse_arguments

@@ -9,8 +9,9 @@ from PIL import Image
 from varfast import InputError
 from varfast.data.datasets import digits
 from varfast.evaluation import metrics
-from varfast.evaluation.features import DigitsPixels, Inception, load_network, load_real_images, to_levels
+from varfast.evaluation.features import load_real_images
 from varfast.evaluation.metrics import statistics
+from varfast.features.networks import DigitsPixels, Inception, load_network, to_levels
 
 
 @pytest.fixture(scope="module")

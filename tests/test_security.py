@@ -75,6 +75,8 @@ HOSTILE = {
     "head": {"type": "aesthetic", "head": "https://evil.example/head.pth"},
     "tag": {"type": "aesthetic"},
     "hpsv2": {"type": "hpsv2", "prompt": "a"},
+    "pickscore": {"type": "pickscore", "prompt": "a"},
+    "imagereward": {"type": "imagereward", "prompt": "a"},
     "torchvision": {"type": "classifier", "file": "/dev/zero"},
 }
 

@@ -15,12 +15,18 @@ from pydantic import Field, model_validator
 from varfast.losses.config import GRPOConfig
 from varfast.optim.config import UpdateConfig
 from varfast.policies.config import RolloutConfig
-from varfast.policies.var.config import PolicyConfig, PretrainConfig
+from varfast.policies.llamagen.config import LlamaGenPolicyConfig
+from varfast.policies.taming.config import TamingPolicyConfig
+from varfast.policies.var.config import VARPolicyConfig
+from varfast.pretraining.config import PretrainConfig
 from varfast.rewards import RewardConfig
 from varfast.runs.config import EvalConfig, LogConfig, RunConfig
 from varfast.settings.loading import load_as, validate
 from varfast.settings.schema import Wanted
 from varfast.settings.section import Section, check_divides, check_labels
+
+# The families of models; varfast/policies/families.py says how to add one.
+PolicyConfig = Annotated[VARPolicyConfig | LlamaGenPolicyConfig | TamingPolicyConfig, Field(discriminator="family")]
 
 
 class KernelsConfig(Section):
@@ -143,6 +149,12 @@ class Config(Section):
         """Whether the base model is held beside the policy: for the KL in the loss, or to measure it."""
         return self.grpo.kl_beta > 0.0 or self.measure_kl_every is not None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_family(cls, data: Any) -> Any:
+        policy = data.get("policy") if isinstance(data, dict) else None
+        return data | {"policy": {"family": "var"} | policy} if isinstance(policy, dict) else data
+
     @model_validator(mode="after")
     def _fits(self) -> Config:
         if self.kernels.linear_gelu == "epilogue":
@@ -162,21 +174,46 @@ class Config(Section):
                 f"update.optimizer={self.update.optimizer} does not take sharded weights; use adamw, or "
                 "run.parallel=ddp"
             )
+        if self.grpo.scale_alpha and not self.policy.scale_sides:
+            raise ValueError(
+                f"grpo.scale_alpha={self.grpo.scale_alpha:g} weights tokens by the scale that they are of; "
+                f"policy.family={self.policy.family} has no scales: leave it out"
+            )
         self._check_strict()
         if self.policy.lora is not None and self.run.parallel == "fsdp":
             raise ValueError(
                 "policy.lora with run.parallel=fsdp: there is little to spread, as the frozen weights have neither "
                 "gradients nor moments; use run.parallel=ddp"
             )
-        if self.policy.lora is not None and self.grpo.reference_every is not None:
+        if self.policy.lora is not None and (key := self.grpo.reference_moves):
             raise ValueError(
-                "grpo.reference_every with policy.lora: the reference is the base with the adapter off, which does not "
+                f"grpo.{key} with policy.lora: the reference is the base with the adapter off, which does not "
                 "move; leave one of them out"
             )
-        num_classes = self.policy.sizes.num_classes
+        self._check_guidance()
+        num_classes = self.policy.num_classes
         if self.rollout.labels != "all":
             check_labels("rollout.labels", self.rollout.labels, num_classes)
         return self
+
+    def _check_guidance(self) -> None:
+        if self.rollout.cfg == 0.0:
+            return
+        if self.policy.unguided_cfg is None:
+            raise ValueError(
+                f"rollout.cfg={self.rollout.cfg:g}: models of policy.family={self.policy.family} know no label that "
+                "stands for none, so nothing can guide them; use rollout.cfg=0"
+            )
+        if self.rollout.cfg <= self.policy.unguided_cfg:
+            raise ValueError(
+                f"rollout.cfg={self.rollout.cfg:g} guides nothing with policy.family={self.policy.family}, whose scale "
+                f"begins above {self.policy.unguided_cfg:g}; use rollout.cfg=0, or more than that"
+            )
+        if self.policy.checkpoint == "pretrain" and self.pretrain.class_dropout == 0.0:
+            raise ValueError(
+                f"rollout.cfg={self.rollout.cfg:g} with pretrain.class_dropout=0: guidance needs a model that has "
+                "learned to do without the label; set pretrain.class_dropout=0.1, or rollout.cfg=0"
+            )
 
     def _check_strict(self) -> None:
         if not self.run.strict:

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from varfast.optim.config import UpdateConfig
 from varfast.perf.devices import DEVICES
+from varfast.perf.limits import stage_counts
 from varfast.perf.memory import RolloutPlan, UpdatePlan, held_states, memory
-from varfast.perf.plan import plan_memory, planned_update, rollout_micro_batch, update_plan
+from varfast.perf.plan import plan_memory, rollout_micro_batch, update_plan
+from varfast.perf.work import Work
 from varfast.policies.config import DECODE_GRAPH_IMAGES
 
 
@@ -21,8 +22,8 @@ def test_memory_of_the_states(make_work):
     head = 1920 * 4096
     held = held_states(make_work("d30"))
     assert (held.weights, held.gradients, held.moments) == (4 * parameters, 4 * parameters, 8 * parameters)
-    assert (held.compute_copy, held.reference) == (2 * (matrices + head), 4 * parameters - 2 * matrices)
-    assert held.vqvae == 4 * 108_948_355
+    assert (held.compute_copy, held.reference) == (2 * (matrices + head), 4 * parameters - 2 * (matrices + head))
+    assert held.tokenizer == 4 * 108_948_355
     whole = unlimited(make_work("d30"))
     assert whole.states == held
     assert whole.peak == held.total + whole.rollout  # 512 images at once
@@ -40,16 +41,29 @@ def test_an_average_of_the_weights_is_counted(make_work):
     assert more.total - held.total == 4 * parameters
 
 
+def test_an_average_as_reference_and_a_loss_of_ones_own_are_counted(make_work):
+    plain, averaged = make_work("d30"), make_work("d30", grpo={"reference_ema": 0.999})
+    held, more = held_states(plain), held_states(averaged)
+    assert more.reference - held.reference == 4 * 2_010_020_356
+    assert held_states(replace(averaged, shards=8)).reference - held.reference == 2_010_020_356 // 2
+    counts = lambda work: stage_counts(work, plan_memory(work, None))["reference"]  # noqa: E731
+    free = make_work("d30", grpo={"kl_beta": 0.0})
+    own = Work.whole(free.config, free.cost, reads_reference=True)
+    assert held_states(own).reference == held.reference
+    assert counts(own) == counts(plain)
+
+
 def test_memory_of_8_bit_moments_is_that_of_the_optimizer(make_work):
     work = make_work("d30", update={"optimizer": "adamw8bit"})
-    assert held_states(work).moments == work.cost.moment_bytes("adamw8bit") < work.cost.moment_bytes("adamw")
+    weights = work.cost.weights
+    assert held_states(work).moments == weights.moment_bytes("adamw8bit") < weights.moment_bytes("adamw")
 
 
 def test_memory_of_the_states_with_an_adapter(make_work):
     policy = {"preset": "d16", "checkpoint": "random", "lora": {"rank": 16}}
     work = make_work(policy=policy)
-    held, trained = held_states(work), 4 * work.cost.trained_parameters
-    assert held.weights == work.cost.weight_bytes
+    held, trained = held_states(work), 4 * work.cost.weights.trained
+    assert held.weights == work.cost.weights.held_bytes
     assert (held.gradients, held.moments, held.compute_copy) == (trained, 2 * trained, trained // 2)
     assert held.reference == 0
     assert held_states(make_work(policy=policy, dtype="float32")).compute_copy == 0
@@ -72,6 +86,27 @@ def test_rollout_micro_batch_is_the_largest_divisor_that_fits(make_work):
         assert rollout_micro_batch(work, held.rollout / 0.9 - 10) == max(1, size // 2)
     assert rollout_micro_batch(work, -1e9) == 1
     assert rollout_micro_batch(make_work(rollout={"micro_batch": 4}), 1e15) == 4
+
+
+def test_guidance_takes_a_second_row_of_the_model_an_image(make_work):
+    sizes = {"rollout": {"micro_batch": 64, "cuda_graph": True}, "update": {"micro_batch": 8}}
+    plain, guided = make_work("d30", **sizes), make_work("d30", **sizes | {"rollout": sizes["rollout"] | {"cfg": 1.5}})
+    ours, theirs = unlimited(guided), unlimited(plain)
+    for name in ("kv_cache", "rollout_activations", "update"):
+        assert getattr(ours, name) == 2 * getattr(theirs, name), name
+    for name in ("states", "images", "decode", "captured_decode"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    inputs = 64 * plain.cost.input_bytes  # the second row's is never made in a rollout
+    assert ours.captured - inputs == 2 * (theirs.captured - inputs)
+    free, guided = make_work("d30"), make_work("d30", rollout={"cfg": 1.5})
+    for size in (2, 64, 512):
+        held = unlimited(make_work("d30", rollout={"micro_batch": size, "cfg": 1.5}))
+        assert rollout_micro_batch(guided, held.rollout / 0.9 + 10) == size
+        assert rollout_micro_batch(guided, held.rollout / 0.9 - 10) == size // 2
+    # 4 images are 8 rows: as many as are worth more than recomputing.
+    assert update_plan(free, room_for(free, 8.01, "none")) == (8, "none")
+    assert update_plan(guided, room_for(free, 8.01, "none")) == (4, "none")
+    assert update_plan(guided, room_for(free, 7.99, "none")) == (4, "attention")
 
 
 def room_for(work, images, mode):
@@ -101,12 +136,6 @@ def test_update_plan_keeps_to_what_the_config_names(make_work):
     assert update_plan(make_work("d30", update={"micro_batch": 16}), room_for_4) == (16, "full")
     assert update_plan(make_work("d30", update={"checkpointing": "none"}), room_for_4) == (4, "none")
     assert update_plan(make_work("d30", update={"checkpointing": "full"}), 1e15) == (32, "full")
-
-
-def test_planned_update_is_what_the_config_names_else_a_minibatch_at_once():
-    assert planned_update(UpdateConfig(minibatch=12)) == UpdatePlan(12, "none", cuda_graph=False)
-    named = UpdateConfig(minibatch=12, micro_batch=3, checkpointing="attention", cuda_graph=True)
-    assert planned_update(named) == UpdatePlan(3, "attention", cuda_graph=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)

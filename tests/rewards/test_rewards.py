@@ -150,7 +150,7 @@ def test_the_smallest_batch_size_counts_on_a_shared_model(images, tiny_clip, mon
 
 def test_text_towers_are_dropped_once_every_text_is_embedded(images, tiny_clip, monkeypatch):
     dropped = []
-    monkeypatch.setattr(Backbone, "drop_text_tower", lambda self: dropped.append(self))
+    monkeypatch.setattr(Backbone, "texts_are_read", lambda self: dropped.append(self))
     clip = {"type": "clip", "model": "tiny", "pretrained": tiny_clip}
     WeightedSum({prompt: ClipReward(**clip, prompt=prompt) for prompt in ("a painting", "a photo")})
     assert len(dropped) == 1

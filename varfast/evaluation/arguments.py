@@ -49,13 +49,14 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ev
         run, given = folder.load_config(), config.model_fields_set
         found: dict[str, Any] = {} if "reference" in given else {"reference": BASE}
         if "scores" not in given:
-            found["scores"] = {name: reward for name, reward in run.reward.items() if not reward.reaches_outside()}
-            if len(found["scores"]) < len(run.reward):
-                say(_skipped(folder, run.reward))
+            alone = {name: reward for name, reward in run.reward.items() if not reward.of_sets}
+            found["scores"] = {name: reward for name, reward in alone.items() if not reward.reaches_outside()}
+            if len(found["scores"]) < len(alone):
+                say(_skipped(folder, alone))
         if "classifier" not in given and run.eval.classifier is not None:
             found["classifier"] = ClassifierConfig(model=run.eval.classifier)
         if config.vqvae is None and run.policy.checkpoint != "random":
-            found["vqvae"] = str(Base(folder).find("vqvae"))
+            found |= {"vqvae": str(Base(folder).find(run.policy.parts[1])), "family": run.policy.family}
         config = config.model_copy(update=found)
     if config.reference not in (None, BASE) and not Path(config.reference).expanduser().is_dir():
         resolve(config.reference)
@@ -79,6 +80,8 @@ def _skipped(folder: RunFolder, rewards: dict[str, RewardConfig]) -> str:
 def chunk_settings(config: EvaluateConfig) -> dict[str, Any]:
     """What the chunks depend on, beside the weights."""
     settings = config.model_dump(mode="json", exclude=set(_FREE_TO_CHANGE))
+    if config.family == "var":  # as the versions before wrote it
+        del settings["family"]
     return settings | {"features": config.feature_network}
 
 
@@ -95,7 +98,7 @@ def seen_labels(config: EvaluateConfig) -> set[int] | None:
     if not folder.path.is_dir():
         return None
     run = folder.load_config()
-    num_classes = run.policy.sizes.num_classes
-    names = run_names(run.policy, run.pretrain, folder.path, made=True)
+    num_classes = run.policy.num_classes
+    names = run_names(run.policy, run.pretrain.dataset, folder.path, made=True)
     pool = label_pool(run.rollout, num_classes, run.run.seed, names)
     return set(pool) if len(pool) < num_classes else None

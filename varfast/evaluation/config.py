@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from varfast.policies.config import FamilyName
 from varfast.rewards import RewardConfig
 from varfast.rewards.classifier import ClassifierConfig
 from varfast.settings.schema import Wanted
@@ -16,7 +17,10 @@ class SampleConfig(Section):
     """Arguments of `python -m varfast.sample`."""
 
     checkpoint: Source = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
-    vqvae: Source | None = Field(None, description="the VQ-VAE's weights, where checkpoint is not a run folder")
+    vqvae: Source | None = Field(
+        None, description="the VQ-VAE's or tokenizer's weights, where checkpoint is not a run folder"
+    )
+    family: FamilyName = Field("var", description="of models, where checkpoint is not a run folder")
     out: LocalPath = Field("samples.png", description="the picture to write")
     labels: Labels | None = Field(
         None, description="numbers or names, as [207, golden retriever], one row each; default: the first 8"
@@ -24,7 +28,11 @@ class SampleConfig(Section):
     samples_per_label: int = Field(8, ge=1, le=10_000, description="columns")
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="of the draw")
     cfg: float = Field(
-        0.0, ge=0, le=1000, description="classifier-free guidance; 0: off; VAR's demo: 4, its FID numbers: 1.5"
+        0.0,
+        ge=0,
+        le=1000,
+        description="classifier-free guidance, whatever the run's rollout.cfg was; 0: off; VAR's demo: 4, its FID "
+        "numbers: 1.5",
     )
     top_k: int = Field(0, ge=0, lt=2**31, description="0: off; VAR: 900")
     top_p: float = Field(0.0, ge=0, le=1, description="0: off; VAR's demo: 0.95, its FID numbers: 0.96")
@@ -43,7 +51,8 @@ class EvaluateConfig(Section):
         description="what it is compared with: as checkpoint, or 'base' for the model that the run folder started "
         "from, which is the default for a run folder; null: nothing",
     )
-    vqvae: Source | None = Field(None, description="the VQ-VAE's weights, for a transformer's weights")
+    vqvae: Source | None = Field(None, description="the VQ-VAE's or tokenizer's weights, for a transformer's weights")
+    family: FamilyName = Field("var", description="of models, where checkpoint is not a run folder")
     out: LocalPath | None = Field(
         None,
         description="folder of results; an unfinished evaluation in it goes on. Default: evaluation, in the run folder "
@@ -52,7 +61,9 @@ class EvaluateConfig(Section):
     labels: AllOrLabels = Field("all", description="to sample: numbers or names, as [207, golden retriever]")
     samples_per_label: int = Field(10, ge=1, le=1_000_000, description="images a label")
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="of the draw")
-    cfg: float = Field(1.5, ge=0, le=1000, description="classifier-free guidance; 0: off")
+    cfg: float = Field(
+        1.5, ge=0, le=1000, description="classifier-free guidance, whatever the run's rollout.cfg was; 0: off"
+    )
     top_k: int = Field(
         900, ge=0, lt=2**31, description="0: off; no filter either for a model with no more codes than this"
     )
@@ -89,6 +100,17 @@ class EvaluateConfig(Section):
     inception_weights: Source | None = Field(
         None, description="path, hf:// or https address; default: torch-fidelity's public file"
     )
+
+    @field_validator("scores")
+    @classmethod
+    def _of_images(cls, scores: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
+        for name, reward in scores.items():
+            if reward.of_sets:
+                raise ValueError(
+                    f"{name}: {reward.type} scores an image among those of a step of training; here fid_reference and "
+                    "features measure how far the whole set is from real images"
+                )
+        return scores
 
     @field_validator("classifier", mode="before")
     @classmethod

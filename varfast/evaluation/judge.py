@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from varfast.data.datasets import DigitsClassifier
+from varfast.data.labels import label_names
 from varfast.evaluation.config import EvaluateConfig
-from varfast.evaluation.features import Network, load_network, to_levels
 from varfast.evaluation.metrics import Numbers
+from varfast.features.networks import Network, load_network, to_levels
 from varfast.rewards import WeightedSum
 from varfast.rewards.classifier import ClassifierConfig, Confidence
 from varfast.types import InputError
@@ -28,7 +29,8 @@ class Judge:
     """
 
     def __init__(self, config: EvaluateConfig, num_classes: int, device: torch.device) -> None:
-        self._scores = WeightedSum(config.scores, device, num_classes, "scores") if config.scores else None
+        names = label_names(config.checkpoint, num_classes)
+        self._scores = WeightedSum(config.scores, device, num_classes, "scores", names=names) if config.scores else None
         self._ranks = _classifier(config.classifier, num_classes, device) if config.classifier else None
         self.network: Network | None = None
         if config.feature_network:
@@ -44,7 +46,9 @@ class Judge:
             ranks_B = self._ranks(images, labels_B).cpu().numpy()
             numbers |= {"top1": ranks_B < 1, "top5": ranks_B < 5}
         if self.network is not None:
-            numbers["features"], numbers["logits"] = self.network(to_levels(images))
+            numbers["features"], logits_BK = self.network(to_levels(images))
+            if logits_BK is not None:
+                numbers["logits"] = logits_BK
         return numbers
 
 

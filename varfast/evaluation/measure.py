@@ -68,7 +68,7 @@ def evaluate(config: EvaluateConfig, process: Launch = Launch()) -> list[Row]:  
 def _load(side: str, address: str, config: EvaluateConfig, device: torch.device) -> Policy:
     """side: "reference" or "checkpoint"; address: what that argument says."""
     if address != BASE or side == "checkpoint":
-        return load_policy(address, config.vqvae, device, config.dtype, argument=side)
+        return load_policy(address, config.vqvae, device, config.dtype, family=config.family, argument=side)
     folder = RunFolder(config.checkpoint)
     return load_base(folder.load_config(), folder, device, config.dtype)
 

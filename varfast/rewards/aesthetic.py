@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from varfast.rewards.building import Building, Reward, Weight, on_embeddings, reads_or_fetches
+from varfast.rewards.building import Building, Reward, on_embeddings, reads_or_fetches
 from varfast.rewards.clip import ClipModel
 from varfast.rewards.files import fetch, file_name
 from varfast.settings.section import Source
@@ -28,7 +28,6 @@ class AestheticReward(ClipModel):
     """LAION aesthetic predictor V2: linear layers on the embedding of OpenAI's CLIP ViT-L/14; about 1 to 10."""
 
     type: Literal["aesthetic"] = Field(description="the kind of reward")
-    weight: Weight = Field(1.0, description="factor in the sum")
     head: Source = Field(
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
         "sac%2Blogos%2Bava1-l14-linearMSE.pth",
@@ -40,15 +39,15 @@ class AestheticReward(ClipModel):
     )
 
     @property
-    def clip_model(self) -> str:
-        return CLIP_MODEL.removesuffix("-quickgelu")
+    def network(self) -> tuple[str, str]:
+        return CLIP_MODEL.removesuffix("-quickgelu"), self.pretrained
 
     def build(self, building: Building) -> Reward:
-        from varfast.rewards.backbone import backbone_spec
+        from varfast.rewards.backbone import backbone_spec, shared_backbone
 
         head = Aesthetic(self.head, building.device, f"{building.key}.head")
         spec = backbone_spec(CLIP_MODEL, self.pretrained, self.dtype, building.key)
-        return on_embeddings(building, building.backbone(spec, self.batch_size), head)
+        return on_embeddings(building, shared_backbone(building, spec, self.batch_size), head)
 
     def reaches_outside(self) -> str:
         return reads_or_fetches(self.pretrained, self.head)

@@ -6,7 +6,9 @@ Axes: B image, N text, D embedding; H, W pixels.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varfast.rewards.building import Building
+from varfast.rewards.clip_names import to_open_clip
 from varfast.rewards.files import fetch
 from varfast.rewards.preprocess import Preprocessing
 from varfast.types import InputError
-from varfast.weights.containers import check_file
+from varfast.weights.containers import check_file, read_checkpoint
 from varfast.weights.hub import hub_cause, one_line
 
 _QUICK = "-quickgelu"
@@ -36,6 +40,7 @@ class BackboneSpec:
         pretrained: a tag of open_clip, a path or an hf:// address.
         dtype: of activations and matrices.
         resize_mode: instead of that of the pretrained tag.
+        names: whose names the weights have, open_clip's or those of transformers' CLIPModel.
     """
 
     model: str
@@ -43,6 +48,7 @@ class BackboneSpec:
     pretrained: str
     dtype: Literal["float32", "bfloat16"]
     resize_mode: Literal["shortest", "longest", "squash"] | None = None
+    names: Literal["open_clip", "transformers"] = "open_clip"
 
 
 def backbone_spec(model: str, pretrained: str, dtype: Literal["float32", "bfloat16"], key: str) -> BackboneSpec:
@@ -97,15 +103,7 @@ class Backbone:
             raise InputError(f"{key}: {error}") from error
         _from_the_hub(lambda: _text_config(spec), spec, key)
         try:
-            self._model: Any = open_clip.create_model(
-                spec.model,
-                pretrained=str(path),
-                precision=_PRECISION[spec.dtype],
-                device=device,
-                force_quick_gelu=spec.quick_gelu,
-                force_preprocess_cfg=tag | ({"resize_mode": spec.resize_mode} if spec.resize_mode else {}),
-                weights_only=True,
-            )
+            self._model = _load(spec, path, device, tag)
         except ImportError as error:
             raise InputError(f"{key}: {spec.model} needs another package: {one_line(error)}; pip install it") from error
         # check_file has found the file whole and harmless; what is left is another model.
@@ -154,11 +152,43 @@ class Backbone:
         parts = [self._model.encode_text(part).float() for part in tokens.split(self.batch_size)]
         return F.normalize(torch.cat(parts), dim=1)
 
-    def drop_text_tower(self) -> None:
+    @property
+    def logit_scale(self) -> float:
+        """The factor of the cosine in the model's training: exp of its parameter, 100 in most."""
+        return float(self._model.logit_scale.exp())
+
+    def texts_are_read(self) -> None:
         """Free the memory of what embed_texts needs: 0.5 GB of ViT-L-14, 1.4 GB of ViT-H-14 in float32."""
         for name in _TEXT_TOWER:
             if hasattr(self._model, name):
                 delattr(self._model, name)
+
+
+def _load(spec: BackboneSpec, path: Path, device: torch.device, tag: dict[str, Any]) -> Any:
+    """The model with the weights of a file. Raises: what open_clip and load_state_dict raise if they do not fit."""
+    open_clip = import_open_clip()
+    settings = {
+        "precision": _PRECISION[spec.dtype],
+        "device": device,
+        "force_quick_gelu": spec.quick_gelu,
+        "force_preprocess_cfg": tag | ({"resize_mode": spec.resize_mode} if spec.resize_mode else {}),
+    }
+    if spec.names == "open_clip":
+        return open_clip.create_model(spec.model, pretrained=str(path), weights_only=True, **settings)
+    with _no_warnings():  # of a model without weights, which it gets in the next line
+        model = open_clip.create_model(spec.model, pretrained_text=False, **settings)
+    model.load_state_dict(to_open_clip(read_checkpoint(path)))
+    return model
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def clip_preprocessing(config: dict[str, Any]) -> Preprocessing:
@@ -170,6 +200,11 @@ def clip_preprocessing(config: dict[str, Any]) -> Preprocessing:
     return Preprocessing(
         height, height, config["resize_mode"], config["interpolation"], tuple(config["mean"]), tuple(config["std"])
     )
+
+
+def shared_backbone(building: Building, spec: BackboneSpec, batch_size: int) -> Backbone:
+    """The CLIP model of a reward, which rewards with the same spec share."""
+    return building.share(spec, batch_size, lambda: Backbone(spec, building.device, batch_size, building.key))
 
 
 def import_open_clip() -> Any:

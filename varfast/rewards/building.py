@@ -5,22 +5,60 @@ Axes: B image, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 from pydantic import Field
 
-from varfast.types import RewardBatch
+from varfast.settings.section import Section
+from varfast.types import Normalise, RewardBatch
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from varfast.rewards.backbone import Backbone, BackboneSpec
+    from varfast.features.config import FeaturesSection
+    from varfast.features.networks import Network
 
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
+
+
+class ImageNetwork(Protocol):
+    """A network whose pass over images several rewards may share.
+
+    Attributes:
+        batch_size: images at a time.
+    """
+
+    batch_size: int
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> what the rewards read, (B, ...)."""
+        ...
+
+    def texts_are_read(self) -> None:
+        """All rewards are built: what reads their texts may be freed."""
+        ...
+
+
+_Network = TypeVar("_Network", bound=ImageNetwork)
+
+
+class RewardSection(Section):
+    """What the sections of all rewards have in common."""
+
+    # Whether an image has the score only among the others of a step, so that an evaluation does not measure it.
+    of_sets: ClassVar[bool] = False
+
+    weight: Weight = Field(1.0, description="factor in the sum")
+    normalise: Normalise | None = Field(
+        None,
+        description="advantages of this reward by itself, which are added to those of the others: normalised within "
+        "each group, or over the whole step; none: its raw numbers. Default: together with the others, as "
+        "grpo.combine says",
+    )
 
 
 @dataclass(frozen=True)
@@ -33,7 +71,10 @@ class Building:
         num_classes: number of labels, to check texts and classifiers against; None: not checked.
         seed: of the run.
         beside: folder of the config file, where a user's reward is looked for too.
-        backbones: the CLIP models that were loaded: each one once, however many rewards name it.
+        names: what the labels are called; None: not known.
+        image_size: side of the policy's images in pixels, to which real images are resized; None: not known.
+        shared: the networks that were loaded: each one once, however many rewards name it.
+        networks: those that compute features, likewise, by their settings.
     """
 
     key: str
@@ -41,22 +82,35 @@ class Building:
     num_classes: int | None = None
     seed: int = 0
     beside: Path | None = None
-    backbones: dict[BackboneSpec, Backbone] = field(default_factory=dict)
+    names: Sequence[str] | None = None
+    image_size: int | None = None
+    shared: dict[Hashable, ImageNetwork] = field(default_factory=dict)
+    networks: dict[FeaturesSection, Network] = field(default_factory=dict)
+
+    def network(self, section: FeaturesSection) -> Network:
+        """What computes the features that a section names."""
+        key = section.chosen
+        if key not in self.networks:
+            self.networks[key] = section.load(self.device, self.key)
+        return self.networks[key]
 
     @property
     def name(self) -> str:
         """Of the reward: what the user calls it, as mine."""
         return self.key.partition(".")[2] or self.key
 
-    def backbone(self, spec: BackboneSpec, batch_size: int) -> Backbone:
-        """A CLIP model, which works in the smallest of the batch sizes that it is asked for with."""
-        from varfast.rewards.backbone import Backbone
+    def share(self, spec: Hashable, batch_size: int, load: Callable[[], _Network]) -> _Network:
+        """A network that works in the smallest of the batch sizes that it is asked for with.
 
-        if spec not in self.backbones:
-            self.backbones[spec] = Backbone(spec, self.device, batch_size, self.key)
-        backbone = self.backbones[spec]
-        backbone.batch_size = min(backbone.batch_size, batch_size)
-        return backbone
+        Args:
+            spec: rewards that ask with an equal one get the same network; it tells the kind of network too.
+            load: called for the first of them.
+        """
+        if spec not in self.shared:
+            self.shared[spec] = load()
+        network = cast("_Network", self.shared[spec])
+        network.batch_size = min(network.batch_size, batch_size)
+        return network
 
 
 @dataclass(frozen=True)
@@ -72,13 +126,13 @@ class Scored:
     images: Tensor
     batch: RewardBatch
     first_sample: int = 0
-    _embeddings: dict[Backbone, Tensor] = field(default_factory=dict, init=False)
+    _embeddings: dict[ImageNetwork, Tensor] = field(default_factory=dict, init=False)
 
-    def embeddings(self, backbone: Backbone) -> Tensor:
-        """(B, D) of norm 1, computed once for all rewards on this backbone."""
-        if backbone not in self._embeddings:
-            self._embeddings[backbone] = backbone.embed_images(self.images)
-        return self._embeddings[backbone]
+    def embeddings(self, network: ImageNetwork) -> Tensor:
+        """(B, ...) of the images, computed once for all rewards on this network."""
+        if network not in self._embeddings:
+            self._embeddings[network] = network.embed_images(self.images)
+        return self._embeddings[network]
 
 
 class Reward(Protocol):
@@ -95,15 +149,36 @@ class Reward(Protocol):
         """(B,) float32, from what the processes measured of all images of a step, (B, ...). It changes no state."""
         ...
 
-    def learn(self, measured: Tensor) -> None:
+    def learn(self, measured: Tensor) -> Mapping[str, Tensor] | None:
         """Take the images of a step of training into the state, in place; not called for a step that is skipped.
 
         Each process has its own copy of the state, so what is done must be a function of state and `measured` alone.
+
+        Returns: numbers of the step, () each by name, for metrics.jsonl; or None.
         """
         ...
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that `learn` changes, by name; {} for a reward that keeps nothing."""
+        ...
+
+
+@runtime_checkable
+class SetReward(Reward, Protocol):
+    """A reward of a set of images: what it scores is a step of training, compared with a state that began at the base.
+
+    A single image has no score of its own, so an evaluation leaves it out.
+    """
+
+    def base_images(self, images: int) -> int:
+        """How many images of the base the state begins with, for steps of `images` images.
+
+        Raises: InputError if a step of so many images, or the base's, are too few.
+        """
+        ...
+
+    def begin(self, measured: Tensor) -> None:
+        """Set the state, in place, to what is measured of images of the base; before the first step of a run."""
         ...
 
 
@@ -138,9 +213,9 @@ def on_images(building: Building, reward: Callable[[Tensor, Tensor], Any]) -> Re
     return PerImage(building, lambda scored: reward(scored.images, scored.batch.labels))
 
 
-def on_embeddings(building: Building, backbone: Backbone, reward: Callable[[Tensor, Tensor], Any]) -> Reward:
-    """A reward of each image by itself, from embeddings (B, D) and labels (B,)."""
-    return PerImage(building, lambda scored: reward(scored.embeddings(backbone), scored.batch.labels))
+def on_embeddings(building: Building, network: ImageNetwork, reward: Callable[[Tensor, Tensor], Any]) -> Reward:
+    """A reward of each image by itself, from embeddings (B, ...) and labels (B,)."""
+    return PerImage(building, lambda scored: reward(scored.embeddings(network), scored.batch.labels))
 
 
 def reads_or_fetches(*sources: object) -> str:

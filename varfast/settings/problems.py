@@ -32,7 +32,10 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
     if kind == "extra_forbidden":
         _, path = schema.find(model, location[:-1])
         path.append(str(location[-1]))
-        return f"{'.'.join(map(name, path))}: {unknown_key(model, path)}"
+        key = ".".join(map(name, path))
+        if "." not in path[-1] and schema.exists(model, ".".join(path)):  # of another member of a union
+            return f"{key}: unknown key beside {location[-2]}, which has other keys"
+        return f"{key}: {unknown_key(model, path)}"
     values, path = schema.find(model, location)
     key = ".".join(map(name, path))
     if kind == "missing":
@@ -66,14 +69,16 @@ def _hint(values: list[schema.Value], given: Any) -> str:
 
 
 def _explain_type(values: list[schema.Value], key: str, given: Any) -> str:
-    """The error for a section whose `type` is unknown or missing."""
-    known = [tag for value in values for section in value.sections() for tag in schema.types_of(section)]
+    """The error for a section whose `type`, or `family`, is unknown or missing."""
+    sections = [section for value in values for section in value.sections()]
+    tag = next(tag for tag in schema.TAG_KEYS if tag in sections[0].model_fields)
+    known = [name for section in sections for name in schema.tags_of(section)]
     wanted = f"want {schema.listed(known)}"
     if "function" in known:
         wanted += "; function or http takes any other model"
-    if not isinstance(given, dict) or "type" not in given:
-        return f"{key}.type is missing; {wanted}"
-    return f"{key}.type: got {show(given['type'])}; {wanted}{_near(known, given['type'])}"
+    if not isinstance(given, dict) or tag not in given:
+        return f"{key}.{tag} is missing; {wanted}"
+    return f"{key}.{tag}: got {show(given[tag])}; {wanted}{_near(known, given[tag])}"
 
 
 def _near(known: list[str], given: Any) -> str:
