@@ -100,21 +100,21 @@ class KernelsConfig(Section):
     invariant_linear: Literal["auto", "triton", "blocks", "reference"] = Field(
         "auto", description="products of run.strict, the same bits whatever the batch"
     )
-    rms_norm: Literal["auto", "triton", "reference"] = Field("auto", description="RMSNorm of next-token models")
-    residual_rms_norm: Literal["auto", "triton", "reference"] = Field(
+    rms_norm: Literal["auto", "triton", "cpp", "reference"] = Field("auto", description="RMSNorm of next-token models")
+    residual_rms_norm: Literal["auto", "triton", "cpp", "reference"] = Field(
         "auto", description="a branch's result added to the residual stream, and the rms_norm after it"
     )
-    swiglu: Literal["auto", "triton", "reference"] = Field(
+    swiglu: Literal["auto", "triton", "cpp", "reference"] = Field(
         "auto", description="silu(gate) * up in the MLP of next-token models"
     )
-    split_heads_rotary: Literal["auto", "triton", "reference"] = Field(
+    split_heads_rotary: Literal["auto", "triton", "cpp", "reference"] = Field(
         "auto", description="queries, keys and values of a next-token model's block, with rotary positions"
     )
-    split_heads_rotary_to_cache: Literal["auto", "triton", "reference"] = Field(
+    split_heads_rotary_to_cache: Literal["auto", "triton", "cpp", "reference"] = Field(
         "auto", description="the same for one token an image: key and value go into the cache"
     )
-    decode_attention: Literal["auto", "triton", "sdpa", "triton_invariant", "sdpa_invariant", "reference"] = Field(
-        "auto", description="attention of one new token an image against the cache"
+    decode_attention: Literal["auto", "triton", "cpp", "sdpa", "triton_invariant", "sdpa_invariant", "reference"] = (
+        Field("auto", description="attention of one new token an image against the cache")
     )
     causal_attention: Literal[
         "auto", "sdpa", "fa4", "flash_attn", "triton", "triton_invariant", "sdpa_invariant", "reference"
