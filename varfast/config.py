@@ -113,12 +113,12 @@ class KernelsConfig(Section):
     split_heads_rotary_to_cache: Literal["auto", "triton", "reference"] = Field(
         "auto", description="the same for one token an image: key and value go into the cache"
     )
-    decode_attention: Literal["auto", "sdpa", "reference"] = Field(
+    decode_attention: Literal["auto", "triton", "sdpa", "triton_invariant", "sdpa_invariant", "reference"] = Field(
         "auto", description="attention of one new token an image against the cache"
     )
-    causal_attention: Literal["auto", "reference"] = Field(
-        "auto", description="attention of a next-token model's update"
-    )
+    causal_attention: Literal[
+        "auto", "sdpa", "fa4", "flash_attn", "triton", "triton_invariant", "sdpa_invariant", "reference"
+    ] = Field("auto", description="attention of a next-token model's update; sdpa: PyTorch's, by FlashAttention")
 
 
 class Config(Section):

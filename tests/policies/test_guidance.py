@@ -161,7 +161,7 @@ def test_llamagen_is_guided_by_the_scale_of_its_code(make_config):
 
 def test_taming_cannot_be_guided(make_config):
     policy = make_next_token("taming")
-    with pytest.raises(InputError, match="trained without a null class"):
+    with pytest.raises(InputError, match="knows no label that stands for none, so it cannot be guided"):
         policy.token_logp([0], torch.zeros(1, 9, dtype=torch.int64), cfg=CFG)
     taming = {"policy": {"family": "taming", "checkpoint": "random", **POLICIES["taming"]}}
     make_config(**taming)

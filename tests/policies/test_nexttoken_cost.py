@@ -8,13 +8,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from varfast import kernels
+from varfast.policies.llamagen import build as llamagen_build
 from varfast.policies.llamagen import cost as llamagen_cost
 from varfast.policies.llamagen.config import PRESETS, GPTConfig, LlamaGenLoRAConfig, LlamaGenPolicyConfig
 from varfast.policies.llamagen.transformer import LlamaGen
 from varfast.policies.lora import add_lora
-from varfast.policies.nexttoken.cost import NextTokenCost
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import TOKENIZERS, TokenizerConfig
+from varfast.policies.taming import build as taming_build
 from varfast.policies.taming import cost as taming_cost
 from varfast.policies.taming.config import MinGPTConfig, TamingLoRAConfig, TamingPolicyConfig
 from varfast.policies.taming.transformer import MinGPT
@@ -30,7 +31,7 @@ ALL_OF_LLAMAGEN, ALL_OF_TAMING = LlamaGenLoRAConfig(rank=8), TamingLoRAConfig(ra
 def cost(sizes, dtype="bfloat16", lora=None, vq=None):
     sizes = PRESETS[sizes] if isinstance(sizes, str) else sizes
     family = llamagen_cost if isinstance(sizes, GPTConfig) else taming_cost
-    return NextTokenCost(sizes, family.layout_of(sizes), vq or TokenizerConfig(), dtype, lora)
+    return family.count(sizes, vq or TokenizerConfig(), dtype, lora)
 
 
 def model(sizes, dtype="float32", lora=None):
@@ -53,7 +54,7 @@ def given(sizes, count):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("image_size", [256, 384])
 def test_parameters_of_llamagen_are_those_of_the_public_models(preset, image_size):
-    found = llamagen_cost.cost_of(
+    found = llamagen_build.cost_of(
         LlamaGenPolicyConfig(checkpoint="random", preset=preset, image_size=image_size), "bfloat16"
     )
     public = published("llamagen")
@@ -65,7 +66,7 @@ def test_parameters_of_llamagen_are_those_of_the_public_models(preset, image_siz
 
 def test_parameters_of_vq_8_and_taming_are_those_of_the_public_models():
     assert cost("B", vq=TOKENIZERS["vq_ds8"]).tokenizer_parameters == published("llamagen")["vq_ds8"]["params"]
-    found = taming_cost.cost_of(TamingPolicyConfig(checkpoint="random", preset="cin"), "bfloat16")
+    found = taming_build.cost_of(TamingPolicyConfig(checkpoint="random", preset="cin"), "bfloat16")
     public = published("taming")["cin_transformer"]
     assert found.weights.parameters == public["params_transformer"]
     assert found.weights.parameters + found.tokenizer_parameters == public["params"]

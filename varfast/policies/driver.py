@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from varfast import kernels
 from varfast.distributed import World, local, replicate, shard_weights
-from varfast.perf.cost import Checkpointing
+from varfast.perf.cost import Checkpointing, Cost
 from varfast.perf.graphs import CudaGraph, GraphPool
 from varfast.perf.stages import stage
 from varfast.policies import lora
@@ -120,6 +120,10 @@ class Driver(ABC):
     @abstractmethod
     def _encode(self, images: Tensor) -> Tensor:
         """Tokens of images (B, 3, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def cost(self, dtype: str, lora: LoRAConfig | None = None) -> Cost:
+        """See protocol.Policy."""
 
     def _latent(self, tokens_BL: Tensor) -> Tensor:
         """What the decoder reads: (B, ...). By default the tokens."""

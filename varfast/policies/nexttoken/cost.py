@@ -126,6 +126,10 @@ class NextTokenCost:
     # Work of one image
 
     @property
+    def num_tokens(self) -> int:
+        return self.sizes.num_tokens
+
+    @property
     def _attention_flop(self) -> float:
         """Of the pairs of a token with itself and those before."""
         sizes, N = self.sizes, self.sizes.num_tokens
