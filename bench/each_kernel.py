@@ -107,6 +107,11 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
         others = (old.to(logp.dtype), ref.to(logp.dtype), token_advantages.t().to(logp.dtype))
         return kernels.grpo_token_loss(logp, *others, impl=impl)
 
+    def loss_of_images(impl: str, logp: Tensor) -> tuple[Tensor, ...]:
+        """One ratio an image, and the unbiased gradient of the KL."""
+        others = (old.to(logp.dtype), ref.to(logp.dtype), advantages.to(logp.dtype))
+        return kernels.grpo_token_loss(logp, *others, ratio="sequence", kl_gradient="unbiased", impl=impl)
+
     def cached(impl: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         scale = logit_scale.detach().to(torch.promote_types(q.dtype, torch.float32))
         starts = zip((0, *ends), ends, strict=False)
@@ -193,6 +198,7 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
                                                  for _ in range(4))),
         Case("grpo_token_loss", loss, (logp,), floor=2e-6),
         Case("grpo_token_loss, by token", loss_of_tokens, (logp,), floor=2e-6),
+        Case("grpo_token_loss, by image", loss_of_images, (logp,), floor=2e-6),
     ]  # fmt: skip
     if cannot_run_triton(device) is None:
         found.append(Case("sample_tokens, segments", sampled_by_segments, (logits.detach(),), floor=2e-5))
