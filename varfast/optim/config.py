@@ -32,8 +32,8 @@ class UpdateConfig(Section):
         1,
         ge=1,
         le=MANY,
-        description="K, passes over a rollout, each in an order of its own; ratios stay those to the policy that sampled "
-        "it (arXiv:2603.23086 has 2)",
+        description="K, passes over a rollout, each in an order of its own; ratios stay those to the policy that "
+        "sampled it (arXiv:2603.23086 has 2)",
     )
     optimizer: Literal["adamw", "apex", "adamw8bit"] = Field(
         "adamw",
