@@ -22,6 +22,8 @@ _UNITS = {
     "reward_std": "reward",
     "kl": "nats a token",
     "entropy": "nats a token",
+    "entropy_norm": "entropy / ln of the vocabulary",
+    "entropy_coef": "weight of the bonus",
     "clip_fraction": "share of tokens",
     "ratio_mean": "new / old probability",
     "ratio_gap_mean": "|ratio - 1|, log scale",
@@ -35,9 +37,9 @@ _UNITS = {
 }
 _LOG_SCALE = ("ratio_gap_max", "ratio_gap_mean", "grad_norm")
 # Metrics whose axis need not begin at 0: their changes matter more than their distance from 0.
-_OWN_RANGE = ("reward_mean", "entropy", "ratio_mean", "loss", "advantage_mean")
+_OWN_RANGE = ("reward_mean", "entropy", "entropy_norm", "ratio_mean", "loss", "advantage_mean")
 _SPEED = ("images_per_s", "mfu", "step_s")
-_POLICY = ("kl", "entropy", "clip_fraction", "ratio_gap_max", "groups_without_signal")
+_POLICY = ("kl", "entropy", "entropy_norm", "entropy_coef", "clip_fraction", "ratio_gap_max", "groups_without_signal")
 _COLOURS = 6
 
 Point = tuple[int, float, float, float]
