@@ -215,8 +215,8 @@ def on_meta():
 
     def use(impl):
         names = {op: {i.name for i in OPS[op]} for op in OPS}
-        # Where there is none of this name, what is made of other ops: linear_gelu.
-        kernels.configure({op: name for name in ("library", impl) for op in OPS if name in names[op]})
+        # Where there is none of this name, what is made of other ops, as linear_gelu, or the specification.
+        kernels.configure({op: name for name in ("reference", "library", impl) for op in OPS if name in names[op]})
 
     use("reference")
     yield use

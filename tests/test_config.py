@@ -92,11 +92,14 @@ def test_scale_ends():
         ("policy__vqvae__patch_nums", [1, 2], "they must be equal"),
         ("policy__var", {"depth": 2}, "one of the two"),
         ("reward__c", {"type": "clip", "promt": "x"}, "reward.c.promt: unknown key; did you mean reward.c.prompt?"),
-        ("reward__c", {"type": "clip"}, "reward.c: give prompt, or label_prompt and names, one of the two"),
-        ("reward__c", {"type": "clip", "prompt": "x", "names": ["y"]}, "reward.c: label_prompt and names go together"),
+        ("reward__c", {"type": "clip"}, "reward.c: give prompt or label_prompt, one of the two"),
+        (
+            "reward__c",
+            {"type": "clip", "prompt": "x", "names": ["y"]},
+            "reward.c: names stand for {name} in label_prompt",
+        ),
         ("reward__c", {"type": "clip", "prompt": " "}, "reward.c: prompt is blank"),
         ("reward__c", {"type": "clip", "label_prompt": "a {nam}", "names": ["y"]}, "has no {name}"),
-        ("reward__c", {"type": "clip", "label_prompt": "a {name}"}, "reward.c: label_prompt and names go together"),
         ("reward__c", {"type": "aesthetic", "dtype": "float16"}, "reward.c.dtype: got 'float16'"),
         ("grpo__combine", "sum", "grpo.combine: got 'sum'"),
         ("grpo", {"kl_beta": 0, "reference_every": 5}, "grpo: reference_every=5 with kl_beta=0, which holds no ref"),
@@ -585,3 +588,25 @@ def test_functions_and_urls_that_can_be_meant_are_taken():
         assert parse(reward={"r": {"type": "function", "function": function}}).reward["r"].function == function
     for url in ("http://127.0.0.1:8000/score", "https://scores.example/a?b=c", "http://[::1]:80/", "http://localhost"):
         assert parse(reward={"r": {"type": "http", "url": url}}).reward["r"].url == url
+
+
+LLAMAGEN = {"family": "llamagen", "preset": "B", "checkpoint": "random"}
+
+
+def test_policy_is_of_the_family_that_it_names():
+    assert parse(policy=LLAMAGEN).policy.family == "llamagen"
+    assert parse().policy.family == "var"
+    with pytest.raises(InputError, match=r"policy.patch_nums: unknown key"):
+        parse(policy=LLAMAGEN | {"patch_nums": [1, 2]})
+    with pytest.raises(InputError, match=r"policy.vqvae_checkpoint: unknown key beside llamagen, which has other keys"):
+        parse(policy=LLAMAGEN | {"vqvae_checkpoint": "x.pth"})
+    with pytest.raises(InputError, match=r"policy.family: got 'lamagen'; want var, llamagen or taming; did you mean"):
+        parse(policy=LLAMAGEN | {"family": "lamagen"})
+
+
+def test_a_policy_of_another_family_takes_the_place_of_that_of_the_base(tmp_path):
+    (tmp_path / "a.yaml").write_text(dump_yaml(MINIMAL | {"policy": {"preset": "d16", "checkpoint": "random"}}))
+    (tmp_path / "b.yaml").write_text(dump_yaml({"base": "a.yaml", "policy": LLAMAGEN}))
+    (tmp_path / "c.yaml").write_text(dump_yaml({"base": "b.yaml", "policy": {"preset": "L"}}))
+    assert load_config(tmp_path / "b.yaml").policy.preset == "B"
+    assert load_config(tmp_path / "c.yaml", ["policy.family=llamagen"]).policy.preset == "L"

@@ -107,18 +107,18 @@ class KernelsConfig(Section):
     swiglu: Literal["auto", "triton", "reference"] = Field(
         "auto", description="silu(gate) * up in the MLP of next-token models"
     )
-    split_heads_rotary: Literal["auto", "reference"] = Field(
+    split_heads_rotary: Literal["auto", "triton", "reference"] = Field(
         "auto", description="queries, keys and values of a next-token model's block, with rotary positions"
     )
-    split_heads_rotary_to_cache: Literal["auto", "reference"] = Field(
+    split_heads_rotary_to_cache: Literal["auto", "triton", "reference"] = Field(
         "auto", description="the same for one token an image: key and value go into the cache"
     )
-    decode_attention: Literal["auto", "sdpa", "reference"] = Field(
+    decode_attention: Literal["auto", "triton", "sdpa", "triton_invariant", "sdpa_invariant", "reference"] = Field(
         "auto", description="attention of one new token an image against the cache"
     )
-    causal_attention: Literal["auto", "reference"] = Field(
-        "auto", description="attention of a next-token model's update"
-    )
+    causal_attention: Literal[
+        "auto", "sdpa", "fa4", "flash_attn", "triton", "triton_invariant", "sdpa_invariant", "reference"
+    ] = Field("auto", description="attention of a next-token model's update; sdpa: PyTorch's, by FlashAttention")
 
 
 class Config(Section):
@@ -202,10 +202,15 @@ class Config(Section):
     def _check_guidance(self) -> None:
         if self.rollout.cfg == 0.0:
             return
-        if not self.policy.guidable:
+        if self.policy.unguided_cfg is None:
             raise ValueError(
                 f"rollout.cfg={self.rollout.cfg:g}: models of policy.family={self.policy.family} know no label that "
                 "stands for none, so nothing can guide them; use rollout.cfg=0"
+            )
+        if self.rollout.cfg <= self.policy.unguided_cfg:
+            raise ValueError(
+                f"rollout.cfg={self.rollout.cfg:g} guides nothing with policy.family={self.policy.family}, whose scale "
+                f"begins above {self.policy.unguided_cfg:g}; use rollout.cfg=0, or more than that"
             )
         if self.policy.checkpoint == "pretrain" and self.pretrain.class_dropout == 0.0:
             raise ValueError(

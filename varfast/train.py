@@ -56,7 +56,7 @@ def train(
         KeyboardInterrupt) for a signal before the first step or after the last one.
     """
     minimised = loss or GRPO(config.grpo, config.policy.vocab_size)
-    with set_up(config, minimised.needs_reference) as setup:  # device, processes, folder, plan of memory
+    with set_up(config, minimised.needs_reference, policy) as setup:  # device, processes, folder, plan of memory
         config, plan, world = setup.config, setup.plan, setup.world
         # Policy, reference, optimizer, rewards.
         state, before_after = begin(setup, beside, of_folder, policy)

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from varfast.optim.config import UpdateConfig
 from varfast.perf.devices import DEVICES
 from varfast.perf.limits import stage_counts
 from varfast.perf.memory import RolloutPlan, UpdatePlan, held_states, memory
-from varfast.perf.plan import plan_memory, planned_update, rollout_micro_batch, update_plan
+from varfast.perf.plan import plan_memory, rollout_micro_batch, update_plan
 from varfast.perf.work import Work
 from varfast.policies.config import DECODE_GRAPH_IMAGES
 
@@ -137,12 +136,6 @@ def test_update_plan_keeps_to_what_the_config_names(make_work):
     assert update_plan(make_work("d30", update={"micro_batch": 16}), room_for_4) == (16, "full")
     assert update_plan(make_work("d30", update={"checkpointing": "none"}), room_for_4) == (4, "none")
     assert update_plan(make_work("d30", update={"checkpointing": "full"}), 1e15) == (32, "full")
-
-
-def test_planned_update_is_what_the_config_names_else_a_minibatch_at_once():
-    assert planned_update(UpdateConfig(minibatch=12)) == UpdatePlan(12, "none", cuda_graph=False)
-    named = UpdateConfig(minibatch=12, micro_batch=3, checkpointing="attention", cuda_graph=True)
-    assert planned_update(named) == UpdatePlan(3, "attention", cuda_graph=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)

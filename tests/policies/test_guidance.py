@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from varfast import InputError
+from varfast import InputError, kernels
 from varfast.advantages import group_advantages
 from varfast.losses.grpo import kl_to_reference
 from varfast.policies.driver import Driver
@@ -25,6 +25,8 @@ from varfast.train import train
 from varfast.types import Batch, Sampling
 
 from ..learners import make_learner
+from .test_nexttoken import POLICIES
+from .test_nexttoken import make as make_next_token
 
 LABELS = [0, 1, 2, 3, 4, 0]
 CFG, TEMPERATURE = 1.5, 0.7
@@ -95,6 +97,24 @@ def test_logp_entropy_and_gradient_equal_two_plain_passes_in_float64(make_policy
     assert float(wide.class_emb.weight.grad[NULL].abs().max()) > 0.1  # through the half without a label too
 
 
+def test_a_kernel_may_write_the_gradient_over_the_logits(make_policy):
+    """As on a GPU: the gradient arrives where the logits were, and both halves are written from it."""
+    if not kernels.selection.INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1")
+    found = []
+    for impl in ("reference", "triton"):
+        policy = make_policy()
+        kernels.configure({"selective_log_softmax": impl})
+        try:
+            logp_BL = policy.token_logp([0, 1], torch.arange(28).view(2, 14), TEMPERATURE, cfg=CFG)
+            logp_BL.sum().backward()
+        finally:
+            kernels.configure({})
+        found.append([logp_BL.detach(), *(p.grad for p in policy.var.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", [{}, {"patch_nums": (2, 3, 5), "shared_adaln": True}, {"patch_nums": (1,)}])
 @pytest.mark.parametrize("cfg", [0.5, 4.0])
@@ -108,6 +128,44 @@ def test_sample_logp_equals_token_logp(make_policy, sizes, cfg):
     rows = rollout.rows(slice(2, 4))
     torch.testing.assert_close(policy.teacher_forced(rows).logp_BL, rollout.logp_BL[2:4], rtol=0, atol=5e-5)
     assert not policy.sample(LABELS, seed=1, cfg=cfg, top_k=3).on_policy
+
+
+def test_llamagen_is_guided_by_the_scale_of_its_code(make_config):
+    """uncond + s (cond - uncond); rollout, teacher forcing, its gradient and the first ratio of GRPO."""
+    policy, scale = make_next_token("llamagen"), 2.0
+    rollout = policy.sample(LABELS, TEMPERATURE, seed=0, cfg=scale, micro_batch=2)
+    wide = copy.deepcopy(policy.transformer).double()
+    wide.compute_dtype = torch.float64
+    conditional, unconditional = (wide(torch.tensor(ids), rollout.tokens_BL) for ids in (LABELS, [NULL] * 6))
+    logits = unconditional + scale * (conditional - unconditional)
+    logp_BL = gathered((logits / TEMPERATURE).log_softmax(-1), rollout.tokens_BL)
+    assert float((rollout.logp_BL.double() - logp_BL.detach()).abs().max()) < 5e-5
+    forced = policy.teacher_forced(rollout)
+    assert float((forced.logp_BL.detach() - rollout.logp_BL).abs().max()) < 5e-5
+    logp_BL.sum().backward()
+    forced.logp_BL.sum().backward()
+    for (name, ours), theirs in zip(policy.transformer.named_parameters(), wide.parameters(), strict=True):
+        scale = max(1.0, float(theirs.grad.abs().max()))
+        assert float((ours.grad.double() - theirs.grad).abs().max()) <= 1e-4 * scale, name
+    found = make_learner(policy, minibatch=4, lr=1e-3).step(scored(policy, cfg=2.0), 0)
+    assert found["ratio_gap_max"] < 1e-4
+    of_1, unguided = (policy.sample(LABELS, seed=0, cfg=cfg) for cfg in (1.0, 0.0))
+    assert torch.equal(of_1.tokens_BL, unguided.tokens_BL)
+    assert torch.equal(policy.teacher_forced(of_1).logp_BL, policy.teacher_forced(unguided).logp_BL)
+    llamagen = {"policy": {"family": "llamagen", "checkpoint": "random", **POLICIES["llamagen"]}}
+    assert make_config(**llamagen, rollout__cfg=1.5).rollout.rows == 2
+    with pytest.raises(InputError, match="rollout.cfg=1 guides nothing with policy.family=llamagen"):
+        make_config(**llamagen, rollout__cfg=1.0)
+
+
+def test_taming_cannot_be_guided(make_config):
+    policy = make_next_token("taming")
+    with pytest.raises(InputError, match="trained without a null class"):
+        policy.token_logp([0], torch.zeros(1, 9, dtype=torch.int64), cfg=CFG)
+    taming = {"policy": {"family": "taming", "checkpoint": "random", **POLICIES["taming"]}}
+    make_config(**taming)
+    with pytest.raises(InputError, match="policy.family=taming know no label that stands for none"):
+        make_config(**taming, rollout__cfg=CFG)
 
 
 @torch.no_grad()
@@ -195,10 +253,10 @@ def test_check_usable_samples_what_is_trained(make_policy):
 
 
 def test_a_family_without_a_label_for_none_refuses_guidance(make_policy, make_config, monkeypatch):
-    monkeypatch.setattr(VARPolicy, "_guidance", Driver._guidance)
+    monkeypatch.setattr(VARPolicy, "_strengths", Driver._strengths)
     policy = make_policy()
     tokens_BL = policy.sample([0], seed=0).tokens_BL
-    monkeypatch.setattr(VARPolicyConfig, "guidable", False)
+    monkeypatch.setattr(VARPolicyConfig, "unguided_cfg", None)
     with pytest.raises(InputError, match="policy.family=var know no label that stands for none"):
         make_config(rollout__cfg=CFG)
     make_config()

@@ -14,7 +14,6 @@ from varfast.policies.llamagen.config import GPTConfig, LlamaGenLoRAConfig, Llam
 from varfast.policies.llamagen.transformer import LlamaGen
 from varfast.policies.nexttoken import policy as nexttoken_policy
 from varfast.policies.nexttoken.rotary import rotary_1d
-from varfast.policies.nexttoken.sampler import Guidance, sample
 from varfast.policies.nexttoken.transformer import KVCache, Positions
 from varfast.policies.taming.config import TamingLoRAConfig, TamingPolicyConfig
 from varfast.randomness import Key
@@ -80,7 +79,7 @@ def test_sample_does_not_depend_on_the_batch_split(family, how):
     assert torch.equal(policy.sample(LABELS, 0.8, seed=1, micro_batch=1, **how).tokens_BL, whole.tokens_BL)
     assert not torch.equal(policy.sample(LABELS, 0.8, seed=2, **how).tokens_BL, whole.tokens_BL)
     assert not torch.equal(policy.sample(LABELS, 0.8, seed=1, step=1, **how).tokens_BL, whole.tokens_BL)
-    assert whole.on_policy == (not how)
+    assert whole.on_policy == ("top_k" not in how)
 
 
 @both
@@ -139,17 +138,6 @@ def test_a_captured_step_on_a_gpu_samples_what_the_eager_loop_does(family):
         assert torch.equal(policies[0].sample(LABELS, seed=5).tokens_BL, eager.tokens_BL)
     other = policies[0].sample(LABELS[::-1], seed=6, step=2)
     assert torch.equal(other.tokens_BL, policies[1].sample(LABELS[::-1], seed=6, step=2).tokens_BL)
-
-
-@pytest.mark.parametrize("tokens", [0, 4, 9])
-def test_guidance_of_the_first_tokens_alone(tokens):
-    model = make("llamagen").transformer
-    ids, key = torch.tensor(LABELS), torch.tensor([3, 0, 0])
-    some = sample(model, ids, key, Sampling(), Guidance(1.5, 5, tokens))
-    every, none = sample(model, ids, key, Sampling(), Guidance(1.5, 5)), sample(model, ids, key, Sampling())
-    assert torch.equal(some.tokens_BN[:, :tokens], every.tokens_BN[:, :tokens])
-    if tokens in (0, 9):
-        assert torch.equal(some.logp_BN, every.logp_BN if tokens else none.logp_BN)
 
 
 class Llama(LlamaGen):

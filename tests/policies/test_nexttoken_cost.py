@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from varfast import kernels
+from varfast.policies.llamagen import build as llamagen_build
 from varfast.policies.llamagen import cost as llamagen_cost
 from varfast.policies.llamagen.config import PRESETS, GPTConfig, LlamaGenLoRAConfig, LlamaGenPolicyConfig
 from varfast.policies.llamagen.transformer import LlamaGen
 from varfast.policies.lora import add_lora
-from varfast.policies.nexttoken.cost import NextTokenCost
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import TOKENIZERS, TokenizerConfig
+from varfast.policies.taming import build as taming_build
 from varfast.policies.taming import cost as taming_cost
 from varfast.policies.taming.config import MinGPTConfig, TamingLoRAConfig, TamingPolicyConfig
 from varfast.policies.taming.transformer import MinGPT
@@ -29,7 +31,7 @@ ALL_OF_LLAMAGEN, ALL_OF_TAMING = LlamaGenLoRAConfig(rank=8), TamingLoRAConfig(ra
 def cost(sizes, dtype="bfloat16", lora=None, vq=None):
     sizes = PRESETS[sizes] if isinstance(sizes, str) else sizes
     family = llamagen_cost if isinstance(sizes, GPTConfig) else taming_cost
-    return NextTokenCost(sizes, family.layout_of(sizes), vq or TokenizerConfig(), dtype, lora)
+    return family.count(sizes, vq or TokenizerConfig(), dtype, lora)
 
 
 def model(sizes, dtype="float32", lora=None):
@@ -52,7 +54,7 @@ def given(sizes, count):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("image_size", [256, 384])
 def test_parameters_of_llamagen_are_those_of_the_public_models(preset, image_size):
-    found = llamagen_cost.cost_of(
+    found = llamagen_build.cost_of(
         LlamaGenPolicyConfig(checkpoint="random", preset=preset, image_size=image_size), "bfloat16"
     )
     public = published("llamagen")
@@ -64,7 +66,7 @@ def test_parameters_of_llamagen_are_those_of_the_public_models(preset, image_siz
 
 def test_parameters_of_vq_8_and_taming_are_those_of_the_public_models():
     assert cost("B", vq=TOKENIZERS["vq_ds8"]).tokenizer_parameters == published("llamagen")["vq_ds8"]["params"]
-    found = taming_cost.cost_of(TamingPolicyConfig(checkpoint="random", preset="cin"), "bfloat16")
+    found = taming_build.cost_of(TamingPolicyConfig(checkpoint="random", preset="cin"), "bfloat16")
     public = published("taming")["cin_transformer"]
     assert found.weights.parameters == public["params_transformer"]
     assert found.weights.parameters + found.tokenizer_parameters == public["params"]
@@ -105,22 +107,17 @@ def test_weights_with_an_adapter_are_those_of_the_module(sizes, lora, dtype):
     ],
 )
 def test_flop_are_what_torch_counts(sizes, lora, on_meta):
-    """Forward, and forward and backward; but for attention, of which torch counts all pairs, and backward five products
-    where two are counted forward.
-    """
+    """Forward, and backward too; but for attention, of which torch counts all pairs."""
     made, ours = model(sizes, lora=lora), cost(sizes, lora=lora)
     all_pairs = 4 * sizes.depth * sizes.num_tokens**2 * sizes.width
     with FlopCounterMode(display=False) as counter:
-        logits = made(*given(sizes, 2))
+        made(*given(sizes, 2))
     assert counter.get_total_flops() == 2 * (ours.forward.flop - ours._attention_flop + all_pairs)
     with FlopCounterMode(display=False) as counter:
         made(*given(sizes, 1)).sum().backward()
-    counted = counter.get_total_flops() - counter.get_flop_counts()["Global"].get(
-        torch.ops.aten._scaled_dot_product_attention, 0
-    )
     without_attention = ours.forward.flop + ours.backward.flop - 3 * ours._attention_flop
-    assert counted - 3.5 * all_pairs == pytest.approx(without_attention, rel=0.02)
-    del logits
+    # With an adapter, the product of the first block that needs no gradient of its input is counted too.
+    assert counter.get_total_flops() - 3 * all_pairs == pytest.approx(without_attention, rel=0.02 if lora else 1e-9)
 
 
 @pytest.mark.parametrize("vq", TOKENIZERS.values())
@@ -177,6 +174,21 @@ def test_recomputed_share_is_what_checkpointing_computes_again(sizes, lora, on_m
 # Memory
 
 
+class Flash(torch.autograd.Function):
+    """The shapes of a FlashAttention: it keeps its inputs, its output, and a number a head and token."""
+
+    @staticmethod
+    def forward(ctx, q_BHLD, k_BGLD, v_BGLD, scale):
+        out_BLHD = torch.empty_like(q_BHLD.transpose(1, 2))
+        ctx.save_for_backward(q_BHLD, k_BGLD, v_BGLD, out_BLHD, q_BHLD.new_empty(q_BHLD.shape[:3], dtype=torch.float32))
+        return out_BLHD
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
 @pytest.mark.parametrize("vq", TOKENIZERS.values())
 def test_decode_activations_are_what_exists_at_once(vq):
     tokenizer = meta(lambda: Tokenizer(vq)).requires_grad_(False)
@@ -197,9 +209,10 @@ def test_decode_activations_are_what_exists_at_once(vq):
         (PRESETS["L"], "bfloat16", LlamaGenLoRAConfig(rank=64)),
     ],
 )
-def test_update_activations_are_what_exists_at_once(sizes, dtype, lora, checkpointing, on_meta):
+def test_update_activations_are_what_exists_at_once(sizes, dtype, lora, checkpointing, on_meta, monkeypatch):
     """Forward and backward; the gradient of the logits takes their place, as the kernel's does."""
     on_meta("triton")
+    monkeypatch.setattr(kernels, "causal_attention", Flash.apply)
     sizes = sizes.model_copy(update={"depth": 8})
     made = model(sizes, dtype, lora)
     for parameter in (p for p in made.parameters() if p.requires_grad):  # they are there from the first micro-batch on

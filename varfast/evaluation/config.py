@@ -28,7 +28,11 @@ class SampleConfig(Section):
     samples_per_label: int = Field(8, ge=1, le=10_000, description="columns")
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="of the draw")
     cfg: float = Field(
-        0.0, ge=0, le=1000, description="classifier-free guidance; 0: off; VAR's demo: 4, its FID numbers: 1.5"
+        0.0,
+        ge=0,
+        le=1000,
+        description="classifier-free guidance, whatever the run's rollout.cfg was; 0: off; VAR's demo: 4, its FID "
+        "numbers: 1.5",
     )
     top_k: int = Field(0, ge=0, lt=2**31, description="0: off; VAR: 900")
     top_p: float = Field(0.0, ge=0, le=1, description="0: off; VAR's demo: 0.95, its FID numbers: 0.96")
@@ -57,7 +61,9 @@ class EvaluateConfig(Section):
     labels: AllOrLabels = Field("all", description="to sample: numbers or names, as [207, golden retriever]")
     samples_per_label: int = Field(10, ge=1, le=1_000_000, description="images a label")
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="of the draw")
-    cfg: float = Field(1.5, ge=0, le=1000, description="classifier-free guidance; 0: off")
+    cfg: float = Field(
+        1.5, ge=0, le=1000, description="classifier-free guidance, whatever the run's rollout.cfg was; 0: off"
+    )
     top_k: int = Field(
         900, ge=0, lt=2**31, description="0: off; no filter either for a model with no more codes than this"
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from varfast.data.datasets import DigitsClassifier
+from varfast.data.labels import label_names
 from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.metrics import Numbers
 from varfast.features.networks import Network, load_network, to_levels
@@ -28,7 +29,8 @@ class Judge:
     """
 
     def __init__(self, config: EvaluateConfig, num_classes: int, device: torch.device) -> None:
-        self._scores = WeightedSum(config.scores, device, num_classes, "scores") if config.scores else None
+        names = label_names(config.checkpoint, num_classes)
+        self._scores = WeightedSum(config.scores, device, num_classes, "scores", names=names) if config.scores else None
         self._ranks = _classifier(config.classifier, num_classes, device) if config.classifier else None
         self.network: Network | None = None
         if config.feature_network:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from varfast.optim.config import UpdateConfig
 from varfast.perf.cost import Checkpointing
 from varfast.perf.memory import (
     USABLE,
@@ -58,12 +57,6 @@ def _plan(work: Work, device_bytes: float, captures_update: bool) -> MemoryPlan:
         sampled = largest_divisor(work.images, sampled / 2)
         plan = replace(plan, rollout=RolloutPlan(sampled, graph))
     return plan
-
-
-def planned_update(config: UpdateConfig) -> UpdatePlan:
-    """The plan that a config names: by default a minibatch at a time, nothing recomputed and nothing captured."""
-    checkpointing = "none" if config.checkpointing == "auto" else config.checkpointing
-    return UpdatePlan(config.micro_batch or config.minibatch, checkpointing, config.cuda_graph is True)
 
 
 def rollout_micro_batch(work: Work, free_bytes: float) -> int:

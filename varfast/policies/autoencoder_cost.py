@@ -71,10 +71,12 @@ def _norm(channels: int, side: int) -> Layer:
 def _resnet(channels_in: int, channels_out: int, side: int) -> Iterator[Layer]:
     yield _norm(channels_in, side)
     yield conv(channels_in, channels_out, 3, side)
-    # The block's input waits for the sum while the second half runs.
-    yield _norm(channels_out, side)._replace(live=(channels_in + 3 * channels_out) * side * side)
+    # The block's input, its narrowed or widened form if there is one, the first half's result, its normalised form and
+    # the second half's result exist together.
+    narrowed = 0 if channels_in == channels_out else channels_out
+    yield _norm(channels_out, side)._replace(live=(channels_in + narrowed + 3 * channels_out) * side * side)
     yield conv(channels_out, channels_out, 3, side)
-    if channels_in != channels_out:
+    if narrowed:
         yield conv(channels_in, channels_out, 1, side)
 
 
@@ -95,9 +97,7 @@ def _middle(channels: int, side: int) -> Iterator[Layer]:
 
 def _level(channels_in: int, channels_out: int, blocks: int, side: int, attention: bool) -> Iterator[Layer]:
     widths = [channels_in] + [channels_out] * blocks
-    for index, (narrow, wide) in enumerate(pairwise(widths)):
-        held = channels_in * side * side if index else 0  # the level's input, until the level is done
-        for layer in _resnet(narrow, wide, side):
-            yield layer._replace(live=layer.live + held)
+    for narrow, wide in pairwise(widths):
+        yield from _resnet(narrow, wide, side)
         if attention:
             yield from _attention(channels_out, side)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from varfast import kernels
-from varfast.distributed import World, local, replicate, shard
-from varfast.perf.cost import Checkpointing
+from varfast.distributed import World, local, replicate, shard_weights
+from varfast.perf.cost import Checkpointing, Cost
 from varfast.perf.graphs import CudaGraph, GraphPool
 from varfast.perf.stages import stage
 from varfast.policies import lora
@@ -85,7 +85,7 @@ class Driver(ABC):
         if strict:
             self._make_strict()
         self.graph_pool = GraphPool()
-        self._guidance_tensors: dict[float, Tensor] = {}
+        self._strength_tensors: dict[float, Tensor] = {}
         self._pixels = Pixels(decodable)
         self._replica: DistributedDataParallel | None = None
         self._gathered: MixedPrecision | None = None
@@ -121,6 +121,10 @@ class Driver(ABC):
     def _encode(self, images: Tensor) -> Tensor:
         """Tokens of images (B, 3, H, W) in [-1, 1]."""
 
+    @abstractmethod
+    def cost(self, dtype: str, lora: LoRAConfig | None = None) -> Cost:
+        """See protocol.Policy."""
+
     def _latent(self, tokens_BL: Tensor) -> Tensor:
         """What the decoder reads: (B, ...). By default the tokens."""
         return tokens_BL
@@ -129,10 +133,10 @@ class Driver(ABC):
         """What the model reads in place of the tokens when it is teacher-forced: (B, ...). By default the tokens."""
         return tokens_BL
 
-    def _guidance(self, cfg: float) -> Sequence[float]:
+    def _strengths(self, cfg: float) -> Sequence[float]:
         """Of each of an image's L tokens the strength t of guidance: logits = (1 + t) conditional - t unconditional.
 
-        A family that has this has a prompt that stands for none: see `_unconditional`.
+        Empty: this cfg guides nothing. A family that has this has a prompt that stands for none: `_unconditional`.
         """
         raise InputError(
             f"cfg={cfg:g}: {type(self).__name__} knows no label that stands for none, so it cannot be guided; use cfg=0"
@@ -242,7 +246,7 @@ class Driver(ABC):
         for each in (model, self._gathered, *references):  # all of them, for one arithmetic: see BranchLinear
             assert isinstance(each, MixedPrecision)
             each.drop_copies()
-        shard(model, model.large_modules(), world, self.device, model.compute_dtype)
+        shard_weights(model, model.large_modules(), world, self.device, model.compute_dtype)
 
     def gather(self) -> None:
         """Bring the copy that is sampled from up to date with sharded weights: of all processes."""
@@ -328,7 +332,7 @@ class Driver(ABC):
         """Sample; with `images`, (B, 3, H, W), write the decoded pixels there."""
         check_divides("micro_batch", micro_batch, len(prompts), "images")
         if how.cfg > 0.0:
-            self._guidance(how.cfg)  # refused by a family that cannot be guided
+            self._strengths(how.cfg)  # refused by a family that cannot be guided
         self.sampled.low_precision_copies()  # up to date: a replayed graph does not look
         capture = self._capture_batch if self.cuda_graph else None
         keep = images is not None
@@ -411,8 +415,8 @@ class Driver(ABC):
     ) -> TokenLogp:
         if teacher_input is None:
             teacher_input = self.teacher_input(tokens_BL)
-        if how.cfg > 0.0:
-            strength_L = self._guidance_L(how.cfg)
+        strength_L = self._strength_L(how.cfg)
+        if len(strength_L):
             # One pass of 2 B rows. Two passes would need a third: the gradient of each half needs the logits of both.
             prompts = Prompts(torch.cat([prompts.ids_B, self._unconditional(prompts).ids_B]))
             teacher_input = teacher_input.repeat(2, *(1,) * (teacher_input.ndim - 1))
@@ -420,17 +424,18 @@ class Driver(ABC):
         bias_apart = self._replica is None and self._gathered is None
         model = self._replica or self.trainable
         logits_BLV, bias_V = self._logits(model, prompts, teacher_input, checkpointing, bias_apart)
-        if how.cfg > 0.0:  # a bias is that of both halves, and so of what they make: (1 + t) b - t b
+        if len(strength_L):  # a bias is that of both halves, and so of what they make: (1 + t) b - t b
             logits_BLV = guided_logits(logits_BLV, strength_L)
         return TokenLogp(
             *kernels.selective_log_softmax(logits_BLV, tokens_BL, how.temperature, consume_logits=True, bias_V=bias_V)
         )
 
-    def _guidance_L(self, cfg: float) -> Tensor:
-        """`_guidance` on the device, made once: a copy from the host could not be captured."""
-        if cfg not in self._guidance_tensors:
-            self._guidance_tensors[cfg] = torch.tensor(self._guidance(cfg), device=self.device)
-        return self._guidance_tensors[cfg]
+    def _strength_L(self, cfg: float) -> Tensor:
+        """`_strengths` on the device, made once: a copy from the host could not be captured."""
+        if cfg not in self._strength_tensors:
+            strengths = self._strengths(cfg) if cfg > 0.0 else ()
+            self._strength_tensors[cfg] = torch.tensor(strengths, device=self.device)
+        return self._strength_tensors[cfg]
 
     @torch.no_grad()
     def teacher_input(self, tokens_BL: Tensor) -> Tensor:

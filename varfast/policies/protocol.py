@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from varfast.perf.cost import Checkpointing
+from varfast.perf.cost import Checkpointing, Cost
 from varfast.types import Prompts, Rollout, Sampling, TokenLogp
 
 if TYPE_CHECKING:
@@ -79,6 +79,10 @@ class Policy(Protocol):
     @property
     def graph_pool(self) -> GraphPool:
         """Memory for the graphs of rollout and update, which never run at the same time."""
+        ...
+
+    def cost(self, dtype: str, lora: LoRAConfig | None = None) -> Cost:
+        """What one image costs, from which a step is planned. lora: an adapter that is still to be added."""
         ...
 
     # Images.

@@ -78,7 +78,7 @@ class WeightedSum:
         num_classes: number of labels, to check texts and classifiers against; None: not checked.
         section: where the components stand in the config, for errors.
         seed: of the run, for what a user's reward draws at random.
-        names: class names of the labels, for user's rewards that ask for them; None: the labels have none.
+        names: class names of the labels, for rewards that ask for them; None: the labels have none.
         beside: folder of the config file, where a user's reward is looked for too.
         image_size: side of the policy's images, to which a reward resizes real images; None: not known.
     Raises: InputError if a user's function cannot be imported, or weights cannot be had or used.
@@ -100,7 +100,7 @@ class WeightedSum:
         self._seed, self._names = seed, names
         self.weights = {name: config.weight for name, config in components.items()}
         self.apart = {name: config.normalise for name, config in components.items() if config.normalise is not None}
-        building = Building(section, torch.device(device), num_classes, seed, beside, image_size)
+        building = Building(section, torch.device(device), num_classes, seed, beside, names, image_size)
         self._rewards = {
             name: config.build(replace(building, key=f"{section}.{name}")) for name, config in components.items()
         }

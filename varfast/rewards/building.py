@@ -5,7 +5,7 @@ Axes: B image, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
@@ -80,6 +80,7 @@ class Building:
         num_classes: number of labels, to check texts and classifiers against; None: not checked.
         seed: of the run.
         beside: folder of the config file, where a user's reward is looked for too.
+        names: what the labels are called; None: not known.
         image_size: side of the policy's images in pixels, to which real images are resized; None: not known.
         shared: the networks that were loaded: each one once, however many rewards name it.
         networks: those that compute features, likewise, by their settings.
@@ -90,6 +91,7 @@ class Building:
     num_classes: int | None = None
     seed: int = 0
     beside: Path | None = None
+    names: Sequence[str] | None = None
     image_size: int | None = None
     shared: dict[Hashable, ImageNetwork] = field(default_factory=dict)
     networks: dict[FeaturesSection, Network] = field(default_factory=dict)

@@ -39,7 +39,7 @@ class ImageRewardReward(RewardSection, Text):
     def build(self, building: Building) -> Reward:
         from varfast.rewards.blip import Blip, BlipSpec
 
-        texts = prompts(self.prompt, self.label_prompt, self.names, building.num_classes, building.key)
+        texts = prompts(self, building)
         spec = BlipSpec(self.pretrained, self.vocabulary, self.dtype)
         blip = building.share(spec, self.batch_size, lambda: Blip(spec, building.device, self.batch_size, building.key))
         return on_embeddings(building, blip, Rating(blip, texts, self.label_prompt is not None, building.key))

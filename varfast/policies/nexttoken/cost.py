@@ -28,21 +28,21 @@ class Layout:
 
     Attributes:
         attention, mlp: inputs and outputs of the matrices of a block, by the names that an adapter's targets have; the
-            last of mlp writes what the others' hidden layers make.
+            last of each leads back to the stream.
         biases: whether the matrices and the norms have biases.
         embeddings: rows of the tables of codes and labels.
         places: rows of a learned table of places.
     """
 
-    attention: Mapping[str, tuple[int, int]]
-    mlp: Mapping[str, tuple[int, int]]
+    attention: dict[str, tuple[int, int]]
+    mlp: dict[str, tuple[int, int]]
     biases: bool
     embeddings: int
     places: int = 0
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        return {**self.attention, **self.mlp}
+        return self.attention | self.mlp
 
     @property
     def hidden(self) -> int:
@@ -126,6 +126,10 @@ class NextTokenCost:
     # Work of one image
 
     @property
+    def num_tokens(self) -> int:
+        return self.sizes.num_tokens
+
+    @property
     def _attention_flop(self) -> float:
         """Of the pairs of a token with itself and those before."""
         sizes, N = self.sizes, self.sizes.num_tokens
@@ -168,12 +172,12 @@ class NextTokenCost:
         return once + Count(forward.flop - once.flop, forward.io_bytes - once.io_bytes) * 2.0
 
     def recomputed_share(self, checkpointing: Checkpointing) -> float:
-        again = {
-            "none": 0.0,
-            "attention": self._linear_flop(self.layout.attention) + self._attention_flop,
-            "full": self._linear_flop(self.layout.matrices) + self._attention_flop,
-        }
-        return again[checkpointing] / self.forward.flop
+        """But for the last product of what is recomputed: no result of it is kept."""
+        layout = self.layout
+        first = dict([*layout.attention.items()][:-1])
+        again = {"none": {}, "attention": first, "full": layout.attention | dict([*layout.mlp.items()][:-1])}
+        attention = 0.0 if checkpointing == "none" else self._attention_flop
+        return (self._linear_flop(again[checkpointing]) + attention) / self.forward.flop
 
     @property
     def rollout(self) -> Count:
@@ -230,8 +234,9 @@ class NextTokenCost:
 
     @property
     def decode_activation_bytes(self) -> int:
-        """The most that exists at once in the decoder, in the compute dtype; 84 MB in bfloat16 at 256 px."""
-        return self._item_bytes * max(layer.live for layer in self._decoder) + self.image_bytes
+        """The most that exists at once in the decoder, in the compute dtype; 68 MB in bfloat16 at 256 px."""
+        latents = self.vq.latent_width * self.sizes.num_tokens
+        return self._item_bytes * (latents + max(layer.live for layer in self._decoder)) + self.image_bytes
 
     def update_activation_bytes(self, checkpointing: Checkpointing) -> int:
         """What the forward pass keeps for the backward pass, and the most that comes on top while that runs.
