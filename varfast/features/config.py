@@ -61,6 +61,11 @@ class FeaturesSection(Section):
         """These keys alone: sections with equal ones share a network."""
         return FeaturesSection(**{name: getattr(self, name) for name in FeaturesSection.model_fields})
 
+    @property
+    def clip_network(self) -> tuple[str, str]:
+        """Of features=clip: name of the model in open_clip, without -quickgelu, and its weights."""
+        return (self.model or CLIP_MODEL).removesuffix("-quickgelu"), self.pretrained or CLIP_TAG
+
     def clip_spec(self, key: str) -> BackboneSpec:
         """Of features=clip. Raises: InputError for a name or a tag that open_clip does not have."""
         from varfast.rewards.backbone import backbone_spec
