@@ -68,7 +68,8 @@ def computed_statistics(address: str, network: Network, image_size: int, key: st
     """As reference_statistics, of images alone, without a cache. Raises: InputError as it, and for no images."""
     count, batches = _images(address, image_size, key)
     summing = Summing()
-    with Progress(f"{network.name} features of {count} images", -(-count // BATCH_IMAGES), unit="batch") as progress:
+    batch_count, quiet = -(-count // BATCH_IMAGES), address == "digits"
+    with Progress(f"{network.name} features of {count} images", batch_count, unit="batch", quiet=quiet) as progress:
         for levels in batches:
             for part in levels.split(batch_size):
                 summing.add(network.features(part))
