@@ -20,8 +20,8 @@ from bench_kernels import compiled
 from torch.utils.flop_counter import FlopCounterMode
 
 from varfast.models import VQVAE, VQVAEConfig
-from varfast.policies.var.decoder import FastDecoder, _Upsample
-from varfast.policies.var.tokenizer import Upsample
+from varfast.policies.convolutional import Upsample
+from varfast.policies.decoder import FastDecoder, _Upsample
 
 CUDA, DEVICE = harness.CUDA, harness.DEVICE
 LARGE = CUDA or os.environ.get("VARFAST_BENCH_LARGE") == "1"

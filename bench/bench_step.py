@@ -43,8 +43,8 @@ from varfast.perf.memory import MemoryPlan
 from varfast.perf.plan import plan_memory
 from varfast.perf.stages import StageClock, stage
 from varfast.perf.work import Work
+from varfast.policies.families import family_of
 from varfast.policies.pixels import Pixels
-from varfast.policies.var.cost import cost_of
 from varfast.policies.var.policy import VARPolicy
 from varfast.policies.var.transformer import FFN
 from varfast.randomness import Key
@@ -188,7 +188,7 @@ def step_work(name: str, images: int) -> tuple[Work, MemoryPlan]:
         overrides += [f"policy.preset={name}", "policy.vqvae_checkpoint=null", "rollout.micro_batch=null"]
         overrides += ["update.micro_batch=null", "reward={bright: {type: brightness}}"]
     config = with_dtype(load_config(CONFIGS / file, overrides), DEVICE)
-    work = Work.whole(config, cost_of(config.policy, config.run.dtype))
+    work = Work.whole(config, family_of(config.policy).cost_of(config.policy, config.run.dtype))
     return work, plan_memory(work, FREE_BYTES)
 
 
@@ -427,7 +427,7 @@ def test_forward_backward(benchmark, record, name, images):
         return make
 
     makes = {who: passing(policy) for who, policy in policies.items()}
-    flop = 3.0 * images * cost_of(config.policy, config.run.dtype).forward.flop
+    flop = 3.0 * images * family_of(config.policy).cost_of(config.policy, config.run.dtype).forward.flop
     measure(benchmark, record, [], name, images, makes, (images,), "forward and backward", (flop, 0.0))
 
 

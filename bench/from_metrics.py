@@ -24,7 +24,7 @@ from varfast.perf.devices import Ceilings
 from varfast.perf.limits import speed_of_light_s, stage_counts
 from varfast.perf.plan import plan_memory
 from varfast.perf.work import Work
-from varfast.policies.var.cost import cost_of
+from varfast.policies.families import family_of
 
 # Rows of the README's table, from the stages of metrics.jsonl.
 _NAMES = {"update": "forward and backward"}
@@ -38,7 +38,7 @@ def steady(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def rows(lines: list[dict[str, Any]], config: Config, model: str, ceilings: Ceilings, notes: list[str]) -> list[Row]:
     """A row a stage, and one of the step, of all images."""
     found, images = [], config.rollout.images
-    work = Work.whole(config, cost_of(config.policy, config.run.dtype))
+    work = Work.whole(config, family_of(config.policy).cost_of(config.policy, config.run.dtype))
     counts = stage_counts(work, plan_memory(work, None))
     whole = sum((speed_of_light_s(count, ceilings) for count in counts.values()), 0.0)
     for stage, count in counts.items():

@@ -18,17 +18,19 @@ auto with_type(ScalarType dtype, const F& body) {
 
 // The arguments of a forward pass, checked and contiguous, and the tensors that it writes.
 struct Forward {
-  Tensor logp, old, ref, advantages, loss, stats, grad;
-  bool has_reference;
+  Tensor logp, old, ref, advantages, image_ratio, loss, stats, grad;
+  bool has_reference, sequence_ratio, unbiased_kl;
   double clip_eps, kl_beta;
 
   Forward(const Tensor& logp_BL, const Tensor& logp_old_BL, const MaybeTensor& logp_ref_BL,
-          const Tensor& advantages_BL, double clip_eps, double kl_beta)
+          const Tensor& advantages_BL, double clip_eps, double kl_beta, bool sequence_ratio, bool unbiased_kl)
       : logp(torch::stable::contiguous(logp_BL)),
         old(torch::stable::contiguous(logp_old_BL)),
         ref(logp_ref_BL ? torch::stable::contiguous(*logp_ref_BL) : logp),
         advantages(advantages_BL),  // by its strides: one number an image is an expanded tensor
         has_reference(logp_ref_BL.has_value()),
+        sequence_ratio(sequence_ratio),
+        unbiased_kl(unbiased_kl),
         clip_eps(clip_eps),
         kl_beta(kl_beta) {
     const ScalarType dtype = logp.scalar_type();
@@ -44,6 +46,7 @@ struct Forward {
       STD_TORCH_CHECK(other->is_cuda() == logp.is_cuda() && other->get_device_index() == logp.get_device_index(),
                       "want all tensors on one device");
     }
+    image_ratio = new_empty(logp, {sequence_ratio ? logp.size(0) : 0}, dtype);
     loss = new_empty(logp, {}, dtype);
     stats = new_empty(logp, {5}, dtype);
     grad = new_empty(logp, {logp.size(0), logp.size(1)}, dtype);
@@ -56,13 +59,14 @@ struct Forward {
             old.const_data_ptr<T>(),
             ref.const_data_ptr<T>(),
             {advantages.const_data_ptr<T>(), advantages.stride(0), advantages.stride(1)},
+            image_ratio.mutable_data_ptr<T>(),
             grad.mutable_data_ptr<T>(),
             loss.mutable_data_ptr<T>(),
             stats.mutable_data_ptr<T>(),
             logp.size(0),
             logp.size(1),
             1.0 / double(logp.numel()),
-            {T(1.0 - clip_eps), T(1.0 + clip_eps), T(kl_beta), has_reference}};
+            {T(1.0 - clip_eps), T(1.0 + clip_eps), T(kl_beta), has_reference, sequence_ratio, unbiased_kl}};
   }
 };
 
@@ -85,8 +89,9 @@ struct Backward {
 
 std::tuple<Tensor, Tensor, Tensor> grpo_token_loss_cpu(const Tensor& logp_BL, const Tensor& logp_old_BL,
                                                        const MaybeTensor& logp_ref_BL, const Tensor& advantages_BL,
-                                                       double clip_eps, double kl_beta) {
-  const Forward f(logp_BL, logp_old_BL, logp_ref_BL, advantages_BL, clip_eps, kl_beta);
+                                                       double clip_eps, double kl_beta, bool sequence_ratio,
+                                                       bool unbiased_kl) {
+  const Forward f(logp_BL, logp_old_BL, logp_ref_BL, advantages_BL, clip_eps, kl_beta, sequence_ratio, unbiased_kl);
   with_type(f.logp.scalar_type(), [&](auto zero) { grpo_forward_cpu(f.pointers<decltype(zero)>()); });
   return {f.loss, f.stats, f.grad};
 }
@@ -117,9 +122,10 @@ void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "CUDA: ", erro
 
 std::tuple<Tensor, Tensor, Tensor> grpo_token_loss_cuda(const Tensor& logp_BL, const Tensor& logp_old_BL,
                                                         const MaybeTensor& logp_ref_BL, const Tensor& advantages_BL,
-                                                        double clip_eps, double kl_beta) {
+                                                        double clip_eps, double kl_beta, bool sequence_ratio,
+                                                        bool unbiased_kl) {
   const torch::stable::accelerator::DeviceGuard guard(logp_BL.get_device_index());
-  const Forward f(logp_BL, logp_old_BL, logp_ref_BL, advantages_BL, clip_eps, kl_beta);
+  const Forward f(logp_BL, logp_old_BL, logp_ref_BL, advantages_BL, clip_eps, kl_beta, sequence_ratio, unbiased_kl);
   STD_TORCH_CHECK(f.logp.numel() < int64_t(1) << 32, "logp_BL: want less than 2^32 tokens");
   const int device = f.logp.get_device_index();
   const Tensor scratch = new_empty(f.logp, {grpo_cuda_scratch(f.logp.numel())}, ScalarType::Double);

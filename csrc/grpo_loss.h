@@ -24,6 +24,7 @@ struct GrpoForward {
   const T* logp_old;    // (B, L)
   const T* logp_ref;    // (B, L), not read where settings.has_reference is false
   Advantages<T> advantages;
+  T* image_ratio;       // (B,) scratch where settings.sequence_ratio is true, else null
   T* grad;              // (B, L) d loss / d logp
   T* loss;              // ()
   T* stats;             // (5,)
@@ -31,6 +32,8 @@ struct GrpoForward {
   int64_t num_tokens;  // L
   double one_token;    // 1 / (B L): the weight of a token in the means
   GrpoSettings<T> settings;
+
+  VARFAST_INLINE T ratio_of(int64_t image) const { return settings.sequence_ratio ? image_ratio[image] : T(0); }
 };
 
 template <typename T>

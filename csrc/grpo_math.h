@@ -1,7 +1,8 @@
 // The GRPO loss of one token and how tokens add up: g++ and nvcc compile the same lines, and nothing of torch.
 //
-// loss = kl_beta k3 - min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), ratio = exp(logp - logp_old),
-// k3 = exp(q) - q - 1 with q = logp_ref - logp. The specification is kernels/reference.py, grpo_token_loss.
+// loss = kl_beta kl - min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), ratio = exp(logp - logp_old) of the token, or exp of
+// the mean over its image; kl = k3 = exp(q) - q - 1 with q = logp_ref - logp, or that times the token's ratio. The
+// specification is kernels/reference.py, grpo_token_loss.
 #pragma once
 
 #include <cmath>
@@ -21,6 +22,8 @@ struct GrpoSettings {
   T high;     // 1 + eps
   T kl_beta;
   bool has_reference;  // false: no KL term
+  bool sequence_ratio;  // the ratio is that of the image
+  bool unbiased_kl;     // k3 is multiplied by the token's ratio
 };
 
 template <typename T>
@@ -28,8 +31,8 @@ struct GrpoToken {
   T loss;
   T kl;       // k3
   T clipped;  // 1 where the clip cuts the gradient off, else 0
-  T ratio;
-  T gap;      // |ratio - 1|
+  T ratio;    // what was clipped: of the token, or of its image
+  T gap;      // |exp(logp - logp_old) - 1|
   T grad;     // d loss / d logp
 };
 
@@ -60,11 +63,18 @@ VARFAST_INLINE void k3(T q, T& value, T& slope) {
 // bounds through in 2.11 and no longer in 2.15), and where the unclipped product is the smaller one; half where the
 // ratio lies outside and rounding makes the products equal, as torch.minimum's; not at all where the clip's product is
 // the smaller one, even where the ratio overflows and autograd would multiply 0 by inf.
+//
+// The image's ratio is differentiated as if it were the token's (GSPO-token, arXiv:2507.18071, eq. 14): so its gradient
+// is a number of this token alone, and with one advantage an image it is that of the mean.
+//
+// d (ratio k3) / d logp = ratio (k3 - slope) = -ratio q.
 template <typename T>
-VARFAST_INLINE GrpoToken<T> grpo_token(T logp, T logp_old, T logp_ref, T advantage, const GrpoSettings<T>& settings) {
+VARFAST_INLINE GrpoToken<T> grpo_token(T logp, T logp_old, T logp_ref, T advantage, T image_ratio,
+                                       const GrpoSettings<T>& settings) {
   GrpoToken<T> token;
-  token.ratio = std::exp(logp - logp_old);
-  token.gap = std::fabs(token.ratio - T(1));
+  const T token_ratio = std::exp(logp - logp_old);
+  token.ratio = settings.sequence_ratio ? image_ratio : token_ratio;
+  token.gap = std::fabs(token_ratio - T(1));
   const bool above = token.ratio > settings.high, below = token.ratio < settings.low;
   const T gain = token.ratio * advantage;
   const T clipped_gain = (above ? settings.high : below ? settings.low : token.ratio) * advantage;
@@ -76,7 +86,12 @@ VARFAST_INLINE GrpoToken<T> grpo_token(T logp, T logp_old, T logp_ref, T advanta
   T kl_slope = T(0);
   token.kl = T(0);
   if (settings.has_reference) k3(logp_ref - logp, token.kl, kl_slope);
-  token.loss = settings.kl_beta * token.kl - surrogate;
+  T kl = token.kl;
+  if (settings.has_reference && settings.unbiased_kl) {
+    kl *= token_ratio;
+    kl_slope = token_ratio * (logp_ref - logp);
+  }
+  token.loss = settings.kl_beta * kl - surrogate;
   token.grad = -settings.kl_beta * kl_slope - surrogate_grad;
   return token;
 }

@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varfast, m) {
   // loss (), stats (5,), and d loss / d logp (B, L), which the backward pass multiplies by the upstream gradient.
   m.def(
       "grpo_token_loss(Tensor logp_BL, Tensor logp_old_BL, Tensor? logp_ref_BL, Tensor advantages_BL, float clip_eps, "
-      "float kl_beta) -> (Tensor, Tensor, Tensor)");
+      "float kl_beta, bool sequence_ratio=False, bool unbiased_kl=False) -> (Tensor, Tensor, Tensor)");
   m.def("grpo_token_loss_backward(Tensor grad_BL, Tensor grad_loss) -> Tensor");
   // P pixels of an image, channels innermost; on the CPU alone, a GPU has Triton.
   m.def(

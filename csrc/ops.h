@@ -15,12 +15,14 @@ using MaybeTensor = std::optional<Tensor>;
 // grpo_loss.cpp
 std::tuple<Tensor, Tensor, Tensor> grpo_token_loss_cpu(const Tensor& logp_BL, const Tensor& logp_old_BL,
                                                        const MaybeTensor& logp_ref_BL, const Tensor& advantages_BL,
-                                                       double clip_eps, double kl_beta);
+                                                       double clip_eps, double kl_beta, bool sequence_ratio,
+                                                       bool unbiased_kl);
 Tensor grpo_token_loss_backward_cpu(const Tensor& grad_BL, const Tensor& grad_loss);
 #ifdef VARFAST_CUDA
 std::tuple<Tensor, Tensor, Tensor> grpo_token_loss_cuda(const Tensor& logp_BL, const Tensor& logp_old_BL,
                                                         const MaybeTensor& logp_ref_BL, const Tensor& advantages_BL,
-                                                        double clip_eps, double kl_beta);
+                                                        double clip_eps, double kl_beta, bool sequence_ratio,
+                                                        bool unbiased_kl);
 Tensor grpo_token_loss_backward_cuda(const Tensor& grad_BL, const Tensor& grad_loss);
 #endif
 

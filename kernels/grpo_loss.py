@@ -7,7 +7,7 @@ Axes: B image, L token over all scales.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ def _cannot_run_cuda(device: torch.device) -> str | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Custom op, fake and autograd. Registered by csrc/ops.cpp:
-# grpo_token_loss(logp_BL, logp_old_BL, logp_ref_BL?, advantages_BL, clip_eps, kl_beta) -> loss, stats, grad_BL
+# grpo_token_loss(logp_BL, logp_old_BL, logp_ref_BL?, advantages_BL, clip_eps, kl_beta, sequence_ratio, unbiased_kl)
+#     -> loss, stats, grad_BL
 # grpo_token_loss_backward(grad_BL, grad_loss) -> grad_BL * grad_loss
 
 
@@ -50,6 +51,8 @@ def _fake_forward(
     advantages_BL: Tensor,
     clip_eps: float,
     kl_beta: float,
+    sequence_ratio: bool = False,
+    unbiased_kl: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return logp_BL.new_empty(()), logp_BL.new_empty(5), logp_BL.new_empty(logp_BL.shape)
 
@@ -68,7 +71,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     (grad_BL,) = ctx.saved_tensors
     grad_logp_BL = None if grad_loss is None else torch.ops.varfast.grpo_token_loss_backward(grad_BL, grad_loss)
-    return grad_logp_BL, None, None, None, None, None
+    return grad_logp_BL, *(None,) * 7
 
 
 def _run_extension(
@@ -78,6 +81,8 @@ def _run_extension(
     advantages_BL: Tensor,
     clip_eps: float,
     kl_beta: float,
+    sequence_ratio: bool = False,
+    unbiased_kl: bool = False,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(logp_BL.dtype, torch.float32)
     loss, stats, _ = torch.ops.varfast.grpo_token_loss(
@@ -87,6 +92,8 @@ def _run_extension(
         advantages_BL.to(dtype),
         clip_eps,
         kl_beta,
+        sequence_ratio,
+        unbiased_kl,
     )
     return loss, stats
 
@@ -111,11 +118,13 @@ def grpo_token_loss(
     advantages_BL: Tensor,
     clip_eps: float = 0.2,
     kl_beta: float = 0.2,
+    ratio: Literal["token", "sequence"] = "token",
+    kl_gradient: Literal["k3", "unbiased"] = "k3",
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Mean over tokens, then over images, of -(min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta k3).
+    """Mean over tokens, then over images, of -(min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta KL).
 
-    rho = exp(logp - logp_old); k3 = exp(q) - q - 1 with q = logp_ref - logp.
+    rho = exp(logp - logp_old), of each token; KL = k3 = exp(q) - q - 1 with q = logp_ref - logp.
 
     Args:
         logp_BL: (B, L) log-probabilities under the policy, differentiable, once; float32 (float64) arithmetic.
@@ -123,14 +132,21 @@ def grpo_token_loss(
         logp_ref_BL: (B, L) under the frozen reference, or None: no KL term; no gradient.
         advantages_BL: (B, L) of any strides, or (B,), one advantage an image; no gradient.
         clip_eps, kl_beta: eps and beta.
+        ratio: "sequence": rho is one number an image, exp(mean over its tokens of logp - logp_old), which is clipped as
+            one. With one advantage an image this is GSPO (arXiv:2507.18071, eq. 5 and 7). An advantage of its own
+            moves each token by its own: GSPO-token (eq. 13 and 14).
+        kl_gradient: "unbiased": KL = exp(logp - logp_old) k3, of each token. It has the expectation of k3 under the
+            policy, and so the gradient of the KL, whose value for a token is exp(logp - logp_old) (logp - logp_ref)
+            (arXiv:2510.01555; arXiv:2506.09477). The gradient of k3 itself, exp(q) (-1) + 1, is another one.
         impl: "auto", "cuda", "cpp" or "reference".
     Returns:
         loss: scalar, differentiable in logp_BL. "cuda" and "cpp" pass the gradient at the bounds of the clip and give 0
             where the clip cuts off a ratio that overflows (csrc/grpo_math.h); "reference" does at the bounds what this
             torch's clamp does, and gives NaN there.
         stats: (5,) without gradient, named by GRPO_STATS: mean k3; share of tokens whose gradient the clip cuts off;
-            mean ratio; mean and maximum of |ratio - 1|.
-    Raises: ValueError for shapes that differ, no token at all, or an impl that is unknown or cannot run here.
+            mean rho; mean and maximum of |exp(logp - logp_old) - 1|, of each token with either ratio.
+    Raises: ValueError for shapes that differ, no token at all, an unknown ratio or kl_gradient, or an impl that is
+        unknown or cannot run here.
     Source: GRPO, arXiv:2402.03300, eq. 3 and 4; k3: Schulman, "Approximating KL divergence", 2020.
     """
     if logp_BL.ndim != 2 or logp_BL.numel() == 0:
@@ -143,7 +159,13 @@ def grpo_token_loss(
             f"advantages_BL is {tuple(advantages_BL.shape)}, logp_BL {tuple(logp_BL.shape)}: want one a token, (B, L), "
             "or one an image, (B,)"
         )
+    if ratio not in ("token", "sequence"):
+        raise ValueError(f"ratio={ratio!r}: want token or sequence")
+    if kl_gradient not in ("k3", "unbiased"):
+        raise ValueError(f"kl_gradient={kl_gradient!r}: want k3 or unbiased")
     if advantages_BL.ndim == 1:  # a view; converted first, since a conversion of the view would write all of it
         wide = advantages_BL.to(torch.promote_types(logp_BL.dtype, torch.float32))
         advantages_BL = wide.unsqueeze(1).expand(logp_BL.shape)
-    return run("grpo_token_loss", impl, logp_BL, logp_old_BL, logp_ref_BL, advantages_BL, clip_eps, kl_beta)
+    tensors = (logp_BL, logp_old_BL, logp_ref_BL, advantages_BL)
+    how = (ratio == "sequence", kl_gradient == "unbiased")
+    return run("grpo_token_loss", impl, *tensors, clip_eps, kl_beta, *how)

@@ -29,6 +29,12 @@ def check_position(position: Tensor | None, batch: int, device: torch.device) ->
         raise ValueError(f"position is on {position.device}, the other tensors on {device}: want one device")
 
 
+def check_place(position: Tensor, places: int) -> None:
+    """Raises: ValueError where a position is outside a cache of so many places. Of a CPU's alone: others would wait."""
+    if position.device.type == "cpu" and not (int(position.min()) >= 0 and int(position.max()) < places):
+        raise ValueError(f"position is {position.tolist()}: want places of the cache, 0 to {places - 1}")
+
+
 def host_positions(position: Tensor | None, batch: int) -> list[tuple[slice, int]]:
     """Which images have which position, for implementations that take host integers: on the CPU nothing waits."""
     if position is None:

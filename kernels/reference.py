@@ -1,6 +1,7 @@
 """The specification of every op, in plain PyTorch: any device, any floating dtype, no tuning.
 
-A kernel behind `varfast.kernels` computes one of these functions; its tests compare it with this file.
+A kernel behind `varfast.kernels` computes one of these functions; its tests compare it with this file. The ops of
+next-token models are in reference_nexttoken.py.
 Arithmetic is at least float32 whatever the storage dtype; float64 inputs are computed in float64.
 
 Axes: B image, l token of one scale, L token over all scales, V vocabulary, C channel, H head, D head dim;
@@ -16,6 +17,15 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from varfast.kernels.reference_nexttoken import at_least_float32
+from varfast.kernels.reference_nexttoken import causal_attention as causal_attention
+from varfast.kernels.reference_nexttoken import decode_attention as decode_attention
+from varfast.kernels.reference_nexttoken import residual_rms_norm as residual_rms_norm
+from varfast.kernels.reference_nexttoken import rms_norm as rms_norm
+from varfast.kernels.reference_nexttoken import split_heads_rotary as split_heads_rotary
+from varfast.kernels.reference_nexttoken import split_heads_rotary_to_cache as split_heads_rotary_to_cache
+from varfast.kernels.reference_nexttoken import swiglu as swiglu
 
 if TYPE_CHECKING:
     from varfast.kernels.adamw import AdamWTensors
@@ -50,7 +60,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     return c0, c1, c2, c3
 
 
-def uniform_Bl(key: Tensor, scale: int, num_images: int, num_tokens: int) -> Tensor:
+def uniform_Bl(key: Tensor, scale: int, num_images: int, num_tokens: int, first_token: Tensor | None = None) -> Tensor:
     """One uniform number in the open interval (0, 1) for each token of a scale, float64 with 52 random bits.
 
     The number of an image's token depends on (seed, step, scale, sample index, position) alone, so it is the same
@@ -61,11 +71,14 @@ def uniform_Bl(key: Tensor, scale: int, num_images: int, num_tokens: int) -> Ten
             so that a captured graph reads the values of each replay.
         scale: index of the scale, 0 for the coarsest.
         num_images, num_tokens: B and l.
+        first_token: () int64 on the device, place in the scale of the first of the l tokens; None: 0.
     Returns: (B, l) float64.
     """
     seed, step, first_sample = key.unbind()
     sample_B1 = (first_sample + torch.arange(num_images, device=key.device)).unsqueeze(1)
     position_1l = torch.arange(num_tokens, device=key.device).unsqueeze(0)
+    if first_token is not None:
+        position_1l = position_1l + first_token
     word0, word1, _, _ = philox4x32(
         (position_1l, sample_B1 & _MASK32, torch.full_like(seed, scale), step & _MASK32),
         (seed & _MASK32, (seed >> 32) & _MASK32),
@@ -84,12 +97,8 @@ def split_float32(value: float) -> tuple[float, float]:
     return nearest, value - nearest
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _with_bias(logits: Tensor, bias_V: Tensor | None) -> Tensor:
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     return logits if bias_V is None else logits + bias_V.to(logits.dtype)
 
 
@@ -122,6 +131,7 @@ def sample_tokens(
     top_k: int,
     top_p: float,
     bias_V: Tensor | None = None,
+    first_token: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A row that holds NaN or +inf, or -inf alone, returns some token in [0, V), and NaN as logp and entropy."""
     logits = _with_bias(logits_BlV, bias_V)
@@ -131,7 +141,8 @@ def sample_tokens(
     logp_BlV = logits.log_softmax(dim=-1)
     prob_BlV = logp_BlV.double().exp()
     cdf_BlV = prob_BlV.cumsum(dim=-1)
-    target_Bl1 = uniform_Bl(key, scale, logits.shape[0], logits.shape[1]).unsqueeze(-1) * cdf_BlV[..., -1:]
+    uniform_Bl1 = uniform_Bl(key, scale, logits.shape[0], logits.shape[1], first_token).unsqueeze(-1)
+    target_Bl1 = uniform_Bl1 * cdf_BlV[..., -1:]
     # The first token whose cumulated probability exceeds the target has itself a positive probability. Where the
     # product above was rounded up to the whole sum there is none: the token that completes the sum stands in.
     token_Bl1 = torch.searchsorted(cdf_BlV, target_Bl1, right=True)
@@ -180,7 +191,7 @@ NORM_EPS = 1e-12
 
 
 def _l2_normalize(x: Tensor) -> Tensor:
-    return F.normalize(_at_least_float32(x), dim=-1, eps=NORM_EPS).to(x.dtype)
+    return F.normalize(at_least_float32(x), dim=-1, eps=NORM_EPS).to(x.dtype)
 
 
 def split_heads(
@@ -188,7 +199,7 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = qkv_BLC3.shape
     dtype = qkv_BLC3.dtype
-    wide = qkv_BLC3 if bias_C3 is None else _at_least_float32(qkv_BLC3) + _at_least_float32(bias_C3)
+    wide = qkv_BLC3 if bias_C3 is None else at_least_float32(qkv_BLC3) + at_least_float32(bias_C3)
     heads_3BHLD = wide.reshape(batch, length, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
     q, k, v = heads_3BHLD.unbind()
     if l2_norm:
@@ -278,17 +289,17 @@ def cached_attention(
 
 
 def layer_norm_modulate(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float) -> Tensor:
-    normed = F.layer_norm(_at_least_float32(x_BLC), x_BLC.shape[-1:], eps=eps)
-    scale, shift = _at_least_float32(scale_BC).unsqueeze(1), _at_least_float32(shift_BC).unsqueeze(1)
+    normed = F.layer_norm(at_least_float32(x_BLC), x_BLC.shape[-1:], eps=eps)
+    scale, shift = at_least_float32(scale_BC).unsqueeze(1), at_least_float32(shift_BC).unsqueeze(1)
     return (normed * (1.0 + scale) + shift).to(x_BLC.dtype)
 
 
 def gated_residual(x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    branch = _at_least_float32(branch_BLC)
+    branch = at_least_float32(branch_BLC)
     if bias_C is not None:
-        branch = branch + _at_least_float32(bias_C)
-    wide = branch * _at_least_float32(gate_BC).unsqueeze(1)
-    return (_at_least_float32(x_BLC) + wide).to(x_BLC.dtype)
+        branch = branch + at_least_float32(bias_C)
+    wide = branch * at_least_float32(gate_BC).unsqueeze(1)
+    return (at_least_float32(x_BLC) + wide).to(x_BLC.dtype)
 
 
 def gated_residual_norm(
@@ -309,7 +320,7 @@ def gated_residual_norm(
 
 
 def gelu_bias(x_BLC: Tensor, bias_C: Tensor) -> Tensor:
-    return F.gelu(_at_least_float32(x_BLC) + _at_least_float32(bias_C), approximate="tanh").to(x_BLC.dtype)
+    return F.gelu(at_least_float32(x_BLC) + at_least_float32(bias_C), approximate="tanh").to(x_BLC.dtype)
 
 
 def linear_gelu(x_BLC: Tensor, weight_MC: Tensor, low_MC: Tensor, bias_M: Tensor) -> Tensor:
@@ -337,7 +348,7 @@ def group_norm_silu(
     moments: object = None,
 ) -> Tensor:
     """moments: of x, which others read to save themselves a pass; here they are computed in any case."""
-    wide = _at_least_float32(x_BCHW)
+    wide = at_least_float32(x_BCHW)
     if input_bias_C is not None:
         wide = wide + input_bias_C.to(wide.dtype)[:, None, None]
     out = F.group_norm(wide, num_groups, weight_C.to(wide.dtype), bias_C.to(wide.dtype), eps)
@@ -383,20 +394,25 @@ def grpo_token_loss(
     advantages_BL: Tensor,
     clip_eps: float,
     kl_beta: float,
+    sequence_ratio: bool = False,
+    unbiased_kl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    logp_BL = _at_least_float32(logp_BL)
+    logp_BL = at_least_float32(logp_BL)
     advantages_BL = advantages_BL.to(logp_BL.dtype)
     log_ratio_BL = logp_BL - logp_old_BL.to(logp_BL.dtype)
-    ratio_BL = log_ratio_BL.exp()
+    ratio_BL = token_ratio_BL = log_ratio_BL.exp()
+    if sequence_ratio:  # the value of the image's, the slope of the token's
+        ratio_BL = (log_ratio_BL.detach().mean(dim=1, keepdim=True) + (logp_BL - logp_BL.detach())).exp()
     clipped_BL = ratio_BL.clamp(1.0 - clip_eps, 1.0 + clip_eps)
     surrogate_BL = torch.minimum(ratio_BL * advantages_BL, clipped_BL * advantages_BL)
     kl_BL = torch.zeros_like(logp_BL) if logp_ref_BL is None else k3(logp_BL, logp_ref_BL.to(logp_BL.dtype))
-    loss = (kl_beta * kl_BL - surrogate_BL).mean(dim=1).mean()
+    unbiased_BL = token_ratio_BL * kl_BL if unbiased_kl and logp_ref_BL is not None else kl_BL
+    loss = (kl_beta * unbiased_BL - surrogate_BL).mean(dim=1).mean()
     with torch.no_grad():
         is_clipped_BL = ((ratio_BL > 1.0 + clip_eps) & (advantages_BL > 0)) | (
             (ratio_BL < 1.0 - clip_eps) & (advantages_BL < 0)
         )
-        gap_BL = (ratio_BL - 1.0).abs()
+        gap_BL = (token_ratio_BL - 1.0).abs()
         stats = torch.stack(
             [kl_BL.mean(), is_clipped_BL.to(loss.dtype).mean(), ratio_BL.mean(), gap_BL.mean(), gap_BL.max()]
         )

@@ -58,10 +58,10 @@ def _nucleus(order, count, drop_share):
 
 @jit
 def _sample_kernel(
-    logits_ptr, uncond_ptr, bias_ptr, key_ptr, tokens_ptr, logp_ptr, entropy_ptr,
+    logits_ptr, uncond_ptr, bias_ptr, key_ptr, first_token_ptr, tokens_ptr, logp_ptr, entropy_ptr,
     row_stride, num_tokens, vocab, scale, inv_temperature, inv_temperature_rest, guidance, top_k, drop_share,
     BLOCK: tl.constexpr, COUNT_SCALE: tl.constexpr, BIAS: tl.constexpr, GUIDED: tl.constexpr, TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
+    TOP_P: tl.constexpr, FIRST_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """One row a program: a single pass over the logits, everything else in registers."""
     row = tl.program_id(0).to(tl.int64)
@@ -93,7 +93,7 @@ def _sample_kernel(
         x = tl.where(order >= threshold, x, -float("inf"))
         count = tl.where(order >= threshold, count, 0)
 
-    uniform = token_uniform(key_ptr, row, num_tokens, scale)
+    uniform = token_uniform(key_ptr, first_token_ptr, row, num_tokens, scale, FIRST_TOKEN)
     below = tl.cumsum(count, axis=0)
     target = (uniform * tl.sum(count, axis=0).to(tl.float64)).to(tl.int64)
     token = tl.sum((below <= target).to(tl.int32), axis=0)
@@ -132,6 +132,7 @@ def _sample_triton(
     top_k: int,
     top_p: float,
     bias_V: Tensor | None = None,
+    first_token: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, vocab = logits_BlV.shape
     logits = logits_BlV.contiguous()
@@ -145,6 +146,7 @@ def _sample_triton(
                 uncond,
                 logits if bias_V is None else bias_V.float().contiguous(),
                 key,
+                key if first_token is None else first_token,
                 tokens,
                 logp,
                 entropy,
@@ -162,13 +164,14 @@ def _sample_triton(
                 GUIDED=uncond_logits_BlV is not None,
                 TOP_K=0 < top_k < vocab,
                 TOP_P=0.0 < top_p < 1.0,
+                FIRST_TOKEN=first_token is not None,
                 **_launch_settings(vocab, logits.device),
             )
     return tokens, logp, entropy
 
 
 @_sample_triton.register_fake
-def _(logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p, bias_V=None):
+def _(logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p, bias_V=None, first_token=None):
     return empty_outputs(logits_BlV)
 
 
@@ -193,13 +196,14 @@ def ahead_of_time() -> list[AheadOfTime]:
     """
     from varfast.kernels.aot import recorded
 
-    def call(impl: str, dtype: torch.dtype, length: int, vocab: int, filtered: bool, biased: bool = False) -> None:
+    def call(
+        impl: str, dtype: torch.dtype, length: int, vocab: int, filtered: bool, biased: bool = False, by_place=False
+    ) -> None:
         bias = torch.empty(vocab) if biased else None
         logits, key = torch.empty(min(2, length), length, vocab, dtype=dtype), torch.zeros(3, dtype=torch.int64)
-        if filtered:
-            sample_tokens(logits, key, 9, 0.7, logits, 1.5, 900, 0.95, bias_V=bias, impl=impl)
-        else:
-            sample_tokens(logits, key, 9, 0.7, bias_V=bias, impl=impl)
+        inference = (logits, 1.5, 900, 0.95) if filtered else ()
+        first = torch.zeros((), dtype=torch.int64) if by_place else None
+        sample_tokens(logits, key, 9, 0.7, *inference, bias_V=bias, first_token=first, impl=impl)
 
     items = []
     sizes = [("triton", 4096, True), ("triton_segments", 4096, True), ("triton_segments", 16384, True)]
@@ -213,6 +217,8 @@ def ahead_of_time() -> list[AheadOfTime]:
                     biased = partial(call, impl, dtype, 256, vocab, filtered, True)
                     also = vocab == 4096 and not filtered
                     items += recorded(f"{what}, bias", biased, also_blackwell=also)
+                    by_place = partial(call, impl, dtype, 1, vocab, filtered, by_place=True)
+                    items += recorded(f"{what}, by place", by_place)
         if vocab == 4096:
             for odd in (1, 4097):
                 for filtered in (False, True):
@@ -231,6 +237,7 @@ def sample_tokens(
     top_k: int = 0,
     top_p: float = 0.0,
     bias_V: Tensor | None = None,
+    first_token: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Multinomial draw from softmax(filter(((1 + g) * logits - g * uncond) / temperature)).
@@ -248,6 +255,8 @@ def sample_tokens(
         top_k: keep the k most probable tokens (ties with the k-th stay); 0 keeps all.
         top_p: keep the nucleus of this probability (ties stay); 0 or 1 keeps all.
         bias_V: (V,) added to both logits in float32 as they are read, so that the head's product need not add it.
+        first_token: () int64 on the logits' device: place in the scale of the first of the l tokens; None: 0. Of a
+            scale that is sampled token by token, so that a captured step reads the place of each replay.
         impl: "auto", "triton", "triton_segments" (sampling_segments.py, which "auto" never picks) or "reference". They
             draw the same tokens, but where the uniform number falls within float32 rounding of the border between two.
     Returns:
@@ -264,6 +273,8 @@ def sample_tokens(
         raise ValueError(f"key: got {key.dtype} {tuple(key.shape)}, want int64 (3,): seed, step, first sample")
     if bias_V is not None and bias_V.shape != logits_BlV.shape[-1:]:
         raise ValueError(f"bias_V is {tuple(bias_V.shape)}, want ({logits_BlV.shape[-1]},): one a code")
+    if first_token is not None and (first_token.ndim or first_token.dtype != torch.int64):
+        raise ValueError(f"first_token is {first_token.dtype} {tuple(first_token.shape)}, want one int64: ()")
     with torch.no_grad():
-        given = (logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p, bias_V)
+        given = (logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p, bias_V, first_token)
         return run("sample_tokens", impl, *given)

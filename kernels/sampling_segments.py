@@ -38,10 +38,12 @@ _LOG2_E = math.log2(math.e)
 
 
 @jit
-def token_uniform(key_ptr, row, num_tokens, scale):
+def token_uniform(key_ptr, first_token_ptr, row, num_tokens, scale, FIRST_TOKEN: tl.constexpr):
     """One number in (0, 1) for the token of a row, float64 with 52 random bits: reference.uniform_Bl."""
     image = row // num_tokens
     position = (row % num_tokens).to(tl.uint32)
+    if FIRST_TOKEN:
+        position += tl.load(first_token_ptr).to(tl.uint32)
     seed = tl.load(key_ptr)
     step = tl.load(key_ptr + 1).to(tl.uint32)
     sample = (tl.load(key_ptr + 2) + image).to(tl.uint32)
@@ -140,10 +142,10 @@ def _least_weight(weight, count, drop_share, COUNT_BITS: tl.constexpr):
 
 @jit
 def _sample_kernel(
-    logits_ptr, uncond_ptr, bias_ptr, key_ptr, tokens_ptr, logp_ptr, entropy_ptr,
+    logits_ptr, uncond_ptr, bias_ptr, key_ptr, first_token_ptr, tokens_ptr, logp_ptr, entropy_ptr,
     row_stride, num_tokens, vocab, scale, inv_temperature_log2, guidance, top_k, drop_share,
     BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, COUNT_BITS: tl.constexpr, BIAS: tl.constexpr, GUIDED: tl.constexpr,
-    TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+    TOP_K: tl.constexpr, TOP_P: tl.constexpr, FIRST_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """One row a program."""
     row = tl.program_id(0)
@@ -171,7 +173,8 @@ def _sample_kernel(
     in_segment = tl.sum(tl.reshape(count, (SEGMENTS, BLOCK // SEGMENTS)), axis=1)
     total = tl.sum(in_segment, axis=0)
 
-    target = (token_uniform(key_ptr, row, num_tokens, scale) * total.to(tl.float64)).to(tl.int64)
+    uniform = token_uniform(key_ptr, first_token_ptr, row, num_tokens, scale, FIRST_TOKEN)
+    target = (uniform * total.to(tl.float64)).to(tl.int64)
 
     # The segment, then the token in it. The limits hold where a NaN has made nonsense of the counts.
     ends = tl.cumsum(in_segment, axis=0)
@@ -216,6 +219,7 @@ def sample_segments(
     top_k: int,
     top_p: float,
     bias_V: Tensor | None = None,
+    first_token: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sample_tokens of kernels/sampling.py, its arguments checked there."""
     batch, length, vocab = logits_BlV.shape
@@ -231,6 +235,7 @@ def sample_segments(
                 uncond,
                 logits if bias_V is None else bias_V.float().contiguous(),
                 key,
+                key if first_token is None else first_token,
                 tokens,
                 logp,
                 entropy,
@@ -249,13 +254,14 @@ def sample_segments(
                 GUIDED=uncond_logits_BlV is not None,
                 TOP_K=top_k_on,
                 TOP_P=top_p_on,
+                FIRST_TOKEN=first_token is not None,
                 **_launch_settings(vocab, top_k_on or top_p_on, logits.device),
             )
     return tokens, logp, entropy
 
 
 @sample_segments.register_fake
-def _(logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p, bias_V=None):
+def _(logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p, bias_V=None, first_token=None):
     return empty_outputs(logits_BlV)
 
 

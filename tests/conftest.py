@@ -20,7 +20,7 @@ from varfast import Policy
 from varfast.config import Config, parse_config
 from varfast.models import VAR, VQVAE, VARConfig, VQVAEConfig
 from varfast.perf.work import Work
-from varfast.policies.var.cost import cost_of
+from varfast.policies.var.build import cost_of
 
 # nohup and a shell's & start programs that ignore them; the tests want what a terminal starts.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -53,11 +53,20 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+# Buffers with structure: masks, scale numbers, rotary tables, usage statistics.
+STRUCTURE = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias", "ema_vocab_hit_SV", "codebook_used", "attn.mask",
+             "freqs_cis")  # fmt: skip
+
+
 def golden_weights(model: torch.nn.Module, prefix: str) -> None:
-    """The weights behind tests/data/*.npz: a function of each parameter's name and shape."""
-    for name, tensor in model.state_dict().items():
-        constant = name in ("attn_bias_for_masking", "lvl_1L") or name.endswith(("zero_k_bias", "ema_vocab_hit_SV"))
-        if constant or not tensor.is_floating_point():
+    """The weights behind tests/data/*.npz and tests/data/golden: see golden_tensors."""
+    golden_tensors(model.state_dict(), prefix)
+
+
+def golden_tensors(state: dict[str, torch.Tensor], prefix: str) -> None:
+    """Write a function of prefix, name and shape into each tensor; buffers that hold structure stay as they are."""
+    for name, tensor in state.items():
+        if name.endswith(STRUCTURE) or not tensor.is_floating_point():
             continue
         seed = zlib.crc32((prefix + name).encode()) & 0x7FFFFFFF
         noise = np.random.RandomState(seed).standard_normal(tensor.numel()).astype(np.float32).reshape(tensor.shape)
@@ -72,7 +81,8 @@ def golden_weights(model: torch.nn.Module, prefix: str) -> None:
             value = 1 + 0.1 * noise
         else:
             value = 0.1 * noise
-        tensor.copy_(torch.from_numpy(np.asarray(value, dtype=np.float32)))
+        with torch.no_grad():
+            tensor.copy_(torch.from_numpy(np.asarray(value, dtype=np.float32)))
 
 
 def tiny_models(

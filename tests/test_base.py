@@ -16,7 +16,7 @@ import varfast.export
 import varfast.pretraining.cache
 import varfast.sample
 from varfast import InputError, load_policy
-from varfast.runs.base import PARTS, Base, FileNote
+from varfast.runs.base import Base, FileNote
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_base, load_run
 from varfast.runs.manifest import dump_config
@@ -25,6 +25,7 @@ from varfast.train import train
 from .runs import assert_same_run, metrics, weights
 
 CPU = torch.device("cpu")
+PARTS = ("var", "vqvae")
 PRETRAINED = {
     "policy__checkpoint": "pretrain",
     "policy__var": {"depth": 1, "patch_nums": [1, 2], "vocab_size": 16, "code_width": 4, "num_classes": 10},

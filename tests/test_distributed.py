@@ -23,7 +23,7 @@ from varfast.distributed import Launch, World, _shard, joined, launched, local_d
 from varfast.perf.memory import RolloutPlan, held_states
 from varfast.perf.plan import plan_memory
 from varfast.perf.work import Work
-from varfast.policies.var.cost import cost_of
+from varfast.policies.var.build import cost_of
 from varfast.runs.folder import RunFolder
 from varfast.runs.manifest import dump_config
 from varfast.train import train

@@ -106,7 +106,7 @@ def test_weights_alone_are_enough(make_run, tmp_path):
     shutil.rmtree(folder.checkpoints)
     with pytest.raises(InputError, match="no checkpoint yet"):
         main([f"checkpoint={folder.path}", f"out={tmp_path / 'a.pth'}"])
-    save_tensors(folder.weights, state)
+    save_tensors(folder.weights(folder.load_config()), state)
     assert main([f"checkpoint={folder.path}", f"out={tmp_path / 'a.pth'}"]) == 0
     assert same(read(tmp_path / "a.pth"), state)
 
@@ -215,7 +215,7 @@ def test_export_of_a_real_run_holds_its_weights(make_config, tmp_path):
     out = tmp_path / "model.safetensors"
     main([f"checkpoint={config.run.dir}", f"out={out}"])
     assert "before | after" in out.with_suffix(".md").read_text()
-    assert same(read(out), torch.load(RunFolder(config.run.dir).weights, weights_only=True))
+    assert same(read(out), torch.load(RunFolder(config.run.dir).weights(config), weights_only=True))
 
 
 def test_arguments_of_export():

@@ -14,7 +14,7 @@ LAYERS = [
     {"kernels"},
     {"printable", "types", "files", "weights", "randomness", "distributed", "progress", "settings", "tables"},
     {"policies", "models", "data", "rewards", "losses", "optim", "runs.config"}
-    | {"perf.allocator", "perf.cpu", "perf.graphs", "perf.stages", "perf.cost"},
+    | {"pretraining.config", "perf.allocator", "perf.cpu", "perf.graphs", "perf.stages", "perf.cost"},
     {"config"},
     {"perf", "advantages", "learner", "state", "runs", "pretraining", "evaluation", "report.config", "command"},
     {"pretrain", "train", "sample", "evaluate", "export", "report", "env", "roofline"},

@@ -132,7 +132,7 @@ def test_label_table_shows_every_label_of_few_and_the_ends_of_many():
 
 
 def names_of(config, folder, made):
-    return run_names(config.policy, config.pretrain, folder, made)
+    return run_names(config.policy, config.pretrain.dataset, folder, made)
 
 
 def test_names_of_a_run_are_those_of_its_folders_until_its_base_is_made(make_config, tmp_path):

@@ -13,7 +13,7 @@ from varfast.optim.config import UpdateConfig
 from varfast.optim.gradients import Gradients
 from varfast.optim.schedule import learning_rate, scheduled
 from varfast.perf.graphs import GraphPool, Replayed
-from varfast.policies.var.config import LoRAConfig
+from varfast.policies.var.config import VARLoRAConfig
 from varfast.policies.var.cost import VARCost
 from varfast.randomness import Key, Purpose, keyed_generator
 from varfast.types import Batch, Sampling
@@ -377,8 +377,8 @@ def test_adamw8bit_s_state_takes_the_bytes_that_roofline_says(make_policy, bitsa
     maker.step(scored_rollout(policy), 0)
     states = maker.state.adamw.optimizer.state_dict()["state"].values()
     held = sum(tensor.nbytes for state in states for name, tensor in state.items() if name != "step")
-    cost = VARCost(policy.var.config, policy.vqvae.config, "float32")
-    assert held == cost.moment_bytes("adamw8bit") < 0.5 * cost.moment_bytes("adamw")
+    weights = VARCost(policy.var.config, policy.vqvae.config, "float32").weights
+    assert held == weights.moment_bytes("adamw8bit") < 0.5 * weights.moment_bytes("adamw")
 
 
 def test_adamw8bit_is_not_reached_by_a_gradient_that_is_not_finite_or_0(make_policy, bitsandbytes):
@@ -449,7 +449,7 @@ def test_a_captured_update_is_the_eager_one(make_policy, monkeypatch, settings, 
     for captured in (False, True):
         policy = make_policy(depth=2)
         if lora:
-            policy.add_lora(LoRAConfig(rank=2), seed=0)
+            policy.add_lora(VARLoRAConfig(rank=2), seed=0)
         maker = learner(policy, lr=1e-3, **settings)
         maker._captures = captured
         found = [maker.step(scored_rollout(policy, seed=step), step) for step in range(3)]

@@ -20,7 +20,7 @@ def test_load_policy_takes_a_run_folder(make_config, lora):
     trained = load_run(RunFolder(config.run.dir), torch.device("cpu"), "float32")
     assert isinstance(policy, varfast.Policy)
     assert torch.equal(policy.sample(LABELS, seed=0).logp_BL, trained.sample(LABELS, seed=0).logp_BL)
-    delivered = torch.load(RunFolder(config.run.dir).weights, weights_only=True)
+    delivered = torch.load(RunFolder(config.run.dir).weights(config), weights_only=True)
     state = (
         policy.trainable.state_dict() if lora is None else policy.merged_state(policy.frozen_copy().var.state_dict())
     )

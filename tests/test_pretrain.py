@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import varfast.pretraining.cache
-import varfast.pretraining.training
+import varfast.pretraining.var
 from varfast import InputError, load_policy
 from varfast.data.datasets import digits, load_images
 from varfast.data.labels import read_labels
@@ -21,7 +21,8 @@ from varfast.export import model_card
 from varfast.models import VQVAE
 from varfast.pretrain import main
 from varfast.pretraining.cache import base_paths, pretrained
-from varfast.pretraining.training import PretrainReport, _batches, pretrain
+from varfast.pretraining.common import batches
+from varfast.pretraining.training import PretrainReport, pretrain
 from varfast.randomness import deterministic
 from varfast.runs.folder import RunFolder
 from varfast.runs.manifest import dump_config
@@ -176,7 +177,7 @@ def test_of_two_that_want_one_base_the_second_waits_for_it(config, instant, caps
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_pre_training_and_leaves_no_lock_and_no_half_file(config, tmp_path, monkeypatch, capsys, number):
-    monkeypatch.setattr(varfast.pretraining.training, "_train_vqvae", lambda *given: os.kill(os.getpid(), number))
+    monkeypatch.setattr(varfast.pretraining.var, "train_tokenizer", lambda *given: os.kill(os.getpid(), number))
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     with pytest.raises(Stopped, match=f"stopped by {number.name}") as caught:
@@ -284,7 +285,7 @@ def test_a_file_that_breaks_while_training_is_named_without_a_traceback(own_imag
     for path in Path(config.pretrain.dataset).rglob("*.png"):
         path.write_bytes(b"broken")
     with pytest.raises(InputError, match=r"png is broken or no image \(.*\); delete it or replace it") as error:
-        next(_batches(images, config, 1, CPU))
+        next(batches(images, config, 1, CPU))
     assert "Traceback" not in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -294,9 +295,9 @@ def test_main_needs_a_config():
         main([])
 
 
-@pytest.mark.parametrize("which", ["vqvae", "var"])
-def test_a_base_model_that_diverges_does_not_come_into_the_cache(config, monkeypatch, which):
-    train_it = getattr(varfast.pretraining.training, f"_train_{which}")
+@pytest.mark.parametrize(("which", "what"), [("vqvae", "tokenizer"), ("var", "transformer")])
+def test_a_base_model_that_diverges_does_not_come_into_the_cache(config, monkeypatch, which, what):
+    train_it = getattr(varfast.pretraining.var, f"train_{what}")
 
     def diverged(*args):
         model, *measured = train_it(*args)
@@ -304,7 +305,7 @@ def test_a_base_model_that_diverges_does_not_come_into_the_cache(config, monkeyp
             next(model.parameters()).fill_(math.nan)
         return model, *measured
 
-    monkeypatch.setattr(f"varfast.pretraining.training._train_{which}", diverged)
+    monkeypatch.setattr(varfast.pretraining.var, f"train_{what}", diverged)
     config = config.model_copy(
         update={"pretrain": config.pretrain.model_copy(update={"vqvae_steps": 2, "var_steps": 2})}
     )

@@ -48,7 +48,7 @@ def test_small_cards_are_what_roofline_predicts():
     from varfast.perf.memory import memory
     from varfast.perf.plan import plan_memory
     from varfast.perf.work import Work
-    from varfast.policies.var.cost import cost_of
+    from varfast.policies.var.build import cost_of
 
     table = (ROOT / "docs" / "training.md").read_text().split("<!-- small cards:")[1].split("<!-- end")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "configs" in line]

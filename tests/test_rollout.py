@@ -4,7 +4,7 @@ import torch
 from varfast import Policy
 from varfast.kernels.selection import OPS, configure
 from varfast.policies.driver import DTYPES
-from varfast.policies.var.config import LoRAConfig
+from varfast.policies.var.config import VARLoRAConfig
 from varfast.randomness import Key
 from varfast.types import Sampling
 
@@ -34,7 +34,7 @@ def pair(make_models, sizes, dtype, device="cpu", lora=None):
         yield policy
 
 
-LORA = [None, LoRAConfig(rank=2, targets=("mat_qkv", "fc1", "ada_lin"))]
+LORA = [None, VARLoRAConfig(rank=2, targets=("mat_qkv", "fc1", "ada_lin"))]
 
 
 @pytest.mark.parametrize("sizes", SIZES)

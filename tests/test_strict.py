@@ -17,7 +17,7 @@ from varfast.kernels.selection import OPS
 from varfast.models import VAR, VQVAE, VARConfig, VQVAEConfig
 from varfast.policies import strict
 from varfast.policies.var import transformer as var_module
-from varfast.policies.var.config import LoRAConfig
+from varfast.policies.var.config import VARLoRAConfig
 from varfast.train import train
 
 LABELS = [0, 1, 2, 3, 4, 0, 1, 2]
@@ -143,7 +143,7 @@ def test_gradients_are_those_without_strict(make_strict, make_policy):
 def test_with_an_adapter(make_strict, hostile):
     pytest.importorskip("peft")
     policy = make_strict("bfloat16")
-    policy.add_lora(LoRAConfig(rank=2), seed=0)
+    policy.add_lora(VARLoRAConfig(rank=2), seed=0)
     for module in policy.var.modules():
         if hasattr(module, "lora_B"):
             normal_(module.lora_B["default"].weight, std=0.1)

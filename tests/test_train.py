@@ -23,7 +23,7 @@ from varfast.learner import Learner
 from varfast.perf.allocator import expand_segments
 from varfast.perf.profile import memory_metrics
 from varfast.perf.work import Work
-from varfast.policies.var.cost import cost_of
+from varfast.policies.var.build import cost_of
 from varfast.runs.base import Base
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.environment import environment

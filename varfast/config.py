@@ -15,12 +15,18 @@ from pydantic import Field, model_validator
 from varfast.losses.config import GRPOConfig
 from varfast.optim.config import UpdateConfig
 from varfast.policies.config import RolloutConfig
-from varfast.policies.var.config import PolicyConfig, PretrainConfig
+from varfast.policies.llamagen.config import LlamaGenPolicyConfig
+from varfast.policies.taming.config import TamingPolicyConfig
+from varfast.policies.var.config import VARPolicyConfig
+from varfast.pretraining.config import PretrainConfig
 from varfast.rewards import RewardConfig
 from varfast.runs.config import EvalConfig, LogConfig, RunConfig
 from varfast.settings.loading import load_as, validate
 from varfast.settings.schema import Wanted
 from varfast.settings.section import Section, check_divides, check_labels
+
+# The families of models; varfast/policies/families.py says how to add one.
+PolicyConfig = Annotated[VARPolicyConfig | LlamaGenPolicyConfig | TamingPolicyConfig, Field(discriminator="family")]
 
 
 class KernelsConfig(Section):
@@ -94,6 +100,25 @@ class KernelsConfig(Section):
     invariant_linear: Literal["auto", "triton", "blocks", "reference"] = Field(
         "auto", description="products of run.strict, the same bits whatever the batch"
     )
+    rms_norm: Literal["auto", "triton", "reference"] = Field("auto", description="RMSNorm of next-token models")
+    residual_rms_norm: Literal["auto", "triton", "reference"] = Field(
+        "auto", description="a branch's result added to the residual stream, and the rms_norm after it"
+    )
+    swiglu: Literal["auto", "triton", "reference"] = Field(
+        "auto", description="silu(gate) * up in the MLP of next-token models"
+    )
+    split_heads_rotary: Literal["auto", "reference"] = Field(
+        "auto", description="queries, keys and values of a next-token model's block, with rotary positions"
+    )
+    split_heads_rotary_to_cache: Literal["auto", "reference"] = Field(
+        "auto", description="the same for one token an image: key and value go into the cache"
+    )
+    decode_attention: Literal["auto", "sdpa", "reference"] = Field(
+        "auto", description="attention of one new token an image against the cache"
+    )
+    causal_attention: Literal["auto", "reference"] = Field(
+        "auto", description="attention of a next-token model's update"
+    )
 
 
 class Config(Section):
@@ -123,6 +148,12 @@ class Config(Section):
     def holds_reference(self) -> bool:
         """Whether the base model is held beside the policy: for the KL in the loss, or to measure it."""
         return self.grpo.kl_beta > 0.0 or self.measure_kl_every is not None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_family(cls, data: Any) -> Any:
+        policy = data.get("policy") if isinstance(data, dict) else None
+        return data | {"policy": {"family": "var"} | policy} if isinstance(policy, dict) else data
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
@@ -154,7 +185,7 @@ class Config(Section):
                 "grpo.reference_every with policy.lora: the reference is the base with the adapter off, which does not "
                 "move; leave one of them out"
             )
-        num_classes = self.policy.sizes.num_classes
+        num_classes = self.policy.num_classes
         if self.rollout.labels != "all":
             check_labels("rollout.labels", self.rollout.labels, num_classes)
         return self

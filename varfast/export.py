@@ -23,8 +23,8 @@ from torch import Tensor
 from varfast.config import Config
 from varfast.data.labels import imagenet, read_labels
 from varfast.files import read_json, read_leaves, read_text, save_tensors, save_text, write_atomically
-from varfast.policies.var.build import load_part
-from varfast.policies.var.config import LoRAConfig, VARConfig, VQVAEConfig
+from varfast.policies.config import LoRAConfig
+from varfast.policies.families import family_of
 from varfast.printable import printable
 from varfast.runs.config import ExportConfig
 from varfast.runs.environment import environment
@@ -42,25 +42,26 @@ def export(config: ExportConfig) -> Path:
     """
     folder, out = RunFolder(config.checkpoint), Path(config.out).expanduser()
     run = folder.load_config()
-    card, vqvae = out.with_suffix(".md"), vqvae_file(out, run)
-    in_the_way = [path for path in (out, vqvae, card) if path is not None and path.exists()]
+    card, frozen = out.with_suffix(".md"), frozen_file(out, run)
+    in_the_way = [path for path in (out, frozen, card) if path is not None and path.exists()]
     if in_the_way and not config.overwrite:
         raise InputError(f"{in_the_way[0]} exists; choose another out, or overwrite=true")
     state, step = delivered_state(folder, getattr(torch, config.dtype))
     _save(state, out)
-    if vqvae is not None:
-        content = frozen_part(folder, "vqvae")
+    if frozen is not None:
+        part = run.policy.parts[1]
+        content = frozen_part(folder, part)
         if isinstance(content, Path):
-            content = load_part("vqvae", str(content), run.policy).state_dict()
-        _save(content, vqvae)
+            content = family_of(run.policy).load_part(part, str(content), run.policy).state_dict()
+        _save(content, frozen)
     save_text(card, model_card(out.name, config.dtype, folder, run, step))
     return card
 
 
-def vqvae_file(out: Path, config: Config) -> Path | None:
+def frozen_file(out: Path, config: Config) -> Path | None:
     """Where the VQ-VAE is written; None if the config takes it from the hub, where everybody can fetch it."""
-    address = config.policy.vqvae_checkpoint
-    return None if address is not None and address.startswith("hf://") else out.with_suffix(f".vqvae{out.suffix}")
+    address, part = config.policy.frozen_checkpoint, config.policy.parts[1]
+    return None if address is not None and address.startswith("hf://") else out.with_suffix(f".{part}{out.suffix}")
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:
@@ -85,14 +86,15 @@ def _save_safetensors(state: dict[str, Tensor], file: IO[bytes]) -> None:
 
 def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: int | None) -> str:
     """Markdown: base model, reward, settings, evaluation, how to load it. step: steps done; None if all."""
-    sizes, sampling, done = config.policy.sizes, config.rollout, config.run.steps if step is None else step
+    sampling, done = config.rollout, config.run.steps if step is None else step
+    frozen = _frozen(name, config)
+    kind, sizes, with_public_code = family_of(config.policy).model_card(config.policy, name, frozen)
     decay = config.update.ema_decay
     here = environment()
     rows = {
-        "sizes": f"{config.policy.preset or f'depth {sizes.depth}'}, images of {config.policy.vqvae.image_size} x "
-        f"{config.policy.vqvae.image_size} pixels, {sizes.num_classes} labels",
+        "sizes": sizes,
         "base model": _base(config),
-        "VQ-VAE, not in this file": _vqvae(name, config),
+        "VQ-VAE, not in this file": frozen,
         **({"trained": _adapter(config.policy.lora)} if config.policy.lora else {}),
         "steps": f"{_steps(done, config.run.steps)}, {sampling.images} images each "
         f"({sampling.labels_per_step} labels x {sampling.group_size} samples)",
@@ -106,13 +108,13 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
     card = "\n\n".join(
         [
             f"# {Path(name).stem}",
-            "A VAR transformer, fine-tuned with GRPO.",
+            f"{kind}, fine-tuned with GRPO.",
             _markdown_table(["", ""], [[key, value] for key, value in rows.items()]),
             f"## Reward\n\n```yaml\n{reward}```",
             f"## Evaluation\n\n{_evaluation(folder, done >= config.run.steps)}",
             f"## Load it\n\nWith varfast:\n\n```python\n{_with_varfast(name, config)}\n```",
-            _with_public_code(name, _vqvae(name, config), sizes, config.policy.vqvae),
-            *_labels(folder, sizes.num_classes),
+            with_public_code,
+            *_labels(folder, config.policy.num_classes),
             "## Licence\n\nTo be stated by whoever publishes this model. The terms of the base model, of the VQ-VAE "
             "and of models used as a reward may bind it.",
             f"## All settings\n\n```yaml\n{settings}```\n",
@@ -140,9 +142,9 @@ def _adapter(lora: LoRAConfig) -> str:
     return f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}; merged into the weights"
 
 
-def _vqvae(name: str, config: Config) -> str:
-    beside = vqvae_file(Path(name), config)
-    return config.policy.vqvae_checkpoint or "" if beside is None else beside.name
+def _frozen(name: str, config: Config) -> str:
+    beside = frozen_file(Path(name), config)
+    return config.policy.frozen_checkpoint or "" if beside is None else beside.name
 
 
 def _evaluation(folder: RunFolder, complete: bool) -> str:
@@ -196,47 +198,10 @@ def _markdown_table(head: list[str], rows: list[list[Any]]) -> str:
 def _with_varfast(name: str, config: Config) -> str:
     return (
         "import varfast\n\n"
-        f"policy = varfast.load_policy(var={name!r}, vqvae={_vqvae(name, config)!r})\n"
+        f"policy = varfast.load_policy(var={name!r}, vqvae={_frozen(name, config)!r})\n"
         "rollout = policy.sample([0, 1], temperature=1.0, seed=0)\n"
         "images = policy.decode(rollout.tokens_BL)"
     )
-
-
-def _with_public_code(name: str, vqvae_name: str, var: VARConfig, vqvae: VQVAEConfig) -> str:
-    # The sizes that build_vae_var of the public code fixes.
-    public = VQVAEConfig()
-    fixed = {key: getattr(public, key) for key in ("channel_multipliers", "num_res_blocks", "phi_ratio")}
-    if any(getattr(vqvae, key) != value for key, value in fixed.items()) or (var.mlp_ratio, var.norm_eps) != (
-        4.0,
-        1e-6,
-    ):
-        return (
-            "The public code (github.com/FoundationVision/VAR) reads the weights, which have its names and shapes, but "
-            "its `build_vae_var` makes no model of these sizes: the VQ-VAE's levels and blocks, or the transformer's "
-            "mlp_ratio and norm_eps, are others than there."
-        )
-    safe = name.endswith(".safetensors")
-
-    def load(file: str) -> str:
-        if file.endswith(".safetensors"):
-            return f"safetensors.torch.load_file({file!r})"
-        return f"torch.load({file!r}, map_location='cpu')"
-
-    imports = "import safetensors.torch\nimport torch" if safe else "import torch"
-    return f"""With the public code, in a checkout of github.com/FoundationVision/VAR:
-
-```python
-{imports}
-from models import build_vae_var
-
-vae, var = build_vae_var(
-    device="cuda", patch_nums={var.patch_nums}, V={var.vocab_size}, Cvae={var.code_width}, ch={vqvae.base_channels},
-    share_quant_resi={vqvae.num_phi}, num_classes={var.num_classes}, depth={var.depth}, shared_aln={var.shared_adaln},
-    attn_l2_norm={var.qk_l2_norm},
-)
-vae.load_state_dict({load(Path(vqvae_name).name)})
-var.load_state_dict({load(name)})
-```"""
 
 
 def main(arguments: list[str]) -> int:

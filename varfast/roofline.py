@@ -19,7 +19,7 @@ from varfast.command import read_roofline
 from varfast.perf.devices import compute_dtype, find_ceilings, here
 from varfast.perf.tables import report
 from varfast.perf.work import Work
-from varfast.policies.var.cost import cost_of
+from varfast.policies.families import family_of
 
 
 def main(arguments: list[str]) -> int:
@@ -27,6 +27,6 @@ def main(arguments: list[str]) -> int:
     path, config = read_roofline(arguments)
     dtype = compute_dtype(config.run.dtype, here() if config.device == "here" else torch.device("cuda"))
     ceilings, source = find_ceilings(config.device, dtype)
-    work = Work.whole(config, cost_of(config.policy, dtype))
+    work = Work.whole(config, family_of(config.policy).cost_of(config.policy, dtype))
     print(report(work, ceilings, f"{path} on {config.device} ({source})"))
     return 0

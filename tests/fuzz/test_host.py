@@ -20,7 +20,7 @@ import varfast.runs.base
 from varfast import InputError
 from varfast.pretraining.cache import pretrained
 from varfast.pretraining.training import PretrainReport
-from varfast.runs.base import PARTS, Base
+from varfast.runs.base import Base
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_run
 from varfast.runs.manifest import dump_config
@@ -29,6 +29,7 @@ from varfast.train import train
 from ..runs import assert_same_run
 
 CPU = torch.device("cpu")
+PARTS = ("var", "vqvae")
 PRETRAINED = {
     "policy__checkpoint": "pretrain",
     "policy__var": {"depth": 1, "patch_nums": [1, 2], "vocab_size": 16, "code_width": 4, "num_classes": 10},
@@ -131,9 +132,9 @@ def test_damage_to_what_a_run_folder_notes_of_its_base_is_named_or_of_no_weight(
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     folder.config.write_text(dump_config(config))
-    Base(folder).keep(*(varfast.runs.base.Source(path, True, path) for path in train_once[0]))
+    Base(folder, PARTS).keep([varfast.runs.base.Source(path, True, path) for path in train_once[0]])
     shutil.rmtree(config.pretrain.cache_dir)
-    inside = {part: Base(folder).find(part) for part in PARTS}
+    inside = {part: Base(folder, PARTS).find(part) for part in PARTS}
     files = {path: path.read_bytes() for path in (*inside.values(), folder.base)}
     for _ in range(300):
         path = rng.choice([*files, folder.base])
@@ -141,7 +142,7 @@ def test_damage_to_what_a_run_folder_notes_of_its_base_is_named_or_of_no_weight(
         path.write_bytes(content)
         for part in PARTS:
             try:
-                found = Base(folder).find(part)
+                found = Base(folder, PARTS).find(part)
             except InputError:
                 counts[f"{how}: named"] += 1
             else:

@@ -62,7 +62,7 @@ def test_cuda_kernels_do_not_spill_on_any_architecture(tmp_path):
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", compiled)]
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled)
     num_architectures = sum(flag.startswith("arch=") and "code=sm_" in flag for flag in command)
-    # Forward and backward, of float32 and float64, with and without 128-bit loads.
+    # Forward and backward, of float32 with and without 128-bit loads and of float64; the image's ratio of both.
     assert len(registers) == len(frames) == 8 * num_architectures > 0
     assert set(frames) == {("0", "0", "0")}, compiled
     assert max(registers) <= 64, compiled  # four blocks of 256 threads an SM
@@ -73,9 +73,10 @@ PROGRAM = """
 #include <limits>
 #include "grpo_math.h"
 using namespace varfast;
-template <typename T> void print(T logp, T old, T ref, T advantage, bool has_reference) {
-  const GrpoSettings<T> settings{T(0.8), T(1.2), T(0.5), has_reference};
-  const GrpoToken<T> token = grpo_token(logp, old, ref, advantage, settings);
+template <typename T>
+void print(T logp, T old, T ref, T advantage, bool has_reference, bool sequence = false, bool unbiased = false) {
+  const GrpoSettings<T> settings{T(0.8), T(1.2), T(0.5), has_reference, sequence, unbiased};
+  const GrpoToken<T> token = grpo_token(logp, old, ref, advantage, T(1.1), settings);
   GrpoSums<double> sums;
   GrpoSums<T> one;
   one.add(token);
@@ -96,6 +97,8 @@ int main() {
   const double unit = std::numeric_limits<double>::denorm_min();
   print<double>(0.26, 0.0, 0.0, 3 * unit, false);
   print<float>(0.3f, 0.1f, 0.25f, 2.0f, true);
+  print<double>(0.3, 0.1, 0.8, 2.0, true, true, false);  // the image's ratio is within: not cut off
+  print<double>(0.3, 0.1, 0.8, 2.0, true, false, true);
   std::printf("0]");
 }
 """
@@ -124,6 +127,10 @@ def test_grpo_math_compiles_without_torch_and_is_right(tmp_path):
     assert rows[3][0] == -4 * 5e-324
     assert rows[3][5] == -2 * 5e-324
     assert rows[4][:-1] == pytest.approx(expected[0], rel=1e-5)
+    sequence = [0.5 * kl(0.5) - 2.2, kl(0.5), 0, 1.1, up - 1, -0.5 * math.expm1(0.5) - 2.2]
+    unbiased = [0.5 * up * kl(0.5) - 2.4, kl(0.5), 1, up, up - 1, -0.5 * up * 0.5]
+    for row, wanted in zip(rows[5:], (sequence, unbiased), strict=True):
+        assert row[:-1] == pytest.approx(wanted, rel=1e-12)
 
 
 def test_gencode_flags_follow_the_list_and_the_toolkit():

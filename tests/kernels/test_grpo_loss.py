@@ -1,5 +1,6 @@
 import math
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -35,15 +36,20 @@ def extension(where):
     return where
 
 
-def naive(logp, old, ref, advantages, eps, beta):
-    """The formulas as the paper prints them, for float64: loss and statistics."""
-    ratio = torch.exp(logp - old)
+def naive(logp, old, ref, advantages, eps, beta, ratio="token", kl_gradient="k3"):
+    """The formulas as the papers print them, for float64: loss and statistics."""
+    token_ratio = torch.exp(logp - old)
     advantages = advantages if advantages.ndim == 2 else advantages[:, None]
+    of_image = torch.exp((logp - old).mean(dim=1, keepdim=True))
+    if advantages.shape == logp.shape:  # GSPO-token: the value of the image's, the gradient of each token
+        of_image = of_image.detach() * torch.exp(logp - logp.detach())
+    ratio = token_ratio if ratio == "token" else of_image.expand(logp.shape)
     gain, clipped_gain = ratio * advantages, ratio.clamp(1 - eps, 1 + eps) * advantages
     q = torch.zeros_like(logp) if ref is None else ref - logp
     kl = torch.exp(q) - q - 1
-    loss = -(torch.min(gain, clipped_gain) - beta * kl).mean(dim=1).mean()
-    gap = (ratio - 1).abs()
+    penalty = kl if kl_gradient == "k3" else token_ratio * kl
+    loss = -(torch.min(gain, clipped_gain) - beta * penalty).mean(dim=1).mean()
+    gap = (token_ratio - 1).abs()
     stats = torch.stack([kl.mean(), (clipped_gain < gain).double().mean(), ratio.mean(), gap.mean(), gap.max()])
     return loss, stats.detach()
 
@@ -60,18 +66,18 @@ def inputs(batch=6, length=50, spread=0.3, dtype=torch.float32, reference=True):
     return [x.to(dtype) if x is not None else None for x in (logp, old, ref if reference else None, advantages)]
 
 
-def measure(function, logp, old, ref, advantages, eps=0.2, beta=0.2):
+def measure(function, logp, old, ref, advantages, eps=0.2, beta=0.2, **how):
     """Loss, statistics and the gradient for an upstream gradient of 1.7."""
     logp = logp.detach().requires_grad_()
-    loss, stats = function(logp, old, ref, advantages, eps, beta)
+    loss, stats = function(logp, old, ref, advantages, eps, beta, **how)
     assert not stats.requires_grad
     (1.7 * loss).backward()
     return {"loss": loss.detach(), "stats": stats, "gradient": logp.grad}
 
 
-def run(where, *tensors, eps=0.2, beta=0.2):
+def run(where, *tensors, eps=0.2, beta=0.2, **how):
     there = [x.to(where.device) if x is not None else None for x in tensors]
-    found = measure(lambda *arguments: grpo_token_loss(*arguments, impl=where.impl), *there, eps, beta)
+    found = measure(partial(grpo_token_loss, impl=where.impl), *there, eps, beta, **how)
     return {name: x.cpu() for name, x in found.items()}
 
 
@@ -160,6 +166,122 @@ def test_grpo_token_loss_of_a_million_tokens(where):
     assert float((got["gradient"].double() - exact["gradient"]).norm() / exact["gradient"].norm()) < 1e-6
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# One ratio an image; the unbiased gradient of the KL
+
+HOW = {
+    "sequence": {"ratio": "sequence"},
+    "unbiased": {"kl_gradient": "unbiased"},
+    "both": {"ratio": "sequence", "kl_gradient": "unbiased"},
+}
+
+
+@pytest.fixture(params=HOW, ids=str)
+def how(request):
+    return HOW[request.param]
+
+
+def drifted(batch, length, spread):
+    """Inputs whose images, not only their tokens, have moved from the old policy: some beyond the clip."""
+    logp, old, ref, advantages = inputs(batch, length, spread, torch.float64)
+    return logp, old - torch.linspace(-0.4, 0.41, batch, dtype=torch.float64)[:, None], ref, advantages
+
+
+@pytest.mark.parametrize("advantage", ["image", "token"])
+@pytest.mark.parametrize("spread", [0.02, 0.3])
+@pytest.mark.parametrize("shape", [(6, 50), (1, 1), (7, 1), (3, 5), (13, 681)])
+def test_settings_of_the_loss_equal_autograd_of_the_formula_in_float64(where, how, shape, spread, advantage):
+    logp, old, ref, advantages = drifted(*shape, spread)
+    if advantage == "token":
+        advantages = advantages[:, None] * torch.linspace(0.5, 1.5, shape[1], dtype=torch.float64)
+    exact = measure(naive, logp, old, ref, advantages, **how)
+    got = run(where, logp, old, ref, advantages, **how)
+    for name in exact:
+        torch.testing.assert_close(got[name], exact[name], rtol=1e-10, atol=1e-13)
+    rounded = [x.float() for x in (logp, old, ref, advantages)]
+    narrow, exact = run(where, *rounded, **how), measure(naive, *(x.double() for x in rounded), **how)
+    for name in exact:  # losses of images cancel: their size is that of the ratios
+        error = float((narrow[name].double() - exact[name]).norm() / (1.0 if name == "loss" else exact[name].norm()))
+        assert error < 1e-6, (name, error)
+
+
+def test_sequence_ratio_by_hand(where):
+    # Means of the log-ratios: ln(1.1), within; ln(2), above. Of the tokens' ratios two would be cut off.
+    logp = torch.tensor([[math.log(1.21), 0.0], [math.log(4.0), 0.0]])
+    found = run(where, logp, torch.zeros(2, 2), None, torch.tensor([1.0, 3.0]), beta=0.0, ratio="sequence")
+    named = dict(zip(GRPO_STATS, found["stats"].tolist(), strict=True))
+    assert float(found["loss"]) == pytest.approx(-(1.1 + 3 * 1.2) / 2)
+    torch.testing.assert_close(found["gradient"], 1.7 * torch.tensor([[-1.1, -1.1], [0.0, 0.0]]) / 4)
+    assert (named["clip_fraction"], named["ratio_mean"]) == (0.5, pytest.approx((1.1 + 2.0) / 2))
+    # The health sign stays that of the tokens.
+    assert named["ratio_gap_max"] == pytest.approx(3.0)
+    assert named["ratio_gap_mean"] == pytest.approx((0.21 + 3.0) / 4)
+
+
+def test_unbiased_kl_gradient_by_hand(where):
+    logp, old, ref = torch.tensor([[0.5, -0.25]]), torch.tensor([[0.2, -0.25]]), torch.tensor([[0.1, 0.5]])
+    found = run(where, logp, old, ref, torch.zeros(1), beta=1.0, kl_gradient="unbiased")
+    ratio = torch.tensor([[math.exp(0.3), 1.0]])
+    torch.testing.assert_close(found["gradient"], 1.7 * ratio * (logp - ref) / 2)
+    plain = [math.exp(q) - q - 1 for q in (-0.4, 0.75)]
+    assert float(found["stats"][0]) == pytest.approx(sum(plain) / 2)  # the KL that is logged stays k3
+    assert float(found["loss"]) == pytest.approx((math.exp(0.3) * plain[0] + plain[1]) / 2)
+
+
+def test_unbiased_kl_gradient_has_the_expectation_of_the_kls_gradient():
+    """Off policy, summed over all tokens of a small vocabulary with their probabilities; k3's own has another one."""
+    generator = torch.Generator().manual_seed(0)
+    policy, old, ref = (torch.randn(1, 7, generator=generator, dtype=torch.float64) for _ in range(3))
+    policy.requires_grad_()
+    logp, logp_old, logp_ref = (x.log_softmax(dim=1) for x in (policy, old, ref))
+    truth = torch.autograd.grad((logp.exp() * (logp - logp_ref)).sum(), policy, retain_graph=True)[0]
+    found = {}
+    for how in ("k3", "unbiased"):
+        each = [
+            logp_old[0, token].exp()
+            * grpo_token_loss(
+                *(x[:, token : token + 1] for x in (logp, logp_old, logp_ref)), torch.zeros(1, dtype=torch.float64),
+                kl_beta=1.0, kl_gradient=how, impl="reference",
+            )[0]
+            for token in range(7)
+        ]  # fmt: skip
+        found[how] = torch.autograd.grad(torch.stack(each).sum(), policy, retain_graph=True)[0]
+    torch.testing.assert_close(found["unbiased"], truth, rtol=1e-12, atol=1e-14)
+    assert float((found["k3"] - truth).norm() / truth.norm()) > 0.1
+
+
+def test_settings_of_the_loss_survive_an_old_policy_that_gave_no_probability(extension):
+    logp, old = torch.zeros(1, 4), torch.full((1, 4), -math.inf)
+    got = run(extension, logp, old, None, torch.tensor([2.0]), ratio="sequence")
+    assert float(got["loss"]) == pytest.approx(-2.4)
+    assert (got["gradient"] == 0).all()
+
+
+def test_sequence_ratio_is_bitwise_repeatable_and_takes_any_strides(where, how):
+    tensors = [x.float() for x in drifted(33, 681, 0.3)]
+    first = run(where, *tensors, **how)
+    views = [x.t().contiguous().t() for x in tensors[:3]]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    again = run(where, *views, tensors[3], **how)
+    torch.set_num_threads(threads)
+    for name in first:
+        if where.impl == "cpp":
+            assert torch.equal(again[name], first[name])
+        torch.testing.assert_close(again[name], first[name], rtol=1e-6, atol=1e-9)
+
+
+def test_grpo_token_loss_names_an_unknown_setting():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="ratio='image': want token or sequence"):
+        grpo_token_loss(x, x, None, x[:, 0], ratio="image")
+    with pytest.raises(ValueError, match="kl_gradient='k2': want k3 or unbiased"):
+        grpo_token_loss(x, x, None, x[:, 0], kl_gradient="k2")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("spread", [0.3, 3.0])
 def test_grpo_token_loss_in_float64_equals_the_formula(where, spread):
     tensors = inputs(13, 681, spread, torch.float64)
@@ -168,10 +290,12 @@ def test_grpo_token_loss_in_float64_equals_the_formula(where, spread):
         torch.testing.assert_close(got[name], exact[name], rtol=1e-10, atol=1e-13)
 
 
-def test_grpo_token_loss_gradcheck_in_float64(where):
+@pytest.mark.parametrize("kl_gradient", ["k3", "unbiased"])
+def test_grpo_token_loss_gradcheck_in_float64(where, kl_gradient):
     logp, old, ref, advantages = (x.to(where.device) for x in inputs(2, 5, dtype=torch.float64))
     assert torch.autograd.gradcheck(
-        lambda x: grpo_token_loss(x, old, ref, advantages, 0.2, 0.2, impl=where.impl)[0], logp.requires_grad_()
+        lambda x: grpo_token_loss(x, old, ref, advantages, 0.2, 0.2, kl_gradient=kl_gradient, impl=where.impl)[0],
+        logp.requires_grad_(),
     )
 
 
@@ -180,7 +304,9 @@ def test_extension_passes_opcheck(extension):
         logp, old, ref, advantages = (x.to(extension.device) for x in inputs(3, 5, dtype=dtype))
         logp.requires_grad_()
         for other, given in ((ref, advantages[:, None].expand(logp.shape)), (None, old)):
-            torch.library.opcheck(torch.ops.varfast.grpo_token_loss.default, (logp, old, other, given, 0.2, 0.2))
+            for flags in ((), (True, True)):
+                arguments = (logp, old, other, given, 0.2, 0.2, *flags)
+                torch.library.opcheck(torch.ops.varfast.grpo_token_loss.default, arguments)
         upstream = torch.tensor(1.7, dtype=dtype, device=extension.device)
         torch.library.opcheck(torch.ops.varfast.grpo_token_loss_backward.default, (logp.detach(), upstream))
 

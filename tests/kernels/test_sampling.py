@@ -96,6 +96,29 @@ def assert_drawn_from(tokens, logp_V, draws):
     assert stats.binomtest(int(observed[tail].sum()), draws, expected[tail].sum() / draws).pvalue > 1e-3
 
 
+def test_sample_tokens_frequencies_match_softmax_over_16384_codes_drawn_place_by_place(draw):
+    """As a next-token model samples: one token an image and call, its place on the device."""
+    logits_V = 2 * torch.randn(16384, generator=torch.Generator().manual_seed(7))
+    images, places = (60, 10) if draw.rows < 10_000 else (1000, 20)
+    tokens = [
+        draw(logits_V.expand(images, 1, 16384), key(13, 2), 0, first_token=torch.tensor(place))[0]
+        for place in range(places)
+    ]
+    assert_drawn_from(torch.cat(tokens), log_softmax(logits_V.double().numpy()), images * places)
+
+
+@pytest.mark.parametrize("inference", [{}, {"top_k": 20, "top_p": 0.9}])
+def test_tokens_drawn_place_by_place_are_those_of_the_whole_scale(draw, inference):
+    logits = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(8))
+    whole = draw(logits, key(4, 1, 2), 0, 0.8, **inference)
+    places = [
+        draw(logits[:, place : place + 1], key(4, 1, 2), 0, 0.8, first_token=torch.tensor(place), **inference)
+        for place in range(5)
+    ]
+    for together, alone in zip(whole, zip(*places, strict=True), strict=True):
+        assert torch.equal(together, torch.cat(alone, dim=1))
+
+
 def test_sample_tokens_ties_are_drawn_equally(draw):
     tokens, logp, entropy = draw(torch.zeros(10, draw.rows // 10, 10), key(3), 0)
     assert stats.chisquare(torch.bincount(tokens.flatten(), minlength=10).numpy()).pvalue > 1e-3
@@ -185,6 +208,7 @@ def test_sample_tokens_extreme_logits(draw):
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"key": torch.zeros(2, dtype=torch.int64)}, "key: got"),
         ({"bias_V": torch.zeros(3)}, "bias_V is"),
+        ({"first_token": torch.zeros(1, dtype=torch.int64)}, "first_token is torch.int64"),
         ({"impl": "fast"}, "impl='fast': sample_tokens has triton, triton_segments, reference"),
     ],
 )
@@ -264,6 +288,7 @@ def test_sample_tokens_opcheck():
     arguments = (torch.randn(2, 3, 40, device=device), key().to(device), 1, 0.7, None, 0.0, 0, 0.0)
     for bias in (None, torch.randn(40, device=device)):
         torch.library.opcheck(_sample_triton, (*arguments, bias))
+    torch.library.opcheck(_sample_triton, (*arguments, None, torch.tensor(3, device=device)))
 
 
 @pytest.mark.parametrize("inference", [{}, {"top_k": 3}, {"top_p": 0.7}, {"top_k": 40, "top_p": 0.9}])

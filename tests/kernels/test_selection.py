@@ -81,7 +81,10 @@ REFUSED = [
         for op in selection.OPS
         if selection.OPS[op][0].name == "triton" and op != "adamw_step"
     ),
-    *((op, {"head_dim": 32}) for op in selection.OPS if "attention" in op or "heads" in op),
+    *(
+        (op, {"head_dim": 32})
+        for op in ("split_heads", "split_heads_to_cache", "block_causal_attention", "cached_attention")
+    ),
     *((op, {"vocab": 32769}) for op in ("sample_tokens", "selective_log_softmax")),
     *((op, {"width": 8200}) for op in ("layer_norm_modulate", "gated_residual", "gated_residual_norm")),
 ]

@@ -15,16 +15,13 @@ from varfast import kernels
 from varfast.kernels.selection import INTERPRETED, OPS
 from varfast.models import VAR, VQVAE, KVCache
 from varfast.policies.lora import add_lora
-from varfast.policies.var.config import PRESETS, LoRAConfig, VARConfig, VQVAEConfig
+from varfast.policies.var.config import PRESETS, VARConfig, VARLoRAConfig, VQVAEConfig
 from varfast.policies.var.cost import (
     VARCost,
     decode_count,
     decoder_layers,
     forward_flop,
-    num_adapter_parameters,
-    num_matrix_parameters,
     num_pairs,
-    num_parameters,
     num_vqvae_parameters,
 )
 from varfast.policies.var.sampler import sample
@@ -73,11 +70,12 @@ ODD_VQVAE = VQVAEConfig(
 
 
 @pytest.mark.parametrize("sizes", [*PRESETS.values(), ODD, ODD.model_copy(update={"qk_l2_norm": False})])
-def test_num_parameters_are_those_of_the_module(sizes):
-    var = meta(lambda: VAR(sizes))
-    assert num_parameters(sizes) == sum(p.numel() for p in var.parameters())
-    in_blocks = [p for n, p in var.named_parameters() if n.startswith(("blocks", "shared_ada_lin")) and p.ndim == 2]
-    assert num_matrix_parameters(sizes) == sum(p.numel() for p in in_blocks)
+def test_weights_are_those_of_the_module(sizes):
+    var, weights = meta(lambda: VAR(sizes)), cost(sizes).weights
+    assert weights.parameters == sum(p.numel() for p in var.parameters())
+    var.compute_dtype = torch.bfloat16
+    assert sum(weights.matrices) == sum(p.numel() for p, _ in var.low_precision_copies() if p.ndim == 2)
+    assert weights.frozen_bytes == sum(p.nbytes for p in var.frozen_copy().parameters())
 
 
 @pytest.mark.parametrize("sizes", [VQVAEConfig(), ODD_VQVAE, VQVAEConfig(num_phi=1, num_res_blocks=1)])
@@ -120,7 +118,7 @@ def test_backward_flop_is_twice_the_forward(on_meta):
 
 
 ALL_TARGETS = ("mat_qkv", "proj", "fc1", "fc2", "ada_lin")
-ADAPTERS = [LoRAConfig(), LoRAConfig(rank=64, targets=ALL_TARGETS)]
+ADAPTERS = [VARLoRAConfig(), VARLoRAConfig(rank=64, targets=ALL_TARGETS)]
 
 
 def adapted(sizes, dtype, lora):
@@ -131,12 +129,12 @@ def adapted(sizes, dtype, lora):
     return var
 
 
-@pytest.mark.parametrize("lora", [*ADAPTERS, LoRAConfig(rank=3, targets=("proj", "fc1"))])
+@pytest.mark.parametrize("lora", [*ADAPTERS, VARLoRAConfig(rank=3, targets=("proj", "fc1"))])
 @pytest.mark.parametrize("sizes", [PRESETS["d16"], PRESETS["d36"], ODD])
 def test_counts_with_an_adapter_are_what_torch_counts(sizes, lora, on_meta):
     var = adapted(sizes, "float32", lora)
     trained = sum(p.numel() for p in var.parameters() if p.requires_grad)
-    assert num_adapter_parameters(sizes, lora) == trained
+    assert cost(sizes, lora=lora).weights.trained == trained
     with FlopCounterMode(display=False) as counter:
         var(labels(2), inputs(sizes, 2))
     ours = forward_flop(sizes, lora)
@@ -206,8 +204,8 @@ as_declared = pytest.mark.skipif(not INTERPRETED, reason="the kernels' shapes ar
         ("d16", "bfloat16", None),
         ("d16", "float32", None),
         ("d30", "bfloat16", None),
-        ("d16", "bfloat16", LoRAConfig(rank=64)),
-        ("d16", "float32", LoRAConfig()),
+        ("d16", "bfloat16", VARLoRAConfig(rank=64)),
+        ("d16", "float32", VARLoRAConfig()),
     ],
 )
 def test_update_activations_are_what_exists_at_once(preset, dtype, lora, checkpointing, on_meta):
@@ -236,7 +234,7 @@ def test_update_activations_are_what_exists_at_once(preset, dtype, lora, checkpo
 @as_declared
 @pytest.mark.parametrize(
     ("depth", "dtype", "lora"),
-    [(16, "bfloat16", None), (16, "float32", None), (30, "bfloat16", None), (16, "bfloat16", LoRAConfig())],
+    [(16, "bfloat16", None), (16, "float32", None), (30, "bfloat16", None), (16, "bfloat16", VARLoRAConfig())],
 )
 def test_rollout_activations_are_what_exists_at_once(depth, dtype, lora, on_meta):
     on_meta("triton")
@@ -292,22 +290,18 @@ def test_moment_bytes_with_8_bits_are_counted_by_tensor(sizes):
         n = parameter.numel()
         float32 = n < 4096 or name in ("class_emb.weight", "lvl_embed.weight")
         expected += 2 * (4 * n if float32 else n + 4 * math.ceil(n / 256))
-    assert cost(sizes).moment_bytes("adamw8bit") == expected
+    assert cost(sizes).weights.moment_bytes("adamw8bit") == expected
 
 
 def test_held_weights_with_an_adapter_are_those_of_the_module():
-    var = adapted(PRESETS["d16"], "bfloat16", LoRAConfig())
-    ours = cost("d16", "bfloat16", LoRAConfig())
-    assert ours.weight_bytes == pytest.approx(sum(p.nbytes for p in var.parameters()), rel=0.02)
+    var = adapted(PRESETS["d16"], "bfloat16", VARLoRAConfig())
+    ours = cost("d16", "bfloat16", VARLoRAConfig()).weights
+    assert ours.held_bytes == sum(p.nbytes for p in var.parameters())
     trained = sum(p.nbytes for p in var.parameters() if p.requires_grad)
-    assert (4 * ours.trained_parameters, ours.moment_bytes("adamw"), ours.compute_copy_bytes) == (
-        trained,
-        2 * trained,
-        trained // 2,
-    )
-    wide = cost("d16", "float32", LoRAConfig())
-    assert wide.weight_bytes == sum(p.nbytes for p in adapted(PRESETS["d16"], "float32", LoRAConfig()).parameters())
-    assert wide.compute_copy_bytes == 0
+    assert (4 * ours.trained, ours.moment_bytes("adamw"), ours.copy_bytes) == (trained, 2 * trained, trained // 2)
+    wide = cost("d16", "float32", VARLoRAConfig()).weights
+    assert wide.held_bytes == sum(p.nbytes for p in adapted(PRESETS["d16"], "float32", VARLoRAConfig()).parameters())
+    assert wide.copy_bytes == 0
 
 
 @pytest.mark.parametrize("lora", ADAPTERS)

@@ -9,8 +9,8 @@ from torch._subclasses import FakeTensorMode
 from varfast import kernels
 from varfast.kernels.settings import trying
 from varfast.models import VQVAE
-from varfast.policies.var import decoder
-from varfast.policies.var.decoder import FastDecoder
+from varfast.policies import decoder
+from varfast.policies.decoder import FastDecoder
 from varfast.types import InputError
 
 CONFIGS = [

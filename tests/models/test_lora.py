@@ -10,7 +10,7 @@ from varfast import InputError, Policy
 from varfast.advantages import group_advantages
 from varfast.policies.lora import lora_layers, merged_state, without_lora
 from varfast.policies.precision import Head
-from varfast.policies.var.config import LoRAConfig
+from varfast.policies.var.config import VARLoRAConfig
 from varfast.policies.var.weights import load_var
 from varfast.types import Batch
 
@@ -29,7 +29,7 @@ def make_adapted(make_models):
         var, vqvae = make_models(**({"depth": 2} | sizes))
         base = {name: tensor.clone() for name, tensor in var.state_dict().items()}
         policy = Policy(var, vqvae, dtype=dtype)
-        policy.add_lora(LoRAConfig(rank=rank, alpha=alpha, targets=targets), seed)
+        policy.add_lora(VARLoRAConfig(rank=rank, alpha=alpha, targets=targets), seed)
         if moved:
             generator = torch.Generator().manual_seed(5)
             with torch.no_grad():
@@ -96,7 +96,7 @@ def test_add_lora_takes_the_targets_and_freezes_the_rest(make_adapted, targets, 
 def test_add_lora_without_peft_says_what_to_install(make_models, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match=r"policy.lora: .*pip install 'varfast\[lora\]', or policy.lora=null"):
-        Policy(*make_models()).add_lora(LoRAConfig(), 0)
+        Policy(*make_models()).add_lora(VARLoRAConfig(), 0)
 
 
 def test_products_are_in_the_compute_dtype(make_adapted):

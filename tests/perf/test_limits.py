@@ -8,8 +8,8 @@ from varfast.perf.cost import Count
 from varfast.perf.devices import Ceilings
 from varfast.perf.limits import STAGES, speed_of_light_s, stage_counts
 from varfast.perf.plan import plan_memory
-from varfast.policies.var.config import PRESETS, LoRAConfig, VQVAEConfig
-from varfast.policies.var.cost import forward_flop, num_adapter_parameters
+from varfast.policies.var.config import PRESETS, VARLoRAConfig, VQVAEConfig
+from varfast.policies.var.cost import forward_flop
 
 H200 = Ceilings(790e12, 4.3e12, 139 * 2**30)
 
@@ -66,7 +66,8 @@ def test_stage_counts_follow_the_config(make_work):
     a_third = flop.linear / 3 + flop.attention  # qkv and proj are 4 of 12 C^2
     assert attention == pytest.approx(base["update"].flop + 512 * a_third)
     split = counts(make_work(update={"micro_batch": 8}, rollout={"micro_batch": 64}))
-    weights = 2 * 301_989_888 + 4 * (310_283_520 - 301_989_888)  # matrices of the blocks in 16 bits
+    matrices, embeddings = 301_989_888 + 1024 * 4096, 1011 * 1024  # of blocks and head; of labels and scales
+    weights = 2 * matrices + 4 * (310_283_520 - matrices - embeddings)
     # 8 passes in place of 1 over 10 scales; 4 in place of 1 in each of 16 optimizer steps.
     with torch.device("meta"):
         vqvae = VQVAE(VQVAEConfig())
@@ -78,12 +79,12 @@ def test_stage_counts_follow_the_config(make_work):
     assert more == pytest.approx(16 * 3 * (2 * weights + 8 * 310_283_520))
     wide = counts(make_work(dtype="float32"))
     assert wide["optimizer"].io_bytes == 16 * 28 * 310_283_520
-    assert base["optimizer"].io_bytes == 16 * (28 * 310_283_520 + 2 * 301_989_888)
+    assert base["optimizer"].io_bytes == 16 * (28 * 310_283_520 + 2 * matrices)
 
 
 @pytest.mark.parametrize("rank", [16, 64])
 def test_stage_counts_with_an_adapter_are_those_of_its_cost(make_work, rank):
-    lora, sizes = LoRAConfig(rank=rank), PRESETS["d16"]
+    lora, sizes = VARLoRAConfig(rank=rank), PRESETS["d16"]
     policy = {"preset": "d16", "checkpoint": "random", "lora": lora}
     sections = {"rollout": {"labels_per_step": 1, "group_size": 2}, "update": {"minibatch": 2}}
     work = make_work(policy=policy, **sections)
@@ -93,8 +94,8 @@ def test_stage_counts_with_an_adapter_are_those_of_its_cost(make_work, rank):
     assert found["rollout"].flop == 2 * flop.total
     again = flop.linear + flop.attention + flop.adaln
     assert counts(work, "full")["update"].flop - found["update"].flop == pytest.approx(2 * again, rel=1e-6)
-    # One optimizer step: AdamW reads and writes 7 float32 numbers for each that is trained.
-    assert found["optimizer"].io_bytes == 28 * num_adapter_parameters(sizes, lora)
+    # One optimizer step: AdamW reads and writes 7 float32 numbers for each that is trained, and writes its copy.
+    assert found["optimizer"].io_bytes == 30 * work.cost.weights.trained
 
 
 def test_an_average_and_8_bit_moments_are_counted_in_the_optimizer_step(make_work):
@@ -103,7 +104,7 @@ def test_an_average_and_8_bit_moments_are_counted_in_the_optimizer_step(make_wor
     plain = counts(make_work("d30"))["optimizer"].io_bytes
     averaged = counts(make_work("d30", update={"ema_decay": 0.999}))["optimizer"].io_bytes
     assert averaged - plain == 16 * 12 * parameters
-    cost = make_work("d30").cost
+    cost = make_work("d30").cost.weights
     saved = cost.moment_bytes("adamw") - cost.moment_bytes("adamw8bit")
     eight_bits = counts(make_work("d30", update={"optimizer": "adamw8bit"}))["optimizer"].io_bytes
     assert plain - eight_bits == 16 * 2 * saved  # each of 16 steps reads and writes them

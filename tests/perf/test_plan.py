@@ -21,8 +21,8 @@ def test_memory_of_the_states(make_work):
     head = 1920 * 4096
     held = held_states(make_work("d30"))
     assert (held.weights, held.gradients, held.moments) == (4 * parameters, 4 * parameters, 8 * parameters)
-    assert (held.compute_copy, held.reference) == (2 * (matrices + head), 4 * parameters - 2 * matrices)
-    assert held.vqvae == 4 * 108_948_355
+    assert (held.compute_copy, held.reference) == (2 * (matrices + head), 4 * parameters - 2 * (matrices + head))
+    assert held.tokenizer == 4 * 108_948_355
     whole = unlimited(make_work("d30"))
     assert whole.states == held
     assert whole.peak == held.total + whole.rollout  # 512 images at once
@@ -42,14 +42,15 @@ def test_an_average_of_the_weights_is_counted(make_work):
 
 def test_memory_of_8_bit_moments_is_that_of_the_optimizer(make_work):
     work = make_work("d30", update={"optimizer": "adamw8bit"})
-    assert held_states(work).moments == work.cost.moment_bytes("adamw8bit") < work.cost.moment_bytes("adamw")
+    weights = work.cost.weights
+    assert held_states(work).moments == weights.moment_bytes("adamw8bit") < weights.moment_bytes("adamw")
 
 
 def test_memory_of_the_states_with_an_adapter(make_work):
     policy = {"preset": "d16", "checkpoint": "random", "lora": {"rank": 16}}
     work = make_work(policy=policy)
-    held, trained = held_states(work), 4 * work.cost.trained_parameters
-    assert held.weights == work.cost.weight_bytes
+    held, trained = held_states(work), 4 * work.cost.weights.trained
+    assert held.weights == work.cost.weights.held_bytes
     assert (held.gradients, held.moments, held.compute_copy) == (trained, 2 * trained, trained // 2)
     assert held.reference == 0
     assert held_states(make_work(policy=policy, dtype="float32")).compute_copy == 0

@@ -44,12 +44,13 @@ def test_scale_data_parallel_hides_behind_one_backward_pass(make_work):
 
 def test_scale_fully_sharded_gathers_in_every_micro_batch(make_work):
     work = make_work("d30", update={"micro_batch": 16})
-    weights, gradient = 2 * 30 * 18 * 1920**2 + 4 * (2_010_020_356 - 30 * 18 * 1920**2), 4 * 2_010_020_356
+    matrices = 30 * 18 * 1920**2 + 1920 * 4096
+    weights, gradient = 2 * matrices + 4 * (2_010_020_356 - matrices), 4 * 2_010_020_356
     way = fully_sharded(work)
     assert way.bytes_per_gpu == pytest.approx(7 / 8 * 2 * (3 * weights + gradient))
     assert way.communication_s == pytest.approx(way.bytes_per_gpu / 450e9)
     assert way.efficiency < way.efficiency_overlapped < 1.0
     held = held_states(work)
-    assert way.states_bytes == pytest.approx((held.total - held.vqvae) / 8 + held.vqvae)
+    assert way.states_bytes == pytest.approx((held.total - held.tokenizer) / 8 + held.tokenizer)
     free = fully_sharded(make_work("d30", update={"micro_batch": 16}, grpo={"kl_beta": 0.0}))
     assert free.bytes_per_gpu == pytest.approx(7 / 8 * 2 * (2 * weights + gradient))

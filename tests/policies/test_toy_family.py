@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn.functional import embedding, gelu, mse_loss
 
 from varfast import InputError, kernels
+from varfast.policies.config import LoRAConfig
 from varfast.policies.driver import Driver
 from varfast.policies.precision import Head, Linear, MixedPrecision
 from varfast.policies.protocol import Policy
 from varfast.policies.sampler import Sampled
-from varfast.policies.var.config import LoRAConfig
 from varfast.randomness import Key
 from varfast.runs import load
 from varfast.runs.folder import RunFolder
@@ -98,7 +98,7 @@ def random_parts(config, seed, device):
         return {"model": Toy(), "palette": Palette()}
 
 
-# What runs/load.py asks of a family; monkeypatch.setattr(load, "build", build) makes it that of all commands.
+# What runs/load.py asks of a family: what families.family_of returns for it.
 build = SimpleNamespace(PARTS=("model", "palette"), random_parts=random_parts, assemble=ToyPolicy, empty_model=Toy)
 
 
@@ -189,7 +189,7 @@ def test_weights_that_are_not_finite_are_named():
 
 
 def test_a_policy_of_a_config_is_of_the_family_that_is_built(make_config, monkeypatch):
-    monkeypatch.setattr(load, "build", build)
+    monkeypatch.setattr(load, "family_of", lambda config: build)
     policy = load.random_policy(make_config(), CPU)
     assert isinstance(policy, ToyPolicy)
     images = policy.decode(policy.sample(LABELS, seed=0).tokens_BL)
@@ -204,11 +204,11 @@ def test_the_trainer_trains_a_toy_family_and_goes_on(make_config):
     rows = [json.loads(line) for line in (Path(straight.run.dir) / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["ratio_gap_max"] < 1e-5 and row["grad_norm"] > 0 for row in rows)
-    trained = torch.load(RunFolder(straight.run.dir).weights, weights_only=True)
+    trained = torch.load(RunFolder(straight.run.dir).weights(straight), weights_only=True)
     assert list(trained) == list(Toy().state_dict())
     assert not torch.equal(trained["fc.weight"], make().trainable.fc.weight)
     in_parts = straight.run.dir + "_in_parts"
     for steps in (2, 3):
         assert train(make_config(**options, update__lr=1e-2, run__dir=in_parts, run__steps=steps), policy=make()) == 0
-    again = torch.load(RunFolder(in_parts).weights, weights_only=True)
+    again = torch.load(RunFolder(in_parts).weights(straight), weights_only=True)
     assert all(torch.equal(trained[name], tensor) for name, tensor in again.items())

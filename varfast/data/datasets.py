@@ -41,13 +41,16 @@ _INK_OVER_PAPER = (0.2, 0.75)
 _MOST_LONG = 8
 
 
-def load_images(dataset: str, image_size: int, num_classes: int | None = None, check: bool = True) -> Images:
+def load_images(
+    dataset: str, image_size: int, num_classes: int | None = None, sizes_key: str = "policy.var", check: bool = True
+) -> Images:
     """Images and labels for pre-training.
 
     Args:
         dataset: "digits", or a folder with a sub-folder for each class: see FolderImages.
         image_size: side in pixels. Digits come at 8, or at a multiple of 8 by repetition.
         num_classes: labels of the model, which must be the number of classes in the folder; None: not checked.
+        sizes_key: where the config has num_classes, for errors.
         check: read every file once, to name all files that cannot be read.
     Raises: InputError if the folder is missing, has another number of classes or an empty one, if files cannot be read,
         or if a package is missing.
@@ -56,13 +59,13 @@ def load_images(dataset: str, image_size: int, num_classes: int | None = None, c
         return TensorDataset(*digits(image_size))
     images = FolderImages(str(Path(dataset).expanduser()), image_size)
     if num_classes is not None and len(images.classes) != num_classes:
-        raise InputError(_other_number(images, num_classes))
+        raise InputError(_other_number(images, num_classes, f"{sizes_key}.num_classes"))
     if check:
         images.check()
     return images
 
 
-def _other_number(images: FolderImages, num_classes: int) -> str:
+def _other_number(images: FolderImages, num_classes: int, key: str) -> str:
     count = len(images.classes)
     names = ", ".join(map(printable, images.classes[:5])) + (", ..." if count > 5 else "")
     without = (
@@ -74,8 +77,8 @@ def _other_number(images: FolderImages, num_classes: int) -> str:
     split = next((name for name in images.classes if name.lower() in splits), None)
     hint = f", or name one of them, as pretrain.dataset={images.folder}/{split}" if split else ""
     return (
-        f"pretrain.dataset={images.folder} has {count} class folders ({names}), policy.var.num_classes={num_classes}: "
-        f"{without}; set policy.var.num_classes={count}{hint}"
+        f"pretrain.dataset={images.folder} has {count} class folders ({names}), {key}={num_classes}: "
+        f"{without}; set {key}={count}{hint}"
     )
 
 
@@ -184,7 +187,7 @@ def class_folders(folder: str) -> list[str]:
         loose = sum(entry.name.lower().endswith(SUFFIXES) for entry in entries)
         advice = (
             f"{loose} images lie in it directly; for a model with one label, put them all into one sub-folder, and set "
-            "policy.var.num_classes=1"
+            "num_classes=1 among the sizes of the policy"
             if loose
             else "every sub-folder with images is a label"
         )

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from varfast.data.datasets import FolderImages, class_folders
 from varfast.files import read_json
-from varfast.policies.config import RolloutConfig
-from varfast.policies.var.config import PolicyConfig, PretrainConfig
+from varfast.policies.config import FamilyConfig, RolloutConfig
 from varfast.printable import printable
 from varfast.randomness import Purpose, keyed_generator
 from varfast.settings.section import check_labels
@@ -145,23 +144,24 @@ def label_names(place: str | Path, num_classes: int) -> list[str] | None:
     return list(imagenet().values()) if num_classes == len(imagenet()) else None
 
 
-def run_names(policy: PolicyConfig, pretrain: PretrainConfig, folder: Path, made: bool) -> list[str] | None:
+def run_names(policy: FamilyConfig, dataset: str, folder: Path, made: bool) -> list[str] | None:
     """Names of a run's labels: from its folder, its data set, or the weights that it starts from.
 
     Args:
+        dataset: that the base is pre-trained on, where the config says so.
         made: whether the run's base exists already. One without labels.json is from a version that ordered the folders
             of a data set differently, so their names would be wrong.
     """
-    num_classes, checkpoint = policy.sizes.num_classes, policy.checkpoint
+    num_classes, checkpoint = policy.num_classes, policy.checkpoint
     if read_labels(folder) is not None:
         return label_names(folder, num_classes)
     if checkpoint != "pretrain":  # a run keeps a copy of the names: do not look at the checkpoint again
         return label_names(folder if made else checkpoint, num_classes)
-    if pretrain.dataset == "digits":
+    if dataset == "digits":
         return [str(digit) for digit in range(10)] if num_classes == 10 else None
     if made:
         return None
-    return [printable(name) for name in _named(class_folders(str(Path(pretrain.dataset).expanduser())))]
+    return [printable(name) for name in _named(class_folders(str(Path(dataset).expanduser())))]
 
 
 def label_numbers(what: str, given: Sequence[int | str], num_classes: int, names: Sequence[str] | None) -> list[int]:

@@ -55,7 +55,7 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ev
         if "classifier" not in given and run.eval.classifier is not None:
             found["classifier"] = ClassifierConfig(model=run.eval.classifier)
         if config.vqvae is None and run.policy.checkpoint != "random":
-            found["vqvae"] = str(Base(folder).find("vqvae"))
+            found["vqvae"] = str(Base(folder).find(run.policy.parts[1]))
         config = config.model_copy(update=found)
     if config.reference not in (None, BASE) and not Path(config.reference).expanduser().is_dir():
         resolve(config.reference)
@@ -95,7 +95,7 @@ def seen_labels(config: EvaluateConfig) -> set[int] | None:
     if not folder.path.is_dir():
         return None
     run = folder.load_config()
-    num_classes = run.policy.sizes.num_classes
-    names = run_names(run.policy, run.pretrain, folder.path, made=True)
+    num_classes = run.policy.num_classes
+    names = run_names(run.policy, run.pretrain.dataset, folder.path, made=True)
     pool = label_pool(run.rollout, num_classes, run.run.seed, names)
     return set(pool) if len(pool) < num_classes else None

@@ -13,6 +13,7 @@ How work is counted
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -36,6 +37,72 @@ class Count:
         return Count(self.flop * times, self.io_bytes * times)
 
 
+@dataclass(frozen=True)
+class Weights:
+    """How many numbers each tensor of a trained model has, and how many bytes hold them.
+
+    Weights are stored in float32. Computed with in 16 bits, each matrix has a low-precision copy, which products read.
+    With an adapter (policy.lora) the model is frozen: its matrices are stored in the compute dtype, and those of the
+    adapter have copies.
+
+    Attributes:
+        item_bytes: of a number of the compute dtype.
+        matrices: of linear layers.
+        others: what is always read in float32, such as biases and norms.
+        embeddings: tables of which a pass reads a row an image or token.
+        adapter: matrices of an adapter: with one, these alone are trained.
+    """
+
+    item_bytes: int
+    matrices: Sequence[int]
+    others: Sequence[int] = ()
+    embeddings: Sequence[int] = ()
+    adapter: Sequence[int] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the model without the adapter."""
+        return sum(self.matrices) + sum(self.others) + sum(self.embeddings)
+
+    @property
+    def trained(self) -> int:
+        """Numbers that have a gradient."""
+        return sum(self.adapter) if self.adapter else self.parameters
+
+    @property
+    def read_bytes(self) -> int:
+        """Read by one pass through the model."""
+        rest = sum(self.others) + sum(self.adapter)
+        return sum(self.matrices) * self.item_bytes + rest * FLOAT32_BYTES
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Held by a frozen copy, which stores the matrices in the compute dtype."""
+        return self.read_bytes + sum(self.embeddings) * FLOAT32_BYTES
+
+    @property
+    def held_bytes(self) -> int:
+        """Held for the weights themselves."""
+        return self.frozen_bytes if self.adapter else FLOAT32_BYTES * self.parameters
+
+    @property
+    def copy_bytes(self) -> int:
+        """Held for the low-precision copies, which an optimizer step writes; 0 in float32."""
+        return 0 if self.item_bytes == FLOAT32_BYTES else self.item_bytes * sum(self.adapter or self.matrices)
+
+    def moment_bytes(self, optimizer: str) -> int:
+        """Adam's two moments: float32, or for adamw8bit (varfast.optim.adamw8bit) 8 bits and a float32 a block of 256.
+
+        With adamw8bit, embeddings and tensors of fewer than 4096 numbers stay float32.
+        """
+        if optimizer != "adamw8bit":
+            return 2 * FLOAT32_BYTES * self.trained
+        sizes = self.adapter or (*self.matrices, *self.others)
+        small = sum(n for n in sizes if n < 4096) + (0 if self.adapter else sum(self.embeddings))
+        large = sum(n + FLOAT32_BYTES * -(-n // 256) for n in sizes if n >= 4096)
+        return 2 * (FLOAT32_BYTES * small + large)
+
+
 class Network(NamedTuple):
     """A network that rewards run: its work on one image, and its parameters."""
 
@@ -49,18 +116,15 @@ class Cost(Protocol):
     Attributes:
         dtype: "float32" or "bfloat16", of activations.
         base: the cost of the model without its adapter; itself if there is none.
-        trained_parameters: how many numbers have a gradient.
+        weights: of the trained model.
         rollout: sampling, without reading the weights; the key-value cache is included.
         rollout_passes: how often one rollout reads all weights.
         decode: from tokens to pixels, without the decoder's weights.
         forward, backward: teacher-forced, without the weights and without what checkpointing computes again.
-        weight_read_bytes, decoder_read_bytes: of the weights that one pass reads.
-        optimizer_copy_bytes: the low-precision copies that an optimizer step writes beside the float32 weights.
-        weight_bytes: held for the weights themselves: float32, but for matrices that an adapter freezes.
-        compute_copy_bytes: held for the low-precision copies that rollout and update read; 0 in float32.
-        vqvae_bytes: of the frozen tokenizer, float32.
+        decoder_read_bytes: of the decoder's weights.
+        tokenizer_bytes: of the frozen tokenizer, float32.
         image_bytes: the pixels, float32.
-        input_bytes: the transformer's input, float32.
+        input_bytes: `teacher_input`.
         kv_cache_bytes, rollout_activation_bytes: of sampling; the activations where they are largest.
         decode_activation_bytes: the most that exists at once in the decoder.
     """
@@ -70,9 +134,7 @@ class Cost(Protocol):
     @property
     def base(self) -> Cost: ...
     @property
-    def has_adapter(self) -> bool: ...
-    @property
-    def trained_parameters(self) -> int: ...
+    def weights(self) -> Weights: ...
     @property
     def rollout(self) -> Count: ...
     @property
@@ -84,17 +146,9 @@ class Cost(Protocol):
     @property
     def backward(self) -> Count: ...
     @property
-    def weight_read_bytes(self) -> float: ...
-    @property
     def decoder_read_bytes(self) -> int: ...
     @property
-    def optimizer_copy_bytes(self) -> int: ...
-    @property
-    def weight_bytes(self) -> int: ...
-    @property
-    def compute_copy_bytes(self) -> int: ...
-    @property
-    def vqvae_bytes(self) -> int: ...
+    def tokenizer_bytes(self) -> int: ...
     @property
     def image_bytes(self) -> int: ...
     @property
@@ -108,10 +162,6 @@ class Cost(Protocol):
 
     def recomputed_share(self, checkpointing: Checkpointing) -> float:
         """FLOPs that the backward pass computes again, as a share of a forward pass."""
-        ...
-
-    def moment_bytes(self, optimizer: str) -> int:
-        """Held for the optimizer's state."""
         ...
 
     def update_activation_bytes(self, checkpointing: Checkpointing) -> int:

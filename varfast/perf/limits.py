@@ -26,7 +26,7 @@ def stage_counts(work: Work, plan: MemoryPlan, checkpointing: Checkpointing | No
     Returns: by the names in STAGES. decode is counted in the compute dtype.
     """
     cost, passes = work.cost, work.images // plan.rollout.micro_batch
-    rollout = cost.rollout * work.images + Count(0.0, cost.weight_read_bytes) * (passes * cost.rollout_passes)
+    rollout = cost.rollout * work.images + Count(0.0, cost.weights.read_bytes) * (passes * cost.rollout_passes)
     decode = cost.decode * work.images + Count(0.0, cost.decoder_read_bytes) * passes
     reward = Count(0.0, cost.image_bytes * len(work.config.reward))
     for network in work.networks:
@@ -49,9 +49,9 @@ def _update(work: Work, plan: MemoryPlan, checkpointing: Checkpointing) -> Count
     passes = work.optimizer_steps * micro_batches(work, plan)
     again = cost.recomputed_share(checkpointing)
     count = cost.forward * images * (1.0 + again) + cost.backward * images
-    count += Count(0.0, cost.weight_read_bytes) * passes * (2.0 + again)
+    count += Count(0.0, cost.weights.read_bytes) * passes * (2.0 + again)
     gradients = 2 * micro_batches(work, plan) - 1
-    return count + Count(0.0, cost.trained_parameters * FLOAT32_BYTES * gradients) * work.optimizer_steps
+    return count + Count(0.0, cost.weights.trained * FLOAT32_BYTES * gradients) * work.optimizer_steps
 
 
 def _reference(work: Work, plan: MemoryPlan) -> Count:
@@ -60,7 +60,7 @@ def _reference(work: Work, plan: MemoryPlan) -> Count:
         return Count(0.0, 0.0)
     base, passes = work.cost.base, work.optimizer_steps * micro_batches(work, plan)
     count = base.forward * (work.images * work.config.update.epochs)
-    return count + Count(0.0, base.weight_read_bytes) * passes
+    return count + Count(0.0, base.weights.read_bytes) * passes
 
 
 def _optimizer(work: Work) -> Count:
@@ -68,10 +68,10 @@ def _optimizer(work: Work) -> Count:
     bits. The norm for clipping is assumed to be summed up where the gradient is made. The average of the weights is a
     pass of its own: it reads weight and average and writes the average.
     """
-    cost, config = work.cost, work.config.update
+    weights, config = work.cost.weights, work.config.update
     numbers = 3 if config.ema_decay is None else 6
-    moments = cost.moment_bytes(config.optimizer)
-    of_step = numbers * FLOAT32_BYTES * cost.trained_parameters + 2 * moments + cost.optimizer_copy_bytes
+    moments = weights.moment_bytes(config.optimizer)
+    of_step = numbers * FLOAT32_BYTES * weights.trained + 2 * moments + weights.copy_bytes
     return Count(0.0, of_step) * work.optimizer_steps
 
 

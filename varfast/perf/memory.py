@@ -54,11 +54,11 @@ class States:
         compute_copy: low-precision copies of the matrices of blocks and head, or of the adapter, which rollout and
             update read; 0 in float32. With sharded weights, the whole transformer that samples.
         gradients: of what is trained, float32.
-        moments: of the optimizer; see `Cost.moment_bytes`.
+        moments: of the optimizer; see `Weights.moment_bytes`.
         average: of what is trained, float32; 0 without update.ema_decay.
         reference: the base model of the KL term, its matrices in run.dtype; 0 if none is held, and with an adapter,
             because the frozen weights are the reference.
-        vqvae, reward: weights of the VQ-VAE and of the rewards' networks, float32.
+        tokenizer, reward: weights of the tokenizer and of the rewards' networks, float32.
     """
 
     weights: int
@@ -67,7 +67,7 @@ class States:
     moments: int
     average: int
     reference: int
-    vqvae: int
+    tokenizer: int
     reward: int
 
     @property
@@ -123,17 +123,17 @@ class Memory:
 
 def held_states(work: Work) -> States:
     """What a process holds from the start of a run to its end."""
-    config, cost = work.config, work.cost
-    trained = FLOAT32_BYTES * cost.trained_parameters
-    whole = round(cost.base.weight_read_bytes)
+    config, weights = work.config, work.cost.weights
+    trained = FLOAT32_BYTES * weights.trained
+    whole = work.cost.base.weights.frozen_bytes
     return States(
-        weights=cost.weight_bytes // work.shards,
-        compute_copy=cost.compute_copy_bytes if work.shards == 1 else whole,
+        weights=weights.held_bytes // work.shards,
+        compute_copy=weights.copy_bytes if work.shards == 1 else whole,
         gradients=trained // work.shards,
-        moments=cost.moment_bytes(config.update.optimizer) // work.shards,
+        moments=weights.moment_bytes(config.update.optimizer) // work.shards,
         average=trained // work.shards if config.update.ema_decay is not None else 0,
-        reference=whole if config.holds_reference and not cost.has_adapter else 0,
-        vqvae=cost.vqvae_bytes,
+        reference=whole if config.holds_reference and not weights.adapter else 0,
+        tokenizer=work.cost.tokenizer_bytes,
         reward=FLOAT32_BYTES * sum(network.parameters for network in work.networks),
     )
 

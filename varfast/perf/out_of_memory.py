@@ -85,14 +85,14 @@ def _halved(key: str, now: int, total: int) -> str | None:
 
 
 def _other_settings(work: Work) -> str:
-    config, cost = work.config, work.cost
+    config, weights = work.config, work.cost.weights
     sharded = config.run.parallel == "fsdp"
     others = ["run.dtype=bfloat16"]
     if config.update.optimizer != "adamw8bit" and not sharded:
-        now, then = (three_digits(cost.moment_bytes(o) / 2**30) for o in (config.update.optimizer, "adamw8bit"))
+        now, then = (three_digits(weights.moment_bytes(o) / 2**30) for o in (config.update.optimizer, "adamw8bit"))
         others.append(f"update.optimizer=adamw8bit (moments of {then} instead of {now} GiB)")
     others.append("grpo.kl_beta=0 (no reference is held)")
-    if not cost.has_adapter and not sharded:
+    if not weights.adapter and not sharded:
         others.append("policy.lora.rank=16 (an adapter is trained in place of all weights)")
     return (
         f"nothing smaller can be set there: try {', '.join(others)}, a smaller model or a device with more memory; see "

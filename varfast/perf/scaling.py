@@ -61,7 +61,7 @@ def scale_data_parallel(
     """
     limits_s = {name: speed_of_light_s(count, ceilings) for name, count in stage_counts(work, plan).items()}
     step_s, optimizer_steps = sum(limits_s.values()), work.optimizer_steps
-    size = gradient_item_bytes * work.cost.trained_parameters
+    size = gradient_item_bytes * work.cost.weights.trained
     each_s = 2 * all_gather_s(size, gpus)
     backward_s = 2 / 3 * limits_s["update"] / optimizer_steps / micro_batches(work, plan)
     exposed_s = max(0.0, each_s - backward_s)
@@ -84,10 +84,10 @@ def scale_fully_sharded(work: Work, plan: MemoryPlan, ceilings: Ceilings, gpus: 
     """
     limits_s = {name: speed_of_light_s(count, ceilings) for name, count in stage_counts(work, plan).items()}
     step_s, optimizer_steps = sum(limits_s.values()), work.optimizer_steps
-    held, weights = held_states(work), work.cost.weight_read_bytes
-    whole = held.vqvae + held.reward  # on every GPU
+    held, weights = held_states(work), work.cost.weights.frozen_bytes
+    whole = held.tokenizer + held.reward  # on every GPU
     gathers = 3 if work.reads_reference else 2
-    size = micro_batches(work, plan) * (gathers * weights + FLOAT32_BYTES * work.cost.trained_parameters)
+    size = micro_batches(work, plan) * (gathers * weights + FLOAT32_BYTES * work.cost.weights.trained)
     each_s, rollout_s = all_gather_s(size, gpus), all_gather_s(weights, gpus)
     hiding_s = (limits_s["reference"] + limits_s["update"]) / optimizer_steps
     exposed_s = max(0.0, each_s - hiding_s)

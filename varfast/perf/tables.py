@@ -85,7 +85,7 @@ def _scaling_table(work: Work, plan: MemoryPlan, ceilings: Ceilings) -> list[str
             "data parallel, float32 sums": scale_data_parallel(work, plan, ceilings, gpus, 4),
             "data parallel, bf16 sums": scale_data_parallel(work, plan, ceilings, gpus, 2),
         }
-        if not work.cost.has_adapter:  # an adapter is not sharded
+        if not work.cost.weights.adapter:  # an adapter is not sharded
             ways["FSDP"] = scale_fully_sharded(work, plan, ceilings, gpus)
         for name, way in ways.items():
             sizes = (way.bytes_per_gpu / 1e9, way.communication_s * 1e3, way.states_bytes / 2**30)

@@ -1,14 +1,77 @@
-"""The section of the config that says what is sampled, whatever the family of the policy. No PyTorch."""
+"""The sections of the config that say what is trained and what is sampled, whatever the family. No PyTorch."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
 from pydantic import Field, model_validator
 
-from varfast.settings.section import AllOrLabels, Section, check_divides
+from varfast.settings.section import AllOrLabels, Section, Source, check_divides
 
 # Images that the captured decoder takes at a time. Its buffers stay from step to step: 3.4 GB in bfloat16 at 256 px.
 # Its smallest maps, 16 x 16, are 8192 rows then, 2.4 waves of tiles on an H100 and 5 % of the arithmetic.
 DECODE_GRAPH_IMAGES = 32
+
+
+class LoRAConfig(Section):
+    """Low-rank matrices that are trained beside the frozen ones; each family names the matrices that can have them."""
+
+    rank: int = Field(16, ge=1, le=4096, description="rows of A and columns of B")
+    alpha: float = Field(32.0, gt=0, le=1e6, description="B A is multiplied by alpha / rank")
+    targets: tuple[str, ...] = Field(min_length=1, strict=False, description="matrices with an adapter")
+
+
+class FamilyConfig(Section):
+    """What all families of models have in their section `policy`: each family derives its own from this.
+
+    A family is a folder beside this file. Its config.py has the section, and its build.py the functions of
+    families.Family, which make a policy of it.
+
+    Attributes:
+        parts: names of the models of a policy, the trained one first; the rest is frozen.
+        sizes_key: the key under which the trained model's sizes stand, for errors: policy.var.
+    """
+
+    parts: ClassVar[tuple[str, str]]
+    sizes_key: ClassVar[str]
+
+    family: str = Field(description="of models")
+    checkpoint: Source = Field(
+        description="weights of the transformer: a path, hf://owner/repo/file, a run folder, 'random', or 'pretrain' "
+        "for the model that the pretrain section describes (trained first if it is not in the cache)"
+    )
+    lora: LoRAConfig | None = Field(
+        None, description="train an adapter beside the frozen weights; {} for its defaults; null: train all weights"
+    )
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """Ids of prompts are in [0, num_classes)."""
+
+    if TYPE_CHECKING:  # a field of some families: pydantic warns of one that shadows a property
+
+        @property
+        def image_size(self) -> int:
+            """H and W, in pixels."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """V, number of codes."""
+
+    @property
+    @abstractmethod
+    def frozen_checkpoint(self) -> Source | None:
+        """Weights of the frozen part, a path or hf:// address; None where `checkpoint` has them too."""
+
+
+def names_a_file(checkpoint: str) -> bool:
+    """Whether it can be no run folder. What is on the disk does not count: a config is read elsewhere too."""
+    suffixes = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+    return checkpoint.startswith("hf://") or Path(checkpoint).suffix in suffixes
 
 
 class RolloutConfig(Section):

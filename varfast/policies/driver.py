@@ -21,15 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 from varfast import kernels
 from varfast.distributed import World, local, replicate, shard
 from varfast.perf.cost import Checkpointing
-from varfast.perf.graphs import GraphPool
+from varfast.perf.graphs import CudaGraph, GraphPool
 from varfast.perf.stages import stage
 from varfast.policies import lora
 from varfast.policies.checks import as_prompts, as_tokens, check_finite, check_images, check_weights
+from varfast.policies.config import LoRAConfig
 from varfast.policies.pixels import Pixels
 from varfast.policies.precision import MixedPrecision
 from varfast.policies.protocol import Policy
-from varfast.policies.sampler import Sampled, Sampler
-from varfast.policies.var.config import LoRAConfig
+from varfast.policies.sampler import Captured, Sampled, Sampler
 from varfast.randomness import Key
 from varfast.settings.section import check_divides
 from varfast.types import InputError, Prompts, Rollout, Sampling, TokenLogp
@@ -128,6 +128,15 @@ class Driver(ABC):
         """What the model reads in place of the tokens when it is teacher-forced: (B, ...). By default the tokens."""
         return tokens_BL
 
+    @torch.no_grad()
+    def _capture_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Captured:
+        """`_sample_batch` as a CUDA graph, for as many prompts; it has run with them. A family may capture a part."""
+
+        def function(ids_B: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+            return tuple(t for t in self._sample_batch(Prompts(ids_B), key, how, keep) if t is not None)
+
+        return CudaGraph(function, prompts.ids_B, key, pool=self.graph_pool)
+
     def _make_strict(self) -> None:
         """Take ops whose rows do not depend on one another. Of a family that has none, strict mode is refused."""
         raise InputError(f"run.strict=true: {type(self).__name__} has no strict mode; use run.strict=false")
@@ -144,7 +153,7 @@ class Driver(ABC):
     def _sample_from(self, model: MixedPrecision) -> None:
         """Sample from `model` from now on. A graph that was captured reads the weights of the model before."""
         self.sampled = model
-        self._sampler = Sampler(self.fast, self.graph_pool)
+        self._sampler = Sampler(self.fast)
 
     def add_lora(self, config: LoRAConfig, seed: int) -> None:
         """Train an adapter beside frozen weights from now on. Once, before `frozen_copy` and `distribute`.
@@ -304,9 +313,9 @@ class Driver(ABC):
         """Sample; with `images`, (B, 3, H, W), write the decoded pixels there."""
         check_divides("micro_batch", micro_batch, len(prompts), "images")
         self.sampled.low_precision_copies()  # up to date: a replayed graph does not look
-        parts = self._sampler.parts(
-            self._sample_batch, prompts, how, key, micro_batch, self.cuda_graph, keep=images is not None
-        )
+        capture = self._capture_batch if self.cuda_graph else None
+        keep = images is not None
+        parts = self._sampler.parts(self._sample_batch, prompts, how, key, micro_batch, capture, keep)
         beside = None if images is None else self._decoding_stream()
         sampled, first = [], 0
         while True:

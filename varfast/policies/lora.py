@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from varfast.policies.config import LoRAConfig
 from varfast.policies.precision import Linear, MixedPrecision
-from varfast.policies.var.config import LoRAConfig
 from varfast.randomness import Purpose, keyed_generator
 from varfast.types import InputError
 

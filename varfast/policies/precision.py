@@ -186,10 +186,14 @@ class Head(Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.strict:
             return self.strict_product(input, self.bias, float32_out=True)
+        bias: Tensor | None = self.bias
         if input.dtype not in (torch.bfloat16, torch.float16):
-            return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
-        # Before it is given its shape: an addition in place on a view would copy the gradient of all logits twice.
-        return self._without_bias(input).add_(self.bias.float()).unflatten(0, input.shape[:-1])
+            return F.linear(input, self.weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+        logits_NV = self._without_bias(input)
+        if bias is not None:
+            # Before it is given its shape: an addition in place on a view would copy the gradient of all logits twice.
+            logits_NV = logits_NV.add_(bias.float())
+        return logits_NV.unflatten(0, input.shape[:-1])
 
     def logits_and_bias(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits, and the float32 bias that they still lack, for the op that reads them; None where it is in them.

@@ -21,7 +21,7 @@ from varfast.types import Prompts, Rollout, Sampling, TokenLogp
 if TYPE_CHECKING:
     from varfast.distributed import World
     from varfast.perf.graphs import GraphPool
-    from varfast.policies.var.config import LoRAConfig
+    from varfast.policies.config import LoRAConfig
     from varfast.randomness import Key
 
 

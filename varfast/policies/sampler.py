@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varfast.perf.graphs import CudaGraph, GraphPool
 from varfast.randomness import Key
 from varfast.types import Prompts, Sampling
 
@@ -37,23 +36,25 @@ class Sampled(NamedTuple):
 
 # Samples one micro-batch, of prompts, key, how and keep: see Driver._sample_batch.
 SampleBatch = Callable[[Prompts, Tensor, Sampling, bool], Sampled]
+# The same as CUDA graphs for one number of images, of ids and key: see Driver._capture_batch.
+Captured = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+CaptureBatch = Callable[[Prompts, Tensor, Sampling, bool], Captured]
 
 
 class Sampler:
     """Samples a batch in parts.
 
-    Fast: on a GPU, a batch size met twice in a row is captured as one CUDA graph and replayed from then on. Else every
+    Fast: on a GPU, a batch size met twice in a row is captured as CUDA graphs and replayed from then on. Else every
     call runs eagerly: the path that the fast one is tested against. Both read the weights that the update reads, and
     sample the same tokens.
 
     Args:
         fast: see above.
-        pool: memory of the graph, shared with what never runs beside a rollout; default: its own.
     """
 
-    def __init__(self, fast: bool = True, pool: GraphPool | None = None) -> None:
-        self._fast, self._pool = fast, pool
-        self._graph: CudaGraph | None = None
+    def __init__(self, fast: bool = True) -> None:
+        self._fast = fast
+        self._graph: Captured | None = None
         self._captured: tuple[int, Sampling, bool] | None = None
         self._last: tuple[int, Sampling, bool] | None = None
 
@@ -65,7 +66,7 @@ class Sampler:
         how: Sampling,
         key: Key,
         micro_batch: int | None = None,
-        capture: bool = True,
+        capture: CaptureBatch | None = None,
         keep: bool = False,
     ) -> Iterator[Sampled]:
         """Sample one image a prompt, `micro_batch` (default all) at a time.
@@ -76,7 +77,8 @@ class Sampler:
         Args:
             sample_batch: of the family; the same at every call.
             prompts: on the model's device.
-            capture: False: no CUDA graph, which would hold on to cache and activations until the next call.
+            capture: of the family; None: no CUDA graph, which would hold on to cache and activations until the next
+                call.
             keep: yield latent and teacher_input too: 120 KB an image of the public VAR models.
         Yields: each micro-batch.
         """
@@ -89,20 +91,22 @@ class Sampler:
             yield self._run(sample_batch, part, key_3, how, capture, keep)
 
     def _run(
-        self, sample_batch: SampleBatch, prompts: Prompts, key_3: Tensor, how: Sampling, capture: bool, keep: bool
+        self,
+        sample_batch: SampleBatch,
+        prompts: Prompts,
+        key_3: Tensor,
+        how: Sampling,
+        capture: CaptureBatch | None,
+        keep: bool,
     ) -> Sampled:
         shape = (len(prompts), how, keep)
         met = shape in (self._captured, self._last)
         self._last = shape
-        if not (self._fast and capture and prompts.ids_B.device.type == "cuda" and met):
+        if not (self._fast and capture is not None and prompts.ids_B.device.type == "cuda" and met):
             return sample_batch(prompts, key_3, how, keep)
         if shape != self._captured:
             self._graph = None  # its memory goes first
-
-            def function(ids_B: Tensor, key_3: Tensor) -> tuple[Tensor, ...]:
-                return tuple(t for t in sample_batch(Prompts(ids_B), key_3, how, keep) if t is not None)
-
-            self._graph = CudaGraph(function, prompts.ids_B, key_3, pool=self._pool)
+            self._graph = capture(prompts, key_3, how, keep)
             self._captured = shape
         assert self._graph is not None
         return Sampled(*self._graph(prompts.ids_B, key_3))

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from varfast.config import Config
 from varfast.data.datasets import FolderImages, fingerprint, load_images
 from varfast.data.labels import LABELS_FILE, caption, labels_json, labels_of
 from varfast.files import read_json, remove_leftovers, save_tensors, save_text
-from varfast.policies.var.policy import VARPolicy
-from varfast.policies.var.tokenizer import VQVAE
-from varfast.policies.var.transformer import VAR
+from varfast.policies.families import family_of
 from varfast.pretraining.training import PretrainReport, pretrain
 from varfast.randomness import GRID_STEP, Key, order_may_vary
 from varfast.runs.base import FileNote
@@ -31,30 +31,31 @@ _SHOWN_IMAGES = 8
 
 def base_paths(config: Config, device: torch.device) -> tuple[Path, Path]:
     """Where the transformer and the VQ-VAE of this config are kept, whether they exist or not."""
+    trained, frozen = config.policy.parts
     made_by = {
-        "var": config.policy.sizes.model_dump(),
-        "vqvae": config.policy.vqvae.model_dump(),
+        "policy": config.policy.model_dump(exclude={"lora"}),
         "pretrain": config.pretrain.model_dump(exclude={"cache_dir", "num_workers"}),
         "data": fingerprint(config.pretrain.dataset),
         "seed": config.run.seed,
         "device": device.type,
         "torch": torch.__version__,
-        "code": _code_digest(),
+        "code": _code_digest(config.policy.family),
     }
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.pretrain.cache_dir).expanduser() / key
-    return folder / "var.pth", folder / "vqvae.pth"
+    return folder / f"{trained}.pth", folder / f"{frozen}.pth"
 
 
-def _code_digest() -> str:
-    """Digest of the sources that a base model depends on."""
+def _code_digest(family: str) -> str:
+    """Digest of the sources that a base model depends on: those of its family, and those that all families share."""
     package = Path(__file__).parent.parent
+    others = {path.parent for path in (package / "policies").glob("*/build.py")} - {package / "policies" / family}
     digest = hashlib.sha256()
     for path in [
-        package / "pretraining" / "training.py",
+        *sorted((package / "pretraining").glob("*.py")),
         package / "optim" / "schedule.py",
         *sorted((package / "data").glob("*.py")),
-        *sorted((package / "policies").rglob("*.py")),
+        *sorted(path for path in (package / "policies").rglob("*.py") if path.parent not in others),
     ]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -82,13 +83,13 @@ def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
         # since upsampling is a matrix product, but that has not been tried on a GPU.
         with order_may_vary():
             try:
-                var, vqvae, report = pretrain(config, device)
+                *models, report = pretrain(config, device)
             except KeyboardInterrupt as error:
                 error.add_note("  pre-training keeps nothing of a base model that is not complete: it starts again")
                 raise
         if config.pretrain.dataset != "digits":
             save_text(folder / LABELS_FILE, labels_json(labels_of(_own_images(config))))
-        for path, model in zip(paths, (var, vqvae), strict=True):
+        for path, model in zip(paths, models, strict=True):
             save_tensors(path, model.state_dict())
         # Written last: without it, the other files count as missing.
         files = {path.name: FileNote.of(path).model_dump() for path in paths}
@@ -98,7 +99,7 @@ def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
             f"{report.codebook_usage:.0%} of the codes in use, {report.token_loss:.2f} nats a token"
         )
         if config.pretrain.dataset != "digits":
-            _show_own(config, var, vqvae, report, folder, device)
+            _show_own(config, models, report, folder, device)
     return paths
 
 
@@ -121,13 +122,13 @@ def _damage(paths: tuple[Path, Path]) -> str | None:
 
 
 def _own_images(config: Config) -> FolderImages:
-    images = load_images(config.pretrain.dataset, config.policy.vqvae.image_size, check=False)
+    images = load_images(config.pretrain.dataset, config.policy.image_size, check=False)
     assert isinstance(images, FolderImages)
     return images
 
 
 def _show_own(
-    config: Config, var: VAR, vqvae: VQVAE, report: PretrainReport, folder: Path, device: torch.device
+    config: Config, models: Sequence[nn.Module], report: PretrainReport, folder: Path, device: torch.device
 ) -> None:
     """For a base of a user's own images: print what its numbers mean, and save pictures beside it."""
     images = _own_images(config)
@@ -135,7 +136,7 @@ def _show_own(
     print("\n".join(f"  {line}" for line in advice(report, config)))
     shown = sorted({i * (len(images) - 1) // (_SHOWN_IMAGES - 1) for i in range(_SHOWN_IMAGES)})
     real = torch.stack([images[i][0] for i in shown]).to(device)
-    policy = VARPolicy(var, vqvae, device)
+    policy = family_of(config.policy).assemble(dict(zip(config.policy.parts, models, strict=True)), device, "float32")
     rebuilt = policy.decode(policy.encode(real))
     save_picture(
         folder / "reconstructions.png", image_grid(torch.cat([real, rebuilt]), len(shown), ["image", "rebuilt"])
@@ -151,14 +152,15 @@ def _show_own(
 def advice(report: PretrainReport, config: Config) -> list[str]:
     """What the numbers of a base mean and what to do about them, by rules of thumb from small runs."""
     lost = report.reconstruction_mse / max(report.pixel_variance, 1e-12)
-    guessing = math.log(config.policy.sizes.vocab_size)
+    guessing = math.log(config.policy.vocab_size)
     vqvae, var = config.pretrain.vqvae_steps, config.pretrain.var_steps
     lines = [f"reconstruction MSE: {lost:.0%} of the pixels' variance is lost by the VQ-VAE (0 %: none, 100 %: all but "
              "the mean colour)" + (f"; blurred above 10 %: raise pretrain.vqvae_steps={vqvae}, as to {4 * vqvae}"
                                    if lost > _BLURRED else "")]  # fmt: skip
+    fewer = f"take fewer codes than {config.policy.sizes_key}.vocab_size={config.policy.vocab_size}"
     lines.append("codes in use: the share of the vocabulary that the last images needed" + (
-        f"; below {_CODES_USED:.0%}: raise pretrain.vqvae_steps, or take fewer codes than policy.var.vocab_size="
-        f"{config.policy.sizes.vocab_size}" if report.codebook_usage < _CODES_USED else ""))  # fmt: skip
+        f"; below {_CODES_USED:.0%}: raise pretrain.vqvae_steps, or {fewer}"
+        if report.codebook_usage < _CODES_USED else ""))  # fmt: skip
     lines.append(f"nats a token: guessing costs {guessing:.2f}; samples take shape as this falls" + (
         f". It is near guessing: raise pretrain.var_steps={var}, as to {4 * var}"
         if report.token_loss > _NEAR_GUESSING * guessing else ""))  # fmt: skip

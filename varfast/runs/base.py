@@ -1,7 +1,8 @@
-"""The two files that a run starts from, identified by SHA-256 and still found when the run folder has moved.
+"""The files that a run starts from, identified by SHA-256 and still found when the run folder has moved.
 
-base.json of a run folder records path, size and SHA-256 of the transformer's file and of the VQ-VAE's: a resumed run
-must have the same reference and the same decoder, bit for bit. The folder base/ beside it holds
+base.json of a run folder records path, size and SHA-256 of the file of each part of the policy, the trained transformer
+first, then the VQ-VAE: a resumed run must have the same reference and the same decoder, bit for bit. The folder base/
+beside it holds
 
 - what was made for the run (pre-trained, or taken from another run), as copies: a few MB that exist nowhere else;
 - files that the config names, as hard links, which take no space. Where the disk does not allow a hard link, the VQ-VAE
@@ -19,11 +20,12 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from varfast.files import (
     INCOMPLETE,
@@ -40,10 +42,6 @@ from varfast.weights.state import State
 
 if TYPE_CHECKING:
     from varfast.runs.folder import RunFolder
-
-Part = Literal["var", "vqvae"]
-PARTS: tuple[Part, Part] = ("var", "vqvae")
-_WHAT = {"var": "transformer", "vqvae": "VQ-VAE"}
 
 
 class FileNote(BaseModel):
@@ -85,12 +83,8 @@ class _SavedFile(BaseModel):
     file: FileNote
 
 
-class _BaseFiles(BaseModel):
+class _BaseFiles(RootModel[dict[Annotated[str, Field(pattern="^[a-z]{1,20}$")], _SavedFile | str]]):
     """Content of base.json. A string is a path or hf:// address without a hash, as the first version wrote it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    var: _SavedFile | str
-    vqvae: _SavedFile | str
 
 
 @dataclass(frozen=True)
@@ -109,10 +103,14 @@ class Source:
 
 
 class Base:
-    """base.json and base/ of a run folder."""
+    """base.json and base/ of a run folder.
 
-    def __init__(self, folder: RunFolder) -> None:
+    parts: of the policy, the trained one first; default: those of the folder's config.
+    """
+
+    def __init__(self, folder: RunFolder, parts: Sequence[str] | None = None) -> None:
         self._folder = folder
+        self.parts = tuple(folder.load_config().policy.parts if parts is None else parts)
         self._json, self._files = folder.base, folder.path / "base"
 
     @property
@@ -123,22 +121,22 @@ class Base:
     @property
     def hashed(self) -> bool:
         """Whether base.json holds the hashes of both files. Raises: InputError if it is damaged."""
-        return self.exists and all(isinstance(getattr(self._read(), part), _SavedFile) for part in PARTS)
+        return self.exists and all(isinstance(note, _SavedFile) for note in self._read().values())
 
-    def keep(self, var: Source, vqvae: Source) -> None:
+    def keep(self, sources: Sequence[Source]) -> None:
         """Bring the files into base/ and write base.json. Raises: InputError if the disk is full."""
         remove_leftovers(self._files)
-        parts = {"var": self._keep("var", var), "vqvae": self._keep("vqvae", vqvae)}
-        save_text(self._json, json.dumps({name: note.model_dump() for name, note in parts.items()}, indent=2) + "\n")
+        notes = {part: self._keep(part, source) for part, source in zip(self.parts, sources, strict=True)}
+        save_text(self._json, json.dumps({part: note.model_dump() for part, note in notes.items()}, indent=2) + "\n")
 
-    def find(self, part: Part, whole: bool = True) -> Path:
+    def find(self, part: str, whole: bool = True) -> Path:
         """The file of a part: in base/, or at its recorded path. Nothing is made, fetched or written.
 
         Args:
             whole: compare its SHA-256; False where another process has just done so.
         Raises: InputError, which says what to put where, if neither place holds the recorded file.
         """
-        note = self._read().var if part == "var" else self._read().vqvae
+        note = self._read()[part]
         if isinstance(note, str):
             return self._unhashed(part, note)
         inside = self._inside(part, note.path)
@@ -149,16 +147,16 @@ class Base:
                 return path
             problems.append(f"  {path} {problem}")
         raise InputError(
-            "\n".join([f"the {_WHAT[part]} that {self._folder.path} started from is not there as it was:", *problems])
+            "\n".join([f"{self._what(part)} that {self._folder.path} started from is not there as it was:", *problems])
             + f"\n  bring it back, as {inside}: {note.file.bytes} bytes, SHA-256 {note.file.sha256}"
         )
 
-    def differs(self, part: Part, source: Source) -> str | None:
+    def differs(self, part: str, source: Source) -> str | None:
         """How a source differs from what base.json records; None if it does not, or if no hash is recorded.
 
         Tensors are written into base/ to compare them, over the file that is there.
         """
-        note = getattr(self._read(), part)
+        note = self._read()[part]
         if isinstance(note, str):
             return None
         path = source.content
@@ -168,7 +166,7 @@ class Base:
         problem = note.file.differs(path)
         return problem and f"{path} {problem}"
 
-    def heal(self, part: Part, only_here: bool) -> None:
+    def heal(self, part: str, only_here: bool) -> None:
         """If the file in base/ is missing or damaged, bring it there again from its recorded path.
 
         Raises: InputError as find.
@@ -177,11 +175,11 @@ class Base:
         if found != self._inside(part, found):
             self._bring(part, found, only_here)
 
-    def _inside(self, part: Part, origin: str | Path) -> Path:
+    def _inside(self, part: str, origin: str | Path) -> Path:
         suffix = Path(origin).suffix
         return self._files / f"{part}{suffix if suffix == '.safetensors' else '.pth'}"
 
-    def _keep(self, part: Part, source: Source) -> _SavedFile:
+    def _keep(self, part: str, source: Source) -> _SavedFile:
         if isinstance(source.content, Path):
             found = self._bring(part, source.content, source.only_here)
         else:
@@ -189,7 +187,7 @@ class Base:
             save_tensors(found, source.content)
         return _SavedFile(path=os.path.abspath(source.origin), file=FileNote.of(found))
 
-    def _bring(self, part: Part, path: Path, copy: bool) -> Path:
+    def _bring(self, part: str, path: Path, copy: bool) -> Path:
         """The path of a file in base/, as a hard link or copy; of a transformer that cannot be linked, its own path."""
         inside = self._inside(part, path)
         if inside.exists() and os.path.samefile(inside, path):
@@ -202,32 +200,38 @@ class Base:
                 os.replace(beside, inside)
                 return inside
             except OSError:  # another disk, a file system without hard links, or a file of another user
-                if part == "var":
+                if part == self.parts[0]:
                     inside.unlink(missing_ok=True)
                     return path
         with path.open("rb") as source:
             write_atomically(inside, lambda file: shutil.copyfileobj(source, file, 2**24))
         return inside
 
-    def _read(self) -> _BaseFiles:
+    def _what(self, part: str) -> str:
+        return "the transformer" if part == self.parts[0] else "the VQ-VAE"
+
+    def _read(self) -> dict[str, _SavedFile | str]:
         if not os.path.lexists(self._json):
             raise InputError(
                 f"{self._folder.path} has no {self._json.name}, which says what the run started from; "
                 "`python -m varfast.train` with its config writes it again"
             )
         try:
-            return _BaseFiles.model_validate(read_json(self._json))
+            found = _BaseFiles.model_validate(read_json(self._json)).root
+            if tuple(found) != self.parts:
+                raise ValueError(f"it names {', '.join(found)}; want {', '.join(self.parts)}")
+            return found
         except ValueError as error:  # pydantic's too
             raise InputError(
                 f"{self._json} cannot be read; delete it, and `python -m varfast.train` with the run's config starts "
                 "from what that names again"
             ) from error
 
-    def _unhashed(self, part: Part, address: str) -> Path:
+    def _unhashed(self, part: str, address: str) -> Path:
         path = _in_hub_cache(address) if address.startswith("hf://") else Path(address).expanduser()
         if path is None or not path.is_file():
             raise InputError(
-                f"the {_WHAT[part]} that {self._folder.path} started from, {address}, is not there; bring it back, or "
+                f"{self._what(part)} that {self._folder.path} started from, {address}, is not there; bring it back, or "
                 f"let `python -m varfast.train {self._folder.config}` make or fetch it again"
             )
         return path

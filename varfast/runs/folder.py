@@ -55,7 +55,7 @@ _FREE_TO_CHANGE = (
 )
 # Files that a resumed run writes again or can do without.
 _REWRITTEN = (
-    "before_after.json", "config.yaml", "environment.json", "labels.json", "metrics.jsonl", "summary.json", "var.pth"
+    "before_after.json", "config.yaml", "environment.json", "labels.json", "metrics.jsonl", "summary.json"
 )  # fmt: skip
 
 
@@ -64,16 +64,19 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        checkpoints, weights, config, base, adapter: paths of what lies in it.
+        checkpoints, config, base, adapter: paths of what lies in it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.checkpoints = self.path / "checkpoints"
-        self.weights = self.path / "var.pth"
         self.config = self.path / "config.yaml"
         self.base = self.path / "base.json"
         self.adapter = self.path / "adapter"
+
+    def weights(self, config: Config) -> Path:
+        """The file of the trained model, once the run is complete: var.pth, for VAR."""
+        return self.path / f"{config.policy.parts[0]}.pth"
 
     @contextmanager
     def held(self) -> Iterator[FolderLock]:
@@ -114,7 +117,7 @@ class RunFolder:
         found = newest_checkpoint(self.checkpoints)
         if found is not None:
             self._refuse_other_config(found, config)
-        self._tidy(found)
+        self._tidy(found, config)
         save_text(self.config, dump_config(config))
         return found
 
@@ -154,12 +157,12 @@ class RunFolder:
                 "go on with the commit in its environment.json"
             )
 
-    def _tidy(self, found: Checkpoint | None) -> None:
+    def _tidy(self, found: Checkpoint | None, config: Config) -> None:
         """Remove what killed writers left; rename what is damaged. `found`: the checkpoint to go on from."""
         for folder in (self.path, self.checkpoints, self.adapter, self.path / "grids", self.path / "samples"):
             remove_leftovers(folder)
         try:
-            for path in (self.path / name for name in _REWRITTEN):
+            for path in (self.weights(config), *(self.path / name for name in _REWRITTEN)):
                 if os.path.lexists(path) and not path.is_file():
                     os.rename(path, path.with_name(path.name + ".damaged"))
             for part in self.checkpoints.glob("step_*.part"):

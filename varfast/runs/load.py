@@ -6,17 +6,20 @@ made, fetched or executed because something in it says so (docs/security.md).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from varfast.config import Config
 from varfast.policies.device import existing_device, pick_device
+from varfast.policies.driver import Driver
+from varfast.policies.families import family_of
 from varfast.policies.lora import without_lora
-from varfast.policies.var import build  # the family; a second one is chosen by the config
+from varfast.policies.var import build
 from varfast.policies.var.config import VARConfig, VQVAEConfig
-from varfast.policies.var.policy import VARPolicy
 from varfast.runs.base import Base
 from varfast.types import InputError
 from varfast.weights.state import State
@@ -36,7 +39,7 @@ def load_policy(
     strict: bool | None = None,
     *,
     argument: str = "var",
-) -> VARPolicy:
+) -> Driver:
     """A policy from a run folder, or from checkpoints, whose sizes are read from the files.
 
     Args:
@@ -65,28 +68,26 @@ def load_policy(
         if not var.startswith("hf://") and not Path(var).expanduser().exists():
             raise InputError(f"{argument}={var} does not exist; want a run folder, or a transformer's weights")
         raise InputError(f"{argument}={var} is not a run folder, so vqvae=... is needed too")
-    files: dict[build.Part, str] = {"var": var, "vqvae": vqvae}
-    return build.from_files(files, device, dtype, fast is not False, strict is True, var_config, vqvae_config)
+    return build.from_files(var, vqvae, device, dtype, fast is not False, strict is True, var_config, vqvae_config)
 
 
 def load_run(
     folder: RunFolder, device: torch.device, dtype: str, fast: bool | None = None, strict: bool | None = None
-) -> VARPolicy:
+) -> Driver:
     """What a run delivers, as of its last checkpoint: with update.ema_decay, the averaged policy.
 
     fast, strict: default: as the run did.
     """
     config = folder.load_config()
     how = (config.run.fast if fast is None else fast, config.run.strict if strict is None else strict)
+    family, trained = family_of(config.policy), config.policy.parts[0]
     if config.policy.checkpoint == "random":
-        parts = build.random_parts(config.policy, config.run.seed, device)
+        parts = family.random_parts(config.policy, config.run.seed, device)
     elif config.policy.lora:
-        parts = {part: build.load_part(part, str(Base(folder).find(part)), config.policy) for part in build.PARTS}
+        parts = _base_parts(config, folder)
     else:  # the checkpoint holds the whole trained model: the base's is not needed
-        first, *others = build.PARTS
-        parts = {part: build.load_part(part, str(Base(folder).find(part)), config.policy) for part in others}
-        parts[first] = build.empty_model(config.policy)
-    policy = build.assemble(parts, device, dtype, *how)
+        parts = {trained: family.empty_model(config.policy)} | _base_parts(config, folder, config.policy.parts[1:])
+    policy = family.assemble(parts, device, dtype, *how)
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
     folder.newest().load_result(policy.trainable)
@@ -95,7 +96,7 @@ def load_run(
 
 def load_base(
     config: Config, folder: RunFolder, device: torch.device, dtype: str | None = None, whole: bool = True
-) -> VARPolicy:
+) -> Driver:
     """The model that a run started from: random, or the files that its folder notes. Nothing is made or fetched.
 
     Args:
@@ -104,19 +105,27 @@ def load_base(
         whole: compare the files' SHA-256; False where that has just been done.
     Raises: InputError if the files are not there as they were.
     """
+    family = family_of(config.policy)
     if config.policy.checkpoint == "random":
-        parts = build.random_parts(config.policy, config.run.seed, device)
+        parts = family.random_parts(config.policy, config.run.seed, device)
     else:
-        parts = {
-            part: build.load_part(part, str(Base(folder).find(part, whole)), config.policy) for part in build.PARTS
-        }
-    return build.assemble(parts, device, dtype or config.run.dtype, config.run.fast, config.run.strict)
+        parts = _base_parts(config, folder, whole=whole)
+    return family.assemble(parts, device, dtype or config.run.dtype, config.run.fast, config.run.strict)
 
 
-def random_policy(config: Config, device: torch.device) -> VARPolicy:
+def _base_parts(
+    config: Config, folder: RunFolder, parts: Sequence[str] | None = None, whole: bool = True
+) -> dict[str, nn.Module]:
+    """Parts (default all) from the files that the folder notes."""
+    family, base = family_of(config.policy), Base(folder, config.policy.parts)
+    return {part: family.load_part(part, str(base.find(part, whole)), config.policy) for part in parts or base.parts}
+
+
+def random_policy(config: Config, device: torch.device) -> Driver:
     """Random weights of the configured sizes, a function of run.seed: for benchmarks and tests."""
-    parts = build.random_parts(config.policy, config.run.seed, device)
-    return build.assemble(parts, device, config.run.dtype, config.run.fast, config.run.strict)
+    family = family_of(config.policy)
+    parts = family.random_parts(config.policy, config.run.seed, device)
+    return family.assemble(parts, device, config.run.dtype, config.run.fast, config.run.strict)
 
 
 def base_state(config: Config, folder: RunFolder, device: torch.device) -> State:
@@ -124,19 +133,19 @@ def base_state(config: Config, folder: RunFolder, device: torch.device) -> State
 
     device: where random weights were drawn.
     """
-    part = build.PARTS[0]
+    part = config.policy.parts[0]
     if config.policy.checkpoint == "random":
-        return build.random_parts(config.policy, config.run.seed, device)[part].state_dict()
-    return build.load_part(part, str(Base(folder).find(part, whole=False)), config.policy).state_dict()
+        return family_of(config.policy).random_parts(config.policy, config.run.seed, device)[part].state_dict()
+    return _base_parts(config, folder, [part], whole=False)[part].state_dict()
 
 
-def frozen_part(folder: RunFolder, part: build.Part) -> Path | State:
+def frozen_part(folder: RunFolder, part: str) -> Path | State:
     """A frozen part of a run: its file, or of random weights, which have none, the tensors. Raises: as Base.find."""
     config = folder.load_config()
     if config.policy.checkpoint != "random":
         return Base(folder).find(part)
     device = pick_device(config.run.device)  # random weights are those of the device that they were drawn on
-    return build.random_parts(config.policy, config.run.seed, device)[part].state_dict()
+    return family_of(config.policy).random_parts(config.policy, config.run.seed, device)[part].state_dict()
 
 
 def delivered_state(folder: RunFolder, dtype: torch.dtype) -> tuple[State, int | None]:
@@ -147,17 +156,19 @@ def delivered_state(folder: RunFolder, dtype: torch.dtype) -> tuple[State, int |
     Raises: InputError if the folder holds no weights, or others than its config says.
     """
     step, config = None, folder.load_config()
-    if folder.weights.exists() and not folder.checkpoints.exists():
-        found: State = build.load_part(build.PARTS[0], str(folder.weights), config.policy).state_dict()
+    family, trained = family_of(config.policy), config.policy.parts[0]
+    weights = folder.weights(config)
+    if weights.exists() and not folder.checkpoints.exists():
+        found: State = family.load_part(trained, str(weights), config.policy).state_dict()
     elif config.policy.lora:
         # Random weights are those of the device that they were drawn on.
         device = pick_device(config.run.device if config.policy.checkpoint == "random" else "cpu")
         policy, step = load_run(folder, device, "float32"), folder.newest().step
         found = policy.merged_state(without_lora(policy.trainable).state_dict())
     else:
-        checkpoint, model = folder.newest(), build.empty_model(config.policy)
+        checkpoint, model = folder.newest(), family.empty_model(config.policy)
         checkpoint.load_result(model)
         found, step = model.state_dict(), checkpoint.step
     with torch.device("meta"):
-        wanted = build.empty_model(config.policy).state_dict()
+        wanted = family.empty_model(config.policy).state_dict()
     return {n: found[n].to(dtype if t.is_floating_point() else t.dtype).contiguous() for n, t in wanted.items()}, step

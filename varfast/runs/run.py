@@ -259,7 +259,7 @@ class Run:
             if (lora := self.config.policy.lora) is not None:
                 weights = state.policy.merged_state(base_state(self.config, folder, self.setup.device))
                 folder.save_adapter(*state.policy.adapter(lora, self.config.policy.checkpoint))
-            save_tensors(folder.weights, weights)
+            save_tensors(path := folder.weights(self.config), weights)
             after = self._before_after.after(
                 state.policy,
                 state.rewards,
@@ -270,7 +270,7 @@ class Run:
             summary = {"before": self._before, "after": means(after)}
             save_text(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
             print(f"\n{table(self._before_after.values)}\n" if after else "")
-            print(f"run complete: {state.step} steps. Weights {folder.weights}, curves and grids in {folder.path}")
+            print(f"run complete: {state.step} steps. Weights {path}, curves and grids in {folder.path}")
         world.wait()
         return 0
 

@@ -21,9 +21,9 @@ from varfast.perf.plan import plan_memory
 from varfast.perf.work import Work
 from varfast.policies import strict
 from varfast.policies.device import pick_device
+from varfast.policies.families import family_of
 from varfast.policies.lora import import_peft
 from varfast.policies.protocol import Policy
-from varfast.policies.var.cost import cost_of
 from varfast.randomness import deterministic
 from varfast.rewards import WeightedSum
 from varfast.runs.before_after import BeforeAfter
@@ -94,14 +94,14 @@ def set_up(config: Config) -> Iterator[Setup]:
         if config.policy.lora:
             import_peft()
         shard = world.shard(config.rollout.images)
-        cost = cost_of(config.policy, config.run.dtype)
+        cost = family_of(config.policy).cost_of(config.policy, config.run.dtype)
         work = Work.whole(config, cost).share(shard.stop - shard.start, world.size)
         plan = fitting_plan(work, device, world)
         folder = RunFolder(config.run.dir)
         with folder.held() as lock:
             found = folder.prepare(config)
-            names = run_names(config.policy, config.pretrain, folder.path, made=folder.base.exists())
-            labels = label_pool(config.rollout, config.policy.sizes.num_classes, config.run.seed, names)
+            names = run_names(config.policy, config.pretrain.dataset, folder.path, made=folder.base.exists())
+            labels = label_pool(config.rollout, config.policy.num_classes, config.run.seed, names)
             here = environment() | {"processes": world.size}
             yield Setup(
                 config, device, world, signals, folder, lock, found, work, plan, shard, labels, names, here
@@ -137,7 +137,7 @@ def begin(
         rewards = WeightedSum(
             config.reward,
             setup.device,
-            config.policy.sizes.num_classes,
+            config.policy.num_classes,
             names=setup.names,
             seed=config.run.seed,
             beside=beside,

@@ -11,7 +11,7 @@ from varfast.data.labels import LABELS_FILE, labels_json, read_labels
 from varfast.files import save_text
 from varfast.pretraining.cache import pretrained
 from varfast.printable import printable
-from varfast.runs.base import PARTS, Base, Source
+from varfast.runs.base import Base, Source
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import delivered_state, frozen_part
 from varfast.types import InputError
@@ -30,7 +30,7 @@ def prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.
     address = config.policy.checkpoint
     if address == "random":
         return
-    base = Base(folder)
+    base = Base(folder, config.policy.parts)
     outside = of_folder and not (address == "pretrain" and config.pretrain.dataset == "digits")
     untrusted = (
         f"{folder.path} was named, and not its config: if you trust that, and what it starts from "
@@ -39,21 +39,21 @@ def prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.
     if outside and not base.exists:
         raise InputError(f"what the run starts from is not in its folder. {untrusted}")
     if not resume and not outside:
-        var, vqvae = _sources(config, device)
-        _keep_labels(folder, var.origin)
-        base.keep(var, vqvae)
+        sources = _sources(config, device)
+        _keep_labels(folder, sources[0].origin)
+        base.keep(sources)
         return
     if not base.exists:
         print(f"{folder.base} is gone; the base is what policy.checkpoint names now, unchecked")
-        base.keep(*_sources(config, device))
+        base.keep(_sources(config, device))
         return
     only_here = address == "pretrain" or Path(address).expanduser().is_dir()
     try:
         if base.hashed:
-            base.heal("var", only_here)
-            base.heal("vqvae", only_here)
+            for part in base.parts:
+                base.heal(part, only_here)
         else:  # of a version that recorded no hashes
-            base.keep(*(Source(path, only_here, path) for path in (base.find("var"), base.find("vqvae"))))
+            base.keep([Source(path, only_here, path) for path in map(base.find, base.parts)])
     except InputError as lost:
         if outside:
             lost.add_note(f"  {untrusted}")
@@ -65,30 +65,29 @@ def prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.
         except InputError as error:
             lost.add_note(f"  it cannot be had again {again}: {error}")
             raise lost from error
-        for part, source in zip(PARTS, sources, strict=True):
+        for part, source in zip(base.parts, sources, strict=True):
             if other := base.differs(part, source):
                 lost.add_note(f"  it cannot be had again {again}: {other}")
                 raise
-        base.keep(*sources)
+        base.keep(sources)
 
 
-def _sources(config: Config, device: torch.device) -> tuple[Source, Source]:
-    """What policy.checkpoint names: transformer and VQ-VAE, pre-trained now or earlier, files, or of another run."""
-    address, vqvae_address = config.policy.checkpoint, config.policy.vqvae_checkpoint
+def _sources(config: Config, device: torch.device) -> list[Source]:
+    """What policy.checkpoint names, part by part: pre-trained now or earlier, files, or of another run."""
+    address, frozen_address = config.policy.checkpoint, config.policy.frozen_checkpoint
     if address == "pretrain":
-        var, vqvae = pretrained(config, device)
-        return Source(var, True, var), Source(vqvae, True, vqvae)
+        return [Source(made, True, made) for made in pretrained(config, device)]
     path = Path(address).expanduser()
     if not path.is_dir():
-        var = resolve(address)
-        if vqvae_address is None:
-            raise InputError(f"policy.checkpoint={address} is no run folder, so policy.vqvae_checkpoint is needed too")
-        vqvae = resolve(vqvae_address)
-        return Source(var, False, var), Source(vqvae, False, vqvae)
+        trained = resolve(address)
+        if frozen_address is None:
+            key = f"policy.{config.policy.parts[1]}_checkpoint"
+            raise InputError(f"policy.checkpoint={address} is no run folder, so {key} is needed too")
+        return [Source(file, False, file) for file in (trained, resolve(frozen_address))]
     other = RunFolder(path)
     state, _ = delivered_state(other, torch.float32)
-    vqvae_content = frozen_part(other, "vqvae") if vqvae_address is None else resolve(vqvae_address)
-    return Source(state, True, path), Source(vqvae_content, vqvae_address is None, path)
+    content = frozen_part(other, config.policy.parts[1]) if frozen_address is None else resolve(frozen_address)
+    return [Source(state, True, path), Source(content, frozen_address is None, path)]
 
 
 def _keep_labels(folder: RunFolder, origin: Path) -> None:

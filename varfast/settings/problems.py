@@ -66,14 +66,16 @@ def _hint(values: list[schema.Value], given: Any) -> str:
 
 
 def _explain_type(values: list[schema.Value], key: str, given: Any) -> str:
-    """The error for a section whose `type` is unknown or missing."""
-    known = [tag for value in values for section in value.sections() for tag in schema.types_of(section)]
+    """The error for a section whose `type`, or `family`, is unknown or missing."""
+    sections = [section for value in values for section in value.sections()]
+    tag = next(tag for tag in schema.TAG_KEYS if tag in sections[0].model_fields)
+    known = [name for section in sections for name in schema.tags_of(section)]
     wanted = f"want {schema.listed(known)}"
     if "function" in known:
         wanted += "; function or http takes any other model"
-    if not isinstance(given, dict) or "type" not in given:
-        return f"{key}.type is missing; {wanted}"
-    return f"{key}.type: got {show(given['type'])}; {wanted}{_near(known, given['type'])}"
+    if not isinstance(given, dict) or tag not in given:
+        return f"{key}.{tag} is missing; {wanted}"
+    return f"{key}.{tag}: got {show(given[tag])}; {wanted}{_near(known, given[tag])}"
 
 
 def _near(known: list[str], given: Any) -> str:

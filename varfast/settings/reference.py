@@ -38,16 +38,18 @@ def _sections(model: type[BaseModel], prefix: str = "", about: str = "") -> Iter
         value = schema.Value.of(info)
         if not (prefix == "" and value.sections() and not info.description):
             own.rows.append(_Row(f"{prefix}{key}", schema.wanted(value), _default(info), info.description or ""))
+        alone = len(value.sections()) == 1
         for section in value.sections():
-            deeper += _sections(section, f"{prefix}{key}.")
+            for found in _sections(section, f"{prefix}{key}."):
+                title = found.title if alone else f"{found.title}, {schema.tag(section)}"
+                deeper.append(_Section(title, found.about, found.rows))
         for member in value.members():
             elsewhere = any(mark.elsewhere for mark in value.metadata if isinstance(mark, schema.Wanted))
             if get_origin(member.annotation) is dict and not elsewhere:
                 chosen = schema.Value.of(get_args(member.annotation)[1])
                 for section in chosen.sections():
-                    tag = "".join(schema.types_of(section))
                     deeper += [
-                        _Section(f"{prefix}{key}.NAME, type: {tag}", found.about, found.rows)
+                        _Section(f"{prefix}{key}.NAME, {schema.tag(section)}", found.about, found.rows)
                         for found in _sections(section, f"{prefix}{key}.NAME.")
                     ]
     yield own

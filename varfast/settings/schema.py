@@ -76,17 +76,27 @@ class Value:
         return found
 
     def tagged(self, tag: str) -> list[Value]:
-        """The members of a union of sections whose key `type` takes this tag."""
-        return [Value(s) for s in self.sections() if "type" in s.model_fields and tag in types_of(s)]
+        """The members of a union of sections that this tag chooses."""
+        return [Value(s) for s in self.sections() if tag in tags_of(s)]
 
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def types_of(section: type[BaseModel]) -> tuple[str, ...]:
-    """The values that a section's key `type` takes."""
-    return get_args(section.model_fields["type"].annotation)
+# Keys by whose value a section is chosen among several: of a reward, of a model.
+TAG_KEYS = ("type", "family")
+
+
+def tags_of(section: type[BaseModel]) -> tuple[str, ...]:
+    """The values by which a section is chosen among several; none if it stands alone."""
+    return next((get_args(section.model_fields[key].annotation) for key in TAG_KEYS if key in section.model_fields), ())
+
+
+def tag(section: type[BaseModel]) -> str:
+    """How a section is chosen among several, as type: brightness."""
+    key = next(key for key in TAG_KEYS if key in section.model_fields)
+    return f"{key}: {''.join(tags_of(section))}"
 
 
 def find(model: type[BaseModel], location: Sequence[str | int]) -> tuple[list[Value], list[str]]:
@@ -154,6 +164,8 @@ def _wanted(value: Value) -> str:
             return f"a list of {len(inside)}, each {wanted(Value.of(inside[0]))}"
         return f"a list, each {wanted(Value.of(inside[0]))}"
     if _is_section(annotation):
+        if "family" in annotation.model_fields:
+            return "a section"
         tagged = "type" in annotation.model_fields
         return "a section with a type, such as {type: brightness}" if tagged else "a section"
     return "sections by names of your choice" if get_origin(annotation) is dict else "any value"

@@ -30,21 +30,26 @@ _MOST_NODES, _MOST_DEEP = 200_000, 20  # of the dictionaries in a checkpoint
 # A tensor may be stored once and declared larger (expand). Beyond this, a small file would fill the memory.
 _MOST_EXPANDED_BYTES = 2**30
 
-# Models that are not ours, and models that are, by a name that only they have.
+# Models by a name that only they have; first those of other families than VAR.
 _OTHERS = (
     (r"encoder\.conv_blocks\.", "LlamaGen's VQ tokenizer, which has one scale"),
+    (r"cls_embedding\.embedding_table\.weight$", "LlamaGen's class-conditional transformer"),
+    (r"cls_embedding\.cap_proj\.", "LlamaGen's text-conditioned transformer"),
     (r"tok_embeddings\.weight$", "LlamaGen's transformer, or another of Llama's names"),
     (r"encoder\.down_blocks\.", "an autoencoder of diffusers (VQModel or AutoencoderKL)"),
     (r"(^|\.)down_blocks\.", "a U-Net of diffusers"),
     (r"(^|\.)loss\.(discriminator|perceptual_loss)\.", "a VQGAN of taming-transformers, which has one scale"),
-    (r"transformer\.blocks\.\d+\.attn\.key\.", "a transformer of taming-transformers"),
+    (r"(^|\.)blocks\.\d+\.attn\.key\.", "a transformer of taming-transformers"),
     (r"adaLN_modulation\.", "a diffusion transformer (DiT)"),
     (r"lora_[AB]\.", "a LoRA adapter without its base; python -m varfast.export merges the two"),
     (r"(^|\.)(exp_avg|exp_avg_sq|momentum_buffer)$", "the state of an optimizer"),
     (r"visual\.(conv1|trunk|transformer)\.", "a CLIP model"),
     (r"self_attn\.q_proj\.", "a language model"),
 )
-_OURS = (
+# Names of the embedding of a transformer, whose second axis is its width.
+_EMBEDDING = re.compile(r"(^|\.)(class_emb|tok_embeddings|tok_emb)\.weight$")
+_BLOCK = re.compile(r"(^|\.)(blocks|layers)\.(\d{1,9})\.")
+_VARS = (
     (r"(^|\.)pos_1LC$", "a VAR transformer"),
     (r"(^|\.)quantize\.embedding\.weight$", "a VQ-VAE"),
 )
@@ -119,17 +124,25 @@ def select(content: Any, known: Known, path: Path) -> State:
 def _instead(state: State, anchor: str) -> str:
     """What a state_dict without the anchor is."""
     names = one_line(", ".join(list(state)[:4]), 200) or "no tensors"
-    found = other_model(state) or _named(state, _OURS)
+    found = other_model(state) or _named(state, _VARS)
     return f"it has no {anchor}, but {names}" + (f"; it is {found}" if found else "")
 
 
 def other_model(state: State) -> str | None:
-    """Which well-known model, that is none of ours, a state_dict belongs to."""
+    """Which well-known model of another family than VAR a state_dict belongs to, and of which size."""
     return _named(state, _OTHERS)
 
 
 def _named(state: State, models: tuple[tuple[str, str], ...]) -> str | None:
-    return next((what for pattern, what in models if any(re.search(pattern, name) for name in state)), None)
+    what = next((what for pattern, what in models if any(re.search(pattern, name) for name in state)), None)
+    return None if what is None else what + _size(state)
+
+
+def _size(state: State) -> str:
+    """The sizes of a transformer in words, if its names are of one that is known."""
+    widths = {tensor.shape[1] for name, tensor in state.items() if _EMBEDDING.search(name) and tensor.ndim == 2}
+    blocks = {found[3] for name in state if (found := _BLOCK.search(name))}
+    return f" of {len(blocks)} blocks, {max(widths)} wide" if widths and blocks else ""
 
 
 def count_parts(state: State, part: str, most: int) -> int:

@@ -1,16 +1,16 @@
-"""The sections of the config that describe VAR: sizes, weights, adapter and pre-training. No PyTorch."""
+"""The sections of the config that describe VAR: sizes, weights and adapter. No PyTorch."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from varfast.policies.config import FamilyConfig, LoRAConfig, names_a_file
 from varfast.settings.problems import show
 from varfast.settings.schema import Wanted
-from varfast.settings.section import MANY, LocalPath, Section, Source
+from varfast.settings.section import Section, Source
 
 HEAD_DIM = 64
 
@@ -119,15 +119,13 @@ PRESETS: dict[str, VARConfig] = {
 }
 
 
-class LoRAConfig(Section):
+class VARLoRAConfig(LoRAConfig):
     """Low-rank matrices that are trained beside the frozen ones, by the package peft: y = W x + alpha / rank B A x.
 
     There is no dropout: a log-probability must describe the policy that was sampled. Embeddings and the head stay as
     they are: their products are few, and the head's are summed in float32, which peft's layers would not keep.
     """
 
-    rank: int = Field(16, ge=1, le=4096, description="rows of A and columns of B")
-    alpha: float = Field(32.0, gt=0, le=1e6, description="B A is multiplied by alpha / rank")
     targets: tuple[Literal["mat_qkv", "proj", "fc1", "fc2", "ada_lin"], ...] = Field(
         ("mat_qkv", "proj", "fc1", "fc2"),
         min_length=1,
@@ -137,31 +135,25 @@ class LoRAConfig(Section):
     )
 
 
-def _names_a_file(checkpoint: str) -> bool:
-    """Whether it can be no run folder. What is on the disk does not count: a config is read elsewhere too."""
-    suffixes = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
-    return checkpoint.startswith("hf://") or Path(checkpoint).suffix in suffixes
+class VARPolicyConfig(FamilyConfig):
+    """A VAR transformer, and the frozen VQ-VAE that turns its tokens into images."""
 
+    parts: ClassVar = ("var", "vqvae")
+    sizes_key: ClassVar = "policy.var"
 
-class PolicyConfig(Section):
-    """The model that is trained, and the frozen VQ-VAE that turns its tokens into images."""
-
+    family: Literal["var"] = Field("var", description="VAR: next-scale prediction, arXiv:2404.02905")
     preset: Literal["d16", "d20", "d24", "d30", "d36"] | None = Field(None, description="a public model's sizes")
     var: VARConfig | None = Field(None, description="sizes of the transformer, where no preset is named")
     vqvae: VQVAEConfig = Field(
         default_factory=VQVAEConfig,
         description="sizes of the VQ-VAE; vocab_size, code_width and patch_nums default to those of the transformer",
     )
-    checkpoint: Source = Field(
-        description="weights of the transformer: a path, hf://owner/repo/file, a run folder, 'random', or 'pretrain' "
-        "for the model that the pretrain section describes (trained first if it is not in the cache)"
-    )
     vqvae_checkpoint: Source | None = Field(
         None,
         description="weights of the VQ-VAE: a path or hf:// address; default: the run folder's; not with 'random' and "
         "'pretrain'",
     )
-    lora: LoRAConfig | None = Field(
+    lora: VARLoRAConfig | None = Field(
         None, description="train an adapter beside the frozen weights; {} for its defaults; null: train all weights"
     )
 
@@ -185,7 +177,7 @@ class PolicyConfig(Section):
         return data
 
     @model_validator(mode="after")
-    def _agree(self) -> PolicyConfig:
+    def _agree(self) -> VARPolicyConfig:
         for name in ("vocab_size", "code_width", "patch_nums"):
             of_var, of_vqvae = getattr(self.sizes, name), getattr(self.vqvae, name)
             if of_var != of_vqvae:
@@ -193,7 +185,7 @@ class PolicyConfig(Section):
         if self.checkpoint in ("random", "pretrain"):
             if self.vqvae_checkpoint is not None:
                 raise ValueError(f"checkpoint={self.checkpoint} makes its own VQ-VAE; remove vqvae_checkpoint")
-        elif self.vqvae_checkpoint is None and _names_a_file(self.checkpoint):
+        elif self.vqvae_checkpoint is None and names_a_file(self.checkpoint):
             raise ValueError(
                 "vqvae_checkpoint is missing; for the public models it is hf://FoundationVision/var/vae_ch160v4096z32.pth"
             )
@@ -207,20 +199,18 @@ class PolicyConfig(Section):
         assert self.preset is not None
         return PRESETS[self.preset]
 
+    @property
+    def num_classes(self) -> int:
+        return self.sizes.num_classes
 
-class PretrainConfig(Section):
-    """How the base model is made when policy.checkpoint is 'pretrain': for the digits, or for your own small folder."""
+    @property
+    def image_size(self) -> int:
+        return self.vqvae.image_size
 
-    dataset: LocalPath = Field("digits", description="'digits' (scikit-learn), or a folder with one sub-folder a class")
-    cache_dir: LocalPath = Field(
-        "~/.cache/varfast", description="where base models are kept, by a hash of what made them"
-    )
-    batch_size: int = Field(64, ge=1, le=1_000_000, description="images a step, for both models")
-    num_workers: int = Field(0, ge=0, le=1024, description="processes that read images; 0 for data in memory")
-    vqvae_steps: int = Field(1000, ge=1, le=MANY, description="optimizer steps of the VQ-VAE")
-    vqvae_lr: float = Field(1e-3, gt=0, le=1e9, description="peak learning rate of the VQ-VAE")
-    var_steps: int = Field(1000, ge=1, le=MANY, description="optimizer steps of the transformer")
-    var_lr: float = Field(1e-3, gt=0, le=1e9, description="peak learning rate of the transformer")
-    weight_decay: float = Field(0.05, ge=0, le=1e6, description="of AdamW, for the transformer's matrices")
-    class_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels replaced by 'no label'")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="DropPath rate of the last block; it grows linearly from 0")
+    @property
+    def vocab_size(self) -> int:
+        return self.sizes.vocab_size
+
+    @property
+    def frozen_checkpoint(self) -> Source | None:
+        return self.vqvae_checkpoint

@@ -9,16 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import NamedTuple
 
-from varfast.perf.cost import FLOAT32_BYTES, ITEM_BYTES, Checkpointing, Count
-from varfast.policies.var.config import LoRAConfig, PolicyConfig, VARConfig, VQVAEConfig
-
-
-def cost_of(config: PolicyConfig, dtype: str) -> VARCost:
-    """The cost of the model that a config describes; dtype: of activations, "float32" or "bfloat16"."""
-    return VARCost(config.sizes, config.vqvae, dtype, config.lora)
+from varfast.perf.cost import FLOAT32_BYTES, ITEM_BYTES, Checkpointing, Count, Weights
+from varfast.policies import autoencoder_cost
+from varfast.policies.autoencoder_cost import Layer, conv, encoder_layers
+from varfast.policies.var.config import VARConfig, VARLoRAConfig, VQVAEConfig
 
 
 @dataclass(frozen=True)
@@ -34,70 +29,42 @@ class VARCost:
     sizes: VARConfig
     vqvae: VQVAEConfig
     dtype: str
-    lora: LoRAConfig | None = None
+    lora: VARLoRAConfig | None = None
 
     @property
     def base(self) -> VARCost:
         return replace(self, lora=None)
 
     @property
-    def has_adapter(self) -> bool:
-        return self.lora is not None
-
-    @property
     def _item_bytes(self) -> int:
         return ITEM_BYTES[self.dtype]
 
-    # Weights
-
     @property
-    def trained_parameters(self) -> int:
-        return num_adapter_parameters(self.sizes, self.lora) if self.lora else num_parameters(self.sizes)
-
-    @property
-    def weight_read_bytes(self) -> float:
-        """The blocks' matrices in the compute dtype; the rest and an adapter in float32."""
-        matrices = num_matrix_parameters(self.sizes)
-        rest = num_parameters(self.sizes) - matrices + num_adapter_parameters(self.sizes, self.lora)
-        return float(matrices * self._item_bytes + rest * FLOAT32_BYTES)
+    def weights(self) -> Weights:
+        """310 283 520 numbers (d16), 2 010 020 356 (d30)."""
+        sizes, C, hidden = self.sizes, self.sizes.width, _hidden(self.sizes)
+        adaln = [6 * C * C]
+        matrices = [3 * C * C, C * C, C * hidden, hidden * C, *([] if sizes.shared_adaln else adaln)]
+        block = [C, C, C, hidden, C, 6 * C]  # biases of q and v, proj, fc1, fc2 and adaLN, whose place ada_gss takes
+        block += [sizes.depth] if sizes.qk_l2_norm else []
+        before = [sizes.patch_nums[0] ** 2 * C, sizes.num_tokens * C, sizes.code_width * C, C]
+        head = [2 * C * C, 2 * C, sizes.vocab_size]
+        shared = [6 * C] if sizes.shared_adaln else []
+        return Weights(
+            self._item_bytes,
+            matrices * sizes.depth + (adaln if sizes.shared_adaln else []) + [C * sizes.vocab_size],
+            before + block * sizes.depth + shared + head,
+            [(sizes.num_classes + 1) * C, len(sizes.patch_nums) * C],
+            _adapter_tensors(sizes, self.lora),
+        )
 
     @property
     def decoder_read_bytes(self) -> int:
         return sum(layer.parameters for layer in decoder_layers(self.vqvae)) * self._item_bytes
 
     @property
-    def optimizer_copy_bytes(self) -> int:
-        """Of the blocks' matrices, if they are trained and computed with in 16 bits."""
-        if self.dtype == "float32" or self.lora is not None:
-            return 0
-        return num_matrix_parameters(self.sizes) * self._item_bytes
-
-    @property
-    def weight_bytes(self) -> int:
-        return round(self.weight_read_bytes) if self.lora else FLOAT32_BYTES * self.trained_parameters
-
-    @property
-    def compute_copy_bytes(self) -> int:
-        """Of the matrices of blocks and head; with an adapter of its own matrices alone."""
-        if self.dtype == "float32":
-            return 0
-        matrices = num_matrix_parameters(self.sizes) + self.sizes.width * self.sizes.vocab_size
-        return self._item_bytes * (num_adapter_parameters(self.sizes, self.lora) if self.lora else matrices)
-
-    @property
-    def vqvae_bytes(self) -> int:
+    def tokenizer_bytes(self) -> int:
         return FLOAT32_BYTES * num_vqvae_parameters(self.vqvae)
-
-    def moment_bytes(self, optimizer: str) -> int:
-        """Adam's two moments: float32, or for adamw8bit (varfast.optim.adamw8bit) 8 bits and a float32 a block of 256.
-
-        With adamw8bit, embeddings and tensors of fewer than 4096 numbers stay float32.
-        """
-        embeddings, others = ([], _adapter_tensors(self.sizes, self.lora)) if self.lora else _tensors(self.sizes)
-        eight_bits = optimizer == "adamw8bit"
-        small = [n for n in others if n < 4096 or not eight_bits]
-        large = [n for n in others if n >= 4096 and eight_bits]
-        return 2 * (FLOAT32_BYTES * sum(embeddings + small) + sum(n + FLOAT32_BYTES * -(-n // 256) for n in large))
 
     # Work of one image
 
@@ -242,56 +209,24 @@ class VARCost:
 # The transformer
 
 
-def num_parameters(sizes: VARConfig) -> int:
-    """Trainable numbers of VAR: 310 283 520 (d16), 2 010 020 356 (d30)."""
-    embeddings, others = _tensors(sizes)
-    return sum(embeddings) + sum(others)
-
-
-def _tensors(sizes: VARConfig) -> tuple[list[int], list[int]]:
-    """How many numbers each trainable tensor has: embeddings of labels and scales; all others."""
-    C, hidden = sizes.width, _hidden(sizes)
-    adaln = [6 * C * C, 6 * C]
-    block = [3 * C * C, C, C, C * C, C, C * hidden, hidden, hidden * C, C]  # qkv, q and v biases, proj, fc1, fc2
-    block += [sizes.depth] if sizes.qk_l2_norm else []
-    block += [6 * C] if sizes.shared_adaln else adaln
-    before = [sizes.patch_nums[0] ** 2 * C, sizes.num_tokens * C, sizes.code_width * C, C]
-    head = [2 * C * C, 2 * C, C * sizes.vocab_size, sizes.vocab_size]
-    shared = adaln if sizes.shared_adaln else []
-    return [(sizes.num_classes + 1) * C, len(sizes.patch_nums) * C], before + block * sizes.depth + shared + head
-
-
-def num_matrix_parameters(sizes: VARConfig) -> int:
-    """Numbers in the blocks' matrices: those that are computed with in run.dtype. The rest stays float32."""
-    C = sizes.width
-    adaln = 6 * C * C
-    block = 4 * C * C + 2 * C * _hidden(sizes) + (0 if sizes.shared_adaln else adaln)
-    return sizes.depth * block + (adaln if sizes.shared_adaln else 0)
-
-
 def _hidden(sizes: VARConfig) -> int:
     return round(sizes.width * sizes.mlp_ratio)
 
 
-def _adapted(sizes: VARConfig, lora: LoRAConfig | None) -> dict[str, tuple[int, int]]:
+def _adapted(sizes: VARConfig, lora: VARLoRAConfig | None) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of a matrix of each kind that has an adapter."""
     C, hidden = sizes.width, _hidden(sizes)
     sides = {"mat_qkv": (C, 3 * C), "proj": (C, C), "fc1": (C, hidden), "fc2": (hidden, C), "ada_lin": (C, 6 * C)}
     return {name: side for name, side in sides.items() if lora is not None and name in lora.targets}
 
 
-def _adapter_tensors(sizes: VARConfig, lora: LoRAConfig | None) -> list[int]:
-    """How many numbers each A and each B has."""
+def _adapter_tensors(sizes: VARConfig, lora: VARLoRAConfig | None) -> list[int]:
+    """How many numbers each A and each B has: 14 745 600 in all for d30, rank 16 beside the blocks' four matrices."""
     tensors = []
     for name, widths in _adapted(sizes, lora).items():
         times = 1 if name == "ada_lin" and sizes.shared_adaln else sizes.depth
         tensors += [lora.rank * width for width in widths if lora] * times
     return tensors
-
-
-def num_adapter_parameters(sizes: VARConfig, lora: LoRAConfig | None) -> int:
-    """Numbers of A and B: 14 745 600 for d30 with rank 16 beside the blocks' four matrices; 0 without an adapter."""
-    return sum(_adapter_tensors(sizes, lora))
 
 
 def num_pairs(sizes: VARConfig) -> int:
@@ -330,7 +265,7 @@ class ForwardFlop:
         return self.linear + self.attention + self.head + self.adaln + self.embed
 
 
-def forward_flop(sizes: VARConfig, lora: LoRAConfig | None = None) -> ForwardFlop:
+def forward_flop(sizes: VARConfig, lora: VARLoRAConfig | None = None) -> ForwardFlop:
     """Per image; the same for a rollout with a key-value cache and for a teacher-forced pass.
 
     lora: an adapter, whose products are counted with those of its matrices.
@@ -356,100 +291,22 @@ def forward_flop(sizes: VARConfig, lora: LoRAConfig | None = None) -> ForwardFlo
 # The VQ-VAE
 
 
-class _Layer(NamedTuple):
-    """One layer on a square map, of one image.
-
-    parameters, flop; elements: numbers read and written; live: numbers that exist at once while its block runs.
-    """
-
-    parameters: int
-    flop: float
-    elements: int
-    live: int
+def _encoder(config: VQVAEConfig) -> Iterator[Layer]:
+    layout = (config.base_channels, config.channel_multipliers, config.num_res_blocks)
+    yield from encoder_layers(config.image_size, *layout, config.code_width)
+    yield conv(config.code_width, config.code_width, 3, config.patch_nums[-1])  # quant_conv
 
 
-def _conv(channels_in: int, channels_out: int, kernel: int, side: int, side_in: int | None = None) -> _Layer:
-    weights = channels_in * channels_out * kernel * kernel
-    read, written = channels_in * (side_in or side) ** 2, channels_out * side * side
-    return _Layer(weights + channels_out, 2.0 * weights * side * side, read + written, read + written)
-
-
-def _norm(channels: int, side: int) -> _Layer:
-    # Map, normalised map and its SiLU exist together.
-    return _Layer(2 * channels, 0.0, 2 * channels * side * side, 3 * channels * side * side)
-
-
-def _resnet(channels_in: int, channels_out: int, side: int) -> Iterator[_Layer]:
-    yield _norm(channels_in, side)
-    yield _conv(channels_in, channels_out, 3, side)
-    # The block's input waits for the sum while the second half runs.
-    yield _norm(channels_out, side)._replace(live=(channels_in + 3 * channels_out) * side * side)
-    yield _conv(channels_out, channels_out, 3, side)
-    if channels_in != channels_out:
-        yield _conv(channels_in, channels_out, 1, side)
-
-
-def _attention(channels: int, side: int) -> Iterator[_Layer]:
-    positions = side * side
-    yield _norm(channels, side)
-    yield _conv(channels, 3 * channels, 1, side)
-    # Input, q, k, v, output, and the scores where no fused kernel takes a head of this width.
-    yield _Layer(0, 4.0 * positions**2 * channels, 0, 8 * channels * positions + 2 * positions**2)
-    yield _conv(channels, channels, 1, side)
-
-
-def _middle(channels: int, side: int) -> Iterator[_Layer]:
-    yield from _resnet(channels, channels, side)
-    yield from _attention(channels, side)
-    yield from _resnet(channels, channels, side)
-
-
-def _level(channels_in: int, channels_out: int, blocks: int, side: int, attention: bool) -> Iterator[_Layer]:
-    widths = [channels_in] + [channels_out] * blocks
-    for index, (narrow, wide) in enumerate(pairwise(widths)):
-        held = channels_in * side * side if index else 0  # the level's input, until the level is done
-        for layer in _resnet(narrow, wide, side):
-            yield layer._replace(live=layer.live + held)
-        if attention:
-            yield from _attention(channels_out, side)
-
-
-def _encoder(config: VQVAEConfig) -> Iterator[_Layer]:
-    widths = [config.base_channels * m for m in (1, *config.channel_multipliers)]
-    side, last = config.image_size, len(widths) - 2
-    yield _conv(3, widths[0], 3, side)
-    for index, (channels_in, channels_out) in enumerate(pairwise(widths)):
-        yield from _level(channels_in, channels_out, config.num_res_blocks, side, index == last)
-        if index != last:
-            yield _conv(channels_out, channels_out, 3, side // 2, side)
-            side //= 2
-    yield from _middle(widths[-1], side)
-    yield _norm(widths[-1], side)
-    yield _conv(widths[-1], config.code_width, 3, side)
-    yield _conv(config.code_width, config.code_width, 3, side)  # quant_conv
-
-
-def decoder_layers(config: VQVAEConfig) -> Iterator[_Layer]:
+def decoder_layers(config: VQVAEConfig) -> Iterator[Layer]:
     """From the sum of quantized scales to pixels: post_quant_conv and decoder."""
-    side = config.patch_nums[-1]
-    yield _conv(config.code_width, config.code_width, 3, side)  # post_quant_conv
-    widths = [config.base_channels * m for m in (*config.channel_multipliers, config.channel_multipliers[-1])]
-    levels = list(pairwise(widths))
-    yield _conv(config.code_width, widths[-1], 3, side)
-    yield from _middle(widths[-1], side)
-    for index in reversed(range(len(levels))):
-        channels_out, channels_in = levels[index]
-        yield from _level(channels_in, channels_out, config.num_res_blocks + 1, side, index == len(levels) - 1)
-        if index != 0:
-            side *= 2  # the convolution reads the upsampled map
-            yield _conv(channels_out, channels_out, 3, side)
-    yield _norm(widths[0], side)
-    yield _conv(widths[0], 3, 3, side)
+    side, layout = config.patch_nums[-1], (config.base_channels, config.channel_multipliers, config.num_res_blocks)
+    yield conv(config.code_width, config.code_width, 3, side)  # post_quant_conv
+    yield from autoencoder_cost.decoder_layers(side, *layout, config.code_width)
 
 
 def num_vqvae_parameters(config: VQVAEConfig) -> int:
     """Encoder, decoder, codebook and residual convolutions: 108 948 355 for the public one."""
-    phi = _conv(config.code_width, config.code_width, 3, 1).parameters
+    phi = conv(config.code_width, config.code_width, 3, 1).parameters
     both = sum(layer.parameters for layer in (*_encoder(config), *decoder_layers(config)))
     return both + (config.num_phi or len(config.patch_nums)) * phi + config.vocab_size * config.code_width
 
@@ -459,6 +316,6 @@ def decode_count(config: VQVAEConfig, dtype: str) -> Count:
 
     393.8 GFLOP for the public VQ-VAE: 181 in the level at 256x256, 30 in the upsampling to it.
     """
-    phi = _conv(config.code_width, config.code_width, 3, config.patch_nums[-1])
+    phi = conv(config.code_width, config.code_width, 3, config.patch_nums[-1])
     layers = [*decoder_layers(config), *[phi] * len(config.patch_nums)]
     return Count(sum(x.flop for x in layers), ITEM_BYTES[dtype] * sum(x.elements for x in layers))

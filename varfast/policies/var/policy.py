@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from varfast import kernels
 from varfast.perf.cost import Checkpointing
+from varfast.policies.decoder import FastDecoder
 from varfast.policies.driver import Driver
 from varfast.policies.sampler import Sampled
-from varfast.policies.var.decoder import FastDecoder
 from varfast.policies.var.sampler import sample
 from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR

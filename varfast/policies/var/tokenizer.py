@@ -3,168 +3,22 @@
 Parameter names and shapes are those of the public checkpoint vae_ch160v4096z32.pth.
 
 Axes: B image, L token over all scales, l token of one scale, V vocabulary, C code width, HW side of the last scale.
-Source: Tian et al., arXiv:2404.02905, algorithms 1 and 2; encoder and decoder: Esser et al., arXiv:2012.09841.
+Encoder and decoder are those of varfast/policies/convolutional.py.
+
+Source: Tian et al., arXiv:2404.02905, algorithms 1 and 2.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varfast import kernels
+from varfast.policies.convolutional import VQGAN_NAMES, Decoder, Encoder, JointAttention, conv3x3
 from varfast.policies.var.config import VQVAEConfig
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-def _conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
-
-
-class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, conv, twice, beside a shortcut."""
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__()
-        self.norm1 = _norm(channels_in)
-        self.conv1 = _conv3x3(channels_in, channels_out)
-        self.norm2 = _norm(channels_out)
-        self.conv2 = _conv3x3(channels_out, channels_out)
-        same = channels_in == channels_out
-        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, kernel_size=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
-
-
-class AttnBlock(nn.Module):
-    """Single-head attention over all positions."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = _norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
-        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
-        h = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
-        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
-
-
-class Downsample(nn.Module):
-    """Halve the side."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double the side."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = _conv3x3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-class Level(nn.Module):
-    """The blocks of one resolution; attention stands at the lowest alone."""
-
-    def __init__(self, channels_in: int, channels_out: int, num_blocks: int, attention: bool) -> None:
-        super().__init__()
-        widths = [channels_in] + [channels_out] * num_blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
-        self.attn = nn.ModuleList(AttnBlock(channels_out) for _ in range(num_blocks if attention else 0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for index, block in enumerate(self.block):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[index](x)
-        return x
-
-
-class Middle(nn.Module):
-    """Block, attention, block, between encoder or decoder levels and latents."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, C, H / downsampling, W / downsampling)."""
-
-    def __init__(self, config: VQVAEConfig) -> None:
-        super().__init__()
-        widths = [config.base_channels * m for m in (1, *config.channel_multipliers)]
-        last = len(widths) - 2
-        self.conv_in = _conv3x3(3, widths[0])
-        self.down = nn.ModuleList()
-        for index, (channels_in, channels_out) in enumerate(pairwise(widths)):
-            level = Level(channels_in, channels_out, config.num_res_blocks, attention=index == last)
-            if index != last:
-                level.downsample = Downsample(channels_out)
-            self.down.append(level)
-        self.mid = Middle(widths[-1])
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = _conv3x3(widths[-1], config.code_width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for index, level in enumerate(self.down):
-            x = level(x)
-            if index != len(self.down) - 1:
-                x = level.downsample(x)  # type: ignore[operator]
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
-
-
-class Decoder(nn.Module):
-    """(B, C, h, w) -> (B, 3, h * downsampling, w * downsampling)."""
-
-    def __init__(self, config: VQVAEConfig) -> None:
-        super().__init__()
-        # Levels are numbered from full resolution down, as in the checkpoint, and run from the last to the first.
-        widths = [config.base_channels * m for m in (*config.channel_multipliers, config.channel_multipliers[-1])]
-        last = len(widths) - 2
-        self.conv_in = _conv3x3(config.code_width, widths[-1])
-        self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList()
-        for index, (channels_out, channels_in) in enumerate(pairwise(widths)):
-            level = Level(channels_in, channels_out, config.num_res_blocks + 1, attention=index == last)
-            if index != 0:
-                level.upsample = Upsample(channels_out)
-            self.up.append(level)
-        self.norm_out = _norm(widths[0])
-        self.conv_out = _conv3x3(widths[0], 3)
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))
-        for index in reversed(range(len(self.up))):
-            x = self.up[index](x)
-            if index != 0:
-                x = self.up[index].upsample(x)  # type: ignore[operator]
-        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Phi(nn.Conv2d):
@@ -321,11 +175,11 @@ class VQVAE(nn.Module):
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Encoder(config, config.code_width, VQGAN_NAMES, JointAttention)
+        self.decoder = Decoder(config, config.code_width, VQGAN_NAMES, JointAttention)
         self.quantize = Quantizer(config)
-        self.quant_conv = _conv3x3(config.code_width, config.code_width)
-        self.post_quant_conv = _conv3x3(config.code_width, config.code_width)
+        self.quant_conv = conv3x3(config.code_width, config.code_width)
+        self.post_quant_conv = conv3x3(config.code_width, config.code_width)
 
     def latents(self, images: Tensor) -> Tensor:
         """(B, C, HW, HW) before quantization. Raises: ValueError for images of another shape."""

@@ -1,11 +1,11 @@
-"""The VQ-VAE's decoder for the rollout: the function of VQVAE.decode_f_hat, without gradient, on prepared weights.
+"""The tokenizers' decoder for the rollout: post_quant_conv and decoder, without gradient, on prepared weights.
 
-What differs from tokenizer.py, which is the specification:
+What differs from the modules of convolutional.py, which are the specification:
 
 - One dtype throughout, bfloat16 or float32, and channels_last, the layout of the convolution kernels.
 - Nearest upsampling and the 3x3 convolution after it are one transposed convolution: a pixel of the larger image sees
   2x2 pixels of the smaller one, through sums of the 3x3 taps. That takes 4/9 of the arithmetic (it saves 42 of 394
-  GFLOP an image of the public model at 256 px), and the upsampled image is not stored.
+  GFLOP an image of VAR's public model at 256 px), and the upsampled image is not stored.
 - The last convolution computes 64 channels on a GPU, of which 3 are read. For 16 or fewer, cuDNN takes a kernel without
   tensor cores (an H100, 64 images of 256 px: 24.1 ms for 3, 1.80 ms for 32, 1.54 ms for 64, although it writes more).
   Reading 3 channels of a pixel moves 32 bytes, whether it has 32 or 64. A CPU takes as long for 16 as for 3, and twice
@@ -15,17 +15,19 @@ What differs from tokenizer.py, which is the specification:
 - GroupNorm and SiLU are one op. On a GPU the op before it measures the statistics that GroupNorm needs and adds the
   block's residual in the same pass: that saves two of the five passes over an image at the end of a block.
 
-Axes: B image, C channel, HW side of the last scale, N position (of all B images).
+Axes: B image, C channel, HW side of the latents, N position (of all B images).
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varfast.kernels import ChannelMoments, channel_moments, conv3x3, group_norm_silu
-from varfast.policies.var.tokenizer import VQVAE, AttnBlock, Level, ResnetBlock, Upsample
+from varfast.policies.convolutional import Attention, Decoder, ResnetBlock, Upsample
 from varfast.types import InputError
 
 # On a CPU, images that together are larger than this are decoded in parts: glibc returns larger blocks to the system
@@ -35,35 +37,40 @@ _CPU_BYTES = 2**25
 _CUDA_CHANNELS = 64
 
 
+class Decodable(Protocol):
+    """A tokenizer, as far as its decoder goes."""
+
+    @property
+    def post_quant_conv(self) -> nn.Conv2d:
+        """From codes to the decoder's input, of the same size."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """From there to pixels."""
+
+
 class FastDecoder:
-    """Decoder of a frozen VQ-VAE. It holds copies of the weights: build it again when they have changed.
+    """Decoder of a frozen tokenizer. It holds copies of the weights: build it again when they have changed.
 
     No host synchronisation and no control flow that depends on data: it can be captured in a CUDA graph.
     """
 
-    def __init__(self, vqvae: VQVAE, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, tokenizer: Decodable, dtype: torch.dtype = torch.bfloat16) -> None:
         """
         Args:
-            vqvae: on the device where the decoder is to run; not changed.
+            tokenizer: on the device where the decoder is to run; not changed.
             dtype: bfloat16 or float32, of weights and activations.
         Raises: InputError for another dtype.
         """
         if dtype not in (torch.bfloat16, torch.float32):
             raise InputError(f"dtype is {dtype}; the decoder runs in torch.bfloat16 or torch.float32")
-        decoder = vqvae.decoder
-        modules: list[nn.Module] = [decoder.mid.block_1, decoder.mid.attn_1, decoder.mid.block_2]
-        for level in reversed(decoder.up):
-            assert isinstance(level, Level)
-            for index, block in enumerate(level.block):
-                modules += [block, *level.attn[index : index + 1]]
-            modules += [upsample for name, upsample in level.named_children() if name == "upsample"]
-
+        decoder = tokenizer.decoder
         self.dtype = dtype
-        self._post_quant_conv = _Conv(vqvae.post_quant_conv, dtype, with_bias=True)
+        self._post_quant_conv = _Conv(tokenizer.post_quant_conv, dtype, with_bias=True)
         self._conv_in = _Conv(decoder.conv_in, dtype)
         bias_C = _wide(decoder.conv_in.bias)
         self._steps: list[_Block | _Attention | _Upsample] = []
-        for module in modules:
+        for module in decoder.steps():
             step = _step(module, bias_C, dtype)
             bias_C = step.bias_C
             self._steps.append(step)
@@ -72,15 +79,15 @@ class FastDecoder:
         self._conv_out = _Conv(decoder.conv_out, dtype, with_bias=True, channels=_CUDA_CHANNELS if padded else None)
 
     @torch.no_grad()
-    def __call__(self, f_hat: Tensor) -> Tensor:
-        """Sum of quantized scales -> image.
+    def __call__(self, latent: Tensor) -> Tensor:
+        """Codes -> image.
 
         Args:
-            f_hat: (B, C, HW, HW), any floating dtype.
+            latent: (B, C, HW, HW), any floating dtype: the code of each position, or VAR's sum of quantized scales.
         Returns: (B, 3, H, W) in the decoder's dtype, channels innermost (on a GPU a view of 3 of 64). Not clamped: the
             model may leave [-1, 1] a little.
         """
-        x = f_hat.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        x = latent.to(self.dtype).contiguous(memory_format=torch.channels_last)
         return self._run(_measured(self._conv_in(self._post_quant_conv(x))), 0)
 
     def _run(self, image: _Image, first: int) -> Tensor:
@@ -165,12 +172,14 @@ class _Block:
 
 
 class _Attention:
-    """AttnBlock. Its 1x1 convolutions are matrix products, whose bias is free: the bias of the step before joins it."""
+    """Attention. Its 1x1 convolutions are matrix products, whose bias is free: the bias of the step before joins it."""
 
-    def __init__(self, attn: AttnBlock, bias_C: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, attn: Attention, bias_C: Tensor, dtype: torch.dtype) -> None:
         self.norm = _Norm(attn.norm, bias_C, silu=False)
-        self.weights = [_wide(conv.weight).flatten(1).to(dtype) for conv in (attn.qkv, attn.proj_out)]
-        self.biases = [_wide(attn.qkv.bias).to(dtype), (_wide(attn.proj_out.bias) + bias_C).to(dtype)]
+        qkv, out = attn.projections(), attn.proj_out
+        weights = [torch.cat([_wide(conv.weight) for conv in qkv]), _wide(out.weight)]
+        self.weights = [weight.flatten(1).to(dtype) for weight in weights]
+        self.biases = [torch.cat([_wide(conv.bias) for conv in qkv]).to(dtype), (_wide(out.bias) + bias_C).to(dtype)]
         self.bias_C = torch.zeros_like(bias_C)
 
     def __call__(self, image: _Image) -> _Image:
@@ -211,7 +220,7 @@ def _merged_taps(weight: Tensor, dim: int) -> Tensor:
 def _step(module: nn.Module, bias_C: Tensor, dtype: torch.dtype) -> _Block | _Attention | _Upsample:
     if isinstance(module, ResnetBlock):
         return _Block(module, bias_C, dtype)
-    if isinstance(module, AttnBlock):
+    if isinstance(module, Attention):
         return _Attention(module, bias_C, dtype)
     assert isinstance(module, Upsample)
     return _Upsample(module, bias_C, dtype)

@@ -1,0 +1,120 @@
+"""From the product of the qkv layer to heads, with rotary positions on queries and keys; one kernel.
+
+Axes: B image, L token, H query head, G key and value head, D head dim, P = D / 2 pairs of channels, N place of the
+cache, X = (H + 2 G) D column of the product, in the order q, k, v.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from varfast.kernels import reference
+from varfast.kernels.position import check_place, check_position
+from varfast.kernels.selection import Implementation, implementations, run
+
+PAIRS = ("adjacent", "halves")
+
+implementations("split_heads_rotary", Implementation("reference", reference.split_heads_rotary))
+implementations("split_heads_rotary_to_cache", Implementation("reference", reference.split_heads_rotary_to_cache))
+
+
+def _check_product(width: int, num_heads: int, num_kv_heads: int) -> int:
+    """The head dim of a product with so many columns."""
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads and {num_kv_heads} key heads: want a multiple, at least 1")
+    if width % (num_heads + 2 * num_kv_heads):
+        raise ValueError(
+            f"qkv has {width} columns: want a multiple of {num_heads} + 2 * {num_kv_heads}, the heads of q, k and v"
+        )
+    return width // (num_heads + 2 * num_kv_heads)
+
+
+def _check_rotary(rotary: Tensor | None, places: int, head_dim: int, pairs: str) -> None:
+    if pairs not in PAIRS:
+        raise ValueError(f"pairs={pairs!r}: want one of {', '.join(PAIRS)}")
+    if rotary is None:
+        return
+    if head_dim % 2 or rotary.shape != (places, head_dim // 2, 2) or not rotary.is_floating_point():
+        raise ValueError(
+            f"rotary is {tuple(rotary.shape)} of {rotary.dtype}: want ({places}, {head_dim // 2}, 2) floats, cosine "
+            f"and sine of each pair of the {head_dim} channels at each place"
+        )
+    if rotary.requires_grad and torch.is_grad_enabled():
+        raise ValueError("rotary needs a gradient, and has none: it is a table of constants")
+
+
+def split_heads_rotary(
+    qkv_BLX: Tensor,
+    rotary_LP2: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    pairs: str = "adjacent",
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of each head; each pair (a, b) of q and k turned to (a cos - b sin, b cos + a sin).
+
+    Args:
+        qkv_BLX: (B, L, (H + 2 G) D): q, k, v, and in each the heads one after the other. Differentiable.
+        rotary_LP2: (L, D / 2, 2) cosine and sine, float32 usually; None: nothing is turned. Need not be a rotation:
+            of LlamaGen's class token both are 0.
+        num_heads, num_kv_heads: H and G; each key head serves H / G adjacent query heads.
+        pairs: "adjacent": channels (0, 1), (2, 3) ... (LlamaGen); "halves": (0, D / 2), (1, D / 2 + 1) ... (Llama).
+        impl: "auto" or "reference".
+    Returns: q (B, H, L, D), k and v (B, G, L, D), in the dtype of qkv; turned in at least float32, rounded once.
+    Raises: ValueError for a shape that does not divide into heads, a table of another size, or an impl that is unknown
+        or cannot run.
+    """
+    if qkv_BLX.ndim != 3:
+        raise ValueError(f"qkv is {tuple(qkv_BLX.shape)}: want (B, L, (H + 2 G) D)")
+    dim = _check_product(qkv_BLX.shape[-1], num_heads, num_kv_heads)
+    _check_rotary(rotary_LP2, qkv_BLX.shape[1], dim, pairs)
+    q, k, v = run("split_heads_rotary", impl, qkv_BLX, rotary_LP2, num_heads, num_kv_heads, pairs)
+    return q, k, v
+
+
+def split_heads_rotary_to_cache(
+    qkv_BX: Tensor,
+    rotary_NP2: Tensor | None,
+    position: Tensor,
+    k_cache_BGND: Tensor,
+    v_cache_BGND: Tensor,
+    num_heads: int,
+    pairs: str = "adjacent",
+    impl: str = "auto",
+) -> Tensor:
+    """split_heads_rotary of one token an image; its key and value go to place `position` of a static cache.
+
+    Args:
+        qkv_BX: (B, (H + 2 G) D).
+        rotary_NP2: (N, D / 2, 2), a row for each place of the cache, or None.
+        position: int32 or int64 on the device, () or (B,), in [0, N): a captured CUDA graph reads its value at each
+            replay. On a GPU the value is not checked, which would wait for it.
+        k_cache_BGND, v_cache_BGND: (B, G, N, D) of the dtype of qkv, unit stride in D; written in place.
+        num_heads, pairs, impl: as in split_heads_rotary.
+    Returns: q (B, H, D).
+    Raises: ValueError for shapes or dtypes that do not fit, an impl that is unknown or cannot run, or if a gradient is
+        wanted: there is none.
+    """
+    if qkv_BX.ndim != 2 or k_cache_BGND.ndim != 4:
+        raise ValueError(
+            f"qkv is {tuple(qkv_BX.shape)}, k_cache {tuple(k_cache_BGND.shape)}: want (B, (H + 2 G) D), (B, G, N, D)"
+        )
+    batch, kv_heads, places = k_cache_BGND.shape[:3]
+    dim = _check_product(qkv_BX.shape[-1], num_heads, kv_heads)
+    for name, cache in (("k_cache", k_cache_BGND), ("v_cache", v_cache_BGND)):
+        if cache.shape != (len(qkv_BX), kv_heads, places, dim) or cache.dtype != qkv_BX.dtype:
+            raise ValueError(
+                f"{name} is {tuple(cache.shape)} of {cache.dtype}: want ({len(qkv_BX)}, {kv_heads}, {places}, {dim}) "
+                f"of {qkv_BX.dtype}, which fits qkv {tuple(qkv_BX.shape)} and the other cache"
+            )
+        if cache.stride(-1) != 1:
+            raise ValueError(f"{name} has a stride of {cache.stride(-1)} along its last axis: want 1")
+    _check_rotary(rotary_NP2, places, dim, pairs)
+    check_position(position, batch, qkv_BX.device)
+    check_place(position, places)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (qkv_BX, k_cache_BGND, v_cache_BGND)):
+        raise ValueError("split_heads_rotary_to_cache has no gradient; use torch.no_grad(), or split_heads_rotary")
+    given = (qkv_BX, rotary_NP2, position, k_cache_BGND, v_cache_BGND, num_heads, pairs)
+    q_BHD: Tensor = run("split_heads_rotary_to_cache", impl, *given)
+    return q_BHD

@@ -1,0 +1,72 @@
+"""The families of models: what is made by the family that a config names.
+
+To add a family, write a folder beside this file: config.py with its section of the config, derived from
+policies.config.FamilyConfig, and build.py with the functions below, which make a Policy (protocol.py) of it; most of
+that is in driver.Driver. Then name its section in PolicyConfig, and its build.py in `family`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from varfast.perf.cost import Cost
+from varfast.policies.config import FamilyConfig
+from varfast.policies.driver import Driver
+from varfast.policies.precision import MixedPrecision
+
+
+class Family(Protocol):
+    """The functions of a family's build.py. `config` is its own section of the config."""
+
+    def empty_model(self, config: Any) -> MixedPrecision:
+        """The model that is trained, with weights that are still to be loaded."""
+        ...
+
+    def load_part(self, part: str, address: str, config: Any) -> nn.Module:
+        """A part with the weights at `address`, a path or hf://owner/repo/file, on the CPU.
+
+        Raises: InputError if the file cannot be read, or does not have the sizes of the config.
+        """
+        ...
+
+    def random_parts(self, config: Any, seed: int, device: torch.device) -> dict[str, nn.Module]:
+        """All parts with random weights of the configured sizes, a function of the seed: for benchmarks and tests."""
+        ...
+
+    def assemble(
+        self, parts: Mapping[str, nn.Module], device: torch.device, dtype: str, fast: bool = True, strict: bool = False
+    ) -> Driver:
+        """The policy of all parts, by name. Raises: InputError for parts that do not belong together."""
+        ...
+
+    def from_files(
+        self, trained: str, frozen: str | None, device: torch.device, dtype: str, fast: bool = True,
+        strict: bool = False,
+    ) -> Driver:  # fmt: skip
+        """The policy of files, whose sizes are read from them.
+
+        Raises: InputError if a file cannot be read or does not fit, or if `frozen` is needed and not given.
+        """
+        ...
+
+    def cost_of(self, config: Any, dtype: str) -> Cost:
+        """What one image costs. dtype: "float32" or "bfloat16", of activations."""
+        ...
+
+    def model_card(self, config: Any, trained: str, frozen: str) -> tuple[str, str, str]:
+        """For a model card: what the model is, its sizes, and how the family's public code loads it, as Markdown.
+
+        trained, frozen: names of the files.
+        """
+        ...
+
+
+def family_of(config: FamilyConfig) -> Family:
+    """The functions of the family that a section `policy` belongs to."""
+    from varfast.policies.var import build
+
+    return build

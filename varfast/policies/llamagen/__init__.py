@@ -1,0 +1,1 @@
+"""LlamaGen: a class-conditional Llama-like transformer over the tokens of a VQ-VAE."""

@@ -1,0 +1,34 @@
+"""LlamaGen and its VQ tokenizer as a policy."""
+
+from __future__ import annotations
+
+import torch
+
+from varfast.policies.llamagen.transformer import LlamaGen
+from varfast.policies.nexttoken.policy import NextTokenPolicy
+from varfast.policies.nexttoken.sampler import Guidance
+from varfast.policies.nexttoken.tokenizer import Tokenizer
+from varfast.types import Sampling
+
+
+class LlamaGenPolicy(NextTokenPolicy):
+    """Parts "gpt" and "vq".
+
+    cfg of `sample` is the scale s of the public code: logits uncond + s (cond - uncond), of all tokens. Up to 1, and so
+    at the default 0, nothing is guided and the images without label are not computed. (VAR's cfg of t is s = 1 + t.)
+    """
+
+    def __init__(
+        self,
+        gpt: LlamaGen,
+        vq: Tokenizer,
+        device: torch.device | str = "cpu",
+        dtype: str = "float32",
+        fast: bool = True,
+        strict: bool = False,
+    ) -> None:
+        """Args and errors as of NextTokenPolicy."""
+        super().__init__({"gpt": gpt, "vq": vq}, device, dtype, fast, strict)
+
+    def _guidance(self, how: Sampling) -> Guidance | None:
+        return Guidance(how.cfg - 1.0, self.num_classes) if how.cfg > 1.0 else None

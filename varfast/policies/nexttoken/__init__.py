@@ -1,0 +1,1 @@
+"""What the families that draw one token after the other share: transformer, engine, tokenizers."""

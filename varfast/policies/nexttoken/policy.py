@@ -1,0 +1,113 @@
+"""A causal transformer and a VQ tokenizer as a policy: what is the same for the families that draw token by token.
+
+Axes: B image, L token of an image; H, W pixels.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from varfast.perf.cost import Checkpointing
+from varfast.perf.graphs import CudaLoop
+from varfast.policies.decoder import FastDecoder
+from varfast.policies.driver import Driver
+from varfast.policies.nexttoken.sampler import Decoding, Guidance, sample
+from varfast.policies.nexttoken.tokenizer import Tokenizer
+from varfast.policies.nexttoken.tokenizer_config import check_fits
+from varfast.policies.nexttoken.transformer import CausalTransformer
+from varfast.policies.sampler import Captured, Sampled
+from varfast.types import Prompts, Sampling
+
+
+class NextTokenPolicy(Driver):
+    """A transformer that is trained and the frozen tokenizer that turns its tokens into images.
+
+    Attributes:
+        transformer, tokenizer: the models, on one device.
+    """
+
+    def __init__(
+        self,
+        parts: dict[str, nn.Module],
+        device: torch.device | str = "cpu",
+        dtype: str = "float32",
+        fast: bool = True,
+        strict: bool = False,
+    ) -> None:
+        """
+        Args: as of Driver; the transformer first, then the tokenizer.
+        Raises: InputError for models that do not belong together, another dtype, or strict.
+        """
+        transformer, tokenizer = parts.values()
+        assert isinstance(transformer, CausalTransformer)
+        assert isinstance(tokenizer, Tokenizer)
+        config = transformer.config
+        self.num_classes = config.num_classes
+        self.tokens_shape = (config.num_tokens,)
+        self.image_size = config.side * tokenizer.config.downsampling
+        check_fits(tokenizer.config, self.image_size, config.vocab_size, config.num_tokens)
+        self._decoder: FastDecoder | None = None
+        # Images of which the largest map has 2^30 numbers: cuDNN counts in 32 bits.
+        decodable = max(1, 2**30 // (tokenizer.config.base_channels * self.image_size**2))
+        super().__init__(parts, device, dtype, fast, strict, decodable)
+
+    @property
+    def transformer(self) -> CausalTransformer:
+        transformer = self.trainable
+        assert isinstance(transformer, CausalTransformer)
+        return transformer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        _, tokenizer = self.parts.values()
+        assert isinstance(tokenizer, Tokenizer)
+        return tokenizer
+
+    @abstractmethod
+    def _guidance(self, how: Sampling) -> Guidance | None:
+        """What `how.cfg` means for this family. Raises: InputError if it has no guidance."""
+
+    def _sample_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Sampled:
+        assert isinstance(self.sampled, CausalTransformer)
+        return self._result(sample(self.sampled, prompts.ids_B, key, how, self._guidance(how)), keep)
+
+    @torch.no_grad()
+    def _capture_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Captured:
+        """One token as a CUDA graph, replayed for each."""
+        model, guidance = self.sampled, self._guidance(how)
+        assert isinstance(model, CausalTransformer)
+        return CudaLoop(
+            lambda ids_B, key: Decoding(model, ids_B, key, how, guidance),
+            Decoding.step,
+            lambda decoding: tuple(t for t in self._result(decoding, keep) if t is not None),
+            model.config.num_tokens,
+            prompts.ids_B,
+            key,
+            pool=self.graph_pool,
+        )
+
+    def _result(self, decoding: Decoding, keep: bool) -> Sampled:
+        tokens_BL = decoding.tokens_BN
+        kept = (self._latent(tokens_BL), tokens_BL) if keep else (None, None)
+        return Sampled(tokens_BL, decoding.logp_BN, decoding.entropy_BN, *kept)
+
+    def _logits(
+        self, model: nn.Module, prompts: Prompts, teacher_input: Tensor, checkpointing: Checkpointing, bias_apart: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return model(prompts.ids_B, teacher_input, checkpointing=checkpointing), None  # the head has no bias
+
+    def _latent(self, tokens_BL: Tensor) -> Tensor:
+        return self.tokenizer.latent(tokens_BL)
+
+    def _decode_latent(self, latent: Tensor) -> Tensor:
+        if not self.fast:
+            return self.tokenizer.decode_latent(latent)
+        if self._decoder is None:  # it holds copies of the weights
+            self._decoder = FastDecoder(self.tokenizer, self.transformer.compute_dtype)
+        return self._decoder(latent)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.tokenizer.encode(images)

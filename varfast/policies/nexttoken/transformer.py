@@ -1,0 +1,206 @@
+"""A causal transformer over the tokens of an image, of which a family names the layers and chooses the norms.
+
+The input of place 0 is the prompt, that of place n the token before: [prompt, token 0, ..., token N - 2] gives the
+logits of token 0 ... N - 1. `CausalTransformer.forward` computes all places of given tokens; `step` one place after
+those whose keys and values are in a cache. Parameter names are those of the published checkpoints, which is why each
+family builds its own blocks (varfast/policies/llamagen, taming).
+Nothing here depends on train() or eval(): there is no dropout, or a log-probability would describe another policy than
+the one that was sampled.
+
+Axes: B image, L place, N token of an image, V vocabulary, C channel, H head of the queries, G head of keys and values,
+D channel of a head, F channel of the MLP, X channels of queries, keys and values together: (H + 2 G) D.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from varfast import kernels
+from varfast.perf.cost import Checkpointing
+from varfast.policies.nexttoken.config import TransformerConfig
+from varfast.policies.precision import Head, MixedPrecision
+
+Pairs = Literal["adjacent", "halves"]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), times a weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm with float32 weights for activations of any dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # All rows as one image: scale and shift, (1, C), are the same for all.
+        rows = x.reshape(1, -1, x.shape[-1])
+        scale_1C, shift_1C = (self.weight - 1.0).unsqueeze(0), self.bias.unsqueeze(0)
+        return kernels.layer_norm_modulate(rows, scale_1C, shift_1C, self.eps).view_as(x)
+
+
+class KVCache:
+    """Static keys and values of all blocks, one place written a step.
+
+    Attributes:
+        k_SBGND, v_SBGND: S blocks; place n holds what the token's block computed from the input of place n.
+    """
+
+    def __init__(self, config: TransformerConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (2, config.depth, batch, config.kv_heads, config.num_tokens, config.head_dim)
+        self.k_SBGND, self.v_SBGND = torch.empty(shape, dtype=dtype, device=device).unbind()
+
+
+class Positions(NamedTuple):
+    """What the blocks read of positions.
+
+    Attributes:
+        rotary_NP2: table of varfast.policies.nexttoken.rotary, or None for a model without.
+        pairs: which two channels a pair is: "adjacent" (0, 1), (2, 3), ... or "halves" (0, D/2), (1, D/2 + 1), ...
+    """
+
+    rotary_NP2: Tensor | None
+    pairs: Pairs = "adjacent"
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on the normalised residual stream and added to it. A family fills in the layers."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads = config.num_heads, config.kv_heads
+        self.scale = 1.0 / math.sqrt(config.head_dim)
+
+    @abstractmethod
+    def qkv(self, x: Tensor) -> Tensor:
+        """Queries, keys and values (..., X) of the normalised stream."""
+
+    @abstractmethod
+    def attention_out(self, heads: Tensor) -> Tensor:
+        """The projection of all heads (..., H D) back into the stream."""
+
+    @abstractmethod
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """The MLP of the normalised stream."""
+
+    def attend(self, x_BLC: Tensor, positions: Positions) -> Tensor:
+        """The attention branch of all places."""
+        q, k, v = kernels.split_heads_rotary(
+            self.qkv(x_BLC), positions.rotary_NP2, self.num_heads, self.kv_heads, positions.pairs
+        )
+        return self.attention_out(kernels.causal_attention(q, k, v, self.scale).flatten(2))
+
+    def forward(self, x_BLC: Tensor, positions: Positions, recompute_attention: bool = False) -> Tensor:
+        """All places of given tokens."""
+        branch = recomputed(self.attend, x_BLC, positions) if recompute_attention else self.attend(x_BLC, positions)
+        x_BLC = x_BLC + branch
+        return x_BLC + self.mlp_branch(x_BLC)
+
+    def step(self, x_BC: Tensor, positions: Positions, place: Tensor, k_BGND: Tensor, v_BGND: Tensor) -> Tensor:
+        """One place an image; writes its key and value to the cache."""
+        q_BHD = kernels.split_heads_rotary_to_cache(
+            self.qkv(x_BC), positions.rotary_NP2, place, k_BGND, v_BGND, self.num_heads, positions.pairs
+        )
+        x_BC = x_BC + self.attention_out(kernels.decode_attention(q_BHD, k_BGND, v_BGND, place, self.scale).flatten(1))
+        return x_BC + self.mlp_branch(x_BC)
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Any:
+    """Call with activation checkpointing: the backward pass runs it again. Nothing in it is random."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+class CausalTransformer(MixedPrecision):
+    """See the top of this file.
+
+    Attributes:
+        config: sizes.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    # What a family fills in.
+
+    @abstractmethod
+    def transformer_blocks(self) -> list[Block]:
+        """In order."""
+
+    @abstractmethod
+    def positions(self, device: torch.device) -> Positions:
+        """What the blocks read."""
+
+    @abstractmethod
+    def embed_prompt(self, ids_B: Tensor) -> Tensor:
+        """Input of place 0, (B, C), in the dtype of the weights."""
+
+    @abstractmethod
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Input of places from 1 on, (..., C), in the dtype of the weights, without what `place_embedding` adds."""
+
+    def place_embedding(self) -> Tensor | None:
+        """Learned positions (at least N, C), in the dtype of the weights, that are added to the input; or None."""
+        return None
+
+    @abstractmethod
+    def final_norm(self, x: Tensor) -> Tensor:
+        """Before the head."""
+
+    @abstractmethod
+    def head_layer(self) -> Head:
+        """From the normalised stream to logits."""
+
+    # What is the same for all.
+
+    def forward(self, ids_B: Tensor, tokens_BN: Tensor, checkpointing: Checkpointing = "none") -> Tensor:
+        """Teacher-forced logits of all tokens at once.
+
+        Args:
+            ids_B: (B,) int64, ids of the prompts.
+            tokens_BN: (B, N) int64; the last one is not read.
+            checkpointing: what the backward pass computes again instead of keeping it: "none"; the "attention" branches
+                from their input on; "full": the blocks.
+        Returns: (B, N, V) float32; row n is of token n.
+        """
+        x_BLC = torch.cat([self.embed_prompt(ids_B).unsqueeze(1), self.embed_tokens(tokens_BN[:, :-1])], dim=1)
+        place_NC = self.place_embedding()
+        if place_NC is not None:
+            x_BLC = x_BLC + place_NC[: x_BLC.shape[1]]
+        x_BLC, positions = x_BLC.to(self.compute_dtype), self.positions(x_BLC.device)
+        for block in self.transformer_blocks():
+            if checkpointing == "full":
+                x_BLC = recomputed(block, x_BLC, positions)
+            else:
+                x_BLC = block(x_BLC, positions, checkpointing == "attention")
+        return self.head_layer()(self.final_norm(x_BLC))
+
+    def step(self, x_BC: Tensor, place: Tensor, cache: KVCache) -> Tensor:
+        """Logits of the token of one place, after the places that are in the cache; adds its own to the cache.
+
+        Args:
+            x_BC: what `embed_prompt` or `embed_tokens` gives for this place.
+            place: () int64 on the device, so that a captured step reads the place of each replay.
+            cache: of B images.
+        Returns: (B, V) float32.
+        """
+        place_NC = self.place_embedding()
+        if place_NC is not None:
+            x_BC = x_BC + place_NC.index_select(0, place.view(1))
+        x_BC, positions = x_BC.to(self.compute_dtype), self.positions(x_BC.device)
+        for index, block in enumerate(self.transformer_blocks()):
+            x_BC = block.step(x_BC, positions, place, cache.k_SBGND[index], cache.v_SBGND[index])
+        return self.head_layer()(self.final_norm(x_BC))

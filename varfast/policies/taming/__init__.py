@@ -1,0 +1,1 @@
+"""taming-transformers: a class-conditional minGPT over the tokens of a VQGAN."""
