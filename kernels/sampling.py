@@ -201,9 +201,9 @@ def ahead_of_time() -> list[AheadOfTime]:
     ) -> None:
         bias = torch.empty(vocab) if biased else None
         logits, key = torch.empty(min(2, length), length, vocab, dtype=dtype), torch.zeros(3, dtype=torch.int64)
-        inference = (logits, 1.5, 900, 0.95) if filtered else ()
         first = torch.zeros((), dtype=torch.int64) if by_place else None
-        sample_tokens(logits, key, 9, 0.7, *inference, bias_V=bias, first_token=first, impl=impl)
+        uncond, guidance, top_k, top_p = (logits, 1.5, 900, 0.95) if filtered else (None, 0.0, 0, 0.0)
+        sample_tokens(logits, key, 9, 0.7, uncond, guidance, top_k, top_p, bias, first, impl)
 
     items = []
     sizes = [("triton", 4096, True), ("triton_segments", 4096, True), ("triton_segments", 16384, True)]

@@ -139,7 +139,17 @@ def test_help_names_every_key_of_the_config():
     for key, _ in schema.leaves(Config):
         if key.split(".")[0] != key:
             assert f"\n  {key}  " in text
-    for reward in ("brightness", "function", "aesthetic", "clip", "hpsv2", "pickscore", "imagereward", "classifier", "http"):
+    for reward in (
+        "brightness",
+        "function",
+        "aesthetic",
+        "clip",
+        "hpsv2",
+        "pickscore",
+        "imagereward",
+        "classifier",
+        "http",
+    ):
         assert f"reward.NAME, type: {reward}: " in text
 
 

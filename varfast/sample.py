@@ -40,7 +40,12 @@ def main(arguments: list[str]) -> int:
             f"out={config.out}: want the name of a picture, as samples.png; known: {', '.join(PICTURE_FORMATS)}"
         )
     policy = load_policy(
-        config.checkpoint, config.vqvae, pick_device(config.device), config.dtype, argument="checkpoint"
+        config.checkpoint,
+        config.vqvae,
+        pick_device(config.device),
+        config.dtype,
+        family=config.family,
+        argument="checkpoint",
     )
     names = label_names(config.checkpoint, policy.num_classes)
     labels = list(range(min(_ROWS, policy.num_classes)))

@@ -11,6 +11,7 @@ from typing import Any
 
 from varfast.data.labels import label_names, label_numbers, label_pool, run_names
 from varfast.evaluation.config import EvaluateConfig
+from varfast.policies.config import FamilyName
 from varfast.policies.protocol import Policy
 from varfast.printable import printable
 from varfast.rewards import RewardConfig
@@ -36,13 +37,14 @@ class Task:
         config: the arguments. Of what stands below too, this here counts.
         out: folder of results.
         reference: what the checkpoint is compared with: a run folder, weights, BASE or None.
-        vqvae: address of the frozen part's weights, for weights that are no run folder.
+        family, vqvae: of weights that are no run folder: their family, and the address of the frozen part's.
         scores, classifier: what is measured of each image.
     """
 
     config: EvaluateConfig
     out: Path
     reference: str | None
+    family: FamilyName
     vqvae: str | None
     scores: dict[str, RewardConfig]
     classifier: ClassifierConfig | None
@@ -66,7 +68,9 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ta
         say: called with a line that names the rewards that were skipped.
     Raises: InputError if there is no such checkpoint.
     """
-    reference, vqvae, scores, classifier = config.reference, config.vqvae, config.scores, config.classifier
+    reference, scores, classifier = config.reference, config.scores, config.classifier
+    family: FamilyName = config.family
+    vqvae: str | None = config.vqvae
     if not Path(config.checkpoint).expanduser().is_dir():
         if reference == BASE:
             raise InputError(
@@ -85,14 +89,14 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ta
         if "classifier" not in given and run.eval.classifier is not None:
             classifier = ClassifierConfig(model=run.eval.classifier)
         if vqvae is None and run.policy.checkpoint != "random":
-            vqvae = str(Base(folder).find(run.policy.parts[1]))
+            vqvae, family = str(Base(folder).find(run.policy.parts[1])), run.policy.family
     if reference not in (None, BASE) and not Path(reference).expanduser().is_dir():
         resolve(reference)
-    return Task(config, out_folder(config), reference, vqvae, scores, classifier)
+    return Task(config, out_folder(config), reference, family, vqvae, scores, classifier)
 
 
 def samplings(config: EvaluateConfig, policy: Policy) -> list[Sampling]:
-    """How images are sampled: one for each guidance. What the arguments leave open is as the family's own code has it."""
+    """How images are sampled, one for each guidance. What the arguments leave open is as in the family's own code."""
     own = policy.published_sampling
     temperature, top_k, top_p = (
         getattr(own, name) if (given := getattr(config, name)) is None else given
@@ -119,6 +123,10 @@ def chunk_settings(task: Task, how: list[Sampling]) -> dict[str, Any]:
     """What the chunks depend on, beside the weights. how: one sampling for each guidance."""
     settings = task.config.model_dump(mode="json", exclude=set(_FREE_TO_CHANGE))
     settings = {name: value for name, value in settings.items() if name not in _NEW or value is not None}
+    if task.family == "var":  # as the versions before wrote it
+        del settings["family"]
+    else:
+        settings["family"] = task.family
     networks = task.config.feature_networks
     return settings | {
         "reference": task.reference,

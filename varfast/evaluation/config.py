@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from varfast.policies.config import FamilyName
 from varfast.rewards import RewardConfig
 from varfast.rewards.classifier import ClassifierConfig
 from varfast.settings.problems import show
@@ -19,7 +20,10 @@ class SampleConfig(Section):
     """Arguments of `python -m varfast.sample`."""
 
     checkpoint: Source = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
-    vqvae: Source | None = Field(None, description="the VQ-VAE's weights, where checkpoint is not a run folder")
+    vqvae: Source | None = Field(
+        None, description="the VQ-VAE's or tokenizer's weights, where checkpoint is not a run folder"
+    )
+    family: FamilyName = Field("var", description="of models, where checkpoint is not a run folder")
     out: LocalPath = Field("samples.png", description="the picture to write")
     labels: Labels | None = Field(
         None, description="numbers or names, as [207, golden retriever], one row each; default: the first 8"
@@ -64,7 +68,7 @@ def _read_features(value: Any) -> Any:
     parts = _parts(value)
     known = get_args(FeaturesName)
     if not parts or not all(isinstance(part, str) and part in known for part in parts):
-        raise ValueError(f"got {show(value)}, want {', '.join(known)}, or several of them, such as [{', '.join(known)}]")
+        raise ValueError(f"got {show(value)}, want {', '.join(known)}, or a list of them")
     if len(set(parts)) < len(parts):
         raise ValueError(f"got {show(value)}, which names one of them twice")
     return tuple(parts)
@@ -87,7 +91,8 @@ class EvaluateConfig(Section):
         description="what it is compared with: as checkpoint, or 'base' for the model that the run folder started "
         "from, which is the default for a run folder; null: nothing",
     )
-    vqvae: Source | None = Field(None, description="the VQ-VAE's weights, for a transformer's weights")
+    vqvae: Source | None = Field(None, description="the VQ-VAE's or tokenizer's weights, for a transformer's weights")
+    family: FamilyName = Field("var", description="of models, where checkpoint is not a run folder")
     out: LocalPath | None = Field(
         None,
         description="folder of results; an unfinished evaluation in it goes on. Default: evaluation, in the run folder "
@@ -124,8 +129,8 @@ class EvaluateConfig(Section):
     )
     rounding: Literal["nearest", "truncate"] | None = Field(
         None,
-        description="of pixels to 8 bits; default: truncate for taming, as its own code does, else nearest. (VAR's demo "
-        "truncates.)",
+        description="of pixels to 8 bits; default: truncate for taming, as its own code does, else nearest "
+        "(VAR's own code truncates)",
     )
     save: Literal["none", "png", "npz"] = Field(
         "none",

@@ -80,7 +80,7 @@ def _load(side: str, address: str, task: Task, device: torch.device) -> Policy:
     """side: "reference" or "checkpoint"; address: what that argument says."""
     dtype = task.config.dtype
     if address != BASE or side == "checkpoint":
-        return load_policy(address, task.vqvae, device, dtype, argument=side)
+        return load_policy(address, task.vqvae, device, dtype, family=task.family, argument=side)
     folder = RunFolder(task.config.checkpoint)
     return load_base(folder.load_config(), folder, device, dtype)
 

@@ -116,12 +116,12 @@ def _of_features(
     spread = [None if numbers is None else diversity(numbers[features], labels_N) for numbers in models]
     if spread[1] is not None and len(spread[1]):
         rows.append(_paired_row("diversity", "all", *spread))
-    sets = [
-        numbers and _of_the_set(numbers[features], None if logits is None else numbers[logits], real)
+    before, after = (
+        None if numbers is None else _of_the_set(numbers[features], None if logits is None else numbers[logits], real)
         for numbers in models
-    ]
-    before, after = sets
-    for name, value in (after or {}).items():
+    )
+    assert after is not None
+    for name, value in after.items():
         old = None if before is None else Estimate(before[name])
         rows.append(Row(name, "all", old, Estimate(value), old and Estimate(value - old.value)))
     return rows
@@ -137,7 +137,7 @@ def _of_the_set(features_ND: np.ndarray, logits_NK: np.ndarray | None, real: Rea
     return found
 
 
-def title(name: str, labels: str, features: str | None) -> str:
+def row_title(name: str, labels: str, features: str | None) -> str:
     """Of a row. features: where several are side by side."""
     parts = [name, features and f"{features} features", None if labels == "all" else f"{labels} labels"]
     return ", ".join(part for part in parts if part)
@@ -151,7 +151,7 @@ def table(rows: list[Row]) -> str:
     header = ["", "reference", "checkpoint", "difference"] if paired else ["", "checkpoint"]
     lines = [[*header[:1], *(["cfg"] if guided else []), *header[1:]]]
     for row in rows:
-        name = printable(title(row.name, row.labels, row.features if several else None))
+        name = printable(row_title(row.name, row.labels, row.features if several else None))
         cells = [
             row.baseline.text() if row.baseline else "",
             row.checkpoint.text(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,10 @@ from varfast.settings.section import AllOrLabels, Section, Source, check_divides
 # Images that the captured decoder takes at a time. Its buffers stay from step to step: 3.4 GB in bfloat16 at 256 px.
 # Its smallest maps, 16 x 16, are 8192 rows then, 2.4 waves of tiles on an H100 and 5 % of the arithmetic.
 DECODE_GRAPH_IMAGES = 32
+
+
+# The names that policy.family takes.
+FamilyName = Literal["var", "llamagen", "taming"]
 
 
 class LoRAConfig(Section):

@@ -2,7 +2,7 @@
 
 To add a family, write a folder beside this file: config.py with its section of the config, derived from
 policies.config.FamilyConfig, and build.py with the functions below, which make a Policy (protocol.py) of it; most of
-that is in driver.Driver. Then name its section in PolicyConfig, and its build.py in `family`.
+that is in driver.Driver. Then name its section in PolicyConfig (varfast/config.py), and its build.py in `family_named`.
 """
 
 from __future__ import annotations
@@ -67,6 +67,20 @@ class Family(Protocol):
 
 def family_of(config: FamilyConfig) -> Family:
     """The functions of the family that a section `policy` belongs to."""
-    from varfast.policies.var import build
+    return family_named(config.family)
 
-    return build
+
+def family_named(name: str) -> Family:
+    """The functions of a family by its name in a config. Its models are imported with it, and no other family's."""
+    if name == "llamagen":
+        from varfast.policies.llamagen import build as llamagen
+
+        return llamagen
+    if name == "taming":
+        from varfast.policies.taming import build as taming
+
+        return taming
+    from varfast.policies.var import build as var
+
+    assert name == "var", name
+    return var

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from varfast.config import Config
 from varfast.data.datasets import Images
+from varfast.policies.var.config import VARPolicyConfig
 from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR
 from varfast.pretraining.common import LINE_EVERY, REVIVE_EVERY, batches, learning_rate, optimizer_step, pixels
@@ -23,6 +24,7 @@ from varfast.progress import Progress
 
 def train_tokenizer(config: Config, images: Images, device: torch.device) -> tuple[VQVAE, Tokenized]:
     """A VQ-VAE of several scales."""
+    assert isinstance(config.policy, VARPolicyConfig)
     vqvae = VQVAE(config.policy.vqvae).to(device)
     torch.nn.init.normal_(vqvae.quantize.embedding.weight, std=0.5)
 
@@ -39,6 +41,7 @@ def train_tokenizer(config: Config, images: Images, device: torch.device) -> tup
 
 def train_transformer(config: Config, images: Images, vqvae: VQVAE, device: torch.device) -> tuple[VAR, float]:
     """A VAR transformer on the tokens of the images, and its loss at the end in nats a token."""
+    assert isinstance(config.policy, VARPolicyConfig)
     settings, steps, sizes = config.pretrain, config.pretrain.var_steps, config.policy.sizes
     var = VAR(sizes).to(device).init_weights(config.run.seed)
     matrices = [p for n, p in var.named_parameters() if p.ndim >= 2 and not _undecayed(n)]

@@ -14,17 +14,17 @@ import torch
 from torch import nn
 
 from varfast.config import Config
+from varfast.policies.config import FamilyName
 from varfast.policies.device import existing_device, pick_device
 from varfast.policies.driver import Driver
-from varfast.policies.families import family_of
+from varfast.policies.families import family_named, family_of
 from varfast.policies.lora import without_lora
-from varfast.policies.var import build
-from varfast.policies.var.config import VARConfig, VQVAEConfig
 from varfast.runs.base import Base
 from varfast.types import InputError
 from varfast.weights.state import State
 
 if TYPE_CHECKING:
+    from varfast.policies.var.config import VARConfig, VQVAEConfig
     from varfast.runs.folder import RunFolder
 
 
@@ -38,6 +38,7 @@ def load_policy(
     fast: bool | None = None,
     strict: bool | None = None,
     *,
+    family: FamilyName = "var",
     argument: str = "var",
 ) -> Driver:
     """A policy from a run folder, or from checkpoints, whose sizes are read from the files.
@@ -46,14 +47,15 @@ def load_policy(
         var: a run folder, whose last checkpoint is loaded; or the transformer's weights, as a path or
             hf://owner/repo/file; the public ones are hf://FoundationVision/var/var_d16.pth.
         vqvae: the VQ-VAE's weights, as hf://FoundationVision/var/vae_ch160v4096z32.pth. Not read for a run folder,
-            which has its own.
+            which has its own. Of another family its tokenizer's; taming's may be in the transformer's file.
         device: "cpu", "cuda", "cuda:1".
         dtype: of activations, "float32" or "bfloat16".
-        var_config, vqvae_config: sizes the files must have; not with a run folder, whose config says them.
+        var_config, vqvae_config: sizes the files of a VAR must have; not with a run folder, whose config says them.
         fast: False samples eagerly and decodes with the reference decoder: what the fast path is compared with.
             Default: as the run did, or True.
         strict: the same bits in sampling and in teacher forcing, whatever the batch: see varfast.Policy. Default: as
             the run did, or False.
+        family: of the files: "var", "llamagen" or "taming". A run folder's config says it.
         argument: what `var` is called where the user gave it, for errors.
     Raises: InputError if a file or folder cannot be read or does not fit, or for a device that is not there.
     """
@@ -64,11 +66,17 @@ def load_policy(
         from varfast.runs.folder import RunFolder  # and with it torch.distributed.checkpoint and FSDP, which take 0.8 s
 
         return load_run(RunFolder(var), device, dtype, fast, strict)
-    if vqvae is None:
+    if vqvae is None and family != "taming":
         if not var.startswith("hf://") and not Path(var).expanduser().exists():
             raise InputError(f"{argument}={var} does not exist; want a run folder, or a transformer's weights")
         raise InputError(f"{argument}={var} is not a run folder, so vqvae=... is needed too")
-    return build.from_files(var, vqvae, device, dtype, fast is not False, strict is True, var_config, vqvae_config)
+    how = (device, dtype, fast is not False, strict is True)
+    if family != "var":
+        return family_named(family).from_files(var, vqvae, *how)
+    from varfast.policies.var.build import from_files
+
+    assert vqvae is not None
+    return from_files(var, vqvae, *how, var_config, vqvae_config)
 
 
 def load_run(

@@ -32,14 +32,17 @@ _MOST_EXPANDED_BYTES = 2**30
 
 # Models by a name that only they have; first those of other families than VAR.
 _OTHERS = (
-    (r"encoder\.conv_blocks\.", "LlamaGen's VQ tokenizer, which has one scale"),
-    (r"cls_embedding\.embedding_table\.weight$", "LlamaGen's class-conditional transformer"),
+    (r"encoder\.conv_blocks\.", "LlamaGen's VQ tokenizer, which has one scale (family llamagen)"),
+    (r"cls_embedding\.embedding_table\.weight$", "LlamaGen's class-conditional transformer (family llamagen)"),
     (r"cls_embedding\.cap_proj\.", "LlamaGen's text-conditioned transformer"),
-    (r"tok_embeddings\.weight$", "LlamaGen's transformer, or another of Llama's names"),
+    (r"tok_embeddings\.weight$", "LlamaGen's transformer (family llamagen), or another of Llama's names"),
     (r"encoder\.down_blocks\.", "an autoencoder of diffusers (VQModel or AutoencoderKL)"),
     (r"(^|\.)down_blocks\.", "a U-Net of diffusers"),
-    (r"(^|\.)loss\.(discriminator|perceptual_loss)\.", "a VQGAN of taming-transformers, which has one scale"),
-    (r"(^|\.)blocks\.\d+\.attn\.key\.", "a transformer of taming-transformers"),
+    (
+        r"(^|\.)loss\.(discriminator|perceptual_loss)\.",
+        "a VQGAN of taming-transformers (family taming)",
+    ),
+    (r"(^|\.)blocks\.\d+\.attn\.key\.", "a transformer of taming-transformers (family taming)"),
     (r"adaLN_modulation\.", "a diffusion transformer (DiT)"),
     (r"lora_[AB]\.", "a LoRA adapter without its base; python -m varfast.export merges the two"),
     (r"(^|\.)(exp_avg|exp_avg_sq|momentum_buffer)$", "the state of an optimizer"),

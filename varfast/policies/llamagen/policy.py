@@ -30,5 +30,11 @@ class LlamaGenPolicy(NextTokenPolicy):
         """Args and errors as of NextTokenPolicy."""
         super().__init__({"gpt": gpt, "vq": vq}, device, dtype, fast, strict)
 
+    @property
+    def published_sampling(self) -> Sampling:
+        """By size: 2 for B and L, 1.75 for XL and XXL, 1.65 for 3B."""
+        width = self.transformer.config.width
+        return Sampling(cfg=2.0 if width <= 1024 else 1.75 if width <= 1536 else 1.65)
+
     def _guidance(self, how: Sampling) -> Guidance | None:
         return Guidance(how.cfg - 1.0, self.num_classes) if how.cfg > 1.0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from varfast.policies.llamagen.config import PRESETS, GPTConfig
 from varfast.policies.llamagen.transformer import LlamaGen
@@ -39,6 +40,7 @@ def infer_gpt_config(state: State, config: TransformerConfig | None = None) -> G
             f"layers.0.attention.wqkv.weight has {columns} rows, want {width} of {heads} query heads and those of key "
             "and value heads of the same size"
         )
+    other: dict[str, Any] = {} if config is None else {"side": config.side, "norm_eps": config.norm_eps}
     found = GPTConfig(
         depth=depth,
         width=width,
@@ -47,7 +49,7 @@ def infer_gpt_config(state: State, config: TransformerConfig | None = None) -> G
         mlp_width=axis_size(state, "layers.0.feed_forward.w1.weight", 0, 2),
         vocab_size=axis_size(state, "output.weight", 0, 2),
         num_classes=axis_size(state, "cls_embedding.embedding_table.weight", 0, 2) - 1,
-        **({} if config is None else {"side": config.side, "norm_eps": config.norm_eps}),
+        **other,
     )
     return found.model_copy(update={"mlp_width": None}) if found.mlp_width == found.usual_hidden else found
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from varfast.perf.cost import FLOAT32_BYTES, ITEM_BYTES, Count, Weights
 from varfast.policies import autoencoder_cost
 from varfast.policies.autoencoder_cost import Layer, conv, encoder_layers
+from varfast.policies.nexttoken.config import NextTokenPolicyConfig
 
 
 @dataclass(frozen=True)
@@ -205,3 +206,17 @@ class NextTokenCost:
     def kv_cache_bytes(self) -> int:
         """25 MB for LlamaGen-L at 256 px in bfloat16, 57 MB at 384."""
         return self.sizes.num_tokens * self.cache_bytes_per_token
+
+
+def tokenizer_sizes(config: NextTokenPolicyConfig) -> TokenizerSizes:
+    """Of the tokenizer of a section `policy`."""
+    tokenizer = config.tokenizer
+    return TokenizerSizes(
+        side=config.sizes.side,
+        codes=tokenizer.vocab_size,
+        code_width=tokenizer.code_width,
+        latent_width=tokenizer.latent_width,
+        base_channels=tokenizer.base_channels,
+        multipliers=tokenizer.channel_multipliers,
+        num_res_blocks=tokenizer.num_res_blocks,
+    )

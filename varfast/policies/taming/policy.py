@@ -14,6 +14,8 @@ from varfast.types import InputError, Sampling
 class TamingPolicy(NextTokenPolicy):
     """Parts "transformer" and "vqgan". There is no guidance: the model knows no prompt that says nothing."""
 
+    rounding = "truncate"
+
     def __init__(
         self,
         transformer: MinGPT,
@@ -25,6 +27,10 @@ class TamingPolicy(NextTokenPolicy):
     ) -> None:
         """Args and errors as of NextTokenPolicy."""
         super().__init__({"transformer": transformer, "vqgan": vqgan}, device, dtype, fast, strict)
+
+    @property
+    def published_sampling(self) -> Sampling:
+        return Sampling(top_k=600, top_p=0.92)
 
     def _guidance(self, how: Sampling) -> Guidance | None:
         if how.cfg:
