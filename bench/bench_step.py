@@ -270,7 +270,7 @@ def labels_of(images):
 def learner_of(policy, config, plan):
     """What trains a policy, with a reference, moments and rewards of its own."""
     state = State(policy, policy.frozen_copy(), WeightedSum(config.reward, DEVICE), config.update)
-    return Learner(state, GRPO(config.grpo), config.update, plan, 1, 0)
+    return Learner(state, GRPO(config.grpo, config.policy.vocab_size), config.update, plan, 1, 0)
 
 
 def lend(learner, policy, plan, reference=None):

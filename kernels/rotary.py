@@ -1,22 +1,46 @@
 """From the product of the qkv layer to heads, with rotary positions on queries and keys; one kernel.
 
+It is in rotary_triton.py; here are the choice of an implementation and the public functions.
+
 Axes: B image, L token, H query head, G key and value head, D head dim, P = D / 2 pairs of channels, N place of the
 cache, X = (H + 2 G) D column of the product, in the order q, k, v.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
 from varfast.kernels import reference
 from varfast.kernels.position import check_place, check_position
-from varfast.kernels.selection import Implementation, implementations, run
+from varfast.kernels.rotary_triton import split_into_op, split_op
+from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
+
+if TYPE_CHECKING:
+    from varfast.kernels.aot import AheadOfTime
 
 PAIRS = ("adjacent", "halves")
 
-implementations("split_heads_rotary", Implementation("reference", reference.split_heads_rotary))
-implementations("split_heads_rotary_to_cache", Implementation("reference", reference.split_heads_rotary_to_cache))
+
+def _refuses(qkv: Tensor, rotary: Tensor | None, *_: Any) -> str | None:
+    if rotary is not None and rotary.dtype != torch.float32:
+        return f"a rotary table in float32, got {rotary.dtype}"
+    return refused_dtype(qkv)
+
+
+implementations(
+    "split_heads_rotary",
+    Implementation("triton", split_op, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("reference", reference.split_heads_rotary),
+)
+implementations(
+    "split_heads_rotary_to_cache",
+    Implementation("triton", split_into_op, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("reference", reference.split_heads_rotary_to_cache),
+)
 
 
 def _check_product(width: int, num_heads: int, num_kv_heads: int) -> int:
@@ -60,8 +84,9 @@ def split_heads_rotary(
             of LlamaGen's class token both are 0.
         num_heads, num_kv_heads: H and G; each key head serves H / G adjacent query heads.
         pairs: "adjacent": channels (0, 1), (2, 3) ... (LlamaGen); "halves": (0, D / 2), (1, D / 2 + 1) ... (Llama).
-        impl: "auto" or "reference".
-    Returns: q (B, H, L, D), k and v (B, G, L, D), in the dtype of qkv; turned in at least float32, rounded once.
+        impl: "auto", "triton" (float32 or 16 bits, the table float32) or "reference".
+    Returns: q (B, H, L, D), k and v (B, G, L, D) in the dtype of qkv, turned in at least float32 and rounded once;
+        contiguous but from "reference".
     Raises: ValueError for a shape that does not divide into heads, a table of another size, or an impl that is unknown
         or cannot run.
     """
@@ -118,3 +143,43 @@ def split_heads_rotary_to_cache(
     given = (qkv_BX, rotary_NP2, position, k_cache_BGND, v_cache_BGND, num_heads, pairs)
     q_BHD: Tensor = run("split_heads_rotary_to_cache", impl, *given)
     return q_BHD
+
+
+def ahead_of_time() -> list[AheadOfTime]:
+    """Both directions and the cache at the heads of LlamaGen-L, 3B (head dim 100) and Janus; one token, head and pair.
+
+    Rows of 100 bfloat16 begin at multiples of 8 bytes: no load of 16 is possible.
+    """
+    from varfast.kernels import rotary_triton
+    from varfast.kernels.aot import recorded
+
+    def call(dtype: torch.dtype, heads: tuple[int, int, int], length: int, pairs: str, cached: bool) -> None:
+        num_heads, kv_heads, dim = heads
+        rotary = torch.empty(length, dim // 2, 2)
+        if cached:
+            k, v = torch.empty(2, 1, kv_heads, length, dim, dtype=dtype).unbind()
+            position = torch.zeros((), dtype=torch.int64)
+            qkv = torch.empty(1, (num_heads + 2 * kv_heads) * dim, dtype=dtype)
+            split_heads_rotary_to_cache(qkv, rotary, position, k, v, num_heads, pairs, impl="triton")
+        else:
+            qkv = torch.empty(1, length, (num_heads + 2 * kv_heads) * dim, dtype=dtype, requires_grad=True)
+            q, k, v = split_heads_rotary(qkv, rotary, num_heads, kv_heads, pairs, impl="triton")
+            (q.sum() + k.sum() + v.sum()).backward()
+
+    items = []
+    narrow = (rotary_triton._rotary_kernel,)
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for heads, pairs in (((16, 16, 64), "adjacent"), ((32, 32, 100), "adjacent"), ((32, 8, 128), "halves")):
+            for cached in (False, True):
+                what = f"split_heads_rotary{' to cache' if cached else ''} {name} {heads} {pairs}"
+                items += recorded(
+                    what,
+                    partial(call, dtype, heads, 256, pairs, cached),
+                    also_blackwell=dtype == torch.bfloat16,
+                    narrow=narrow if heads[2] == 100 else (),
+                )
+    for cached in (False, True):
+        for pairs in PAIRS:
+            what = f"split_heads_rotary{' to cache' if cached else ''} one token, one head, {pairs}"
+            items += recorded(what, partial(call, torch.float32, (1, 1, 2), 1, pairs, cached), fast=False)
+    return items

@@ -16,8 +16,9 @@ os.environ["SLURM_NTASKS"] = os.environ["SLURM_STEP_NUM_TASKS"] = ""
 if not torch.cuda.is_available():  # Triton kernels run interpreted then; read when varfast.kernels is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from varfast import Policy
+from varfast import Policy, kernels
 from varfast.config import Config, parse_config
+from varfast.kernels.selection import OPS
 from varfast.models import VAR, VQVAE, VARConfig, VQVAEConfig
 from varfast.perf.work import Work
 from varfast.policies.var.build import cost_of
@@ -206,3 +207,17 @@ def forget_modules(tmp_path):
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
             del sys.modules[name]
     sys.path[:] = path
+
+
+@pytest.fixture
+def on_meta():
+    """Ops that run on the meta device: shapes alone, nothing computed."""
+
+    def use(impl):
+        names = {op: {i.name for i in OPS[op]} for op in OPS}
+        # Where there is none of this name, what is made of other ops, as linear_gelu, or the specification.
+        kernels.configure({op: name for name in ("reference", "library", impl) for op in OPS if name in names[op]})
+
+    use("reference")
+    yield use
+    kernels.configure({})

@@ -45,8 +45,9 @@ def parse(**overrides) -> Config:
 
 
 def test_a_moving_reference_does_not_go_with_an_adapter(make_config):
-    with pytest.raises(InputError, match="grpo.reference_every with policy.lora: the reference is the base"):
-        make_config(policy__lora={"rank": 2}, grpo__reference_every=5)
+    for key, value in (("reference_every", 5), ("reference_ema", 0.9)):
+        with pytest.raises(InputError, match=f"grpo.{key} with policy.lora: the reference is the base"):
+            make_config(policy__lora={"rank": 2}, **{f"grpo__{key}": value})
 
 
 def test_defaults_are_the_settings_of_the_paper():
@@ -91,15 +92,26 @@ def test_scale_ends():
         ("policy__vqvae__patch_nums", [1, 2], "they must be equal"),
         ("policy__var", {"depth": 2}, "one of the two"),
         ("reward__c", {"type": "clip", "promt": "x"}, "reward.c.promt: unknown key; did you mean reward.c.prompt?"),
-        ("reward__c", {"type": "clip"}, "reward.c: give prompt, or label_prompt and names, one of the two"),
-        ("reward__c", {"type": "clip", "prompt": "x", "names": ["y"]}, "reward.c: label_prompt and names go together"),
+        ("reward__c", {"type": "clip"}, "reward.c: give prompt or label_prompt, one of the two"),
+        (
+            "reward__c",
+            {"type": "clip", "prompt": "x", "names": ["y"]},
+            "reward.c: names stand for {name} in label_prompt",
+        ),
         ("reward__c", {"type": "clip", "prompt": " "}, "reward.c: prompt is blank"),
         ("reward__c", {"type": "clip", "label_prompt": "a {nam}", "names": ["y"]}, "has no {name}"),
-        ("reward__c", {"type": "clip", "label_prompt": "a {name}"}, "reward.c: label_prompt and names go together"),
         ("reward__c", {"type": "aesthetic", "dtype": "float16"}, "reward.c.dtype: got 'float16'"),
         ("grpo__combine", "sum", "grpo.combine: got 'sum'"),
         ("grpo", {"kl_beta": 0, "reference_every": 5}, "grpo: reference_every=5 with kl_beta=0, which holds no ref"),
         ("grpo__reference_every", 0, "grpo.reference_every: got 0"),
+        ("grpo", {"kl_beta": 0, "reference_ema": 0.9}, "grpo: reference_ema=0.9 with kl_beta=0, which holds no ref"),
+        ("grpo", {"reference_every": 5, "reference_ema": 0.9}, "a policy of before or an average; leave one of them"),
+        ("grpo__reference_ema", 1.0, "grpo.reference_ema: got 1.0; want a number above 0 to below 1, or null"),
+        ("grpo__ratio", "image", "grpo.ratio: got 'image'; want token or sequence"),
+        ("grpo__kl_gradient", "k2", "grpo.kl_gradient: got 'k2'; want k3 or unbiased"),
+        ("grpo__scale_alpha", -1, "grpo.scale_alpha: got -1"),
+        ("grpo__entropy", {"clamp": [1e-3, 1e-4]}, "grpo.entropy: clamp=[0.001, 0.0001]: want the smaller number"),
+        ("grpo__entropy", {"target": 1.5}, "grpo.entropy.target: got 1.5"),
         ("update__ema_decay", 1.0, "update.ema_decay: got 1.0; want a number above 0 to below 1, or null"),
         ("update__ema_decay", 0, "update.ema_decay: got 0; want a number above 0 to below 1, or null"),
         ("reward__bright__type", "brigtness", "want brightness, function"),
@@ -479,7 +491,7 @@ def test_labels_need_no_brackets(value):
         ("num_generations", "did you mean rollout.group_size?"),
         ("output_dir", "did you mean run.dir?"),
         ("max_steps", "did you mean run.steps? (rollouts; each is followed by several optimizer steps)"),
-        ("guidance_scale", "training samples without guidance"),
+        ("guidance_scale", "did you mean rollout.cfg?"),
         ("num_samples", "did you mean rollout.group_size?"),
         ("per_device_train_batch_size", "update.micro_batch: images a forward and backward pass"),
         ("gradient_accumulation_steps", "did you mean update.micro_batch?"),
@@ -576,3 +588,25 @@ def test_functions_and_urls_that_can_be_meant_are_taken():
         assert parse(reward={"r": {"type": "function", "function": function}}).reward["r"].function == function
     for url in ("http://127.0.0.1:8000/score", "https://scores.example/a?b=c", "http://[::1]:80/", "http://localhost"):
         assert parse(reward={"r": {"type": "http", "url": url}}).reward["r"].url == url
+
+
+LLAMAGEN = {"family": "llamagen", "preset": "B", "checkpoint": "random"}
+
+
+def test_policy_is_of_the_family_that_it_names():
+    assert parse(policy=LLAMAGEN).policy.family == "llamagen"
+    assert parse().policy.family == "var"
+    with pytest.raises(InputError, match=r"policy.patch_nums: unknown key"):
+        parse(policy=LLAMAGEN | {"patch_nums": [1, 2]})
+    with pytest.raises(InputError, match=r"policy.vqvae_checkpoint: unknown key beside llamagen, which has other keys"):
+        parse(policy=LLAMAGEN | {"vqvae_checkpoint": "x.pth"})
+    with pytest.raises(InputError, match=r"policy.family: got 'lamagen'; want var, llamagen or taming; did you mean"):
+        parse(policy=LLAMAGEN | {"family": "lamagen"})
+
+
+def test_a_policy_of_another_family_takes_the_place_of_that_of_the_base(tmp_path):
+    (tmp_path / "a.yaml").write_text(dump_yaml(MINIMAL | {"policy": {"preset": "d16", "checkpoint": "random"}}))
+    (tmp_path / "b.yaml").write_text(dump_yaml({"base": "a.yaml", "policy": LLAMAGEN}))
+    (tmp_path / "c.yaml").write_text(dump_yaml({"base": "b.yaml", "policy": {"preset": "L"}}))
+    assert load_config(tmp_path / "b.yaml").policy.preset == "B"
+    assert load_config(tmp_path / "c.yaml", ["policy.family=llamagen"]).policy.preset == "L"

@@ -112,10 +112,24 @@ CASES = {
     },
     # The same in 16 bits, attention alone computed again.
     "bfloat16": {"run__dtype": "bfloat16", "update__checkpointing": "attention"},
+    # Both halves of guidance, in shares of two minibatches.
+    "guided": {"rollout__cfg": 1.5, "update__lr": 1e-3},
     # Not one log-probability of the update differs from the rollout's.
     "strict": {"run__strict": True, "run__dtype": "bfloat16"},
     # var.pth is the average; the KL of the third step is to the policy after two.
     "average": {"update__ema_decay": 0.8, "update__lr": 1e-3, "grpo__reference_every": 2},
+    # All that moves a loss beside its defaults: numbers of the whole step, and an average as reference.
+    "loss": {
+        "grpo": {"ratio": "sequence", "kl_gradient": "unbiased", "reference_ema": 0.5, "normalise_std": False,
+                 "scale_alpha": 0.7, "entropy": {"coef": 0.1, "target": 0.5, "clamp": [0.0, 1.0]}},
+        "update__lr": 1e-3, "update__epochs": 2,
+    },
+    # Each image is scored among those of all processes, with moments that began with the base's.
+    "loo_fid": {
+        "policy__var": {"depth": 1, "patch_nums": [1, 8], "vocab_size": 16, "code_width": 4, "num_classes": 5},
+        "reward": {name: {"type": "loo_fid", "features": "digits", "reference": "digits", "covariance": name,
+                          "ema": 0.9, "begin_images": 101} for name in ("diagonal", "full")},
+    },
     # Moments of 8 bits: the order of a sum tips one in 1e5 or so to the next of 256 steps.
     "adamw8bit": {"update__optimizer": "adamw8bit", "update__lr": 1e-3},
 }  # fmt: skip
@@ -124,7 +138,7 @@ CASES = {
 # An adapter beside frozen weights.
 LORA = {"policy__lora": {"targets": ["mat_qkv", "proj", "fc1", "fc2", "ada_lin"]}, "update__lr": 1e-2}
 CASES["adapter"] = CASES["passes"] | LORA
-WAYS = {"adamw8bit": ["ddp"], "adapter": ["ddp"]}  # the others: ddp and fsdp
+WAYS = {"adamw8bit": ["ddp"], "adapter": ["ddp"], "loo_fid": ["ddp"]}  # the others: ddp and fsdp
 
 
 def ways(case):

@@ -11,7 +11,7 @@ from varfast.distributed import ALONE, World
 from varfast.learner import Learner
 from varfast.policies.checks import check_finite
 from varfast.randomness import Key
-from varfast.runs.divergence import diagnosis, refuse_diverged
+from varfast.runs.divergence import diagnosis, found_diverged
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_run
 from varfast.runs.run import _measured
@@ -98,9 +98,10 @@ class OfTwo(World):
 
 def test_all_processes_end_alike(make_policy, make_config, tmp_path):
     policy, config = make_policy(), make_config()
-    refuse_diverged(policy, [0, 1], config, ALONE, tmp_path, 2, {})
-    with pytest.raises(NotFinitePolicy, match="after step 2 .*the weights of another process"):
-        refuse_diverged(policy, [0, 1], config, OfTwo(1), tmp_path, 2, {})
+    assert found_diverged(policy, [0, 1], config, ALONE) is None
+    found = found_diverged(policy, [0, 1], config, OfTwo(1))
+    assert "after step 2 of" in str(diagnosis(found, config, tmp_path, 2, {}))
+    assert "the weights of another process, which says which, are not finite" in str(found)
     rollout, images = policy.sample_images([0, 1], Sampling(), Key(0))
     found = _measured(lambda *_: None, images, rollout, Key(0), OfTwo(3), nullcontext())
     assert isinstance(found, NotFinitePolicy)

@@ -16,13 +16,14 @@ from varfast.distributed import Launch
 from varfast.evaluate import main
 from varfast.evaluation.arguments import BASE, resolved, samplings
 from varfast.evaluation.config import EvaluateConfig
-from varfast.evaluation.features import DigitsPixels, load_real_images, to_levels
+from varfast.evaluation.features import load_real_images
 from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.measure import evaluate
 from varfast.evaluation.metrics import diversity, fid, inception_score, mean_interval, neighbours, statistics
 from varfast.evaluation.plan import Plan
 from varfast.evaluation.sampling import resized, rounded
 from varfast.evaluation.table import about, table, tabulate
+from varfast.features.networks import DigitsPixels, to_levels
 from varfast.policies.llamagen.policy import LlamaGenPolicy
 from varfast.policies.taming.policy import TamingPolicy
 from varfast.randomness import EVAL_STEP, Key
@@ -481,7 +482,7 @@ class Means:
 
 @pytest.fixture
 def two_networks(monkeypatch):
-    monkeypatch.setattr("varfast.evaluation.judge.load_network", lambda name, *_: {"digits": DigitsPixels,
+    monkeypatch.setattr("varfast.evaluation.judge._network", lambda config, name, device: {"digits": DigitsPixels,
                         "inception": Means}[name]())  # fmt: skip
     monkeypatch.setattr("varfast.evaluation.judge._CLASSIFYING", ("digits",))
 

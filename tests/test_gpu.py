@@ -75,9 +75,9 @@ def test_update_waits_for_the_device_as_often_for_eight_minibatches_as_for_one(m
 def test_decoding_beside_the_rollout_takes_one_stream_for_all_steps(make_models):
     policy = Policy(*make_models(depth=2), device="cuda", dtype="bfloat16")
     policy.sample_images([0, 1, 2, 3], Sampling(0.7), Key(0), micro_batch=2)
-    stream = policy._beside
+    stream = policy._pixels._stream
     policy.sample_images([0, 1, 2, 3], Sampling(0.7), Key(1), micro_batch=2)
-    assert policy._beside is stream
+    assert policy._pixels._stream is stream
 
 
 def test_train_on_the_gpu(make_config):

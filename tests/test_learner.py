@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from varfast import InputError, Policy
 from varfast.advantages import group_advantages
+from varfast.losses.config import GRPOConfig
 from varfast.optim.config import UpdateConfig
 from varfast.optim.gradients import Gradients
 from varfast.optim.schedule import learning_rate, scheduled
@@ -136,7 +137,7 @@ def test_kl_pulls_back_to_the_reference(make_policy):
 
 def test_step_refuses_a_rollout_that_is_not_on_policy(make_policy):
     policy = make_policy()
-    with pytest.raises(InputError, match="cfg, top_k or top_p"):
+    with pytest.raises(InputError, match="top_k or top_p"):
         learner(policy).step(scored_rollout(policy, top_k=3), 0)
 
 
@@ -439,7 +440,18 @@ class NothingOnTheHost(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("settings", [{"micro_batch": 2}, {"epochs": 2}, {"micro_batch": 2, "checkpointing": "full"}])
+PAPER = {"ratio": "sequence", "kl_gradient": "unbiased", "entropy": {"coef": 0.1, "target": 0.5, "clamp": (0.0, 1.0)}}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"micro_batch": 2},
+        {"epochs": 2},
+        {"micro_batch": 2, "checkpointing": "full"},
+        {"micro_batch": 2, "epochs": 2, "grpo": PAPER},
+    ],
+)
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_captured_update_is_the_eager_one(make_policy, monkeypatch, settings, lora):
     """Captured passes on a CPU, where the graph calls the function: equal bits in weights and statistics."""
@@ -458,6 +470,45 @@ def test_a_captured_update_is_the_eager_one(make_policy, monkeypatch, settings, 
     assert ends[0][1] == ends[1][1]
     assert len(AsCaptured.made) == (3 if "micro_batch" in settings else 2)  # reference, first pass, later ones
     assert all(graph.replays > 1 for graph in AsCaptured.made)
+
+
+def test_weight_of_the_entropy_is_logged_and_lifts_the_entropy(make_policy):
+    """Advantages are 0 and there is no KL: the bonus alone moves the policy."""
+    policy = make_policy(depth=2)
+    maker = learner(policy, kl_beta=0.0, lr=3e-3, grpo={"entropy": {"coef": 0.5, "target": 0.9, "clamp": (0.0, 1.0)}})
+    norms = []
+    for step in range(4):
+        rollout = policy.sample([0, 1, 2, 3] * 2, 0.7, seed=0)
+        found = maker.step(Batch.of(rollout, torch.zeros(8)), step)
+        norm = float(rollout.entropy_BL.mean()) / math.log(32)
+        assert found["entropy_norm"] == pytest.approx(norm, rel=1e-6)
+        expected = 0.5 * math.exp(3 * (0.9 - norm)) if abs(0.9 - norm) > 0.015 else 0.5
+        assert found["entropy_coef"] == pytest.approx(min(1.0, expected), rel=1e-5)
+        norms.append(norm)
+    assert norms == sorted(norms)
+    assert norms[-1] > norms[0] + 0.01
+
+
+def test_a_second_epoch_compares_with_the_rollouts_policy_and_the_reference_of_its_start(make_policy):
+    """K passes over one rollout: the old log-probabilities stay those of the rollout, in float64 written out."""
+    policy = make_policy(depth=1)
+    scored, reference = scored_rollout(policy), policy.frozen_copy()
+    maker = make_learner(policy, reference, minibatch=8, lr=3e-3, epochs=2)
+    seen = []
+    loss_of = maker.loss.__class__.__call__
+
+    def record(self, logp, batch):
+        seen.append((logp.logp_BL.detach().double(), batch.rollout.logp_BL.double(), batch.logp_ref_BL.double()))
+        return loss_of(self, logp, batch)
+
+    maker.loss = type("Recording", (type(maker.loss),), {"__call__": record})(GRPOConfig(), 32)
+    stats = maker.step(scored, 0)
+    (_, old, ref), (second, old_again, ref_again) = [[x.sort(dim=0).values for x in found] for found in seen]
+    assert torch.equal(old, old_again)
+    assert torch.equal(ref, ref_again)
+    ratios = [(logp - old).exp().mean() for logp, old, _ in seen]
+    assert stats["ratio_mean"] == pytest.approx(float(sum(ratios)) / 2, rel=1e-5)
+    assert not torch.allclose(second, old, atol=1e-4)
 
 
 def test_gradients_stay_where_they_are_and_are_those_of_autograd(make_policy):

@@ -50,17 +50,17 @@ def hostile(monkeypatch):
     kernels.configure({})
 
 
-def same_bits(policy, temperature=0.7):
+def same_bits(policy, temperature=0.7, cfg=0.0):
     """Rollout, teacher forcing, and any split of both."""
-    whole = policy.sample(LABELS, temperature, seed=3)
-    forced = policy.token_logp(whole.labels_B, whole.tokens_BL, temperature)
+    whole = policy.sample(LABELS, temperature, seed=3, cfg=cfg)
+    forced = policy.token_logp(whole.labels_B, whole.tokens_BL, temperature, cfg=cfg)
     assert torch.equal(forced.detach(), whole.logp_BL)
     for size in (4, 1):
-        split = policy.sample(LABELS, temperature, seed=3, micro_batch=size)
+        split = policy.sample(LABELS, temperature, seed=3, cfg=cfg, micro_batch=size)
         assert torch.equal(split.tokens_BL, whole.tokens_BL)
         assert torch.equal(split.logp_BL, whole.logp_BL)
         assert torch.equal(split.entropy_BL, whole.entropy_BL)
-    alone = policy.token_logp(whole.labels_B[5:6], whole.tokens_BL[5:6], temperature)
+    alone = policy.token_logp(whole.labels_B[5:6], whole.tokens_BL[5:6], temperature, cfg=cfg)
     assert torch.equal(alone.detach(), whole.logp_BL[5:6])
 
 
@@ -71,8 +71,9 @@ def test_rollout_update_and_every_split_have_the_same_bits(make_strict, dtype, s
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_they_have_where_the_library_computes_otherwise_at_every_shape(make_strict, hostile, dtype):
-    same_bits(make_strict(dtype))
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
+def test_they_have_where_the_library_computes_otherwise_at_every_shape(make_strict, hostile, dtype, cfg):
+    same_bits(make_strict(dtype), cfg=cfg)
 
 
 MODULES = {
@@ -91,10 +92,12 @@ MODULES = {
 @pytest.mark.parametrize(("name", "where"), MODULES.items(), ids=MODULES)
 def test_check_names_the_module_that_is_not_strict(make_strict, hostile, name, where):
     policy = make_strict()
-    strict.check(policy)
-    policy.var.get_submodule(name).strict = False
-    with pytest.raises(InputError, match=rf"does not hold here.*: the {where} of an image alone"):
-        strict.check(policy)
+    for cfg in (0.0, 1.5):
+        policy.var.get_submodule(name).strict = True
+        strict.check(policy, cfg=cfg)
+        policy.var.get_submodule(name).strict = False
+        with pytest.raises(InputError, match=rf"does not hold here.*: the {where} of an image alone"):
+            strict.check(policy, cfg=cfg)
 
 
 @pytest.mark.parametrize("name", ["quant_resi.qresi_ls.0", ""], ids=["phi", "upsampling"])
@@ -115,10 +118,11 @@ def test_log_probabilities_are_those_of_the_update_s_kernel(make_strict, monkeyp
 
     monkeypatch.setattr(kernels, "sample_tokens", by_another_sum)
     strict.check(policy)
-    # A guided draw is from another distribution: its log-probability is what sampling says.
-    guided = policy.sample([1, 2], 0.7, seed=0, cfg=2.0)
+    strict.check(policy, cfg=2.0)
+    # A filtered draw is from another distribution: its log-probability is what sampling says.
+    filtered = policy.sample([1, 2], 0.7, seed=0, top_k=9)
     monkeypatch.undo()
-    assert torch.equal(guided.logp_BL, policy.sample([1, 2], 0.7, seed=0, cfg=2.0).logp_BL + 1e-3)
+    assert torch.equal(filtered.logp_BL, policy.sample([1, 2], 0.7, seed=0, top_k=9).logp_BL + 1e-3)
 
 
 def test_phi_by_patches_is_the_convolution(make_strict):
@@ -163,8 +167,9 @@ def test_kernels_of_the_gpu_interpreted(make_strict, monkeypatch):
         kernels.configure({})
 
 
-def test_train_shows_a_ratio_gap_of_zero(make_config):
-    config = make_config(run__strict=True, run__dtype="bfloat16", policy__var__patch_nums=[1, 2, 3])
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
+def test_train_shows_a_ratio_gap_of_zero(make_config, cfg):
+    config = make_config(run__strict=True, run__dtype="bfloat16", policy__var__patch_nums=[1, 2, 3], rollout__cfg=cfg)
     assert train(config) == 0
     steps = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
     assert [step["ratio_gap_max"] for step in steps] == [0.0] * config.run.steps

@@ -189,6 +189,51 @@ def test_reported_kl_is_to_the_policy_of_the_last_refresh(make_config, monkeypat
         assert line["kl"] == pytest.approx(expected, rel=1e-3, abs=1e-11)
 
 
+def test_kl_is_to_the_average_of_the_policies_of_before(make_config, monkeypatch):
+    """grpo.reference_ema: the average after each step, and the KL to it in the next, in float64 written out."""
+    policies, rollouts = [], []
+
+    def record(self, scored, step, step_of=Learner.step):
+        policies.append(copy.deepcopy(self.state.policy.trainable).double())
+        policies[-1].compute_dtype = torch.float64
+        rollouts.append(scored.rollout)
+        return step_of(self, scored, step)
+
+    monkeypatch.setattr(Learner, "step", record)
+    config = make_config(run__steps=4, update__minibatch=8, update__lr=1e-2, grpo__reference_ema=0.75)
+    train(config)
+    vqvae = random_policy(config, torch.device("cpu")).vqvae
+
+    @torch.no_grad()
+    def logp(model, rollout):
+        logits = model(rollout.labels_B, vqvae.var_input(rollout.tokens_BL).double())
+        return (logits / 0.7).log_softmax(-1).gather(-1, rollout.tokens_BL[..., None])[..., 0]
+
+    average = copy.deepcopy(policies[0])
+    for step, line in enumerate(metrics(config.run.dir)):
+        for own, new in zip(average.parameters(), policies[step].parameters(), strict=True):
+            own.data.lerp_(new.data, 0.25)  # the policy after the step before; at first it is itself
+        q = logp(average, rollouts[step]) - logp(policies[step], rollouts[step])
+        assert line["kl"] == pytest.approx(float((q.exp() - q - 1).mean()), rel=1e-3, abs=1e-11)
+        assert (line["kl"] > 1e-6) == (step > 0)
+        assert "reference_step" not in line
+
+
+def test_a_run_with_all_settings_of_the_loss_goes_on_bit_for_bit(make_config, tmp_path):
+    grpo = {"reference_ema": 0.9, "ratio": "sequence", "kl_gradient": "unbiased", "scale_alpha": 0.7,
+            "normalise_std": False, "entropy": {"target": 0.5}}  # fmt: skip
+    whole, parts = ({"run__dir": str(tmp_path / name), "grpo": grpo, "update__lr": 1e-3} for name in ("whole", "parts"))
+    train(make_config(run__steps=5, **whole))
+    train(make_config(run__steps=3, **parts))
+    assert {n.partition(".")[0] for n in held(parts["run__dir"])} == {"model", "optimizer", "reference_ema"}
+    train(make_config(run__steps=5, **parts))
+    a, b = (metrics(folder["run__dir"]) for folder in (whole, parts))
+    # In runs of 3 and 5 steps the schedule of the entropy's weight, a share of run.steps, is 1 in each.
+    assert {"entropy_coef", "entropy_norm"} <= a[0].keys()
+    assert a == b
+    assert equal(held(whole["run__dir"]), held(parts["run__dir"]))
+
+
 def test_a_rollout_left_out_does_not_put_the_reference_off(make_config, failing_reward):
     """The reward of the third step is NaN: the fourth call, after the evaluation of the base and two steps."""
     config = make_config(run__steps=4, reward=failing_reward, grpo__reference_every=2, eval__samples_per_label=1,

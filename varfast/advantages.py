@@ -5,15 +5,16 @@ Axes: B image; B = P prompts x G samples, group-major; L token over all scales.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from varfast.types import Rewards
+from varfast.types import Normalise, Rewards
 
 
-def group_advantages(rewards_B: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
+def group_advantages(rewards_B: Tensor, group_size: int, eps: float | None = 1e-6) -> Tensor:
     """Centre and scale rewards within each label's group.
 
     A_i = (r_i - mean_g) / (std_g + eps), population std, in float32; exactly 0 where a group's rewards are all equal.
@@ -21,16 +22,16 @@ def group_advantages(rewards_B: Tensor, group_size: int, eps: float = 1e-6) -> T
     Args:
         rewards_B: (B,) finite; rows of one label are adjacent.
         group_size: G >= 2, divides B.
-        eps: > 0, in units of the reward.
+        eps: > 0, in units of the reward. None: A_i = r_i - mean_g, in units of the reward (arXiv:2503.20783).
     Returns: (B,) float32, no gradient.
     Raises: ValueError if G < 2 or B % G != 0.
     Source: GRPO, arXiv:2402.03300, eq. 2 of arXiv:2505.23331.
     """
     rewards_PG = _groups(rewards_B, group_size)
     centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-    std_P1 = rewards_PG.std(dim=1, correction=0, keepdim=True)
+    scale_P1 = 1.0 if eps is None else rewards_PG.std(dim=1, correction=0, keepdim=True) + eps
     # The mean of equal numbers is not always that number in float32, and eps is too small to hide the difference.
-    advantages_PG = torch.where(_all_equal(rewards_PG).unsqueeze(1), 0.0, centred_PG / (std_P1 + eps))
+    advantages_PG = torch.where(_all_equal(rewards_PG).unsqueeze(1), 0.0, centred_PG / scale_P1)
     return advantages_PG.flatten()
 
 
@@ -39,7 +40,8 @@ def combined_advantages(
     weights: dict[str, float],
     group_size: int,
     combine: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise",
-    eps: float = 1e-6,
+    eps: float | None = 1e-6,
+    apart: Mapping[str, Normalise] | None = None,
 ) -> Tensor:
     """Advantages of several rewards at once.
 
@@ -47,16 +49,41 @@ def combined_advantages(
     normalise_then_sum: A = sum_i w_i A_i, the weighted sum of each component's group_advantages; its spread, and its
     units, do not count. Exactly 0 where each component's rewards are all equal within the group.
 
+    A component that is named in `apart` is not among those: A = A_(others) + w_i A_i, whatever `combine` says. So a
+    reward of images and one of their distribution, whose numbers have nothing to do with one another, count as their
+    weights say.
+
     Args:
         rewards: total_B and the components, before their weights.
         weights: of the components, by name.
         group_size, eps: as in group_advantages.
+        apart: how components are normalised by themselves: "group": group_advantages; "batch": over the whole step, so
+            that groups may differ in their mean; eps is in units of the standard deviation over the step then, so
+            that the scale of the reward does not matter. "none": its raw numbers.
     Returns: (B,) float32, no gradient.
+    Source of A_(images) + A_(distribution): arXiv:2603.23086.
     """
-    if combine == "sum_then_normalise":
+    apart = apart or {}
+    together = [name for name in weights if name not in apart]
+    if not apart and combine == "sum_then_normalise":
         return group_advantages(rewards.total_B, group_size, eps)
-    parts = [weight * group_advantages(rewards.components[name], group_size, eps) for name, weight in weights.items()]
+    parts = []
+    if together and combine == "sum_then_normalise":
+        total_B = torch.stack([weights[name] * rewards.components[name] for name in together]).sum(dim=0)
+        parts.append(group_advantages(total_B, group_size, eps))
+    elif together:
+        parts += [weights[name] * group_advantages(rewards.components[name], group_size, eps) for name in together]
+    parts += [weights[name] * _alone(rewards.components[name], how, group_size, eps) for name, how in apart.items()]
     return torch.stack(parts).sum(dim=0)
+
+
+def _alone(rewards_B: Tensor, how: Normalise, group_size: int, eps: float | None) -> Tensor:
+    rewards_B = rewards_B.detach().float()
+    if how == "none":
+        return rewards_B
+    # In units of its own spread: a distance of moments may move by 1e-6 with an image, as little as eps.
+    rewards_B = rewards_B / rewards_B.std(correction=0).clamp_min(torch.finfo(torch.float32).tiny)
+    return group_advantages(rewards_B, group_size if how == "group" else len(rewards_B), eps)
 
 
 def groups_without_signal(rewards_B: Tensor, group_size: int) -> int:

@@ -25,6 +25,7 @@ from pydantic import BaseModel
 import varfast
 from varfast.config import Config, RooflineConfig
 from varfast.evaluation.config import EvaluateConfig, SampleConfig
+from varfast.features.config import StatisticsConfig
 from varfast.perf.allocator import expand_segments
 from varfast.printable import printable
 from varfast.report.config import ReportConfig
@@ -205,6 +206,12 @@ COMMANDS = {
         partial(parse_arguments, model=EvaluateConfig),
         EvaluateConfig,
     ),
+    "statistics": Command(
+        "mean and covariance of real images' features, for the reward loo_fid and for FID",
+        "images=FOLDER|digits out=FILE.npz [KEY=VALUE ...]",
+        partial(parse_arguments, model=StatisticsConfig),
+        StatisticsConfig,
+    ),
     "report": Command(
         "write one page about one or several runs",
         "RUN [RUN ...] [out=report.html]",
@@ -278,7 +285,7 @@ def key_reference() -> str:
     lines += ["Made by `python -m varfast --markdown > docs/config.md`; the same text as `--help`.", ""]
     lines += ["A config is a YAML file with these sections. On the command line a key is dotted: `update.lr=3e-5`.", ""]
     lines.append(reference.markdown(Config))
-    for name in ("sample", "evaluate", "report", "export"):
+    for name in ("sample", "evaluate", "statistics", "report", "export"):
         schema = COMMANDS[name].schema
         assert schema is not None
         lines += [reference.markdown(schema).replace("## Sections", f"## `varfast {name}`", 1)]

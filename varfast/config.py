@@ -107,18 +107,18 @@ class KernelsConfig(Section):
     swiglu: Literal["auto", "triton", "reference"] = Field(
         "auto", description="silu(gate) * up in the MLP of next-token models"
     )
-    split_heads_rotary: Literal["auto", "reference"] = Field(
+    split_heads_rotary: Literal["auto", "triton", "reference"] = Field(
         "auto", description="queries, keys and values of a next-token model's block, with rotary positions"
     )
-    split_heads_rotary_to_cache: Literal["auto", "reference"] = Field(
+    split_heads_rotary_to_cache: Literal["auto", "triton", "reference"] = Field(
         "auto", description="the same for one token an image: key and value go into the cache"
     )
-    decode_attention: Literal["auto", "sdpa", "reference"] = Field(
+    decode_attention: Literal["auto", "triton", "sdpa", "triton_invariant", "sdpa_invariant", "reference"] = Field(
         "auto", description="attention of one new token an image against the cache"
     )
-    causal_attention: Literal["auto", "reference"] = Field(
-        "auto", description="attention of a next-token model's update"
-    )
+    causal_attention: Literal[
+        "auto", "sdpa", "fa4", "flash_attn", "triton", "triton_invariant", "sdpa_invariant", "reference"
+    ] = Field("auto", description="attention of a next-token model's update; sdpa: PyTorch's, by FlashAttention")
 
 
 class Config(Section):
@@ -174,21 +174,49 @@ class Config(Section):
                 f"update.optimizer={self.update.optimizer} does not take sharded weights; use adamw, or "
                 "run.parallel=ddp"
             )
+        if self.grpo.scale_alpha and not self.policy.scale_sides:
+            raise ValueError(
+                f"grpo.scale_alpha={self.grpo.scale_alpha:g} weights tokens by the scale that they are of; "
+                f"policy.family={self.policy.family} has no scales: leave it out"
+            )
         self._check_strict()
         if self.policy.lora is not None and self.run.parallel == "fsdp":
             raise ValueError(
                 "policy.lora with run.parallel=fsdp: there is little to spread, as the frozen weights have neither "
                 "gradients nor moments; use run.parallel=ddp"
             )
-        if self.policy.lora is not None and self.grpo.reference_every is not None:
+        if self.policy.lora is not None and (key := self.grpo.reference_moves):
             raise ValueError(
-                "grpo.reference_every with policy.lora: the reference is the base with the adapter off, which does not "
+                f"grpo.{key} with policy.lora: the reference is the base with the adapter off, which does not "
                 "move; leave one of them out"
             )
+        self._check_guidance()
         num_classes = self.policy.num_classes
         if self.rollout.labels != "all":
             check_labels("rollout.labels", self.rollout.labels, num_classes)
+        labels = num_classes if self.rollout.labels == "all" else len(set(self.rollout.labels))
+        for name, reward in self.reward.items():
+            reward.check_step(f"reward.{name}", self.rollout.labels_per_step, labels)
         return self
+
+    def _check_guidance(self) -> None:
+        if self.rollout.cfg == 0.0:
+            return
+        if self.policy.unguided_cfg is None:
+            raise ValueError(
+                f"rollout.cfg={self.rollout.cfg:g}: models of policy.family={self.policy.family} know no label that "
+                "stands for none, so nothing can guide them; use rollout.cfg=0"
+            )
+        if self.rollout.cfg <= self.policy.unguided_cfg:
+            raise ValueError(
+                f"rollout.cfg={self.rollout.cfg:g} guides nothing with policy.family={self.policy.family}, whose scale "
+                f"begins above {self.policy.unguided_cfg:g}; use rollout.cfg=0, or more than that"
+            )
+        if self.policy.checkpoint == "pretrain" and self.pretrain.class_dropout == 0.0:
+            raise ValueError(
+                f"rollout.cfg={self.rollout.cfg:g} with pretrain.class_dropout=0: guidance needs a model that has "
+                "learned to do without the label; set pretrain.class_dropout=0.1, or rollout.cfg=0"
+            )
 
     def _check_strict(self) -> None:
         if not self.run.strict:

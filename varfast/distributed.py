@@ -299,7 +299,9 @@ def replicate(model: nn.Module) -> DistributedDataParallel:
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def shard(model: nn.Module, parts: Iterable[nn.Module], world: World, device: torch.device, dtype: torch.dtype) -> None:
+def shard_weights(
+    model: nn.Module, parts: Iterable[nn.Module], world: World, device: torch.device, dtype: torch.dtype
+) -> None:
     """Shard weights, gradients and so the optimizer's state over processes, in place (FSDP).
 
     Args:

@@ -99,7 +99,8 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
         "steps": f"{_steps(done, config.run.steps)}, {sampling.images} images each "
         f"({sampling.labels_per_step} labels x {sampling.group_size} samples)",
         "KL weight, clip, learning rate": f"{config.grpo.kl_beta}, {config.grpo.clip_eps}, {config.update.lr}",
-        "temperature of the samples": f"{sampling.temperature}, no guidance and no filters",
+        "temperature of the samples": f"{sampling.temperature}, "
+        f"{f'guidance {sampling.cfg:g} as a part of the policy' if sampling.cfg else 'no guidance'} and no filters",
         "numbers in the file": dtype if decay is None else f"{dtype}, averaged over optimizer steps, decay {decay}",
         "written by": f"varfast {here['varfast']}, commit {here['commit'] or 'unknown'}",
     }

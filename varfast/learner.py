@@ -22,7 +22,7 @@ from varfast.policies import strict
 from varfast.policies.protocol import Policy
 from varfast.randomness import Purpose, keyed_generator
 from varfast.state import State
-from varfast.types import Batch, InputError, Prompts, Rollout
+from varfast.types import Batch, InputError, Prompts, Rollout, Sampling
 
 
 class Learner:
@@ -61,7 +61,6 @@ class Learner:
         self._buffer = Gradients(state.adamw.parameters) if plan.cuda_graph and alone else None
         self._reference_pass = Replayed(self._reference_logp, policy.graph_pool)
         self._policy_pass = Replayed(self._accumulate, policy.graph_pool)
-        self._reference_version = -1
         # In strict mode, log-probabilities of this step that were not the rollout's. One tensor for all steps, and all
         # passes add to it: a captured one does so at each replay.
         self._differing = torch.zeros((), dtype=torch.int64, device=policy.device) if policy.strict else None
@@ -82,18 +81,19 @@ class Learner:
             learning_rate: of the last optimizer step;
             skipped_steps: optimizer steps that were skipped because their gradient was not finite; no mean counts them.
         Raises:
-            InputError: for a rollout drawn with guidance or filters, whose log-probabilities are not the policy's.
+            InputError: for a rollout drawn with filters, whose log-probabilities are not the policy's.
             InputError: in strict mode, for a log-probability before the first optimizer step that is not the rollout's.
             InputError: after update.max_skipped_steps gradients in a row that were not finite. None of them has reached
                 a weight.
         """
         if not batch.rollout.on_policy:
-            raise InputError("this rollout was drawn with cfg, top_k or top_p; GRPO needs the plain tempered policy")
+            raise InputError("this rollout was drawn with top_k or top_p; GRPO needs the policy itself")
         self._prepare_replays()
         lr = learning_rate(self.config, step, self.total_steps)
         self.state.adamw.set_lr(lr)
         if self._reference is not None:
             batch = Batch(batch.rollout, batch.advantages_BL, torch.zeros_like(batch.rollout.logp_BL))
+        self.loss.begin(batch, step, self.total_steps)
         keep_B = self.loss.keep(batch)
         measured, norms, skipped = [], [], []
         differing = None  # of the first minibatch: after it the weights have moved
@@ -192,13 +192,13 @@ class Learner:
             parameter.grad = torch.zeros_like(parameter)
 
     def _prepare_replays(self) -> None:
-        """What a replayed graph does not look at: copies of changed weights, a reference that was replaced."""
+        """Bring the copies of changed weights up to date, those of a reference that moved too: a graph does not look.
+
+        Weights change in place, so what a graph reads stays where it is.
+        """
         self.state.policy.low_precision_copies()
         if self._reference is not None:
-            version = sum(p._version for p in self._reference.trainable.parameters() if not p.requires_grad)
-            if version != self._reference_version:
-                self._reference_pass.forget()
-            self._reference_version = version
+            self._reference.low_precision_copies()
 
     def _backward(self, batch: Batch, rows: Tensor, minibatch: int, first_epoch: bool, first_pass: bool) -> Tensor:
         """Add the gradient of a micro-batch; (1 + S,) its part of the minibatch's loss, and statistics of its images.
@@ -220,30 +220,26 @@ class Learner:
             reference = (part.logp_ref_BL,)
             if first_epoch:
                 with stage("reference"):
-                    reference = (self._reference_pass if captured else self._reference_logp)(
-                        rollout.temperature, *inputs
-                    )
+                    reference = (self._reference_pass if captured else self._reference_logp)(rollout.how, *inputs)
                     batch.logp_ref_BL[rows] = reference[0]
         with stage("update"):
             # On the device, without waiting for it: a captured pass reads it at each replay.
             share = torch.full((), len(rows) / minibatch, device=rows.device)
             arguments = (*inputs, share, rollout.logp_BL, part.advantages_BL, *reference)
-            (stats,) = (self._policy_pass if captured else self._accumulate)(
-                (rollout.temperature, first_pass), *arguments
-            )
+            (stats,) = (self._policy_pass if captured else self._accumulate)((rollout.how, first_pass), *arguments)
             if self._buffer is not None:
                 self._buffer.attach()
             return stats
 
     @torch.no_grad()
-    def _reference_logp(self, temperature: float, *inputs: Tensor) -> tuple[Tensor]:
+    def _reference_logp(self, how: Sampling, *inputs: Tensor) -> tuple[Tensor]:
         """Of prompts' ids, tokens and what is read in their place."""
         assert self._reference is not None
-        return (self._reference.teacher_forced(_given(temperature, *inputs)).logp_BL,)
+        return (self._reference.teacher_forced(_given(how, *inputs)).logp_BL,)
 
     def _accumulate(
         self,
-        how: tuple[float, bool],
+        key: tuple[Sampling, bool],
         ids_B: Tensor,
         tokens_BL: Tensor,
         teacher_input: Tensor,
@@ -255,14 +251,14 @@ class Learner:
         """Forward and backward of a micro-batch, whose gradient is added to what is there.
 
         Args:
-            how: temperature, and whether the gradient replaces what is there.
+            key: temperature and guidance, and whether the gradient replaces what is there.
             share: scalar, of the minibatch's loss: what is minimised is the micro-batch's mean times this.
         Returns: (1 + S,) its part of the loss, and the loss's statistics.
         """
-        temperature, first_pass = how
+        how, first_pass = key
         if first_pass and self._buffer is not None:
             self._buffer.overwrite()
-        rollout = _given(temperature, ids_B, tokens_BL, teacher_input, logp_old_BL)
+        rollout = _given(how, ids_B, tokens_BL, teacher_input, logp_old_BL)
         logp = self.state.policy.teacher_forced(
             rollout, checkpointing=self.plan.checkpointing, entropy=self.loss.needs_entropy
         )
@@ -285,8 +281,8 @@ class Learner:
 
 
 def _given(
-    temperature: float, ids_B: Tensor, tokens_BL: Tensor, teacher_input: Tensor, logp_BL: Tensor | None = None
+    how: Sampling, ids_B: Tensor, tokens_BL: Tensor, teacher_input: Tensor, logp_BL: Tensor | None = None
 ) -> Rollout:
     """A rollout of tensors that a graph may have captured; entropies are not read."""
     logp_BL = torch.empty(0) if logp_BL is None else logp_BL
-    return Rollout(Prompts(ids_B), tokens_BL, logp_BL, torch.empty(0), temperature, True, teacher_input)
+    return Rollout(Prompts(ids_B), tokens_BL, logp_BL, torch.empty(0), how.temperature, True, teacher_input, how.cfg)

@@ -27,9 +27,10 @@ class Purpose(IntEnum):
     REWARD = 5
 
 
-# Values of `step` in the key of token sampling that no training step has (steps are below 2^32 - 2).
+# Values of `step` in the key of token sampling that no training step has (steps are below 2^32 - 3).
 EVAL_STEP = 2**32 - 1
 GRID_STEP = 2**32 - 2
+BASE_STEP = 2**32 - 3
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Key:
 
     Attributes:
         seed: of the run or of the call.
-        step: of the training; GRID_STEP and EVAL_STEP for images that no training step samples.
+        step: of the training; GRID_STEP, EVAL_STEP and BASE_STEP for images that no training step samples.
         first_sample: index of the batch's first image within the step. A batch that is split into calls gives the same
             tokens when each call has the index of its first image.
     """

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from varfast.losses.config import GRPOConfig
 from varfast.optim.adamw import ClippedAdamW
 from varfast.optim.averages import Averages
 from varfast.optim.config import UpdateConfig
@@ -22,7 +23,7 @@ class State:
         reference: a frozen copy of it, which the loss or the measured KL compares it with; None: there is none.
         rewards: what images earn.
         update: settings of the optimizer and of the averages.
-        reference_every: steps after which, again and again, the policy becomes the reference; None: never.
+        grpo: how the reference moves: reference_every, reference_ema.
 
     Attributes:
         step: rollouts that are done, skipped ones too.
@@ -35,12 +36,14 @@ class State:
         reference: Policy | None,
         rewards: WeightedSum,
         update: UpdateConfig,
-        reference_every: int | None = None,
+        grpo: GRPOConfig | None = None,
     ) -> None:
         self.policy, self.reference, self.rewards = policy, reference, rewards
         self.adamw = ClippedAdamW(policy, update)
         self.averages = Averages(policy.trainable, update.ema_decay)
-        self._reference_every = reference_every
+        self._reference_every = None if grpo is None else grpo.reference_every
+        # Of its own, in float32: a reference stores matrices in the compute dtype, where 0.001 of a change is lost.
+        self._reference_average = Averages(policy.trainable, None if grpo is None else grpo.reference_ema)
         self.step = self.skipped_rollouts = 0
 
     @property
@@ -52,9 +55,13 @@ class State:
         """What a run is beside weights and optimizer, by kind and name: to save, or to load into, in place.
 
         ema: the averages, if any are kept. reward: what rewards keep from step to step. reference: its weights, where
-        policies of earlier steps replace it: such a policy is nowhere else.
+        policies of earlier steps replace it: such a policy is nowhere else. reference_ema: the average that it is.
         """
-        kept = {"ema": self.averages.by_name, "reward": self.rewards.state()}
+        kept = {
+            "ema": self.averages.by_name,
+            "reference_ema": self._reference_average.by_name,
+            "reward": self.rewards.state(),
+        }
         state: dict[str, Mapping[str, Tensor]] = {kind: tensors for kind, tensors in kept.items() if tensors}
         if self.reference is not None and self._reference_every is not None:
             state["reference"] = {name: p.detach() for name, p in self.reference.trainable.named_parameters()}
@@ -64,6 +71,7 @@ class State:
         """Take over what a checkpoint holds. Raises: InputError as Checkpoint.load."""
         checkpoint.load(self.policy.trainable, self.adamw.optimizer, self.further())
         self.policy.gather()
+        self._move_reference()
         self.step = checkpoint.step
 
     def begin_update(self) -> None:
@@ -73,12 +81,24 @@ class State:
             self.reference.refresh(self.policy)
 
     def end_step(self, learned: bool) -> None:
-        """After each step. learned: False if its rollout was skipped."""
+        """After each step. learned: False if its rollout was skipped.
+
+        An average that is the reference takes in the policy here, once a rollout: within one, all optimizer steps and
+        epochs have the same reference, whose log-probabilities are computed once.
+        """
         self.step += 1
+        if learned:
+            self._reference_average.update()
+            self._move_reference()
         self.skipped_rollouts = 0 if learned else self.skipped_rollouts + 1
 
+    def _move_reference(self) -> None:
+        if self._reference_average.by_name:
+            assert self.reference is not None
+            self._reference_average.copy_to(self.reference.trainable)
+
     def reference_step(self) -> int | None:
-        """Steps done by the policy that is the reference; None if it is the base for the whole run."""
+        """Steps done by the policy that is the reference; None if it is the base for the whole run, or an average."""
         every = self._reference_every
         return None if every is None else (self.step - 1) // every * every
 

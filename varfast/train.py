@@ -25,7 +25,7 @@ from varfast.config import Config
 from varfast.data.labels import draw_labels
 from varfast.learner import Learner
 from varfast.losses import Loss
-from varfast.losses.grpo import GRPO
+from varfast.losses.grpo import GRPO, scale_weights
 from varfast.policies.protocol import Policy
 from varfast.randomness import Key
 from varfast.runs.run import Run
@@ -55,12 +55,16 @@ def train(
     Raises: InputError for anything in the config, the files or the reward that cannot be used; Stopped (a
         KeyboardInterrupt) for a signal before the first step or after the last one.
     """
-    with set_up(config) as setup:  # device, processes, folder, plan of memory
+    minimised = loss or GRPO(config.grpo, config.policy.vocab_size)
+    with set_up(config, minimised.needs_reference, policy) as setup:  # device, processes, folder, plan of memory
         config, plan, world = setup.config, setup.plan, setup.world
-        minimised = loss or GRPO(config.grpo)
         # Policy, reference, optimizer, rewards.
-        state, before_after = begin(setup, beside, of_folder, policy, minimised.needs_reference)
+        state, before_after = begin(setup, beside, of_folder, policy)
         policy, group_size = state.policy, config.rollout.group_size
+        std_eps = config.grpo.advantage_eps if config.grpo.normalise_std else None
+        weights_L = None  # of an image's tokens
+        if config.grpo.scale_alpha:
+            weights_L = scale_weights(config.policy.scale_sides, config.grpo.scale_alpha).to(setup.device)
         learner = Learner(state, minimised, config.update, plan.update, config.run.steps, config.run.seed, world)
         with Run(setup, state, before_after, profile) as run:
             for step in run.steps():
@@ -69,8 +73,9 @@ def train(
                 labels_P = draw_labels(setup.labels, config.rollout.labels_per_step, config.run.seed, step)
                 prompts_b = Prompts(labels_P).repeat(group_size).rows(run.shard)
                 with run.advised("rollout"):
+                    how = Sampling(config.rollout.temperature, config.rollout.cfg)
                     rollout_b, images = policy.sample_images(
-                        prompts_b, Sampling(config.rollout.temperature), key, plan.rollout.micro_batch, keep_input=True
+                        prompts_b, how, key, plan.rollout.micro_batch, keep_input=True
                     )
                 # Score: compare the images of a group with one another.
                 scored = run.score(images, rollout_b, key)
@@ -79,14 +84,19 @@ def train(
                     continue
                 rollout, rewards = scored
                 advantages_B = combined_advantages(
-                    rewards, state.rewards.weights, group_size, config.grpo.combine, config.grpo.advantage_eps
+                    rewards,
+                    state.rewards.weights,
+                    group_size,
+                    config.grpo.combine,
+                    std_eps,
+                    state.rewards.apart,
                 )
                 # Learn: make the better ones more likely.
                 state.begin_update()
                 # Guards that a reward's library kept may switch gradients off when Python frees them.
                 with run.advised("update"), torch.enable_grad():
                     drift = run.drift(rollout_b)
-                    metrics = learner.step(Batch.of(rollout, advantages_B), step)
+                    metrics = learner.step(Batch.of(rollout, advantages_B, weights_L), step)
                 run.record(rollout, images, rewards, advantages_B, metrics | drift)
             return run.finish()
 

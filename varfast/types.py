@@ -5,11 +5,15 @@ Axes: B image, L token over all scales; B = P labels x G samples, group-major (t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # varfast/command.py answers a typo before PyTorch is imported
     from torch import Tensor
+
+
+# How a reward is normalised apart from the others: within each group, over the whole step, or not at all.
+Normalise = Literal["group", "batch", "none"]
 
 
 class InputError(ValueError):
@@ -62,11 +66,11 @@ class TokenLogp:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled. Training uses the temperature alone; the rest is for inference.
+    """How tokens are sampled. Training uses temperature and guidance; the filters are for inference.
 
     Attributes:
-        temperature: > 0; of the multinomial draw.
-        cfg: strength of classifier-free guidance; 0 switches it off.
+        temperature: > 0; of the multinomial draw, after guidance.
+        cfg: strength of classifier-free guidance, as the family of the policy counts it; 0 switches it off.
         top_k, top_p: filters of kernels.sample_tokens; 0 switches one off.
     Raises: InputError for a value out of range.
     """
@@ -79,15 +83,15 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise InputError(f"temperature={self.temperature}: must be > 0; for greedy choice use top_k=1")
-        if self.cfg < 0 or self.top_k < 0 or not 0 <= self.top_p <= 1:
+        if not self.cfg >= 0 or self.top_k < 0 or not 0 <= self.top_p <= 1:
             raise InputError(
                 f"cfg={self.cfg}, top_k={self.top_k}, top_p={self.top_p}: want cfg >= 0, top_k >= 0, 0 <= top_p <= 1"
             )
 
     @property
     def on_policy(self) -> bool:
-        """The tempered policy itself is sampled, without guidance and filters."""
-        return self.cfg == 0.0 and self.top_k == 0 and self.top_p in (0.0, 1.0)
+        """The policy itself is sampled, guided or not, without filters: `teacher_forced` has its probabilities."""
+        return self.top_k == 0 and self.top_p in (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -100,9 +104,11 @@ class Rollout:
         logp_BL: (B, L) float32, log-probability of each token under the distribution that it was sampled from.
         entropy_BL: (B, L) float32, entropy of that distribution in nats.
         temperature: of that distribution.
-        on_policy: sampled without guidance and filters: the distribution is the tempered policy itself, as GRPO needs.
+        on_policy: sampled without filters: the distribution is the policy itself, at this temperature and with this
+            guidance, as GRPO needs.
         teacher_input: (B, ...), what `Policy.teacher_input` makes of the tokens, where sampling has kept it: an update
             need not compute it again. For VAR (B, L - first, code width) float32.
+        cfg: guidance of that distribution.
     """
 
     prompts: Prompts
@@ -112,6 +118,12 @@ class Rollout:
     temperature: float
     on_policy: bool
     teacher_input: Tensor | None = None
+    cfg: float = 0.0
+
+    @property
+    def how(self) -> Sampling:
+        """The distribution that teacher forcing is to describe."""
+        return Sampling(self.temperature, self.cfg)
 
     @property
     def labels_B(self) -> Tensor:
@@ -137,10 +149,12 @@ class Rewards:
     Attributes:
         total_B: (B,) float32, the weighted sum.
         components: (B,) float32 each, before their weights, by the name they have in the config.
+        numbers: () each, of the step as a whole, by name.
     """
 
     total_B: Tensor
     components: dict[str, Tensor]
+    numbers: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, index: Tensor | slice) -> Rewards:
         """Those of the images at `index`."""
@@ -186,9 +200,10 @@ class Batch:
     logp_ref_BL: Tensor | None = None
 
     @classmethod
-    def of(cls, rollout: Rollout, advantages_B: Tensor) -> Batch:
-        """One advantage an image, (B,) float32: that of all its tokens."""
-        return cls(rollout, advantages_B.unsqueeze(1).expand_as(rollout.tokens_BL))
+    def of(cls, rollout: Rollout, advantages_B: Tensor, weights_L: Tensor | None = None) -> Batch:
+        """One advantage an image, (B,) float32: that of all its tokens, or of each times its weight, (L,) float32."""
+        advantages_BL = advantages_B.unsqueeze(1).expand_as(rollout.tokens_BL)
+        return cls(rollout, advantages_BL if weights_L is None else advantages_BL * weights_L)
 
     def __len__(self) -> int:
         return len(self.advantages_BL)

@@ -125,7 +125,7 @@ def test_damaged_images_are_read_or_refused(tmp_path, capfd):
 class Grey:
     """As features.DigitsPixels, of the first pixels alone."""
 
-    width = 4
+    name, width = "grey", 4
 
     def __call__(self, levels):
         return levels.flatten(1)[:, :4].double().numpy(), np.zeros((len(levels), 10))

@@ -68,6 +68,19 @@ def arguments(op, dtype, head_dim=64, vocab=10, width=8):
         "gated_residual_norm": (x, x, vector, vector, vector),
         "invariant_linear": (x, x[0]),
         "gelu_bias": (x, vector[0]),
+        "rms_norm": (x, vector[0], 1e-5),
+        "residual_rms_norm": (x, x, vector[0], 1e-5),
+        "swiglu": (x, x),
+        "split_heads_rotary": (product, None, 2, 2),
+        "split_heads_rotary_to_cache": (
+            product[:, 0],
+            None,
+            torch.tensor(1),
+            *(torch.zeros_like(h) for h in heads[1:]),
+            2,
+        ),
+        "decode_attention": (heads[0][:, :, 0], *heads[1:], torch.tensor(1), 0.5),
+        "causal_attention": (*heads, 0.5),
     }[op]
 
 
@@ -96,7 +109,7 @@ def test_auto_passes_over_a_kernel_that_refuses_and_says_so_once(op, what, monke
     ways = (replace(selection.OPS[op][0], auto_on=("cpu",)), selection.OPS[op][-1])
     monkeypatch.setitem(selection.OPS, op, ways)
     assert selection.choose(op, CPU).impl == "triton"
-    selection._say_once.cache_clear()
+    selection.say_once.cache_clear()
     given = arguments(op, **{"dtype": torch.float32} | what)
     function = getattr(kernels, op)
     with pytest.warns(UserWarning, match=f"{op}: impl='triton' takes .*; 'reference' runs instead") as record:

@@ -24,6 +24,9 @@ class Reinforce:
     def __init__(self, bonus=0.01):
         self.bonus, self.labels = bonus, []
 
+    def begin(self, batch, step, total_steps):
+        pass
+
     def keep(self, batch):
         return None
 

@@ -6,13 +6,9 @@ import sys
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from varfast import kernels
-from varfast.kernels.selection import INTERPRETED, OPS
 from varfast.models import VAR, VQVAE, KVCache
 from varfast.policies.lora import add_lora
 from varfast.policies.var.config import PRESETS, VARConfig, VARLoRAConfig, VQVAEConfig
@@ -27,24 +23,7 @@ from varfast.policies.var.cost import (
 from varfast.policies.var.sampler import sample
 from varfast.types import Sampling
 
-
-@pytest.fixture
-def on_meta():
-    """Ops that run on the meta device: shapes alone, nothing computed."""
-
-    def use(impl):
-        names = {op: {i.name for i in OPS[op]} for op in OPS}
-        # Where there is none of this name, what is made of other ops: linear_gelu.
-        kernels.configure({op: name for name in ("library", impl) for op in OPS if name in names[op]})
-
-    use("reference")
-    yield use
-    kernels.configure({})
-
-
-def meta(make):
-    with torch.device("meta"):
-        return make()
+from ..counting import LiveBytes, as_declared, meta
 
 
 def labels(count):
@@ -162,28 +141,6 @@ def test_decode_has_212_gflop_at_full_resolution():
 # Memory
 
 
-class LiveBytes(TorchDispatchMode):
-    """The most bytes there were at once in storages that ops made."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages, self.bound, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
-                storage = x.untyped_storage()
-                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-                self.bound += storage.nbytes()
-        if self.bound > self.peak:
-            self.storages = {k: v for k, v in self.storages.items() if not v[0].expired()}
-            self.bound = sum(size for _, size in self.storages.values())
-            self.peak = max(self.peak, self.bound)
-        return out
-
-
 @pytest.mark.parametrize("sizes", [VQVAEConfig(), VQVAEConfig(base_channels=32, channel_multipliers=(1, 2))])
 def test_decode_activations_are_what_exists_at_once(sizes):
     vqvae = meta(lambda: VQVAE(sizes)).requires_grad_(False)
@@ -191,9 +148,6 @@ def test_decode_activations_are_what_exists_at_once(sizes):
     with torch.no_grad(), LiveBytes() as live:
         vqvae.decode(tokens)
     assert live.peak <= cost("d16", "float32", vqvae=sizes).decode_activation_bytes <= 1.1 * live.peak
-
-
-as_declared = pytest.mark.skipif(not INTERPRETED, reason="the kernels' shapes are asked for where they are interpreted")
 
 
 @as_declared

@@ -53,12 +53,21 @@ def test_speed_of_light_of_a_step_is_that_of_the_table(make_work):
 def test_stage_counts_follow_the_config(make_work):
     base = counts(make_work())
     assert tuple(base) == STAGES
+    guided = counts(make_work(rollout={"cfg": 1.5}))
+    flop = {name: guided[name].flop / base[name].flop for name in ("rollout", "reference", "update", "decode")}
+    assert flop == {"rollout": 2.0, "reference": 2.0, "update": 2.0, "decode": 1.0}
+    assert (guided["reward"], guided["optimizer"]) == (base["reward"], base["optimizer"])
+    # The weights are read as often as without: for d16's 512 images in one pass of 10 scales.
+    weights = 10 * make_work().cost.weight_read_bytes
+    twice = 2 * base["rollout"].io_bytes - weights
+    assert guided["rollout"].io_bytes == pytest.approx(twice)
     free = counts(make_work(grpo={"kl_beta": 0.0}))
     assert free["reference"] == Count(0.0, 0.0)
     twice = counts(make_work(update={"epochs": 2}))
-    for name in ("reference", "update", "optimizer"):
+    for name in ("update", "optimizer"):
         assert twice[name] == base[name] * 2
-    assert twice["rollout"] == base["rollout"]
+    for name in ("reference", "rollout"):  # the second epoch reads the log-probabilities of the first
+        assert twice[name] == base[name]
     full = counts(make_work(), "full")["update"].flop
     attention = counts(make_work(), "attention")["update"].flop
     flop = forward_flop(PRESETS["d16"])

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from varfast.optim.config import UpdateConfig
 from varfast.perf.devices import DEVICES
+from varfast.perf.limits import stage_counts
 from varfast.perf.memory import RolloutPlan, UpdatePlan, held_states, memory
-from varfast.perf.plan import plan_memory, planned_update, rollout_micro_batch, update_plan
+from varfast.perf.plan import plan_memory, rollout_micro_batch, update_plan
+from varfast.perf.work import Work
 from varfast.policies.config import DECODE_GRAPH_IMAGES
 
 
@@ -38,6 +39,18 @@ def test_an_average_of_the_weights_is_counted(make_work):
     held, more = held_states(plain), held_states(averaged)
     assert (held.average, more.average, held_states(sharded).average) == (0, 4 * parameters, parameters // 2)
     assert more.total - held.total == 4 * parameters
+
+
+def test_an_average_as_reference_and_a_loss_of_ones_own_are_counted(make_work):
+    plain, averaged = make_work("d30"), make_work("d30", grpo={"reference_ema": 0.999})
+    held, more = held_states(plain), held_states(averaged)
+    assert more.reference - held.reference == 4 * 2_010_020_356
+    assert held_states(replace(averaged, shards=8)).reference - held.reference == 2_010_020_356 // 2
+    counts = lambda work: stage_counts(work, plan_memory(work, None))["reference"]  # noqa: E731
+    free = make_work("d30", grpo={"kl_beta": 0.0})
+    own = Work.whole(free.config, free.cost, reads_reference=True)
+    assert held_states(own).reference == held.reference
+    assert counts(own) == counts(plain)
 
 
 def test_memory_of_8_bit_moments_is_that_of_the_optimizer(make_work):
@@ -75,6 +88,27 @@ def test_rollout_micro_batch_is_the_largest_divisor_that_fits(make_work):
     assert rollout_micro_batch(make_work(rollout={"micro_batch": 4}), 1e15) == 4
 
 
+def test_guidance_takes_a_second_row_of_the_model_an_image(make_work):
+    sizes = {"rollout": {"micro_batch": 64, "cuda_graph": True}, "update": {"micro_batch": 8}}
+    plain, guided = make_work("d30", **sizes), make_work("d30", **sizes | {"rollout": sizes["rollout"] | {"cfg": 1.5}})
+    ours, theirs = unlimited(guided), unlimited(plain)
+    for name in ("kv_cache", "rollout_activations", "update"):
+        assert getattr(ours, name) == 2 * getattr(theirs, name), name
+    for name in ("states", "images", "decode", "captured_decode"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    inputs = 64 * plain.cost.input_bytes  # the second row's is never made in a rollout
+    assert ours.captured - inputs == 2 * (theirs.captured - inputs)
+    free, guided = make_work("d30"), make_work("d30", rollout={"cfg": 1.5})
+    for size in (2, 64, 512):
+        held = unlimited(make_work("d30", rollout={"micro_batch": size, "cfg": 1.5}))
+        assert rollout_micro_batch(guided, held.rollout / 0.9 + 10) == size
+        assert rollout_micro_batch(guided, held.rollout / 0.9 - 10) == size // 2
+    # 4 images are 8 rows: as many as are worth more than recomputing.
+    assert update_plan(free, room_for(free, 8.01, "none")) == (8, "none")
+    assert update_plan(guided, room_for(free, 8.01, "none")) == (4, "none")
+    assert update_plan(guided, room_for(free, 7.99, "none")) == (4, "attention")
+
+
 def room_for(work, images, mode):
     """Bytes free in which so many images just fit."""
     return images * work.cost.update_activation_bytes(mode) / 0.9
@@ -102,12 +136,6 @@ def test_update_plan_keeps_to_what_the_config_names(make_work):
     assert update_plan(make_work("d30", update={"micro_batch": 16}), room_for_4) == (16, "full")
     assert update_plan(make_work("d30", update={"checkpointing": "none"}), room_for_4) == (4, "none")
     assert update_plan(make_work("d30", update={"checkpointing": "full"}), 1e15) == (32, "full")
-
-
-def test_planned_update_is_what_the_config_names_else_a_minibatch_at_once():
-    assert planned_update(UpdateConfig(minibatch=12)) == UpdatePlan(12, "none", cuda_graph=False)
-    named = UpdateConfig(minibatch=12, micro_batch=3, checkpointing="attention", cuda_graph=True)
-    assert planned_update(named) == UpdatePlan(3, "attention", cuda_graph=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,53 +1,135 @@
 """Counts of next-token families against the published sizes, torch's own counter and numbers counted by hand."""
 
+import subprocess
+import sys
+
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from varfast.policies.nexttoken.cost import NextTokenCost, TokenizerSizes, TransformerSizes
+from varfast import kernels
+from varfast.policies.llamagen import build as llamagen_build
+from varfast.policies.llamagen import cost as llamagen_cost
+from varfast.policies.llamagen.config import PRESETS, GPTConfig, LlamaGenLoRAConfig, LlamaGenPolicyConfig
+from varfast.policies.llamagen.transformer import LlamaGen
+from varfast.policies.lora import add_lora
+from varfast.policies.nexttoken.tokenizer import Tokenizer
+from varfast.policies.nexttoken.tokenizer_config import TOKENIZERS, TokenizerConfig
+from varfast.policies.taming import build as taming_build
+from varfast.policies.taming import cost as taming_cost
+from varfast.policies.taming.config import MinGPTConfig, TamingLoRAConfig, TamingPolicyConfig
+from varfast.policies.taming.transformer import MinGPT
 
-LLAMAGEN = {  # layers, heads, width, hidden width
-    "B": (12, 12, 768, 2048),
-    "L": (24, 16, 1024, 2816),
-    "XL": (36, 20, 1280, 3584),
-    "XXL": (48, 24, 1536, 4096),
-    "3B": (24, 32, 3200, 8704),
-}
+from ..counting import LiveBytes, as_declared, meta
+from ..published import published
+
+GROUPED = GPTConfig(depth=3, width=96, num_heads=8, num_kv_heads=2, mlp_width=352, vocab_size=70, num_classes=9, side=6)
+SMALL_GPT = MinGPTConfig(depth=3, width=96, num_heads=4, vocab_size=70, num_classes=9, side=6, block_size=40)
+ALL_OF_LLAMAGEN, ALL_OF_TAMING = LlamaGenLoRAConfig(rank=8), TamingLoRAConfig(rank=8)
 
 
-def llamagen(name, side=16, kv_heads=None):
-    layers, heads, width, hidden = LLAMAGEN[name]
-    head_dim, rows = width // heads, 16384 + 1001
-    return TransformerSizes(layers, width, heads, kv_heads or heads, head_dim, hidden, 16384, side**2, rows)
+def cost(sizes, dtype="bfloat16", lora=None, vq=None):
+    sizes = PRESETS[sizes] if isinstance(sizes, str) else sizes
+    family = llamagen_cost if isinstance(sizes, GPTConfig) else taming_cost
+    return family.count(sizes, vq or TokenizerConfig(), dtype, lora)
 
 
-TAMING = TransformerSizes(48, 1536, 24, 24, 64, 6144, 16384, 256, 16384, places=256, gated=False, biases=True)
-VQ16, VQ8 = TokenizerSizes(16), TokenizerSizes(32, multipliers=(1, 2, 2, 4))
-VQGAN = TokenizerSizes(16, code_width=256)
+def model(sizes, dtype="float32", lora=None):
+    made = meta(lambda: (LlamaGen if isinstance(sizes, GPTConfig) else MinGPT)(sizes))
+    made.compute_dtype = getattr(torch, dtype)
+    if lora is not None:
+        add_lora(made, lora, 0)
+    return made
 
 
-def cost(sizes, dtype="bfloat16", tokenizer=VQ16, **adapter):
-    return NextTokenCost(llamagen(sizes) if isinstance(sizes, str) else sizes, tokenizer, dtype, **adapter)
+def given(sizes, count):
+    whole = {"dtype": torch.int64, "device": "meta"}
+    return torch.zeros(count, **whole), torch.zeros(count, sizes.num_tokens, **whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("image_size", [256, 384])
+def test_parameters_of_llamagen_are_those_of_the_public_models(preset, image_size):
+    found = llamagen_build.cost_of(
+        LlamaGenPolicyConfig(checkpoint="random", preset=preset, image_size=image_size), "bfloat16"
+    )
+    public = published("llamagen")
+    assert found.weights.parameters == found.weights.trained == public[f"GPT-{preset}"]["params"]
+    assert found.tokenizer_parameters == public["vq_ds16"]["params"]
+    assert found.rollout_passes == (image_size // 16) ** 2
+    assert found.image_bytes == 4 * 3 * image_size**2
+
+
+def test_parameters_of_vq_8_and_taming_are_those_of_the_public_models():
+    assert cost("B", vq=TOKENIZERS["vq_ds8"]).tokenizer_parameters == published("llamagen")["vq_ds8"]["params"]
+    found = taming_build.cost_of(TamingPolicyConfig(checkpoint="random", preset="cin"), "bfloat16")
+    public = published("taming")["cin_transformer"]
+    assert found.weights.parameters == public["params_transformer"]
+    assert found.weights.parameters + found.tokenizer_parameters == public["params"]
+
+
+@pytest.mark.parametrize("sizes", [GROUPED, SMALL_GPT])
+def test_weights_are_those_of_the_module(sizes):
+    made, weights = model(sizes, "bfloat16"), cost(sizes).weights
+    assert weights.parameters == sum(p.numel() for p in made.parameters())
+    assert sum(weights.matrices) == sum(p.numel() for p, _ in made.low_precision_copies() if p.ndim == 2)
+    assert weights.frozen_bytes == sum(p.nbytes for p in made.frozen_copy().parameters())
+    tables = [m.weight.numel() for m in made.modules() if isinstance(m, torch.nn.Embedding)]
+    assert weights.frozen_bytes - weights.read_bytes == 4 * sum(tables)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("sizes", "lora"), [(GROUPED, ALL_OF_LLAMAGEN), (SMALL_GPT, ALL_OF_TAMING)])
+def test_weights_with_an_adapter_are_those_of_the_module(sizes, lora, dtype):
+    made, weights = model(sizes, dtype, lora), cost(sizes, dtype, lora).weights
+    trained = [p for p in made.parameters() if p.requires_grad]
+    assert weights.trained == sum(p.numel() for p in trained)
+    assert weights.held_bytes == sum(p.nbytes for p in made.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Work
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"),  # those of the public code's modules
-    [("B", 110888448), ("L", 342910976), ("XL", 774699520), ("XXL", 1410972672), ("3B", 3096659200)],
+    ("sizes", "lora"),
+    [
+        (PRESETS["L"], None),
+        (GROUPED, None),
+        (SMALL_GPT, None),
+        (GROUPED, ALL_OF_LLAMAGEN),
+        (GROUPED, LlamaGenLoRAConfig(rank=3, targets=("wo", "w1"))),
+        (SMALL_GPT, ALL_OF_TAMING),
+    ],
 )
-def test_parameters_of_llamagen_are_those_of_the_public_models(name, parameters):
-    assert cost(name).weights.parameters == cost(name).weights.trained == parameters
-    # The grid is no weight.
-    assert cost(llamagen(name, side=24)).weights.parameters == parameters
+def test_flop_are_what_torch_counts(sizes, lora, on_meta):
+    """Forward, and backward too; but for attention, of which torch counts all pairs."""
+    made, ours = model(sizes, lora=lora), cost(sizes, lora=lora)
+    all_pairs = 4 * sizes.depth * sizes.num_tokens**2 * sizes.width
+    with FlopCounterMode(display=False) as counter:
+        made(*given(sizes, 2))
+    assert counter.get_total_flops() == 2 * (ours.forward.flop - ours._attention_flop + all_pairs)
+    with FlopCounterMode(display=False) as counter:
+        made(*given(sizes, 1)).sum().backward()
+    without_attention = ours.forward.flop + ours.backward.flop - 3 * ours._attention_flop
+    # With an adapter, the product of the first block that needs no gradient of its input is counted too.
+    assert counter.get_total_flops() - 3 * all_pairs == pytest.approx(without_attention, rel=0.02 if lora else 1e-9)
 
 
-def test_parameters_of_taming_are_those_of_the_public_model():
-    """Without the buffers of the mask."""
-    assert cost(TAMING).weights.parameters == 1410640896
-    assert cost(TAMING).weights.parameters + VQGAN.parameters == 1486714755
-
-
-def test_parameters_of_the_tokenizers_are_those_of_the_public_ones():
-    """Without the usage log of the codebook, a buffer of 65536 numbers."""
-    assert (VQ16.parameters, VQ8.parameters) == (71883403, 70109835)
-    assert (VQ16.image_size, VQ8.image_size, TokenizerSizes(24).image_size) == (256, 256, 384)
+@pytest.mark.parametrize("vq", TOKENIZERS.values())
+def test_decode_flop_are_what_torch_counts(vq):
+    tokenizer, sizes = meta(lambda: Tokenizer(vq)), GPTConfig(side=8)
+    with FlopCounterMode(display=False) as counter:
+        tokenizer.decode_latent(torch.zeros(3, vq.code_width, 8, 8, device="meta"))
+    assert counter.get_total_flops() == 3 * cost(sizes, vq=vq).decode.flop
+    ours = cost(sizes, "float32", vq=vq)
+    in_decoder = [*tokenizer.decoder.parameters(), *tokenizer.post_quant_conv.parameters()]
+    assert ours.decoder_read_bytes == sum(p.nbytes for p in in_decoder)
+    assert ours.tokenizer_bytes == sum(p.nbytes for p in tokenizer.parameters())
 
 
 def test_rollout_bytes_are_those_counted_by_hand():
@@ -56,7 +138,7 @@ def test_rollout_bytes_are_those_counted_by_hand():
     of_token = 24 * 2 * 1024 * 2
     cached = sum(of_token + i * of_token for i in range(256))
     assert found.rollout.io_bytes - found.forward.io_bytes == cached == pytest.approx(3.234e9, rel=1e-3)
-    # qkv 1 + 3, proj 1 + 1 widths; gate and fc1 read 1024 and write 2816 each, fc2 reads that and writes 1024.
+    # qkv 1 + 3, proj 1 + 1 widths; gate and up read 1024 once and write 2816 each, w2 reads that and writes 1024.
     block = 2 * (6 * 1024 + 1024 + 3 * 2816 + 1024)
     assert found.forward.io_bytes == 256 * (24 * block + 2 * 1024 + 4 * 16384)
     # A step reads the blocks' matrices and the head in 16 bits, and the norms; no table of embeddings.
@@ -67,15 +149,87 @@ def test_rollout_bytes_are_those_counted_by_hand():
 
 
 def test_grouped_queries_read_a_smaller_cache():
-    whole, grouped = cost("L"), cost(llamagen("L", kv_heads=4))
+    whole, grouped = cost("L"), cost(PRESETS["L"].model_copy(update={"num_kv_heads": 4}))
     assert grouped.kv_cache_bytes * 4 == whole.kv_cache_bytes
     cached = [c.rollout.io_bytes - c.forward.io_bytes for c in (whole, grouped)]
     assert cached[0] == 4 * cached[1]
-    assert whole.weights.parameters - grouped.weights.parameters == 24 * 2 * 1024 * 12 * 64
 
 
-def test_forward_flop_is_that_counted_by_hand():
-    found = cost("L").forward.flop
-    linear = 2 * 256 * 24 * (4 * 1024**2 + 3 * 1024 * 2816)
-    attention = 4 * 24 * (256 * 257 / 2) * 1024
-    assert found == linear + attention + 2 * 256 * 1024 * 16384
+@pytest.mark.parametrize(("sizes", "lora"), [(GROUPED, ALL_OF_LLAMAGEN), (SMALL_GPT, ALL_OF_TAMING)])
+def test_recomputed_share_is_what_checkpointing_computes_again(sizes, lora, on_meta):
+    made = model(sizes)
+    flop = {}
+    for mode in ("none", "attention", "full"):
+        with FlopCounterMode(display=False) as counter:
+            made(*given(sizes, 1), checkpointing=mode).sum().backward()
+        flop[mode] = counter.get_total_flops()
+    ours = cost(sizes)
+    more = (4 * sizes.depth * sizes.num_tokens**2 * sizes.width) - ours._attention_flop
+    for mode in ("attention", "full"):
+        again = ours.recomputed_share(mode) * ours.forward.flop + more
+        assert flop[mode] - flop["none"] == pytest.approx(again, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+class Flash(torch.autograd.Function):
+    """The shapes of a FlashAttention: it keeps its inputs, its output, and a number a head and token."""
+
+    @staticmethod
+    def forward(ctx, q_BHLD, k_BGLD, v_BGLD, scale):
+        out_BLHD = torch.empty_like(q_BHLD.transpose(1, 2))
+        ctx.save_for_backward(q_BHLD, k_BGLD, v_BGLD, out_BLHD, q_BHLD.new_empty(q_BHLD.shape[:3], dtype=torch.float32))
+        return out_BLHD
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+@pytest.mark.parametrize("vq", TOKENIZERS.values())
+def test_decode_activations_are_what_exists_at_once(vq):
+    tokenizer = meta(lambda: Tokenizer(vq)).requires_grad_(False)
+    latent = torch.zeros(1, vq.code_width, 16, 16, device="meta")
+    with torch.no_grad(), LiveBytes() as live:
+        tokenizer.decode_latent(latent)
+    assert live.peak <= cost(GPTConfig(side=16), "float32", vq=vq).decode_activation_bytes <= 1.1 * live.peak
+
+
+@as_declared
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "lora"),
+    [
+        (PRESETS["L"], "bfloat16", None),
+        (PRESETS["3B"], "float32", None),
+        (MinGPTConfig(), "bfloat16", None),
+        (PRESETS["L"], "bfloat16", LlamaGenLoRAConfig(rank=64)),
+    ],
+)
+def test_update_activations_are_what_exists_at_once(sizes, dtype, lora, checkpointing, on_meta, monkeypatch):
+    """Forward and backward; the gradient of the logits takes their place, as the kernel's does."""
+    on_meta("triton")
+    monkeypatch.setattr(kernels, "causal_attention", Flash.apply)
+    sizes = sizes.model_copy(update={"depth": 8})
+    made = model(sizes, dtype, lora)
+    for parameter in (p for p in made.parameters() if p.requires_grad):  # they are there from the first micro-batch on
+        parameter.grad = torch.zeros_like(parameter)
+    made.low_precision_copies()
+    peaks = []
+    for count in (32, 64):  # the difference leaves out what is held once
+        with LiveBytes() as live:
+            logits = made(*given(sizes, count), checkpointing=checkpointing)
+            gradient = logits.detach()
+            logits.backward(gradient)
+        peaks.append(live.peak)
+        del logits, gradient
+    ours = cost(sizes, dtype, lora).update_activation_bytes(checkpointing)
+    assert ours == pytest.approx((peaks[1] - peaks[0]) / 32, rel=0.05)
+
+
+def test_counting_imports_no_pytorch():
+    code = "import sys, varfast.policies.llamagen.cost, varfast.policies.taming.cost; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -17,14 +17,17 @@ from torch import nn
 from torch.nn.functional import embedding, gelu, mse_loss
 
 from varfast import InputError, kernels
+from varfast.perf.cost import ITEM_BYTES, Cost, Count, Weights
 from varfast.policies.config import LoRAConfig
 from varfast.policies.driver import Driver
 from varfast.policies.precision import Head, Linear, MixedPrecision
 from varfast.policies.protocol import Policy
 from varfast.policies.sampler import Sampled
+from varfast.policies.var.cost import VARCost
 from varfast.randomness import Key
 from varfast.runs import load
 from varfast.runs.folder import RunFolder
+from varfast.runs.setup import set_up
 from varfast.train import train
 from varfast.types import NotFinitePolicy, Prompts, Sampling
 
@@ -64,8 +67,38 @@ class Palette(nn.Module):
         self.colours_VC = nn.Parameter(torch.linspace(-1.0, 1.0, VOCAB).unsqueeze(1).repeat(1, 3))
 
 
+class ToyCost:
+    """What an image costs: see varfast.perf.cost.Cost. A real family counts the zeros too."""
+
+    num_tokens = rollout_passes = SIDE * SIDE
+    rollout = forward = Count(2.0 * SIDE * SIDE * WIDTH * (WIDTH + VOCAB), 0.0)
+    backward, decode = forward * 2.0, Count(0.0, 0.0)
+    decoder_read_bytes = tokenizer_bytes = 4 * 3 * VOCAB
+    image_bytes, input_bytes, kv_cache_bytes = 4 * 3 * SIDE * SIDE, 8 * SIDE * SIDE, 0
+    rollout_activation_bytes = decode_activation_bytes = 4 * (WIDTH + VOCAB)
+
+    def __init__(self, dtype: str, rank: int = 0):
+        self.dtype = dtype
+        tables = [(VOCAB + 1) * WIDTH, (CLASSES + 1) * WIDTH]
+        matrices, others = [WIDTH * WIDTH, WIDTH * VOCAB], [SIDE * SIDE * WIDTH, WIDTH, VOCAB]
+        self.weights = Weights(ITEM_BYTES[dtype], matrices, others, tables, [rank * WIDTH] * 2 if rank else [])
+
+    @property
+    def base(self):
+        return ToyCost(self.dtype)
+
+    def recomputed_share(self, checkpointing):
+        return 0.0
+
+    def update_activation_bytes(self, checkpointing):
+        return 4 * SIDE * SIDE * (3 * WIDTH + 2 * VOCAB)
+
+
 class ToyPolicy(Driver):
     num_classes, tokens_shape, image_size = CLASSES, (SIDE * SIDE,), SIDE
+
+    def cost(self, dtype, lora=None) -> Cost:
+        return ToyCost(dtype, lora.rank if lora else 0)
 
     def _sample_batch(self, prompts, key, how, keep):
         ids_B = prompts.ids_B
@@ -81,6 +114,9 @@ class ToyPolicy(Driver):
             tokens_BL = torch.cat([tokens_BL, found[-1][0]], dim=1)
         tokens_BL, logp_BL, entropy_BL = (torch.cat(pieces, dim=1) for pieces in zip(*found, strict=True))
         return Sampled(tokens_BL, logp_BL, entropy_BL, *((tokens_BL, tokens_BL) if keep else ()))
+
+    def _strengths(self, cfg):
+        return [cfg] * SIDE**2
 
     def _logits(self, model, prompts, teacher_input, checkpointing, bias_apart):
         return model(prompts.ids_B, teacher_input), None
@@ -109,14 +145,16 @@ def make(dtype="float32", **options) -> Policy:
 LABELS = [0, 1, 2, 3, 4, 0]
 
 
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sample_logp_equals_teacher_forced(dtype):
+def test_sample_logp_equals_teacher_forced(dtype, cfg):
     policy = make(dtype)
-    rollout, images = policy.sample_images(LABELS, Sampling(0.7), Key(3), micro_batch=2, keep_input=True)
+    rollout, images = policy.sample_images(LABELS, Sampling(0.7, cfg), Key(3), micro_batch=2, keep_input=True)
     assert rollout.logp_BL.shape == (6, 16)
     assert torch.equal(policy.decode(rollout.tokens_BL), images)
     assert images.shape == (6, 3, SIDE, SIDE)
-    torch.testing.assert_close(policy.token_logp(LABELS, rollout.tokens_BL, 0.7), rollout.logp_BL, rtol=0, atol=1e-5)
+    logp_BL = policy.token_logp(LABELS, rollout.tokens_BL, 0.7, cfg=cfg)
+    torch.testing.assert_close(logp_BL, rollout.logp_BL, rtol=0, atol=1e-5)
     forced = policy.teacher_forced(rollout, entropy=True)
     torch.testing.assert_close(forced.entropy_BL, rollout.entropy_BL, rtol=0, atol=1e-5)
     assert policy.teacher_forced(rollout).entropy_BL is None
@@ -131,7 +169,7 @@ def test_sample_does_not_depend_on_the_batch_split(how):
     assert torch.equal(torch.cat([part.tokens_BL for part in parts]), whole.tokens_BL)
     assert torch.equal(policy.sample(Prompts(torch.tensor(LABELS)), 0.8, seed=1, micro_batch=1, **how).tokens_BL,
                        whole.tokens_BL)  # fmt: skip
-    assert whole.on_policy == (not how)
+    assert whole.on_policy == ("top_k" not in how)
 
 
 def test_an_update_reaches_the_model_and_neither_palette_nor_reference():
@@ -194,6 +232,16 @@ def test_a_policy_of_a_config_is_of_the_family_that_is_built(make_config, monkey
     assert isinstance(policy, ToyPolicy)
     images = policy.decode(policy.sample(LABELS, seed=0).tokens_BL)
     assert mse_loss(policy.decode(policy.encode(images)), images) == 0.0
+
+
+def test_a_policy_that_is_given_plans_by_its_own_cost(make_config):
+    policy = make()
+    assert policy.cost("float32").weights.parameters == sum(p.numel() for p in policy.trainable.parameters())
+    with set_up(make_config(), policy=policy) as setup:
+        assert isinstance(setup.work.cost, ToyCost)
+        assert setup.plan.update.micro_batch == setup.config.update.minibatch
+    with set_up(make_config(run__dir=setup.config.run.dir + "_other")) as setup:
+        assert isinstance(setup.work.cost, VARCost)
 
 
 def test_the_trainer_trains_a_toy_family_and_goes_on(make_config):

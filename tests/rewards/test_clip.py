@@ -43,9 +43,10 @@ def test_clip_compares_each_image_with_the_text_of_its_label(tiny_clip, images, 
     (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
     (tmp_path / "windows.txt").write_bytes(("\ufeff" + "\r\n".join(names) + "\r\n").encode())
     table = cosine("tiny", tiny_clip, images, [f"a photo of a {name}" for name in names])
-    for given in (names, str(tmp_path / "names.txt"), str(tmp_path / "windows.txt")):
+    for given in (names, str(tmp_path / "names.txt"), str(tmp_path / "windows.txt"), None):
         config = clip(tiny_clip, prompt=None, label_prompt="a photo of a {name}", names=given, batch_size=2)
-        scored = WeightedSum({"c": config}, num_classes=3)(images, LABELS)
+        called = names if given is None else ["a", "b", "c"]
+        scored = WeightedSum({"c": config}, num_classes=3, names=called)(images, LABELS)
         torch.testing.assert_close(scored.total_B, table[torch.arange(6), LABELS], rtol=0, atol=2e-6)
 
 
@@ -93,6 +94,10 @@ LABEL_PROMPT = {"prompt": None, "label_prompt": "a {name}"}
     [
         (LABEL_PROMPT | {"names": ["a", "b"]}, "reward.c.names: got 2 names, the model has 3 labels"),
         (LABEL_PROMPT | {"names": ["a", " ", "c"]}, "reward.c.names: the name of label 1 is blank"),
+        (
+            LABEL_PROMPT,
+            "reward.c.label_prompt: what the labels of this model are called is not known; give reward.c.names",
+        ),
         (LABEL_PROMPT | {"names": "nowhere.txt"}, "reward.c.names=nowhere.txt cannot be read: .*one name a line"),
         ({"model": "tinny"}, "reward.c.model=tinny: open_clip has no such model; did you mean tiny"),
         ({"model": "ViT-L-14", "pretrained": "opnai"}, "reward.c.pretrained=opnai is neither .* its tags: openai, "),

@@ -26,7 +26,7 @@ BASE = "base"
 # Arguments that the chunks do not depend on.
 _FREE_TO_CHANGE = ("out", "micro_batch", "device", "fid_reference", "inception_weights")
 # Arguments of later versions: not among the settings that a folder keeps, unless they are given.
-_NEW = ("image_size", "rounding")
+_NEW = ("image_size", "rounding", "networks")
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,10 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ta
         if "reference" not in given:
             reference = BASE
         if "scores" not in given:
-            scores = {name: reward for name, reward in run.reward.items() if not reward.reaches_outside()}
-            if len(scores) < len(run.reward):
-                say(_skipped(folder, run.reward))
+            alone = {name: reward for name, reward in run.reward.items() if not reward.of_sets}
+            scores = {name: reward for name, reward in alone.items() if not reward.reaches_outside()}
+            if len(scores) < len(alone):
+                say(_skipped(folder, alone))
         if "classifier" not in given and run.eval.classifier is not None:
             classifier = ClassifierConfig(model=run.eval.classifier)
         if vqvae is None and run.policy.checkpoint != "random":
@@ -122,7 +123,7 @@ def _skipped(folder: RunFolder, rewards: dict[str, RewardConfig]) -> str:
 def chunk_settings(task: Task, how: list[Sampling]) -> dict[str, Any]:
     """What the chunks depend on, beside the weights. how: one sampling for each guidance."""
     settings = task.config.model_dump(mode="json", exclude=set(_FREE_TO_CHANGE))
-    settings = {name: value for name, value in settings.items() if name not in _NEW or value is not None}
+    settings = {name: value for name, value in settings.items() if name not in _NEW or value}
     if task.family == "var":  # as the versions before wrote it
         del settings["family"]
     else:

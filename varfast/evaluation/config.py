@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from varfast.features.config import FeaturesName, FeaturesSection
 from varfast.policies.config import FamilyName
 from varfast.rewards import RewardConfig
 from varfast.rewards.classifier import ClassifierConfig
@@ -31,7 +32,11 @@ class SampleConfig(Section):
     samples_per_label: int = Field(8, ge=1, le=10_000, description="columns")
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="of the draw")
     cfg: float = Field(
-        0.0, ge=0, le=1000, description="classifier-free guidance; 0: off; VAR's demo: 4, its FID numbers: 1.5"
+        0.0,
+        ge=0,
+        le=1000,
+        description="classifier-free guidance, whatever the run's rollout.cfg was; 0: off; VAR's demo: 4, its FID "
+        "numbers: 1.5",
     )
     top_k: int = Field(0, ge=0, lt=2**31, description="0: off; VAR: 900")
     top_p: float = Field(0.0, ge=0, le=1, description="0: off; VAR's demo: 0.95, its FID numbers: 0.96")
@@ -39,9 +44,6 @@ class SampleConfig(Section):
     micro_batch: int | None = Field(None, ge=1, description="images at a time; default: all")
     device: Device = Field("auto", description="auto: cuda if there is one")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations")
-
-
-FeaturesName = Literal["inception", "digits"]
 
 
 def _parts(value: Any) -> list[Any]:
@@ -103,8 +105,9 @@ class EvaluateConfig(Section):
     temperature: float | None = Field(None, ge=1e-3, le=1000, description="of the draw; default: 1")
     cfg: Guidances | None = Field(
         None,
-        description="classifier-free guidance, 0: off; several, as [0, 1.5]: samples with each, in one table. Default: "
-        "1.5 for VAR; 2, 1.75 or 1.65 by size for LlamaGen; 0 for taming, which has none",
+        description="classifier-free guidance, whatever the run's rollout.cfg was; 0: off; several, as [0, 1.5]: "
+        "samples with each, in one table. Default: 1.5 for VAR; 2, 1.75 or 1.65 by size for LlamaGen; 0 for taming, "
+        "which has none",
     )
     top_k: int | None = Field(
         None,
@@ -157,17 +160,52 @@ class EvaluateConfig(Section):
     )
     features: FeatureNames | None = Field(
         None,
-        description="what FID compares: Inception-v3's 2048, or 8 x 8 grey levels; several, side by side in the table: "
-        "one FID can misrank. Default: digits for fid_reference=digits, inception for another one, none without",
+        description="what FID compares: the features of these networks, side by side in the table, as one FID can "
+        "misrank; `varfast.statistics --help` describes them. Default: digits for fid_reference=digits, inception for "
+        "another one, none without",
+    )
+    networks: Annotated[
+        dict[FeaturesName, FeaturesSection], Wanted("sections with the keys of `statistics --help` for features", True)
+    ] = Field(
+        default_factory=dict,
+        description="how networks of features are made where that is not the default, as networks.clip.model=ViT-B-32 "
+        "networks.clip.pretrained=laion2b_s34b_b79k",
     )
     inception_weights: Source | None = Field(
         None, description="path, hf:// or https address; default: torch-fidelity's public file"
     )
 
+    @field_validator("scores")
+    @classmethod
+    def _of_images(cls, scores: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
+        for name, reward in scores.items():
+            if reward.of_sets:
+                raise ValueError(
+                    f"{name}: {reward.type} scores an image among those of a step of training; here fid_reference and "
+                    "features measure how far the whole set is from real images"
+                )
+        return scores
+
     @field_validator("classifier", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
         return {"model": value} if isinstance(value, str) else value
+
+    @field_validator("networks", mode="before")
+    @classmethod
+    def _of_their_names(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: {"features": k} | v if isinstance(v, dict) else v for k, v in value.items()}
+
+    @model_validator(mode="after")
+    def _networks_are_used(self) -> EvaluateConfig:
+        for name, section in self.networks.items():
+            if section.features != name:
+                raise ValueError(f"networks.{name}.features is {section.features}; leave it out")
+            if name not in self.feature_networks:
+                raise ValueError(f"networks.{name}: features does not name {name}; add it there")
+        return self
 
     @model_validator(mode="after")
     def _one_reference_each(self) -> EvaluateConfig:

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from varfast.data.datasets import DigitsClassifier
+from varfast.data.labels import label_names
 from varfast.evaluation.arguments import Task
-from varfast.evaluation.features import Network, load_network
+from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.metrics import Numbers
+from varfast.features.config import FeaturesName, FeaturesSection
+from varfast.features.networks import Network, load_network
 from varfast.rewards import WeightedSum
 from varfast.rewards.classifier import ClassifierConfig, Confidence
 from varfast.types import InputError
 
 # Networks that classify too, so that an inception score can be computed.
-_CLASSIFYING = ("inception", "digits")
+_CLASSIFYING = ("inception", "inception_torchvision", "digits")
 
 
 class Judge:
@@ -31,11 +34,11 @@ class Judge:
     """
 
     def __init__(self, task: Task, num_classes: int, device: torch.device) -> None:
-        self._scores = WeightedSum(task.scores, device, num_classes, "scores") if task.scores else None
+        names = label_names(task.config.checkpoint, num_classes)
+        self._scores = WeightedSum(task.scores, device, num_classes, "scores", names=names) if task.scores else None
         self._ranks = _classifier(task.classifier, num_classes, device) if task.classifier else None
-        names = task.config.feature_networks
         self.networks: dict[str, Network] = {
-            name: load_network(name, task.config.inception_weights, device) for name in names
+            name: _network(task.config, name, device) for name in task.config.feature_networks
         }
 
     def __call__(self, images: Tensor, labels_B: Tensor, levels: Tensor) -> Numbers:
@@ -58,6 +61,14 @@ class Judge:
             if logits is not None:
                 numbers[logits] = of_classes
         return numbers
+
+
+def _network(config: EvaluateConfig, name: FeaturesName, device: torch.device) -> Network:
+    if name in config.networks:
+        return config.networks[name].load(device, f"networks.{name}")
+    if name == "inception":
+        return load_network(name, config.inception_weights, device)
+    return FeaturesSection(features=name).load(device, f"networks.{name}")
 
 
 def columns_of(network: str, networks: Sequence[str]) -> tuple[str, str | None]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from varfast.types import InputError
+from varfast.features.statistics import Statistics
 
 # Arrays with a row for each image, by name of what they hold.
 Numbers = dict[str, np.ndarray]
@@ -49,23 +49,6 @@ def interval_text(value: float | None, low: float | None, high: float | None, si
         return ""
     bounds = "" if low is None or high is None else f" [{low:{sign}.4g}, {high:{sign}.4g}]"
     return f"{value:{sign}.4g}{bounds}"
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Mean (D,) and covariance (D, D) of a set of features, float64."""
-
-    mu_D: np.ndarray
-    sigma_DD: np.ndarray
-
-
-def check_installed() -> None:
-    """Raises: InputError if a library is missing."""
-    try:
-        import prdc  # noqa: F401
-        import torch_fidelity  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"FID and its kin need two libraries; pip install 'varfast[eval]' ({error})") from error
 
 
 def mean_interval(values_N: np.ndarray) -> Estimate:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from varfast.distributed import Launch
 from varfast.evaluation.config import EvaluateConfig
-from varfast.evaluation.features import to_levels
 from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.judge import Judge
 from varfast.evaluation.pictures import save_pngs
 from varfast.evaluation.plan import Images, Plan
+from varfast.features.networks import to_levels
 from varfast.policies.checks import check_finite
 from varfast.policies.protocol import Policy
 from varfast.progress import Progress

@@ -55,6 +55,13 @@ class Loss(Protocol):
         """What it measures."""
         ...
 
+    def begin(self, batch: Batch, step: int, total_steps: int) -> None:
+        """Before anything else of a step: the whole batch, in every process; steps count from 0.
+
+        What the loss keeps for the step must be in tensors that stay where they are: a captured update reads them.
+        """
+        ...
+
     def keep(self, batch: Batch) -> Tensor | None:
         """(B,) bool on the CPU, False for images whose gradient is exactly 0, which are left out; None keeps all."""
         ...

@@ -6,6 +6,8 @@ Source: arXiv:2402.03300; for VAR arXiv:2505.23331.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from varfast import kernels
 from varfast.kernels.reference import k3
 from varfast.losses import Stat
 from varfast.losses.config import GRPOConfig
+from varfast.losses.entropy import EntropyBonus
 from varfast.perf.stages import stage
 from varfast.policies.protocol import Policy
 from varfast.types import Batch, Rollout, TokenLogp
@@ -28,25 +31,43 @@ _STATS = (
     Stat("ratio_gap_max", over_images="max", over_minibatches="first"),
 )
 assert tuple(stat.name for stat in _STATS) == kernels.GRPO_STATS
+# In the order of EntropyBonus.now. One number for a whole step.
+_OF_ENTROPY = (
+    Stat("entropy_coef", over_images="max", over_minibatches="first"),
+    Stat("entropy_norm", over_images="max", over_minibatches="first"),
+)
 
 
 class GRPO:
-    """Loss of arXiv:2402.03300, eq. 3 and 4, with one ratio a token: `kernels.grpo_token_loss`.
+    """Loss of arXiv:2402.03300, eq. 3 and 4: `kernels.grpo_token_loss`, and a bonus for entropy where one is asked for.
 
-    The rollout's log-probabilities stand for the old policy's. Without a KL term (kl_beta = 0) there is no reference,
-    and an image whose advantages are all 0 has no gradient.
+    The rollout's log-probabilities stand for the old policy's. Without a KL term (kl_beta = 0) there is no reference.
+    Without that and without a bonus, an image whose advantages are all 0 has no gradient.
+
+    Args:
+        vocab_size: V, of the bonus.
     """
 
     unit = 1
-    needs_entropy = False
 
-    def __init__(self, config: GRPOConfig) -> None:
-        self._clip_eps, self._kl_beta = config.clip_eps, config.kl_beta
-        self.needs_reference = config.kl_beta > 0.0
-        self.stats = _STATS if self.needs_reference else _STATS[1:]  # without a reference the KL is not measured
+    def __init__(self, config: GRPOConfig, vocab_size: int | None = None) -> None:
+        self._config = config
+        self._bonus: EntropyBonus | None = None
+        if config.entropy is not None:
+            assert vocab_size is not None
+            self._bonus = EntropyBonus(config.entropy, vocab_size)
+        self.needs_reference, self.needs_entropy = config.kl_beta > 0.0, self._bonus is not None
+        self._of_kernel = _STATS if self.needs_reference else _STATS[1:]  # without a reference the KL is not measured
+        self.stats = self._of_kernel if self._bonus is None else self._of_kernel + _OF_ENTROPY
+
+    def begin(self, batch: Batch, step: int, total_steps: int) -> None:
+        if self._bonus is not None:
+            self._bonus.begin(batch.rollout.entropy_BL, step, total_steps)
 
     def keep(self, batch: Batch) -> Tensor | None:
-        return None if self.needs_reference else (batch.advantages_BL != 0).any(dim=1).cpu()
+        if self.needs_reference or self.needs_entropy:
+            return None
+        return (batch.advantages_BL != 0).any(dim=1).cpu()
 
     def __call__(self, logp: TokenLogp, batch: Batch) -> tuple[Tensor, Tensor]:
         loss, stats = kernels.grpo_token_loss(
@@ -54,10 +75,31 @@ class GRPO:
             batch.rollout.logp_BL,
             batch.logp_ref_BL,
             batch.advantages_BL,
-            clip_eps=self._clip_eps,
-            kl_beta=self._kl_beta,
+            clip_eps=self._config.clip_eps,
+            kl_beta=self._config.kl_beta,
+            ratio=self._config.ratio,
+            kl_gradient=self._config.kl_gradient,
         )
-        return loss, stats[-len(self.stats) :]
+        stats = stats[-len(self._of_kernel) :]
+        if self._bonus is None:
+            return loss, stats
+        assert logp.entropy_BL is not None
+        return loss - self._bonus(logp.entropy_BL), torch.cat([stats, self._bonus.now])
+
+
+def scale_weights(sides: Sequence[int], alpha: float) -> Tensor:
+    """(L,) float32: how much an advantage counts for each token of an image, by its scale: mean 1.
+
+    Of a scale of side^2 tokens each has 1 / (side^2)^alpha, so that all of them together count the less than those of a
+    small scale the larger alpha is; 1: all scales alike; 0: all tokens alike.
+
+    Args:
+        sides: of an image's square token maps, in the order in which they are sampled.
+    Source: arXiv:2601.02256.
+    """
+    counts_K = torch.tensor([side * side for side in sides])
+    weights_L = counts_K.double().pow(-alpha).repeat_interleave(counts_K)
+    return (weights_L / weights_L.mean()).float()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from varfast.distributed import local
+from varfast.distributed import is_sharded, local, whole
 
 
 class Averages:
@@ -35,6 +35,16 @@ class Averages:
         """Make the averages the weights. Training is over then."""
         if self.by_name:
             torch._foreach_copy_(_parts(self._weights), _parts(self.by_name))
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Make them the weights of another model of the same names, which is whole: all processes must call it."""
+        weights = dict(model.named_parameters())
+        if any(is_sharded(average) for average in self.by_name.values()):
+            for name, average in self.by_name.items():  # one at a time: little memory
+                weights[name].copy_(whole(average.to(weights[name].dtype)))
+        else:
+            torch._foreach_copy_([weights[name].detach() for name in self.by_name], list(self.by_name.values()))
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> list[Tensor]:

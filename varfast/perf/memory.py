@@ -57,7 +57,7 @@ class States:
         moments: of the optimizer; see `Weights.moment_bytes`.
         average: of what is trained, float32; 0 without update.ema_decay.
         reference: the base model of the KL term, its matrices in run.dtype; 0 if none is held, and with an adapter,
-            because the frozen weights are the reference.
+            because the frozen weights are the reference. With grpo.reference_ema the average too, as `average`.
         tokenizer, reward: weights of the tokenizer and of the rewards' networks, float32.
     """
 
@@ -126,13 +126,16 @@ def held_states(work: Work) -> States:
     config, weights = work.config, work.cost.weights
     trained = FLOAT32_BYTES * weights.trained
     whole = work.cost.base.weights.frozen_bytes
+    reference = whole if work.holds_reference and not weights.adapter else 0
+    if config.grpo.reference_ema is not None:
+        reference += trained // work.shards
     return States(
         weights=weights.held_bytes // work.shards,
         compute_copy=weights.copy_bytes if work.shards == 1 else whole,
         gradients=trained // work.shards,
         moments=weights.moment_bytes(config.update.optimizer) // work.shards,
         average=trained // work.shards if config.update.ema_decay is not None else 0,
-        reference=whole if config.holds_reference and not weights.adapter else 0,
+        reference=reference,
         tokenizer=work.cost.tokenizer_bytes,
         reward=FLOAT32_BYTES * sum(network.parameters for network in work.networks),
     )
@@ -140,14 +143,14 @@ def held_states(work: Work) -> States:
 
 def memory(work: Work, plan: MemoryPlan) -> Memory:
     """What a process needs for its part of a step."""
-    cost, sampled = work.cost, plan.rollout.micro_batch
-    update = plan.update.micro_batch * cost.update_activation_bytes(plan.update.checkpointing)
+    cost, sampled, rows = work.cost, plan.rollout.micro_batch, plan.rollout.micro_batch * work.rows
+    update = plan.update.micro_batch * work.rows * cost.update_activation_bytes(plan.update.checkpointing)
     captures = work.config.run.fast and plan.rollout.cuda_graph
     return Memory(
         states=held_states(work),
         images=work.images * kept_bytes(work),
-        kv_cache=sampled * cost.kv_cache_bytes,
-        rollout_activations=sampled * cost.rollout_activation_bytes,
+        kv_cache=rows * cost.kv_cache_bytes,
+        rollout_activations=rows * cost.rollout_activation_bytes,
         decode=sampled * cost.decode_activation_bytes,
         update=update,
         captured=captured_rollout_bytes(work, sampled) if captures else 0,
@@ -163,7 +166,8 @@ def kept_bytes(work: Work) -> int:
 
 def captured_rollout_bytes(work: Work, sampled: int) -> int:
     """What the CUDA graph of a rollout of `sampled` images holds."""
-    return sampled * (work.cost.kv_cache_bytes + work.cost.rollout_activation_bytes + work.cost.input_bytes)
+    of_rows = work.rows * (work.cost.kv_cache_bytes + work.cost.rollout_activation_bytes)
+    return sampled * (of_rows + work.cost.input_bytes)
 
 
 def captured_decode_bytes(work: Work, sampled: int) -> int:

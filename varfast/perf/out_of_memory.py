@@ -12,9 +12,9 @@ import torch
 from varfast.perf.allocator import ALLOCATOR_VARIABLES
 from varfast.perf.devices import whole_bytes
 from varfast.perf.memory import MemoryPlan, held_states, memory
-from varfast.perf.numbers import three_digits
-from varfast.perf.plan import ENOUGH_IMAGES, largest_divisor
+from varfast.perf.plan import ENOUGH_ROWS, largest_divisor
 from varfast.perf.work import Work
+from varfast.tables import three_digits
 from varfast.types import InputError
 
 Part = Literal["rollout", "reward", "update"]
@@ -74,7 +74,7 @@ def _smaller_rewards(work: Work) -> str:
 
 def _smaller_update(work: Work, plan: MemoryPlan) -> str | None:
     now, checkpointing = plan.update.micro_batch, plan.update.checkpointing
-    if now < 2 * ENOUGH_IMAGES and checkpointing != "full":
+    if now * work.rows < 2 * ENOUGH_ROWS and checkpointing != "full":
         more = "attention" if checkpointing == "none" else "full"
         return f"use update.checkpointing={more}, now {checkpointing} with update.micro_batch={now}"
     return _halved("update.micro_batch", now, work.minibatch)
@@ -91,6 +91,8 @@ def _other_settings(work: Work) -> str:
     if config.update.optimizer != "adamw8bit" and not sharded:
         now, then = (three_digits(weights.moment_bytes(o) / 2**30) for o in (config.update.optimizer, "adamw8bit"))
         others.append(f"update.optimizer=adamw8bit (moments of {then} instead of {now} GiB)")
+    if config.rollout.cfg:
+        others.append("rollout.cfg=0 (no unconditional half)")
     others.append("grpo.kl_beta=0 (no reference is held)")
     if not weights.adapter and not sharded:
         others.append("policy.lora.rank=16 (an adapter is trained in place of all weights)")

@@ -18,6 +18,7 @@ class Work:
         cost: of the policy.
         images: how many it samples and scores a step.
         minibatch: how many it trains on an optimizer step.
+        reads_reference: whether the reference runs on every image, as the loss reads its log-probabilities.
         shards: how many processes weights, gradients, moments and average are spread over; 1: each holds them all.
     """
 
@@ -25,12 +26,15 @@ class Work:
     cost: Cost
     images: int
     minibatch: int
+    reads_reference: bool
     shards: int = 1
 
     @classmethod
-    def whole(cls, config: Config, cost: Cost) -> Work:
-        """A step on one process."""
-        return cls(config, cost, config.rollout.images, config.update.minibatch)
+    def whole(cls, config: Config, cost: Cost, reads_reference: bool | None = None) -> Work:
+        """A step on one process. reads_reference: as the loss needs it; None: as GRPO does."""
+        if reads_reference is None:
+            reads_reference = config.grpo.kl_beta > 0.0
+        return cls(config, cost, config.rollout.images, config.update.minibatch, reads_reference)
 
     def share(self, images: int, processes: int) -> Work:
         """Of one of several processes.
@@ -48,11 +52,16 @@ class Work:
         return self.config.update.epochs * self.images // self.minibatch
 
     @property
+    def rows(self) -> int:
+        """Of the policy's model an image: 2 with guidance, in rollout, reference and update."""
+        return self.config.rollout.rows
+
+    @property
     def networks(self) -> list[Network]:
         """Of the rewards."""
         return reward_networks(self.config.reward)
 
     @property
-    def reads_reference(self) -> bool:
-        """Whether the loss has a KL term, for which the reference runs on every image."""
-        return self.config.grpo.kl_beta > 0.0
+    def holds_reference(self) -> bool:
+        """Whether a frozen copy of the base is held: for the loss, or to measure the KL."""
+        return self.reads_reference or self.config.holds_reference

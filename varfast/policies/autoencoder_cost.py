@@ -6,9 +6,12 @@ halves of the middle. The decoder has one residual block more a level. No PyTorc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from varfast.policies.convolutional import Sizes
 
 
 class Layer(NamedTuple):
@@ -29,34 +32,30 @@ def conv(channels_in: int, channels_out: int, kernel: int, side: int, side_in: i
     return Layer(weights + channels_out, 2.0 * weights * side * side, read + written, read + written)
 
 
-def encoder_layers(
-    side: int, base_channels: int, multipliers: Sequence[int], num_res_blocks: int, width_out: int
-) -> Iterator[Layer]:
-    """From an image of `side` pixels to a map of `width_out` channels."""
-    widths = [base_channels * m for m in (1, *multipliers)]
+def encoder_layers(sizes: Sizes, side: int, latent_width: int) -> Iterator[Layer]:
+    """From an image of `side` pixels to its latents."""
+    widths = [sizes.base_channels * m for m in (1, *sizes.channel_multipliers)]
     last = len(widths) - 2
     yield conv(3, widths[0], 3, side)
     for index, (channels_in, channels_out) in enumerate(pairwise(widths)):
-        yield from _level(channels_in, channels_out, num_res_blocks, side, index == last)
+        yield from _level(channels_in, channels_out, sizes.num_res_blocks, side, index == last)
         if index != last:
             yield conv(channels_out, channels_out, 3, side // 2, side)
             side //= 2
     yield from _middle(widths[-1], side)
     yield _norm(widths[-1], side)
-    yield conv(widths[-1], width_out, 3, side)
+    yield conv(widths[-1], latent_width, 3, side)
 
 
-def decoder_layers(
-    side: int, base_channels: int, multipliers: Sequence[int], num_res_blocks: int, width_in: int
-) -> Iterator[Layer]:
-    """From a map of `side` places and `width_in` channels to pixels; num_res_blocks: of the encoder."""
-    widths = [base_channels * m for m in (*multipliers, multipliers[-1])]
+def decoder_layers(sizes: Sizes, side: int, latent_width: int) -> Iterator[Layer]:
+    """From latents, a map of `side` places, to pixels."""
+    widths = [sizes.base_channels * m for m in (*sizes.channel_multipliers, sizes.channel_multipliers[-1])]
     levels = list(pairwise(widths))
-    yield conv(width_in, widths[-1], 3, side)
+    yield conv(latent_width, widths[-1], 3, side)
     yield from _middle(widths[-1], side)
     for index in reversed(range(len(levels))):
         channels_out, channels_in = levels[index]
-        yield from _level(channels_in, channels_out, num_res_blocks + 1, side, index == len(levels) - 1)
+        yield from _level(channels_in, channels_out, sizes.num_res_blocks + 1, side, index == len(levels) - 1)
         if index != 0:
             side *= 2  # the convolution reads the upsampled map
             yield conv(channels_out, channels_out, 3, side)
@@ -72,10 +71,12 @@ def _norm(channels: int, side: int) -> Layer:
 def _resnet(channels_in: int, channels_out: int, side: int) -> Iterator[Layer]:
     yield _norm(channels_in, side)
     yield conv(channels_in, channels_out, 3, side)
-    # The block's input waits for the sum while the second half runs.
-    yield _norm(channels_out, side)._replace(live=(channels_in + 3 * channels_out) * side * side)
+    # The block's input, its narrowed or widened form if there is one, the first half's result, its normalised form and
+    # the second half's result exist together.
+    narrowed = 0 if channels_in == channels_out else channels_out
+    yield _norm(channels_out, side)._replace(live=(channels_in + narrowed + 3 * channels_out) * side * side)
     yield conv(channels_out, channels_out, 3, side)
-    if channels_in != channels_out:
+    if narrowed:
         yield conv(channels_in, channels_out, 1, side)
 
 
@@ -96,9 +97,7 @@ def _middle(channels: int, side: int) -> Iterator[Layer]:
 
 def _level(channels_in: int, channels_out: int, blocks: int, side: int, attention: bool) -> Iterator[Layer]:
     widths = [channels_in] + [channels_out] * blocks
-    for index, (narrow, wide) in enumerate(pairwise(widths)):
-        held = channels_in * side * side if index else 0  # the level's input, until the level is done
-        for layer in _resnet(narrow, wide, side):
-            yield layer._replace(live=layer.live + held)
+    for narrow, wide in pairwise(widths):
+        yield from _resnet(narrow, wide, side)
         if attention:
             yield from _attention(channels_out, side)

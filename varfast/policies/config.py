@@ -36,10 +36,13 @@ class FamilyConfig(Section):
     Attributes:
         parts: names of the models of a policy, the trained one first; the rest is frozen.
         sizes_key: the key under which the trained model's sizes stand, for errors: policy.var.
+        unguided_cfg: rollout.cfg above this guides it; its policy then has `Driver._strengths`. None: nothing can, as
+            it knows no prompt that stands for none.
     """
 
     parts: ClassVar[tuple[str, str]]
     sizes_key: ClassVar[str]
+    unguided_cfg: ClassVar[float | None] = None
 
     family: str = Field(description="of models")
     checkpoint: Source = Field(
@@ -67,6 +70,11 @@ class FamilyConfig(Section):
         """V, number of codes."""
 
     @property
+    def scale_sides(self) -> tuple[int, ...]:
+        """Sides of an image's square token maps, in the order in which they are sampled; empty: one token at a time."""
+        return ()
+
+    @property
     @abstractmethod
     def frozen_checkpoint(self) -> Source | None:
         """Weights of the frozen part, a path or hf:// address; None where `checkpoint` has them too."""
@@ -85,8 +93,15 @@ class RolloutConfig(Section):
     group_size: int = Field(
         16, ge=2, le=1_000_000, description="G, images a label; the group within which advantages are relative"
     )
-    temperature: float = Field(
-        0.7, ge=1e-3, le=1000, description="of the plain multinomial draw; no guidance, no filters"
+    temperature: float = Field(0.7, ge=1e-3, le=1000, description="of the multinomial draw, which has no filters")
+    cfg: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="classifier-free guidance as a part of the policy; 0: none. Ratio, KL, entropy and the table of "
+        "before and after are then of the guided distribution, for policy and reference, and its gradient goes through "
+        "both halves: rollout, reference and update cost twice. The model must have been trained with class dropout. "
+        "VAR: scale k of K - 1 is guided by cfg * k / (K - 1). LlamaGen: the scale of its code, above 1",
     )
     labels: AllOrLabels = Field(
         "all", description="labels to draw from, uniformly: numbers, or names of ImageNet's classes or of your folders"
@@ -105,6 +120,11 @@ class RolloutConfig(Section):
     def images(self) -> int:
         """B, images a step."""
         return self.labels_per_step * self.group_size
+
+    @property
+    def rows(self) -> int:
+        """Of the model an image: one, and with guidance a second one without the label."""
+        return 2 if self.cfg > 0.0 else 1
 
     @model_validator(mode="after")
     def _divides(self) -> RolloutConfig:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
 
 import torch
@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from varfast import kernels
-from varfast.distributed import World, local, replicate, shard
-from varfast.perf.cost import Checkpointing
+from varfast.distributed import World, local, replicate, shard_weights
+from varfast.perf.cost import Checkpointing, Cost
 from varfast.perf.graphs import CudaGraph, GraphPool
 from varfast.perf.stages import stage
 from varfast.policies import lora
 from varfast.policies.checks import as_prompts, as_tokens, check_finite, check_images, check_weights
 from varfast.policies.config import LoRAConfig
-from varfast.policies.pixels import Pixels
+from varfast.policies.guidance import guided_logits
+from varfast.policies.pixels import Pixels, after_this_stream
 from varfast.policies.precision import MixedPrecision
 from varfast.policies.protocol import Policy
 from varfast.policies.sampler import Captured, Sampled, Sampler
@@ -85,8 +86,8 @@ class Driver(ABC):
         if strict:
             self._make_strict()
         self.graph_pool = GraphPool()
+        self._strength_tensors: dict[float, Tensor] = {}
         self._pixels = Pixels(decodable)
-        self._beside: torch.cuda.Stream | None = None
         self._replica: DistributedDataParallel | None = None
         self._gathered: MixedPrecision | None = None
         self._sample_from(self.trainable)
@@ -126,6 +127,10 @@ class Driver(ABC):
     def _encode(self, images: Tensor) -> Tensor:
         """Tokens of images (B, 3, H, W) in [-1, 1]."""
 
+    @abstractmethod
+    def cost(self, dtype: str, lora: LoRAConfig | None = None) -> Cost:
+        """See protocol.Policy."""
+
     def _latent(self, tokens_BL: Tensor) -> Tensor:
         """What the decoder reads: (B, ...). By default the tokens."""
         return tokens_BL
@@ -133,6 +138,19 @@ class Driver(ABC):
     def _teacher_input(self, tokens_BL: Tensor) -> Tensor:
         """What the model reads in place of the tokens when it is teacher-forced: (B, ...). By default the tokens."""
         return tokens_BL
+
+    def _strengths(self, cfg: float) -> Sequence[float]:
+        """Of each of an image's L tokens the strength t of guidance: logits = (1 + t) conditional - t unconditional.
+
+        Empty: this cfg guides nothing. A family that has this has a prompt that stands for none: `_unconditional`.
+        """
+        raise InputError(
+            f"cfg={cfg:g}: {type(self).__name__} knows no label that stands for none, so it cannot be guided; use cfg=0"
+        )
+
+    def _unconditional(self, prompts: Prompts) -> Prompts:
+        """As many prompts that stand for none: by default the label num_classes."""
+        return Prompts(torch.full_like(prompts.ids_B, self.num_classes))
 
     @torch.no_grad()
     def _capture_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Captured:
@@ -234,7 +252,7 @@ class Driver(ABC):
         for each in (model, self._gathered, *references):  # all of them, for one arithmetic: see BranchLinear
             assert isinstance(each, MixedPrecision)
             each.drop_copies()
-        shard(model, model.large_modules(), world, self.device, model.compute_dtype)
+        shard_weights(model, model.large_modules(), world, self.device, model.compute_dtype)
 
     def gather(self) -> None:
         """Bring the copy that is sampled from up to date with sharded weights: of all processes."""
@@ -271,13 +289,14 @@ class Driver(ABC):
             temperature: > 0; of the multinomial draw.
             seed: one seed gives the same tokens whatever the split into micro-batches. A batch split into calls gives
                 the same tokens when each call gets the index of its first image as `first_sample`.
-            cfg, top_k, top_p: classifier-free guidance (for VAR t = cfg * k / (K - 1) at scale k) and filters, for
-                inference; the rollout is then not on-policy and GRPO refuses it.
+            cfg: classifier-free guidance (for VAR t = cfg * k / (K - 1) at scale k), which is part of the policy: an
+                update of the rollout is one of the guided distribution. 0: none.
+            top_k, top_p: filters, for inference; the rollout is then not on-policy and GRPO refuses it.
             step: a second key beside the seed, for a trainer's steps.
             micro_batch: images at a time, must divide B; default all.
         Returns: Rollout; its log-probabilities and entropies are those of the distribution that was sampled.
-        Raises: InputError for a label out of range or a micro_batch that does not divide B; NotFinitePolicy, an
-            InputError, if there is a token whose logits are no distribution.
+        Raises: InputError for a label out of range, a micro_batch that does not divide B, or cfg > 0 with a family that
+            cannot be guided; NotFinitePolicy, an InputError, if there is a token whose logits are no distribution.
         """
         how, key = Sampling(temperature, cfg, top_k, top_p), Key(seed, step, first_sample)
         prompts = as_prompts(labels_B, self.num_classes, self.device)
@@ -318,11 +337,13 @@ class Driver(ABC):
     ) -> Rollout:
         """Sample; with `images`, (B, 3, H, W), write the decoded pixels there."""
         check_divides("micro_batch", micro_batch, len(prompts), "images")
+        if how.cfg > 0.0:
+            self._strengths(how.cfg)  # refused by a family that cannot be guided
         self.sampled.low_precision_copies()  # up to date: a replayed graph does not look
         capture = self._capture_batch if self.cuda_graph else None
         keep = images is not None
         parts = self._sampler.parts(self._sample_batch, prompts, how, key, micro_batch, capture, keep)
-        beside = None if images is None else self._decoding_stream()
+        beside = None if images is None else self._pixels.stream(self.device)
         sampled, first = [], 0
         while True:
             with stage("rollout"):
@@ -333,7 +354,7 @@ class Driver(ABC):
             if images is None:
                 continue
             assert part.latent is not None
-            with nullcontext() if beside is None else _after_this_stream(beside):
+            with nullcontext() if beside is None else after_this_stream(beside):
                 self._write_pixels(part.latent, images[first : first + len(part.tokens_BL)])
             if beside is not None:
                 part.latent.record_stream(beside)
@@ -349,14 +370,8 @@ class Driver(ABC):
             how.temperature,
             how.on_policy,
             torch.cat(inputs) if keep_input else None,
+            how.cfg,
         )
-
-    def _decoding_stream(self) -> torch.cuda.Stream | None:
-        """The stream that decodes beside the rollout on a GPU: one for all steps, as the allocator keeps memory by
-        stream."""
-        if self.device.type == "cuda" and self._beside is None:
-            self._beside = torch.cuda.Stream(self.device)
-        return self._beside
 
     # Given tokens.
 
@@ -366,6 +381,7 @@ class Driver(ABC):
         tokens_BL: Tensor,
         temperature: float = 1.0,
         *,
+        cfg: float = 0.0,
         checkpointing: Checkpointing = "none",
     ) -> Tensor:
         """Teacher-forced log-probabilities of given tokens under the tempered policy; differentiable in the weights.
@@ -374,23 +390,24 @@ class Driver(ABC):
             labels_B: (B,) labels in [0, num_classes), or Prompts.
             tokens_BL: (B, L) int64.
             temperature: > 0; that of the rollout.
+            cfg: guidance; that of the rollout. With it the pass has 2 B rows.
             checkpointing: what the backward pass computes again instead of keeping it: "none", "attention" or "full".
         Returns: (B, L) float32.
         """
-        given = (as_prompts(labels_B, self.num_classes, self.device), self._tokens(tokens_BL), temperature)
-        return self._token_logp(*given, None, checkpointing).logp_BL
+        given = (as_prompts(labels_B, self.num_classes, self.device), self._tokens(tokens_BL))
+        return self._token_logp(*given, Sampling(temperature, cfg), None, checkpointing).logp_BL
 
     def teacher_forced(
         self, rollout: Rollout, *, checkpointing: Checkpointing = "none", entropy: bool = False
     ) -> TokenLogp:
-        """Log-probabilities of a rollout's tokens at its temperature; differentiable in the weights.
+        """Log-probabilities of a rollout's tokens at its temperature and guidance; differentiable in the weights.
 
         Args:
-            rollout: on the device; its prompts, tokens, temperature and, where it has one, teacher_input are read.
+            rollout: on the device; its prompts, tokens, temperature, cfg and, where it has one, teacher_input are read.
             checkpointing: as of token_logp.
             entropy: whether the result has entropies too.
         """
-        given = (rollout.prompts, self._tokens(rollout.tokens_BL), rollout.temperature, rollout.teacher_input)
+        given = (rollout.prompts, self._tokens(rollout.tokens_BL), rollout.how, rollout.teacher_input)
         found = self._token_logp(*given, checkpointing)
         return found if entropy else TokenLogp(found.logp_BL)
 
@@ -398,19 +415,33 @@ class Driver(ABC):
         self,
         prompts: Prompts,
         tokens_BL: Tensor,
-        temperature: float,
+        how: Sampling,
         teacher_input: Tensor | None,
         checkpointing: Checkpointing,
     ) -> TokenLogp:
         if teacher_input is None:
             teacher_input = self.teacher_input(tokens_BL)
+        strength_L = self._strength_L(how.cfg)
+        if len(strength_L):
+            # One pass of 2 B rows. Two passes would need a third: the gradient of each half needs the logits of both.
+            prompts = Prompts(torch.cat([prompts.ids_B, self._unconditional(prompts).ids_B]))
+            teacher_input = teacher_input.repeat(2, *(1,) * (teacher_input.ndim - 1))
         # DDP and FSDP keep a parameter's gradient to what happens inside forward: there the bias is added at once.
         bias_apart = self._replica is None and self._gathered is None
         model = self._replica or self.trainable
         logits_BLV, bias_V = self._logits(model, prompts, teacher_input, checkpointing, bias_apart)
+        if len(strength_L):  # a bias is that of both halves, and so of what they make: (1 + t) b - t b
+            logits_BLV = guided_logits(logits_BLV, strength_L)
         return TokenLogp(
-            *kernels.selective_log_softmax(logits_BLV, tokens_BL, temperature, consume_logits=True, bias_V=bias_V)
+            *kernels.selective_log_softmax(logits_BLV, tokens_BL, how.temperature, consume_logits=True, bias_V=bias_V)
         )
+
+    def _strength_L(self, cfg: float) -> Tensor:
+        """`_strengths` on the device, made once: a copy from the host could not be captured."""
+        if cfg not in self._strength_tensors:
+            strengths = self._strengths(cfg) if cfg > 0.0 else ()
+            self._strength_tensors[cfg] = torch.tensor(strengths, device=self.device)
+        return self._strength_tensors[cfg]
 
     @torch.no_grad()
     def teacher_input(self, tokens_BL: Tensor) -> Tensor:
@@ -418,7 +449,7 @@ class Driver(ABC):
         return self._teacher_input(self._tokens(tokens_BL))
 
     @torch.no_grad()
-    def check_usable(self, labels: Sequence[int], temperature: float, seed: int) -> None:
+    def check_usable(self, labels: Sequence[int], temperature: float, seed: int, cfg: float = 0.0) -> None:
         """Before its weights are saved: all of them are finite, and an image of each label can be sampled.
 
         One image at a time: beside a captured rollout there may be room for no more.
@@ -427,12 +458,12 @@ class Driver(ABC):
         """
         check_weights({name: local(parameter) for name, parameter in self.trainable.named_parameters()})
         self.sampled.low_precision_copies()
-        how, key = Sampling(temperature), torch.tensor([seed, 0, 0], device=self.device)
+        how, key = Sampling(temperature, cfg), torch.tensor([seed, 0, 0], device=self.device)
         # Not by the sampler, which captures what it meets twice in a row: a rollout comes before and after.
         prompts = Prompts(torch.tensor(labels, device=self.device))
         each = [self._sample_batch(prompts.rows(slice(i, i + 1)), key, how, False) for i in range(len(prompts))]
         tokens_BL, logp_BL, entropy_BL = (torch.cat(parts) for parts in list(zip(*each, strict=True))[:3])
-        check_finite(Rollout(prompts, tokens_BL, logp_BL, entropy_BL, temperature, True))
+        check_finite(Rollout(prompts, tokens_BL, logp_BL, entropy_BL, temperature, True, cfg=cfg))
 
     # Pixels.
 
@@ -467,11 +498,3 @@ class Driver(ABC):
 
     def _tokens(self, tokens_BL: Tensor) -> Tensor:
         return as_tokens(tokens_BL, self.tokens_shape, self.device)
-
-
-@contextmanager
-def _after_this_stream(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Inside, work goes to `stream`, after all that the current one was given."""
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield

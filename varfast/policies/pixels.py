@@ -6,7 +6,8 @@ Axes: B image; H, W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -29,6 +30,14 @@ class Pixels:
         self._most_images = most_images
         self._graph: tuple[int, CudaGraph] | None = None  # and the number of images that it decodes
         self._last = 0
+        self._stream: torch.cuda.Stream | None = None
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        """The stream that decodes beside the rollout on a GPU: one for all steps, as the allocator keeps memory by
+        stream."""
+        if device.type == "cuda" and self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        return self._stream
 
     @torch.no_grad()
     def write(
@@ -64,3 +73,11 @@ class Pixels:
             self._graph = batch, CudaGraph(lambda latent: (decode(latent),), latent)
         (images,) = self._graph[1](latent)
         return images
+
+
+@contextmanager
+def after_this_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Inside, work goes to `stream`, after all that the current one was given."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from varfast.perf.cost import Checkpointing
+from varfast.perf.cost import Checkpointing, Cost
 from varfast.types import Prompts, Rollout, Sampling, TokenLogp
 
 if TYPE_CHECKING:
@@ -91,6 +91,10 @@ class Policy(Protocol):
         """Memory for the graphs of rollout and update, which never run at the same time."""
         ...
 
+    def cost(self, dtype: str, lora: LoRAConfig | None = None) -> Cost:
+        """What one image costs, from which a step is planned. lora: an adapter that is still to be added."""
+        ...
+
     # Images.
 
     def sample(
@@ -106,7 +110,11 @@ class Policy(Protocol):
         first_sample: int = 0,
         micro_batch: int | None = None,
     ) -> Rollout:
-        """Sample one image a prompt; waits for the device. Raises: NotFinitePolicy for logits that are not finite."""
+        """Sample one image a prompt; waits for the device.
+
+        Raises: NotFinitePolicy for logits that are not finite; InputError for cfg > 0 with a family that has no prompt
+            which stands for none.
+        """
         ...
 
     def sample_images(
@@ -140,10 +148,10 @@ class Policy(Protocol):
     def teacher_forced(
         self, rollout: Rollout, *, checkpointing: Checkpointing = "none", entropy: bool = False
     ) -> TokenLogp:
-        """Log-probabilities of a rollout's tokens at its temperature; differentiable in the weights.
+        """Log-probabilities of a rollout's tokens at its temperature and guidance; differentiable in the weights.
 
         Args:
-            rollout: its prompts, tokens, temperature and, where it has one, teacher_input are read.
+            rollout: its prompts, tokens, temperature, cfg and, where it has one, teacher_input are read.
             checkpointing: what the backward pass computes again instead of keeping it.
             entropy: whether the result has entropies too.
         """
@@ -153,7 +161,7 @@ class Policy(Protocol):
         """What the model reads in place of the tokens when it is teacher-forced: (B, ...), without gradient."""
         ...
 
-    def check_usable(self, labels: Sequence[int], temperature: float, seed: int) -> None:
+    def check_usable(self, labels: Sequence[int], temperature: float, seed: int, cfg: float = 0.0) -> None:
         """Look at all weights and sample an image of each label. Raises: NotFinitePolicy if something is not finite."""
         ...
 

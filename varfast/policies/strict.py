@@ -31,14 +31,14 @@ from varfast.types import InputError, Rollout
 _IMAGES = 3  # of the check: among others, first, in the middle and last
 
 
-def check(policy: Policy, temperature: float = 1.0, seed: int = 0) -> None:
+def check(policy: Policy, temperature: float = 1.0, seed: int = 0, cfg: float = 0.0) -> None:
     """Sample a few images together and alone, teacher-force them together and alone, and compare bits.
 
     Raises: InputError, naming the first module that differs, where this machine's libraries break the promise.
     """
     assert policy.strict
     labels = [index % policy.num_classes for index in range(_IMAGES)]
-    found = difference(policy, labels, temperature, seed)
+    found = difference(policy, labels, temperature, seed, cfg)
     if found is not None:
         raise InputError(f"run.strict=true does not hold here ({policy.device}, torch {torch.__version__}): {found}")
 
@@ -51,7 +51,7 @@ def must_agree(differing: int, policy: Policy, rollout: Rollout, step: int) -> N
     if not differing:
         return
     labels = rollout.labels_B[:_IMAGES].tolist()
-    found = difference(policy, labels, rollout.temperature, step) or "three of its images alone agree"
+    found = difference(policy, labels, rollout.temperature, step, rollout.cfg) or "three of its images alone agree"
     raise InputError(
         f"run.strict=true: in step {step + 1}, before its first optimizer step, {differing} log-probabilities of the "
         f"rollout were not those of the update: {found}. No checkpoint holds this step; run.strict=false in another "
@@ -59,16 +59,17 @@ def must_agree(differing: int, policy: Policy, rollout: Rollout, step: int) -> N
     )
 
 
-def difference(policy: Policy, labels: list[int], temperature: float, seed: int) -> str | None:
+def difference(policy: Policy, labels: list[int], temperature: float, seed: int, cfg: float = 0.0) -> str | None:
     """Where images sampled alone, together, and teacher-forced together first differ in a bit; None: nowhere."""
     alone: list[Rollout] = []
     in_rollout: dict[str, list[Tensor]] = {}
     captured, policy.cuda_graph = policy.cuda_graph, False  # a graph would keep its memory, and calls no hook
     try:
-        together = policy.sample(labels, temperature, seed=seed, step=GRID_STEP)
+        together = policy.sample(labels, temperature, seed=seed, step=GRID_STEP, cfg=cfg)
         for index, label in enumerate(labels):
             with _recorded(policy.sampled) as outputs:
-                alone.append(policy.sample([label], temperature, seed=seed, step=GRID_STEP, first_sample=index))
+                key = {"seed": seed, "step": GRID_STEP, "first_sample": index}
+                alone.append(policy.sample([label], temperature, **key, cfg=cfg))
             for name, pieces in outputs.items():
                 in_parts = pieces[0].ndim == 3 and len(pieces) > 1  # scale by scale, or token by token
                 in_rollout.setdefault(name, []).append(torch.cat(pieces, dim=1) if in_parts else pieces[0])
@@ -81,8 +82,13 @@ def difference(policy: Policy, labels: list[int], temperature: float, seed: int)
     with _recorded(policy.trainable) as outputs:
         given = replace(together, tokens_BL=tokens_BL, teacher_input=inputs)
         forced_BL = policy.teacher_forced(given).logp_BL.detach()
+    rows = len(labels) * (2 if cfg > 0.0 else 1)  # with guidance those of all images with their label come first
     for name, (output, *_) in outputs.items():
-        if output.shape[0] == len(labels) and not torch.equal(torch.cat(in_rollout[name]), output):
+        if output.shape[0] != rows:
+            continue
+        sampled = torch.stack(in_rollout[name], dim=1).flatten(0, 1)
+        times = rows // len(sampled)  # what both halves have in common a rollout may compute once
+        if not torch.equal(sampled.repeat(times, *(1,) * (output.ndim - 1)), output):
             return f"{name} of an image alone, scale by scale, has other bits than of {len(labels)} at once"
     if not torch.equal(forced_BL, logp_BL):
         return "selective_log_softmax of an image alone, scale by scale, has other bits than of several at once"

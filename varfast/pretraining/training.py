@@ -14,7 +14,8 @@ from torch import nn
 from varfast.config import Config
 from varfast.data.datasets import FolderImages, load_images
 from varfast.data.labels import label_table, labels_of
-from varfast.pretraining import var
+from varfast.policies.nexttoken.config import NextTokenPolicyConfig
+from varfast.pretraining import nexttoken, var
 from varfast.types import InputError, NotFinitePolicy
 
 
@@ -58,9 +59,10 @@ def pretrain(config: Config, device: torch.device) -> tuple[nn.Module, nn.Module
             f"pretrain.batch_size={config.pretrain.batch_size}"
         )
     torch.manual_seed(config.run.seed)
-    vqvae, tokenized = var.train_tokenizer(config, images, device)
+    family = nexttoken if isinstance(policy, NextTokenPolicyConfig) else var
+    vqvae, tokenized = family.train_tokenizer(config, images, device)
     _refuse_diverged(vqvae, "VQ-VAE", f"pretrain.vqvae_lr (now {config.pretrain.vqvae_lr:g})")
-    model, token_loss = var.train_transformer(config, images, vqvae, device)
+    model, token_loss = family.train_transformer(config, images, vqvae, device)
     _refuse_diverged(model, "transformer", f"pretrain.var_lr (now {config.pretrain.var_lr:g})")
     seconds = time.perf_counter() - start
     return model, vqvae, PretrainReport(tokenized.mse, tokenized.variance, tokenized.usage, token_loss, seconds)

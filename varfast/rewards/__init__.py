@@ -24,7 +24,7 @@ Axes: B image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,13 +33,14 @@ from pydantic import Field
 
 from varfast.rewards.aesthetic import AestheticReward
 from varfast.rewards.brightness import BrightnessReward
-from varfast.rewards.building import Building, Scored
+from varfast.rewards.building import Building, Scored, SetReward
 from varfast.rewards.classifier import ClassifierReward
 from varfast.rewards.clip import ClipReward
 from varfast.rewards.function import FunctionReward
 from varfast.rewards.hpsv2 import HPSv2Reward
 from varfast.rewards.http import HttpReward
 from varfast.rewards.imagereward import ImageRewardReward
+from varfast.rewards.loo_fid import LooFidReward
 from varfast.rewards.pickscore import PickScoreReward
 from varfast.types import RewardBatch, Rewards
 
@@ -56,13 +57,18 @@ RewardConfig = Annotated[
     | PickScoreReward
     | ImageRewardReward
     | ClassifierReward
-    | HttpReward,
+    | HttpReward
+    | LooFidReward,
     Field(discriminator="type"),
 ]
 
 
 class WeightedSum:
     """sum over components of weight * reward.
+
+    Attributes:
+        weights: of the components, by name.
+        apart: how components are normalised by themselves; those that are not have no entry.
 
     Rewards on the same network share one pass of it a batch of images.
 
@@ -72,8 +78,9 @@ class WeightedSum:
         num_classes: number of labels, to check texts and classifiers against; None: not checked.
         section: where the components stand in the config, for errors.
         seed: of the run, for what a user's reward draws at random.
-        names: class names of the labels, for user's rewards that ask for them; None: the labels have none.
+        names: class names of the labels, for rewards that ask for them; None: the labels have none.
         beside: folder of the config file, where a user's reward is looked for too.
+        image_size: side of the policy's images, to which a reward resizes real images; None: not known.
     Raises: InputError if a user's function cannot be imported, or weights cannot be had or used.
     """
 
@@ -86,30 +93,41 @@ class WeightedSum:
         seed: int = 0,
         names: Sequence[str] | None = None,
         beside: Path | None = None,
+        image_size: int | None = None,
     ) -> None:
         import torch
 
         self._seed, self._names = seed, names
         self.weights = {name: config.weight for name, config in components.items()}
-        building = Building(section, torch.device(device), num_classes, seed, beside)
+        self.apart = {name: config.normalise for name, config in components.items() if config.normalise is not None}
+        building = Building(section, torch.device(device), num_classes, seed, beside, names, image_size)
         self._rewards = {
             name: config.build(replace(building, key=f"{section}.{name}")) for name, config in components.items()
         }
         for network in building.shared.values():
             network.texts_are_read()
+        self._of_sets = {name: reward for name, reward in self._rewards.items() if isinstance(reward, SetReward)}
+        self._of_images = self._rewards.keys() - self._of_sets
 
     def __call__(self, images: Tensor, labels_B: Tensor, step: int | None = None, first_sample: int = 0) -> Rewards:
-        """`measure`, then `score`, of one process's images."""
-        return self.score(self.measure(images, labels_B, step, first_sample))
+        """`measure`, then `score`, of one process's images, by the rewards that an image has by itself."""
+        measured = self.measure(images, labels_B, step, first_sample, self._of_images)
+        return self.score(measured) if measured else Rewards(images.new_zeros(len(images)), {})
 
     def measure(
-        self, images: Tensor, labels_B: Tensor, step: int | None = None, first_sample: int = 0
+        self,
+        images: Tensor,
+        labels_B: Tensor,
+        step: int | None = None,
+        first_sample: int = 0,
+        names: Collection[str] | None = None,
     ) -> dict[str, Tensor]:
         """What each component measures of (B, 3, H, W) images in [0, 1]: (B, ...) by name.
 
         Args:
             step: of the training; None in an evaluation.
             first_sample: number of the first image among those of the step.
+            names: of the components that measure; None: all.
         Raises: InputError if a component returns anything but (B,) numbers; NotFiniteReward, which is one too, if a
             number is not finite.
         """
@@ -117,10 +135,12 @@ class WeightedSum:
 
         scored = Scored(images, self._batch(labels_B, step), first_sample)
         with torch.no_grad():
-            return {name: reward.measure(scored) for name, reward in self._rewards.items()}
+            return {
+                name: reward.measure(scored) for name, reward in self._rewards.items() if names is None or name in names
+            }
 
     def score(self, measured: dict[str, Tensor]) -> Rewards:
-        """The rewards of all images of a step, from what the processes measured.
+        """The rewards of all images of a step, from what the processes measured: of the components in `measured`.
 
         Raises: NotFiniteReward if the sum holds a number that is not finite.
         """
@@ -129,15 +149,42 @@ class WeightedSum:
         from varfast.rewards.scores import must_be_finite
 
         with torch.no_grad():
-            found = {name: reward.score(measured[name]) for name, reward in self._rewards.items()}
-            total_B = torch.stack([weight * found[name] for name, weight in self.weights.items()]).sum(dim=0)
+            found = {name: self._rewards[name].score(value) for name, value in measured.items()}
+            total_B = torch.stack([self.weights[name] * score_B for name, score_B in found.items()]).sum(dim=0)
         must_be_finite("(their weighted sum)", total_B)
         return Rewards(total_B, found)
 
-    def learn(self, measured: dict[str, Tensor]) -> None:
-        """Components that keep a state take the images of a step of training into it."""
-        for name, reward in self._rewards.items():
-            reward.learn(measured[name])
+    def learn(self, measured: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Components that keep a state take the images of a step of training into it.
+
+        Returns: () numbers of the step, by <name of the number>/<name of the component>.
+        """
+        import torch
+
+        with torch.no_grad():
+            found = {name: reward.learn(measured[name]) or {} for name, reward in self._rewards.items()}
+        return {f"{number}/{name}": value for name, numbers in found.items() for number, value in numbers.items()}
+
+    def base_images(self, images: int) -> int:
+        """How many images of the base the states of rewards of sets begin with; 0 if there are no such rewards.
+
+        Args:
+            images: of a step of training.
+        Raises: InputError if so many are too few.
+        """
+        return max((reward.base_images(images) for reward in self._of_sets.values()), default=0)
+
+    def measure_sets(self, images: Tensor, labels_B: Tensor, first_sample: int = 0) -> dict[str, Tensor]:
+        """What rewards of sets measure, as `measure`, of images of the base."""
+        return self.measure(images, labels_B, None, first_sample, self._of_sets)
+
+    def begin(self, measured: dict[str, Tensor]) -> None:
+        """Rewards of sets begin with what was measured of images of the base."""
+        import torch
+
+        with torch.no_grad():
+            for name, reward in self._of_sets.items():
+                reward.begin(measured[name])
 
     def state(self) -> dict[str, Tensor]:
         """What the components keep from step to step, to save, or to load into, in place."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from varfast.rewards.building import Building, Reward, Weight, on_embeddings, reads_or_fetches
+from varfast.rewards.building import Building, Reward, on_embeddings, reads_or_fetches
 from varfast.rewards.clip import ClipModel
 from varfast.rewards.files import fetch, file_name
 from varfast.settings.section import Source
@@ -28,7 +28,6 @@ class AestheticReward(ClipModel):
     """LAION aesthetic predictor V2: linear layers on the embedding of OpenAI's CLIP ViT-L/14; about 1 to 10."""
 
     type: Literal["aesthetic"] = Field(description="the kind of reward")
-    weight: Weight = Field(1.0, description="factor in the sum")
     head: Source = Field(
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
         "sac%2Blogos%2Bava1-l14-linearMSE.pth",

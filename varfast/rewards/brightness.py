@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from varfast.rewards.building import Building, Reward, Weight, on_images
-from varfast.settings.section import Section
+from varfast.rewards.building import Building, Reward, RewardSection, on_images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,11 +18,10 @@ _LUMA = (0.2989, 0.5870, 0.1140)
 _DEFAULT_THRESHOLD = {"bright": 0.8, "dark": 0.2, "raw": 0.0}
 
 
-class BrightnessReward(Section):
+class BrightnessReward(RewardSection):
     """Mean luma of the image, in [0, 1]."""
 
     type: Literal["brightness"] = Field(description="the kind of reward")
-    weight: Weight = Field(1.0, description="factor in the sum")
     mode: Literal["bright", "dark", "raw"] = Field(
         "bright", description="1 if >= threshold; 1 if < it; the luma itself"
     )

@@ -5,18 +5,22 @@ Axes: B image, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 from pydantic import Field
 
-from varfast.types import RewardBatch
+from varfast.settings.section import Section
+from varfast.types import Normalise, RewardBatch
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from varfast.features.config import FeaturesSection
+    from varfast.features.networks import Network
 
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 
@@ -42,6 +46,30 @@ class ImageNetwork(Protocol):
 _Network = TypeVar("_Network", bound=ImageNetwork)
 
 
+class RewardSection(Section):
+    """What the sections of all rewards have in common."""
+
+    # Whether an image has the score only among the others of a step, so that an evaluation does not measure it.
+    of_sets: ClassVar[bool] = False
+
+    weight: Weight = Field(1.0, description="factor in the sum")
+    normalise: Normalise | None = Field(
+        None,
+        description="advantages of this reward by itself, which are added to those of the others: normalised within "
+        "each group, or over the whole step; none: its raw numbers. Default: together with the others, as "
+        "grpo.combine says",
+    )
+
+    def check_step(self, key: str, labels_per_step: int, labels: int) -> None:
+        """Whether a step of the run is one that this reward can score.
+
+        Args:
+            key: where this section stands, for errors.
+            labels_per_step, labels: of a step, and those that it draws from.
+        Raises: ValueError if it is not.
+        """
+
+
 @dataclass(frozen=True)
 class Building:
     """Where a reward is built.
@@ -52,7 +80,10 @@ class Building:
         num_classes: number of labels, to check texts and classifiers against; None: not checked.
         seed: of the run.
         beside: folder of the config file, where a user's reward is looked for too.
+        names: what the labels are called; None: not known.
+        image_size: side of the policy's images in pixels, to which real images are resized; None: not known.
         shared: the networks that were loaded: each one once, however many rewards name it.
+        networks: those that compute features, likewise, by their settings.
     """
 
     key: str
@@ -60,7 +91,28 @@ class Building:
     num_classes: int | None = None
     seed: int = 0
     beside: Path | None = None
+    names: Sequence[str] | None = None
+    image_size: int | None = None
     shared: dict[Hashable, ImageNetwork] = field(default_factory=dict)
+    networks: dict[FeaturesSection, Network] = field(default_factory=dict)
+
+    def network(self, section: FeaturesSection) -> Network:
+        """What computes the features that a section names."""
+        key = section.chosen
+        if key not in self.networks:
+            if section.features == "clip":
+                self.networks[key] = self._clip(section)
+            else:
+                self.networks[key] = section.load(self.device, self.key)
+        return self.networks[key]
+
+    def _clip(self, section: FeaturesSection) -> Network:
+        """Features of a CLIP that rewards of images and texts may run too."""
+        from varfast.features.embedders import ClipFeatures
+        from varfast.rewards.backbone import shared_backbone
+
+        spec = section.clip_spec(self.key)
+        return ClipFeatures(shared_backbone(self, spec, section.batch_size), spec)
 
     @property
     def name(self) -> str:
@@ -117,15 +169,36 @@ class Reward(Protocol):
         """(B,) float32, from what the processes measured of all images of a step, (B, ...). It changes no state."""
         ...
 
-    def learn(self, measured: Tensor) -> None:
+    def learn(self, measured: Tensor) -> Mapping[str, Tensor] | None:
         """Take the images of a step of training into the state, in place; not called for a step that is skipped.
 
         Each process has its own copy of the state, so what is done must be a function of state and `measured` alone.
+
+        Returns: numbers of the step, () each by name, for metrics.jsonl; or None.
         """
         ...
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that `learn` changes, by name; {} for a reward that keeps nothing."""
+        ...
+
+
+@runtime_checkable
+class SetReward(Reward, Protocol):
+    """A reward of a set of images: what it scores is a step of training, compared with a state that began at the base.
+
+    A single image has no score of its own, so an evaluation leaves it out.
+    """
+
+    def base_images(self, images: int) -> int:
+        """How many images of the base the state begins with, for steps of `images` images.
+
+        Raises: InputError if a step of so many images, or the base's, are too few.
+        """
+        ...
+
+    def begin(self, measured: Tensor) -> None:
+        """Set the state, in place, to what is measured of images of the base; before the first step of a run."""
         ...
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from varfast.rewards.building import Building, Reward, Weight, on_images
+from varfast.rewards.building import Building, Reward, RewardSection, on_images
 from varfast.rewards.files import fetch, file_name
 from varfast.settings.section import Section, Source
 from varfast.types import InputError
@@ -39,11 +39,10 @@ class ClassifierConfig(Section):
     batch_size: int = Field(64, ge=1, le=1_000_000, description="images at a time")
 
 
-class ClassifierReward(ClassifierConfig):
+class ClassifierReward(ClassifierConfig, RewardSection):
     """Probability that a classifier gives to the label."""
 
     type: Literal["classifier"] = Field(description="the kind of reward")
-    weight: Weight = Field(1.0, description="factor in the sum")
 
     def build(self, building: Building) -> Reward:
         key, num_classes = building.key, building.num_classes

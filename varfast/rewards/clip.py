@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from varfast.rewards.building import Building, Reward, Weight, on_embeddings, reads_or_fetches
+from varfast.rewards.building import Building, Reward, RewardSection, on_embeddings, reads_or_fetches
 from varfast.rewards.files import read_names
 from varfast.settings.section import Section, Source
 from varfast.types import InputError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from varfast.rewards.backbone import BackboneSpec
 
 
-class ClipModel(Section):
+class ClipModel(RewardSection):
     """How a CLIP runs; rewards that name the same one share its pass over the images."""
 
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the CLIP model; scores are float32")
@@ -38,19 +38,21 @@ class Text(Section):
     """What images are compared with: one text, or one a label."""
 
     prompt: str | None = Field(None, min_length=1, description="one text for all images, as 'a painting'")
-    label_prompt: str | None = Field(None, description="a text a label, as 'a photo of a {name}'; needs names")
+    label_prompt: str | None = Field(None, description="a text a label, as 'a photo of a {name}'")
     names: list[str] | Source | None = Field(
-        None, description="what stands for {name}: a list in the order of the labels, or a file with one a line"
+        None,
+        description="what stands for {name}: a list in the order of the labels, or a file with one a line. Default: "
+        "what the labels are called, as in the run's labels.json, or ImageNet's classes",
     )
 
     @model_validator(mode="after")
     def _one_text(self) -> Self:
         if (self.prompt is None) == (self.label_prompt is None):
-            raise ValueError("give prompt, or label_prompt and names, one of the two")
+            raise ValueError("give prompt or label_prompt, one of the two")
         if self.label_prompt is not None and "{name}" not in self.label_prompt:
             raise ValueError(f"label_prompt {self.label_prompt!r} has no {{name}}; as in 'a photo of a {{name}}'")
-        if (self.label_prompt is None) != (self.names is None):
-            raise ValueError("label_prompt and names go together: the names stand for {name}")
+        if self.label_prompt is None and self.names is not None:
+            raise ValueError("names stand for {name} in label_prompt, which is not given")
         if not (self.label_prompt or self.prompt or "").strip():
             raise ValueError("prompt is blank; describe what images should look like, as 'a painting'")
         return self
@@ -68,7 +70,7 @@ class TextReward(ClipModel, Text):
         """
         from varfast.rewards.backbone import shared_backbone
 
-        texts = prompts(self.prompt, self.label_prompt, self.names, building.num_classes, building.key)
+        texts = prompts(self, building)
         backbone = shared_backbone(building, spec, self.batch_size)
         texts_ND = backbone.embed_texts(texts, building.key)
         scale = backbone.logit_scale if scaled else 1.0
@@ -79,7 +81,6 @@ class ClipReward(TextReward):
     """Cosine of image and text under a CLIP of open_clip."""
 
     type: Literal["clip"] = Field(description="the kind of reward")
-    weight: Weight = Field(1.0, description="factor in the sum")
     model: str = Field("ViT-L-14", description="a name of open_clip.list_models()")
     pretrained: Source = Field(
         "openai",
@@ -120,23 +121,19 @@ class TextSimilarity:
         return self._scale * (embeddings_BD * texts).sum(dim=1)
 
 
-def prompts(
-    prompt: str | None, label_prompt: str | None, names: list[str] | str | None, num_classes: int | None, key: str
-) -> list[str]:
+def prompts(text: Text, building: Building) -> list[str]:
     """The texts of a reward: one, or one a label.
 
-    Args:
-        prompt, label_prompt, names: as in Text.
-        num_classes: of the policy; None: not checked.
-        key: of the reward in the config, for errors.
-    Raises: InputError if the names cannot be read, are not one a label, or one of them is blank.
+    Raises: InputError if the names cannot be read, are not one a label, or one of them is blank; or if none are given
+        and the labels have none.
     """
-    if prompt is not None:
-        return [prompt]
+    if text.prompt is not None:
+        return [text.prompt]
+    label_prompt, num_classes, key = text.label_prompt, building.num_classes, building.key
     assert label_prompt is not None
-    assert names is not None
-    if isinstance(names, str):
-        names = read_names(names, f"{key}.names")
+    names = read_names(text.names, f"{key}.names") if isinstance(text.names, str) else text.names or building.names
+    if names is None:
+        raise InputError(f"{key}.label_prompt: what the labels of this model are called is not known; give {key}.names")
     blank = [label for label, name in enumerate(names) if not name.strip()]
     if blank:
         raise InputError(f"{key}.names: the name of label {blank[0]} is blank")

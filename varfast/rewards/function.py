@@ -22,12 +22,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from varfast.printable import printable
-from varfast.rewards.building import Building, PerImage, Reward, Scored, Weight
+from varfast.rewards.building import Building, PerImage, Reward, RewardSection, Scored
 from varfast.settings.paths import check_source
 from varfast.settings.problems import show
 from varfast.settings.reading import is_finite
 from varfast.settings.schema import Wanted
-from varfast.settings.section import Section
 from varfast.types import InputError
 
 _NAMED = ("labels", "batch", "names", "prompts", "step", "seed")
@@ -51,11 +50,10 @@ def _check_function(function: str) -> str:
     return check_source(function)
 
 
-class FunctionReward(Section):
+class FunctionReward(RewardSection):
     """Your own function or class, by import path. Importing it runs its code."""
 
     type: Literal["function"] = Field(description="the kind of reward")
-    weight: Weight = Field(1.0, description="factor in the sum")
     function: Annotated[str, AfterValidator(_check_function), Wanted("module:name or file.py:name")] = Field(
         description="module:name, or file.py:name, from the working directory or the config's folder; called with "
         "(images, labels), or what its parameters name (docs/rewards.md)"

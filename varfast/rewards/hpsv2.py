@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from varfast.rewards.building import Building, Reward, Weight, reads_or_fetches
+from varfast.rewards.building import Building, Reward, reads_or_fetches
 from varfast.rewards.clip import TextReward
 from varfast.settings.section import Source
 
@@ -23,7 +23,6 @@ class HPSv2Reward(TextReward):
     """Human Preference Score v2.1: cosine of image and text under a ViT-H-14 tuned to people's choices."""
 
     type: Literal["hpsv2"] = Field(description="the kind of reward")
-    weight: Weight = Field(1.0, description="factor in the sum")
     pretrained: Source = Field(
         "hf://xswu/HPSv2/HPS_v2.1_compressed.pt", description="the tuned weights: a path or hf://owner/repo/file"
     )

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from varfast.printable import printable
-from varfast.rewards.building import Building, Reward, Weight, on_images
+from varfast.rewards.building import Building, Reward, RewardSection, on_images
 from varfast.settings.paths import address_parts
 from varfast.settings.problems import show
 from varfast.settings.schema import Wanted
-from varfast.settings.section import MANY, Section
+from varfast.settings.section import MANY
 from varfast.types import InputError
 
 if TYPE_CHECKING:
@@ -43,11 +43,10 @@ def _check_url(url: str) -> str:
     return url
 
 
-class HttpReward(Section):
+class HttpReward(RewardSection):
     """A server of yours: gets images and labels, answers one number an image. The format is in docs/rewards.md."""
 
     type: Literal["http"] = Field(description="the kind of reward")
-    weight: Weight = Field(1.0, description="factor in the sum")
     url: Annotated[str, AfterValidator(_check_url), Wanted("an address, such as http://127.0.0.1:8000/score")] = Field(
         description="http:// or https://; redirects are not followed"
     )

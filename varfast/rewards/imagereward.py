@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from varfast.rewards.building import Building, Reward, Weight, on_embeddings, reads_or_fetches
+from varfast.rewards.building import Building, Reward, RewardSection, on_embeddings, reads_or_fetches
 from varfast.rewards.clip import Text, prompts
 from varfast.settings.section import Source
 
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from varfast.rewards.blip import Blip
 
 
-class ImageRewardReward(Text):
+class ImageRewardReward(RewardSection, Text):
     """ImageReward v1.0: people's rating of an image for a text, by BLIP; mean 0, standard deviation 1 on its data."""
 
     type: Literal["imagereward"] = Field(description="the kind of reward")
-    weight: Weight = Field(1.0, description="factor in the sum")
     pretrained: Source = Field(
         "hf://THUDM/ImageReward/ImageReward.pt", description="the weights: a path or hf://owner/repo/file"
     )
@@ -40,7 +39,7 @@ class ImageRewardReward(Text):
     def build(self, building: Building) -> Reward:
         from varfast.rewards.blip import Blip, BlipSpec
 
-        texts = prompts(self.prompt, self.label_prompt, self.names, building.num_classes, building.key)
+        texts = prompts(self, building)
         spec = BlipSpec(self.pretrained, self.vocabulary, self.dtype)
         blip = building.share(spec, self.batch_size, lambda: Blip(spec, building.device, self.batch_size, building.key))
         return on_embeddings(building, blip, Rating(blip, texts, self.label_prompt is not None, building.key))

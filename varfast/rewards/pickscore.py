@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from varfast.rewards.building import Building, Reward, Weight, reads_or_fetches
+from varfast.rewards.building import Building, Reward, reads_or_fetches
 from varfast.rewards.clip import TextReward
 from varfast.settings.section import Source
 
@@ -26,7 +26,6 @@ class PickScoreReward(TextReward):
     """PickScore v1: scaled cosine of image and text under a ViT-H-14 tuned to people's choices; about 15 to 25."""
 
     type: Literal["pickscore"] = Field(description="the kind of reward")
-    weight: Weight = Field(1.0, description="factor in the sum")
     pretrained: Source = Field(
         "hf://yuvalkirstain/PickScore_v1/model.safetensors",
         description="the tuned weights, of transformers' CLIPModel: a path or hf://owner/repo/file",

@@ -50,6 +50,8 @@ class BeforeAfter:
             "temperature": config.rollout.temperature,
             "seed": config.run.seed,
         }
+        if config.rollout.cfg:  # a run of a version without it goes on with its "before"
+            self._settings["cfg"] = config.rollout.cfg
         self.values: dict[str, Numbers] = {}
         self._step: int | None = None
         self._read()
@@ -86,6 +88,7 @@ class BeforeAfter:
                     labels_N[first : first + chunk],
                     config.rollout.temperature,
                     seed=config.run.seed,
+                    cfg=config.rollout.cfg,
                     step=EVAL_STEP,
                     first_sample=first,
                 )

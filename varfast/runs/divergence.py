@@ -16,31 +16,22 @@ _SHOWN_METRICS = ("learning_rate", "grad_norm", "skipped_steps", "loss", "kl", "
                   "entropy", "reward_mean")  # fmt: skip
 
 
-def refuse_diverged(
-    policy: Policy,
-    labels: list[int],
-    config: Config,
-    world: World,
-    folder: Path,
-    step: int,
-    metrics: dict[str, float],
-    checkpoints: Checkpoints | None = None,
-) -> None:
+def found_diverged(policy: Policy, labels: list[int], config: Config, world: World) -> NotFinitePolicy | None:
     """Check, in all processes, that the weights are finite and that images can be sampled from them.
 
     Args:
         labels: of the run; an image of up to 8 of them is sampled.
-        folder, step, metrics, checkpoints: as for diagnosis.
-    Raises: NotFinitePolicy, in all processes, if the check fails in one of them.
+    Returns: what is wrong, in all processes, if the check fails in one of them.
     """
     found = None
     try:
-        policy.check_usable(labels[:: -(-len(labels) // _MOST_LABELS)], config.rollout.temperature, config.run.seed)
+        some, how = labels[:: -(-len(labels) // _MOST_LABELS)], config.rollout
+        policy.check_usable(some, how.temperature, config.run.seed, how.cfg)
     except NotFinitePolicy as error:
         found = error
     if world.any(found is not None):
         found = found or NotFinitePolicy("the weights of another process, which says which, are not finite")
-        raise diagnosis(found, config, folder, step, metrics, checkpoints)
+    return found
 
 
 def diagnosis(
@@ -61,10 +52,11 @@ def diagnosis(
         checkpoints: of the run; a save in flight is waited for.
     """
     if not step:
+        guided = f"rollout.cfg={config.rollout.cfg:g}, " if config.rollout.cfg else ""
         return NotFinitePolicy(
             f"the policy cannot be sampled before the first step: {found}\n"
-            f"  rollout.temperature={config.rollout.temperature:g}, run.dtype={config.run.dtype}: try a temperature "
-            "near 1, float32, or another policy.checkpoint"
+            f"  rollout.temperature={config.rollout.temperature:g}, {guided}run.dtype={config.run.dtype}: try a "
+            "temperature near 1, float32, or another policy.checkpoint"
         )
     if checkpoints is not None:
         checkpoints.wait()

@@ -32,7 +32,7 @@ from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
-from varfast.runs.divergence import diagnosis, refuse_diverged
+from varfast.runs.divergence import diagnosis, found_diverged
 from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
 from varfast.runs.setup import Setup
@@ -123,8 +123,7 @@ class Run:
             scores = rewards.score(measured)
         except NotFiniteReward as error:  # of a sum: the same in all processes
             return error
-        rewards.learn(measured)
-        return self._gathered(rollout), scores
+        return self._gathered(rollout), replace(scores, numbers=rewards.learn(measured))
 
     def _gathered(self, rollout: Rollout) -> Rollout:
         """What all processes have sampled."""
@@ -229,17 +228,8 @@ class Run:
 
     def refuse_diverged(self, metrics: dict[str, float], checkpoints: Checkpoints | None = None) -> None:
         """Raises: NotFinitePolicy, with a diagnosis, if the policy's weights, logits or images are not finite."""
-        setup = self.setup
-        refuse_diverged(
-            self.state.policy,
-            setup.labels,
-            self.config,
-            setup.world,
-            setup.folder.path,
-            self.state.step,
-            metrics,
-            checkpoints,
-        )
+        if found := found_diverged(self.state.policy, self.setup.labels, self.config, self.setup.world):
+            raise diagnosis(found, self.config, self.setup.folder.path, self.state.step, metrics, checkpoints)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Beginning and end
@@ -303,6 +293,7 @@ class Run:
             [label for label in rows for _ in range(columns)],
             config.rollout.temperature,
             seed=config.run.seed,
+            cfg=config.rollout.cfg,
             step=GRID_STEP,
         )
         titles = [caption(label, self.setup.names) for label in rows]
@@ -340,6 +331,7 @@ def _metrics(rollout: Rollout, rewards: Rewards, advantages_B: Tensor, group_siz
         "reward_mean": rewards.total_B.mean(),
         "reward_std": rewards.total_B.std(correction=0),
         **{f"reward/{name}": score_B.mean() for name, score_B in rewards.components.items()},
+        **{name: number.float() for name, number in rewards.numbers.items()},
         "advantage_mean": advantages_B.mean(),
         "advantage_std": advantages_B.std(correction=0),
         "entropy": rollout.entropy_BL.mean(),

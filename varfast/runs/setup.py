@@ -26,9 +26,10 @@ from varfast.policies.lora import import_peft
 from varfast.policies.protocol import Policy
 from varfast.randomness import deterministic
 from varfast.rewards import WeightedSum
+from varfast.runs.base_samples import begin_rewards
 from varfast.runs.before_after import BeforeAfter
 from varfast.runs.checkpoint import Checkpoint
-from varfast.runs.divergence import refuse_diverged
+from varfast.runs.divergence import diagnosis, found_diverged
 from varfast.runs.environment import environment
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_base
@@ -70,9 +71,12 @@ class Setup:
 
 
 @contextmanager
-def set_up(config: Config) -> Iterator[Setup]:
+def set_up(config: Config, reads_reference: bool | None = None, policy: Policy | None = None) -> Iterator[Setup]:
     """Join the other processes and lock the run folder; leaving undoes both.
 
+    Args:
+        reads_reference: whether the loss reads the log-probabilities of a reference; None: as GRPO does.
+        policy: what is trained, in place of what the config names.
     Raises: InputError for anything in the config or in the folder that cannot be used.
     """
     device = pick_device(local_device(config.run.device))
@@ -94,8 +98,11 @@ def set_up(config: Config) -> Iterator[Setup]:
         if config.policy.lora:
             import_peft()
         shard = world.shard(config.rollout.images)
-        cost = family_of(config.policy).cost_of(config.policy, config.run.dtype)
-        work = Work.whole(config, cost).share(shard.stop - shard.start, world.size)
+        if policy is None:
+            cost = family_of(config.policy).cost_of(config.policy, config.run.dtype)
+        else:
+            cost = policy.cost(config.run.dtype, config.policy.lora)
+        work = Work.whole(config, cost, reads_reference).share(shard.stop - shard.start, world.size)
         plan = fitting_plan(work, device, world)
         folder = RunFolder(config.run.dir)
         with folder.held() as lock:
@@ -121,7 +128,7 @@ def fitting_plan(work: Work, device: torch.device, world: World) -> MemoryPlan:
 
 
 def begin(
-    setup: Setup, beside: Path | None, of_folder: bool, policy: Policy | None = None, needs_reference: bool = False
+    setup: Setup, beside: Path | None, of_folder: bool, policy: Policy | None = None
 ) -> tuple[State, BeforeAfter]:
     """The state that the run begins with, or goes on with; and the table of before and after, its "before" measured.
 
@@ -129,7 +136,6 @@ def begin(
         beside: folder of the config file, where a reward of the user's is looked for too.
         of_folder: take what the run starts from out of its folder, not from where the config says.
         policy: what is trained, in place of what the config names.
-        needs_reference: hold a frozen copy of the base, whatever the config says.
     Raises: InputError for what cannot be loaded.
     """
     config, world, folder = setup.config, setup.world, setup.folder
@@ -141,6 +147,7 @@ def begin(
             names=setup.names,
             seed=config.run.seed,
             beside=beside,
+            image_size=config.policy.image_size,
         )
         if policy is None:
             if world.is_main:
@@ -149,14 +156,15 @@ def begin(
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
     if config.run.strict:
-        strict.check(policy, config.rollout.temperature, config.run.seed)
+        strict.check(policy, config.rollout.temperature, config.run.seed, config.rollout.cfg)
     policy.cuda_graph = setup.plan.rollout.cuda_graph
-    reference = policy.frozen_copy() if config.holds_reference or needs_reference else None
+    reference = policy.frozen_copy() if setup.work.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)
-    state = State(policy, reference, rewards, config.update, config.grpo.reference_every)
+    state = State(policy, reference, rewards, config.update, config.grpo)
     before_after = BeforeAfter(folder.path, config, setup.labels)
     if setup.found is None:
         _refuse_diverged(setup, policy, 0)
+        begin_rewards(rewards, policy, config, setup.labels, world, setup.plan.rollout.micro_batch)
     if world.is_main:  # the policy is still the base, of a run that goes on too
         before_after.before(policy, rewards, setup.plan.rollout.micro_batch)
     if setup.found is not None:
@@ -166,4 +174,5 @@ def begin(
 
 
 def _refuse_diverged(setup: Setup, policy: Policy, step: int) -> None:
-    refuse_diverged(policy, setup.labels, setup.config, setup.world, setup.folder.path, step, {})
+    if found := found_diverged(policy, setup.labels, setup.config, setup.world):
+        raise diagnosis(found, setup.config, setup.folder.path, step, {})

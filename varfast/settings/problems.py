@@ -32,7 +32,10 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
     if kind == "extra_forbidden":
         _, path = schema.find(model, location[:-1])
         path.append(str(location[-1]))
-        return f"{'.'.join(map(name, path))}: {unknown_key(model, path)}"
+        key = ".".join(map(name, path))
+        if "." not in path[-1] and schema.exists(model, ".".join(path)):  # of another member of a union
+            return f"{key}: unknown key beside {location[-2]}, which has other keys"
+        return f"{key}: {unknown_key(model, path)}"
     values, path = schema.find(model, location)
     key = ".".join(map(name, path))
     if kind == "missing":

@@ -250,11 +250,16 @@ def read_config(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Merge sections key by key; `reward` is replaced as a whole, so a run has the rewards of its own file only."""
+    """Merge sections key by key. `reward` is replaced as a whole, so a run has the rewards of its own file only; and so
+    is a `policy` of another family, which has other keys.
+    """
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
         both = isinstance(below, dict) and isinstance(value, dict) and key != "reward"
+        if both and key == "policy":
+            family = below.get("family", "var")  # type: ignore[union-attr]
+            both = value.get("family", family) == family
         result[key] = merged(below, value) if both else value  # type: ignore[arg-type]
     return result
 

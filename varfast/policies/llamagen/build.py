@@ -9,10 +9,10 @@ from torch import nn
 
 from varfast.perf.cost import Cost
 from varfast.policies.llamagen.config import GPTConfig, LlamaGenPolicyConfig
+from varfast.policies.llamagen.cost import count
 from varfast.policies.llamagen.policy import LlamaGenPolicy
 from varfast.policies.llamagen.transformer import LlamaGen
 from varfast.policies.llamagen.weights import load_gpt
-from varfast.policies.nexttoken.cost import NextTokenCost, TransformerSizes, tokenizer_sizes
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import TokenizerConfig
 from varfast.policies.nexttoken.tokenizer_weights import load_tokenizer
@@ -72,26 +72,9 @@ def from_files(
     return assemble(parts, device, dtype, fast, strict)
 
 
-# What the count of the work calls the matrices that an adapter may have.
-_COUNTED = {"wqkv": "qkv", "wo": "proj", "w1": "gate", "w3": "fc1", "w2": "fc2"}
-
-
 def cost_of(config: LlamaGenPolicyConfig, dtype: str) -> Cost:
     """What one image costs. dtype: "float32" or "bfloat16", of activations."""
-    sizes, lora = _sizes(config), config.lora
-    transformer = TransformerSizes(
-        layers=sizes.depth,
-        width=sizes.width,
-        heads=sizes.num_heads,
-        kv_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
-        hidden=sizes.hidden,
-        vocab_size=sizes.vocab_size,
-        num_tokens=sizes.num_tokens,
-        embeddings=sizes.vocab_size + sizes.num_classes + 1,
-    )
-    targets = [_COUNTED[name] for name in lora.targets] if lora else []
-    return NextTokenCost(transformer, tokenizer_sizes(config), dtype, lora.rank if lora else 0, targets)
+    return count(_sizes(config), config.tokenizer, dtype, config.lora)
 
 
 def model_card(config: LlamaGenPolicyConfig, trained: str, frozen: str) -> tuple[str, str, str]:

@@ -7,91 +7,52 @@ of each image the keys and values of all tokens before: N (N + 1) / 2 tokens in 
 at 256 px in bfloat16: 0.65 GB of weights a step, and 3.2 GB an image.
 
 Axes: B image, N token, V vocabulary, C channel, H query head, G key-value head, D channel of a head, F channel of the
-MLP's hidden layer.
+MLP's hidden layer, X = (H + 2 G) D.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from varfast.perf.cost import FLOAT32_BYTES, ITEM_BYTES, Count, Weights
-from varfast.policies import autoencoder_cost
-from varfast.policies.autoencoder_cost import Layer, conv, encoder_layers
-from varfast.policies.nexttoken.config import NextTokenPolicyConfig
+from varfast.perf.cost import FLOAT32_BYTES, ITEM_BYTES, Checkpointing, Count, Weights
+from varfast.policies.autoencoder_cost import Layer, conv, decoder_layers, encoder_layers
+from varfast.policies.config import LoRAConfig
+from varfast.policies.nexttoken.config import TransformerConfig
+from varfast.policies.nexttoken.tokenizer_config import TokenizerConfig
 
 
 @dataclass(frozen=True)
-class TransformerSizes:
-    """Of a causal transformer over one place for the class and N - 1 for tokens.
+class Layout:
+    """What a family's transformer is made of.
 
     Attributes:
-        layers, width, heads, kv_heads, head_dim, hidden: number of blocks, C, H, G, D, F.
-        vocab_size: V, of the head.
-        num_tokens: N, that are predicted.
-        embeddings: rows of the tables of codes and classes.
-        places: rows of a learned table of places; 0: rotary embeddings.
-        gated: SwiGLU, whose hidden layer takes two products; else GELU.
-        biases: of the blocks' matrices and norms.
+        attention, mlp: inputs and outputs of the matrices of a block, by the names that an adapter's targets have; the
+            last of each leads back to the stream.
+        biases: whether the matrices and the norms have biases.
+        embeddings: rows of the tables of codes and labels.
+        places: rows of a learned table of places.
     """
 
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    vocab_size: int
-    num_tokens: int
+    attention: dict[str, tuple[int, int]]
+    mlp: dict[str, tuple[int, int]]
+    biases: bool
     embeddings: int
     places: int = 0
-    gated: bool = True
-    biases: bool = False
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of each matrix of a block."""
-        C, F, D = self.width, self.hidden, self.head_dim
-        attention = {"qkv": (C, (self.heads + 2 * self.kv_heads) * D), "proj": (self.heads * D, C)}
-        gate = {"gate": (C, F)} if self.gated else {}
-        return attention | gate | {"fc1": (C, F), "fc2": (F, C)}
-
-
-@dataclass(frozen=True)
-class TokenizerSizes:
-    """Of a VQ tokenizer: VQ-16 and VQ-8 of LlamaGen, VQGAN f16 of taming.
-
-    Attributes:
-        side: of the square map of codes.
-        codes, code_width: of the codebook.
-        latent_width: channels between the autoencoder and the 1x1 convolutions from and to codes.
-        base_channels, multipliers, num_res_blocks: of the autoencoder; see autoencoder_cost.
-    """
-
-    side: int
-    codes: int = 16384
-    code_width: int = 8
-    latent_width: int = 256
-    base_channels: int = 128
-    multipliers: Sequence[int] = (1, 1, 2, 2, 4)
-    num_res_blocks: int = 2
+        return self.attention | self.mlp
 
     @property
-    def image_size(self) -> int:
-        return self.side * 2 ** (len(self.multipliers) - 1)
+    def hidden(self) -> int:
+        """F."""
+        return [*self.mlp.values()][-1][0]
 
     @property
-    def decoder(self) -> list[Layer]:
-        """From codes to pixels."""
-        layout = (self.side, self.base_channels, self.multipliers, self.num_res_blocks, self.latent_width)
-        first = conv(self.code_width, self.latent_width, 1, self.side)
-        return [first, *autoencoder_cost.decoder_layers(*layout)]
-
-    @property
-    def parameters(self) -> int:
-        layout = (self.image_size, self.base_channels, self.multipliers, self.num_res_blocks, self.latent_width)
-        encoder = [*encoder_layers(*layout), conv(self.latent_width, self.code_width, 1, self.side)]
-        return sum(layer.parameters for layer in (*encoder, *self.decoder)) + self.codes * self.code_width
+    def gated(self) -> bool:
+        """SwiGLU: two matrices make the hidden layer."""
+        return len(self.mlp) == 3
 
 
 @dataclass(frozen=True)
@@ -99,87 +60,130 @@ class NextTokenCost:
     """The cost of one model in one compute dtype; see varfast.perf.cost.Cost, which this is.
 
     Attributes:
-        sizes, tokenizer: of the transformer and of the tokenizer.
+        sizes, layout: of the transformer.
+        vq: of the tokenizer.
         dtype: of activations.
-        rank, targets: of an adapter, and which matrices have one; rank 0: all weights are trained.
+        lora: an adapter, whose products are counted with those of its matrices; None: all weights are trained.
     """
 
-    sizes: TransformerSizes
-    tokenizer: TokenizerSizes
+    sizes: TransformerConfig
+    layout: Layout
+    vq: TokenizerConfig
     dtype: str
-    rank: int = 0
-    targets: Sequence[str] = ()
+    lora: LoRAConfig | None = None
 
     @property
     def base(self) -> NextTokenCost:
-        return replace(self, rank=0, targets=())
+        return replace(self, lora=None)
 
     @property
     def _item_bytes(self) -> int:
         return ITEM_BYTES[self.dtype]
 
+    def _rank(self, name: str) -> int:
+        """Of the adapter of a matrix; 0: it has none."""
+        return self.lora.rank if self.lora is not None and name in self.lora.targets else 0
+
+    # Weights
+
     @property
     def weights(self) -> Weights:
-        sizes = self.sizes
-        C, V = sizes.width, sizes.vocab_size
-        matrices = [a * b for a, b in sizes.matrices.values()]
-        norms = [C] * (4 if sizes.biases else 2)
-        biases = [b for _, b in sizes.matrices.values()] if sizes.biases else []
-        places = [sizes.places * C] if sizes.places else []
-        final = [C] * (2 if sizes.biases else 1)
-        adapter = [self.rank * width for name in self.targets for width in sizes.matrices[name]]
+        layout, depth, C = self.layout, self.sizes.depth, self.sizes.width
+        widths = layout.matrices
+        matrices = [a * b for a, b in widths.values()]
+        norm = [C, C] if layout.biases else [C]
+        biases = [b for _, b in widths.values()] if layout.biases else []
+        adapter = [self._rank(name) * width for name in widths if self._rank(name) for width in widths[name]]
         return Weights(
             self._item_bytes,
-            matrices * sizes.layers + [C * V],
-            (norms + biases) * sizes.layers + places + final,
-            [sizes.embeddings * C],
-            adapter * sizes.layers,
+            matrices * depth + [C * self.sizes.vocab_size],
+            (2 * norm + biases) * depth + norm + ([layout.places * C] if layout.places else []),
+            [layout.embeddings * C],
+            adapter * depth,
         )
+
+    @property
+    def _decoder(self) -> list[Layer]:
+        side = self.sizes.side
+        first = conv(self.vq.code_width, self.vq.latent_width, 1, side)  # post_quant_conv
+        return [first, *decoder_layers(self.vq, side, self.vq.latent_width)]
+
+    @property
+    def tokenizer_parameters(self) -> int:
+        """71 883 403 for VQ-16."""
+        encoder = [*encoder_layers(self.vq, self._image_size, self.vq.latent_width)]
+        encoder.append(conv(self.vq.latent_width, self.vq.code_width, 1, self.sizes.side))  # quant_conv
+        return sum(x.parameters for x in (*encoder, *self._decoder)) + self.vq.vocab_size * self.vq.code_width
+
+    @property
+    def tokenizer_bytes(self) -> int:
+        return FLOAT32_BYTES * self.tokenizer_parameters
+
+    @property
+    def decoder_read_bytes(self) -> int:
+        return self._item_bytes * sum(layer.parameters for layer in self._decoder)
 
     # Work of one image
 
     @property
+    def num_tokens(self) -> int:
+        return self.sizes.num_tokens
+
+    @property
+    def _attention_flop(self) -> float:
+        """Of the pairs of a token with itself and those before."""
+        sizes, N = self.sizes, self.sizes.num_tokens
+        return 4.0 * sizes.depth * (N * (N + 1) // 2) * sizes.num_heads * sizes.head_dim
+
+    def _linear_flop(self, matrices: Mapping[str, tuple[int, int]]) -> float:
+        """Of matrices of all blocks, with their adapters."""
+        numbers = sum(a * b + self._rank(name) * (a + b) for name, (a, b) in matrices.items())
+        return 2.0 * self.sizes.depth * self.sizes.num_tokens * numbers
+
+    @property
+    def _head_flop(self) -> float:
+        return 2.0 * self.sizes.num_tokens * self.sizes.width * self.sizes.vocab_size
+
+    @property
     def forward(self) -> Count:
-        """N places through the blocks and the head; of attention the pairs of a token with itself and those before.
+        """N places through the blocks and the head.
 
-        Bytes: of the activations that products read and write. The gate and the layer beside it read their input once.
+        Bytes: of the activations that products read and write; the matrices that read the same input read it once. An
+        adapter reads the input and writes the output of its matrix once more.
         """
-        sizes = self.sizes
-        N, C, V = sizes.num_tokens, sizes.width, sizes.vocab_size
-        linear = sum(a * b + self._rank(name) * (a + b) for name, (a, b) in sizes.matrices.items())
-        block = 2.0 * N * linear + 4.0 * (N * (N + 1) // 2) * sizes.heads * sizes.head_dim
-        moved = sum(a + b + self._adapter_moves(name) for name, (a, b) in sizes.matrices.items())
-        moved -= C if sizes.gated else 0
-        head_bytes = C * self._item_bytes + V * FLOAT32_BYTES
+        sizes, layout, C = self.sizes, self.layout, self.sizes.width
+        moved = 2 * C + sizes.num_heads * sizes.head_dim + layout.hidden  # inputs of the four products of a block
+        moved += sum(b for _, b in layout.matrices.values())
+        moved += sum(a + b + 2 * self._rank(name) for name, (a, b) in layout.matrices.items() if self._rank(name))
+        head_bytes = C * self._item_bytes + sizes.vocab_size * FLOAT32_BYTES
         return Count(
-            sizes.layers * block + 2.0 * N * C * V,
-            float(N * (sizes.layers * moved * self._item_bytes + head_bytes)),
+            self._linear_flop(layout.matrices) + self._attention_flop + self._head_flop,
+            float(sizes.num_tokens * (sizes.depth * moved * self._item_bytes + head_bytes)),
         )
-
-    def _rank(self, name: str) -> int:
-        return self.rank if name in self.targets else 0
-
-    def _adapter_moves(self, name: str) -> int:
-        """Numbers that the adapter of a matrix reads and writes a token."""
-        return sum(self.sizes.matrices[name]) + 2 * self.rank if name in self.targets else 0
 
     @property
     def backward(self) -> Count:
         """Gradients of weights and of activations: a forward pass each. Of frozen weights there is no gradient."""
         forward = self.forward
-        if not self.rank:
+        if self.lora is None:
             return forward * 2.0
-        sizes, base = self.sizes, self.base.forward
-        N = sizes.num_tokens
-        attention = 4.0 * sizes.layers * (N * (N + 1) // 2) * sizes.heads * sizes.head_dim
-        frozen = Count(base.flop - attention, base.io_bytes)
-        return frozen + Count(forward.flop - frozen.flop, forward.io_bytes - frozen.io_bytes) * 2.0
+        base = self.base.forward
+        once = Count(base.flop - self._attention_flop, base.io_bytes)
+        return once + Count(forward.flop - once.flop, forward.io_bytes - once.io_bytes) * 2.0
+
+    def recomputed_share(self, checkpointing: Checkpointing) -> float:
+        """But for the last product of what is recomputed: no result of it is kept."""
+        layout = self.layout
+        first = dict([*layout.attention.items()][:-1])
+        again = {"none": {}, "attention": first, "full": layout.attention | dict([*layout.mlp.items()][:-1])}
+        attention = 0.0 if checkpointing == "none" else self._attention_flop
+        return (self._linear_flop(again[checkpointing]) + attention) / self.forward.flop
 
     @property
     def rollout(self) -> Count:
         """A forward pass, and the cache: step i writes place i and reads those before it."""
         forward, N = self.forward, self.sizes.num_tokens
-        return Count(forward.flop, forward.io_bytes + N * (N + 1) // 2 * self.cache_bytes_per_token)
+        return Count(forward.flop, forward.io_bytes + N * (N + 1) // 2 * self._cache_bytes_per_token)
 
     @property
     def rollout_passes(self) -> int:
@@ -188,35 +192,74 @@ class NextTokenCost:
 
     @property
     def decode(self) -> Count:
-        layers = self.tokenizer.decoder
+        layers = self._decoder
         return Count(sum(x.flop for x in layers), self._item_bytes * sum(x.elements for x in layers))
-
-    @property
-    def decoder_read_bytes(self) -> int:
-        return self._item_bytes * sum(layer.parameters for layer in self.tokenizer.decoder)
 
     # Memory of one image
 
     @property
-    def cache_bytes_per_token(self) -> int:
+    def _image_size(self) -> int:
+        return self.sizes.side * self.vq.downsampling
+
+    @property
+    def image_bytes(self) -> int:
+        return 3 * self._image_size**2 * FLOAT32_BYTES
+
+    @property
+    def input_bytes(self) -> int:
+        """The tokens, int64."""
+        return 8 * self.sizes.num_tokens
+
+    @property
+    def _cache_bytes_per_token(self) -> int:
         """Keys and values of all blocks."""
-        return 2 * self.sizes.layers * self.sizes.kv_heads * self.sizes.head_dim * self._item_bytes
+        return 2 * self.sizes.depth * self.sizes.kv_heads * self.sizes.head_dim * self._item_bytes
 
     @property
     def kv_cache_bytes(self) -> int:
         """25 MB for LlamaGen-L at 256 px in bfloat16, 57 MB at 384."""
-        return self.sizes.num_tokens * self.cache_bytes_per_token
+        return self.sizes.num_tokens * self._cache_bytes_per_token
 
+    @property
+    def rollout_activation_bytes(self) -> int:
+        """Of one step, whose largest is the head's, the results of all steps, and the codes that the decoder reads.
 
-def tokenizer_sizes(config: NextTokenPolicyConfig) -> TokenizerSizes:
-    """Of the tokenizer of a section `policy`."""
-    tokenizer = config.tokenizer
-    return TokenizerSizes(
-        side=config.sizes.side,
-        codes=tokenizer.vocab_size,
-        code_width=tokenizer.code_width,
-        latent_width=tokenizer.latent_width,
-        base_channels=tokenizer.base_channels,
-        multipliers=tokenizer.channel_multipliers,
-        num_res_blocks=tokenizer.num_res_blocks,
-    )
+        A captured rollout holds the graph of one step, which all tokens share.
+        """
+        C, item, N = self.sizes.width, self._item_bytes, self.sizes.num_tokens
+        head = 2 * C * item + self.sizes.vocab_size * FLOAT32_BYTES
+        block = (4 * C + 3 * self.layout.hidden) * item
+        results = (8 + 2 * FLOAT32_BYTES) * N + 8 * N  # tokens, log-probability, entropy; one of them as it is written
+        return C * FLOAT32_BYTES + max(head, block) + results + self.vq.code_width * N * FLOAT32_BYTES
+
+    @property
+    def decode_activation_bytes(self) -> int:
+        """The most that exists at once in the decoder, in the compute dtype; 68 MB in bfloat16 at 256 px."""
+        latents = self.vq.latent_width * self.sizes.num_tokens
+        return self._item_bytes * (latents + max(layer.live for layer in self._decoder)) + self.image_bytes
+
+    def update_activation_bytes(self, checkpointing: Checkpointing) -> int:
+        """What the forward pass keeps for the backward pass, and the most that comes on top while that runs.
+
+        Kept a token and block, in the compute dtype:
+
+            none       the stream twice and its normalised forms 4 C, q k v X, attention H D, and of the MLP F a matrix
+            attention  all of it but q k v, attention, and the normalised form that they are computed from
+            full       the stream that enters the block
+
+        and float32 numbers: those of two norms, and a head's softmax. On top comes the larger of a block at work (what
+        it recomputes, the gradients of the MLP's hidden layers and of the stream) and of the head: its input, the
+        logits, whose place their gradient takes, and that gradient in the compute dtype.
+        """
+        sizes, layout, C, item = self.sizes, self.layout, self.sizes.width, self._item_bytes
+        heads, qkv = sizes.num_heads * sizes.head_dim, (sizes.num_heads + 2 * sizes.kv_heads) * sizes.head_dim
+        statistics_bytes = ((4 if layout.biases else 2) + sizes.num_heads) * FLOAT32_BYTES
+        hidden = len(layout.mlp) * layout.hidden
+        ranks = sum(map(self._rank, layout.matrices))
+        block = (4 * C + qkv + heads + hidden + ranks) * item + statistics_bytes
+        in_attention = C + qkv + heads + sum(map(self._rank, layout.attention))
+        kept = {"none": block, "attention": block - in_attention * item, "full": C * item}[checkpointing]
+        low_gradient = 0 if self.dtype == "float32" else sizes.vocab_size * item
+        head_at_work = sizes.vocab_size * FLOAT32_BYTES + low_gradient + 2 * C * item
+        block_at_work = block - kept + (hidden + 2 * C + (layout.hidden if self.lora else 0)) * item
+        return sizes.num_tokens * (sizes.depth * kept + max(head_at_work, block_at_work))

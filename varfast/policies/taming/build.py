@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from varfast.perf.cost import Cost
-from varfast.policies.nexttoken.cost import NextTokenCost, TransformerSizes, tokenizer_sizes
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import VQGANConfig
 from varfast.policies.nexttoken.tokenizer_weights import load_tokenizer
 from varfast.policies.taming.config import MinGPTConfig, TamingPolicyConfig
+from varfast.policies.taming.cost import count
 from varfast.policies.taming.policy import TamingPolicy
 from varfast.policies.taming.transformer import MinGPT
 from varfast.policies.taming.weights import load_mingpt
@@ -69,29 +69,9 @@ def from_files(
     return assemble(parts, device, dtype, fast, strict)
 
 
-# What the count of the work calls the matrices that an adapter may have: queries, keys and values count as one.
-_COUNTED = {"query": "qkv", "key": "qkv", "value": "qkv", "proj": "proj", "fc1": "fc1", "fc2": "fc2"}
-
-
 def cost_of(config: TamingPolicyConfig, dtype: str) -> Cost:
     """What one image costs. dtype: "float32" or "bfloat16", of activations."""
-    sizes, lora = _sizes(config), config.lora
-    transformer = TransformerSizes(
-        layers=sizes.depth,
-        width=sizes.width,
-        heads=sizes.num_heads,
-        kv_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
-        hidden=sizes.hidden,
-        vocab_size=sizes.vocab_size,
-        num_tokens=sizes.num_tokens,
-        embeddings=sizes.vocab_size,
-        places=sizes.num_places,
-        gated=False,
-        biases=True,
-    )
-    targets = list(dict.fromkeys(_COUNTED[name] for name in lora.targets)) if lora else []
-    return NextTokenCost(transformer, tokenizer_sizes(config), dtype, lora.rank if lora else 0, targets)
+    return count(_sizes(config), config.tokenizer, dtype, config.lora)
 
 
 def model_card(config: TamingPolicyConfig, trained: str, frozen: str) -> tuple[str, str, str]:

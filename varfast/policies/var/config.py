@@ -140,6 +140,7 @@ class VARPolicyConfig(FamilyConfig):
 
     parts: ClassVar = ("var", "vqvae")
     sizes_key: ClassVar = "policy.var"
+    unguided_cfg: ClassVar = 0.0
 
     family: Literal["var"] = Field("var", description="VAR: next-scale prediction, arXiv:2404.02905")
     preset: Literal["d16", "d20", "d24", "d30", "d36"] | None = Field(None, description="a public model's sizes")
@@ -210,6 +211,10 @@ class VARPolicyConfig(FamilyConfig):
     @property
     def vocab_size(self) -> int:
         return self.sizes.vocab_size
+
+    @property
+    def scale_sides(self) -> tuple[int, ...]:
+        return self.sizes.patch_nums
 
     @property
     def frozen_checkpoint(self) -> Source | None:

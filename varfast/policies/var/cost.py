@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from varfast.perf.cost import FLOAT32_BYTES, ITEM_BYTES, Checkpointing, Count, Weights
 from varfast.policies import autoencoder_cost
 from varfast.policies.autoencoder_cost import Layer, conv, encoder_layers
-from varfast.policies.var.config import VARConfig, VARLoRAConfig, VQVAEConfig
+from varfast.policies.config import LoRAConfig
+from varfast.policies.var.config import VARConfig, VQVAEConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class VARCost:
     sizes: VARConfig
     vqvae: VQVAEConfig
     dtype: str
-    lora: VARLoRAConfig | None = None
+    lora: LoRAConfig | None = None
 
     @property
     def base(self) -> VARCost:
@@ -67,6 +68,10 @@ class VARCost:
         return FLOAT32_BYTES * num_vqvae_parameters(self.vqvae)
 
     # Work of one image
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sizes.num_tokens
 
     @property
     def rollout(self) -> Count:
@@ -213,14 +218,14 @@ def _hidden(sizes: VARConfig) -> int:
     return round(sizes.width * sizes.mlp_ratio)
 
 
-def _adapted(sizes: VARConfig, lora: VARLoRAConfig | None) -> dict[str, tuple[int, int]]:
+def _adapted(sizes: VARConfig, lora: LoRAConfig | None) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of a matrix of each kind that has an adapter."""
     C, hidden = sizes.width, _hidden(sizes)
     sides = {"mat_qkv": (C, 3 * C), "proj": (C, C), "fc1": (C, hidden), "fc2": (hidden, C), "ada_lin": (C, 6 * C)}
     return {name: side for name, side in sides.items() if lora is not None and name in lora.targets}
 
 
-def _adapter_tensors(sizes: VARConfig, lora: VARLoRAConfig | None) -> list[int]:
+def _adapter_tensors(sizes: VARConfig, lora: LoRAConfig | None) -> list[int]:
     """How many numbers each A and each B has: 14 745 600 in all for d30, rank 16 beside the blocks' four matrices."""
     tensors = []
     for name, widths in _adapted(sizes, lora).items():
@@ -265,7 +270,7 @@ class ForwardFlop:
         return self.linear + self.attention + self.head + self.adaln + self.embed
 
 
-def forward_flop(sizes: VARConfig, lora: VARLoRAConfig | None = None) -> ForwardFlop:
+def forward_flop(sizes: VARConfig, lora: LoRAConfig | None = None) -> ForwardFlop:
     """Per image; the same for a rollout with a key-value cache and for a teacher-forced pass.
 
     lora: an adapter, whose products are counted with those of its matrices.
@@ -292,16 +297,14 @@ def forward_flop(sizes: VARConfig, lora: VARLoRAConfig | None = None) -> Forward
 
 
 def _encoder(config: VQVAEConfig) -> Iterator[Layer]:
-    layout = (config.base_channels, config.channel_multipliers, config.num_res_blocks)
-    yield from encoder_layers(config.image_size, *layout, config.code_width)
+    yield from encoder_layers(config, config.image_size, config.code_width)
     yield conv(config.code_width, config.code_width, 3, config.patch_nums[-1])  # quant_conv
 
 
 def decoder_layers(config: VQVAEConfig) -> Iterator[Layer]:
     """From the sum of quantized scales to pixels: post_quant_conv and decoder."""
-    side, layout = config.patch_nums[-1], (config.base_channels, config.channel_multipliers, config.num_res_blocks)
-    yield conv(config.code_width, config.code_width, 3, side)  # post_quant_conv
-    yield from autoencoder_cost.decoder_layers(side, *layout, config.code_width)
+    yield conv(config.code_width, config.code_width, 3, config.patch_nums[-1])  # post_quant_conv
+    yield from autoencoder_cost.decoder_layers(config, config.patch_nums[-1], config.code_width)
 
 
 def num_vqvae_parameters(config: VQVAEConfig) -> int:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from varfast import kernels
 from varfast.perf.cost import Checkpointing
+from varfast.policies.config import LoRAConfig
 from varfast.policies.decoder import FastDecoder
 from varfast.policies.driver import Driver
 from varfast.policies.sampler import Sampled
-from varfast.policies.var.sampler import sample
+from varfast.policies.var.cost import VARCost
+from varfast.policies.var.sampler import guidance, sample
 from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR
 from varfast.types import InputError, Prompts, Sampling
@@ -69,6 +71,9 @@ class VARPolicy(Driver):
         assert isinstance(vqvae, VQVAE)
         return vqvae
 
+    def cost(self, dtype: str, lora: LoRAConfig | None = None) -> VARCost:
+        return VARCost(self.var.config, self.vqvae.config, dtype, lora)
+
     def _make_strict(self) -> None:
         product = kernels.selection.choose("invariant_linear", self.device)
         if product.impl == "reference":
@@ -79,6 +84,15 @@ class VARPolicy(Driver):
     def _sample_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Sampled:
         assert isinstance(self.sampled, VAR)
         return sample(self.sampled, self.vqvae, prompts.ids_B, key, how, keep)
+
+    def _strengths(self, cfg: float) -> list[float]:
+        """t = cfg * k / (K - 1) at scale k.
+
+        The unconditional half is the last row of the class embedding. Class dropout trains it (the public models: 0.1);
+        of a model that was trained without, it is noise, and nothing here can tell.
+        """
+        sides, strengths = self.var.config.patch_nums, guidance(self.var.config, cfg)
+        return [t for side, t in zip(sides, strengths, strict=True) for _ in range(side * side)]
 
     def _logits(
         self, model: nn.Module, prompts: Prompts, teacher_input: Tensor, checkpointing: Checkpointing, bias_apart: bool

@@ -10,10 +10,18 @@ from torch import Tensor
 
 from varfast import kernels
 from varfast.perf.stages import span
+from varfast.policies.guidance import guided_logits
 from varfast.policies.sampler import Sampled
+from varfast.policies.var.config import VARConfig
 from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR, KVCache
 from varfast.types import Sampling
+
+
+def guidance(config: VARConfig, cfg: float) -> list[float]:
+    """Of each scale the strength t of guidance: none at the coarsest, cfg at the finest."""
+    last = max(1, len(config.patch_nums) - 1)
+    return [cfg * scale / last for scale in range(len(config.patch_nums))]
 
 
 @torch.no_grad()
@@ -23,7 +31,7 @@ def sample(var: VAR, vqvae: VQVAE, labels_B: Tensor, key: Tensor, how: Sampling,
     Args:
         labels_B: (B,) int64.
         key: (3,) int64 on the same device: seed, step, index of the first image.
-        how: scale k of K - 1 is guided with cfg * k / (K - 1).
+        how: see `guidance`.
         keep: return the latent, with the last scale, and the teacher_input: what VQVAE.f_hat and VQVAE.var_input make
             of the tokens, bit for bit for the same images.
     """
@@ -36,7 +44,7 @@ def sample(var: VAR, vqvae: VQVAE, labels_B: Tensor, key: Tensor, how: Sampling,
     constants = var.constants(cond_BC)
     f_hat = vqvae.quantize.empty_f_hat(batch)
     sampled, inputs = [], [f_hat.new_zeros(batch, 0, f_hat.shape[1])]
-    last = len(config.patch_nums) - 1
+    last, strengths = len(config.patch_nums) - 1, guidance(config, how.cfg)
     for scale in range(last + 1):
         with span(f"scale {scale}"):
             logits_BlV, bias_V = var.forward_scale(x_BlC, constants, scale, cache, bias_apart=True)
@@ -46,12 +54,14 @@ def sample(var: VAR, vqvae: VQVAE, labels_B: Tensor, key: Tensor, how: Sampling,
                 scale,
                 how.temperature,
                 uncond_logits_BlV=logits_BlV[batch:] if guided else None,
-                guidance=how.cfg * scale / max(1, last),
+                guidance=strengths[scale],
                 top_k=how.top_k,
                 top_p=how.top_p,
                 bias_V=bias_V,
             )
             if var.strict and how.on_policy:  # by the kernel of the update: sampling adds in another order
+                if guided:
+                    logits_BlV = guided_logits(logits_BlV, logits_BlV.new_full(logits_BlV.shape[1:2], strengths[scale]))
                 logp_Bl, entropy_Bl = kernels.selective_log_softmax(
                     logits_BlV, tokens_Bl, how.temperature, bias_V=bias_V
                 )

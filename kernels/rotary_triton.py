@@ -1,0 +1,251 @@
+"""The Triton kernel of rotary.py, for both directions and the cache, and the ops made of it.
+
+Axes: B image, L token, H query head, G key and value head, D head dim, P = D / 2 pairs of channels, N place of the
+cache, X = (H + 2 G) D column of the product, in the order q, k, v.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varfast.kernels._triton import jit, tl
+from varfast.kernels.settings import setting
+
+# A program takes some tokens of at most 4 neighbouring heads, all of q, of k or of v: 4096 numbers, 32 a thread. The
+# heads of a token read its row of the table together: read by a program for each head, float32 beside bfloat16, the
+# table would double what comes from L2. A decoding step has few tokens, and 1024 numbers a program.
+_HEADS = 4
+
+
+@jit
+def _turn(a, b, cos, sin, BACKWARD: tl.constexpr):
+    if BACKWARD:
+        sin = -sin
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@jit
+def _copy_halves(
+    source, target, table, here, read, written,
+    ROTARY: tl.constexpr, BACKWARD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows of heads, channel j turned with channel j + D / 2."""
+    pair = tl.arange(0, BLOCK // 2)[None, :]
+    inside = pair < HEAD_DIM // 2
+    a = tl.load(source + pair, mask=here & inside, other=0.0).to(tl.float32)
+    b = tl.load(source + pair + HEAD_DIM // 2, mask=here & inside, other=0.0).to(tl.float32)
+    if ROTARY:
+        cos = tl.load(table + 2 * pair, mask=read & inside, other=0.0).to(tl.float32)
+        sin = tl.load(table + 2 * pair + 1, mask=read & inside, other=0.0).to(tl.float32)
+        a, b = _turn(a, b, cos, sin, BACKWARD)
+    tl.store(target + pair, a.to(target.dtype.element_ty), mask=written & inside)
+    tl.store(target + pair + HEAD_DIM // 2, b.to(target.dtype.element_ty), mask=written & inside)
+
+
+@jit
+def _copy_adjacent(
+    source, target, table, here, read, written,
+    ROTARY: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows of heads, channel 2 j turned with channel 2 j + 1: both, as cosine and sine, are read by one load."""
+    dim = tl.arange(0, BLOCK)[None, :]
+    inside = dim < HEAD_DIM
+    x = tl.load(source + dim, mask=here & inside, other=0.0).to(tl.float32)
+    if ROTARY:
+        pairs = tl.load(table + dim, mask=read & inside, other=0.0).to(tl.float32)
+        cos, sin = tl.split(tl.reshape(pairs, (ROWS, BLOCK // 2, 2)))
+        a, b = tl.split(tl.reshape(x, (ROWS, BLOCK // 2, 2)))
+        a, b = _turn(a, b, cos, sin, BACKWARD)
+        x = tl.reshape(tl.join(a, b), (ROWS, BLOCK))
+    tl.store(target + dim, x.to(target.dtype.element_ty), mask=written & inside)
+
+
+@jit
+def _copy(
+    product, heads, table, here, read, written,
+    ROTARY: tl.constexpr, HALVES: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Between rows of the product and of heads. read: rows whose place is in the table."""
+    source = heads if BACKWARD else product
+    target = product if BACKWARD else heads
+    if HALVES:
+        _copy_halves(source, target, table, here, read, written, ROTARY, BACKWARD, HEAD_DIM, BLOCK)
+    else:
+        _copy_adjacent(source, target, table, here, read, written, ROTARY, BACKWARD, ROWS, HEAD_DIM, BLOCK)
+
+
+@jit
+def _rotary_kernel(
+    product_ptr, q_ptr, k_ptr, v_ptr, rotary_ptr, position_ptr,
+    num_tokens, length, query_heads, key_heads, q_image, q_head, q_row, k_image, k_head, k_row, v_image, v_head, v_row,
+    position_stride, places,
+    ROTARY: tl.constexpr, HALVES: tl.constexpr, POSITION: tl.constexpr, BACKWARD: tl.constexpr, TOKENS: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Forward: from the product to heads. BACKWARD: from the gradients of heads to that of the product.
+
+    A row of a tile is a head of a token; the heads of a token follow each other. BLOCK: HEAD_DIM, or the power of two
+    above it. POSITION: the one token of an image is at its position, read from the device; outside the cache, k and v
+    are not written. Each branch has a copy of its own: with pointers chosen before one copy, the compiler does not see
+    that the rows it stores are aligned.
+    """
+    heads = query_heads + 2 * key_heads
+    groups = heads // HEADS
+    first = (tl.program_id(0) % groups) * HEADS
+    flat = tl.arange(0, TOKENS * HEADS)
+    index = (tl.program_id(0) // groups) * TOKENS + flat // HEADS
+    head = (first + flat % HEADS).to(tl.int64)
+    token, image, row = index.to(tl.int64), (index // length).to(tl.int64), (index % length).to(tl.int64)
+    here = index < num_tokens
+    place = row
+    read = here
+    if POSITION:
+        place = tl.load(position_ptr + image * position_stride, mask=here, other=0).to(tl.int64)
+        read = here & (place >= 0) & (place < places)
+    product = (product_ptr + (token * heads + head) * HEAD_DIM)[:, None]
+    table = rotary_ptr + (place * HEAD_DIM)[:, None]
+    ROWS: tl.constexpr = TOKENS * HEADS
+    if first < query_heads:
+        q = (q_ptr + image * q_image + head * q_head + row * q_row)[:, None]
+        _copy(product, q, table, here[:, None], read[:, None], here[:, None],
+              ROTARY, HALVES, BACKWARD, ROWS, HEAD_DIM, BLOCK)  # fmt: skip
+    elif first < query_heads + key_heads:
+        k = (k_ptr + image * k_image + (head - query_heads) * k_head + place * k_row)[:, None]
+        _copy(product, k, table, here[:, None], read[:, None], read[:, None],
+              ROTARY, HALVES, BACKWARD, ROWS, HEAD_DIM, BLOCK)  # fmt: skip
+    else:
+        v = (v_ptr + image * v_image + (head - query_heads - key_heads) * v_head + place * v_row)[:, None]
+        _copy(product, v, table, here[:, None], read[:, None], read[:, None],
+              False, False, BACKWARD, ROWS, HEAD_DIM, BLOCK)  # fmt: skip
+
+
+def _launch(
+    product: Tensor,
+    heads: tuple[Tensor, Tensor, Tensor],
+    rotary: Tensor | None,
+    pairs: str,
+    backward: bool = False,
+    position: Tensor | None = None,
+) -> None:
+    """product: (B, L, X), contiguous; heads: q (B, H, L, D), and k and v (B, G, L or N, D), unit stride in D."""
+    q, k, v = heads
+    batch, num_heads, length, dim = q.shape
+    if not product.numel():
+        return
+    together = math.gcd(num_heads, k.shape[1], _HEADS)
+    block = 1 << (dim - 1).bit_length()
+    kernel = "split_heads_rotary" if position is None else "split_heads_rotary_to_cache"
+    numbers, num_warps = (4096, 4) if position is None else (1024, 2)
+    rule = {"TOKENS": max(1, numbers // (together * block)), "num_warps": num_warps}
+    chosen = setting(kernel, dim, q.device, **rule)
+    total = num_heads + 2 * k.shape[1]
+    grid = (-(-batch * length // chosen["TOKENS"]) * (total // together),)
+    with torch.cuda.device_of(q):
+        _rotary_kernel[grid](
+            product,
+            q,
+            k,
+            v,
+            product if rotary is None else rotary.contiguous(),
+            product if position is None else position,
+            batch * length,
+            length,
+            num_heads,
+            k.shape[1],
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            0 if position is None else position.expand(batch).stride(0),
+            k.shape[2],
+            ROTARY=rotary is not None,
+            HALVES=pairs == "halves",
+            POSITION=position is not None,
+            BACKWARD=backward,
+            HEADS=together,
+            HEAD_DIM=dim,
+            BLOCK=block,
+            **chosen,
+        )
+
+
+def _outputs(qkv_BLX: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, width = qkv_BLX.shape
+    dim = width // (num_heads + 2 * num_kv_heads)
+    q, k, v = (qkv_BLX.new_empty((batch, n, length, dim)) for n in (num_heads, num_kv_heads, num_kv_heads))
+    return q, k, v
+
+
+@torch.library.custom_op("varfast::split_heads_rotary", mutates_args=())
+def split_op(
+    qkv_BLX: Tensor, rotary_LP2: Tensor | None, num_heads: int, num_kv_heads: int, pairs: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = _outputs(qkv_BLX, num_heads, num_kv_heads)
+    _launch(qkv_BLX.contiguous(), heads, rotary_LP2, pairs)
+    return heads
+
+
+@split_op.register_fake
+def _(qkv_BLX, rotary_LP2, num_heads, num_kv_heads, pairs):
+    return _outputs(qkv_BLX, num_heads, num_kv_heads)
+
+
+def _product_of(d_q_BHLD: Tensor, d_k_BGLD: Tensor) -> Tensor:
+    batch, heads, length, dim = d_q_BHLD.shape
+    return d_q_BHLD.new_empty((batch, length, (heads + 2 * d_k_BGLD.shape[1]) * dim))
+
+
+@torch.library.custom_op("varfast::split_heads_rotary_backward", mutates_args=())
+def backward_op(d_q_BHLD: Tensor, d_k_BGLD: Tensor, d_v_BGLD: Tensor, rotary_LP2: Tensor | None, pairs: str) -> Tensor:
+    """d qkv (B, L, X)."""
+    d_q, d_k, d_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (d_q_BHLD, d_k_BGLD, d_v_BGLD))
+    d_qkv = _product_of(d_q, d_k)
+    _launch(d_qkv, (d_q, d_k, d_v), rotary_LP2, pairs, backward=True)
+    return d_qkv
+
+
+@backward_op.register_fake
+def _(d_q_BHLD, d_k_BGLD, d_v_BGLD, rotary_LP2, pairs):
+    return _product_of(d_q_BHLD, d_k_BGLD)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, rotary_LP2, _, _, ctx.pairs = inputs
+    ctx.save_for_backward(rotary_LP2)
+
+
+def _backward(ctx: Any, *d_heads: Tensor) -> tuple[Tensor | None, ...]:
+    (rotary_LP2,) = ctx.saved_tensors
+    return backward_op(*d_heads, rotary_LP2, ctx.pairs), None, None, None, None
+
+
+split_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("varfast::split_heads_rotary_into", mutates_args=("k_cache_BGND", "v_cache_BGND"))
+def split_into_op(
+    qkv_BX: Tensor,
+    rotary_NP2: Tensor | None,
+    position: Tensor,
+    k_cache_BGND: Tensor,
+    v_cache_BGND: Tensor,
+    num_heads: int,
+    pairs: str,
+) -> Tensor:
+    q_BHD = _empty_q(qkv_BX, k_cache_BGND, num_heads)
+    heads = (q_BHD.unsqueeze(2), k_cache_BGND, v_cache_BGND)
+    _launch(qkv_BX.contiguous(), heads, rotary_NP2, pairs, position=position)
+    return q_BHD
+
+
+def _empty_q(qkv_BX: Tensor, k_cache_BGND: Tensor, num_heads: int) -> Tensor:
+    return qkv_BX.new_empty((len(qkv_BX), num_heads, k_cache_BGND.shape[3]))
+
+
+@split_into_op.register_fake
+def _(qkv_BX, rotary_NP2, position, k_cache_BGND, v_cache_BGND, num_heads, pairs):
+    return _empty_q(qkv_BX, k_cache_BGND, num_heads)

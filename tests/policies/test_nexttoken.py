@@ -1,0 +1,271 @@
+"""What the next-token families share: transformer, engine, policy, a training run."""
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from varfast import InputError
+from varfast.policies.device import pick_device
+from varfast.policies.families import family_of
+from varfast.policies.llamagen.config import GPTConfig, LlamaGenLoRAConfig, LlamaGenPolicyConfig
+from varfast.policies.llamagen.transformer import LlamaGen
+from varfast.policies.nexttoken import policy as nexttoken_policy
+from varfast.policies.nexttoken.rotary import rotary_1d
+from varfast.policies.nexttoken.transformer import KVCache, Positions
+from varfast.policies.taming.config import TamingLoRAConfig, TamingPolicyConfig
+from varfast.randomness import Key
+from varfast.runs.folder import RunFolder
+from varfast.train import train
+from varfast.types import Prompts, Sampling
+
+CPU = torch.device("cpu")
+TOKENIZER = {
+    "base_channels": 32,
+    "channel_multipliers": [1, 1],
+    "num_res_blocks": 1,
+    "latent_width": 32,
+    "code_width": 4,
+}
+SIZES = {"depth": 2, "width": 32, "num_heads": 4, "vocab_size": 24, "num_classes": 5, "side": 3}
+POLICIES = {
+    "llamagen": {"gpt": SIZES | {"num_kv_heads": 2, "mlp_width": 48}, "vq": TOKENIZER},
+    "taming": {"transformer": SIZES, "vqgan": TOKENIZER},
+}
+KINDS = {"llamagen": LlamaGenPolicyConfig, "taming": TamingPolicyConfig}
+LABELS = [0, 1, 2, 3, 4, 0]
+GUIDED = {"cfg": 2.0, "top_k": 9, "top_p": 0.9}
+
+
+def make(family, dtype="float32", spread=12.0, **options):
+    """A random policy; spread: of its logits, which would be nearly even else."""
+    config = KINDS[family](checkpoint="random", **POLICIES[family])
+    build = family_of(config)
+    parts = build.random_parts(config, 0, CPU)
+    with torch.no_grad():
+        for parameter in parts[config.parts[0]].parameters():
+            parameter.mul_(spread if parameter.ndim > 1 else 1.0)
+    return build.assemble(parts, CPU, dtype, **options)
+
+
+both = pytest.mark.parametrize("family", POLICIES)
+
+
+@both
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_sample_logp_equals_teacher_forced(family, dtype, temperature):
+    policy = make(family, dtype)
+    rollout, images = policy.sample_images(LABELS, Sampling(temperature), Key(3), micro_batch=2, keep_input=True)
+    assert rollout.logp_BL.shape == (6, 9)
+    assert images.shape == (6, 3, 6, 6)
+    assert torch.equal(policy.decode(rollout.tokens_BL), images)
+    forced = policy.teacher_forced(rollout, entropy=True)
+    close = 5e-5 if dtype == "float32" else 0.3
+    torch.testing.assert_close(forced.logp_BL.detach(), rollout.logp_BL, rtol=0, atol=close)
+    torch.testing.assert_close(forced.entropy_BL.detach(), rollout.entropy_BL, rtol=0, atol=close)
+    assert rollout.on_policy
+    assert float(rollout.entropy_BL.std()) > 0.1  # no even distribution
+
+
+@pytest.mark.parametrize(("family", "how"), [("llamagen", {}), ("taming", {}), ("llamagen", GUIDED)])
+def test_sample_does_not_depend_on_the_batch_split(family, how):
+    policy = make(family)
+    whole = policy.sample(LABELS, 0.8, seed=1, **how)
+    parts = [policy.sample(LABELS[i : i + 3], 0.8, seed=1, first_sample=i, **how) for i in (0, 3)]
+    assert torch.equal(torch.cat([part.tokens_BL for part in parts]), whole.tokens_BL)
+    assert torch.equal(policy.sample(LABELS, 0.8, seed=1, micro_batch=1, **how).tokens_BL, whole.tokens_BL)
+    assert not torch.equal(policy.sample(LABELS, 0.8, seed=2, **how).tokens_BL, whole.tokens_BL)
+    assert not torch.equal(policy.sample(LABELS, 0.8, seed=1, step=1, **how).tokens_BL, whole.tokens_BL)
+    assert whole.on_policy == ("top_k" not in how)
+
+
+@both
+def test_labels_out_of_range_are_refused(family):
+    with pytest.raises(InputError, match="labels_B"):
+        make(family).sample([5], seed=0)
+
+
+class Loop:
+    """What perf.graphs.CudaLoop does, without a graph."""
+
+    steps: ClassVar[list[int]] = []
+
+    def __init__(self, begin, step, end, times, *inputs, pool):
+        self._inputs = tuple(torch.empty_like(x) for x in inputs)
+        self._functions, self._times = (begin, step, end), times
+
+    def __call__(self, *inputs):
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        begin, step, end = self._functions
+        state = begin(*self._inputs)
+        for _ in range(self._times):
+            step(state)
+        self.steps.append(self._times)
+        return tuple(x.clone() for x in end(state))
+
+
+@pytest.mark.parametrize(("family", "how"), [("llamagen", {}), ("taming", {"top_k": 5}), ("llamagen", GUIDED)])
+def test_a_captured_step_samples_what_the_eager_loop_does(family, how, monkeypatch):
+    policy, how = make(family), Sampling(0.9, **how)
+    eager, images = policy.sample_images(LABELS, how, Key(7), micro_batch=3, keep_input=True)
+    monkeypatch.setattr(nexttoken_policy, "CudaLoop", Loop)
+    Loop.steps.clear()
+    with torch.no_grad():
+        captured = policy._capture_batch(Prompts(torch.tensor([0, 0, 0])), torch.tensor([7, 0, 0]), how, True)
+        tokens, logp, entropy, latent, teacher_input = captured(torch.tensor(LABELS[3:]), torch.tensor([7, 0, 3]))
+    assert Loop.steps == [9]
+    assert torch.equal(tokens, eager.tokens_BL[3:])
+    assert torch.equal(teacher_input, eager.tokens_BL[3:])
+    assert torch.equal(logp, eager.logp_BL[3:])
+    assert torch.equal(entropy, eager.entropy_BL[3:])
+    assert torch.equal(policy.decode(tokens), images[3:])
+    assert latent.shape == (3, 4, 3, 3)
+
+
+@pytest.mark.gpu
+@both
+def test_a_captured_step_on_a_gpu_samples_what_the_eager_loop_does(family):
+    config = KINDS[family](checkpoint="random", **POLICIES[family])
+    build = family_of(config)
+    policies = [build.assemble(build.random_parts(config, 0, CPU), pick_device("cuda"), "float32", fast) for fast in
+                (True, False)]  # fmt: skip
+    eager = policies[1].sample(LABELS, seed=5)
+    for _ in range(3):  # eager, captured, replayed
+        assert torch.equal(policies[0].sample(LABELS, seed=5).tokens_BL, eager.tokens_BL)
+    other = policies[0].sample(LABELS[::-1], seed=6, step=2)
+    assert torch.equal(other.tokens_BL, policies[1].sample(LABELS[::-1], seed=6, step=2).tokens_BL)
+
+
+class Llama(LlamaGen):
+    """With Llama's rotary positions, as Janus-Pro has them."""
+
+    def positions(self, device):
+        return Positions(rotary_1d(self.config.num_tokens, self.config.head_dim, device), "halves")
+
+
+@pytest.mark.parametrize(("head_dim", "kv_heads"), [(64, 1), (100, 2), (128, 2)])
+@torch.no_grad()
+def test_llama_of_the_package_transformers_has_the_same_logits(head_dim, kv_heads):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=2 * head_dim, num_key_value_heads=kv_heads, rms_norm_eps=1e-6, rope_theta=10000.0, **sizes
+        )
+    ).eval()
+    config = GPTConfig(depth=2, width=2 * head_dim, num_heads=2, num_kv_heads=kv_heads, mlp_width=96, vocab_size=40,
+                       num_classes=3, side=4, norm_eps=1e-6)  # fmt: skip
+    ours = Llama(config).init_weights(1)
+    for parameter in ours.parameters():
+        parameter.mul_(3.0 if parameter.ndim > 1 else 1.1)
+    renamed = {"model.norm.weight": ours.norm.weight, "lm_head.weight": ours.output.weight}
+    for index, block in enumerate(ours.layers):
+        prefix = f"model.layers.{index}."
+        q, k, v = block.attention.wqkv.weight.split([2 * head_dim, kv_heads * head_dim, kv_heads * head_dim])
+        renamed |= {f"{prefix}self_attn.{name}_proj.weight": weight for name, weight in
+                    zip("qkvo", (q, k, v, block.attention.wo.weight), strict=True)}  # fmt: skip
+        renamed |= {f"{prefix}mlp.{theirs_name}_proj.weight": getattr(block.feed_forward, own).weight
+                    for own, theirs_name in (("w1", "gate"), ("w3", "up"), ("w2", "down"))}  # fmt: skip
+        renamed[f"{prefix}input_layernorm.weight"] = block.attention_norm.weight
+        renamed[f"{prefix}post_attention_layernorm.weight"] = block.ffn_norm.weight
+    missing, unexpected = theirs.load_state_dict(renamed, strict=False)
+    assert (missing, unexpected) == (["model.embed_tokens.weight"], [])
+    ids, tokens = torch.tensor([0, 2]), torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(2))
+    inputs = torch.cat([ours.embed_prompt(ids).unsqueeze(1), ours.embed_tokens(tokens[:, :-1])], dim=1)
+    wanted = theirs(inputs_embeds=inputs).logits
+    assert float(wanted.std()) > 0.1
+    torch.testing.assert_close(ours(ids, tokens), wanted, rtol=0, atol=2e-5)
+    cache = KVCache(config, 2, torch.float32, CPU)
+    steps = [ours.step(x, torch.tensor(place), cache) for place, x in enumerate(inputs.unbind(1))]
+    torch.testing.assert_close(torch.stack(steps, 1), wanted, rtol=0, atol=2e-5)
+
+
+@both
+@torch.no_grad()
+def test_a_token_sees_none_of_its_own_and_later_ones(family):
+    model = make(family).transformer
+    ids, tokens = torch.tensor([1]), torch.zeros(1, 9, dtype=torch.int64)
+    changed = tokens.clone()
+    changed[0, 4] = 7
+    differs = (model(ids, tokens) != model(ids, changed)).any(-1)[0]
+    assert differs.tolist() == [False] * 5 + [True] * 4
+
+
+@both
+def test_low_precision_copies_frozen_copy_and_update(family):
+    policy = make(family, "bfloat16")
+    reference = policy.frozen_copy()
+    rollout = policy.sample(LABELS, seed=0)
+    before_BL = policy.teacher_forced(rollout).logp_BL.detach()
+    assert torch.equal(reference.teacher_forced(rollout).logp_BL, before_BL)
+    assert all(copy.dtype == torch.bfloat16 for _, copy in policy.low_precision_copies())
+    matrices = [m for m in policy.transformer.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(policy.low_precision_copies()) >= len(matrices)
+    assert all(matrix.weight.dtype == torch.bfloat16 for matrix in reference.transformer.modules()
+               if isinstance(matrix, torch.nn.Linear))  # fmt: skip
+    policy.teacher_forced(rollout).logp_BL.sum().backward()
+    trained = [p for p in policy.trainable.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+    assert not any(p.requires_grad for p in policy.tokenizer.parameters())
+    torch.optim.SGD(trained, lr=0.1).step()
+    policy.weights_changed()
+    assert not torch.equal(policy.teacher_forced(rollout).logp_BL, before_BL)
+    assert torch.equal(reference.teacher_forced(rollout).logp_BL, before_BL)
+    reference.refresh(policy)
+    assert torch.equal(reference.teacher_forced(rollout).logp_BL, policy.teacher_forced(rollout).logp_BL)
+
+
+@pytest.mark.parametrize(("family", "lora"), [("llamagen", LlamaGenLoRAConfig(rank=2)),
+                                              ("taming", TamingLoRAConfig(rank=2))])  # fmt: skip
+def test_an_adapter_on_all_matrices_is_merged(family, lora):
+    pytest.importorskip("peft")
+    policy = make(family)
+    base = {name: tensor.clone() for name, tensor in policy.trainable.state_dict().items()}
+    policy.add_lora(lora, seed=0)
+    adapted = {name.rpartition(".")[0] for name, p in policy.trainable.named_parameters() if p.requires_grad}
+    assert len(adapted) == 2 * 2 * {"llamagen": 5, "taming": 6}[family]  # A and B, blocks, matrices
+    with torch.no_grad():
+        for name, parameter in policy.trainable.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0), std=0.1)
+    rollout = policy.sample(LABELS, seed=0)
+    forced = policy.teacher_forced(rollout).logp_BL
+    torch.testing.assert_close(forced.detach(), rollout.logp_BL, rtol=0, atol=5e-5)
+    merged, without = make(family), policy.frozen_copy()
+    merged.trainable.load_state_dict(policy.merged_state(base))
+    torch.testing.assert_close(merged.teacher_forced(rollout).logp_BL, forced, rtol=0, atol=5e-5)
+    assert torch.equal(without.teacher_forced(rollout).logp_BL, make(family).teacher_forced(rollout).logp_BL)
+
+
+@both
+def test_strict_mode_is_refused(family):
+    with pytest.raises(InputError, match=r"run.strict=true: \w+Policy has no strict mode; use run.strict=false"):
+        make(family, strict=True)
+
+
+def metrics(config):
+    return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+@both
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_trainer_trains_and_goes_on_bit_for_bit(make_config, family, dtype):
+    options = {"policy": {"family": family, "checkpoint": "random"} | POLICIES[family], "update__lr": 1e-3,
+               "run__dtype": dtype}  # fmt: skip
+    straight = make_config(**options)
+    assert train(straight) == 0
+    rows = metrics(straight)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["ratio_gap_max"] < (1e-4 if dtype == "float32" else 0.1) and row["grad_norm"] > 0 for row in rows)
+    trained = torch.load(RunFolder(straight.run.dir).weights, weights_only=True)
+    config = KINDS[family](**options["policy"])
+    assert list(trained) == list(family_of(config).empty_model(config).state_dict())
+    in_parts = straight.run.dir + "_in_parts"
+    for steps in (2, 3):
+        assert train(make_config(**options, run__dir=in_parts, run__steps=steps)) == 0
+    again = torch.load(RunFolder(in_parts).weights, weights_only=True)
+    assert all(torch.equal(trained[name], tensor) for name, tensor in again.items())
