@@ -628,7 +628,7 @@ def test_saved_archive_is_read_as_adms_evaluator_reads_it(make, tmp_path):
         (["cfg=[]"], "cfg: got .*, want a number in 0..1000, or several, such as"),
         (["cfg=-1"], "cfg: got -1, want a number in 0..1000"),
         (["cfg=much"], "cfg: got 'much', want a number in 0..1000"),
-        (["features=[inception, vgg]"], r"features: got .*, want inception, digits"),
+        (["features=[inception, vgg]"], "features: got .*, want inception, inception_torchvision, clip"),
         (["features=digits,digits"], "features: got .*, which names one of them twice"),
         (["features=digits", "fid_reference={inception: a.npz}"], "fid_reference names inception, features digits"),
     ],
