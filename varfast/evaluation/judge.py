@@ -58,7 +58,7 @@ class Judge:
         for name, network in self.networks.items():
             features, logits = columns_of(name, list(self.networks))
             numbers[features], of_classes = network(levels)
-            if logits is not None:
+            if logits is not None and of_classes is not None:
                 numbers[logits] = of_classes
         return numbers
 
