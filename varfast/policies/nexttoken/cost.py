@@ -247,8 +247,8 @@ class NextTokenCost:
             attention  all of it but q k v, attention, and the normalised form that they are computed from
             full       the stream that enters the block
 
-        and float32 numbers: of two norms, and of a head's softmax. On top comes the larger of a block at work (all of
-        it where it is recomputed whole, and the gradients of the stream and of the MLP's hidden layers but the last,
+        and float32 numbers: those of two norms, and a head's softmax. On top comes the larger of a block at work (all
+        of it where it is recomputed whole, and the gradients of the stream and of the MLP's hidden layers but the last,
         whose place is free by then) and of the head: its input, before and after the norm, the logits, whose place
         their gradient takes, and that gradient in 16 bits, or in float32 that of the input. An attention that is
         recomputed takes the place of the MLP.
