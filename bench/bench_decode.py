@@ -1,10 +1,10 @@
-"""The VQ-VAE's decoder against the plain one, and its upsampling against other ways to compute it.
+"""The tokenizers' decoder against the plain one, and its upsampling against other ways to compute it.
 
     pytest bench/bench_decode.py --benchmark-only
     VARFAST_BENCH_LARGE=1 pytest bench/bench_decode.py --benchmark-only    # on a CPU: 3 minutes
 
-On a GPU the public model at 256 px, 64 images; on a CPU the digits', 512 images, or the public one, 4 images. FLOPs are
-counted while ours runs.
+VAR's VQ-VAE, LlamaGen's VQ-16 and VQ-8, taming's VQGAN. On a GPU the public models at 256 px, 64 images; on a CPU
+models of the digits' size, 512 images, or the public ones, 4 images. FLOPs are counted while ours runs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from varfast.models import VQVAE, VQVAEConfig
 from varfast.policies.convolutional import Upsample
 from varfast.policies.decoder import FastDecoder, _Upsample
+from varfast.policies.nexttoken.tokenizer import Tokenizer
+from varfast.policies.nexttoken.tokenizer_config import TOKENIZERS
 
 CUDA, DEVICE = harness.CUDA, harness.DEVICE
 LARGE = CUDA or os.environ.get("VARFAST_BENCH_LARGE") == "1"
@@ -29,35 +31,58 @@ DIGITS = {"base_channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 
 BATCH = 64 if CUDA else 4 if LARGE else 512
 
 
-@pytest.fixture(scope="module")
-def vqvae():
+class Decoding(torch.nn.Module):
+    """The eager decoder of any tokenizer."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.post_quant_conv, self.decoder = tokenizer.post_quant_conv, tokenizer.decoder
+
+    def forward(self, latent):
+        return self.decoder(self.post_quant_conv(latent))
+
+
+def of_name(name: str) -> tuple[torch.nn.Module, int]:
+    """A tokenizer, and the side of its latents."""
+    if name == "var":
+        config = VQVAEConfig() if LARGE else VQVAEConfig(vocab_size=64, code_width=16, **DIGITS)
+        return VQVAE(config), config.patch_nums[-1]
+    config = TOKENIZERS[name]
+    if LARGE:
+        return Tokenizer(config), 256 // config.downsampling
+    sizes = {key: value for key, value in DIGITS.items() if key != "patch_nums"}
+    return Tokenizer(config.model_copy(update={"latent_width": 32, **sizes})), 4
+
+
+@pytest.fixture(scope="module", params=["var", *TOKENIZERS])
+def tokenizer(request):
     """Random weights: times do not depend on their values."""
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False  # as in varfast.policies.var.policy
-    config = VQVAEConfig() if LARGE else VQVAEConfig(vocab_size=64, code_width=16, **DIGITS)
-    return VQVAE(config).to(DEVICE).requires_grad_(False)
+    model, side = of_name(request.param)
+    return request.param, model.to(DEVICE).requires_grad_(False), side
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @torch.no_grad()
-def test_decode(benchmark, record, vqvae, dtype):
-    config = vqvae.config
-    f_hat = torch.randn(BATCH, config.code_width, config.patch_nums[-1], config.patch_nums[-1], device=DEVICE)
-    fast = FastDecoder(vqvae, dtype)
-    plain = copy.deepcopy(vqvae).to(dtype).to(memory_format=torch.channels_last)
-    in_dtype = f_hat.to(dtype).contiguous(memory_format=torch.channels_last)
+def test_decode(benchmark, record, tokenizer, dtype):
+    name, model, side = tokenizer
+    latent = torch.randn(BATCH, model.config.code_width, side, side, device=DEVICE)
+    fast, eager = FastDecoder(model, dtype), Decoding(model)
+    plain = copy.deepcopy(eager).to(dtype).to(memory_format=torch.channels_last)
+    in_dtype = latent.to(dtype).contiguous(memory_format=torch.channels_last)
     calls = {
-        "ours": lambda: fast(f_hat),
-        "eager, channels_last": lambda: plain.decode_f_hat(in_dtype),
+        "ours": lambda: fast(latent),
+        "eager, channels_last": lambda: plain(in_dtype),
     }
     if dtype == torch.float32:
-        calls["eager"] = lambda: vqvae.decode_f_hat(f_hat)
-    calls |= {name: lambda f=f: f(in_dtype) for name, f in compiled(plain.decode_f_hat).items()}
+        calls["eager"] = lambda: eager(latent)
+    calls |= {how: lambda f=f: f(in_dtype) for how, f in compiled(plain).items()}
     with FlopCounterMode(display=False) as counter:
-        fast(f_hat[:1])
+        fast(latent[:1])
     # The ceiling of a CPU is that of a float32 product: no share of it for bfloat16.
     flop = BATCH * counter.get_total_flops() if CUDA or dtype == torch.float32 else 0.0
-    shape = f"B{BATCH} {config.image_size}px {str(dtype)[6:]}"
+    shape = f"{name} B{BATCH} {side * model.config.downsampling}px {str(dtype)[6:]}"
     harness.measure(benchmark, record, harness.Row("decode", shape, "forward", 0.0, flop=flop), calls)
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import harness
+import nexttoken_cases
 import torch
 from torch import Tensor
 
@@ -50,8 +51,13 @@ class Case:
     floors: Mapping[str, float] = field(default_factory=dict)
 
 
-def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels: int = 160) -> dict[str, Case]:
-    """Every op with inputs drawn from `seed`; small ones have sizes of their own."""
+def cases(
+    small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels: int = 160, **of_next_token: int
+) -> dict[str, Case]:
+    """Every op with inputs drawn from `seed`; small ones have sizes of their own.
+
+    of_next_token: sizes of nexttoken_cases.functions.
+    """
     device = harness.DEVICE
     generator = torch.Generator(device=device).manual_seed(seed)
     sizes = VARConfig(patch_nums=(1, 2, 3, 4, 5)) if small else VARConfig()
@@ -200,6 +206,7 @@ def cases(small: bool, dtype: torch.dtype, seed: int, heads: int = 16, channels:
         Case("grpo_token_loss, by token", loss_of_tokens, (logp,), floor=2e-6),
         Case("grpo_token_loss, by image", loss_of_images, (logp,), floor=2e-6),
     ]  # fmt: skip
+    found += [Case(*three) for three in nexttoken_cases.functions(small, randn, device, **of_next_token)]
     if cannot_run_triton(device) is None:
         found.append(Case("sample_tokens, segments", sampled_by_segments, (logits.detach(),), floor=2e-5))
         found.append(Case("block_causal_attention, fused", one_backward_kernel, (q, k, v, logit_scale)))

@@ -203,6 +203,8 @@ def workers(count: int) -> tuple[str, ...]:
     return ("-n", str(count)) if has("xdist") else ()
 
 
+# Benchmarks of the kernels, those of the shipped model first.
+KERNELS = ("bench/bench_kernels.py", "bench/bench_nexttoken.py")
 # The tests of `quick`, those that matter most first: whole policy, rollout, then the kernels' numbers.
 QUICK_TESTS = (
     "tests/test_gpu.py", "tests/test_rollout.py", "tests/test_learner.py", "tests/kernels/test_conv.py",
@@ -223,7 +225,7 @@ def quick(record: Path) -> list[list[Part]]:
     return [
         [build()],
         [Part("tests", pytest("-m", "gpu", *QUICK_TESTS, "-rfE", "--continue-on-collection-errors", *workers(8)), 50)],
-        [Part("kernels", pytest("bench/bench_kernels.py", "--benchmark-only", "-s"), 45, timed, resumes=True)],
+        [Part("kernels", pytest(*KERNELS, "--benchmark-only", "-s"), 45, timed, resumes=True)],
         [steps("d16", record, 60)],
         [steps("d30", record, 120)],
         [tables(record)],
@@ -266,11 +268,11 @@ def sanitizers(record: Path) -> list[list[Part]]:
 def peers(record: Path) -> list[list[Part]]:
     """Every kernel against all of its peers. A compiling pass first, so that timing finds all in the caches."""
     timed = {"VARFAST_BENCH_RECORD": str(record), "VARFAST_BENCH_TEST_S": "150"}
-    compilers = pytest("bench/bench_kernels.py", "--benchmark-disable", *workers(5))
+    compilers = pytest(*KERNELS, "--benchmark-disable", *workers(5))
     return [
         [build()],
         [Part("compilers", compilers, 180, {"VARFAST_BENCH_COMPILE_ONLY": "1"})],
-        [Part("benchmarks", pytest("bench/bench_kernels.py", "--benchmark-only", "-s"), 300, timed, resumes=True)],
+        [Part("benchmarks", pytest(*KERNELS, "--benchmark-only", "-s"), 300, timed, resumes=True)],
         [tables(record)],
     ]
 
@@ -282,8 +284,13 @@ def bench(name: str, record: Path, chosen: str, limit_s: float, file: str = "ben
 
 
 def decoder(record: Path) -> list[list[Part]]:
-    chosen = "(test_decode and bfloat16) or upsample"
+    chosen = "(test_decode and bfloat16 and not vq_ds8 and not vqgan) or upsample"
     return [[build()], [bench("decoder", record, chosen, 300, "bench/bench_decode.py")], [tables(record)]]
+
+
+def tokens(record: Path) -> list[list[Part]]:
+    chosen = "test_rollout"
+    return [[build()], [bench("tokens", record, chosen, 430, "bench/bench_decode_loop.py")], [tables(record)]]
 
 
 def agreement(record: Path) -> list[list[Part]]:
@@ -322,7 +329,8 @@ def tune(record: Path) -> list[list[Part]]:
 
 WHAT = {
     "quick": quick, "tests": tests, "sanitizers": sanitizers, "peers": peers, "d16": stages_of("d16"),
-    "d30": stages_of("d30"), "memory": memory, "decoder": decoder, "agreement": agreement, "tune": tune,
+    "d30": stages_of("d30"), "memory": memory, "decoder": decoder, "tokens": tokens,
+    "agreement": agreement, "tune": tune,
 }  # fmt: skip
 SECONDS = {"quick": 290.0}  # altogether; of the others 530
 

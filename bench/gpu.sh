@@ -5,6 +5,7 @@
 #                                       that compile, steps of d16 and d30, tables, a trace
 #   bench/gpu.sh tests|sanitizers       every GPU test; memcheck and racecheck of every kernel
 #   bench/gpu.sh peers|decoder          every kernel, the decoder, against all peers
+#   bench/gpu.sh tokens                next-token rollouts of LlamaGen, share of the bandwidth, against other loops
 #   bench/gpu.sh d16|d30                steps, then every stage against its peers
 #   bench/gpu.sh memory                 20 steady steps of d30: fails if memory grows
 #   bench/gpu.sh agreement              rollout against update at full size, batch splits, the digits run

@@ -33,6 +33,7 @@ OPS = (
 )
 STEP_ROWS = ("rollout", "decode", "reference", "forward and backward", "optimizer", "update", "step")
 MODELS = ("d16", "d30")
+TOKENS, TOKENS_OF_AN_IMAGE = "next-token rollout", 256
 # arXiv:2505.23331: 40 000 optimizer steps on 8 GPUs, 32 images a GPU and step: 20 000 steps of 512 images here.
 PAPER_STEPS, PAPER = 20_000, {"d16": "16 h on 8 H100", "d30": "40 h on 8 H100"}
 
@@ -109,6 +110,22 @@ def step_table(record: Path | None = None) -> list[str]:
     )
 
 
+def tokens_table(record: Path | None = None) -> list[str]:
+    """Rollouts of LlamaGen, random weights, 256 px: for docs/measured.md. Empty where no record has them."""
+    found = newest(lambda row: row["op"] == TOKENS, record)
+    lines = [
+        "| next-token rollout | time | tokens/s | TB/s | share of the limit | against |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in found["rows"] if found else []:
+        if row["op"] == TOKENS:
+            tokens = row["images"] * TOKENS_OF_AN_IMAGE / row["ms"] * 1e3
+            moved = f"{row['io_bytes'] / row['ms'] / 1e9:.2f}"
+            cells = (row["shape"], _time(row), f"{tokens:.0f}", moved, f"{row['share']:.0%}", _against(row))
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines + _source(found, "") if found else []
+
+
 def _is_of(row: Record, model: str) -> bool:
     """The decoder's own benchmark belongs to no model; "decode" of a model is a stage of its step."""
     return row["op"] == "decode" and not row["model"] if model == "decoder" else row["model"] == model
@@ -178,7 +195,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
     if arguments.print:
-        for table in TABLES.values():
+        for table in (*TABLES.values(), tokens_table):
             print("\n".join(table(arguments.record)) + "\n")
         return 0
     readme = ROOT / "README.md"

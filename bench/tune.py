@@ -219,9 +219,63 @@ def cached_attention(tokens: int, num_keys: int) -> Callable[[], object]:
     return lambda: kernels.cached_attention(q, k, v, num_keys, scale)
 
 
+def rms_norm(width: int, backward: bool) -> Callable[[], object]:
+    leaves = [randn(8192, width, grad=True), randn(8192, width, grad=True), randn(width, grad=True)]
+    return timed(lambda: kernels.residual_rms_norm(*leaves, 1e-5), leaves, backward)
+
+
+def swiglu(width: int, backward: bool) -> Callable[[], object]:
+    leaves = [randn(8192, width, grad=True) for _ in range(2)]
+    return timed(lambda: kernels.swiglu(*leaves), leaves, backward)
+
+
+def rotary(dim: int) -> Callable[[], object]:
+    qkv, table = randn(32, 256, 48 * dim), randn(256, dim // 2, 2, dtype=torch.float32)
+    return lambda: kernels.split_heads_rotary(qkv, table, 16, 16)
+
+
+def decoding(dim: int, batch: int, attend: bool) -> Callable[[], object]:
+    """The last of 576 tokens of LlamaGen-XXL, or of as many heads of another dim."""
+    q, qkv, table = randn(batch, 24, dim), randn(batch, 72 * dim), randn(576, dim // 2, 2, dtype=torch.float32)
+    caches = [randn(batch, 24, 576, dim) for _ in range(2)]
+    position = torch.tensor(575, device=harness.DEVICE)
+    if attend:
+        return lambda: kernels.decode_attention(q, *caches, position, dim**-0.5)
+    return lambda: kernels.split_heads_rotary_to_cache(qkv, table, position, *caches, 24)
+
+
+def next_token_targets() -> list[Target]:
+    """The ops of next-token models."""
+    found = []
+    backward_rows = [
+        {"TILE": tile, "ROWS": 16 * tile, "num_warps": warps, "STAGES": stages}
+        for tile, warps, stages in itertools.product((1, 2, 4), (4, 8, 16), (1, 2, 3))
+    ]
+    rows_of = {"forward": product(num_warps=(1, 2, 4, 8)), "backward": backward_rows}
+    tiles_of = product(ROWS=(4, 8, 16), COLUMNS=(256, 512), num_warps=(4, 8))
+    for way, candidates in rows_of.items():
+        back = way == "backward"
+        prepare = functools.partial(swiglu, 2816, back)
+        found.append(Target(f"swiglu_{way}", 2816, "swiglu", tiles_of, prepare, {"width": 2816}))
+        for width in (1024, 1536, 3200):
+            prepare = functools.partial(rms_norm, width, back)
+            found.append(Target(f"rms_norm_{way}", width, "residual_rms_norm", candidates, prepare, {"width": width}))
+    for dim in (64, 100, 128):
+        for kernel, size, candidates, prepare in (
+            ("split_heads_rotary", dim, product(TOKENS=(4, 8, 16), num_warps=(4, 8)), functools.partial(rotary, dim)),
+            ("split_heads_rotary_to_cache", dim, product(TOKENS=(1, 2, 4, 8), num_warps=(1, 2, 4)),
+             functools.partial(decoding, dim, 64, False)),
+            ("decode_attention", (16, dim), product(BLOCK_N=(32, 64, 128), num_warps=(1, 2, 4), num_stages=(2, 3, 4)),
+             functools.partial(decoding, dim, 64, True)),
+        ):  # fmt: skip
+            found.append(Target(kernel, size, kernel, candidates, prepare, {"head_dim": dim}))
+    return found
+
+
 def targets() -> list[Target]:
     """By what they may gain."""
     found = [
+        *next_token_targets(),
         Target("attention_forward", 16, "block_causal_attention", FORWARD, lambda: attention(False), {}),
         Target("attention_dkv", 16, "block_causal_attention", DKV, lambda: attention(True), {}),
         Target("attention_dq", 16, "block_causal_attention", DQ, lambda: attention(True), {}),

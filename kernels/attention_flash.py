@@ -74,14 +74,16 @@ def _refuses(q: Tensor, *_: Any) -> str | None:
     return None if taken else f"bfloat16 or float16, got {q.dtype}"
 
 
-def _attend(impl: str, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
-    """(B, H, L, D), without a mask or a factor, and with sums of a fixed order in the backward pass."""
+def _attend(
+    impl: str, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale: float = 1.0, causal: bool = False
+) -> Tensor:
+    """(B, L, H, D), with sums of a fixed order in the backward pass."""
     function = _function(impl)
     assert not isinstance(function, str), function
     q, k, v = (x.transpose(1, 2) for x in (q_BHLD, k_BHLD, v_BHLD))
-    found: Any = function(q, k, v, softmax_scale=1.0, deterministic=True)
+    found: Any = function(q, k, v, softmax_scale=scale, causal=causal, deterministic=True)
     out: Tensor = found[0] if isinstance(found, tuple) else found  # flash-attn-4 returns the log-sum too
-    return out.transpose(1, 2)
+    return out
 
 
 def _scaled(q_BHLD: Tensor, logit_scale_H: Tensor) -> Tensor:
@@ -98,13 +100,14 @@ def _run(
         _attend(impl, q_BHLD[:, :, start:end], k_BHLD[:, :, :end], v_BHLD[:, :, :end])
         for start, end in zip(starts, scale_ends, strict=True)
     ]
-    return torch.cat(parts, dim=2)
+    return torch.cat(parts, dim=1).transpose(1, 2)
 
 
 def _run_cached(
     impl: str, q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
 ) -> Tensor:
-    return _attend(impl, _scaled(q_BHlD, logit_scale_H), k_cache_BHLD[:, :, :num_keys], v_cache_BHLD[:, :, :num_keys])
+    k, v = (cache[:, :, :num_keys] for cache in (k_cache_BHLD, v_cache_BHLD))
+    return _attend(impl, _scaled(q_BHlD, logit_scale_H), k, v).transpose(1, 2)
 
 
 def block_causal(impl: str) -> Implementation:
@@ -116,6 +119,15 @@ def cached(impl: str) -> Implementation:
     """The implementation "flash_attn" or "fa4" of cached_attention."""
     refuses = on_host_only(5, _refuses)
     return Implementation(impl, functools.partial(_run_cached, impl), functools.partial(_cannot, impl), (), refuses)
+
+
+def _run_causal(impl: str, q_BHLD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, scale: float) -> Tensor:
+    return _attend(impl, q_BHLD, k_BGLD, v_BGLD, scale, causal=True)
+
+
+def causal(impl: str) -> Implementation:
+    """The implementation "flash_attn" or "fa4" of causal_attention."""
+    return Implementation(impl, functools.partial(_run_causal, impl), functools.partial(_cannot, impl), (), _refuses)
 
 
 def flex_flash(run: Callable[..., Tensor]) -> Implementation:

@@ -6,13 +6,22 @@ D head dim.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varfast.kernels import reference
+from varfast.kernels import attention_triton, reference
+from varfast.kernels.attention_tiles import HEAD_DIM
+from varfast.kernels.decode_triton import MAX_HEAD_DIM, decode_op
+from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.position import check_place, check_position, host_positions
-from varfast.kernels.selection import Implementation, implementations, run
+from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
+
+if TYPE_CHECKING:
+    from varfast.kernels.aot import AheadOfTime
 
 
 def _run_sdpa(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position: Tensor, scale: float) -> Tensor:
@@ -25,13 +34,69 @@ def _run_sdpa(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, positio
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1, 2)
 
 
-def _cannot_run_sdpa(device: torch.device) -> str | None:
+if NO_EXTENSION is None:
+
+    @torch.library.register_fake("varfast::decode_attention_cpp")
+    def _(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position_B: Tensor, scale: float) -> Tensor:
+        return q_BHD.new_empty(q_BHD.shape)
+
+
+def _run_cpp(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position: Tensor, scale: float) -> Tensor:
+    if q_BHD.dtype == torch.float64:  # what tests compare with
+        return reference.decode_attention(q_BHD, k_cache_BGND, v_cache_BGND, position, scale)
+    position_B = position.long().expand(len(q_BHD))
+    out: Tensor = torch.ops.varfast.decode_attention_cpp(q_BHD, k_cache_BGND, v_cache_BGND, position_B, scale)
+    return out
+
+
+def alone(q_1GrD: Tensor, k_1GND: Tensor, v_1GND: Tensor, scale: float) -> Tensor:
+    """A token of one image, by a call whose bits cannot depend on other images or tokens: there are none."""
+    return F.scaled_dot_product_attention(q_1GrD.contiguous(), k_1GND.contiguous(), v_1GND.contiguous(), scale=scale)
+
+
+def _run_alone(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position: Tensor, scale: float) -> Tensor:
+    """By the very calls of causal_attention's "sdpa_invariant"."""
+    q_BGrD = q_BHD.unflatten(1, (k_cache_BGND.shape[1], -1))
+    images = []
+    for image, last in enumerate(position.expand(len(q_BHD)).tolist()):
+        k, v = (cache[image : image + 1, :, : last + 1] for cache in (k_cache_BGND, v_cache_BGND))
+        images.append(alone(q_BGrD[image : image + 1], k, v, scale))
+    return torch.cat(images).flatten(1, 2)
+
+
+def _on_host(device: torch.device) -> str | None:
     return None if device.type == "cpu" else "it reads the position on the host, which would wait for the device"
+
+
+def _run_invariant(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position: Tensor, scale: float) -> Tensor:
+    """By the kernel of cached_attention: the query heads of a key head are its queries."""
+    kv_heads = k_cache_BGND.shape[1]
+    scale_G = torch.full((kv_heads,), scale, device=q_BHD.device)
+    q_BGrD = q_BHD.unflatten(1, (kv_heads, -1))
+    out = attention_triton.cached_attention_op(q_BGrD, k_cache_BGND, v_cache_BGND, scale_G, 1, True, position)
+    return out.flatten(1, 2)
+
+
+def _refuses(q_BHD: Tensor, *_: Any) -> str | None:
+    if q_BHD.shape[-1] > MAX_HEAD_DIM:
+        return f"a head dim up to {MAX_HEAD_DIM}, got {q_BHD.shape[-1]}"
+    return refused_dtype(q_BHD)
+
+
+def _refuses_invariant(q_BHD: Tensor, *_: Any) -> str | None:
+    if q_BHD.shape[-1] != HEAD_DIM:
+        return f"a head dim of {HEAD_DIM}, got {q_BHD.shape[-1]}"
+    return refused_dtype(q_BHD)
 
 
 implementations(
     "decode_attention",
-    Implementation("sdpa", _run_sdpa, _cannot_run_sdpa, ("cpu",)),
+    Implementation("triton", decode_op, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("cpp", _run_cpp, cannot_run_cpp, ("cpu",), refused_by_cpp),
+    Implementation("sdpa", _run_sdpa, _on_host, ("cpu",)),
+    # The bits of causal_attention's of the same name, whatever the batch: strict mode.
+    Implementation("triton_invariant", _run_invariant, cannot_run_triton, (), _refuses_invariant),
+    Implementation("sdpa_invariant", _run_alone, _on_host, ()),
     Implementation("reference", reference.decode_attention),
 )
 
@@ -53,10 +118,12 @@ def decode_attention(
         position: int32 or int64 on the device, () or (B,), in [0, N): a captured CUDA graph reads its value at each
             replay. On a GPU the value is not checked, which would wait for it.
         scale: factor of the logits, 1 / sqrt(D) usually.
-        impl: "auto", "sdpa" (CPU) or "reference".
+        impl: "auto", "triton" (float32 or 16 bits, D up to 256), "cpp" and "sdpa" (CPU) or "reference".
+            "triton_invariant" (D = 64) and "sdpa_invariant" (CPU) give every token the bits that causal_attention's of
+            the same name gives it, in any batch.
     Returns: (B, H, D).
-    Raises: ValueError for other shapes or dtypes, a position outside the cache (on a CPU), or for an impl that is
-        unknown or cannot run.
+    Raises: ValueError for other shapes or dtypes, a position outside the cache (on a CPU), for an impl that is unknown
+        or cannot run, or if a gradient is wanted: there is none but of "reference".
     """
     q, k, v = q_BHD, k_cache_BGND, v_cache_BGND
     fits = q.ndim == 3 and k.ndim == 4 and k.shape == v.shape and (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[3])
@@ -69,5 +136,36 @@ def decode_attention(
         raise ValueError(f"q, k_cache, v_cache: got {q.dtype}, {k.dtype}, {v.dtype}, want one dtype")
     check_position(position, len(q), q.device)
     check_place(position, k.shape[2])
+    if impl != "reference" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("decode_attention has no gradient; use torch.no_grad() or impl='reference'")
     out: Tensor = run("decode_attention", impl, q, k, v, position, scale)
     return out
+
+
+def ahead_of_time() -> list[AheadOfTime]:
+    """Few images, whose places are split, and many, with the heads of LlamaGen-L, 3B (head dim 100) and Janus, grouped;
+    one place, head and channel.
+
+    Rows of 100 bfloat16 begin at multiples of 8 bytes: no load of 16 is possible.
+    """
+    from varfast.kernels import decode_triton
+    from varfast.kernels.aot import recorded
+
+    def call(dtype: torch.dtype, batch: int, heads: tuple[int, int, int], places: int) -> None:
+        num_heads, kv_heads, dim = heads
+        q = torch.empty(batch, num_heads, dim, dtype=dtype)
+        k, v = torch.empty(2, batch, kv_heads, places, dim, dtype=dtype).unbind()
+        decode_attention(q, k, v, torch.zeros((), dtype=torch.int64), dim**-0.5, impl="triton")
+
+    items = []
+    all_heads: tuple[tuple[int, int, int], ...] = ((16, 16, 64), (32, 32, 100), (32, 8, 128))
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for heads in all_heads:
+            narrow = (decode_triton._join_kernel, *((decode_triton._part_kernel,) if heads[2] == 100 else ()))
+            for batch in (2, 64):
+                what = f"decode_attention {name} {heads} B={batch}"
+                main = dtype == torch.bfloat16
+                items += recorded(what, partial(call, dtype, batch, heads, 576), also_blackwell=main, narrow=narrow)
+    items += recorded("decode_attention one place", partial(call, torch.float32, 1, (1, 1, 1), 1), fast=False)
+    items += recorded("decode_attention odd", partial(call, torch.float32, 3, (6, 2, 20), 70), fast=False)
+    return items

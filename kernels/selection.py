@@ -116,12 +116,13 @@ def run(op: str, impl: str, *arguments: Any) -> Any:
         i for i in slower if device.type in i.auto_on and i.cannot(device) is None and i.refuses(*arguments) is None
     )
     instead = next(able)
-    _say_once(f"{op}: impl={chosen.name!r} takes {refusal}; {instead.name!r} runs instead")
+    say_once(f"{op}: impl={chosen.name!r} takes {refusal}; {instead.name!r} runs instead")
     return instead.run(*arguments)
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Warn, at the first call with this message."""
     warnings.warn(message, stacklevel=4)
 
 

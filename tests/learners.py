@@ -5,7 +5,7 @@ from varfast.learner import Learner
 from varfast.losses.config import GRPOConfig
 from varfast.losses.grpo import GRPO
 from varfast.optim.config import UpdateConfig
-from varfast.perf.plan import planned_update
+from varfast.perf.memory import UpdatePlan
 from varfast.rewards import BrightnessReward, WeightedSum
 from varfast.state import State
 
@@ -21,4 +21,7 @@ def make_learner(policy, reference=None, kl_beta=0.2, world=ALONE, grpo=None, **
         reference = policy.frozen_copy()
     config, of_loss = UpdateConfig(**update), GRPOConfig(kl_beta=kl_beta, **(grpo or {}))
     state = State(policy, reference, WeightedSum({"luma": BrightnessReward(type="brightness")}), config, of_loss)
-    return Learner(state, GRPO(of_loss, VOCAB), config, planned_update(config), 10, 0, world)
+    # What the config names, by default a minibatch at a time, nothing recomputed and nothing captured.
+    checkpointing = "none" if config.checkpointing == "auto" else config.checkpointing
+    plan = UpdatePlan(config.micro_batch or config.minibatch, checkpointing, config.cuda_graph is True)
+    return Learner(state, GRPO(of_loss, VOCAB), config, plan, 10, 0, world)

@@ -1,7 +1,8 @@
-"""Tables of text, for a terminal."""
+"""Tables of text, and numbers, for a terminal."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -17,3 +18,9 @@ def text_table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)).rstrip()
         for row in rows
     ]
+
+
+def three_digits(x: float) -> str:
+    """Three digits at least, and a decimal in any case: 1220.4, 0.00731."""
+    decimals = 1 if x == 0.0 else max(1, 2 - math.floor(math.log10(abs(x))))
+    return f"{x:.{decimals}f}"

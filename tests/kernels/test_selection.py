@@ -109,7 +109,7 @@ def test_auto_passes_over_a_kernel_that_refuses_and_says_so_once(op, what, monke
     ways = (replace(selection.OPS[op][0], auto_on=("cpu",)), selection.OPS[op][-1])
     monkeypatch.setitem(selection.OPS, op, ways)
     assert selection.choose(op, CPU).impl == "triton"
-    selection._say_once.cache_clear()
+    selection.say_once.cache_clear()
     given = arguments(op, **{"dtype": torch.float32} | what)
     function = getattr(kernels, op)
     with pytest.warns(UserWarning, match=f"{op}: impl='triton' takes .*; 'reference' runs instead") as record:

@@ -15,6 +15,7 @@ from scipy import stats
 from varfast import InputError, kernels
 from varfast.advantages import group_advantages
 from varfast.losses.grpo import kl_to_reference
+from varfast.perf.graphs import Replayed
 from varfast.policies.driver import Driver
 from varfast.policies.guidance import guided_logits
 from varfast.policies.var.config import VARLoRAConfig, VARPolicyConfig
@@ -25,6 +26,8 @@ from varfast.train import train
 from varfast.types import Batch, Sampling
 
 from ..learners import make_learner
+from .test_nexttoken import POLICIES
+from .test_nexttoken import make as make_next_token
 
 LABELS = [0, 1, 2, 3, 4, 0]
 CFG, TEMPERATURE = 1.5, 0.7
@@ -128,6 +131,44 @@ def test_sample_logp_equals_token_logp(make_policy, sizes, cfg):
     assert not policy.sample(LABELS, seed=1, cfg=cfg, top_k=3).on_policy
 
 
+def test_llamagen_is_guided_by_the_scale_of_its_code(make_config):
+    """uncond + s (cond - uncond); rollout, teacher forcing, its gradient and the first ratio of GRPO."""
+    policy, scale = make_next_token("llamagen"), 2.0
+    rollout = policy.sample(LABELS, TEMPERATURE, seed=0, cfg=scale, micro_batch=2)
+    wide = copy.deepcopy(policy.transformer).double()
+    wide.compute_dtype = torch.float64
+    conditional, unconditional = (wide(torch.tensor(ids), rollout.tokens_BL) for ids in (LABELS, [NULL] * 6))
+    logits = unconditional + scale * (conditional - unconditional)
+    logp_BL = gathered((logits / TEMPERATURE).log_softmax(-1), rollout.tokens_BL)
+    assert float((rollout.logp_BL.double() - logp_BL.detach()).abs().max()) < 5e-5
+    forced = policy.teacher_forced(rollout)
+    assert float((forced.logp_BL.detach() - rollout.logp_BL).abs().max()) < 5e-5
+    logp_BL.sum().backward()
+    forced.logp_BL.sum().backward()
+    for (name, ours), theirs in zip(policy.transformer.named_parameters(), wide.parameters(), strict=True):
+        scale = max(1.0, float(theirs.grad.abs().max()))
+        assert float((ours.grad.double() - theirs.grad).abs().max()) <= 1e-4 * scale, name
+    found = make_learner(policy, minibatch=4, lr=1e-3).step(scored(policy, cfg=2.0), 0)
+    assert found["ratio_gap_max"] < 1e-4
+    of_1, unguided = (policy.sample(LABELS, seed=0, cfg=cfg) for cfg in (1.0, 0.0))
+    assert torch.equal(of_1.tokens_BL, unguided.tokens_BL)
+    assert torch.equal(policy.teacher_forced(of_1).logp_BL, policy.teacher_forced(unguided).logp_BL)
+    llamagen = {"policy": {"family": "llamagen", "checkpoint": "random", **POLICIES["llamagen"]}}
+    assert make_config(**llamagen, rollout__cfg=1.5).rollout.rows == 2
+    with pytest.raises(InputError, match="rollout.cfg=1 guides nothing with policy.family=llamagen"):
+        make_config(**llamagen, rollout__cfg=1.0)
+
+
+def test_taming_cannot_be_guided(make_config):
+    policy = make_next_token("taming")
+    with pytest.raises(InputError, match="knows no label that stands for none, so it cannot be guided"):
+        policy.token_logp([0], torch.zeros(1, 9, dtype=torch.int64), cfg=CFG)
+    taming = {"policy": {"family": "taming", "checkpoint": "random", **POLICIES["taming"]}}
+    make_config(**taming)
+    with pytest.raises(InputError, match="policy.family=taming know no label that stands for none"):
+        make_config(**taming, rollout__cfg=CFG)
+
+
 @torch.no_grad()
 def test_tokens_are_drawn_from_the_guided_distribution(make_policy):
     """Of the second scale, given the first token, whose every value is enumerated."""
@@ -190,6 +231,42 @@ def test_the_kl_is_to_the_guided_reference(make_policy):
     torch.testing.assert_close(kl_to_reference(reference, rollout).double(), expected_B, rtol=1e-3, atol=1e-7)
 
 
+def test_captured_passes_are_told_apart_by_their_guidance(make_policy, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        Replayed, "__call__", lambda self, key, *inputs: seen.append(key) or self._function(key, *inputs)
+    )
+    for cfg in (0.0, CFG):
+        policy = make_policy()
+        learner = make_learner(policy, minibatch=8)
+        learner._captures = True
+        learner.step(scored(policy, cfg=cfg), 0)
+    hows = [Sampling(TEMPERATURE, cfg) for cfg in (0.0, CFG)]
+    assert seen == [key for how in hows for key in (how, (how, True))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_captured_rollout_and_update_equal_the_eager_ones_on_a_gpu(make_models, dtype):
+    """Of one guidance after another: a graph of the first is not replayed for the second."""
+    ends = []
+    for captured in (False, True):
+        policy = VARPolicy(*make_models(depth=2), device="cuda", dtype=dtype)
+        policy.cuda_graph = captured
+        learner = make_learner(policy, minibatch=4, lr=1e-3, cuda_graph=True)
+        learner._captures = captured
+        found = []
+        for step, cfg in enumerate([0.0, 0.0, CFG, CFG, CFG, 3.0, 3.0, 3.0]):
+            rollout = policy.sample([0, 0, 0, 0, 1, 1, 1, 1], TEMPERATURE, seed=1, step=step, cfg=cfg)
+            rewards = torch.randn(8, generator=torch.Generator().manual_seed(step)).cuda()
+            found.append(learner.step(Batch.of(rollout, group_advantages(rewards, 4)), step))
+            found.append(rollout.logp_BL.cpu())
+        ends.append((found, torch.cat([p.detach().flatten() for p in policy.var.parameters()])))
+    for eager, replayed in zip(*(found for found, _ in ends), strict=True):
+        assert torch.equal(eager, replayed) if isinstance(eager, torch.Tensor) else eager == replayed
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
 def test_an_adapter_is_guided_too(make_policy):
     policy = make_policy(depth=2)
     policy.add_lora(VARLoRAConfig(rank=2, targets=("mat_qkv", "fc1")), seed=0)
@@ -213,10 +290,10 @@ def test_check_usable_samples_what_is_trained(make_policy):
 
 
 def test_a_family_without_a_label_for_none_refuses_guidance(make_policy, make_config, monkeypatch):
-    monkeypatch.setattr(VARPolicy, "_guidance", Driver._guidance)
+    monkeypatch.setattr(VARPolicy, "_strengths", Driver._strengths)
     policy = make_policy()
     tokens_BL = policy.sample([0], seed=0).tokens_BL
-    monkeypatch.setattr(VARPolicyConfig, "guidable", False)
+    monkeypatch.setattr(VARPolicyConfig, "unguided_cfg", None)
     with pytest.raises(InputError, match="policy.family=var know no label that stands for none"):
         make_config(rollout__cfg=CFG)
     make_config()

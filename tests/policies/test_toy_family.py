@@ -17,14 +17,17 @@ from torch import nn
 from torch.nn.functional import embedding, gelu, mse_loss
 
 from varfast import InputError, kernels
+from varfast.perf.cost import ITEM_BYTES, Cost, Count, Weights
 from varfast.policies.config import LoRAConfig
 from varfast.policies.driver import Driver
 from varfast.policies.precision import Head, Linear, MixedPrecision
 from varfast.policies.protocol import Policy
 from varfast.policies.sampler import Sampled
+from varfast.policies.var.cost import VARCost
 from varfast.randomness import Key
 from varfast.runs import load
 from varfast.runs.folder import RunFolder
+from varfast.runs.setup import set_up
 from varfast.train import train
 from varfast.types import NotFinitePolicy, Prompts, Sampling
 
@@ -64,8 +67,38 @@ class Palette(nn.Module):
         self.colours_VC = nn.Parameter(torch.linspace(-1.0, 1.0, VOCAB).unsqueeze(1).repeat(1, 3))
 
 
+class ToyCost:
+    """What an image costs: see varfast.perf.cost.Cost. A real family counts the zeros too."""
+
+    num_tokens = rollout_passes = SIDE * SIDE
+    rollout = forward = Count(2.0 * SIDE * SIDE * WIDTH * (WIDTH + VOCAB), 0.0)
+    backward, decode = forward * 2.0, Count(0.0, 0.0)
+    decoder_read_bytes = tokenizer_bytes = 4 * 3 * VOCAB
+    image_bytes, input_bytes, kv_cache_bytes = 4 * 3 * SIDE * SIDE, 8 * SIDE * SIDE, 0
+    rollout_activation_bytes = decode_activation_bytes = 4 * (WIDTH + VOCAB)
+
+    def __init__(self, dtype: str, rank: int = 0):
+        self.dtype = dtype
+        tables = [(VOCAB + 1) * WIDTH, (CLASSES + 1) * WIDTH]
+        matrices, others = [WIDTH * WIDTH, WIDTH * VOCAB], [SIDE * SIDE * WIDTH, WIDTH, VOCAB]
+        self.weights = Weights(ITEM_BYTES[dtype], matrices, others, tables, [rank * WIDTH] * 2 if rank else [])
+
+    @property
+    def base(self):
+        return ToyCost(self.dtype)
+
+    def recomputed_share(self, checkpointing):
+        return 0.0
+
+    def update_activation_bytes(self, checkpointing):
+        return 4 * SIDE * SIDE * (3 * WIDTH + 2 * VOCAB)
+
+
 class ToyPolicy(Driver):
     num_classes, tokens_shape, image_size = CLASSES, (SIDE * SIDE,), SIDE
+
+    def cost(self, dtype, lora=None) -> Cost:
+        return ToyCost(dtype, lora.rank if lora else 0)
 
     def _sample_batch(self, prompts, key, how, keep):
         ids_B = prompts.ids_B
@@ -82,7 +115,7 @@ class ToyPolicy(Driver):
         tokens_BL, logp_BL, entropy_BL = (torch.cat(pieces, dim=1) for pieces in zip(*found, strict=True))
         return Sampled(tokens_BL, logp_BL, entropy_BL, *((tokens_BL, tokens_BL) if keep else ()))
 
-    def _guidance(self, cfg):
+    def _strengths(self, cfg):
         return [cfg] * SIDE**2
 
     def _logits(self, model, prompts, teacher_input, checkpointing, bias_apart):
@@ -199,6 +232,16 @@ def test_a_policy_of_a_config_is_of_the_family_that_is_built(make_config, monkey
     assert isinstance(policy, ToyPolicy)
     images = policy.decode(policy.sample(LABELS, seed=0).tokens_BL)
     assert mse_loss(policy.decode(policy.encode(images)), images) == 0.0
+
+
+def test_a_policy_that_is_given_plans_by_its_own_cost(make_config):
+    policy = make()
+    assert policy.cost("float32").weights.parameters == sum(p.numel() for p in policy.trainable.parameters())
+    with set_up(make_config(), policy=policy) as setup:
+        assert isinstance(setup.work.cost, ToyCost)
+        assert setup.plan.update.micro_batch == setup.config.update.minibatch
+    with set_up(make_config(run__dir=setup.config.run.dir + "_other")) as setup:
+        assert isinstance(setup.work.cost, VARCost)
 
 
 def test_the_trainer_trains_a_toy_family_and_goes_on(make_config):

@@ -117,6 +117,7 @@ class Cost(Protocol):
         dtype: "float32" or "bfloat16", of activations.
         base: the cost of the model without its adapter; itself if there is none.
         weights: of the trained model.
+        num_tokens: of an image.
         rollout: sampling, without reading the weights; the key-value cache is included.
         rollout_passes: how often one rollout reads all weights.
         decode: from tokens to pixels, without the decoder's weights.
@@ -135,6 +136,8 @@ class Cost(Protocol):
     def base(self) -> Cost: ...
     @property
     def weights(self) -> Weights: ...
+    @property
+    def num_tokens(self) -> int: ...
     @property
     def rollout(self) -> Count: ...
     @property

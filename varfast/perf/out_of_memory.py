@@ -12,9 +12,9 @@ import torch
 from varfast.perf.allocator import ALLOCATOR_VARIABLES
 from varfast.perf.devices import whole_bytes
 from varfast.perf.memory import MemoryPlan, held_states, memory
-from varfast.perf.numbers import three_digits
 from varfast.perf.plan import ENOUGH_ROWS, largest_divisor
 from varfast.perf.work import Work
+from varfast.tables import three_digits
 from varfast.types import InputError
 
 Part = Literal["rollout", "reward", "update"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from varfast.optim.config import UpdateConfig
 from varfast.perf.cost import Checkpointing
 from varfast.perf.memory import (
     USABLE,
@@ -60,17 +59,11 @@ def _plan(work: Work, device_bytes: float, captures_update: bool) -> MemoryPlan:
     return plan
 
 
-def planned_update(config: UpdateConfig) -> UpdatePlan:
-    """The plan that a config names: by default a minibatch at a time, nothing recomputed and nothing captured."""
-    checkpointing = "none" if config.checkpointing == "auto" else config.checkpointing
-    return UpdatePlan(config.micro_batch or config.minibatch, checkpointing, config.cuda_graph is True)
-
-
 def rollout_micro_batch(work: Work, free_bytes: float) -> int:
     """Images to sample and decode at a time: what the config names, else as many as fit, at least 1.
 
     That is the largest divisor of a step's images whose key-value cache, activations and decoding take at most 0.9 of
-    `free_bytes`. d16 in bfloat16: 27.8 + 10.1 + 106 MB an image, so 512 images need 83 GB free.
+    `free_bytes`. d16 in bfloat16: 27.8 + 10.1 + 85 MB an image, so 512 images need 71 GB free.
 
     Args:
         free_bytes: the device's memory without the states.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from varfast.perf.cost import Count
 from varfast.perf.devices import Ceilings
 from varfast.perf.limits import speed_of_light_s, stage_counts
-from varfast.perf.memory import MemoryPlan, memory
-from varfast.perf.numbers import three_digits
+from varfast.perf.memory import USABLE, MemoryPlan, memory
 from varfast.perf.plan import plan_memory
 from varfast.perf.scaling import scale_data_parallel, scale_fully_sharded
 from varfast.perf.work import Work
+from varfast.tables import three_digits
 
 
 def report(work: Work, ceilings: Ceilings, title: str) -> str:
@@ -19,9 +20,14 @@ def report(work: Work, ceilings: Ceilings, title: str) -> str:
     title: names the device and where its ceilings come from.
     """
     plan = plan_memory(work, ceilings.memory_bytes)
-    lines = [title, *_stage_table(work, plan, ceilings), "", *_memory_table(work, plan, ceilings), ""]
-    lines += [*_scaling_table(work, plan, ceilings), "", "Predictions from counts, not measurements."]
-    return "\n".join(lines)
+    tables = (
+        [title, *_stage_table(work, plan, ceilings)],
+        _memory_table(work, plan, ceilings),
+        _sampling_table(work, ceilings),
+        _scaling_table(work, plan, ceilings),
+        ["Predictions from counts, not measurements."],
+    )
+    return "\n\n".join("\n".join(table) for table in tables)
 
 
 def _stage_table(work: Work, plan: MemoryPlan, ceilings: Ceilings) -> list[str]:
@@ -49,6 +55,38 @@ def _stage_table(work: Work, plan: MemoryPlan, ceilings: Ceilings) -> list[str]:
         f"run.steps={steps}: at least {hours:.3g} h ({hours * apart_s / total_s:.3g} h not overlapped), "
         "without evaluation and checkpoints",
     ]
+
+
+def _sampling_table(work: Work, ceilings: Ceilings) -> list[str]:
+    """What the rollout would take with other numbers of images at a time."""
+    cost = work.cost
+    weights, image = Count(0.0, cost.weights.read_bytes * cost.rollout_passes), cost.rollout * work.rows
+    names = ("limit ms", "tokens/s", "images/s", "weights", "bound by")
+    lines = [
+        f"rollout of other numbers of images at a time: {weights.io_bytes / 1e9:.3g} GB of weights in "
+        f"{cost.rollout_passes} passes, {image.io_bytes / 1e9:.3g} GB and {image.flop / 1e9:.4g} GFLOP an image",
+        f"{'images':10}" + "".join(f"{name:>13}" for name in names),
+    ]
+    for images in (1, 16, 64, 256):
+        count = weights + image * images
+        limit_s = speed_of_light_s(count, ceilings)
+        numbers = (limit_s * 1e3, images * cost.num_tokens / limit_s, images / limit_s)
+        moves = count.io_bytes / ceilings.byte_per_s >= limit_s
+        read = f"{weights.io_bytes / count.io_bytes:.0%}"  # of the bytes
+        cells = [*map(three_digits, numbers), read, "bytes" if moves else "FLOPs"]
+        lines.append(f"{images:<10}" + "".join(f"{cell:>13}" for cell in cells))
+    most = 1.0 / speed_of_light_s(image, ceilings)
+    computes = weights.io_bytes / ceilings.byte_per_s * ceilings.flop_per_s / image.flop
+    lines.append(
+        f"at most {three_digits(most * cost.num_tokens)} tokens/s, {three_digits(most)} images/s. Computing takes as "
+        f"long as reading the weights at {computes:.0f} images; an image's own bytes do at "
+        f"{weights.io_bytes / image.io_bytes:.0f}"
+    )
+    if ceilings.memory_bytes is not None:
+        held = work.rows * (cost.kv_cache_bytes + cost.rollout_activation_bytes) + cost.input_bytes
+        free = USABLE * (ceilings.memory_bytes - cost.weights.frozen_bytes - cost.tokenizer_bytes)
+        lines.append(f"sampling alone, {max(0, free) / held:.0f} images fill the memory ({held / 1e6:.3g} MB each)")
+    return lines
 
 
 def _memory_table(work: Work, plan: MemoryPlan, ceilings: Ceilings) -> list[str]:

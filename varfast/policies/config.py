@@ -36,13 +36,13 @@ class FamilyConfig(Section):
     Attributes:
         parts: names of the models of a policy, the trained one first; the rest is frozen.
         sizes_key: the key under which the trained model's sizes stand, for errors: policy.var.
-        guidable: whether it knows a prompt that stands for none, so that rollout.cfg can guide it; its Driver then has
-            `_guidance`.
+        unguided_cfg: rollout.cfg above this guides it; its policy then has `Driver._strengths`. None: nothing can, as
+            it knows no prompt that stands for none.
     """
 
     parts: ClassVar[tuple[str, str]]
     sizes_key: ClassVar[str]
-    guidable: ClassVar[bool] = False
+    unguided_cfg: ClassVar[float | None] = None
 
     family: str = Field(description="of models")
     checkpoint: Source = Field(
@@ -101,7 +101,7 @@ class RolloutConfig(Section):
         description="classifier-free guidance as a part of the policy; 0: none. Ratio, KL, entropy and the table of "
         "before and after are then of the guided distribution, for policy and reference, and its gradient goes through "
         "both halves: rollout, reference and update cost twice. The model must have been trained with class dropout. "
-        "VAR: scale k of K - 1 is guided by cfg * k / (K - 1)",
+        "VAR: scale k of K - 1 is guided by cfg * k / (K - 1). LlamaGen: the scale of its code, above 1",
     )
     labels: AllOrLabels = Field(
         "all", description="labels to draw from, uniformly: numbers, or names of ImageNet's classes or of your folders"

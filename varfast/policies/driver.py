@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from varfast import kernels
 from varfast.distributed import World, local, replicate, shard_weights
-from varfast.perf.cost import Checkpointing
+from varfast.perf.cost import Checkpointing, Cost
 from varfast.perf.graphs import CudaGraph, GraphPool
 from varfast.perf.stages import stage
 from varfast.policies import lora
@@ -44,7 +44,7 @@ class Driver(ABC):
     Attributes:
         parts: its models by name, the trained one, a MixedPrecision, first.
         device: where they are.
-        num_classes, tokens_shape, image_size, strict: see protocol.Policy.
+        num_classes, tokens_shape, image_size, rounding, strict: see protocol.Policy.
         fast: see __init__.
         graph_pool: memory for the graphs of rollout and update, which never run at the same time. The decoder's graph
             has its own: it runs beside the rollout.
@@ -54,6 +54,7 @@ class Driver(ABC):
     num_classes: int
     tokens_shape: tuple[int, ...]
     image_size: int
+    rounding: Literal["nearest", "truncate"] = "nearest"
 
     def __init__(
         self,
@@ -85,13 +86,18 @@ class Driver(ABC):
         if strict:
             self._make_strict()
         self.graph_pool = GraphPool()
-        self._guidance_tensors: dict[float, Tensor] = {}
+        self._strength_tensors: dict[float, Tensor] = {}
         self._pixels = Pixels(decodable)
         self._replica: DistributedDataParallel | None = None
         self._gathered: MixedPrecision | None = None
         self._sample_from(self.trainable)
 
     # What a family fills in.
+
+    @property
+    @abstractmethod
+    def published_sampling(self) -> Sampling:
+        """How the family's own code samples for its published FID."""
 
     @abstractmethod
     def _sample_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Sampled:
@@ -121,6 +127,10 @@ class Driver(ABC):
     def _encode(self, images: Tensor) -> Tensor:
         """Tokens of images (B, 3, H, W) in [-1, 1]."""
 
+    @abstractmethod
+    def cost(self, dtype: str, lora: LoRAConfig | None = None) -> Cost:
+        """See protocol.Policy."""
+
     def _latent(self, tokens_BL: Tensor) -> Tensor:
         """What the decoder reads: (B, ...). By default the tokens."""
         return tokens_BL
@@ -129,10 +139,10 @@ class Driver(ABC):
         """What the model reads in place of the tokens when it is teacher-forced: (B, ...). By default the tokens."""
         return tokens_BL
 
-    def _guidance(self, cfg: float) -> Sequence[float]:
+    def _strengths(self, cfg: float) -> Sequence[float]:
         """Of each of an image's L tokens the strength t of guidance: logits = (1 + t) conditional - t unconditional.
 
-        A family that has this has a prompt that stands for none: see `_unconditional`.
+        Empty: this cfg guides nothing. A family that has this has a prompt that stands for none: `_unconditional`.
         """
         raise InputError(
             f"cfg={cfg:g}: {type(self).__name__} knows no label that stands for none, so it cannot be guided; use cfg=0"
@@ -328,7 +338,7 @@ class Driver(ABC):
         """Sample; with `images`, (B, 3, H, W), write the decoded pixels there."""
         check_divides("micro_batch", micro_batch, len(prompts), "images")
         if how.cfg > 0.0:
-            self._guidance(how.cfg)  # refused by a family that cannot be guided
+            self._strengths(how.cfg)  # refused by a family that cannot be guided
         self.sampled.low_precision_copies()  # up to date: a replayed graph does not look
         capture = self._capture_batch if self.cuda_graph else None
         keep = images is not None
@@ -411,8 +421,8 @@ class Driver(ABC):
     ) -> TokenLogp:
         if teacher_input is None:
             teacher_input = self.teacher_input(tokens_BL)
-        if how.cfg > 0.0:
-            strength_L = self._guidance_L(how.cfg)
+        strength_L = self._strength_L(how.cfg)
+        if len(strength_L):
             # One pass of 2 B rows. Two passes would need a third: the gradient of each half needs the logits of both.
             prompts = Prompts(torch.cat([prompts.ids_B, self._unconditional(prompts).ids_B]))
             teacher_input = teacher_input.repeat(2, *(1,) * (teacher_input.ndim - 1))
@@ -420,17 +430,18 @@ class Driver(ABC):
         bias_apart = self._replica is None and self._gathered is None
         model = self._replica or self.trainable
         logits_BLV, bias_V = self._logits(model, prompts, teacher_input, checkpointing, bias_apart)
-        if how.cfg > 0.0:  # a bias is that of both halves, and so of what they make: (1 + t) b - t b
+        if len(strength_L):  # a bias is that of both halves, and so of what they make: (1 + t) b - t b
             logits_BLV = guided_logits(logits_BLV, strength_L)
         return TokenLogp(
             *kernels.selective_log_softmax(logits_BLV, tokens_BL, how.temperature, consume_logits=True, bias_V=bias_V)
         )
 
-    def _guidance_L(self, cfg: float) -> Tensor:
-        """`_guidance` on the device, made once: a copy from the host could not be captured."""
-        if cfg not in self._guidance_tensors:
-            self._guidance_tensors[cfg] = torch.tensor(self._guidance(cfg), device=self.device)
-        return self._guidance_tensors[cfg]
+    def _strength_L(self, cfg: float) -> Tensor:
+        """`_strengths` on the device, made once: a copy from the host could not be captured."""
+        if cfg not in self._strength_tensors:
+            strengths = self._strengths(cfg) if cfg > 0.0 else ()
+            self._strength_tensors[cfg] = torch.tensor(strengths, device=self.device)
+        return self._strength_tensors[cfg]
 
     @torch.no_grad()
     def teacher_input(self, tokens_BL: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from varfast.perf.cost import Checkpointing
+from varfast.perf.cost import Checkpointing, Cost
 from varfast.types import Prompts, Rollout, Sampling, TokenLogp
 
 if TYPE_CHECKING:
@@ -77,8 +77,22 @@ class Policy(Protocol):
         ...
 
     @property
+    def published_sampling(self) -> Sampling:
+        """How the family's own code samples for its published FID."""
+        ...
+
+    @property
+    def rounding(self) -> Literal["nearest", "truncate"]:
+        """How pixels become 8 bits in an evaluation."""
+        ...
+
+    @property
     def graph_pool(self) -> GraphPool:
         """Memory for the graphs of rollout and update, which never run at the same time."""
+        ...
+
+    def cost(self, dtype: str, lora: LoRAConfig | None = None) -> Cost:
+        """What one image costs, from which a step is planned. lora: an adapter that is still to be added."""
         ...
 
     # Images.

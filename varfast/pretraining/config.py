@@ -22,4 +22,11 @@ class PretrainConfig(Section):
     var_lr: float = Field(1e-3, gt=0, le=1e9, description="peak learning rate of the transformer")
     weight_decay: float = Field(0.05, ge=0, le=1e6, description="of AdamW, for the transformer's matrices")
     class_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels replaced by 'no label'")
+    token_noise: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the tokens that a next-token model reads which are replaced by random ones, so that its "
+        "own mistakes are not new to it (1 - pkeep of taming-transformers)",
+    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="DropPath rate of the last block; it grows linearly from 0")

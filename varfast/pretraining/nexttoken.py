@@ -85,7 +85,7 @@ def fit_causal(
         if model.null_id is not None:
             dropped_B = torch.rand(len(labels_B), device=device) < settings.class_dropout
             labels_B = torch.where(dropped_B, model.null_id, labels_B)
-        logits_BNV = model(labels_B, tokens_BN)
+        logits_BNV = model(labels_B, _with_noise(tokens_BN, settings.token_noise, tokenizer.config.vocab_size))
         loss = F.cross_entropy(logits_BNV.flatten(0, 1), tokens_BN.flatten())
         optimizer_step(model, optimizer, loss, learning_rate(step, steps, settings.var_lr))
         losses.append(loss.detach())
@@ -100,6 +100,14 @@ def fit_causal(
 def _tokens(tokenizer: Tokenizer, images: Tensor) -> Tensor:
     """(B, N), from images in [0, 1]."""
     return tokenizer.encode(pixels(images))
+
+
+def _with_noise(tokens_BN: Tensor, share: float, vocab_size: int) -> Tensor:
+    """A share of the tokens replaced by random ones."""
+    if not share:
+        return tokens_BN
+    replaced_BN = torch.rand(tokens_BN.shape, device=tokens_BN.device) < share
+    return torch.where(replaced_BN, torch.randint_like(tokens_BN, vocab_size), tokens_BN)
 
 
 def _undecayed(name: str, parameter: Tensor) -> bool:

@@ -20,6 +20,7 @@ from varfast.policies.var.transformer import VAR
 from varfast.pretraining.common import LINE_EVERY, REVIVE_EVERY, batches, learning_rate, optimizer_step, pixels
 from varfast.pretraining.tokenizer import Tokenized, fit_tokenizer
 from varfast.progress import Progress
+from varfast.types import InputError
 
 
 def train_tokenizer(config: Config, images: Images, device: torch.device) -> tuple[VQVAE, Tokenized]:
@@ -43,6 +44,8 @@ def train_transformer(config: Config, images: Images, vqvae: VQVAE, device: torc
     """A VAR transformer on the tokens of the images, and its loss at the end in nats a token."""
     assert isinstance(config.policy, VARPolicyConfig)
     settings, steps, sizes = config.pretrain, config.pretrain.var_steps, config.policy.sizes
+    if settings.token_noise:
+        raise InputError(f"pretrain.token_noise={settings.token_noise:g}: policy.family=var reads no tokens; use 0")
     var = VAR(sizes).to(device).init_weights(config.run.seed)
     matrices = [p for n, p in var.named_parameters() if p.ndim >= 2 and not _undecayed(n)]
     others = [p for n, p in var.named_parameters() if p.ndim < 2 or _undecayed(n)]

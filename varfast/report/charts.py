@@ -246,7 +246,8 @@ def charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
     """The charts by section. Every metric is in one of them, except a single reward, which reward_mean repeats."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics.columns))
     components = [m for m in metrics if m.startswith("reward/")]
-    rewards = ["reward_mean", "reward_std", *(components if len(components) > 1 else [])]
+    distances = [m for m in metrics if m.startswith("distance/")]  # of rewards of sets
+    rewards = ["reward_mean", "reward_std", *(components if len(components) > 1 else []), *distances]
     stages = [m for m in metrics if m.endswith(("_ms", "_share"))]
     others = [m for m in metrics if m not in (*rewards, *components, *_POLICY, *_SPEED, *stages)]
     groups = {"Reward": rewards, "Policy": _POLICY, "Speed": _SPEED, "Other metrics": others}

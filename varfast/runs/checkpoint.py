@@ -42,16 +42,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from varfast.config import Config
 from varfast.distributed import decided_by_first
-from varfast.files import (
-    advice,
-    free_space,
-    move_folder,
-    open_regular,
-    reason,
-    remove_tree,
-    sync_file,
-    sync_folder,
-)
+from varfast.files import advice, free_space, move_folder, open_regular, reason, remove_tree, sync_file, sync_folder
 from varfast.printable import printable
 from varfast.runs.manifest import (
     FORMAT,

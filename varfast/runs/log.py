@@ -21,16 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from varfast.config import Config
-from varfast.files import (
-    WriteError,
-    advice,
-    append,
-    open_regular,
-    parse_json,
-    read_text,
-    reason,
-    save_text,
-)
+from varfast.files import WriteError, advice, append, open_regular, parse_json, read_text, reason, save_text
 from varfast.progress import Progress
 from varfast.runs.pictures import extremes, image_grid, save_picture
 from varfast.types import InputError, Rewards

@@ -71,10 +71,12 @@ class Setup:
 
 
 @contextmanager
-def set_up(config: Config, reads_reference: bool | None = None) -> Iterator[Setup]:
+def set_up(config: Config, reads_reference: bool | None = None, policy: Policy | None = None) -> Iterator[Setup]:
     """Join the other processes and lock the run folder; leaving undoes both.
 
-    reads_reference: whether the loss reads the log-probabilities of a reference; None: as GRPO does.
+    Args:
+        reads_reference: whether the loss reads the log-probabilities of a reference; None: as GRPO does.
+        policy: what is trained, in place of what the config names.
     Raises: InputError for anything in the config or in the folder that cannot be used.
     """
     device = pick_device(local_device(config.run.device))
@@ -96,7 +98,10 @@ def set_up(config: Config, reads_reference: bool | None = None) -> Iterator[Setu
         if config.policy.lora:
             import_peft()
         shard = world.shard(config.rollout.images)
-        cost = family_of(config.policy).cost_of(config.policy, config.run.dtype)
+        if policy is None:
+            cost = family_of(config.policy).cost_of(config.policy, config.run.dtype)
+        else:
+            cost = policy.cost(config.run.dtype, config.policy.lora)
         work = Work.whole(config, cost, reads_reference).share(shard.stop - shard.start, world.size)
         plan = fitting_plan(work, device, world)
         folder = RunFolder(config.run.dir)

@@ -12,33 +12,14 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ),
     (
         "num_generations num_image_per_prompt num_return_sequences group",
-        (
-            ("rollout.group_size", "images a label"),
-            ("samples_per_label", ""),
-            ("rollout.group_size", "images a label"),
-        ),
+        (("rollout.group_size", "images a label"), ("samples_per_label", ""), ("rollout.group_size", "images a label")),
     ),
     (
         "num_samples num_images num_images_per_prompt n_samples nrow",
-        (
-            ("samples_per_label", ""),
-            ("rollout.group_size", "images a label"),
-        ),
+        (("samples_per_label", ""), ("rollout.group_size", "images a label")),
     ),
-    (
-        "output_dir save_dir logdir log_dir logging_dir project_dir outdir",
-        (
-            ("run.dir", ""),
-            ("out", ""),
-        ),
-    ),
-    (
-        "output output_path output_file save_path save_to outfile",
-        (
-            ("out", ""),
-            ("run.dir", ""),
-        ),
-    ),
+    ("output_dir save_dir logdir log_dir logging_dir project_dir outdir", (("run.dir", ""), ("out", ""))),
+    ("output output_path output_file save_path save_to outfile", (("out", ""), ("run.dir", ""))),
     (
         "max_steps max_train_steps total_steps num_steps train_steps iterations",
         (
@@ -53,10 +34,7 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("num_iterations num_inner_epochs ppo_epochs num_ppo_epochs mu", (("update.epochs", "passes over a rollout"),)),
     (
         "guidance_scale cfg_scale guidance cfg",
-        (
-            ("cfg", "0 is off"),
-            ("rollout.cfg", "guidance as a part of the policy that is trained; 0 is off"),
-        ),
+        (("cfg", "0 is off"), ("rollout.cfg", "guidance as a part of the policy that is trained; 0 is off")),
     ),
     ("top_k top_p", (("", "training samples without filters; they belong to sample and evaluate"),)),
     (
@@ -84,10 +62,7 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ),
     (
         "per_device_eval_batch_size eval_batch_size sample_batch_size",
-        (
-            ("rollout.micro_batch", "images sampled at a time"),
-            ("micro_batch", "images at a time"),
-        ),
+        (("rollout.micro_batch", "images sampled at a time"), ("micro_batch", "images at a time")),
     ),
     ("num_labels prompts_per_step num_prompts", (("rollout.labels_per_step", ""),)),
     ("epsilon clip_range cliprange clip_ratio eps_clip clip", (("grpo.clip_eps", ""),)),
@@ -106,19 +81,10 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         "gradient_checkpointing activation_checkpointing recompute",
         (("update.checkpointing", "auto, none, attention or full"),),
     ),
-    (
-        "random_seed manual_seed",
-        (
-            ("run.seed", ""),
-            ("seed", ""),
-        ),
-    ),
+    ("random_seed manual_seed", (("run.seed", ""), ("seed", ""))),
     (
         "bf16 fp16 mixed_precision precision torch_dtype weight_dtype amp",
-        (
-            ("run.dtype", "float32, bfloat16 or auto"),
-            ("dtype", "float32 or bfloat16"),
-        ),
+        (("run.dtype", "float32, bfloat16 or auto"), ("dtype", "float32 or bfloat16")),
     ),
     (
         "wandb_project report_to use_wandb log_with logger project project_name",
@@ -156,18 +122,9 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (
         "model model_name model_path model_name_or_path base_model ckpt ckpt_path pretrained_model "
         "pretrained_model_name_or_path weights var_ckpt",
-        (
-            ("policy.checkpoint", ""),
-            ("checkpoint", ""),
-        ),
+        (("policy.checkpoint", ""), ("checkpoint", "")),
     ),
-    (
-        "vae vae_path vae_ckpt vae_model_name_or_path",
-        (
-            ("policy.vqvae_checkpoint", ""),
-            ("vqvae", ""),
-        ),
-    ),
+    ("vae vae_path vae_ckpt vae_model_name_or_path", (("policy.vqvae_checkpoint", ""), ("vqvae", ""))),
     ("use_lora use_peft peft_config", (("policy.lora", "{} for its defaults"),)),
     ("lora_r lora_rank r", (("policy.lora.rank", ""),)),
     ("lora_alpha", (("policy.lora.alpha", ""),)),
@@ -187,19 +144,10 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ),
     (
         "prompt prompts classes class_labels class_ids class_id label class",
-        (
-            ("rollout.labels", ""),
-            ("labels", "VAR draws classes, by number"),
-        ),
+        (("rollout.labels", ""), ("labels", "VAR draws classes, by number")),
     ),
     ("deepspeed fsdp strategy ddp", (("run.parallel", "auto, ddp or fsdp"),)),
     ("ref_dir real_images fid_ref reference_images fid", (("fid_reference", ""),)),
-    (
-        "cuda gpu gpu_id",
-        (
-            ("run.device", "auto, cpu, cuda or cuda:0"),
-            ("device", "auto, cpu, cuda or cuda:0"),
-        ),
-    ),
+    ("cuda gpu gpu_id", (("run.device", "auto, cpu, cuda or cuda:0"), ("device", "auto, cpu, cuda or cuda:0"))),
 )
 ALIASES = {name: meanings for names, meanings in _TABLE for name in names.split()}

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from varfast.perf.cost import Cost
 from varfast.policies.llamagen.config import GPTConfig, LlamaGenPolicyConfig
-from varfast.policies.llamagen.cost import cost_of as cost_of
+from varfast.policies.llamagen.cost import count
 from varfast.policies.llamagen.policy import LlamaGenPolicy
 from varfast.policies.llamagen.transformer import LlamaGen
 from varfast.policies.llamagen.weights import load_gpt
@@ -69,6 +70,11 @@ def from_files(
         raise InputError(f"{trained} has no tokenizer: give that of vq_ds16_c2i.pt too")
     parts = {"gpt": load_gpt(trained), "vq": load_tokenizer(frozen, TokenizerConfig)}
     return assemble(parts, device, dtype, fast, strict)
+
+
+def cost_of(config: LlamaGenPolicyConfig, dtype: str) -> Cost:
+    """What one image costs. dtype: "float32" or "bfloat16", of activations."""
+    return count(_sizes(config), config.tokenizer, dtype, config.lora)
 
 
 def model_card(config: LlamaGenPolicyConfig, trained: str, frozen: str) -> tuple[str, str, str]:

@@ -68,6 +68,7 @@ class LlamaGenPolicyConfig(NextTokenPolicyConfig):
 
     parts: ClassVar = ("gpt", "vq")
     sizes_key: ClassVar = "policy.gpt"
+    unguided_cfg: ClassVar = 1.0
     presets: ClassVar = PRESETS
     public_tokenizer: ClassVar = "hf://FoundationVision/LlamaGen/vq_ds16_c2i.pt"
 

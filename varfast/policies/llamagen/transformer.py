@@ -11,6 +11,7 @@ from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from varfast import kernels
 from varfast.policies.llamagen.config import GPTConfig
@@ -51,14 +52,14 @@ class LlamaGenBlock(Block):
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
 
-    def qkv(self, x: Tensor) -> Tensor:
-        return self.attention.wqkv(self.attention_norm(x))
+    def qkv(self, x_BLC: Tensor) -> Tensor:
+        return self.attention.wqkv(self.attention_norm(x_BLC))
 
-    def attention_out(self, heads: Tensor) -> Tensor:
-        return self.attention.wo(heads)
+    def attention_out(self, heads_BLC: Tensor) -> Tensor:
+        return self.attention.wo(heads_BLC)
 
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        return self.feed_forward(self.ffn_norm(x))
+    def mlp_branch(self, x_BLC: Tensor) -> Tensor:
+        return self.feed_forward(self.ffn_norm(x_BLC))
 
 
 class LabelEmbedding(nn.Module):
@@ -120,7 +121,7 @@ class LlamaGen(CausalTransformer):
         return self.cls_embedding(ids_B)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        return self.tok_embeddings(tokens)
+        return embedding(tokens, self.tok_embeddings.weight)
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.norm(x)

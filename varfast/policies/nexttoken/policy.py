@@ -5,21 +5,20 @@ Axes: B image, L token of an image; H, W pixels.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 import torch
 from torch import Tensor, nn
 
+from varfast import kernels
 from varfast.perf.cost import Checkpointing
 from varfast.perf.graphs import CudaLoop
 from varfast.policies.decoder import FastDecoder
 from varfast.policies.driver import Driver
-from varfast.policies.nexttoken.sampler import Decoding, Guidance, sample
+from varfast.policies.nexttoken.sampler import Decoding, sample
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import check_fits
 from varfast.policies.nexttoken.transformer import CausalTransformer
 from varfast.policies.sampler import Captured, Sampled
-from varfast.types import Prompts, Sampling
+from varfast.types import InputError, Prompts, Sampling
 
 
 class NextTokenPolicy(Driver):
@@ -39,7 +38,8 @@ class NextTokenPolicy(Driver):
     ) -> None:
         """
         Args: as of Driver; the transformer first, then the tokenizer.
-        Raises: InputError for models that do not belong together, another dtype, or strict.
+        Raises: InputError for models that do not belong together, another dtype, or strict where its kernels cannot
+            run.
         """
         transformer, tokenizer = parts.values()
         assert isinstance(transformer, CausalTransformer)
@@ -66,21 +66,23 @@ class NextTokenPolicy(Driver):
         assert isinstance(tokenizer, Tokenizer)
         return tokenizer
 
-    @abstractmethod
-    def _guidance(self, how: Sampling) -> Guidance | None:
-        """What `how.cfg` means for this family. Raises: InputError if it has no guidance."""
+    def _make_strict(self) -> None:
+        product = kernels.selection.choose("invariant_linear", self.device)
+        if product.impl == "reference":
+            raise InputError(f"run.strict=true cannot run on {self.device}: {product.why}; use run.strict=false")
+        self.transformer.make_strict()
 
     def _sample_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Sampled:
         assert isinstance(self.sampled, CausalTransformer)
-        return self._result(sample(self.sampled, prompts.ids_B, key, how, self._guidance(how)), keep)
+        return self._result(sample(self.sampled, self._rows(prompts, how), key, how, self._strength_N(how)), keep)
 
     @torch.no_grad()
     def _capture_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Captured:
         """One token as a CUDA graph, replayed for each."""
-        model, guidance = self.sampled, self._guidance(how)
+        model, strength_N = self.sampled, self._strength_N(how)
         assert isinstance(model, CausalTransformer)
         return CudaLoop(
-            lambda ids_B, key: Decoding(model, ids_B, key, how, guidance),
+            lambda ids_B, key: Decoding(model, self._rows(Prompts(ids_B), how), key, how, strength_N),
             Decoding.step,
             lambda decoding: tuple(t for t in self._result(decoding, keep) if t is not None),
             model.config.num_tokens,
@@ -88,6 +90,17 @@ class NextTokenPolicy(Driver):
             key,
             pool=self.graph_pool,
         )
+
+    def _strength_N(self, how: Sampling) -> Tensor | None:
+        """Of guidance, of each token; None where no token is guided."""
+        strength_N = self._strength_L(how.cfg)
+        return strength_N if len(strength_N) else None
+
+    def _rows(self, prompts: Prompts, how: Sampling) -> Tensor:
+        """Ids of the rows that are computed: with guidance also those of the images without a prompt."""
+        if self._strength_N(how) is None:
+            return prompts.ids_B
+        return torch.cat([prompts.ids_B, self._unconditional(prompts).ids_B])
 
     def _result(self, decoding: Decoding, keep: bool) -> Sampled:
         tokens_BL = decoding.tokens_BN

@@ -10,28 +10,13 @@ V vocabulary, C channel.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from varfast import kernels
+from varfast.policies.guidance import guided_logits
 from varfast.policies.nexttoken.transformer import CausalTransformer, KVCache
 from varfast.types import Sampling
-
-
-class Guidance(NamedTuple):
-    """Classifier-free guidance: logits (1 + strength) cond - strength uncond.
-
-    Attributes:
-        strength: > 0.
-        null_id: of the prompt that says nothing.
-        tokens: so many tokens are guided, the first ones; None: all. Later ones are drawn from cond alone.
-    """
-
-    strength: float
-    null_id: int
-    tokens: int | None = None
 
 
 class Decoding:
@@ -39,10 +24,10 @@ class Decoding:
 
     Args:
         model: is read, not changed.
-        ids_B: (B,) int64, prompts.
+        ids_R: (R,) int64, prompts: of B images, and with guidance as many that stand for none.
         key: (3,) int64 on the same device: seed, step, index of the first image.
         how: temperature and filters; its cfg is not read.
-        guidance: None: there is none.
+        strength_N: of guidance, of each token; None: there is none. See varfast.policies.guidance.
     Attributes:
         place: () int64, of the next token; all that a step knows of it.
         tokens_BN, logp_BN, entropy_BN: results up to `place`; log-probability and entropy are those of the distribution
@@ -50,50 +35,43 @@ class Decoding:
     """
 
     def __init__(
-        self, model: CausalTransformer, ids_B: Tensor, key: Tensor, how: Sampling, guidance: Guidance | None = None
+        self, model: CausalTransformer, ids_R: Tensor, key: Tensor, how: Sampling, strength_N: Tensor | None = None
     ) -> None:
-        self._model, self._how, self._guidance, self._key = model, how, guidance, key
-        self._batch, device, num_tokens = len(ids_B), ids_B.device, model.config.num_tokens
-        if guidance is not None:
-            ids_B = torch.cat([ids_B, torch.full_like(ids_B, guidance.null_id)])
-        self._cache = KVCache(model.config, len(ids_B), model.compute_dtype, device)
-        self._x_RC = model.embed_prompt(ids_B)
+        self._model, self._how, self._strength_N, self._key = model, how, strength_N, key
+        batch = len(ids_R) if strength_N is None else len(ids_R) // 2
+        device, num_tokens = ids_R.device, model.config.num_tokens
+        self._cache = KVCache(model.config, len(ids_R), model.compute_dtype, device)
+        self._x_RC = model.embed_prompt(ids_R)
         self.place = torch.zeros((), dtype=torch.int64, device=device)
         self._place_1N = torch.arange(num_tokens, device=device).unsqueeze(0)
-        self.tokens_BN = ids_B.new_zeros(self._batch, num_tokens)
-        self.logp_BN, self.entropy_BN = torch.zeros(2, self._batch, num_tokens, device=device).unbind()
+        self.tokens_BN = ids_R.new_zeros(batch, num_tokens)
+        self.logp_BN, self.entropy_BN = torch.zeros(2, batch, num_tokens, device=device).unbind()
 
-    def step(self, guided: bool = True) -> None:
-        """Draw the token at `place` and go on to the next. guided: False leaves out the guidance."""
-        logits_R1V = self._model.step(self._x_RC, self.place, self._cache).unsqueeze(1)
-        guide = self._guidance if guided else None
+    def step(self) -> None:
+        """Draw the token at `place` and go on to the next."""
+        logits = self._model.step(self._x_RC, self.place, self._cache).unsqueeze(1)
+        if self._strength_N is not None:
+            logits = guided_logits(logits, self._strength_N.index_select(0, self.place.view(1)))
+        how = self._how
         drawn = kernels.sample_tokens(
-            logits_R1V[: self._batch],
-            self._key,
-            0,
-            self._how.temperature,
-            uncond_logits_BlV=None if guide is None else logits_R1V[self._batch :],
-            guidance=0.0 if guide is None else guide.strength,
-            top_k=self._how.top_k,
-            top_p=self._how.top_p,
-            first_token=self.place,
+            logits, self._key, 0, how.temperature, top_k=how.top_k, top_p=how.top_p, first_token=self.place
         )
+        if self._model.strict and how.on_policy:  # by the kernel of the update: sampling adds in another order
+            drawn = drawn[0], *kernels.selective_log_softmax(logits, drawn[0], how.temperature)
         here_1N = self._place_1N == self.place
         for kept_BN, new_B1 in zip((self.tokens_BN, self.logp_BN, self.entropy_BN), drawn, strict=True):
             kept_BN.copy_(torch.where(here_1N, new_B1, kept_BN))
         embedded_BC = self._model.embed_tokens(drawn[0].squeeze(1))
-        self._x_RC.copy_(embedded_BC if self._guidance is None else embedded_BC.repeat(2, 1))
+        self._x_RC.copy_(embedded_BC if self._strength_N is None else embedded_BC.repeat(2, 1))
         self.place.add_(1)
 
 
 @torch.no_grad()
 def sample(
-    model: CausalTransformer, ids_B: Tensor, key: Tensor, how: Sampling, guidance: Guidance | None = None
+    model: CausalTransformer, ids_R: Tensor, key: Tensor, how: Sampling, strength_N: Tensor | None = None
 ) -> Decoding:
     """All tokens of one image a prompt, without looking at a value on the host. Arguments as of Decoding."""
-    decoding = Decoding(model, ids_B, key, how, guidance)
-    num_tokens = model.config.num_tokens
-    guided = num_tokens if guidance is None or guidance.tokens is None else guidance.tokens
-    for place in range(num_tokens):
-        decoding.step(place < guided)
+    decoding = Decoding(model, ids_R, key, how, strength_N)
+    for _ in range(model.config.num_tokens):
+        decoding.step()
     return decoding

@@ -64,6 +64,14 @@ class KVCache:
         self.k_SBGND, self.v_SBGND = torch.empty(shape, dtype=dtype, device=device).unbind()
 
 
+class Cached(NamedTuple):
+    """Of a block: keys and values (B, G, N, D), and the place that comes next, () int64 on the device."""
+
+    k_BGND: Tensor
+    v_BGND: Tensor
+    place: Tensor
+
+
 class Positions(NamedTuple):
     """What the blocks read of positions.
 
@@ -76,8 +84,18 @@ class Positions(NamedTuple):
     pairs: Pairs = "adjacent"
 
 
+# Attention in strict mode, by device: a row has the same bits alone and among all places.
+STRICT_ATTENTION = {"cuda": "triton_invariant", "cpu": "sdpa_invariant"}
+
+
 class Block(nn.Module):
-    """Attention and MLP, each on the normalised residual stream and added to it. A family fills in the layers."""
+    """Attention and MLP, each on the normalised residual stream and added to it. A family fills in the layers.
+
+    Attributes:
+        strict: as of precision.Linear.
+    """
+
+    strict = False
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -85,37 +103,37 @@ class Block(nn.Module):
         self.scale = 1.0 / math.sqrt(config.head_dim)
 
     @abstractmethod
-    def qkv(self, x: Tensor) -> Tensor:
-        """Queries, keys and values (..., X) of the normalised stream."""
+    def qkv(self, x_BLC: Tensor) -> Tensor:
+        """Queries, keys and values (B, L, X) of the stream, which is normalised first."""
 
     @abstractmethod
-    def attention_out(self, heads: Tensor) -> Tensor:
-        """The projection of all heads (..., H D) back into the stream."""
+    def attention_out(self, heads_BLC: Tensor) -> Tensor:
+        """The projection of all heads (B, L, H D) back into the stream."""
 
     @abstractmethod
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        """The MLP of the normalised stream."""
+    def mlp_branch(self, x_BLC: Tensor) -> Tensor:
+        """The MLP of the stream, which is normalised first."""
 
-    def attend(self, x_BLC: Tensor, positions: Positions) -> Tensor:
-        """The attention branch of all places."""
-        q, k, v = kernels.split_heads_rotary(
-            self.qkv(x_BLC), positions.rotary_NP2, self.num_heads, self.kv_heads, positions.pairs
-        )
-        return self.attention_out(kernels.causal_attention(q, k, v, self.scale).flatten(2))
+    def attend(self, x_BLC: Tensor, positions: Positions, cached: Cached | None = None) -> Tensor:
+        """The attention branch: of all places, or of the one that follows those in the cache."""
+        qkv_BLX, rotary, pairs = self.qkv(x_BLC), positions.rotary_NP2, positions.pairs
+        impl = STRICT_ATTENTION[x_BLC.device.type] if self.strict else "auto"
+        if cached is None:
+            q, k, v = kernels.split_heads_rotary(qkv_BLX, rotary, self.num_heads, self.kv_heads, pairs)
+            heads_BLHD = kernels.causal_attention(q, k, v, self.scale, impl)
+        else:
+            k, v, place = cached
+            q = kernels.split_heads_rotary_to_cache(qkv_BLX.squeeze(1), rotary, place, k, v, self.num_heads, pairs)
+            heads_BLHD = kernels.decode_attention(q, k, v, place, self.scale, impl).unsqueeze(1)
+        return self.attention_out(heads_BLHD.flatten(2))
 
-    def forward(self, x_BLC: Tensor, positions: Positions, recompute_attention: bool = False) -> Tensor:
-        """All places of given tokens."""
-        branch = recomputed(self.attend, x_BLC, positions) if recompute_attention else self.attend(x_BLC, positions)
-        x_BLC = x_BLC + branch
+    def forward(
+        self, x_BLC: Tensor, positions: Positions, cached: Cached | None = None, recompute_attention: bool = False
+    ) -> Tensor:
+        """All places of given tokens; with a cache one place an image, whose key and value are added to it."""
+        given = (x_BLC, positions, cached)
+        x_BLC = x_BLC + (recomputed(self.attend, *given) if recompute_attention else self.attend(*given))
         return x_BLC + self.mlp_branch(x_BLC)
-
-    def step(self, x_BC: Tensor, positions: Positions, place: Tensor, k_BGND: Tensor, v_BGND: Tensor) -> Tensor:
-        """One place an image; writes its key and value to the cache."""
-        q_BHD = kernels.split_heads_rotary_to_cache(
-            self.qkv(x_BC), positions.rotary_NP2, place, k_BGND, v_BGND, self.num_heads, positions.pairs
-        )
-        x_BC = x_BC + self.attention_out(kernels.decode_attention(q_BHD, k_BGND, v_BGND, place, self.scale).flatten(1))
-        return x_BC + self.mlp_branch(x_BC)
 
 
 def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Any:
@@ -190,7 +208,7 @@ class CausalTransformer(MixedPrecision):
             if checkpointing == "full":
                 x_BLC = recomputed(block, x_BLC, positions)
             else:
-                x_BLC = block(x_BLC, positions, checkpointing == "attention")
+                x_BLC = block(x_BLC, positions, None, checkpointing == "attention")
         return self.head_layer()(self.final_norm(x_BLC))
 
     def step(self, x_BC: Tensor, place: Tensor, cache: KVCache) -> Tensor:
@@ -205,7 +223,8 @@ class CausalTransformer(MixedPrecision):
         place_NC = self.place_embedding()
         if place_NC is not None:
             x_BC = x_BC + place_NC.index_select(0, place.view(1))
-        x_BC, positions = x_BC.to(self.compute_dtype), self.positions(x_BC.device)
-        for index, block in enumerate(self.transformer_blocks()):
-            x_BC = block.step(x_BC, positions, place, cache.k_SBGND[index], cache.v_SBGND[index])
-        return self.head_layer()(self.final_norm(x_BC))
+        x_BLC, positions = x_BC.to(self.compute_dtype).unsqueeze(1), self.positions(x_BC.device)
+        for block, k_BGND, v_BGND in zip(self.transformer_blocks(), cache.k_SBGND, cache.v_SBGND, strict=True):
+            x_BLC = block(x_BLC, positions, Cached(k_BGND, v_BGND, place))
+        logits_BV: Tensor = self.head_layer()(self.final_norm(x_BLC)).squeeze(1)
+        return logits_BV

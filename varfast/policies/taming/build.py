@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from varfast.perf.cost import Cost
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import VQGANConfig
 from varfast.policies.nexttoken.tokenizer_weights import load_tokenizer
 from varfast.policies.taming.config import MinGPTConfig, TamingPolicyConfig
-from varfast.policies.taming.cost import cost_of as cost_of
+from varfast.policies.taming.cost import count
 from varfast.policies.taming.policy import TamingPolicy
 from varfast.policies.taming.transformer import MinGPT
 from varfast.policies.taming.weights import load_mingpt
@@ -66,6 +67,11 @@ def from_files(
     """
     parts = {"transformer": load_mingpt(trained), "vqgan": load_tokenizer(frozen or trained, VQGANConfig)}
     return assemble(parts, device, dtype, fast, strict)
+
+
+def cost_of(config: TamingPolicyConfig, dtype: str) -> Cost:
+    """What one image costs. dtype: "float32" or "bfloat16", of activations."""
+    return count(_sizes(config), config.tokenizer, dtype, config.lora)
 
 
 def model_card(config: TamingPolicyConfig, trained: str, frozen: str) -> tuple[str, str, str]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from varfast.policies.config import LoRAConfig
+from varfast.policies.nexttoken.cost import NextTokenCost
 from varfast.policies.nexttoken.policy import NextTokenPolicy
-from varfast.policies.nexttoken.sampler import Guidance
 from varfast.policies.nexttoken.tokenizer import Tokenizer
+from varfast.policies.taming.config import MinGPTConfig
+from varfast.policies.taming.cost import count
 from varfast.policies.taming.transformer import MinGPT
-from varfast.types import InputError, Sampling
+from varfast.types import Sampling
 
 
 class TamingPolicy(NextTokenPolicy):
-    """Parts "transformer" and "vqgan". There is no guidance: the model knows no prompt that says nothing."""
+    """Parts "transformer" and "vqgan". There is no guidance: it was trained without a null class."""
+
+    rounding = "truncate"
 
     def __init__(
         self,
@@ -26,10 +31,11 @@ class TamingPolicy(NextTokenPolicy):
         """Args and errors as of NextTokenPolicy."""
         super().__init__({"transformer": transformer, "vqgan": vqgan}, device, dtype, fast, strict)
 
-    def _guidance(self, how: Sampling) -> Guidance | None:
-        if how.cfg:
-            raise InputError(
-                f"cfg={how.cfg}: taming's transformer was trained without a null class, so there is nothing to guide "
-                "away from; use cfg=0, and top_k and top_p"
-            )
-        return None
+    @property
+    def published_sampling(self) -> Sampling:
+        return Sampling(top_k=600, top_p=0.92)
+
+    def cost(self, dtype: str, lora: LoRAConfig | None = None) -> NextTokenCost:
+        sizes = self.transformer.config
+        assert isinstance(sizes, MinGPTConfig)
+        return count(sizes, self.tokenizer.config, dtype, lora)

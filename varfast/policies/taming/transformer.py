@@ -11,6 +11,7 @@ from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from varfast.policies.nexttoken.transformer import Block, CausalTransformer, LayerNorm, Positions
 from varfast.policies.precision import Head, Linear
@@ -38,15 +39,15 @@ class MinGPTBlock(Block):
         self.attn = Attention(width)
         self.mlp = nn.Sequential(Linear(width, config.hidden), nn.GELU(), Linear(config.hidden, width))
 
-    def qkv(self, x: Tensor) -> Tensor:
-        normed = self.ln1(x)
+    def qkv(self, x_BLC: Tensor) -> Tensor:
+        normed = self.ln1(x_BLC)
         return torch.cat([self.attn.query(normed), self.attn.key(normed), self.attn.value(normed)], dim=-1)
 
-    def attention_out(self, heads: Tensor) -> Tensor:
-        return self.attn.proj(heads)
+    def attention_out(self, heads_BLC: Tensor) -> Tensor:
+        return self.attn.proj(heads_BLC)
 
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln2(x))
+    def mlp_branch(self, x_BLC: Tensor) -> Tensor:
+        return self.mlp(self.ln2(x_BLC))
 
 
 class MinGPT(CausalTransformer):
@@ -93,7 +94,7 @@ class MinGPT(CausalTransformer):
         return self.tok_emb(ids_B)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        return self.tok_emb(tokens)
+        return embedding(tokens, self.tok_emb.weight)
 
     def place_embedding(self) -> Tensor | None:
         return self.pos_emb[0]

@@ -140,7 +140,7 @@ class VARPolicyConfig(FamilyConfig):
 
     parts: ClassVar = ("var", "vqvae")
     sizes_key: ClassVar = "policy.var"
-    guidable: ClassVar = True
+    unguided_cfg: ClassVar = 0.0
 
     family: Literal["var"] = Field("var", description="VAR: next-scale prediction, arXiv:2404.02905")
     preset: Literal["d16", "d20", "d24", "d30", "d36"] | None = Field(None, description="a public model's sizes")

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from varfast.perf.cost import FLOAT32_BYTES, ITEM_BYTES, Checkpointing, Count, Weights
 from varfast.policies import autoencoder_cost
 from varfast.policies.autoencoder_cost import Layer, conv, encoder_layers
-from varfast.policies.var.config import VARConfig, VARLoRAConfig, VQVAEConfig
+from varfast.policies.config import LoRAConfig
+from varfast.policies.var.config import VARConfig, VQVAEConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class VARCost:
     sizes: VARConfig
     vqvae: VQVAEConfig
     dtype: str
-    lora: VARLoRAConfig | None = None
+    lora: LoRAConfig | None = None
 
     @property
     def base(self) -> VARCost:
@@ -67,6 +68,10 @@ class VARCost:
         return FLOAT32_BYTES * num_vqvae_parameters(self.vqvae)
 
     # Work of one image
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sizes.num_tokens
 
     @property
     def rollout(self) -> Count:
@@ -170,10 +175,10 @@ class VARCost:
 
     @property
     def decode_activation_bytes(self) -> int:
-        """The most that exists at once in the decoder, in the compute dtype; 106 MB in bfloat16 at 256 px.
+        """The most that exists at once in the decoder, in the compute dtype; 85 MB in bfloat16 at 256 px.
 
-        In a residual block at full resolution: the level's input, the block's, and map, normalised map and SiLU of its
-        second half, 21 MB each.
+        In a residual block at full resolution: the block's input, and map, normalised map and result of its second
+        half, 21 MB each.
         """
         return self._item_bytes * max(layer.live for layer in decoder_layers(self.vqvae)) + self.image_bytes
 
@@ -213,14 +218,14 @@ def _hidden(sizes: VARConfig) -> int:
     return round(sizes.width * sizes.mlp_ratio)
 
 
-def _adapted(sizes: VARConfig, lora: VARLoRAConfig | None) -> dict[str, tuple[int, int]]:
+def _adapted(sizes: VARConfig, lora: LoRAConfig | None) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of a matrix of each kind that has an adapter."""
     C, hidden = sizes.width, _hidden(sizes)
     sides = {"mat_qkv": (C, 3 * C), "proj": (C, C), "fc1": (C, hidden), "fc2": (hidden, C), "ada_lin": (C, 6 * C)}
     return {name: side for name, side in sides.items() if lora is not None and name in lora.targets}
 
 
-def _adapter_tensors(sizes: VARConfig, lora: VARLoRAConfig | None) -> list[int]:
+def _adapter_tensors(sizes: VARConfig, lora: LoRAConfig | None) -> list[int]:
     """How many numbers each A and each B has: 14 745 600 in all for d30, rank 16 beside the blocks' four matrices."""
     tensors = []
     for name, widths in _adapted(sizes, lora).items():
@@ -265,7 +270,7 @@ class ForwardFlop:
         return self.linear + self.attention + self.head + self.adaln + self.embed
 
 
-def forward_flop(sizes: VARConfig, lora: VARLoRAConfig | None = None) -> ForwardFlop:
+def forward_flop(sizes: VARConfig, lora: LoRAConfig | None = None) -> ForwardFlop:
     """Per image; the same for a rollout with a key-value cache and for a teacher-forced pass.
 
     lora: an adapter, whose products are counted with those of its matrices.

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from varfast import kernels
 from varfast.perf.cost import Checkpointing
+from varfast.policies.config import LoRAConfig
 from varfast.policies.decoder import FastDecoder
 from varfast.policies.driver import Driver
 from varfast.policies.sampler import Sampled
+from varfast.policies.var.cost import VARCost
 from varfast.policies.var.sampler import guidance, sample
 from varfast.policies.var.tokenizer import VQVAE
 from varfast.policies.var.transformer import VAR
@@ -54,6 +56,10 @@ class VARPolicy(Driver):
         super().__init__({"var": var, "vqvae": vqvae}, device, dtype, fast, strict, decodable)
 
     @property
+    def published_sampling(self) -> Sampling:
+        return Sampling(cfg=1.5, top_k=900, top_p=0.96)
+
+    @property
     def var(self) -> VAR:
         var = self.parts["var"]
         assert isinstance(var, VAR)
@@ -64,6 +70,9 @@ class VARPolicy(Driver):
         vqvae = self.parts["vqvae"]
         assert isinstance(vqvae, VQVAE)
         return vqvae
+
+    def cost(self, dtype: str, lora: LoRAConfig | None = None) -> VARCost:
+        return VARCost(self.var.config, self.vqvae.config, dtype, lora)
 
     def _make_strict(self) -> None:
         product = kernels.selection.choose("invariant_linear", self.device)
@@ -76,7 +85,7 @@ class VARPolicy(Driver):
         assert isinstance(self.sampled, VAR)
         return sample(self.sampled, self.vqvae, prompts.ids_B, key, how, keep)
 
-    def _guidance(self, cfg: float) -> list[float]:
+    def _strengths(self, cfg: float) -> list[float]:
         """t = cfg * k / (K - 1) at scale k.
 
         The unconditional half is the last row of the class embedding. Class dropout trains it (the public models: 0.1);
