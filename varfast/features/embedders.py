@@ -75,7 +75,7 @@ class DinoFeatures:
     ) -> None:
         try:
             import timm
-            from timm.data import resolve_data_config
+            from timm.data.config import resolve_data_config
         except ImportError as error:
             raise InputError(f"{key}: these features need timm; pip install timm ({error})") from error
         if not timm.is_model(model):
