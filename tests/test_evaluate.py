@@ -488,7 +488,8 @@ def two_networks(monkeypatch):
 
 
 def test_guidances_and_features_stand_in_one_table(make, drawn, two_networks, tmp_path, capsys):
-    both = {"features": ["digits", "inception"], "fid_reference": "digits"}
+    np.savez(tmp_path / "real.npz", arr_0=to_levels(digits(8)[0][:60]).permute(0, 2, 3, 1).numpy())
+    both = {"features": ["digits", "inception"], "fid_reference": str(tmp_path / "real.npz")}
     rows = evaluate(make(cfg=[0, 3.0], save="npz", **both))
     assert sum(drawn) == 2 * 2 * 20
     assert [(row.name, row.features, row.cfg) for row in rows[:4]] == [
@@ -496,12 +497,9 @@ def test_guidances_and_features_stand_in_one_table(make, drawn, two_networks, tm
     ]  # fmt: skip
     assert {row.features for row in rows if row.name == "fid"} == {"digits", "inception"}
     assert {row.features for row in rows if row.name == "inception_score"} == {"digits"}
-    for cfg in (0.0, 3.0):
-        for network in ("digits", "inception"):
-            alone = evaluate(
-                make(cfg=cfg, features=network, fid_reference="digits", out=str(tmp_path / f"{cfg}{network}"))
-            )
-            assert alone == [row for row in rows if row.cfg == cfg and row.features in (None, network)]
+    for cfg, network in ((0.0, "inception"), (3.0, "digits")):
+        alone = evaluate(make(**both | {"features": network}, cfg=cfg, out=str(tmp_path / network)))
+        assert alone == [row for row in rows if row.cfg == cfg and row.features in (None, network)]
     first, last = (next(row for row in rows if row.name == "fid" and row.cfg == cfg) for cfg in (0.0, 3.0))
     assert first.checkpoint.value != last.checkpoint.value
     lines = table(rows).splitlines()
@@ -512,7 +510,7 @@ def test_guidances_and_features_stand_in_one_table(make, drawn, two_networks, tm
     assert evaluate(make(cfg=[0, 3.0], save="npz", **both)) == rows
     assert drawn == []
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert result["real_images"] == {"digits": 1797, "inception": 1797}
+    assert result["real_images"] == {"digits": 60, "inception": 60}
     assert result["settings"]["cfg"] == [0.0, 3.0]
     assert list(dict.fromkeys(column["of"] for column in result["pictures"]["columns"])) == [
         "reference_cfg_0", "checkpoint_cfg_0", "reference_cfg_3", "checkpoint_cfg_3"
@@ -520,7 +518,8 @@ def test_guidances_and_features_stand_in_one_table(make, drawn, two_networks, tm
     text = about(result)
     assert "20 images a model and guidance" in text
     assert "Features: digits, inception." in text
-    assert "1797 real images" in text
+    assert "60 real images" in text
+    assert "Fewer images than features (64 of digits): their covariance is singular" in text
     for name in ("reference_cfg_0", "checkpoint_cfg_0", "reference_cfg_3", "checkpoint_cfg_3"):
         assert np.load(tmp_path / "out" / f"images_{name}.npz")["arr_0"].shape == (20, 8, 8, 3)
 

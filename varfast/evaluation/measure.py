@@ -153,6 +153,7 @@ def finish(
         "real_images": counts if len(counts) > 1 else next(iter(counts.values()), None),
         "intervals": INTERVALS,
         "features": settings["features"],
+        "feature_widths": {name: len(found.statistics.mu_D) for name, found in real.items() if found is not None},
         "neighbours": {"nearest": NEIGHBOURS, "images_at_most": NEIGHBOUR_IMAGES},
         "rows": [row.as_json() for row in rows],
         "pictures": pictures,

@@ -171,6 +171,10 @@ def about(result: dict[str, Any]) -> str:
         lines.append(
             f"Features: {', '.join(features)}. FID falls as samples grow in number: compare equal numbers alone."
         )
+    few = {name: width for name, width in result["feature_widths"].items() if result["images"] <= width}
+    if few:
+        listed = ", ".join(f"{width} of {name}" for name, width in few.items())
+        lines.append(f"Fewer images than features ({listed}): their covariance is singular, and that FID far too high.")
     real = result["real_images"]
     counts = set(real.values() if isinstance(real, dict) else [real]) - {None}
     if counts:
