@@ -44,6 +44,18 @@ def test_digits_become_bright_and_stay_digits(tmp_path, digits_cache):
 
 
 @pytest.mark.slow
+def test_digits_of_a_next_token_model_become_bright(tmp_path, digits_cache):
+    """A third of the steps of its config."""
+    overrides = [f"run.dir={tmp_path}/run", f"pretrain.cache_dir={digits_cache}", "run.device=cpu", "run.steps=20"]
+    assert train(load_config(CONFIG.with_name("digits_llamagen.yaml"), overrides)) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    before, after = summary["before"], summary["after"]
+    assert before["accuracy"] >= 0.9
+    assert after["accuracy"] >= 0.85
+    assert after["reward/bright"] > before["reward/bright"] + 0.3
+
+
+@pytest.mark.slow
 def test_twenty_steps_of_the_fast_path_follow_the_plain_one(tmp_path, digits_cache):
     """Every op plain, eager sampling and the plain decoder, against what runs by default: the same steps, until
     rounding, which every step feeds back, has grown to a token of some images. From there on the two runs draw

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from varfast.losses.config import GRPOConfig
+from varfast.rewards import WeightedSum
 from varfast.types import Normalise, Rewards
 
 
@@ -33,6 +35,12 @@ def group_advantages(rewards_B: Tensor, group_size: int, eps: float | None = 1e-
     # The mean of equal numbers is not always that number in float32, and eps is too small to hide the difference.
     advantages_PG = torch.where(_all_equal(rewards_PG).unsqueeze(1), 0.0, centred_PG / scale_P1)
     return advantages_PG.flatten()
+
+
+def step_advantages(rewards: Rewards, reward: WeightedSum, group_size: int, config: GRPOConfig) -> Tensor:
+    """`combined_advantages` of the images of a step, as a run's config sets them: (B,) float32."""
+    eps = config.advantage_eps if config.normalise_std else None
+    return combined_advantages(rewards, reward.weights, group_size, config.combine, eps, reward.apart)
 
 
 def combined_advantages(

@@ -194,6 +194,9 @@ class Config(Section):
         num_classes = self.policy.num_classes
         if self.rollout.labels != "all":
             check_labels("rollout.labels", self.rollout.labels, num_classes)
+        labels = num_classes if self.rollout.labels == "all" else len(set(self.rollout.labels))
+        for name, reward in self.reward.items():
+            reward.check_step(f"reward.{name}", self.rollout.labels_per_step, labels)
         return self
 
     def _check_guidance(self) -> None:

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from varfast.advantages import combined_advantages
+from varfast.advantages import step_advantages
 from varfast.command import read_train
 from varfast.config import Config
 from varfast.data.labels import draw_labels
 from varfast.learner import Learner
 from varfast.losses import Loss
-from varfast.losses.grpo import GRPO, scale_weights
+from varfast.losses.grpo import GRPO, token_weights
 from varfast.policies.protocol import Policy
 from varfast.randomness import Key
 from varfast.runs.run import Run
@@ -61,10 +61,8 @@ def train(
         # Policy, reference, optimizer, rewards.
         state, before_after = begin(setup, beside, of_folder, policy)
         policy, group_size = state.policy, config.rollout.group_size
-        std_eps = config.grpo.advantage_eps if config.grpo.normalise_std else None
-        weights_L = None  # of an image's tokens
-        if config.grpo.scale_alpha:
-            weights_L = scale_weights(config.policy.scale_sides, config.grpo.scale_alpha).to(setup.device)
+        how = Sampling(config.rollout.temperature, config.rollout.cfg)
+        weights_L = token_weights(config.grpo.scale_alpha, config.policy.scale_sides, setup.device)
         learner = Learner(state, minimised, config.update, plan.update, config.run.steps, config.run.seed, world)
         with Run(setup, state, before_after, profile) as run:
             for step in run.steps():
@@ -73,7 +71,6 @@ def train(
                 labels_P = draw_labels(setup.labels, config.rollout.labels_per_step, config.run.seed, step)
                 prompts_b = Prompts(labels_P).repeat(group_size).rows(run.shard)
                 with run.advised("rollout"):
-                    how = Sampling(config.rollout.temperature, config.rollout.cfg)
                     rollout_b, images = policy.sample_images(
                         prompts_b, how, key, plan.rollout.micro_batch, keep_input=True
                     )
@@ -83,14 +80,7 @@ def train(
                     run.skip(scored)  # raises, unless the next step may go better
                     continue
                 rollout, rewards = scored
-                advantages_B = combined_advantages(
-                    rewards,
-                    state.rewards.weights,
-                    group_size,
-                    config.grpo.combine,
-                    std_eps,
-                    state.rewards.apart,
-                )
+                advantages_B = step_advantages(rewards, state.rewards, group_size, config.grpo)
                 # Learn: make the better ones more likely.
                 state.begin_update()
                 # Guards that a reward's library kept may switch gradients off when Python frees them.

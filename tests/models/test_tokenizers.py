@@ -192,7 +192,11 @@ def test_load_tokenizer_says_whose_and_of_which_sizes_a_wrong_file_is(tmp_path):
         (VQGANConfig, vq, f"is not taming-transformers' VQGAN: it is LlamaGen's VQ tokenizer with {sizes}"),
         (TokenizerConfig, resi, "it is VAR's multi-scale VQ-VAE, for policy.family=var"),
         (VQGANConfig, diffusers, "it is an autoencoder of diffusers"),
-        (TokenizerConfig, {"model": gpt}, "it has no quantize.embedding.weight, but .*; it is LlamaGen's transformer"),
+        (
+            TokenizerConfig,
+            {"model": gpt},
+            "it has no quantize.embedding.weight, but .*; it is LlamaGen's class-conditional transformer",
+        ),
     ):
         with pytest.raises(InputError, match=said):
             load_tokenizer(saved(state, tmp_path), kind)

@@ -87,6 +87,11 @@ class GRPO:
         return loss - self._bonus(logp.entropy_BL), torch.cat([stats, self._bonus.now])
 
 
+def token_weights(alpha: float, sides: Sequence[int], device: torch.device) -> Tensor | None:
+    """`scale_weights` on the device; None where all tokens count alike."""
+    return scale_weights(sides, alpha).to(device) if alpha else None
+
+
 def scale_weights(sides: Sequence[int], alpha: float) -> Tensor:
     """(L,) float32: how much an advantage counts for each token of an image, by its scale: mean 1.
 
