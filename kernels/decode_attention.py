@@ -42,8 +42,8 @@ if NO_EXTENSION is None:
 
 
 def _run_cpp(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position: Tensor, scale: float) -> Tensor:
-    if q_BHD.dtype == torch.float64:  # what tests compare with
-        return reference.decode_attention(q_BHD, k_cache_BGND, v_cache_BGND, position, scale)
+    if q_BHD.dtype != torch.bfloat16:  # PyTorch's is the faster one in float32, and the slower one in bfloat16
+        return _run_sdpa(q_BHD, k_cache_BGND, v_cache_BGND, position, scale)
     position_B = position.long().expand(len(q_BHD))
     out: Tensor = torch.ops.varfast.decode_attention_cpp(q_BHD, k_cache_BGND, v_cache_BGND, position_B, scale)
     return out
@@ -118,9 +118,9 @@ def decode_attention(
         position: int32 or int64 on the device, () or (B,), in [0, N): a captured CUDA graph reads its value at each
             replay. On a GPU the value is not checked, which would wait for it.
         scale: factor of the logits, 1 / sqrt(D) usually.
-        impl: "auto", "triton" (float32 or 16 bits, D up to 256), "cpp" and "sdpa" (CPU) or "reference".
-            "triton_invariant" (D = 64) and "sdpa_invariant" (CPU) give every token the bits that causal_attention's of
-            the same name gives it, in any batch.
+        impl: "auto", "triton" (float32 or 16 bits, D up to 256), "cpp" (CPU, bfloat16; else as "sdpa"), "sdpa" (CPU) or
+            "reference". "triton_invariant" (D = 64) and "sdpa_invariant" (CPU) give every token the bits that
+            causal_attention's of the same name gives it, in any batch.
     Returns: (B, H, D).
     Raises: ValueError for other shapes or dtypes, a position outside the cache (on a CPU), for an impl that is unknown
         or cannot run, or if a gradient is wanted: there is none but of "reference".

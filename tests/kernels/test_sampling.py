@@ -282,13 +282,14 @@ def test_tied_logits_stay_or_go_together(draw):
 
 
 def test_sample_tokens_opcheck():
-    from varfast.kernels.sampling import _sample_triton
+    from varfast.kernels.sampling import _sample_op
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = (torch.randn(2, 3, 40, device=device), key().to(device), 1, 0.7, None, 0.0, 0, 0.0)
     for bias in (None, torch.randn(40, device=device)):
-        torch.library.opcheck(_sample_triton, (*arguments, bias))
-    torch.library.opcheck(_sample_triton, (*arguments, None, torch.tensor(3, device=device)))
+        torch.library.opcheck(_sample_op, (*arguments, bias))
+        torch.library.opcheck(_sample_op, (*arguments, bias), {"segments": True})
+    torch.library.opcheck(_sample_op, (*arguments, None, torch.tensor(3, device=device)))
 
 
 @pytest.mark.parametrize("inference", [{}, {"top_k": 3}, {"top_p": 0.7}, {"top_k": 40, "top_p": 0.9}])
