@@ -231,7 +231,7 @@ def test_two_processes_train_as_one(make_config, on_two, case, way):
 
 @pytest.mark.slow
 def test_four_processes_train_as_one(make_config, tmp_path):
-    configs = run_all(make_config, tmp_path, 4, ["uneven", "no_signal", "passes"])
+    configs = run_all(make_config, tmp_path, 4, ["uneven", "no_signal", "passes", "loo_fid"])
     for (case, _), config in configs.items():
         assert_equal_runs(tmp_path / case, config.run.dir, config.update.lr)
 
