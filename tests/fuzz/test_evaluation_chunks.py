@@ -60,8 +60,7 @@ def evaluated(tmp_path, monkeypatch):
         np.savez(folder.chunk("checkpoint", number), **arrays)
 
     def end():
-        rows = finish(task, [Sampling()], folder, ["checkpoint"], plan, {"digits": None})
-        return rows, folder.weights("checkpoint", 0)
+        return finish(task, [Sampling()], folder, ["checkpoint"], plan, {}), folder.weights("checkpoint", 0)
 
     def late(*_):
         raise AssertionError(f"no end within {_LIMIT_S} s")

@@ -199,6 +199,20 @@ def test_a_family_of_single_tokens_trains_with_all_settings_it_has(make_config, 
         make_config(policy=policy, grpo={"scale_alpha": 0.7})
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [{"run__strict": True, "run__dtype": "bfloat16"}, {"policy__lora": {"rank": 2}, "update__lr": 1e-2}],
+    ids=["strict", "adapter"],
+)
+def test_all_settings_of_the_loss_work_in_strict_mode_and_with_an_adapter(make_config, beside):
+    grpo = SETTINGS["all"] | {"normalise_std": False}
+    config = make_config(grpo=grpo, run__steps=2, update__epochs=2, **beside)
+    assert train(config) == 0
+    gaps = [line["ratio_gap_max"] for line in metrics(config.run.dir)]
+    assert all(gap == 0.0 if "run__strict" in beside else gap < 1e-4 for gap in gaps)
+    assert all(line["entropy_norm"] > 0 and line["grad_norm"] > 0 for line in metrics(config.run.dir))
+
+
 def test_an_advantage_a_token_stays_with_its_image_in_a_micro_batch():
     given, weights = drawn(), scale_weights(SIDES, 0.7)
     batch = batch_of(given, GRPOConfig(), torch.float32, weights)

@@ -32,6 +32,17 @@ def test_memory_of_the_states(make_work):
     assert held_states(make_work("d30", grpo={"kl_beta": 0.0})).reference == 0
 
 
+def test_memory_of_a_next_token_rollout_is_its_cache_and_one_step(make_work):
+    policy = {"family": "llamagen", "preset": "L", "checkpoint": "random"}
+    work = make_work(policy=policy, rollout={"micro_batch": 64, "cuda_graph": True})
+    held = unlimited(work)
+    assert held.kv_cache == 64 * 256 * 24 * 2 * 1024 * 2  # 256 places of 24 blocks
+    assert held.captured == held.kv_cache + held.rollout_activations + 64 * 256 * 8
+    assert held.rollout_activations < 64 * 200_000  # logits of one token, and what all of them leave
+    guided = unlimited(make_work(policy=policy, rollout={"micro_batch": 64, "cfg": 1.5}))
+    assert (guided.kv_cache, guided.decode) == (2 * held.kv_cache, held.decode)
+
+
 def test_an_average_of_the_weights_is_counted(make_work):
     parameters = 2_010_020_356
     plain, averaged = make_work("d30"), make_work("d30", update={"ema_decay": 0.999})

@@ -8,15 +8,18 @@ import pytest
 import torch
 
 from varfast import InputError
+from varfast.export import main as export
 from varfast.policies import strict
 from varfast.policies.device import pick_device
 from varfast.policies.families import family_of
 from varfast.policies.llamagen.config import GPTConfig, LlamaGenLoRAConfig, LlamaGenPolicyConfig
 from varfast.policies.llamagen.transformer import LlamaGen
+from varfast.policies.llamagen.weights import load_gpt
 from varfast.policies.nexttoken import policy as nexttoken_policy
 from varfast.policies.nexttoken.rotary import rotary_1d
 from varfast.policies.nexttoken.transformer import KVCache, Positions
 from varfast.policies.taming.config import TamingLoRAConfig, TamingPolicyConfig
+from varfast.policies.taming.weights import load_mingpt
 from varfast.randomness import Key
 from varfast.runs.folder import RunFolder
 from varfast.train import train
@@ -274,6 +277,13 @@ def test_the_trainer_trains_and_goes_on_bit_for_bit(make_config, family, dtype, 
     trained = torch.load(RunFolder(straight.run.dir).weights(straight), weights_only=True)
     config = KINDS[family](**options["policy"])
     assert list(trained) == list(family_of(config).empty_model(config).state_dict())
+    exported = Path(straight.run.dir).with_name("exported.pth")
+    assert export([f"checkpoint={straight.run.dir}", f"out={exported}"]) == 0
+    loaded = {"llamagen": load_gpt, "taming": load_mingpt}[family](str(exported), config.sizes).state_dict()
+    assert list(loaded) == list(trained)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.items())
+    card = exported.with_suffix(".md").read_text()
+    assert {"llamagen": "A LlamaGen transformer", "taming": "taming-transformers"}[family] in card
     in_parts = straight.run.dir + "_in_parts"
     for steps in (2, 3):
         assert train(make_config(**options, run__dir=in_parts, run__steps=steps)) == 0

@@ -155,7 +155,7 @@ def test_steps_of_one_label_are_refused(make_config):
 def test_features_that_are_not_finite_leave_the_rollout_out(images):
     reward = weighted_sum()
     network = reward._rewards["fid"]._network
-    network.features = lambda levels: torch.full((len(levels), 64), 1.0).index_fill(0, torch.tensor(3), float("nan"))
+    network.features = lambda levels: torch.full((len(levels), 64), 1.0).index_fill(0, torch.tensor([3]), float("nan"))
     with pytest.raises(NotFiniteReward, match=r"reward fid: the digits features of image 3 are not finite \(1 of 64"):
         reward.measure(images, torch.zeros(64, dtype=torch.int64))
 

@@ -86,7 +86,7 @@ class DinoFeatures:
             raise InputError(f"{key}.model={model}: timm has no weights of that name; set {key}.pretrained to a file")
         address = weights or f"hf://{entry['hf_hub_id']}/model.safetensors"
         path = fetch(address, f"{key}.pretrained")
-        read_checkpoint(path)  # refuses pickles with code
+        held = read_checkpoint(path)  # refuses pickles with code
         try:
             network: Any = timm.create_model(
                 model, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, num_classes=0, **sized
@@ -95,6 +95,13 @@ class DinoFeatures:
             raise InputError(
                 f"{key}.pretrained={address} does not hold the weights of timm's {model}: {one_line(str(error), 300)}"
             ) from error
+        # timm takes what fits by name, and leaves the rest at random.
+        missing = [name for name in network.state_dict() if name not in held]
+        if missing:
+            raise InputError(
+                f"{key}.pretrained={address} does not hold the weights of timm's {model}: {missing[0]} is missing, one "
+                f"of {len(missing)}"
+            )
         self.name = f"dino {model}" + ("" if weights is None else f" {content_name(path)}")
         self.width = int(network.num_features)
         self._dtype = torch.float32 if dtype == "float32" else torch.bfloat16

@@ -95,9 +95,9 @@ class Driver(ABC):
     # What a family fills in.
 
     @property
-    @abstractmethod
     def published_sampling(self) -> Sampling:
-        """How the family's own code samples for its published FID."""
+        """How the family's own code samples for its published FID; by default the policy itself, at temperature 1."""
+        return Sampling()
 
     @abstractmethod
     def _sample_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Sampled:

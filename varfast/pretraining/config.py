@@ -16,12 +16,14 @@ class PretrainConfig(Section):
     )
     batch_size: int = Field(64, ge=1, le=1_000_000, description="images a step, for both models")
     num_workers: int = Field(0, ge=0, le=1024, description="processes that read images; 0 for data in memory")
-    vqvae_steps: int = Field(1000, ge=1, le=MANY, description="optimizer steps of the VQ-VAE")
-    vqvae_lr: float = Field(1e-3, gt=0, le=1e9, description="peak learning rate of the VQ-VAE")
+    vqvae_steps: int = Field(1000, ge=1, le=MANY, description="optimizer steps of the tokenizer, the VQ-VAE")
+    vqvae_lr: float = Field(1e-3, gt=0, le=1e9, description="peak learning rate of the tokenizer")
     var_steps: int = Field(1000, ge=1, le=MANY, description="optimizer steps of the transformer")
     var_lr: float = Field(1e-3, gt=0, le=1e9, description="peak learning rate of the transformer")
     weight_decay: float = Field(0.05, ge=0, le=1e6, description="of AdamW, for the transformer's matrices")
-    class_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels replaced by 'no label'")
+    class_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of labels replaced by 'no label', which taming's models do not have"
+    )
     token_noise: float = Field(
         0.0,
         ge=0,
