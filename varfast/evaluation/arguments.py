@@ -89,8 +89,9 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ta
                 say(_skipped(folder, alone))
         if "classifier" not in given and run.eval.classifier is not None:
             classifier = ClassifierConfig(model=run.eval.classifier)
+        family = run.policy.family
         if vqvae is None and run.policy.checkpoint != "random":
-            vqvae, family = str(Base(folder).find(run.policy.parts[1])), run.policy.family
+            vqvae = str(Base(folder).find(run.policy.parts[1]))
     if reference not in (None, BASE) and not Path(reference).expanduser().is_dir():
         resolve(reference)
     return Task(config, out_folder(config), reference, family, vqvae, scores, classifier)
