@@ -133,7 +133,7 @@ def chunk_settings(task: Task, how: list[Sampling]) -> dict[str, Any]:
     return settings | {
         "reference": task.reference,
         "vqvae": task.vqvae,
-        "scores": {name: reward.model_dump(mode="json") for name, reward in task.scores.items()},
+        "scores": {n: reward.model_dump(mode="json", exclude={"normalise"}) for n, reward in task.scores.items()},
         "classifier": task.classifier and task.classifier.model_dump(mode="json"),
         "temperature": how[0].temperature,
         "cfg": _one_or_list([each.cfg for each in how]),
