@@ -144,7 +144,8 @@ def test_rollout(benchmark, record, name, images):
     calls |= {who: functools.partial(loop, labels_B) for who, loop in loops.items()}
     cost = ours.cost(DTYPE)
     count = cost.rollout * images + Count(0.0, cost.weights.read_bytes * cost.rollout_passes)
-    row = harness.Row("next-token rollout", f"{name}, {images} images", "forward", 0.0)
+    shape = f"{name}, {images} images of {cost.num_tokens} tokens"
+    row = harness.Row("next-token rollout", shape, "forward", 0.0)
     row.flop, row.io_bytes, row.model, row.images = count.flop, count.io_bytes, f"llamagen-{name}", images
     row.notes.append(
         f"{cost.num_tokens} steps in {DTYPE}: {cost.weights.read_bytes / 1e9:.3g} GB of weights each; "
