@@ -38,6 +38,8 @@ CPU_SOURCES = (
     "gelu_cpu.cpp",
     "column_sums_cpu.cpp",
     "attention_cpu.cpp",
+    "rms_norm_cpu.cpp",
+    "rotary_cpu.cpp",
 )
 
 

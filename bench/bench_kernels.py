@@ -429,8 +429,8 @@ def test_adamw_step(benchmark, record, heads):
     harness.measure(benchmark, record, row, calls)
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-def test_grpo_token_loss(benchmark, record, per_token):
+@pytest.mark.parametrize(("per_token", "ratio"), [(False, "token"), (True, "token"), (False, "sequence")])
+def test_grpo_token_loss(benchmark, record, per_token, ratio):
     batch, length = 512, 680
     logp = randn(batch, length).requires_grad_()
     old, ref = (logp.detach() + 0.1 * randn(batch, length) for _ in range(2))
@@ -444,11 +444,14 @@ def test_grpo_token_loss(benchmark, record, per_token):
         return both
 
     def eager(*a):
-        return kernels.grpo_token_loss(*a, 0.2, 0.2, impl="reference")[0]
+        return kernels.grpo_token_loss(*a, 0.2, 0.2, ratio=ratio, impl="reference")[0]
 
-    calls = {"ours": by(lambda *a: kernels.grpo_token_loss(*a, 0.2, 0.2)[0]), "eager": by(eager)}
+    calls = {"ours": by(lambda *a: kernels.grpo_token_loss(*a, 0.2, 0.2, ratio=ratio)[0]), "eager": by(eager)}
     calls |= {name: by(f) for name, f in compiled(eager).items()}
-    # Forward reads three numbers a token, and its advantage where each has its own; backward writes one.
+    # Forward reads three numbers a token, and its advantage where each has its own; backward writes one. A ratio an
+    # image needs two of the three before: they fit into the L2 cache, but by count they are read again.
     shape = f"{batch * length} tokens{', an advantage each' if per_token else ''}"
-    row = harness.Row("grpo_token_loss", shape, "both", 0.0, io_bytes=batch * length * 4 * (4 + per_token))
+    shape += ", a ratio an image" if ratio == "sequence" else ""
+    numbers = 4 + per_token + 2 * (ratio == "sequence")
+    row = harness.Row("grpo_token_loss", shape, "both", 0.0, io_bytes=batch * length * 4 * numbers)
     harness.measure(benchmark, record, row, calls)

@@ -122,6 +122,25 @@ def test_decode_attention(benchmark, record, size, batch):
     forward_row(benchmark, record, "decode_attention", shape, calls, io_bytes, 4.0 * batch * heads * places * dim)
 
 
+@pytest.mark.parametrize("queries", [1, 16])
+def test_cached_attention_at_a_position(benchmark, record, queries):
+    """The op of VAR with its position on the device, beside the same number of keys given by the host."""
+    batch, heads, places = (64, 16, 680) if CUDA else (2, 4, 64)
+    q = randn(batch, heads, queries, 64, dtype=STORAGE)
+    k, v = (randn(batch, heads, places, 64, dtype=STORAGE) for _ in range(2))
+    scale, position = torch.full((heads,), 0.125, device=DEVICE), torch.tensor(places - queries, device=DEVICE)
+    calls = {
+        "ours": lambda: kernels.cached_attention(q, k, v, queries, scale, position=position),
+        "by the host": lambda: kernels.cached_attention(q, k, v, places, scale),
+        "eager": lambda: kernels.cached_attention(q, k, v, queries, scale, "reference", position),
+    }
+    io_bytes = (k.numel() + v.numel() + 2 * q.numel()) * STORAGE.itemsize
+    shape = f"B{batch} H{heads} q{queries} kv{places}, position"
+    forward_row(
+        benchmark, record, "cached_attention", shape, calls, io_bytes, 4.0 * batch * heads * queries * places * 64
+    )
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("size", SIZES)
 def test_causal_attention(benchmark, record, size, direction):

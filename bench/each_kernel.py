@@ -113,6 +113,11 @@ def cases(
         others = (old.to(logp.dtype), ref.to(logp.dtype), token_advantages.t().to(logp.dtype))
         return kernels.grpo_token_loss(logp, *others, impl=impl)
 
+    def loss_of_images(impl: str, logp: Tensor) -> tuple[Tensor, ...]:
+        """One ratio an image, and the unbiased gradient of the KL."""
+        others = (old.to(logp.dtype), ref.to(logp.dtype), advantages.to(logp.dtype))
+        return kernels.grpo_token_loss(logp, *others, ratio="sequence", kl_gradient="unbiased", impl=impl)
+
     def cached(impl: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         scale = logit_scale.detach().to(torch.promote_types(q.dtype, torch.float32))
         starts = zip((0, *ends), ends, strict=False)
@@ -199,6 +204,7 @@ def cases(
                                                  for _ in range(4))),
         Case("grpo_token_loss", loss, (logp,), floor=2e-6),
         Case("grpo_token_loss, by token", loss_of_tokens, (logp,), floor=2e-6),
+        Case("grpo_token_loss, by image", loss_of_images, (logp,), floor=2e-6),
     ]  # fmt: skip
     found += [Case(*three) for three in nexttoken_cases.functions(small, randn, device, **of_next_token)]
     if cannot_run_triton(device) is None:

@@ -210,7 +210,8 @@ QUICK_TESTS = (
     "tests/test_gpu.py", "tests/test_rollout.py", "tests/test_learner.py", "tests/kernels/test_conv.py",
     "tests/kernels/test_adamw.py", "tests/kernels/test_sampling.py", "tests/kernels/test_attention.py",
     "tests/kernels/test_adaln.py", "tests/kernels/test_qkv.py", "tests/kernels/test_logprob.py",
-    "tests/kernels/test_grpo_loss.py", "tests/kernels/test_group_norm.py",
+    "tests/kernels/test_grpo_loss.py", "tests/kernels/test_group_norm.py", "tests/kernels/test_decode_attention.py",
+    "tests/kernels/test_rotary.py", "tests/kernels/test_rms_norm.py", "tests/kernels/test_swiglu.py",
 )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ OPS = (
 )
 STEP_ROWS = ("rollout", "decode", "reference", "forward and backward", "optimizer", "update", "step")
 MODELS = ("d16", "d30")
-TOKENS, TOKENS_OF_AN_IMAGE = "next-token rollout", 256
+TOKENS = "next-token rollout"  # of shape "L, 64 images of 256 tokens"
 # arXiv:2505.23331: 40 000 optimizer steps on 8 GPUs, 32 images a GPU and step: 20 000 steps of 512 images here.
 PAPER_STEPS, PAPER = 20_000, {"d16": "16 h on 8 H100", "d30": "40 h on 8 H100"}
 
@@ -119,7 +119,7 @@ def tokens_table(record: Path | None = None) -> list[str]:
     ]
     for row in found["rows"] if found else []:
         if row["op"] == TOKENS:
-            tokens = row["images"] * TOKENS_OF_AN_IMAGE / row["ms"] * 1e3
+            tokens = row["images"] * int(row["shape"].split()[-2]) / row["ms"] * 1e3
             moved = f"{row['io_bytes'] / row['ms'] / 1e9:.2f}"
             cells = (row["shape"], _time(row), f"{tokens:.0f}", moved, f"{row['share']:.0%}", _against(row))
             lines.append(f"| {' | '.join(cells)} |")

@@ -54,6 +54,26 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varfast, m) {
   m.def(
       "cached_attention_cpp(Tensor q_BHlD, Tensor k_cache_BHLD, Tensor v_cache_BHLD, Tensor logit_scale_H, "
       "int num_keys) -> Tensor");
+  // The ops of kernels/rms_norm.py, swiglu.py, rotary.py and decode_attention.py: x + branch (empty without), its norm
+  // and 1 / root mean square; q, k, v; q, with k and v in place.
+  m.def("rms_norm_cpp(Tensor x_NC, Tensor? branch_NC, Tensor weight_C, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward_cpp(Tensor? d_sum_NC, Tensor d_out_NC, Tensor sum_NC, Tensor weight_C, Tensor rstd_N) -> "
+      "(Tensor, Tensor)");
+  m.def("swiglu_cpp(Tensor gate_NF, Tensor up_NF) -> Tensor");
+  m.def("swiglu_backward_cpp(Tensor d_out_NF, Tensor gate_NF, Tensor up_NF) -> (Tensor, Tensor)");
+  m.def(
+      "rotary_cpp(Tensor qkv_BLX, Tensor? rotary_LP2, int num_heads, int num_kv_heads, bool halves) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "rotary_backward_cpp(Tensor d_q_BHLD, Tensor d_k_BGLD, Tensor d_v_BGLD, Tensor? rotary_LP2, bool halves) -> "
+      "Tensor");
+  m.def(
+      "rotary_into_cpp(Tensor qkv_BX, Tensor? rotary_NP2, Tensor position_B, int num_heads, bool halves, "
+      "Tensor(a!) k_cache_BGND, Tensor(b!) v_cache_BGND) -> Tensor");
+  m.def(
+      "decode_attention_cpp(Tensor q_BHD, Tensor k_cache_BGND, Tensor v_cache_BGND, Tensor position_B, float scale) -> "
+      "Tensor");
   // The ops of kernels/qkv.py: q, k, v and the inverse norms of q and k; q, with k and v in place; d product.
   m.def(
       "split_heads_cpp(Tensor qkv_BLC3, Tensor? bias_C3, int num_heads, bool l2_norm) -> "
@@ -81,6 +101,14 @@ STABLE_TORCH_LIBRARY_IMPL(varfast, CPU, m) {
   m.impl("attention_cpp", TORCH_BOX(&attention_cpp));
   m.impl("attention_backward_cpp", TORCH_BOX(&attention_backward_cpp));
   m.impl("cached_attention_cpp", TORCH_BOX(&cached_attention_cpp));
+  m.impl("rms_norm_cpp", TORCH_BOX(&rms_norm_cpp));
+  m.impl("rms_norm_backward_cpp", TORCH_BOX(&rms_norm_backward_cpp));
+  m.impl("swiglu_cpp", TORCH_BOX(&swiglu_cpp));
+  m.impl("swiglu_backward_cpp", TORCH_BOX(&swiglu_backward_cpp));
+  m.impl("rotary_cpp", TORCH_BOX(&rotary_cpp));
+  m.impl("rotary_backward_cpp", TORCH_BOX(&rotary_backward_cpp));
+  m.impl("rotary_into_cpp", TORCH_BOX(&rotary_into_cpp));
+  m.impl("decode_attention_cpp", TORCH_BOX(&decode_attention_cpp));
   m.impl("split_heads_cpp", TORCH_BOX(&split_heads_cpp));
   m.impl("split_heads_into_cpp", TORCH_BOX(&split_heads_into_cpp));
   m.impl("split_heads_backward_cpp", TORCH_BOX(&split_heads_backward_cpp));

@@ -53,6 +53,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpp(const Tensor& 
                                                                   const Tensor& logit_scale_H,
                                                                   const Tensor& scale_ends_S);
 
+// rms_norm_cpu.cpp
+std::tuple<Tensor, Tensor, Tensor> rms_norm_cpp(const Tensor& x_NC, const MaybeTensor& branch_NC,
+                                                const Tensor& weight_C, double eps);
+std::tuple<Tensor, Tensor> rms_norm_backward_cpp(const MaybeTensor& d_sum_NC, const Tensor& d_out_NC,
+                                                 const Tensor& sum_NC, const Tensor& weight_C, const Tensor& rstd_N);
+Tensor swiglu_cpp(const Tensor& gate_NF, const Tensor& up_NF);
+std::tuple<Tensor, Tensor> swiglu_backward_cpp(const Tensor& d_out_NF, const Tensor& gate_NF, const Tensor& up_NF);
+
+// rotary_cpu.cpp
+std::tuple<Tensor, Tensor, Tensor> rotary_cpp(const Tensor& qkv_BLX, const MaybeTensor& rotary_LP2, int64_t num_heads,
+                                              int64_t num_kv_heads, bool halves);
+Tensor rotary_backward_cpp(const Tensor& d_q_BHLD, const Tensor& d_k_BGLD, const Tensor& d_v_BGLD,
+                           const MaybeTensor& rotary_LP2, bool halves);
+Tensor rotary_into_cpp(const Tensor& qkv_BX, const MaybeTensor& rotary_NP2, const Tensor& position_B, int64_t num_heads,
+                       bool halves, Tensor k_cache_BGND, Tensor v_cache_BGND);
+Tensor decode_attention_cpp(const Tensor& q_BHD, const Tensor& k_cache_BGND, const Tensor& v_cache_BGND,
+                            const Tensor& position_B, double scale);
+
 // split_heads_cpu.cpp
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> split_heads_cpp(const Tensor& product, const MaybeTensor& bias_C3,
                                                                    int64_t num_heads, bool l2_norm);

@@ -16,6 +16,7 @@ from torch import Tensor
 from varfast.kernels import attention_triton, reference
 from varfast.kernels.attention_tiles import HEAD_DIM
 from varfast.kernels.decode_triton import MAX_HEAD_DIM, decode_op
+from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.position import check_place, check_position, host_positions
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 
@@ -31,6 +32,21 @@ def _run_sdpa(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, positio
         k, v = (cache[images, :, : last + 1] for cache in (k_cache_BGND, v_cache_BGND))
         parts.append(F.scaled_dot_product_attention(q_BGrD[images], k, v, scale=scale))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1, 2)
+
+
+if NO_EXTENSION is None:
+
+    @torch.library.register_fake("varfast::decode_attention_cpp")
+    def _(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position_B: Tensor, scale: float) -> Tensor:
+        return q_BHD.new_empty(q_BHD.shape)
+
+
+def _run_cpp(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position: Tensor, scale: float) -> Tensor:
+    if q_BHD.dtype != torch.bfloat16:  # PyTorch's is the faster one in float32, and the slower one in bfloat16
+        return _run_sdpa(q_BHD, k_cache_BGND, v_cache_BGND, position, scale)
+    position_B = position.long().expand(len(q_BHD))
+    out: Tensor = torch.ops.varfast.decode_attention_cpp(q_BHD, k_cache_BGND, v_cache_BGND, position_B, scale)
+    return out
 
 
 def alone(q_1GrD: Tensor, k_1GND: Tensor, v_1GND: Tensor, scale: float) -> Tensor:
@@ -76,6 +92,7 @@ def _refuses_invariant(q_BHD: Tensor, *_: Any) -> str | None:
 implementations(
     "decode_attention",
     Implementation("triton", decode_op, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("cpp", _run_cpp, cannot_run_cpp, ("cpu",), refused_by_cpp),
     Implementation("sdpa", _run_sdpa, _on_host, ("cpu",)),
     # The bits of causal_attention's of the same name, whatever the batch: strict mode.
     Implementation("triton_invariant", _run_invariant, cannot_run_triton, (), _refuses_invariant),
@@ -101,9 +118,9 @@ def decode_attention(
         position: int32 or int64 on the device, () or (B,), in [0, N): a captured CUDA graph reads its value at each
             replay. On a GPU the value is not checked, which would wait for it.
         scale: factor of the logits, 1 / sqrt(D) usually.
-        impl: "auto", "triton" (float32 or 16 bits, D up to 256), "sdpa" (CPU) or "reference". "triton_invariant"
-            (D = 64) and "sdpa_invariant" (CPU) give every token the bits that causal_attention's of the same name gives
-            it, in any batch.
+        impl: "auto", "triton" (float32 or 16 bits, D up to 256), "cpp" (CPU, bfloat16; else as "sdpa"), "sdpa" (CPU) or
+            "reference". "triton_invariant" (D = 64) and "sdpa_invariant" (CPU) give every token the bits that
+            causal_attention's of the same name gives it, in any batch.
     Returns: (B, H, D).
     Raises: ValueError for other shapes or dtypes, a position outside the cache (on a CPU), for an impl that is unknown
         or cannot run, or if a gradient is wanted: there is none but of "reference".

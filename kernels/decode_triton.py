@@ -9,6 +9,8 @@ Axes: B image, H query head, G key and value head, N place of the cache, D head 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,13 +38,16 @@ def _load_rows(pointer, row, row_stride, dim, rows, HEAD_DIM: tl.constexpr):
 def _part_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, sums_ptr, position_ptr, factor,
     q_image, q_head, k_image, k_head, k_row, v_image, v_head, v_row, position_stride, key_heads, times, places,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Some query heads of one key head, against every SPLITS-th tile of BLOCK_N places.
 
     One split: the output, (B, H, D). More, in float32: the sum of weighted values, (B, H, S, BLOCK_D), and the largest
     logit and the sum of weights, (B, H, S, 2).
     """
+    k_image, k_head, k_row = k_image * ALIGNED, k_head * ALIGNED, k_row * ALIGNED
+    v_image, v_head, v_row = v_image * ALIGNED, v_head * ALIGNED, v_row * ALIGNED
     split = tl.program_id(0)
     image = (tl.program_id(1) // key_heads).to(tl.int64)
     key_head = tl.program_id(1) % key_heads
@@ -113,10 +118,15 @@ def decode_op(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, positio
     times = q.shape[1] // key_heads
     block = max(16, _power_of_two(dim))
     bits = 8 * q_BHD.dtype.itemsize
-    rule = {"BLOCK_N": 64 if bits == 16 else 32, "num_warps": 2 if bits == 16 else 4, "num_stages": 3}
+    # Rows that are no power of two are read by more loads: with two warps their addresses do not fit into registers.
+    rule = {"BLOCK_N": 64, "num_warps": 2 if dim == block else 4, "num_stages": 3}
+    if bits == 32:  # products on the plain cores: what does not spill
+        rule = {"BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
     chosen = setting("decode_attention", (bits, dim), q.device, **rule)
     programs = batch * key_heads * -(-times // ROWS)
     splits = max(1, min(_PROGRAMS // programs, -(-places // chosen["BLOCK_N"])))
+    strides = (*k.stride()[:3], *v.stride()[:3])
+    aligned = math.gcd(16, *strides)
     part, sums = (q.new_empty((*q.shape[:2], splits, n), dtype=torch.float32) for n in (block, 2))
     with torch.cuda.device_of(q):
         _part_kernel[(splits, batch * key_heads, -(-times // ROWS))](
@@ -129,14 +139,14 @@ def decode_op(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, positio
             position,
             scale,
             *q.stride()[:2],
-            *k.stride()[:3],
-            *v.stride()[:3],
+            *(stride // aligned for stride in strides),
             position.expand(batch).stride(0),
             key_heads,
             times,
             places,
             SPLITS=splits,
             ROWS=ROWS,
+            ALIGNED=aligned,
             HEAD_DIM=dim,
             BLOCK_D=block,
             **chosen,

@@ -20,7 +20,15 @@ def _load() -> str | None:
         torch.ops.load_library(library)
     except OSError as error:  # of a build with CUDA under a torch without, say
         return f"the extension cannot be loaded: {error}; {HOW}"
-    newest = ("grpo_token_loss", "group_norm_silu_cpu", "split_heads_cpp", "adaln_cpp", "gelu_cpp", "attention_cpp")
+    newest = (
+        "grpo_token_loss",
+        "group_norm_silu_cpu",
+        "split_heads_cpp",
+        "adaln_cpp",
+        "gelu_cpp",
+        "attention_cpp",
+        "rotary_cpp",
+    )
     missing = [op for op in newest if not hasattr(torch.ops.varfast, op)]
     return f"the extension was built before it had {', '.join(missing)}; {HOW}" if missing else None
 

@@ -98,13 +98,14 @@ def _to_cache_triton(
     qkv_BlC3: Tensor,
     num_heads: int,
     l2_norm: bool,
-    caches: tuple[Tensor, Tensor],
+    k_cache_BHLD: Tensor,
+    v_cache_BHLD: Tensor,
     start: int,
     bias_C3: Tensor | None,
     position: Tensor | None,
 ) -> Tensor:
-    end = start + qkv_BlC3.shape[1] if position is None else caches[0].shape[2]
-    k, v = (cache[:, :, start:end] for cache in caches)
+    end = start + qkv_BlC3.shape[1] if position is None else k_cache_BHLD.shape[2]
+    k, v = (cache[:, :, start:end] for cache in (k_cache_BHLD, v_cache_BHLD))
     return split_into_op(qkv_BlC3, bias_C3, num_heads, l2_norm, k, v, position)
 
 
@@ -112,12 +113,13 @@ def _to_cache_cpp(
     qkv_BlC3: Tensor,
     num_heads: int,
     l2_norm: bool,
-    caches: tuple[Tensor, Tensor],
+    k_cache_BHLD: Tensor,
+    v_cache_BHLD: Tensor,
     start: int,
     bias_C3: Tensor | None,
     position: Tensor | None,
 ) -> Tensor:
-    bias, length = _wide_bias(qkv_BlC3, bias_C3), qkv_BlC3.shape[1]
+    bias, length, caches = _wide_bias(qkv_BlC3, bias_C3), qkv_BlC3.shape[1], (k_cache_BHLD, v_cache_BHLD)
     parts = []
     for images, offset in host_positions(position, len(qkv_BlC3)):
         first = start + offset
@@ -125,18 +127,6 @@ def _to_cache_cpp(
         k, v = (cache[images, :, first : first + length] for cache in caches)
         parts.append(torch.ops.varfast.split_heads_into_cpp(qkv_BlC3[images], bias, num_heads, l2_norm, k, v))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _to_cache_reference(
-    qkv_BlC3: Tensor,
-    num_heads: int,
-    l2_norm: bool,
-    caches: tuple[Tensor, Tensor],
-    start: int,
-    bias_C3: Tensor | None,
-    position: Tensor | None,
-) -> Tensor:
-    return reference.split_heads_to_cache(qkv_BlC3, num_heads, l2_norm, *caches, start, bias_C3, position)
 
 
 implementations(
@@ -149,7 +139,7 @@ implementations(
     "split_heads_to_cache",
     Implementation("triton", _to_cache_triton, cannot_run_triton, ("cuda",), _refuses),
     Implementation("cpp", _to_cache_cpp, cannot_run_cpp, ("cpu",), _refuses_cpp),
-    Implementation("reference", _to_cache_reference),
+    Implementation("reference", reference.split_heads_to_cache),
 )
 
 
@@ -272,6 +262,6 @@ def split_heads_to_cache(
     check_position(position, len(qkv_BlC3), qkv_BlC3.device)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (qkv_BlC3, *caches)):
         raise ValueError("split_heads_to_cache has no gradient; use torch.no_grad(), or split_heads")
-    given = (qkv_BlC3, num_heads, l2_norm, caches, start, bias_C3, position)
+    given = (qkv_BlC3, num_heads, l2_norm, *caches, start, bias_C3, position)
     q_BHlD: Tensor = run("split_heads_to_cache", impl, *given)
     return q_BHlD

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from varfast.kernels import reference
 from varfast.kernels._triton import jit, tl
+from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 from varfast.kernels.settings import setting
 
@@ -121,7 +122,7 @@ def _rms_norm_op(x_NC: Tensor, branch_NC: Tensor | None, weight_C: Tensor, eps: 
 
 
 @_rms_norm_op.register_fake
-def _(x_NC, branch_NC, weight_C, eps):
+def _fake(x_NC, branch_NC, weight_C, eps):
     return _outputs(x_NC, branch_NC)
 
 
@@ -156,7 +157,7 @@ def _rms_norm_backward_op(
 
 
 @_rms_norm_backward_op.register_fake
-def _(d_new_NC, d_out_NC, new_NC, weight_C, rstd_N):
+def _fake_backward(d_new_NC, d_out_NC, new_NC, weight_C, rstd_N):
     d_x = torch.empty_like(new_NC, memory_format=torch.contiguous_format)
     return d_x, new_NC.new_empty(new_NC.shape[1], dtype=torch.float32)
 
@@ -170,16 +171,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_new: Tensor | None, d_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(op: Any, ctx: Any, d_new: Tensor | None, d_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     new_NC, weight_C, rstd_N = ctx.saved_tensors
     d_new = d_new if ctx.residual else None
     if d_out is None:
         return d_new, d_new, None, None
-    d_x, d_weight = _rms_norm_backward_op(d_new, d_out, new_NC, weight_C, rstd_N)
+    d_x, d_weight = op(d_new, d_out, new_NC, weight_C, rstd_N)
     return d_x, d_x if ctx.residual else None, d_weight.to(weight_C.dtype), None
 
 
-_rms_norm_op.register_autograd(_backward, setup_context=_setup_context)
+_rms_norm_op.register_autograd(partial(_backward, _rms_norm_backward_op), setup_context=_setup_context)
+
+# The same in C++, csrc/rms_norm_cpu.cpp; the weight comes in float32.
+if NO_EXTENSION is None:
+    torch.library.register_fake("varfast::rms_norm_cpp", _fake)
+    torch.library.register_fake("varfast::rms_norm_backward_cpp", _fake_backward)
+    torch.library.register_autograd(
+        "varfast::rms_norm_cpp",
+        partial(_backward, torch.ops.varfast.rms_norm_backward_cpp),
+        setup_context=_setup_context,
+    )
 
 
 def _norm_triton(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -188,6 +199,21 @@ def _norm_triton(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 
 def _residual_norm_triton(x_BLC: Tensor, branch_BLC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     new, out, _ = _rms_norm_op(x_BLC.flatten(0, -2), branch_BLC.flatten(0, -2), weight_C, eps)
+    return new.view(x_BLC.shape), out.view(x_BLC.shape)
+
+
+def _norm_cpp(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+    if x_BLC.dtype == torch.float64:  # what tests compare with
+        return reference.rms_norm(x_BLC, weight_C, eps)
+    out: Tensor = torch.ops.varfast.rms_norm_cpp(x_BLC.flatten(0, -2), None, weight_C.float(), eps)[1]
+    return out.view(x_BLC.shape)
+
+
+def _residual_norm_cpp(x_BLC: Tensor, branch_BLC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if x_BLC.dtype == torch.float64:
+        return reference.residual_rms_norm(x_BLC, branch_BLC, weight_C, eps)
+    x_NC, branch_NC = x_BLC.flatten(0, -2), branch_BLC.flatten(0, -2)
+    new, out, _ = torch.ops.varfast.rms_norm_cpp(x_NC, branch_NC, weight_C.float(), eps)
     return new.view(x_BLC.shape), out.view(x_BLC.shape)
 
 
@@ -200,11 +226,13 @@ def _refuses(x_BLC: Tensor, *_: Any) -> str | None:
 implementations(
     "rms_norm",
     Implementation("triton", _norm_triton, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("cpp", _norm_cpp, cannot_run_cpp, ("cpu",), refused_by_cpp),
     Implementation("reference", reference.rms_norm),
 )
 implementations(
     "residual_rms_norm",
     Implementation("triton", _residual_norm_triton, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("cpp", _residual_norm_cpp, cannot_run_cpp, ("cpu",), refused_by_cpp),
     Implementation("reference", reference.residual_rms_norm),
 )
 
@@ -223,7 +251,7 @@ def rms_norm(x_BLC: Tensor, weight_C: Tensor, eps: float, impl: str = "auto") ->
         x_BLC: (..., C), two axes or more. Differentiable.
         weight_C: (C,). Differentiable.
         eps: added to the mean square.
-        impl: "auto", "triton" (float32 or 16 bits, up to 8192 channels) or "reference".
+        impl: "auto", "triton" (float32 or 16 bits, up to 8192 channels), "cpp" (CPU) or "reference".
     Returns: the shape and dtype of x.
     Raises: ValueError for a weight of another size, or an impl that is unknown or cannot run.
     """

@@ -15,8 +15,17 @@ import torch
 from torch import Tensor
 
 from varfast.kernels import reference
+from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.position import check_place, check_position
-from varfast.kernels.rotary_triton import split_into_op, split_op
+from varfast.kernels.rotary_triton import (
+    backward,
+    empty_heads,
+    empty_product,
+    empty_q,
+    setup_context,
+    split_into_op,
+    split_op,
+)
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 
 if TYPE_CHECKING:
@@ -25,20 +34,76 @@ if TYPE_CHECKING:
 PAIRS = ("adjacent", "halves")
 
 
+# The same in C++, csrc/rotary_cpu.cpp.
+if NO_EXTENSION is None:
+
+    @torch.library.register_fake("varfast::rotary_cpp")
+    def _(qkv_BLX: Tensor, rotary_LP2: Tensor | None, num_heads: int, num_kv_heads: int, halves: bool) -> Any:
+        return empty_heads(qkv_BLX, num_heads, num_kv_heads)
+
+    @torch.library.register_fake("varfast::rotary_backward_cpp")
+    def _(d_q_BHLD: Tensor, d_k_BGLD: Tensor, d_v_BGLD: Tensor, rotary_LP2: Tensor | None, halves: bool) -> Tensor:
+        return empty_product(d_q_BHLD, d_k_BGLD)
+
+    @torch.library.register_fake("varfast::rotary_into_cpp")
+    def _(
+        qkv_BX: Tensor, rotary: Any, position_B: Tensor, num_heads: int, halves: bool, k: Tensor, v: Tensor
+    ) -> Tensor:
+        return empty_q(qkv_BX, k, num_heads)
+
+    torch.library.register_autograd(
+        "varfast::rotary_cpp", partial(backward, torch.ops.varfast.rotary_backward_cpp), setup_context=setup_context
+    )
+
+
+def _split_cpp(
+    qkv_BLX: Tensor, rotary_LP2: Tensor | None, num_heads: int, num_kv_heads: int, pairs: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    if qkv_BLX.dtype == torch.float64:  # what tests compare with
+        return reference.split_heads_rotary(qkv_BLX, rotary_LP2, num_heads, num_kv_heads, pairs)
+    q, k, v = torch.ops.varfast.rotary_cpp(qkv_BLX, rotary_LP2, num_heads, num_kv_heads, pairs == "halves")
+    return q, k, v
+
+
+def _to_cache_cpp(
+    qkv_BX: Tensor,
+    rotary_NP2: Tensor | None,
+    position: Tensor,
+    k_cache_BGND: Tensor,
+    v_cache_BGND: Tensor,
+    num_heads: int,
+    pairs: str,
+) -> Tensor:
+    caches = (k_cache_BGND, v_cache_BGND)
+    if qkv_BX.dtype == torch.float64:
+        return reference.split_heads_rotary_to_cache(qkv_BX, rotary_NP2, position, *caches, num_heads, pairs)
+    position_B = position.long().expand(len(qkv_BX))
+    q: Tensor = torch.ops.varfast.rotary_into_cpp(qkv_BX, rotary_NP2, position_B, num_heads, pairs == "halves", *caches)
+    return q
+
+
+def _refuses_cpp(qkv: Tensor, rotary: Tensor | None, *_: Any) -> str | None:
+    return refused_by_cpp(qkv) or (None if qkv.dtype == torch.float64 else _refuses_table(rotary))
+
+
 def _refuses(qkv: Tensor, rotary: Tensor | None, *_: Any) -> str | None:
-    if rotary is not None and rotary.dtype != torch.float32:
-        return f"a rotary table in float32, got {rotary.dtype}"
-    return refused_dtype(qkv)
+    return _refuses_table(rotary) or refused_dtype(qkv)
+
+
+def _refuses_table(rotary: Tensor | None) -> str | None:
+    return None if rotary is None or rotary.dtype == torch.float32 else f"a table in float32, got {rotary.dtype}"
 
 
 implementations(
     "split_heads_rotary",
     Implementation("triton", split_op, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("cpp", _split_cpp, cannot_run_cpp, ("cpu",), _refuses_cpp),
     Implementation("reference", reference.split_heads_rotary),
 )
 implementations(
     "split_heads_rotary_to_cache",
     Implementation("triton", split_into_op, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("cpp", _to_cache_cpp, cannot_run_cpp, ("cpu",), _refuses_cpp),
     Implementation("reference", reference.split_heads_rotary_to_cache),
 )
 
@@ -84,7 +149,7 @@ def split_heads_rotary(
             of LlamaGen's class token both are 0.
         num_heads, num_kv_heads: H and G; each key head serves H / G adjacent query heads.
         pairs: "adjacent": channels (0, 1), (2, 3) ... (LlamaGen); "halves": (0, D / 2), (1, D / 2 + 1) ... (Llama).
-        impl: "auto", "triton" (float32 or 16 bits, the table float32) or "reference".
+        impl: "auto", "triton" (float32 or 16 bits, the table float32), "cpp" (CPU; the same) or "reference".
     Returns: q (B, H, L, D), k and v (B, G, L, D) in the dtype of qkv, turned in at least float32 and rounded once;
         contiguous but from "reference".
     Raises: ValueError for a shape that does not divide into heads, a table of another size, or an impl that is unknown

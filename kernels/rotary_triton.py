@@ -6,6 +6,7 @@ cache, X = (H + 2 G) D column of the product, in the order q, k, v.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varfast.kernels._triton import jit, tl
-from varfast.kernels.settings import setting
+from varfast.kernels.settings import AS_WRITTEN, setting
 
 # A program takes some tokens of at most 4 neighbouring heads, all of q, of k or of v: 4096 numbers, 32 a thread. The
 # heads of a token read its row of the table together: read by a program for each head, float32 beside bfloat16, the
@@ -85,15 +86,18 @@ def _rotary_kernel(
     num_tokens, length, query_heads, key_heads, q_image, q_head, q_row, k_image, k_head, k_row, v_image, v_head, v_row,
     position_stride, places,
     ROTARY: tl.constexpr, HALVES: tl.constexpr, POSITION: tl.constexpr, BACKWARD: tl.constexpr, TOKENS: tl.constexpr,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, ALIGNED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Forward: from the product to heads. BACKWARD: from the gradients of heads to that of the product.
 
     A row of a tile is a head of a token; the heads of a token follow each other. BLOCK: HEAD_DIM, or the power of two
     above it. POSITION: the one token of an image is at its position, read from the device; outside the cache, k and v
     are not written. Each branch has a copy of its own: with pointers chosen before one copy, the compiler does not see
-    that the rows it stores are aligned.
+    that the rows it stores are aligned. Strides of heads come divided by ALIGNED, so that it knows the divisor.
     """
+    q_image, q_head, q_row = q_image * ALIGNED, q_head * ALIGNED, q_row * ALIGNED
+    k_image, k_head, k_row = k_image * ALIGNED, k_head * ALIGNED, k_row * ALIGNED
+    v_image, v_head, v_row = v_image * ALIGNED, v_head * ALIGNED, v_row * ALIGNED
     heads = query_heads + 2 * key_heads
     groups = heads // HEADS
     first = (tl.program_id(0) % groups) * HEADS
@@ -144,6 +148,8 @@ def _launch(
     rule = {"TOKENS": max(1, numbers // (together * block)), "num_warps": num_warps}
     chosen = setting(kernel, dim, q.device, **rule)
     total = num_heads + 2 * k.shape[1]
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    aligned = math.gcd(16, *strides)
     grid = (-(-batch * length // chosen["TOKENS"]) * (total // together),)
     with torch.cuda.device_of(q):
         _rotary_kernel[grid](
@@ -157,9 +163,7 @@ def _launch(
             length,
             num_heads,
             k.shape[1],
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
+            *(stride // aligned for stride in strides),
             0 if position is None else position.expand(batch).stride(0),
             k.shape[2],
             ROTARY=rotary is not None,
@@ -167,13 +171,15 @@ def _launch(
             POSITION=position is not None,
             BACKWARD=backward,
             HEADS=together,
+            ALIGNED=aligned,
             HEAD_DIM=dim,
             BLOCK=block,
             **chosen,
+            **AS_WRITTEN,  # strict mode: one token has the bits that it has among others
         )
 
 
-def _outputs(qkv_BLX: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def empty_heads(qkv_BLX: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = qkv_BLX.shape
     dim = width // (num_heads + 2 * num_kv_heads)
     q, k, v = (qkv_BLX.new_empty((batch, n, length, dim)) for n in (num_heads, num_kv_heads, num_kv_heads))
@@ -184,17 +190,17 @@ def _outputs(qkv_BLX: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor
 def split_op(
     qkv_BLX: Tensor, rotary_LP2: Tensor | None, num_heads: int, num_kv_heads: int, pairs: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    heads = _outputs(qkv_BLX, num_heads, num_kv_heads)
+    heads = empty_heads(qkv_BLX, num_heads, num_kv_heads)
     _launch(qkv_BLX.contiguous(), heads, rotary_LP2, pairs)
     return heads
 
 
 @split_op.register_fake
 def _(qkv_BLX, rotary_LP2, num_heads, num_kv_heads, pairs):
-    return _outputs(qkv_BLX, num_heads, num_kv_heads)
+    return empty_heads(qkv_BLX, num_heads, num_kv_heads)
 
 
-def _product_of(d_q_BHLD: Tensor, d_k_BGLD: Tensor) -> Tensor:
+def empty_product(d_q_BHLD: Tensor, d_k_BGLD: Tensor) -> Tensor:
     batch, heads, length, dim = d_q_BHLD.shape
     return d_q_BHLD.new_empty((batch, length, (heads + 2 * d_k_BGLD.shape[1]) * dim))
 
@@ -203,27 +209,27 @@ def _product_of(d_q_BHLD: Tensor, d_k_BGLD: Tensor) -> Tensor:
 def backward_op(d_q_BHLD: Tensor, d_k_BGLD: Tensor, d_v_BGLD: Tensor, rotary_LP2: Tensor | None, pairs: str) -> Tensor:
     """d qkv (B, L, X)."""
     d_q, d_k, d_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (d_q_BHLD, d_k_BGLD, d_v_BGLD))
-    d_qkv = _product_of(d_q, d_k)
+    d_qkv = empty_product(d_q, d_k)
     _launch(d_qkv, (d_q, d_k, d_v), rotary_LP2, pairs, backward=True)
     return d_qkv
 
 
 @backward_op.register_fake
 def _(d_q_BHLD, d_k_BGLD, d_v_BGLD, rotary_LP2, pairs):
-    return _product_of(d_q_BHLD, d_k_BGLD)
+    return empty_product(d_q_BHLD, d_k_BGLD)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, rotary_LP2, _, _, ctx.pairs = inputs
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, rotary_LP2, _, _, ctx.pairs = inputs  # the last: a name, or in C++ whether it is "halves"
     ctx.save_for_backward(rotary_LP2)
 
 
-def _backward(ctx: Any, *d_heads: Tensor) -> tuple[Tensor | None, ...]:
+def backward(op: Any, ctx: Any, *d_heads: Tensor) -> tuple[Tensor | None, ...]:
     (rotary_LP2,) = ctx.saved_tensors
-    return backward_op(*d_heads, rotary_LP2, ctx.pairs), None, None, None, None
+    return op(*d_heads, rotary_LP2, ctx.pairs), None, None, None, None
 
 
-split_op.register_autograd(_backward, setup_context=_setup_context)
+split_op.register_autograd(functools.partial(backward, backward_op), setup_context=setup_context)
 
 
 @torch.library.custom_op("varfast::split_heads_rotary_into", mutates_args=("k_cache_BGND", "v_cache_BGND"))
@@ -236,16 +242,16 @@ def split_into_op(
     num_heads: int,
     pairs: str,
 ) -> Tensor:
-    q_BHD = _empty_q(qkv_BX, k_cache_BGND, num_heads)
+    q_BHD = empty_q(qkv_BX, k_cache_BGND, num_heads)
     heads = (q_BHD.unsqueeze(2), k_cache_BGND, v_cache_BGND)
     _launch(qkv_BX.contiguous(), heads, rotary_NP2, pairs, position=position)
     return q_BHD
 
 
-def _empty_q(qkv_BX: Tensor, k_cache_BGND: Tensor, num_heads: int) -> Tensor:
+def empty_q(qkv_BX: Tensor, k_cache_BGND: Tensor, num_heads: int) -> Tensor:
     return qkv_BX.new_empty((len(qkv_BX), num_heads, k_cache_BGND.shape[3]))
 
 
 @split_into_op.register_fake
 def _(qkv_BX, rotary_NP2, position, k_cache_BGND, v_cache_BGND, num_heads, pairs):
-    return _empty_q(qkv_BX, k_cache_BGND, num_heads)
+    return empty_q(qkv_BX, k_cache_BGND, num_heads)

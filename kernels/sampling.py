@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from varfast.kernels import reference
+from varfast.kernels import reference, sampling_segments
 from varfast.kernels._triton import jit, tl
-from varfast.kernels.sampling_segments import empty_outputs, sample_segments, token_uniform
+from varfast.kernels.sampling_segments import token_uniform
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 from varfast.kernels.settings import setting
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # A row is held in registers: 32 numbers a thread at 1024 threads.
 _MAX_VOCAB = 32768
+_FIRST_KERNEL_VOCAB = 8192
 _COUNT_BITS = 52
 
 
@@ -116,13 +117,18 @@ def _block(vocab: int) -> tuple[int, float]:
     return block, float(2 ** (_COUNT_BITS - (block.bit_length() - 1)))
 
 
-def _launch_settings(vocab: int, device: torch.device | None = None) -> dict[str, int]:
-    """16 numbers a thread at 4096 codes, loaded 128 bits at a time."""
-    return setting("sample_tokens", vocab, device, num_warps=min(16, max(4, _block(vocab)[0] // 512)))
+def _launch_of(
+    vocab: int, temperature: float, filtered: bool, device: torch.device
+) -> tuple[Any, tuple[float, ...], dict[str, Any]]:
+    """The kernel, what it divides the logits by, and its constants and settings: 16 numbers a thread at 4096 codes."""
+    block, count_scale = _block(vocab)
+    chosen = setting("sample_tokens", vocab, device, num_warps=min(16, max(4, block // 512)))
+    constants = {"BLOCK": block, "COUNT_SCALE": count_scale}
+    return _sample_kernel, reference.split_float32(1.0 / temperature), constants | chosen
 
 
 @torch.library.custom_op("varfast::sample_tokens", mutates_args=())
-def _sample_triton(
+def _sample_op(
     logits_BlV: Tensor,
     key: Tensor,
     scale: int,
@@ -133,17 +139,20 @@ def _sample_triton(
     top_p: float,
     bias_V: Tensor | None = None,
     first_token: Tensor | None = None,
+    segments: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """segments: by the kernel of sampling_segments.py."""
     batch, length, vocab = logits_BlV.shape
     logits = logits_BlV.contiguous()
-    uncond = logits if uncond_logits_BlV is None else uncond_logits_BlV.contiguous()
     tokens, logp, entropy = empty_outputs(logits)
     if tokens.numel():
-        block, count_scale = _block(vocab)
+        top_k_on, top_p_on = 0 < top_k < vocab, 0.0 < top_p < 1.0
+        launch_of = sampling_segments.launch_of if segments else _launch_of
+        kernel, by_temperature, constants = launch_of(vocab, temperature, top_k_on or top_p_on, logits.device)
         with torch.cuda.device_of(logits):
-            _sample_kernel[(batch * length,)](
+            kernel[(batch * length,)](
                 logits,
-                uncond,
+                logits if uncond_logits_BlV is None else uncond_logits_BlV.contiguous(),
                 logits if bias_V is None else bias_V.float().contiguous(),
                 key,
                 key if first_token is None else first_token,
@@ -154,25 +163,35 @@ def _sample_triton(
                 length,
                 vocab,
                 scale,
-                *reference.split_float32(1.0 / temperature),
+                *by_temperature,
                 guidance,
                 top_k,
                 1.0 - top_p,
-                BLOCK=block,
-                COUNT_SCALE=count_scale,
                 BIAS=bias_V is not None,
                 GUIDED=uncond_logits_BlV is not None,
-                TOP_K=0 < top_k < vocab,
-                TOP_P=0.0 < top_p < 1.0,
+                TOP_K=top_k_on,
+                TOP_P=top_p_on,
                 FIRST_TOKEN=first_token is not None,
-                **_launch_settings(vocab, logits.device),
+                **constants,
             )
     return tokens, logp, entropy
 
 
-@_sample_triton.register_fake
-def _(logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p, bias_V=None, first_token=None):
+def empty_outputs(logits_BlV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, log-probabilities and entropies, not yet written."""
+    shape = logits_BlV.shape[:2]
+    logp, entropy = (logits_BlV.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return logits_BlV.new_empty(shape, dtype=torch.int64), logp, entropy
+
+
+@_sample_op.register_fake
+def _(logits_BlV, *_, **__):
     return empty_outputs(logits_BlV)
+
+
+def _sample_by_vocab(logits_BlV: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The first kernel holds a row's 64-bit counts in registers, and spills at 16384 codes; the second does not."""
+    return _sample_op(logits_BlV, *more, segments=logits_BlV.shape[-1] > _FIRST_KERNEL_VOCAB)
 
 
 def _refuses(logits_BlV: Tensor, *_: Any) -> str | None:
@@ -183,8 +202,8 @@ def _refuses(logits_BlV: Tensor, *_: Any) -> str | None:
 
 implementations(
     "sample_tokens",
-    Implementation("triton", _sample_triton, cannot_run_triton, ("cuda",), _refuses),
-    Implementation("triton_segments", sample_segments, cannot_run_triton, (), _refuses),
+    Implementation("triton", _sample_by_vocab, cannot_run_triton, ("cuda",), _refuses),
+    Implementation("triton_segments", partial(_sample_op, segments=True), cannot_run_triton, (), _refuses),
     Implementation("reference", reference.sample_tokens),
 )
 
@@ -257,8 +276,9 @@ def sample_tokens(
         bias_V: (V,) added to both logits in float32 as they are read, so that the head's product need not add it.
         first_token: () int64 on the logits' device: place in the scale of the first of the l tokens; None: 0. Of a
             scale that is sampled token by token, so that a captured step reads the place of each replay.
-        impl: "auto", "triton", "triton_segments" (sampling_segments.py, which "auto" never picks) or "reference". They
-            draw the same tokens, but where the uniform number falls within float32 rounding of the border between two.
+        impl: "auto", "triton", "triton_segments" (sampling_segments.py; "triton" is that too above 8192 codes) or
+            "reference". They draw the same tokens, but where the uniform number falls within float32 rounding of the
+            border between two.
     Returns:
         tokens (B, l) int64; their log-probability (B, l) and the entropy in nats (B, l), float32 (float64 for
         float64), of the distribution drawn from, that is after guidance, temperature and filters. No gradient.

@@ -6,8 +6,9 @@ log-probabilities whatever the block shape and the batch split. The draw has two
 row say in which of them the token lies; only that segment, still in the cache, is read again and scanned.
 
 It has run interpreted and compiles for sm_90 and sm_100; no GPU has run it. So impl="auto" does not pick it before it
-was measured. By count, not measured: binaries for sm_90, triton 3.6, 131072 rows of 4096 float32 codes with a bias, on
-an H100, which issues 528 instructions a cycle. The first kernel was measured at 1.77 ms, 40 % of the bandwidth.
+was measured, but above 8192 codes, where the first kernel spills. By count, not measured: binaries for sm_90, triton
+3.6, 131072 rows of 4096 float32 codes with a bias, on an H100, which issues 528 instructions a cycle. The first kernel
+was measured at 1.77 ms, 40 % of the bandwidth.
 
     a row                     triton       triton_segments
     warps x instructions      8 x 1216     1 x 2656   issued in 1.38 ms and 0.38; the bytes take 0.71
@@ -25,9 +26,9 @@ Axes: B image, l token of one scale, V vocabulary, N = B * l rows.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from varfast.kernels._triton import jit, tl
 from varfast.kernels.settings import setting
@@ -208,68 +209,10 @@ def _launch_settings(vocab: int, filtered: bool, device: torch.device | None = N
     return setting("sample_tokens_segments", vocab, device, num_warps=16 if block == 32768 else max(1, block // 4096))
 
 
-@torch.library.custom_op("varfast::sample_tokens_segments", mutates_args=())
-def sample_segments(
-    logits_BlV: Tensor,
-    key: Tensor,
-    scale: int,
-    temperature: float,
-    uncond_logits_BlV: Tensor | None,
-    guidance: float,
-    top_k: int,
-    top_p: float,
-    bias_V: Tensor | None = None,
-    first_token: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """sample_tokens of kernels/sampling.py, its arguments checked there."""
-    batch, length, vocab = logits_BlV.shape
-    logits = logits_BlV.contiguous()
-    uncond = logits if uncond_logits_BlV is None else uncond_logits_BlV.contiguous()
-    tokens, logp, entropy = empty_outputs(logits)
-    if tokens.numel():
-        block = _block(vocab)
-        top_k_on, top_p_on = 0 < top_k < vocab, 0.0 < top_p < 1.0
-        with torch.cuda.device_of(logits):
-            _sample_kernel[(batch * length,)](
-                logits,
-                uncond,
-                logits if bias_V is None else bias_V.float().contiguous(),
-                key,
-                key if first_token is None else first_token,
-                tokens,
-                logp,
-                entropy,
-                vocab,
-                length,
-                vocab,
-                scale,
-                _LOG2_E / temperature,
-                guidance,
-                top_k,
-                1.0 - top_p,
-                BLOCK=block,
-                SEGMENTS=_SEGMENTS,
-                COUNT_BITS=_SUM_BITS - (block.bit_length() - 1),
-                BIAS=bias_V is not None,
-                GUIDED=uncond_logits_BlV is not None,
-                TOP_K=top_k_on,
-                TOP_P=top_p_on,
-                FIRST_TOKEN=first_token is not None,
-                **_launch_settings(vocab, top_k_on or top_p_on, logits.device),
-            )
-    return tokens, logp, entropy
-
-
-@sample_segments.register_fake
-def _(logits_BlV, key, scale, temperature, uncond_logits_BlV, guidance, top_k, top_p, bias_V=None, first_token=None):
-    return empty_outputs(logits_BlV)
-
-
-def empty_outputs(logits_BlV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, log-probabilities and entropies, not yet written."""
-    shape = logits_BlV.shape[:2]
-    return (
-        logits_BlV.new_empty(shape, dtype=torch.int64),
-        logits_BlV.new_empty(shape, dtype=torch.float32),
-        logits_BlV.new_empty(shape, dtype=torch.float32),
-    )
+def launch_of(
+    vocab: int, temperature: float, filtered: bool, device: torch.device
+) -> tuple[Any, tuple[float, ...], dict[str, int]]:
+    """The kernel, what it multiplies the logits by, and its constants and settings."""
+    block = _block(vocab)
+    constants = {"BLOCK": block, "SEGMENTS": _SEGMENTS, "COUNT_BITS": _SUM_BITS - (block.bit_length() - 1)}
+    return _sample_kernel, (_LOG2_E / temperature,), constants | _launch_settings(vocab, filtered, device)

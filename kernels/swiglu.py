@@ -13,6 +13,7 @@ from torch import Tensor
 
 from varfast.kernels import reference
 from varfast.kernels._triton import jit, tl
+from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, refused_by_cpp
 from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 from varfast.kernels.settings import setting
 
@@ -88,7 +89,7 @@ def _swiglu_op(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
 
 
 @_swiglu_op.register_fake
-def _(gate_NF, up_NF):
+def _fake(gate_NF, up_NF):
     return gate_NF.new_empty(gate_NF.shape)
 
 
@@ -114,7 +115,7 @@ def _swiglu_backward_op(d_out_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tup
 
 
 @_swiglu_backward_op.register_fake
-def _(d_out_NF, gate_NF, up_NF):
+def _fake_backward(d_out_NF, gate_NF, up_NF):
     return gate_NF.new_empty(gate_NF.shape), up_NF.new_empty(up_NF.shape)
 
 
@@ -122,21 +123,39 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
-    d_gate, d_up = _swiglu_backward_op(d_out, *ctx.saved_tensors)
+def _backward(op: Any, ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    d_gate, d_up = op(d_out, *ctx.saved_tensors)
     return d_gate, d_up
 
 
-_swiglu_op.register_autograd(_backward, setup_context=_setup_context)
+_swiglu_op.register_autograd(partial(_backward, _swiglu_backward_op), setup_context=_setup_context)
+
+# The same in C++, csrc/rms_norm_cpu.cpp.
+if NO_EXTENSION is None:
+    torch.library.register_fake("varfast::swiglu_cpp", _fake)
+    torch.library.register_fake("varfast::swiglu_backward_cpp", _fake_backward)
+    torch.library.register_autograd(
+        "varfast::swiglu_cpp",
+        partial(_backward, torch.ops.varfast.swiglu_backward_cpp),
+        setup_context=_setup_context,
+    )
 
 
 def _swiglu_triton(gate_BLF: Tensor, up_BLF: Tensor) -> Tensor:
     return _swiglu_op(gate_BLF.flatten(0, -2), up_BLF.flatten(0, -2)).view(gate_BLF.shape)
 
 
+def _swiglu_cpp(gate_BLF: Tensor, up_BLF: Tensor) -> Tensor:
+    if gate_BLF.dtype == torch.float64:  # what tests compare with
+        return reference.swiglu(gate_BLF, up_BLF)
+    out: Tensor = torch.ops.varfast.swiglu_cpp(gate_BLF.flatten(0, -2), up_BLF.flatten(0, -2))
+    return out.view(gate_BLF.shape)
+
+
 implementations(
     "swiglu",
     Implementation("triton", _swiglu_triton, cannot_run_triton, ("cuda",), lambda gate, _: refused_dtype(gate)),
+    Implementation("cpp", _swiglu_cpp, cannot_run_cpp, ("cpu",), refused_by_cpp),
     Implementation("reference", reference.swiglu),
 )
 
@@ -147,7 +166,7 @@ def swiglu(gate_BLF: Tensor, up_BLF: Tensor, impl: str = "auto") -> Tensor:
     Args:
         gate_BLF, up_BLF: (..., F), two axes or more, one shape and dtype. Halves of the columns of one product are read
             where they are. Differentiable.
-        impl: "auto", "triton" (float32 or 16 bits) or "reference".
+        impl: "auto", "triton" (float32 or 16 bits), "cpp" (CPU) or "reference".
     Returns: the shape and dtype of gate, contiguous.
     Raises: ValueError for two shapes or dtypes, or an impl that is unknown or cannot run.
     """

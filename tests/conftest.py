@@ -21,7 +21,7 @@ from varfast.config import Config, parse_config
 from varfast.kernels.selection import OPS
 from varfast.models import VAR, VQVAE, VARConfig, VQVAEConfig
 from varfast.perf.work import Work
-from varfast.policies.var.build import cost_of
+from varfast.policies.families import family_of
 
 # nohup and a shell's & start programs that ignore them; the tests want what a terminal starts.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -193,7 +193,7 @@ def make_work():
                 **sections,
             }
         )
-        return Work.whole(config, cost_of(config.policy, dtype))
+        return Work.whole(config, family_of(config.policy).cost_of(config.policy, dtype))
 
     return make
 

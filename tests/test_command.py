@@ -38,7 +38,7 @@ print(json.dumps(answers))
 @pytest.fixture(scope="module")
 def answers():
     """Of command lines that need no PyTorch: (code, stdout, stderr, heavy modules) by what was typed."""
-    commands = ("train", "sample", "evaluate", "report", "export", "pretrain", "roofline", "env")
+    commands = ("train", "sample", "evaluate", "statistics", "report", "export", "pretrain", "roofline", "env")
     lines = [[f"varfast.{name}", "--help"] for name in commands]
     lines += [["varfast", name, "-h"] for name in commands]
     lines += [
@@ -72,15 +72,18 @@ def test_help_and_typos_import_neither_torch_nor_numpy(answers):
         assert heavy == [], line
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "report", "export", "pretrain", "roofline", "env"])
+@pytest.mark.parametrize(
+    "name", ["train", "sample", "evaluate", "statistics", "report", "export", "pretrain", "roofline", "env"]
+)
 def test_help_of_every_command_ends_with_0_and_names_its_keys(answers, name):
     code, out, error, _ = answers[f"varfast.{name} --help"]
     assert (code, error) == (0, "")
     assert out.startswith(f"usage: python -m varfast.{name}")
     assert max(map(len, out.splitlines())) <= 100
     assert answers[f"varfast {name} -h"][:3] == [0, out, ""]
-    shown = {"train": "update.lr", "sample": "cfg", "evaluate": "fid_reference", "report": "runs", "export": "out",
-             "pretrain": "pretrain.var_steps", "roofline": "device", "env": ""}[name]  # fmt: skip
+    shown = {"train": "update.lr", "sample": "cfg", "evaluate": "fid_reference", "statistics": "images",
+             "report": "runs", "export": "out", "pretrain": "pretrain.var_steps", "roofline": "device",
+             "env": ""}[name]  # fmt: skip
     assert f"  {shown}  " in out or not shown
 
 
@@ -124,7 +127,7 @@ def test_version_and_the_list_of_commands(answers):
     assert answers["varfast.train --version"][:2] == [0, f"varfast {__version__}\n"]
     code, out, _, _ = answers["varfast"]
     assert code == 0
-    for name in ("train", "sample", "evaluate", "report", "export", "pretrain", "roofline", "env"):
+    for name in ("train", "sample", "evaluate", "statistics", "report", "export", "pretrain", "roofline", "env"):
         assert f"\n  {name} " in out
 
 

@@ -87,7 +87,8 @@ def free_ports(count):
 
 
 def weights(folder):
-    state = torch.load(Path(folder) / "var.pth", weights_only=True)
+    (path,) = Path(folder).glob("*.pth")  # var.pth, for VAR
+    state = torch.load(path, weights_only=True)
     return torch.cat([t.flatten() for name, t in state.items() if name != "attn_bias_for_masking"])
 
 
@@ -114,6 +115,15 @@ CASES = {
     "bfloat16": {"run__dtype": "bfloat16", "update__checkpointing": "attention"},
     # Both halves of guidance, in shares of two minibatches.
     "guided": {"rollout__cfg": 1.5, "update__lr": 1e-3},
+    # A next-token model.
+    "llamagen": {
+        "update__lr": 1e-3,
+        "policy": {
+            "family": "llamagen", "checkpoint": "random",
+            "gpt": {"depth": 2, "width": 32, "num_heads": 2, "vocab_size": 16, "num_classes": 5, "side": 3},
+            "vq": {"base_channels": 32, "channel_multipliers": [1], "num_res_blocks": 1},
+        },
+    },
     # Not one log-probability of the update differs from the rollout's.
     "strict": {"run__strict": True, "run__dtype": "bfloat16"},
     # var.pth is the average; the KL of the third step is to the policy after two.
@@ -221,7 +231,7 @@ def test_two_processes_train_as_one(make_config, on_two, case, way):
 
 @pytest.mark.slow
 def test_four_processes_train_as_one(make_config, tmp_path):
-    configs = run_all(make_config, tmp_path, 4, ["uneven", "no_signal", "passes"])
+    configs = run_all(make_config, tmp_path, 4, ["uneven", "no_signal", "passes", "loo_fid"])
     for (case, _), config in configs.items():
         assert_equal_runs(tmp_path / case, config.run.dir, config.update.lr)
 

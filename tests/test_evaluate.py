@@ -1,6 +1,7 @@
 import json
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,15 +14,18 @@ from varfast.data.datasets import DigitsClassifier, digits
 from varfast.data.labels import Label, label_pool, labels_json
 from varfast.distributed import Launch
 from varfast.evaluate import main
-from varfast.evaluation.arguments import BASE, resolved
+from varfast.evaluation.arguments import BASE, resolved, samplings
 from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.features import load_real_images
 from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.measure import evaluate
 from varfast.evaluation.metrics import diversity, fid, inception_score, mean_interval, neighbours, statistics
 from varfast.evaluation.plan import Plan
-from varfast.evaluation.table import table, tabulate
+from varfast.evaluation.sampling import resized, rounded
+from varfast.evaluation.table import about, table, tabulate
 from varfast.features.networks import DigitsPixels, to_levels
+from varfast.policies.llamagen.policy import LlamaGenPolicy
+from varfast.policies.taming.policy import TamingPolicy
 from varfast.randomness import EVAL_STEP, Key
 from varfast.rewards.brightness import brightness
 from varfast.settings.loading import parse_arguments
@@ -192,7 +196,7 @@ def test_resolved_takes_what_is_left_open_from_the_run(make_config, make_models,
     train(config)
     noted = (Path(config.run.dir) / "base.json").stat().st_mtime_ns
     found = resolved(EvaluateConfig(checkpoint=config.run.dir))
-    assert (found.reference, found.classifier.model) == (BASE, "digits")
+    assert (found.reference, found.classifier.model, found.family) == (BASE, "digits", "var")
     assert Path(found.vqvae).samefile(tmp_path / "q.pth")
     assert found.scores == config.reward
     kept = resolved(EvaluateConfig(checkpoint=config.run.dir, reference=None, classifier=None, scores={}))
@@ -205,9 +209,10 @@ def test_resolved_takes_what_is_left_open_from_the_run(make_config, make_models,
     assert rows == same
     assert [row.name for row in rows] == ["score/luma", "top1", "top5"]
     assert (Path(config.run.dir) / "base.json").stat().st_mtime_ns == noted  # several processes read it
-    assert found.out == f"{config.run.dir}/evaluation"
-    plain = EvaluateConfig(**models)
-    assert resolved(plain) == plain.model_copy(update={"out": "evaluation"})
+    assert found.out == Path(config.run.dir) / "evaluation"
+    plain = resolved(EvaluateConfig(**models))
+    assert (plain.reference, plain.vqvae) == (models["reference"], models["vqvae"])
+    assert (plain.out, plain.scores, plain.classifier) == (Path("evaluation"), {}, None)
 
 
 def test_labels_are_sampled_by_name(make, tmp_path):
@@ -422,10 +427,10 @@ def test_tabulate_pairs_and_leaves_out_what_is_not_there():
     rng = np.random.RandomState(0)
     labels = np.repeat([0, 1], 4)
     before, after = rng.rand(8), rng.rand(8)
-    rows = tabulate({"score/a": before}, {"score/a": after}, labels, {0, 1}, None)
+    rows = tabulate({"score/a": before}, {"score/a": after}, labels, {0, 1}, {})
     assert [row.labels for row in rows] == ["all", "seen"]  # no unseen label was sampled
     assert rows[0].checkpoint == mean_interval(after)
-    (alone,) = tabulate(None, {"score/a": after}, labels, None, None)
+    (alone,) = tabulate(None, {"score/a": after}, labels, None, {})
     assert (alone.baseline, alone.difference) == (None, None)
     assert table([alone]).splitlines()[0].split() == ["checkpoint"]
     text = table(rows)
@@ -434,21 +439,21 @@ def test_tabulate_pairs_and_leaves_out_what_is_not_there():
     assert f"{(after - before).mean():+.4g} [" in text
 
 
-def test_arguments_and_their_defaults_are_vars_inference():
+def test_arguments_and_their_defaults():
     config = parse_arguments(
         ["checkpoint=a", "scores.aes.type=aesthetic", "classifier=resnet50", "fid_reference=x.npz"], EvaluateConfig
     )
-    assert (config.cfg, config.top_k, config.top_p, config.temperature) == (1.5, 900, 0.96, 1.0)
+    assert (config.cfg, config.top_k, config.top_p, config.temperature) == (None, None, None, None)  # the family's
     assert (config.samples_per_label, config.labels) == (10, "all")
     assert (config.classifier.model, config.classifier.weights) == ("resnet50", "IMAGENET1K_V2")
-    assert config.feature_network == "inception"
+    assert config.feature_networks == ("inception",)
     assert config.scores["aes"].head.startswith("https://")
     with pytest.raises(InputError, match=r"scores.aes.haed: unknown key; did you mean scores.aes.head"):
         parse_arguments(["checkpoint=a", "scores.aes.type=aesthetic", "scores.aes.haed=x"], EvaluateConfig)
     with pytest.raises(InputError, match=r"classifier.modle: unknown key; did you mean classifier.model"):
         parse_arguments(["checkpoint=a", "classifier.modle=x"], EvaluateConfig)
-    assert parse_arguments(["checkpoint=a", "fid_reference=digits"], EvaluateConfig).feature_network == "digits"
-    assert parse_arguments(["checkpoint=a"], EvaluateConfig).feature_network is None
+    assert parse_arguments(["checkpoint=a", "fid_reference=digits"], EvaluateConfig).feature_networks == ("digits",)
+    assert parse_arguments(["checkpoint=a"], EvaluateConfig).feature_networks == ()
 
 
 def test_saved_archive_is_read_back_as_a_reference(make, tmp_path):
@@ -459,3 +464,182 @@ def test_saved_archive_is_read_back_as_a_reference(make, tmp_path):
     rows = by_name(evaluate(make(save="npz", reference=None, features="digits", fid_reference=str(path))))
     assert rows["fid", "all"].checkpoint.value == pytest.approx(0, abs=1e-9)
     assert rows["coverage", "all"].checkpoint.value == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several guidances, several features
+
+
+class Means:
+    """A second network for the features: mean and spread of each channel; it does not classify."""
+
+    name, width = "inception", 6
+
+    def __call__(self, levels):
+        values = levels.double().flatten(2)
+        return torch.cat([values.mean(dim=2), values.std(dim=2)], dim=1).cpu().numpy(), None
+
+
+@pytest.fixture
+def two_networks(monkeypatch):
+    monkeypatch.setattr("varfast.evaluation.judge._network", lambda config, name, device: {"digits": DigitsPixels,
+                        "inception": Means}[name]())  # fmt: skip
+    monkeypatch.setattr("varfast.evaluation.judge._CLASSIFYING", ("digits",))
+
+
+def test_guidances_and_features_stand_in_one_table(make, drawn, two_networks, tmp_path, capsys):
+    np.savez(tmp_path / "real.npz", arr_0=to_levels(digits(8)[0][:60]).permute(0, 2, 3, 1).numpy())
+    both = {"features": ["digits", "inception"], "fid_reference": str(tmp_path / "real.npz")}
+    rows = evaluate(make(cfg=[0, 3.0], save="npz", **both))
+    assert sum(drawn) == 2 * 2 * 20
+    assert [(row.name, row.features, row.cfg) for row in rows[:4]] == [
+        ("score/luma", None, 0.0), ("score/luma", None, 3.0), ("diversity", "digits", 0.0), ("diversity", "digits", 3.0)
+    ]  # fmt: skip
+    assert {row.features for row in rows if row.name == "fid"} == {"digits", "inception"}
+    assert {row.features for row in rows if row.name == "inception_score"} == {"digits"}
+    for cfg, network in ((0.0, "inception"), (3.0, "digits")):
+        alone = evaluate(make(**both | {"features": network}, cfg=cfg, out=str(tmp_path / network)))
+        assert alone == [row for row in rows if row.cfg == cfg and row.features in (None, network)]
+    first, last = (next(row for row in rows if row.name == "fid" and row.cfg == cfg) for cfg in (0.0, 3.0))
+    assert first.checkpoint.value != last.checkpoint.value
+    lines = table(rows).splitlines()
+    assert lines[0].split() == ["cfg", "reference", "checkpoint", "difference"]
+    assert lines[1].split()[:2] == ["score/luma", "0"]
+    assert sum(line.startswith("fid, inception features ") for line in lines) == 2
+    drawn.clear()
+    assert evaluate(make(cfg=[0, 3.0], save="npz", **both)) == rows
+    assert drawn == []
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert result["real_images"] == {"digits": 60, "inception": 60}
+    assert result["settings"]["cfg"] == [0.0, 3.0]
+    assert list(dict.fromkeys(column["of"] for column in result["pictures"]["columns"])) == [
+        "reference_cfg_0", "checkpoint_cfg_0", "reference_cfg_3", "checkpoint_cfg_3"
+    ]  # fmt: skip
+    text = about(result)
+    assert "20 images a model and guidance" in text
+    assert "Features: digits, inception." in text
+    assert "60 real images" in text
+    assert "Fewer images than features (64 of digits): their covariance is singular" in text
+    for name in ("reference_cfg_0", "checkpoint_cfg_0", "reference_cfg_3", "checkpoint_cfg_3"):
+        assert np.load(tmp_path / "out" / f"images_{name}.npz")["arr_0"].shape == (20, 8, 8, 3)
+
+
+def test_each_network_is_compared_with_its_own_statistics(make, two_networks, tmp_path):
+    sets = {"digits": 64, "inception": 6}
+    for name, width in sets.items():
+        np.savez(tmp_path / f"{name}.npz", mu=np.zeros(width), sigma=np.eye(width))
+    given = {name: str(tmp_path / f"{name}.npz") for name in sets}
+    rows = evaluate(make(fid_reference=given, save="npz", reference=None))
+    levels = torch.from_numpy(np.load(tmp_path / "out" / "images_checkpoint.npz")["arr_0"]).permute(0, 3, 1, 2)
+    for name, network in (("digits", DigitsPixels()), ("inception", Means())):
+        (row,) = [row for row in rows if row.name == "fid" and row.features == name]
+        known = load_real_images(given[name], network, 8).statistics
+        assert row.checkpoint.value == pytest.approx(fid(known, statistics(network(levels)[0])))
+    with pytest.raises(InputError, match="are statistics of other features"):
+        evaluate(make(fid_reference=given["digits"], features=["digits", "inception"], out=str(tmp_path / "b")))
+
+
+def test_the_guided_set_comes_first_so_that_a_model_without_guidance_is_refused_at_once(make, monkeypatch):
+    def sample_images(self, labels, how, *args, original=Policy.sample_images, **kwargs):
+        if how.cfg:
+            raise InputError("it knows no guidance")
+        return original(self, labels, how, *args, **kwargs)
+
+    monkeypatch.setattr(Policy, "sample_images", sample_images)
+    config = make(cfg=[0, 1.5])
+    with pytest.raises(InputError, match="it knows no guidance"):
+        evaluate(config)
+    assert not (Path(config.out) / "chunks").exists()
+
+
+def test_a_folder_of_the_version_before_goes_on(make, tmp_path):
+    evaluate(make(reference=None, features="digits"))
+    settings = json.loads((tmp_path / "out" / "settings_0.json").read_text())
+    assert settings.keys() == {
+        "checkpoint", "reference", "vqvae", "labels", "samples_per_label", "temperature", "cfg", "top_k", "top_p",
+        "seed", "dtype", "save", "scores", "classifier", "features",
+    }  # fmt: skip
+    assert (settings["cfg"], settings["top_k"], settings["top_p"], settings["temperature"]) == (1.5, 900, 0.96, 1.0)
+    assert settings["features"] == "digits"
+    with zipfile.ZipFile(tmp_path / "out" / "chunks" / "checkpoint_00000.npz") as archive:
+        names = {"features.npy", "logits.npy", "score/luma.npy", "levels.npy", "weights.npy"}
+        assert set(archive.namelist()) == names
+
+
+def test_sampling_is_the_familys_own_unless_it_is_given(make_policy):
+    config = EvaluateConfig(checkpoint="a")
+    assert samplings(config, make_policy()) == [Sampling(1.0, 1.5, 900, 0.96)]
+    given = EvaluateConfig(checkpoint="a", cfg=[0, 2], top_k=0, top_p=0.5, temperature=0.7)
+    assert samplings(given, make_policy()) == [Sampling(0.7, cfg, 0, 0.5) for cfg in (0.0, 2.0)]
+    own = LlamaGenPolicy.published_sampling.fget
+    for width, cfg in ((768, 2.0), (1024, 2.0), (1280, 1.75), (1536, 1.75), (3200, 1.65)):
+        sized = SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(width=width)))
+        assert own(sized) == Sampling(1.0, cfg)
+    assert TamingPolicy.published_sampling.fget(None) == Sampling(1.0, 0.0, 600, 0.92)
+
+
+def test_pixels_are_rounded_as_the_familys_own_code_does(make, tmp_path):
+    # LlamaGen: clamp(127.5 x + 128, 0, 255), taming: clip(255 (x + 1) / 2, 0, 255), of x in [-1, 1]; both cut off
+    x = torch.rand(1, 3, 50, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
+    images = ((x + 1) / 2).clamp(0, 1)
+    assert torch.equal(rounded(images, LlamaGenPolicy.rounding), (127.5 * x + 128).clamp(0, 255).to(torch.uint8))
+    assert torch.equal(rounded(images, TamingPolicy.rounding), (255 * (x + 1) / 2).clamp(0, 255).to(torch.uint8))
+    evaluate(make(save="npz", reference=None))
+    evaluate(make(save="npz", reference=None, rounding="truncate", out=str(tmp_path / "cut")))
+    near, cut = (np.load(tmp_path / name / "images_checkpoint.npz")["arr_0"].astype(int) for name in ("out", "cut"))
+    assert 0.3 < (near - cut).mean() < 0.7
+    assert set(np.unique(near - cut)) == {0, 1}
+
+
+def test_images_are_resized_before_they_are_measured(make, tmp_path):
+    images = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    want = torch.nn.functional.interpolate(images, size=(8, 8), mode="bicubic").clamp(0, 1)
+    torch.testing.assert_close(resized(images, 8), want)
+    assert resized(images, 12) is images
+    rows = by_name(evaluate(make(save="npz", image_size=16, reference=None, fid_reference="digits")))
+    with np.load(tmp_path / "out" / "images_checkpoint.npz") as arrays:
+        assert arrays["arr_0"].shape == (20, 16, 16, 3)
+        features = DigitsPixels()(torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2))[0]
+    real = load_real_images("digits", DigitsPixels(), 16)
+    assert rows["fid", "all"].checkpoint.value == pytest.approx(fid(real.statistics, statistics(features)))
+
+
+def test_saved_archive_is_read_as_adms_evaluator_reads_it(make, tmp_path):
+    evaluate(make(save="npz", reference=None, samples_per_label=3))
+    path = tmp_path / "out" / "images_checkpoint.npz"
+    whole = np.load(path)["arr_0"]
+    assert (whole.dtype, whole.shape) == (np.uint8, (30, 8, 8, 3))
+    # A member arr_0.npy of version 1 or 2, in C order, whose bytes are read batch by batch.
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        assert (shape, fortran, dtype) == ((30, 8, 8, 3), False, np.dtype(np.uint8))
+        batches = [np.frombuffer(file.read(7 * 192), np.uint8).reshape(-1, 8, 8, 3) for _ in range(5)]
+    assert [len(batch) for batch in batches] == [7, 7, 7, 7, 2]
+    np.testing.assert_array_equal(np.concatenate(batches), whole)
+    assert np.load(path)["labels"].tolist() == list(range(10)) * 3  # as many of each
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cfg=[0, 1.5, 0]"], "cfg: got .*, which names one of them twice"),
+        (["cfg=[]"], "cfg: got .*, want a number in 0..1000, or several, such as"),
+        (["cfg=-1"], "cfg: got -1, want a number in 0..1000"),
+        (["cfg=much"], "cfg: got 'much', want a number in 0..1000"),
+        (["features=[inception, vgg]"], "features: got .*, want inception, inception_torchvision, clip"),
+        (["features=digits,digits"], "features: got .*, which names one of them twice"),
+        (["features=digits", "fid_reference={inception: a.npz}"], "fid_reference names inception, features digits"),
+    ],
+)
+def test_guidances_and_features_that_cannot_be_meant_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        parse_arguments(["checkpoint=a", *arguments], EvaluateConfig)
+
+
+def test_guidances_and_features_are_lists_with_and_without_brackets():
+    for arguments in (["cfg=0,1.5", "features=inception,digits"], ["cfg=[0, 1.5]", "features=[inception, digits]"]):
+        config = parse_arguments(["checkpoint=a", *arguments], EvaluateConfig)
+        assert (config.cfg, config.feature_networks) == ((0.0, 1.5), ("inception", "digits"))
+    one = parse_arguments(["checkpoint=a", "cfg=2", "fid_reference={digits: digits}"], EvaluateConfig)
+    assert (one.cfg, one.feature_networks, one.fid_references) == ((2.0,), ("digits",), {"digits": "digits"})

@@ -154,10 +154,12 @@ def card_of(folder, tmp_path, name="model.pth"):
 
 
 def test_card_says_what_the_model_is(make_run, tmp_path):
-    folder, _ = make_run(reward={"a|b": {"type": "brightness", "mode": "dark", "weight": 2.0}}, grpo__kl_beta=0.15)
+    reward = {"a|b": {"type": "brightness", "mode": "dark", "weight": 2.0}}
+    folder, _ = make_run(reward=reward, grpo__kl_beta=0.15, rollout__cfg=1.5)
     card = card_of(folder, tmp_path)
     for said in ("random weights", "2 of 3, 8 images each (2 labels x 4 samples)", "0.15, 0.2, 0.0001", "mode: dark",
-                 "not complete", "| float32 |", "varfast.load_policy(var='model.pth'"):  # fmt: skip
+                 "| 0.7, guidance 1.5 as a part of the policy and no filters |", "not complete", "| float32 |",
+                 "varfast.load_policy(var='model.pth'"):  # fmt: skip
         assert said in card
     settings = card.partition("## All settings")[2].partition("```yaml\n")[2].partition("```")[0]
     assert yaml.safe_load(settings) == yaml.safe_load(folder.config.read_text())

@@ -11,7 +11,8 @@ from varfast.data.datasets import digits
 from varfast.evaluation import metrics
 from varfast.evaluation.features import load_real_images
 from varfast.evaluation.metrics import statistics
-from varfast.features.networks import DigitsPixels, Inception, load_network, to_levels
+from varfast.features.inception import Inception
+from varfast.features.networks import DigitsPixels, load_network, to_levels
 
 
 @pytest.fixture(scope="module")
@@ -218,16 +219,16 @@ def test_inception_weights_that_cannot_be_used_are_refused(inception_weights, le
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     device = torch.device("cpu")
     with pytest.raises(InputError, match=r"cannot be fetched, (?s:.*)set inception_weights to its path"):
-        Inception(None, device)
+        Inception(None, device, "inception_weights")
     with pytest.raises(InputError, match="inception_weights: checkpoint nowhere.pth does not exist"):
-        Inception("nowhere.pth", device)
+        Inception("nowhere.pth", device, "inception_weights")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="does not hold torch-fidelity's Inception-v3"):
-        Inception(str(tmp_path / "other.pth"), device)
+        Inception(str(tmp_path / "other.pth"), device, "inception_weights")
     torch.save(Path, tmp_path / "code.pth")
     with pytest.raises(InputError, match="could run code, so it was not loaded"):
-        Inception(str(tmp_path / "code.pth"), device)
+        Inception(str(tmp_path / "code.pth"), device, "inception_weights")
     public = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
     public.write_bytes(b"damaged")
     with pytest.raises(InputError, match="the public file has 6726825d"):
-        Inception(str(public), device)
+        Inception(str(public), device, "inception_weights")

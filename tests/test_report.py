@@ -430,6 +430,14 @@ def test_page_shows_what_evaluate_measured(make_config, tmp_path):
         assert f"{value} [{low}, {high}]" in shown
     assert re.search(r'<figure class="measured"><img src="data:image/png;base64,[^"]+" alt="A row a label', shown)
     assert "from the left: reference, then checkpoint, the same seeds" in shown
+    fid = {"name": "fid", "labels": "all", "reference": None, "checkpoint": {"value": 3.5}, "difference": None}
+    measured["rows"] = [fid | {"features": f, "cfg": cfg} for f in ("inception", "dino") for cfg in (0.0, 1.5)]
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(measured))
+    several = page([read_run(folder, "run")])
+    for name in ("inception", "dino"):
+        assert f"fid, {name} features, cfg 0<" in several
+        assert f"fid, {name} features, cfg 1.5<" in several
+    assert "images a model and guidance" in several
     (folder / "evaluation" / "evaluation.json").write_text('{"rows": [{"name": "<b>x</b>"}]}')
     broken = page([read_run(folder, "run")])
     assert "evaluation/evaluation.json: images: Field required" in broken

@@ -13,7 +13,7 @@ from varfast.perf.tables import report
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["d16_brightness", "d30", "digits"])
+@pytest.mark.parametrize("name", ["d16_brightness", "d30", "digits", "vqgan_loofid"])
 def test_command_needs_no_network_and_no_weights(name, capsys, monkeypatch):
     def refuse(*_):
         raise AssertionError("opened a socket")
@@ -38,6 +38,24 @@ def test_command_prints_the_numbers_it_counted(capsys):
     assert "fits into 139.0 GiB" in text
     roofline.main([str(ROOT / "configs" / "d30.yaml"), "device=RTX4090"])
     assert "does not fit into 22.4 GiB" in capsys.readouterr().out
+
+
+def test_report_says_what_batch_fills_a_gpu(make_work):
+    """LlamaGen-L on an H100."""
+    work = make_work(policy={"family": "llamagen", "preset": "L", "checkpoint": "random"})
+    h100 = DEVICES["H100"].ceilings("bfloat16")
+    lines = report(work, h100, "x").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("rollout of other numbers"))
+    assert "166 GB of weights in 256 passes, 3.46 GB and 169.7 GFLOP an image" in lines[first]
+    images, ms, tokens, _, weights, bound = lines[first + 4].split()
+    assert (images, weights, bound) == ("64", "43%", "bytes")
+    moved = 256 * work.cost.weights.read_bytes + 64 * work.cost.rollout.io_bytes
+    assert float(ms) == pytest.approx(moved / 3.02e12 * 1e3, rel=1e-3)
+    assert float(tokens) == pytest.approx(64 * 256 / (float(ms) * 1e-3), rel=1e-2)
+    # 0.65 GB at 3.02 TB/s take as long as 256 images' FLOPs at 790 TFLOP/s.
+    assert "as reading the weights at 257 images; an image's own bytes do at 48" in lines[first + 6]
+    # 0.9 of what 0.72 GB of weights and 0.29 GB of the tokenizer leave.
+    assert lines[first + 7] == "sampling alone, 2815 images fill the memory (25.3 MB each)"
 
 
 def test_report_shows_the_average_of_the_weights(make_work):

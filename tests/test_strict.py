@@ -216,8 +216,9 @@ def test_the_same_bits_on_the_gpu(dtype):
     torch.manual_seed(0)
     var, vqvae = VAR(config).cuda().init_weights(0), VQVAE(VQVAEConfig(base_channels=32)).cuda()
     policy = Policy(var, vqvae, "cuda", dtype, strict=True)
-    strict.check(policy, 0.7)
-    same_bits(policy)
+    for cfg in (1.5, 0.0):
+        strict.check(policy, 0.7, cfg=cfg)
+        same_bits(policy, cfg=cfg)
     captured = policy.sample(LABELS, 0.7, seed=3)  # the third time in a row that it is so many
     policy.cuda_graph = False
     eager = policy.sample(LABELS, 0.7, seed=3)

@@ -25,6 +25,7 @@ from pydantic import BaseModel
 import varfast
 from varfast.config import Config, RooflineConfig
 from varfast.evaluation.config import EvaluateConfig, SampleConfig
+from varfast.features.config import StatisticsConfig
 from varfast.perf.allocator import expand_segments
 from varfast.printable import printable
 from varfast.report.config import ReportConfig
@@ -78,12 +79,12 @@ def read_train(arguments: list[str]) -> Runs:
     if math.prod(map(len, sweeps)) > 1000:
         raise InputError(f"--sweep: {math.prod(map(len, sweeps))} runs, want at most 1000; name fewer values")
     choices = list(itertools.product(*sweeps))
-    read = [_load(Config, path, [*overrides, *choice]) for choice in choices]
-    parent = read[0].run.dir
-    configs = []
-    for config, name in zip(read, command_line.file_names([",".join(c) for c in choices]), strict=True):
-        folder = f"{parent.rstrip('/') or '/'}/{name}"
-        configs.append(config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})}))
+    parent = _load(Config, path, [*overrides, *choices[0]]).run.dir
+    names = command_line.file_names([",".join(choice) for choice in choices])
+    configs = [
+        _load(Config, path, [*overrides, *choice], f"{parent.rstrip('/') or '/'}/{name}")
+        for choice, name in zip(choices, names, strict=True)
+    ]
     return Runs(configs, beside, parent, profile, of_folder)
 
 
@@ -119,14 +120,20 @@ def _config_path(paths: list[str], name: str) -> str:
     return paths[0]
 
 
-def _load(model: type[_AnyConfig], path: str, overrides: list[str]) -> _AnyConfig:
-    """Load a config file, or the config in a run folder, with the folder's present path as run.dir."""
-    if not _is_run_folder(path):
-        return load_as(model, path, overrides)
-    config = load_as(model, expanded(path) / "config.yaml", overrides)
-    if any(override.startswith(("run.dir=", "run=")) for override in overrides):
-        return config
-    return config.model_copy(update={"run": config.run.model_copy(update={"dir": path})})
+def _load(model: type[_AnyConfig], path: str, overrides: list[str], folder: str | None = None) -> _AnyConfig:
+    """Load a config file, or the config in a run folder, with the folder's present path as run.dir.
+
+    folder: run.dir, whatever the file and the overrides say.
+    """
+    of_folder = _is_run_folder(path)
+    if folder is None and of_folder and not any(o.startswith(("run.dir=", "run=")) for o in overrides):
+        folder = path
+    return load_as(
+        model,
+        expanded(path) / "config.yaml" if of_folder else path,
+        overrides,
+        {} if folder is None else {"run.dir": folder},
+    )
 
 
 def _is_run_folder(path: str) -> bool:
@@ -205,6 +212,12 @@ COMMANDS = {
         partial(parse_arguments, model=EvaluateConfig),
         EvaluateConfig,
     ),
+    "statistics": Command(
+        "mean and covariance of real images' features, for the reward loo_fid and for FID",
+        "images=FOLDER|digits out=FILE.npz [KEY=VALUE ...]",
+        partial(parse_arguments, model=StatisticsConfig),
+        StatisticsConfig,
+    ),
     "report": Command(
         "write one page about one or several runs",
         "RUN [RUN ...] [out=report.html]",
@@ -278,7 +291,7 @@ def key_reference() -> str:
     lines += ["Made by `python -m varfast --markdown > docs/config.md`; the same text as `--help`.", ""]
     lines += ["A config is a YAML file with these sections. On the command line a key is dotted: `update.lr=3e-5`.", ""]
     lines.append(reference.markdown(Config))
-    for name in ("sample", "evaluate", "report", "export"):
+    for name in ("sample", "evaluate", "statistics", "report", "export"):
         schema = COMMANDS[name].schema
         assert schema is not None
         lines += [reference.markdown(schema).replace("## Sections", f"## `varfast {name}`", 1)]

@@ -100,21 +100,21 @@ class KernelsConfig(Section):
     invariant_linear: Literal["auto", "triton", "blocks", "reference"] = Field(
         "auto", description="products of run.strict, the same bits whatever the batch"
     )
-    rms_norm: Literal["auto", "triton", "reference"] = Field("auto", description="RMSNorm of next-token models")
-    residual_rms_norm: Literal["auto", "triton", "reference"] = Field(
+    rms_norm: Literal["auto", "triton", "cpp", "reference"] = Field("auto", description="RMSNorm of next-token models")
+    residual_rms_norm: Literal["auto", "triton", "cpp", "reference"] = Field(
         "auto", description="a branch's result added to the residual stream, and the rms_norm after it"
     )
-    swiglu: Literal["auto", "triton", "reference"] = Field(
+    swiglu: Literal["auto", "triton", "cpp", "reference"] = Field(
         "auto", description="silu(gate) * up in the MLP of next-token models"
     )
-    split_heads_rotary: Literal["auto", "triton", "reference"] = Field(
+    split_heads_rotary: Literal["auto", "triton", "cpp", "reference"] = Field(
         "auto", description="queries, keys and values of a next-token model's block, with rotary positions"
     )
-    split_heads_rotary_to_cache: Literal["auto", "triton", "reference"] = Field(
+    split_heads_rotary_to_cache: Literal["auto", "triton", "cpp", "reference"] = Field(
         "auto", description="the same for one token an image: key and value go into the cache"
     )
-    decode_attention: Literal["auto", "triton", "sdpa", "triton_invariant", "sdpa_invariant", "reference"] = Field(
-        "auto", description="attention of one new token an image against the cache"
+    decode_attention: Literal["auto", "triton", "cpp", "sdpa", "triton_invariant", "sdpa_invariant", "reference"] = (
+        Field("auto", description="attention of one new token an image against the cache")
     )
     causal_attention: Literal[
         "auto", "sdpa", "fa4", "flash_attn", "triton", "triton_invariant", "sdpa_invariant", "reference"
@@ -194,6 +194,9 @@ class Config(Section):
         num_classes = self.policy.num_classes
         if self.rollout.labels != "all":
             check_labels("rollout.labels", self.rollout.labels, num_classes)
+        labels = num_classes if self.rollout.labels == "all" else len(set(self.rollout.labels))
+        for name, reward in self.reward.items():
+            reward.check_step(f"reward.{name}", self.rollout.labels_per_step, labels)
         return self
 
     def _check_guidance(self) -> None:

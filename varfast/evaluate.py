@@ -2,6 +2,7 @@
 
     python -m varfast.evaluate checkpoint=runs/digits fid_reference=digits
     python -m varfast.evaluate checkpoint=runs/aesthetic classifier=resnet50 fid_reference=imagenet/val save=png
+    python -m varfast.evaluate runs/loofid samples_per_label=50 cfg=0,1.5 fid_reference=VIRTUAL_imagenet256_labeled.npz
     torchrun --nproc-per-node 8 -m varfast.evaluate checkpoint=...
 
 Every image is a function of (seed, label, number of the sample): the same whatever else is sampled, and with the same
@@ -17,27 +18,21 @@ if __name__ == "__main__":  # --help and a typo are answered before the imports 
     run_command("evaluate")
 
 import json
-from pathlib import Path
-
-import torch
 
 from varfast.distributed import launched
-from varfast.evaluation.arguments import resolved
+from varfast.evaluation.arguments import out_folder
 from varfast.evaluation.config import EvaluateConfig
-from varfast.evaluation.measure import evaluate, silent
+from varfast.evaluation.measure import evaluate
 from varfast.evaluation.table import about, table
 from varfast.settings.loading import parse_arguments
 
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.evaluate checkpoint=... [reference=...] [key=value ...]"""
-    process = launched()
-    config = resolved(parse_arguments(arguments, EvaluateConfig), print if process.rank == 0 else silent)
-    if config.device == "auto" and torch.cuda.is_available():
-        config = config.model_copy(update={"device": f"cuda:{process.local_rank or 0}"})
+    process, config = launched(), parse_arguments(arguments, EvaluateConfig)
     rows = evaluate(config, process)
     if process.rank == 0:
-        assert config.out is not None
-        result = json.loads((Path(config.out).expanduser() / "evaluation.json").read_text(encoding="utf-8"))
-        print(f"\n{table(rows)}\n\n{about(result)}\n{config.out}: evaluation.json, pictures.png")
+        out = out_folder(config)
+        result = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+        print(f"\n{table(rows)}\n\n{about(result)}\n{out}: evaluation.json, pictures.png")
     return 0

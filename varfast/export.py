@@ -197,9 +197,10 @@ def _markdown_table(head: list[str], rows: list[list[Any]]) -> str:
 
 
 def _with_varfast(name: str, config: Config) -> str:
+    family = "" if config.policy.family == "var" else f", family={config.policy.family!r}"
     return (
         "import varfast\n\n"
-        f"policy = varfast.load_policy(var={name!r}, vqvae={_frozen(name, config)!r})\n"
+        f"policy = varfast.load_policy(var={name!r}, vqvae={_frozen(name, config)!r}{family})\n"
         "rollout = policy.sample([0, 1], temperature=1.0, seed=0)\n"
         "images = policy.decode(rollout.tokens_BL)"
     )

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 
 from varfast import InputError
+from varfast.evaluation.arguments import Task
 from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.measure import finish
 from varfast.evaluation.plan import Plan
+from varfast.types import Sampling
 
 _LIMIT_S = 20
 FLIPS = 300
@@ -44,6 +46,7 @@ def evaluated(tmp_path, monkeypatch):
     config = EvaluateConfig(
         checkpoint="x", scores={"luma": {"type": "brightness"}}, classifier="digits", features="digits", save="npz"
     )
+    task = Task(config, tmp_path / "out", None, "var", None, config.scores, config.classifier)
     plan, rng = Plan(list(range(10)), 2, 10), np.random.RandomState(0)
     folder = EvaluationFolder(tmp_path / "out", ["score/luma", "top1", "top5", "features", "logits"], 8)
     (folder.path / "chunks").mkdir(parents=True)
@@ -57,7 +60,7 @@ def evaluated(tmp_path, monkeypatch):
         np.savez(folder.chunk("checkpoint", number), **arrays)
 
     def end():
-        return finish(config, folder, ["checkpoint"], plan, None), folder.weights("checkpoint", 0)
+        return finish(task, [Sampling()], folder, ["checkpoint"], plan, {}), folder.weights("checkpoint", 0)
 
     def late(*_):
         raise AssertionError(f"no end within {_LIMIT_S} s")

@@ -5,6 +5,7 @@ from torch import nn
 from varfast.kernels import residual_rms_norm, rms_norm
 
 EPS = 1e-5
+HAS_CPP = True
 SHAPES = [(2, 33, 192), (1, 1, 64), (3, 5, 100), (70, 130)]
 
 
@@ -118,6 +119,19 @@ def test_rms_norm_is_bitwise_repeatable(path):
     assert all(torch.equal(runs[0][name], other[name]) for other in runs[1:] for name in runs[0])
 
 
+def test_a_row_has_the_same_bits_alone_and_among_others(path):
+    """Strict mode needs that."""
+    if path.impl == "reference":
+        pytest.skip("PyTorch promises no such thing")
+    x, branch, weight, _ = (
+        t.to(path.device) if isinstance(t, torch.Tensor) else t for t in inputs((9, 200), torch.bfloat16)
+    )
+    whole = residual_rms_norm(x, branch, weight, EPS, impl=path.impl)
+    for row in range(9):
+        alone = residual_rms_norm(x[row : row + 1], branch[row : row + 1], weight, EPS, impl=path.impl)
+        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, whole, strict=True))
+
+
 def test_rms_norm_passes_nan_on(path):
     x = torch.ones(3, 20)
     x[1, 3] = float("nan")
@@ -126,18 +140,21 @@ def test_rms_norm_passes_nan_on(path):
 
 
 def test_rms_norm_opcheck(path):
-    if path.impl != "triton":
+    if path.impl == "reference":
         pytest.skip("not an op of PyTorch's library")
     from varfast.kernels.rms_norm import _rms_norm_backward_op, _rms_norm_op
 
+    forward, backward = _rms_norm_op, _rms_norm_backward_op
+    if path.impl == "cpp":
+        forward, backward = torch.ops.varfast.rms_norm_cpp, torch.ops.varfast.rms_norm_backward_cpp
     x, branch, weight, (d_new, d_out) = inputs((5, 24), torch.float32)
     x, branch, weight, d_new, d_out = (t.to(path.device) for t in (x, branch, weight, d_new, d_out))
     leaves = [t.clone().requires_grad_() for t in (x, branch, weight)]
-    torch.library.opcheck(_rms_norm_op, (*leaves, EPS))
-    torch.library.opcheck(_rms_norm_op, (leaves[0], None, leaves[2], EPS))
+    torch.library.opcheck(forward, (*leaves, EPS))
+    torch.library.opcheck(forward, (leaves[0], None, leaves[2], EPS))
     rstd = torch.rand(5, device=path.device)
-    torch.library.opcheck(_rms_norm_backward_op, (d_new, d_out, x, weight, rstd))
-    torch.library.opcheck(_rms_norm_backward_op, (None, d_out, x, weight, rstd))
+    torch.library.opcheck(backward, (d_new, d_out, x, weight, rstd))
+    torch.library.opcheck(backward, (None, d_out, x, weight, rstd))
 
 
 def test_rms_norm_refuses_what_does_not_fit():

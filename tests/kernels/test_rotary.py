@@ -7,6 +7,7 @@ from varfast.kernels import split_heads_rotary, split_heads_rotary_to_cache
 
 # (query heads, key heads, head dim): LlamaGen, 3B's head dim, grouped, one group of three, one of each.
 HEADS = [(4, 4, 64), (2, 2, 100), (8, 2, 16), (3, 1, 12), (1, 1, 2)]
+HAS_CPP = True
 PAIRS = ["adjacent", "halves"]
 
 
@@ -152,6 +153,23 @@ def test_one_token_into_the_cache_is_that_token_of_the_sequence(path, heads, pos
     assert sea.isnan().all(dim=(0, 3, 4)).equal(~written)
 
 
+@pytest.mark.parametrize("pairs", PAIRS)
+@torch.no_grad()
+def test_one_token_into_the_cache_has_the_bits_that_it_has_among_others(path, pairs):
+    """Strict mode needs that."""
+    heads = (4, 2, 100)
+    qkv, rotary, _ = inputs(2, 6, heads, torch.bfloat16)
+    qkv, rotary = qkv.to(path.device), rotary.to(path.device)
+    q, k, v = split_heads_rotary(qkv, rotary, *heads[:2], pairs, impl=path.impl)
+    caches = torch.zeros(2, 2, heads[1], 6, heads[2], dtype=torch.bfloat16, device=path.device).unbind()
+    for place in range(6):
+        position = torch.tensor(place, device=path.device)
+        one = split_heads_rotary_to_cache(qkv[:, place], rotary, position, *caches, heads[0], pairs, impl=path.impl)
+        assert torch.equal(one, q[:, :, place])
+    assert torch.equal(caches[0], k)
+    assert torch.equal(caches[1], v)
+
+
 @torch.no_grad()
 def test_positions_beyond_the_cache(path):
     qkv, rotary, _ = inputs(2, 4, (2, 2, 16), torch.float32)
@@ -176,18 +194,23 @@ def test_split_heads_rotary_of_nothing(path):
 
 
 def test_split_heads_rotary_opcheck(path):
-    if path.impl != "triton":
+    if path.impl == "reference":
         pytest.skip("not an op of PyTorch's library")
     from varfast.kernels.rotary_triton import backward_op, split_into_op, split_op
 
     qkv, rotary, upstream = inputs(2, 5, (4, 2, 8), torch.float32)
     qkv, rotary, *upstream = (x.to(path.device) for x in (qkv, rotary, *upstream))
-    torch.library.opcheck(split_op, (qkv.clone().requires_grad_(), rotary, 4, 2, "halves"))
-    torch.library.opcheck(backward_op, (*upstream, rotary, "adjacent"))
     caches = torch.zeros(2, 2, 2, 5, 8, device=path.device).unbind()
-    torch.library.opcheck(
-        split_into_op, (qkv[:, 0], rotary, torch.tensor(3, device=path.device), *caches, 4, "adjacent")
-    )
+    leaf, position = qkv.clone().requires_grad_(), torch.tensor(3, device=path.device)
+    if path.impl == "cpp":
+        ops = torch.ops.varfast
+        torch.library.opcheck(ops.rotary_cpp, (leaf, rotary, 4, 2, True))
+        torch.library.opcheck(ops.rotary_backward_cpp, (*upstream, rotary, False))
+        torch.library.opcheck(ops.rotary_into_cpp, (qkv[:, 0], rotary, position.expand(2), 4, False, *caches))
+        return
+    torch.library.opcheck(split_op, (leaf, rotary, 4, 2, "halves"))
+    torch.library.opcheck(backward_op, (*upstream, rotary, "adjacent"))
+    torch.library.opcheck(split_into_op, (qkv[:, 0], rotary, position, *caches, 4, "adjacent"))
 
 
 def test_split_heads_rotary_refuses_what_does_not_fit():

@@ -10,7 +10,10 @@ from varfast import kernels
 from varfast.losses.config import EntropyConfig, GRPOConfig
 from varfast.losses.entropy import EntropyBonus, adapted, schedule
 from varfast.losses.grpo import GRPO, scale_weights
-from varfast.types import Batch, TokenLogp
+from varfast.train import train
+from varfast.types import Batch, InputError, TokenLogp
+
+from ..runs import metrics
 
 SIDES = (1, 2, 3)
 B, L, V = 6, 14, 23
@@ -176,6 +179,38 @@ def test_scale_weights_by_hand():
     public = scale_weights((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 0.7)
     assert float(public.mean()) == pytest.approx(1.0)
     assert float(public[0] / public[-1]) == pytest.approx(256**0.7)
+
+
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
+def test_a_family_of_single_tokens_trains_with_all_settings_it_has(make_config, cfg):
+    sizes = {"depth": 1, "width": 32, "num_heads": 4, "vocab_size": V, "num_classes": 5, "side": 3}
+    vq = {"base_channels": 32, "channel_multipliers": [1, 1], "num_res_blocks": 1, "latent_width": 32, "code_width": 4}
+    policy = {"family": "llamagen", "checkpoint": "random", "gpt": sizes | {"mlp_width": 48}, "vq": vq}
+    grpo = {"ratio": "sequence", "kl_gradient": "unbiased", "reference_ema": 0.9, "entropy": {"target": 0.9}}
+    config = make_config(policy=policy, grpo=grpo, rollout__cfg=cfg, run__steps=2, update__epochs=2, update__lr=1e-3)
+    assert train(config) == 0
+    for line in metrics(config.run.dir):
+        norm = line["entropy"] / math.log(V)
+        assert line["entropy_norm"] == pytest.approx(norm, rel=1e-5)
+        assert line["ratio_gap_max"] < 1e-4
+        assert 7e-5 <= line["entropy_coef"] <= 4e-3
+        assert line["kl"] > 1e-9  # measured over both epochs
+    with pytest.raises(InputError, match=r"grpo.scale_alpha=0.7 .* policy.family=llamagen has no scales: leave it out"):
+        make_config(policy=policy, grpo={"scale_alpha": 0.7})
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"run__strict": True, "run__dtype": "bfloat16"}, {"policy__lora": {"rank": 2}, "update__lr": 1e-2}],
+    ids=["strict", "adapter"],
+)
+def test_all_settings_of_the_loss_work_in_strict_mode_and_with_an_adapter(make_config, beside):
+    grpo = SETTINGS["all"] | {"normalise_std": False}
+    config = make_config(grpo=grpo, run__steps=2, update__epochs=2, **beside)
+    assert train(config) == 0
+    gaps = [line["ratio_gap_max"] for line in metrics(config.run.dir)]
+    assert all(gap == 0.0 if "run__strict" in beside else gap < 1e-4 for gap in gaps)
+    assert all(line["entropy_norm"] > 0 and line["grad_norm"] > 0 for line in metrics(config.run.dir))
 
 
 def test_an_advantage_a_token_stays_with_its_image_in_a_micro_batch():

@@ -58,7 +58,7 @@ def test_stage_counts_follow_the_config(make_work):
     assert flop == {"rollout": 2.0, "reference": 2.0, "update": 2.0, "decode": 1.0}
     assert (guided["reward"], guided["optimizer"]) == (base["reward"], base["optimizer"])
     # The weights are read as often as without: for d16's 512 images in one pass of 10 scales.
-    weights = 10 * make_work().cost.weight_read_bytes
+    weights = 10 * make_work().cost.weights.read_bytes
     twice = 2 * base["rollout"].io_bytes - weights
     assert guided["rollout"].io_bytes == pytest.approx(twice)
     free = counts(make_work(grpo={"kl_beta": 0.0}))

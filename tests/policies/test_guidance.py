@@ -15,6 +15,7 @@ from scipy import stats
 from varfast import InputError, kernels
 from varfast.advantages import group_advantages
 from varfast.losses.grpo import kl_to_reference
+from varfast.perf.graphs import Replayed
 from varfast.policies.driver import Driver
 from varfast.policies.guidance import guided_logits
 from varfast.policies.var.config import VARLoRAConfig, VARPolicyConfig
@@ -228,6 +229,42 @@ def test_the_kl_is_to_the_guided_reference(make_policy):
     ours, theirs = (gathered(logp_BLV.detach(), rollout.tokens_BL) for logp_BLV in logits)
     expected_B = ((theirs - ours).exp() - (theirs - ours) - 1).mean(1)
     torch.testing.assert_close(kl_to_reference(reference, rollout).double(), expected_B, rtol=1e-3, atol=1e-7)
+
+
+def test_captured_passes_are_told_apart_by_their_guidance(make_policy, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        Replayed, "__call__", lambda self, key, *inputs: seen.append(key) or self._function(key, *inputs)
+    )
+    for cfg in (0.0, CFG):
+        policy = make_policy()
+        learner = make_learner(policy, minibatch=8)
+        learner._captures = True
+        learner.step(scored(policy, cfg=cfg), 0)
+    hows = [Sampling(TEMPERATURE, cfg) for cfg in (0.0, CFG)]
+    assert seen == [key for how in hows for key in (how, (how, True))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_captured_rollout_and_update_equal_the_eager_ones_on_a_gpu(make_models, dtype):
+    """Of one guidance after another: a graph of the first is not replayed for the second."""
+    ends = []
+    for captured in (False, True):
+        policy = VARPolicy(*make_models(depth=2), device="cuda", dtype=dtype)
+        policy.cuda_graph = captured
+        learner = make_learner(policy, minibatch=4, lr=1e-3, cuda_graph=True)
+        learner._captures = captured
+        found = []
+        for step, cfg in enumerate([0.0, 0.0, CFG, CFG, CFG, 3.0, 3.0, 3.0]):
+            rollout = policy.sample([0, 0, 0, 0, 1, 1, 1, 1], TEMPERATURE, seed=1, step=step, cfg=cfg)
+            rewards = torch.randn(8, generator=torch.Generator().manual_seed(step)).cuda()
+            found.append(learner.step(Batch.of(rollout, group_advantages(rewards, 4)), step))
+            found.append(rollout.logp_BL.cpu())
+        ends.append((found, torch.cat([p.detach().flatten() for p in policy.var.parameters()])))
+    for eager, replayed in zip(*(found for found, _ in ends), strict=True):
+        assert torch.equal(eager, replayed) if isinstance(eager, torch.Tensor) else eager == replayed
+    assert torch.equal(ends[0][1], ends[1][1])
 
 
 def test_an_adapter_is_guided_too(make_policy):

@@ -8,14 +8,18 @@ import pytest
 import torch
 
 from varfast import InputError
+from varfast.export import main as export
+from varfast.policies import strict
 from varfast.policies.device import pick_device
 from varfast.policies.families import family_of
 from varfast.policies.llamagen.config import GPTConfig, LlamaGenLoRAConfig, LlamaGenPolicyConfig
 from varfast.policies.llamagen.transformer import LlamaGen
+from varfast.policies.llamagen.weights import load_gpt
 from varfast.policies.nexttoken import policy as nexttoken_policy
 from varfast.policies.nexttoken.rotary import rotary_1d
 from varfast.policies.nexttoken.transformer import KVCache, Positions
 from varfast.policies.taming.config import TamingLoRAConfig, TamingPolicyConfig
+from varfast.policies.taming.weights import load_mingpt
 from varfast.randomness import Key
 from varfast.runs.folder import RunFolder
 from varfast.train import train
@@ -31,7 +35,7 @@ TOKENIZER = {
 }
 SIZES = {"depth": 2, "width": 32, "num_heads": 4, "vocab_size": 24, "num_classes": 5, "side": 3}
 POLICIES = {
-    "llamagen": {"gpt": SIZES | {"num_kv_heads": 2, "mlp_width": 48}, "vq": TOKENIZER},
+    "llamagen": {"gpt": SIZES | {"num_kv_heads": 2, "mlp_width": 64}, "vq": TOKENIZER},
     "taming": {"transformer": SIZES, "vqgan": TOKENIZER},
 }
 KINDS = {"llamagen": LlamaGenPolicyConfig, "taming": TamingPolicyConfig}
@@ -241,31 +245,47 @@ def test_an_adapter_on_all_matrices_is_merged(family, lora):
     assert torch.equal(without.teacher_forced(rollout).logp_BL, make(family).teacher_forced(rollout).logp_BL)
 
 
-@both
-def test_strict_mode_is_refused(family):
-    with pytest.raises(InputError, match=r"run.strict=true: \w+Policy has no strict mode; use run.strict=false"):
-        make(family, strict=True)
+@pytest.mark.parametrize(("family", "cfg"), [("llamagen", 0.0), ("llamagen", 2.0), ("taming", 0.0)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_strict_mode_has_the_same_bits_alone_together_and_teacher_forced(family, cfg, dtype):
+    policy = make(family, dtype, strict=True)
+    strict.check(policy, 0.8, cfg=cfg)
+    whole = policy.sample(LABELS, 0.8, seed=4, cfg=cfg)
+    alone = [policy.sample([label], 0.8, seed=4, first_sample=i, cfg=cfg) for i, label in enumerate(LABELS)]
+    assert torch.equal(torch.cat([rollout.tokens_BL for rollout in alone]), whole.tokens_BL)
+    assert torch.equal(torch.cat([rollout.logp_BL for rollout in alone]), whole.logp_BL)
+    assert torch.equal(policy.teacher_forced(whole).logp_BL, whole.logp_BL)
 
 
 def metrics(config):
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-@both
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_trainer_trains_and_goes_on_bit_for_bit(make_config, family, dtype):
+@pytest.mark.parametrize(("family", "dtype", "more"), [
+    ("llamagen", "float32", {}), ("llamagen", "bfloat16", {"run__strict": True}), ("taming", "float32", {}),
+    ("llamagen", "float32", {"rollout__cfg": 2.0}),
+])  # fmt: skip
+def test_the_trainer_trains_and_goes_on_bit_for_bit(make_config, family, dtype, more):
     options = {"policy": {"family": family, "checkpoint": "random"} | POLICIES[family], "update__lr": 1e-3,
-               "run__dtype": dtype}  # fmt: skip
+               "run__dtype": dtype} | more  # fmt: skip
     straight = make_config(**options)
     assert train(straight) == 0
     rows = metrics(straight)
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(row["ratio_gap_max"] < (1e-4 if dtype == "float32" else 0.1) and row["grad_norm"] > 0 for row in rows)
-    trained = torch.load(RunFolder(straight.run.dir).weights, weights_only=True)
+    assert all(row["ratio_gap_max"] <= (0.0 if more.get("run__strict") else 1e-4) for row in rows)
+    assert all(row["grad_norm"] > 0 for row in rows)
+    trained = torch.load(RunFolder(straight.run.dir).weights(straight), weights_only=True)
     config = KINDS[family](**options["policy"])
     assert list(trained) == list(family_of(config).empty_model(config).state_dict())
+    exported = Path(straight.run.dir).with_name("exported.pth")
+    assert export([f"checkpoint={straight.run.dir}", f"out={exported}"]) == 0
+    loaded = {"llamagen": load_gpt, "taming": load_mingpt}[family](str(exported), config.sizes).state_dict()
+    assert list(loaded) == list(trained)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.items())
+    card = exported.with_suffix(".md").read_text()
+    assert {"llamagen": "A LlamaGen transformer", "taming": "taming-transformers"}[family] in card
     in_parts = straight.run.dir + "_in_parts"
     for steps in (2, 3):
         assert train(make_config(**options, run__dir=in_parts, run__steps=steps)) == 0
-    again = torch.load(RunFolder(in_parts).weights, weights_only=True)
+    again = torch.load(RunFolder(in_parts).weights(straight), weights_only=True)
     assert all(torch.equal(trained[name], tensor) for name, tensor in again.items())

@@ -26,6 +26,15 @@ def test_rewards_that_share_a_network_count_it_once(make_work):
     assert reward_count(make_work()).flop == 0
 
 
+def test_features_of_loo_fid_are_counted_once(make_work):
+    fid = {"type": "loo_fid", "reference": "real.npz"}
+    both = make_work(reward={"a": fid, "b": fid | {"covariance": "full", "ema": 0.9}})
+    assert reward_count(both).flop == pytest.approx(512 * 11.42e9, rel=0.01)
+    assert held_states(both).reward == 4 * 21_785_568
+    shared = make_work(reward=CLIP | {"a": fid | {"features": "clip"}})
+    assert reward_count(shared).flop == reward_count(make_work(reward=CLIP)).flop
+
+
 @pytest.mark.parametrize(("name", "reward"), [("ViT-L-14", CLIP["clip"]), ("ViT-H-14", HPS["hps"])])
 def test_flop_of_a_reward_network_is_what_pytorch_counts(make_work, name, reward):
     import open_clip

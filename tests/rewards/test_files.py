@@ -1,15 +1,23 @@
 import os
 
 import pytest
+import torch
 
 from varfast import InputError
-from varfast.rewards.clip import prompts
+from varfast.rewards.building import Building
+from varfast.rewards.clip import Text, prompts
 from varfast.rewards.files import fetch
+
+
+def texts(names):
+    building = Building("reward.c", torch.device("cpu"), num_classes=2)
+    # Not validated: the paths that a config refuses come by other ways too.
+    return prompts(Text.model_construct(prompt=None, label_prompt="a {name}", names=str(names)), building)
 
 
 def test_names_come_from_a_regular_file_with_or_without_a_byte_order_mark(tmp_path):
     (tmp_path / "bom.txt").write_bytes("\ufeffant\r\nbee\n".encode())
-    assert prompts(None, "a {name}", str(tmp_path / "bom.txt"), 2, "reward.c") == ["a ant", "a bee"]
+    assert texts(tmp_path / "bom.txt") == ["a ant", "a bee"]
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "huge.txt").touch()
     os.truncate(tmp_path / "huge.txt", 2**34)
@@ -22,7 +30,7 @@ def test_names_come_from_a_regular_file_with_or_without_a_byte_order_mark(tmp_pa
         ("~nosuchuser/x", "home directory"),
     ):
         with pytest.raises(InputError, match=rf"(?s)reward.c.names=.* cannot be read: .*{reason}"):
-            prompts(None, "a {name}", str(path), 2, "reward.c")
+            texts(path)
 
 
 def test_a_cache_of_weights_that_cannot_be_made_is_named(tmp_path, monkeypatch):

@@ -13,11 +13,10 @@ from varfast.rewards import RewardConfig, WeightedSum, aesthetic
 from varfast.rewards.aesthetic import AestheticReward
 from varfast.rewards.backbone import Backbone
 from varfast.rewards.brightness import Brightness, BrightnessReward, brightness
-from varfast.rewards.building import Building, Reward, Weight, on_images
+from varfast.rewards.building import Building, Reward, RewardSection, on_images
 from varfast.rewards.clip import ClipReward
 from varfast.rewards.function import FunctionReward
 from varfast.rewards.preprocess import Preprocessing
-from varfast.settings.section import Section
 from varfast.train import train
 
 HEAD = str(Path(__file__).parent.parent / "data" / "aesthetic" / aesthetic.PUBLIC_HEAD)
@@ -182,11 +181,10 @@ def test_reward_that_cannot_be_imported_is_named(my_rewards, path, message):
         WeightedSum({"mine": FunctionReward(type="function", function=path)})
 
 
-class RednessReward(Section):
+class RednessReward(RewardSection):
     """A reward as a new file of varfast/rewards would hold it."""
 
     type: Literal["redness"] = Field(description="the kind of reward")
-    weight: Weight = Field(1.0, description="factor in the sum")
 
     def build(self, building: Building) -> Reward:
         return on_images(building, lambda images, labels_B: images[:, 0].mean(dim=(1, 2)) + labels_B)

@@ -1,30 +1,64 @@
-"""What the arguments of an evaluation leave open, taken from the run folder that they name."""
+"""What the arguments of an evaluation leave open: taken from the run folder that they name, or from the model."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from varfast.data.labels import label_names, label_numbers, label_pool, run_names
 from varfast.evaluation.config import EvaluateConfig
+from varfast.policies.config import FamilyName
+from varfast.policies.protocol import Policy
 from varfast.printable import printable
 from varfast.rewards import RewardConfig
 from varfast.rewards.classifier import ClassifierConfig
 from varfast.runs.base import Base
 from varfast.runs.folder import RunFolder
-from varfast.types import InputError
+from varfast.types import InputError, Sampling
 from varfast.weights.files import resolve
 
 # The value of the argument `reference` that stands for the model that the run started from.
 BASE = "base"
 # Arguments that the chunks do not depend on.
 _FREE_TO_CHANGE = ("out", "micro_batch", "device", "fid_reference", "inception_weights")
+# Arguments of later versions: not among the settings that a folder keeps, unless they are given.
+_NEW = ("image_size", "rounding", "networks")
 
 
-def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> EvaluateConfig:
+@dataclass(frozen=True)
+class Task:
+    """An evaluation: its arguments, and what they leave open.
+
+    Attributes:
+        config: the arguments. Of what stands below too, this here counts.
+        out: folder of results.
+        reference: what the checkpoint is compared with: a run folder, weights, BASE or None.
+        family, vqvae: of weights that are no run folder: their family, and the address of the frozen part's.
+        scores, classifier: what is measured of each image.
+    """
+
+    config: EvaluateConfig
+    out: Path
+    reference: str | None
+    family: FamilyName
+    vqvae: str | None
+    scores: dict[str, RewardConfig]
+    classifier: ClassifierConfig | None
+
+
+def out_folder(config: EvaluateConfig) -> Path:
+    """The folder of results."""
+    if config.out is not None:
+        return Path(config.out).expanduser()
+    checkpoint = Path(config.checkpoint).expanduser()
+    return checkpoint / "evaluation" if checkpoint.is_dir() else Path("evaluation")
+
+
+def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Task:
     """The arguments with what they leave open: the out folder, and from a run folder its base, rewards and classifier.
 
     Of the run's rewards, only those that compute on the images and nothing else are taken. One that runs code, asks a
@@ -34,12 +68,11 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ev
         say: called with a line that names the rewards that were skipped.
     Raises: InputError if there is no such checkpoint.
     """
-    checkpoint = Path(config.checkpoint).expanduser()
-    if config.out is None:
-        out = checkpoint / "evaluation" if checkpoint.is_dir() else Path("evaluation")
-        config = config.model_copy(update={"out": str(out)})
-    if not checkpoint.is_dir():
-        if config.reference == BASE:
+    reference, scores, classifier = config.reference, config.scores, config.classifier
+    family: FamilyName = config.family
+    vqvae: str | None = config.vqvae
+    if not Path(config.checkpoint).expanduser().is_dir():
+        if reference == BASE:
             raise InputError(
                 f"reference={BASE}: checkpoint={config.checkpoint} is not a run folder; name the base's weights"
             )
@@ -47,20 +80,31 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ev
     else:
         folder = RunFolder(config.checkpoint)
         run, given = folder.load_config(), config.model_fields_set
-        found: dict[str, Any] = {} if "reference" in given else {"reference": BASE}
+        if "reference" not in given:
+            reference = BASE
         if "scores" not in given:
             alone = {name: reward for name, reward in run.reward.items() if not reward.of_sets}
-            found["scores"] = {name: reward for name, reward in alone.items() if not reward.reaches_outside()}
-            if len(found["scores"]) < len(alone):
+            scores = {name: reward for name, reward in alone.items() if not reward.reaches_outside()}
+            if len(scores) < len(alone):
                 say(_skipped(folder, alone))
         if "classifier" not in given and run.eval.classifier is not None:
-            found["classifier"] = ClassifierConfig(model=run.eval.classifier)
-        if config.vqvae is None and run.policy.checkpoint != "random":
-            found |= {"vqvae": str(Base(folder).find(run.policy.parts[1])), "family": run.policy.family}
-        config = config.model_copy(update=found)
-    if config.reference not in (None, BASE) and not Path(config.reference).expanduser().is_dir():
-        resolve(config.reference)
-    return config
+            classifier = ClassifierConfig(model=run.eval.classifier)
+        family = run.policy.family
+        if vqvae is None and run.policy.checkpoint != "random":
+            vqvae = str(Base(folder).find(run.policy.parts[1]))
+    if reference not in (None, BASE) and not Path(reference).expanduser().is_dir():
+        resolve(reference)
+    return Task(config, out_folder(config), reference, family, vqvae, scores, classifier)
+
+
+def samplings(config: EvaluateConfig, policy: Policy) -> list[Sampling]:
+    """How images are sampled, one for each guidance. What the arguments leave open is as in the family's own code."""
+    own = policy.published_sampling
+    temperature, top_k, top_p = (
+        getattr(own, name) if (given := getattr(config, name)) is None else given
+        for name in ("temperature", "top_k", "top_p")
+    )
+    return [Sampling(temperature, cfg, top_k, top_p) for cfg in (config.cfg or (own.cfg,))]
 
 
 def _skipped(folder: RunFolder, rewards: dict[str, RewardConfig]) -> str:
@@ -77,12 +121,30 @@ def _skipped(folder: RunFolder, rewards: dict[str, RewardConfig]) -> str:
     )
 
 
-def chunk_settings(config: EvaluateConfig) -> dict[str, Any]:
-    """What the chunks depend on, beside the weights."""
-    settings = config.model_dump(mode="json", exclude=set(_FREE_TO_CHANGE))
-    if config.family == "var":  # as the versions before wrote it
+def chunk_settings(task: Task, how: list[Sampling]) -> dict[str, Any]:
+    """What the chunks depend on, beside the weights. how: one sampling for each guidance."""
+    settings = task.config.model_dump(mode="json", exclude=set(_FREE_TO_CHANGE))
+    settings = {name: value for name, value in settings.items() if name not in _NEW or value}
+    if task.family == "var":  # as the versions before wrote it
         del settings["family"]
-    return settings | {"features": config.feature_network}
+    else:
+        settings["family"] = task.family
+    networks = task.config.feature_networks
+    return settings | {
+        "reference": task.reference,
+        "vqvae": task.vqvae,
+        "scores": {n: reward.model_dump(mode="json", exclude={"normalise"}) for n, reward in task.scores.items()},
+        "classifier": task.classifier and task.classifier.model_dump(mode="json"),
+        "temperature": how[0].temperature,
+        "cfg": _one_or_list([each.cfg for each in how]),
+        "top_k": how[0].top_k,
+        "top_p": how[0].top_p,
+        "features": _one_or_list(list(networks)) if networks else None,
+    }
+
+
+def _one_or_list(values: list[Any]) -> Any:
+    return values[0] if len(values) == 1 else values
 
 
 def sampled_labels(config: EvaluateConfig, num_classes: int) -> list[int]:

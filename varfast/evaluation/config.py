@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from varfast.features.config import FeaturesName, FeaturesSection
 from varfast.policies.config import FamilyName
 from varfast.rewards import RewardConfig
 from varfast.rewards.classifier import ClassifierConfig
+from varfast.settings.problems import show
+from varfast.settings.reading import scalar
 from varfast.settings.schema import Wanted
 from varfast.settings.section import AllOrLabels, Device, Labels, LocalPath, Section, Source
 
@@ -42,8 +46,46 @@ class SampleConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations")
 
 
+def _parts(value: Any) -> list[Any]:
+    """`a,b`, `[a, b]` and `a` alone are lists: on a command line nobody thinks of brackets."""
+    if isinstance(value, str):
+        return [scalar(part.strip()) for part in value.split(",")]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _read_guidance(value: Any) -> Any:
+    if value is None:
+        return None
+    parts = _parts(value)
+    if not parts or not all(type(part) in (int, float) and 0 <= part <= 1000 for part in parts):
+        raise ValueError(f"got {show(value)}, want a number in 0..1000, or several, such as [0, 1.5]")
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"got {show(value)}, which names one of them twice")
+    return tuple(map(float, parts))
+
+
+def _read_features(value: Any) -> Any:
+    if value is None:
+        return None
+    parts = _parts(value)
+    known = get_args(FeaturesName)
+    if not parts or not all(isinstance(part, str) and part in known for part in parts):
+        raise ValueError(f"got {show(value)}, want {', '.join(known)}, or a list of them")
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"got {show(value)}, which names one of them twice")
+    return tuple(parts)
+
+
+Guidances = Annotated[
+    tuple[float, ...], BeforeValidator(_read_guidance), Wanted("a number, or several, such as [0, 1.5]")
+]
+FeatureNames = Annotated[
+    tuple[FeaturesName, ...], BeforeValidator(_read_features), Wanted(f"{', '.join(get_args(FeaturesName))}, or a list")
+]
+
+
 class EvaluateConfig(Section):
-    """Arguments of `python -m varfast.evaluate`. Sampling defaults to the settings of VAR's FID numbers."""
+    """Arguments of `python -m varfast.evaluate`. Sampling defaults to the settings of the family's own FID numbers."""
 
     checkpoint: Source = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
     reference: Source | None = Field(
@@ -60,20 +102,43 @@ class EvaluateConfig(Section):
     )
     labels: AllOrLabels = Field("all", description="to sample: numbers or names, as [207, golden retriever]")
     samples_per_label: int = Field(10, ge=1, le=1_000_000, description="images a label")
-    temperature: float = Field(1.0, ge=1e-3, le=1000, description="of the draw")
-    cfg: float = Field(
-        1.5, ge=0, le=1000, description="classifier-free guidance, whatever the run's rollout.cfg was; 0: off"
+    temperature: float | None = Field(None, ge=1e-3, le=1000, description="of the draw; default: 1")
+    cfg: Guidances | None = Field(
+        None,
+        description="classifier-free guidance, whatever the run's rollout.cfg was; 0: off; several, as [0, 1.5]: "
+        "samples with each, in one table. Default: 1.5 for VAR; 2, 1.75 or 1.65 by size for LlamaGen; 0 for taming, "
+        "which has none",
     )
-    top_k: int = Field(
-        900, ge=0, lt=2**31, description="0: off; no filter either for a model with no more codes than this"
+    top_k: int | None = Field(
+        None,
+        ge=0,
+        lt=2**31,
+        description="0: off; no filter either for a model with no more codes than this. Default: 900 for VAR, 0 for "
+        "LlamaGen, 600 for taming",
     )
-    top_p: float = Field(0.96, ge=0, le=1, description="0: off")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="0: off. Default: 0.96 for VAR, 0 for LlamaGen, 0.92 for taming"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="an image is a function of seed, label and number alone")
     micro_batch: int = Field(32, ge=1, le=1_000_000, description="images sampled and decoded at a time")
     device: Device = Field("auto", description="auto: cuda if there is one; each process its own")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations")
+    image_size: int | None = Field(
+        None,
+        ge=8,
+        le=8192,
+        description="side in pixels of the images that are measured and saved, resized by a bicubic filter without "
+        "antialiasing, as LlamaGen does from 384 to 256; default: as sampled",
+    )
+    rounding: Literal["nearest", "truncate"] | None = Field(
+        None,
+        description="of pixels to 8 bits; default: truncate for taming, as its own code does, else nearest "
+        "(VAR's own code truncates)",
+    )
     save: Literal["none", "png", "npz"] = Field(
-        "none", description="keep the images: a PNG each, or one .npz of uint8 (N, H, W, 3) a model, as ADM's evaluator"
+        "none",
+        description="keep the images: a PNG each, or one .npz a model and guidance that ADM's evaluator reads: arr_0, "
+        "uint8 (N, H, W, 3), label after label in each round of all labels",
     )
     scores: Annotated[
         dict[str, RewardConfig], Wanted("sections as those of reward, whose keys `train --help reward` shows", True)
@@ -87,15 +152,24 @@ class EvaluateConfig(Section):
         description="whose top-1 and top-5 accuracy on the samples is reported: digits, resnet50 or another of "
         "torchvision. Default for a run folder: its eval.classifier",
     )
-    fid_reference: Source | None = Field(
+    fid_reference: Source | dict[FeaturesName, Source] | None = Field(
         None,
         description="real images for FID, precision, recall, density and coverage: a folder, 'digits', or an .npz with "
-        "arr_0, uint8 (N, H, W, 3), or with mu and sigma, which are enough for FID",
+        "arr_0, uint8 (N, H, W, 3), or with mu and sigma, which are enough for FID. For several features that have "
+        "statistics of their own: one each, as {inception: a.npz, digits: digits}",
     )
-    features: Literal["inception", "digits"] | None = Field(
+    features: FeatureNames | None = Field(
         None,
-        description="what FID compares: Inception-v3's 2048, or 8 x 8 grey levels. Default: digits for "
-        "fid_reference=digits, inception for another one, none without",
+        description="what FID compares: the features of these networks, side by side in the table, as one FID can "
+        "misrank; `varfast.statistics --help` describes them. Default: digits for fid_reference=digits, inception for "
+        "another one, none without",
+    )
+    networks: Annotated[
+        dict[FeaturesName, FeaturesSection], Wanted("sections with the keys of `statistics --help` for features", True)
+    ] = Field(
+        default_factory=dict,
+        description="how networks of features are made where that is not the default, as networks.clip.model=ViT-B-32 "
+        "networks.clip.pretrained=laion2b_s34b_b79k",
     )
     inception_weights: Source | None = Field(
         None, description="path, hf:// or https address; default: torch-fidelity's public file"
@@ -117,9 +191,43 @@ class EvaluateConfig(Section):
     def _named(cls, value: Any) -> Any:
         return {"model": value} if isinstance(value, str) else value
 
+    @field_validator("networks", mode="before")
+    @classmethod
+    def _of_their_names(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: {"features": k} | v if isinstance(v, dict) else v for k, v in value.items()}
+
+    @model_validator(mode="after")
+    def _networks_are_used(self) -> EvaluateConfig:
+        for name, section in self.networks.items():
+            if section.features != name:
+                raise ValueError(f"networks.{name}.features is {section.features}; leave it out")
+            if name not in self.feature_networks:
+                raise ValueError(f"networks.{name}: features does not name {name}; add it there")
+        return self
+
+    @model_validator(mode="after")
+    def _one_reference_each(self) -> EvaluateConfig:
+        given, named = self.fid_reference, self.features
+        if isinstance(given, Mapping) and named is not None and set(given) != set(named):
+            raise ValueError(
+                f"fid_reference names {', '.join(given) or 'no features'}, features {', '.join(named)}; name the same"
+            )
+        return self
+
     @property
-    def feature_network(self) -> Literal["inception", "digits"] | None:
+    def feature_networks(self) -> tuple[FeaturesName, ...]:
         """What computes the features."""
+        if self.features is None and isinstance(self.fid_reference, Mapping):
+            return tuple(self.fid_reference)
         if self.features is None and self.fid_reference is not None:
-            return "digits" if self.fid_reference == "digits" else "inception"
-        return self.features
+            return ("digits",) if self.fid_reference == "digits" else ("inception",)
+        return self.features or ()
+
+    @property
+    def fid_references(self) -> dict[FeaturesName, str]:
+        """The real images of each feature network; none, or all of them."""
+        if isinstance(self.fid_reference, Mapping):
+            return dict(self.fid_reference)
+        return {} if self.fid_reference is None else dict.fromkeys(self.feature_networks, self.fid_reference)

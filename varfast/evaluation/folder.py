@@ -80,20 +80,20 @@ class EvaluationFolder:
         what = f"out={self.path} holds an evaluation with other settings"
         refuse_differences(lines[:_MOST_DIFFERENCES], what, "choose another folder")
 
-    def chunk(self, side: str, number: int) -> Path:
-        """The file of a chunk. side: "reference" or "checkpoint", which name the two models."""
-        return self.path / "chunks" / f"{side}_{number:05d}.npz"
+    def chunk(self, images: str, number: int) -> Path:
+        """The file of a chunk. images: name of the set of images, as "reference" or "checkpoint_cfg_1.5"."""
+        return self.path / "chunks" / f"{images}_{number:05d}.npz"
 
-    def save_chunk(self, side: str, number: int, arrays: Numbers) -> None:
+    def save_chunk(self, images: str, number: int, arrays: Numbers) -> None:
         """Write a chunk. Raises: InputError if the disk does not let it."""
         arrays = {name: np.ascontiguousarray(array) if array.ndim else array for name, array in arrays.items()}
-        write_atomically(self.chunk(side, number), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+        write_atomically(self.chunk(images, number), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
-    def weights(self, side: str, number: int) -> str:
+    def weights(self, images: str, number: int) -> str:
         """The hash of the weights that sampled a chunk. Raises: InputError if it cannot be read."""
-        return str(self._read(side, number, ["weights"])["weights"])
+        return str(self._read(images, number, ["weights"])["weights"])
 
-    def levels(self, side: str, number: int, plan: Plan, whole: bool = False) -> np.ndarray:
+    def levels(self, images: str, number: int, plan: Plan, whole: bool = False) -> np.ndarray:
         """The images that a chunk keeps, (N, H, W, 3) uint8: all of them, or those of the picture.
 
         Args:
@@ -101,33 +101,33 @@ class EvaluationFolder:
         Raises: InputError as weights.
         """
         chunk = plan.chunks[number]
-        levels = self._read(side, number, ["levels"])["levels"]
+        levels = self._read(images, number, ["levels"])["levels"]
         counts = (len(chunk),) if whole else (len(chunk), sum(plan.shown(index) for index in chunk))
         if levels.dtype != np.uint8 or levels.shape[1:] != (self.image_size, self.image_size, 3):
-            self._refuse(side, number, f"its images are {levels.dtype} {levels.shape}")
+            self._refuse(images, number, f"its images are {levels.dtype} {levels.shape}")
         if len(levels) not in counts:
-            self._refuse(side, number, f"it holds {len(levels)} images")
+            self._refuse(images, number, f"it holds {len(levels)} images")
         return levels
 
-    def gather(self, side: str, plan: Plan) -> Numbers:
+    def gather(self, images: str, plan: Plan) -> Numbers:
         """The arrays of all chunks except the images, in the order of the plan. Raises: InputError as weights."""
         parts: list[Numbers] = []
         for number, chunk in enumerate(plan.chunks):
-            part = self._read(side, number, self.columns)
+            part = self._read(images, number, self.columns)
             for name, array in part.items():
                 shape = (len(chunk), *(parts[0][name].shape[1:] if parts else array.shape[1:]))
-                axes = 2 if name in ("features", "logits") else 1
+                axes = 2 if name.partition("/")[0] in ("features", "logits") else 1
                 kind = "b" if name in ("top1", "top5") else "f"
                 if array.ndim != axes or array.shape != shape or array.dtype.kind != kind:
-                    self._refuse(side, number, f"{printable(name)} is {array.dtype} {array.shape}")
+                    self._refuse(images, number, f"{printable(name)} is {array.dtype} {array.shape}")
                 if kind == "f" and not np.isfinite(array).all():
-                    self._refuse(side, number, f"{printable(name)} holds numbers that are not finite")
+                    self._refuse(images, number, f"{printable(name)} holds numbers that are not finite")
             parts.append(part)
         return {name: np.concatenate([part[name] for part in parts]) for name in self.columns}
 
-    def wait(self, sides: Iterable[str], plan: Plan) -> None:
+    def wait(self, sets: Iterable[str], plan: Plan) -> None:
         """Until the other processes' chunks are there. Raises: InputError if none has come for half an hour."""
-        paths = [self.chunk(side, number) for side in sides for number in range(len(plan.chunks))]
+        paths = [self.chunk(images, number) for images in sets for number in range(len(plan.chunks))]
         missing, since_s = len(paths) + 1, time.monotonic()
         while left := [path for path in paths if not path.exists()]:
             if len(left) < missing:
@@ -140,17 +140,17 @@ class EvaluationFolder:
                 )
             time.sleep(0.5)
 
-    def _read(self, side: str, number: int, names: list[str]) -> Numbers:
-        path = self.chunk(side, number)
+    def _read(self, images: str, number: int, names: list[str]) -> Numbers:
+        path = self.chunk(images, number)
         try:
             with open_regular(path, follow=False) as file, zipfile.ZipFile(file) as archive:
                 return {name: _read_array(archive, name) for name in names}
         except _ARCHIVE_ERRORS as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else printable(error)
-            self._refuse(side, number, reason or type(error).__name__)
+            self._refuse(images, number, reason or type(error).__name__)
 
-    def _refuse(self, side: str, number: int, reason: str) -> NoReturn:
-        raise InputError(f"{self.chunk(side, number)} cannot be read ({reason}); delete it and run the command again")
+    def _refuse(self, images: str, number: int, reason: str) -> NoReturn:
+        raise InputError(f"{self.chunk(images, number)} cannot be read ({reason}); delete it and run the command again")
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:

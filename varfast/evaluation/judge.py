@@ -5,39 +5,49 @@ Axes: B image of a chunk; H, W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from varfast.data.datasets import DigitsClassifier
 from varfast.data.labels import label_names
+from varfast.evaluation.arguments import Task
 from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.metrics import Numbers
-from varfast.features.networks import Network, load_network, to_levels
+from varfast.features.config import FeaturesName, FeaturesSection
+from varfast.features.networks import Network, load_network
 from varfast.rewards import WeightedSum
 from varfast.rewards.classifier import ClassifierConfig, Confidence
 from varfast.types import InputError
+
+# Networks that classify too, so that an inception score can be computed.
+_CLASSIFYING = ("inception", "inception_torchvision", "digits")
 
 
 class Judge:
     """Scores, ranks of the label and features of images.
 
     Attributes:
-        network: computes the features; None where none are asked for.
+        networks: compute the features, by name.
     Raises: InputError for weights that cannot be had and libraries that are missing.
     """
 
-    def __init__(self, config: EvaluateConfig, num_classes: int, device: torch.device) -> None:
-        names = label_names(config.checkpoint, num_classes)
-        self._scores = WeightedSum(config.scores, device, num_classes, "scores", names=names) if config.scores else None
-        self._ranks = _classifier(config.classifier, num_classes, device) if config.classifier else None
-        self.network: Network | None = None
-        if config.feature_network:
-            self.network = load_network(config.feature_network, config.inception_weights, device)
+    def __init__(self, task: Task, num_classes: int, device: torch.device) -> None:
+        names = label_names(task.config.checkpoint, num_classes)
+        self._scores = WeightedSum(task.scores, device, num_classes, "scores", names=names) if task.scores else None
+        self._ranks = _classifier(task.classifier, num_classes, device) if task.classifier else None
+        self.networks: dict[str, Network] = {
+            name: _network(task.config, name, device) for name in task.config.feature_networks
+        }
 
-    def __call__(self, images: Tensor, labels_B: Tensor) -> Numbers:
-        """Images (B, 3, H, W) in [0, 1] -> arrays of B rows by name: score/<name>, top1, top5, features, logits."""
+    def __call__(self, images: Tensor, labels_B: Tensor, levels: Tensor) -> Numbers:
+        """Arrays of B rows by name, as column_names has them.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], for scores and the classifier.
+            levels: (B, 3, H, W) uint8, for features.
+        """
         numbers: Numbers = {}
         if self._scores is not None:
             components = self._scores(images, labels_B).components
@@ -45,18 +55,34 @@ class Judge:
         if self._ranks is not None:
             ranks_B = self._ranks(images, labels_B).cpu().numpy()
             numbers |= {"top1": ranks_B < 1, "top5": ranks_B < 5}
-        if self.network is not None:
-            numbers["features"], logits_BK = self.network(to_levels(images))
-            if logits_BK is not None:
-                numbers["logits"] = logits_BK
+        for name, network in self.networks.items():
+            features, logits = columns_of(name, list(self.networks))
+            numbers[features], of_classes = network(levels)
+            if logits is not None and of_classes is not None:
+                numbers[logits] = of_classes
         return numbers
 
 
-def column_names(config: EvaluateConfig) -> list[str]:
-    """Names of the arrays that a Judge returns."""
-    columns = [f"score/{name}" for name in config.scores]
-    columns += ["top1", "top5"] if config.classifier else []
-    return columns + (["features", "logits"] if config.feature_network else [])
+def _network(config: EvaluateConfig, name: FeaturesName, device: torch.device) -> Network:
+    if name in config.networks:
+        return config.networks[name].load(device, f"networks.{name}")
+    if name == "inception":
+        return load_network(name, config.inception_weights, device)
+    return FeaturesSection(features=name).load(device, f"networks.{name}")
+
+
+def columns_of(network: str, networks: Sequence[str]) -> tuple[str, str | None]:
+    """Names of the arrays that a network of several computes: features, and logits if it has any."""
+    suffix = "" if len(networks) == 1 else f"/{network}"
+    return f"features{suffix}", f"logits{suffix}" if network in _CLASSIFYING else None
+
+
+def column_names(task: Task) -> list[str]:
+    """Names of the arrays that a Judge returns: score/<name>, top1, top5, features, logits."""
+    columns = [f"score/{name}" for name in task.scores]
+    columns += ["top1", "top5"] if task.classifier else []
+    networks = task.config.feature_networks
+    return columns + [name for network in networks for name in columns_of(network, networks) if name is not None]
 
 
 def _classifier(config: ClassifierConfig, num_classes: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

@@ -9,15 +9,15 @@ import torch
 
 from varfast.data.labels import label_names
 from varfast.distributed import Launch
-from varfast.evaluation.arguments import BASE, chunk_settings, resolved, sampled_labels, seen_labels
+from varfast.evaluation.arguments import BASE, Task, chunk_settings, resolved, sampled_labels, samplings, seen_labels
 from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.features import RealImages, check_real_images, load_real_images
 from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.judge import Judge, column_names
 from varfast.evaluation.metrics import NEIGHBOUR_IMAGES, NEIGHBOURS
 from varfast.evaluation.pictures import save_npz, save_pictures
-from varfast.evaluation.plan import Plan
-from varfast.evaluation.sampling import Evaluation
+from varfast.evaluation.plan import Plan, sets_of
+from varfast.evaluation.sampling import Evaluation, weights_hash
 from varfast.evaluation.table import INTERVALS, Row, tabulate
 from varfast.files import save_text
 from varfast.policies.device import pick_device
@@ -25,7 +25,7 @@ from varfast.policies.protocol import Policy
 from varfast.runs.environment import environment
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_base, load_policy
-from varfast.types import InputError
+from varfast.types import InputError, Sampling
 
 
 def evaluate(config: EvaluateConfig, process: Launch = Launch()) -> list[Row]:  # noqa: B008 - frozen
@@ -37,59 +37,77 @@ def evaluate(config: EvaluateConfig, process: Launch = Launch()) -> list[Row]:  
     Raises: InputError for whatever cannot be used; what was sampled so far stays in the folder.
     """
     is_main = process.rank == 0
-    config = resolved(config, print if is_main else silent)
-    device = pick_device(config.device)
-    if config.fid_reference is not None and is_main:
-        check_real_images(config.fid_reference)  # before models are loaded
-    sides = {"reference": config.reference} if config.reference is not None else {}
+    task = resolved(config, print if is_main else _silent)
+    device = _device(config.device, process)
+    if is_main:  # before models are loaded
+        for address in dict.fromkeys(config.fid_references.values()):
+            check_real_images(address)
+    sides = {"reference": task.reference} if task.reference is not None else {}
     sides["checkpoint"] = config.checkpoint
     evaluation: Evaluation | None = None
-    real: RealImages | None = None
+    how: list[Sampling] = []
+    real: dict[str, RealImages | None] = {}
     first_sizes: dict[str, int] = {}
     for side, address in sides.items():
-        policy = _load(side, address, config, device)
+        policy = _load(side, address, task, device)
         sizes = {"labels": policy.num_classes, "pixels a side": policy.image_size}
         if evaluation is None:
-            first_sizes = sizes
-            evaluation, real = _prepare(config, policy.num_classes, policy.image_size, device, process)
+            first_sizes, how = sizes, samplings(config, policy)
+            evaluation, real = _prepare(task, how, policy, device, process)
         elif sizes != first_sizes:
             raise InputError(
                 f"the models cannot be compared: {first_sizes} in the reference, {sizes} in the checkpoint"
             )
-        evaluation.sample(side, policy)
+        weights = weights_hash(policy)
+        # With the most guidance first: a model that has none is refused at once.
+        for images in sorted(sets_of([side], how), key=lambda images: -images.how.cfg):
+            evaluation.sample(images, policy, weights)
         del policy  # before the next one is loaded
     assert evaluation is not None
     if not is_main:
         return []
-    evaluation.folder.wait(sides, evaluation.plan)
-    return finish(config, evaluation.folder, list(sides), evaluation.plan, real)
+    evaluation.folder.wait([images.name for images in sets_of(list(sides), how)], evaluation.plan)
+    return finish(task, how, evaluation.folder, list(sides), evaluation.plan, real)
 
 
-def _load(side: str, address: str, config: EvaluateConfig, device: torch.device) -> Policy:
+def _device(name: str, process: Launch) -> torch.device:
+    """Each process's own GPU, unless the arguments name one."""
+    own = name == "auto" and torch.cuda.is_available()
+    return pick_device(f"cuda:{process.local_rank or 0}" if own else name)
+
+
+def _load(side: str, address: str, task: Task, device: torch.device) -> Policy:
     """side: "reference" or "checkpoint"; address: what that argument says."""
+    dtype = task.config.dtype
     if address != BASE or side == "checkpoint":
-        return load_policy(address, config.vqvae, device, config.dtype, family=config.family, argument=side)
-    folder = RunFolder(config.checkpoint)
-    return load_base(folder.load_config(), folder, device, config.dtype)
+        return load_policy(address, task.vqvae, device, dtype, family=task.family, argument=side)
+    folder = RunFolder(task.config.checkpoint)
+    return load_base(folder.load_config(), folder, device, dtype)
 
 
 def _prepare(
-    config: EvaluateConfig, num_classes: int, image_size: int, device: torch.device, process: Launch
-) -> tuple[Evaluation, RealImages | None]:
-    """Everything but the models; what cannot be used is refused before the folder is made. Real images in process 0."""
-    assert config.out is not None
+    task: Task, how: list[Sampling], policy: Policy, device: torch.device, process: Launch
+) -> tuple[Evaluation, dict[str, RealImages | None]]:
+    """Everything but the models; what cannot be used is refused before the folder is made.
+
+    Returns: the evaluation, and the real images by the name of the features, in process 0.
+    """
+    config, num_classes = task.config, policy.num_classes
+    image_size = config.image_size or policy.image_size
     plan = Plan(sampled_labels(config, num_classes), config.samples_per_label, num_classes)
-    judge = Judge(config, num_classes, device)
-    real: RealImages | None = None
-    if config.fid_reference is not None and judge.network is not None and process.rank == 0:
-        real = load_real_images(config.fid_reference, judge.network, image_size)
-        _refuse_too_few(plan, real)
-    folder = EvaluationFolder(config.out, column_names(config), image_size)
-    folder.prepare(chunk_settings(config), process.rank)
+    judge = Judge(task, num_classes, device)
+    real: dict[str, RealImages | None] = dict.fromkeys(judge.networks)
+    if process.rank == 0:
+        for name, address in config.fid_references.items():
+            real[name] = load_real_images(address, judge.networks[name], image_size)
+            _refuse_too_few(plan, real[name])
+    folder = EvaluationFolder(task.out, column_names(task), image_size)
+    folder.prepare(chunk_settings(task, how), process.rank)
     return Evaluation(config, plan, judge, folder, process), real
 
 
-def _refuse_too_few(plan: Plan, real: RealImages) -> None:
+def _refuse_too_few(plan: Plan, real: RealImages | None) -> None:
+    assert real is not None
     images = len(plan.labels)
     if real.features_MD is None and images < 2:
         raise InputError("FID of one image: raise samples_per_label, or name more labels")
@@ -101,26 +119,41 @@ def _refuse_too_few(plan: Plan, real: RealImages) -> None:
 
 
 def finish(
-    config: EvaluateConfig, folder: EvaluationFolder, sides: list[str], plan: Plan, real: RealImages | None
+    task: Task,
+    how: list[Sampling],
+    folder: EvaluationFolder,
+    sides: list[str],
+    plan: Plan,
+    real: dict[str, RealImages | None],
 ) -> list[Row]:
     """From complete chunks to the table, which is returned, and the files of the out folder."""
-    numbers = {side: folder.gather(side, plan) for side in sides}
-    labels = plan.labels
-    rows = tabulate(numbers.get("reference"), numbers["checkpoint"], np.array(labels), seen_labels(config), real)
-    pictures = save_pictures(folder, sides, plan, label_names(config.checkpoint, plan.num_classes))
+    config, labels, tables = task.config, plan.labels, []
+    for sampling in how:  # one guidance after another: 50 000 images have 0.4 GB of Inception's features
+        numbers = {images.side: folder.gather(images.name, plan) for images in sets_of(sides, how)
+                   if images.how == sampling}  # fmt: skip
+        tables.append(
+            tabulate(numbers.get("reference"), numbers["checkpoint"], np.array(labels), seen_labels(config), real,
+                     sampling.cfg)
+        )  # fmt: skip
+    rows = [row for same in zip(*tables, strict=True) for row in same]
+    sets = sets_of(sides, how)
+    pictures = save_pictures(folder, sets, plan, label_names(config.checkpoint, plan.num_classes))
     if config.save == "npz":
-        for side in sides:
-            save_npz(folder, side, plan)
+        for images in sets:
+            save_npz(folder, images.name, plan)
+    settings = chunk_settings(task, how)
+    counts = {name: found.count for name, found in real.items() if found is not None}
     result = {
         "checkpoint": config.checkpoint,
-        "reference": config.reference,
-        "settings": chunk_settings(config),
+        "reference": task.reference,
+        "settings": settings,
         "fid_reference": config.fid_reference,
         "images": len(labels),
         "labels": len(set(labels)),
-        "real_images": real.count if real else None,
+        "real_images": counts if len(counts) > 1 else next(iter(counts.values()), None),
         "intervals": INTERVALS,
-        "features": config.feature_network,
+        "features": settings["features"],
+        "feature_widths": {name: len(found.statistics.mu_D) for name, found in real.items() if found is not None},
         "neighbours": {"nearest": NEIGHBOURS, "images_at_most": NEIGHBOUR_IMAGES},
         "rows": [row.as_json() for row in rows],
         "pictures": pictures,
@@ -130,5 +163,5 @@ def finish(
     return rows
 
 
-def silent(text: str) -> None:
+def _silent(text: str) -> None:
     """For all processes but the first, in place of print."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from varfast.data.labels import caption
 from varfast.evaluation.folder import EvaluationFolder
-from varfast.evaluation.plan import Plan
+from varfast.evaluation.plan import Images, Plan
 from varfast.files import write_atomically
 from varfast.runs.pictures import GAP_PX, image_grid, save_picture
 from varfast.types import InputError
@@ -37,14 +38,17 @@ def save_pngs(folder: Path, levels: np.ndarray, plan: Plan, chunk: list[int]) ->
         raise InputError(f"cannot write into {folder}: {error.strerror}; free space there and go on") from error
 
 
-def save_npz(folder: EvaluationFolder, side: str, plan: Plan) -> None:
-    """images_<side>.npz: arr_0 and labels. Written chunk by chunk, since all images at once may not fit in memory."""
+def save_npz(folder: EvaluationFolder, name: str, plan: Plan) -> None:
+    """images_<name>.npz: arr_0 and labels, as ADM's evaluator reads a batch of samples: uint8 (N, H, W, 3), not packed.
+
+    Written chunk by chunk, since all images at once may not fit in memory.
+    """
 
     def write(file: Any) -> None:
         with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 for number in range(len(plan.chunks)):
-                    levels = folder.levels(side, number, plan, whole=True)
+                    levels = folder.levels(name, number, plan, whole=True)
                     if number == 0:
                         shape = (len(plan.labels), *levels.shape[1:])
                         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -53,11 +57,14 @@ def save_npz(folder: EvaluationFolder, side: str, plan: Plan) -> None:
             with archive.open("labels.npy", "w") as member:
                 np.lib.format.write_array(member, np.array(plan.labels))
 
-    write_atomically(folder.path / f"images_{side}.npz", write)
+    write_atomically(folder.path / f"images_{name}.npz", write)
 
 
-def save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan, names: list[str] | None) -> dict[str, Any]:
-    """pictures.png: a row for each label; images of the models side by side, from the same seeds.
+def save_pictures(
+    folder: EvaluationFolder, sets: Sequence[Images], plan: Plan, names: list[str] | None
+) -> dict[str, Any]:
+    """pictures.png: a row for each label; images of the models, and of several guidances, side by side, from the same
+    seeds.
 
     Args:
         names: of all labels, if they have any.
@@ -65,8 +72,8 @@ def save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan, names:
     """
     titles = [caption(label, names) for label in plan.picture_labels]
     grids: list[np.ndarray] = []
-    for side in sides:
-        images = _shown_images(folder, side, plan)
+    for each in sets:
+        images = _shown_images(folder, each.name, plan)
         cells = [images[plan.index(label, s)] for label in plan.picture_labels for s in plan.picture_samples]
         pixels = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255.0
         grids.append(image_grid(pixels, len(plan.picture_samples), titles if not grids else ()))
@@ -75,17 +82,17 @@ def save_pictures(folder: EvaluationFolder, sides: list[str], plan: Plan, names:
     return {
         "file": "pictures.png",
         "rows": plan.picture_labels,
-        "columns": [{"of": side, "sample": sample} for side in sides for sample in plan.picture_samples],
+        "columns": [{"of": each.name, "sample": sample} for each in sets for sample in plan.picture_samples],
     }
 
 
-def _shown_images(folder: EvaluationFolder, side: str, plan: Plan) -> dict[int, np.ndarray]:
+def _shown_images(folder: EvaluationFolder, name: str, plan: Plan) -> dict[int, np.ndarray]:
     """The images (H, W, 3) that the picture shows, by index."""
     images: dict[int, np.ndarray] = {}
     for number, chunk in enumerate(plan.chunks):
         shown = [index for index in chunk if plan.shown(index)]
         if shown:
-            levels = folder.levels(side, number, plan)
+            levels = folder.levels(name, number, plan)
             kept = chunk if len(levels) == len(chunk) else shown
             images |= {index: levels[row] for row, index in enumerate(kept) if plan.shown(index)}
     return images

@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
+
+from varfast.types import Sampling
 
 _CHUNK_IMAGES = 128
 _PICTURE_LABELS, _PICTURE_SAMPLES = 8, 4
+
+
+@dataclass(frozen=True)
+class Images:
+    """One set of images of an evaluation: of a model, sampled with one guidance.
+
+    Attributes:
+        side: of the model: "reference" or "checkpoint".
+        how: they are sampled.
+        name: of their files.
+    """
+
+    side: str
+    how: Sampling
+    name: str
+
+
+def sets_of(sides: list[str], how: list[Sampling]) -> list[Images]:
+    """Every model with every guidance; the models with the same guidance stand side by side."""
+    several = len(how) > 1
+    return [Images(s, h, f"{s}_cfg_{h.cfg:g}" if several else s) for h in how for s in sides]
 
 
 class Plan:

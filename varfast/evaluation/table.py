@@ -1,16 +1,18 @@
-"""From the numbers of each image to a table of two models, or of one.
+"""From the numbers of each image to a table of two models, or of one, with one guidance or several.
 
 Axes: N image.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from varfast.evaluation.features import RealImages
+from varfast.evaluation.judge import columns_of
 from varfast.evaluation.metrics import (
     NEIGHBOURS,
     Estimate,
@@ -43,6 +45,8 @@ class Row:
         baseline: of the model that is compared with, which arguments and files call "reference"; None without one.
         checkpoint: of the model that is evaluated.
         difference: checkpoint - baseline.
+        features: what the images are compared by; None for numbers of each image.
+        cfg: guidance of the images; None if it is not known.
     """
 
     name: str
@@ -50,6 +54,8 @@ class Row:
     baseline: Estimate | None
     checkpoint: Estimate
     difference: Estimate | None
+    features: str | None = None
+    cfg: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As evaluation.json holds it."""
@@ -57,7 +63,12 @@ class Row:
 
 
 def tabulate(
-    baseline: Numbers | None, checkpoint: Numbers, labels_N: np.ndarray, seen: set[int] | None, real: RealImages | None
+    baseline: Numbers | None,
+    checkpoint: Numbers,
+    labels_N: np.ndarray,
+    seen: set[int] | None,
+    real: Mapping[str, RealImages | None],
+    cfg: float | None = None,
 ) -> list[Row]:
     """The table of two models' numbers, or of one's.
 
@@ -66,7 +77,8 @@ def tabulate(
         labels_N: of the images.
         seen: labels that the run was trained on, where that was not all of them: rows for seen and unseen labels are
             added.
-        real: the images that features are compared with.
+        real: by the name of the features, the images that they are compared with, if there are any.
+        cfg: guidance of the images.
     """
     groups = {"all": np.ones(len(labels_N), dtype=bool)}
     if seen is not None:
@@ -78,15 +90,10 @@ def tabulate(
         for group, rows_N in groups.items():
             values = [None if numbers is None else numbers[name][rows_N] for numbers in models]
             rows.append(_paired_row(name, group, *values))
-    if "features" in checkpoint:
-        spread = [None if numbers is None else diversity(numbers["features"], labels_N) for numbers in models]
-        if spread[1] is not None and len(spread[1]):
-            rows.append(_paired_row("diversity", "all", *spread))
-        before = _of_the_set(baseline, real) if baseline is not None else None
-        for name, value in _of_the_set(checkpoint, real).items():
-            old = None if before is None else Estimate(before[name])
-            rows.append(Row(name, "all", old, Estimate(value), old and Estimate(value - old.value)))
-    return rows
+    for network, images in real.items():
+        columns = columns_of(network, list(real))
+        rows += [replace(row, features=network) for row in _of_features(*models, labels_N, *columns, images)]
+    return [replace(row, cfg=cfg) for row in rows]
 
 
 def _paired_row(name: str, group: str, before: np.ndarray | None, after: np.ndarray | None) -> Row:
@@ -96,38 +103,80 @@ def _paired_row(name: str, group: str, before: np.ndarray | None, after: np.ndar
     return Row(name, group, mean_interval(before), mean_interval(after), difference_interval(before, after))
 
 
-def _of_the_set(numbers: Numbers, real: RealImages | None) -> dict[str, float]:
+def _of_features(
+    baseline: Numbers | None,
+    checkpoint: Numbers,
+    labels_N: np.ndarray,
+    features: str,
+    logits: str | None,
+    real: RealImages | None,
+) -> list[Row]:
+    """The rows of one network. features, logits: names of its arrays."""
+    models, rows = (baseline, checkpoint), []
+    spread = [None if numbers is None else diversity(numbers[features], labels_N) for numbers in models]
+    if spread[1] is not None and len(spread[1]):
+        rows.append(_paired_row("diversity", "all", *spread))
+    before, after = (
+        None if numbers is None else _of_the_set(numbers[features], None if logits is None else numbers[logits], real)
+        for numbers in models
+    )
+    assert after is not None
+    for name, value in after.items():
+        old = None if before is None else Estimate(before[name])
+        rows.append(Row(name, "all", old, Estimate(value), old and Estimate(value - old.value)))
+    return rows
+
+
+def _of_the_set(features_ND: np.ndarray, logits_NK: np.ndarray | None, real: RealImages | None) -> dict[str, float]:
     """Numbers that a set of images has, and no single image."""
-    found = {"inception_score": inception_score(numbers["logits"])}
+    found = {} if logits_NK is None else {"inception_score": inception_score(logits_NK)}
     if real is not None:
-        found["fid"] = fid(real.statistics, statistics(numbers["features"]))
+        found["fid"] = fid(real.statistics, statistics(features_ND))
         if real.features_MD is not None:
-            found |= neighbours(real.features_MD, numbers["features"])
+            found |= neighbours(real.features_MD, features_ND)
     return found
 
 
+def row_title(name: str, labels: str, features: str | None) -> str:
+    """Of a row. features: where several are side by side."""
+    parts = [name, features and f"{features} features", None if labels == "all" else f"{labels} labels"]
+    return ", ".join(part for part in parts if part)
+
+
 def table(rows: list[Row]) -> str:
-    """Text: name, reference, checkpoint, difference, with intervals."""
+    """Text: name, guidance where there are several, reference, checkpoint, difference, with intervals."""
     paired = any(row.baseline for row in rows)
-    lines = [["", "reference", "checkpoint", "difference"] if paired else ["", "checkpoint"]]
+    guided = len({row.cfg for row in rows}) > 1
+    several = len({row.features for row in rows} - {None}) > 1
+    header = ["", "reference", "checkpoint", "difference"] if paired else ["", "checkpoint"]
+    lines = [[*header[:1], *(["cfg"] if guided else []), *header[1:]]]
     for row in rows:
-        name = printable(row.name if row.labels == "all" else f"{row.name}, {row.labels} labels")
+        name = printable(row_title(row.name, row.labels, row.features if several else None))
         cells = [
             row.baseline.text() if row.baseline else "",
             row.checkpoint.text(),
             row.difference.text("+") if row.difference else "",
         ]
-        lines.append([name, *(cells if paired else cells[1:2])])
+        lines.append([name, *([f"{row.cfg:g}"] if guided else []), *(cells if paired else cells[1:2])])
     return "\n".join(text_table(lines, "<" * len(lines[0])))
 
 
 def about(result: dict[str, Any]) -> str:
     """What the table is of, in a few lines, from the content of evaluation.json."""
-    lines = [f"{result['images']} images a model, of {result['labels']} labels."]
+    guidance = result["settings"]["cfg"]
+    each = "a model and guidance" if isinstance(guidance, list) else "a model"
+    lines = [f"{result['images']} images {each}, of {result['labels']} labels."]
     if result["features"]:
+        features = result["features"] if isinstance(result["features"], list) else [result["features"]]
         lines.append(
-            f"Features: {result['features']}. FID falls as samples grow in number: compare equal numbers alone."
+            f"Features: {', '.join(features)}. FID falls as samples grow in number: compare equal numbers alone."
         )
-    if result["real_images"]:
-        lines.append(f"{result['real_images']} real images; {NEIGHBOURS} nearest neighbours.")
+    few = {name: width for name, width in result["feature_widths"].items() if result["images"] <= width}
+    if few:
+        listed = ", ".join(f"{width} of {name}" for name, width in few.items())
+        lines.append(f"Fewer images than features ({listed}): their covariance is singular, and that FID far too high.")
+    real = result["real_images"]
+    counts = set(real.values() if isinstance(real, dict) else [real]) - {None}
+    if counts:
+        lines.append(f"{' or '.join(map(str, sorted(counts)))} real images; {NEIGHBOURS} nearest neighbours.")
     return "\n".join([*lines, f"Intervals: {result['intervals']}."])

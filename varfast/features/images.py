@@ -21,7 +21,8 @@ from varfast.features.networks import to_levels
 from varfast.types import InputError
 from varfast.weights.containers import Arrays
 
-_BATCH_IMAGES = 64
+BATCH_IMAGES = 64
+DIGITS = 1797  # images of scikit-learn
 
 
 def is_folder(address: str) -> bool:
@@ -44,7 +45,7 @@ def listed(folder: Path, key: str) -> Listing:
 
 def of_digits(image_size: int) -> Iterator[Tensor]:
     """Levels of the handwritten digits, of which varfast.data.datasets.digits makes images."""
-    yield from to_levels(digits(image_size)[0]).split(_BATCH_IMAGES)
+    yield from to_levels(digits(image_size)[0]).split(BATCH_IMAGES)
 
 
 def of_folder(folder: Path, image_size: int, key: str) -> Iterator[Tensor]:
@@ -56,8 +57,8 @@ def of_folder(folder: Path, image_size: int, key: str) -> Iterator[Tensor]:
     if found.troubles:
         check_images(f"{key}={folder}", found)
     with ThreadPoolExecutor(8) as pool:
-        for first in range(0, len(found.files), _BATCH_IMAGES):
-            part = found.files[first : first + _BATCH_IMAGES]
+        for first in range(0, len(found.files), BATCH_IMAGES):
+            part = found.files[first : first + BATCH_IMAGES]
             yield torch.stack(list(pool.map(lambda file: _read_image(file.path, image_size, key), part)))
 
 
@@ -78,8 +79,8 @@ def of_archive(path: Path, image_size: int, key: str) -> Iterator[Tensor]:
                              "or a folder of images, which are resized")  # fmt: skip
         if shape[0] < 2:
             raise InputError(f"{key}={path}: {shape[0]} images in it; a covariance needs two at least")
-        for first in range(0, shape[0], _BATCH_IMAGES):
-            count = min(_BATCH_IMAGES, shape[0] - first)
+        for first in range(0, shape[0], BATCH_IMAGES):
+            count = min(BATCH_IMAGES, shape[0] - first)
             pixels = np.frombuffer(file.read(count * side * side * 3), np.uint8).reshape(count, side, side, 3)
             yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
         file.read(1)  # zipfile compares the CRC at the end of the file

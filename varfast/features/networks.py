@@ -7,18 +7,13 @@ those of its file.
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from varfast.data.datasets import DigitsClassifier
-from varfast.rewards.files import fetch, file_name
-from varfast.types import InputError
-from varfast.weights.containers import read_checkpoint
-
-_INCEPTION_SHA256 = "6726825d"  # torch-fidelity names the file by its first digits
 
 
 class Network(Protocol):
@@ -54,48 +49,6 @@ def features_of(network: Network, images: Tensor, batch_size: int) -> Tensor:
     return torch.cat([network.features(to_levels(part)) for part in images.split(batch_size)])
 
 
-class Inception:
-    """Inception-v3 of the FID paper, from torch-fidelity: with TensorFlow's weights and its way to resize.
-
-    Args:
-        weights: path, hf:// or https address; None: torch-fidelity's public file.
-        device: where it runs.
-        key: of the argument that names the weights, for errors.
-    Raises: InputError if the library is missing, or if the weights cannot be loaded or do not fit.
-    """
-
-    name, width = "inception", 2048
-
-    def __init__(self, weights: str | None, device: torch.device, key: str = "inception_weights") -> None:
-        check_installed()
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-
-        address = weights or URL_INCEPTION_V3
-        public = file_name(address) == file_name(URL_INCEPTION_V3)
-        path = fetch(address, key, _INCEPTION_SHA256 if public else "")
-        read_checkpoint(path)  # refuses pickles with code, which the library would run
-        try:
-            network = FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
-            )
-        except (RuntimeError, TypeError) as error:
-            raise InputError(f"{key}={address} does not hold torch-fidelity's Inception-v3: {str(error)[:300]}"
-                             ) from error  # fmt: skip
-        self._network: Any = network.to(device)
-        self._device = device
-
-    @torch.no_grad()
-    def features(self, levels: Tensor) -> Tensor:
-        features_BD: Tensor = self._network(levels.to(self._device))[0]
-        return features_BD
-
-    @torch.no_grad()
-    def __call__(self, levels: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        """(B, 3, H, W) uint8 -> features (B, 2048) and logits (B, 1008), float32."""
-        features_BD, logits_BK = self._network(levels.to(self._device))
-        return features_BD.cpu().numpy(), logits_BK.cpu().numpy()
-
-
 class DigitsPixels:
     """For tiny models, without weights: 8 x 8 grey levels as features, a classifier of handwritten digits for logits.
 
@@ -120,18 +73,25 @@ class DigitsPixels:
         return DigitsClassifier()
 
 
-def load_network(name: str, weights: str | None, device: torch.device, key: str = "inception_weights") -> Network:
-    """A network by its name.
+def load_network(
+    name: str,
+    weights: str | None,
+    device: torch.device,
+    key: str = "inception_weights",
+) -> Network:
+    """A network that its name alone describes: digits, inception or inception_torchvision.
 
+    Args:
+        weights: path, hf:// or https address; None: the public file.
+        key: where they stand in the config, for errors.
     Raises: InputError as the networks.
     """
-    return DigitsPixels() if name == "digits" else Inception(weights, device, key)
+    if name == "digits":
+        return DigitsPixels()
+    from varfast.features.inception import Inception, TorchvisionInception
 
-
-def check_installed() -> None:
-    """Raises: InputError if a library is missing."""
-    try:
-        import prdc  # noqa: F401
-        import torch_fidelity  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"FID and its kin need two libraries; pip install 'varfast[eval]' ({error})") from error
+    return (
+        TorchvisionInception(weights, device, key)
+        if name == "inception_torchvision"
+        else Inception(weights, device, key)
+    )

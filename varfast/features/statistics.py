@@ -8,7 +8,6 @@ Axes: M image; D feature.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,14 +62,6 @@ class Summing:
         mean_D = self._sum_D / self._count
         sigma_DD = (self._products_DD - self._count * torch.outer(mean_D, mean_D)) / (self._count - 1)
         return Statistics((self._shift_D + mean_D).cpu().numpy(), sigma_DD.cpu().numpy(), self._count)
-
-
-def statistics_of(parts: Iterable[Tensor]) -> Statistics:
-    """Of features (B, D) that come part by part; two images at least."""
-    summing = Summing()
-    for features_BD in parts:
-        summing.add(features_BD)
-    return summing.statistics()
 
 
 def save_statistics(path: Path, found: Statistics, features: str) -> None:

@@ -28,7 +28,13 @@ class UpdateConfig(Section):
         description="on one GPU, replay captured forward and backward passes, which hold on to the memory of a "
         "micro-batch during the rollout; default: where memory allows it",
     )
-    epochs: int = Field(1, ge=1, le=MANY, description="passes over a rollout")
+    epochs: int = Field(
+        1,
+        ge=1,
+        le=MANY,
+        description="K, passes over a rollout, each in an order of its own; ratios stay those to the policy that "
+        "sampled it (arXiv:2603.23086 has 2)",
+    )
     optimizer: Literal["adamw", "apex", "adamw8bit"] = Field(
         "adamw",
         description="PyTorch's fused AdamW, NVIDIA Apex's FusedAdam, or bitsandbytes' AdamW with moments of 8 bits: "

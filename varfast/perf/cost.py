@@ -111,7 +111,8 @@ class Network(NamedTuple):
 
 
 class Cost(Protocol):
-    """What a policy of one family costs in one compute dtype. Work and activations are those of one image.
+    """What a policy of one family costs in one compute dtype. Work and activations are those of one image,
+    without guidance; with it, perf.work counts every image twice where the transformer runs.
 
     Attributes:
         dtype: "float32" or "bfloat16", of activations.

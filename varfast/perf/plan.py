@@ -63,7 +63,7 @@ def rollout_micro_batch(work: Work, free_bytes: float) -> int:
     """Images to sample and decode at a time: what the config names, else as many as fit, at least 1.
 
     That is the largest divisor of a step's images whose key-value cache, activations and decoding take at most 0.9 of
-    `free_bytes`. d16 in bfloat16: 27.8 + 10.1 + 106 MB an image, so 512 images need 83 GB free.
+    `free_bytes`. d16 in bfloat16: 27.8 + 10.1 + 85 MB an image, so 512 images need 71 GB free.
 
     Args:
         free_bytes: the device's memory without the states.

@@ -44,7 +44,7 @@ class Driver(ABC):
     Attributes:
         parts: its models by name, the trained one, a MixedPrecision, first.
         device: where they are.
-        num_classes, tokens_shape, image_size, strict: see protocol.Policy.
+        num_classes, tokens_shape, image_size, rounding, strict: see protocol.Policy.
         fast: see __init__.
         graph_pool: memory for the graphs of rollout and update, which never run at the same time. The decoder's graph
             has its own: it runs beside the rollout.
@@ -54,6 +54,7 @@ class Driver(ABC):
     num_classes: int
     tokens_shape: tuple[int, ...]
     image_size: int
+    rounding: Literal["nearest", "truncate"] = "nearest"
 
     def __init__(
         self,
@@ -92,6 +93,11 @@ class Driver(ABC):
         self._sample_from(self.trainable)
 
     # What a family fills in.
+
+    @property
+    def published_sampling(self) -> Sampling:
+        """How the family's own code samples for its published FID; by default the policy itself, at temperature 1."""
+        return Sampling()
 
     @abstractmethod
     def _sample_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Sampled:

@@ -77,6 +77,16 @@ class Policy(Protocol):
         ...
 
     @property
+    def published_sampling(self) -> Sampling:
+        """How the family's own code samples for its published FID."""
+        ...
+
+    @property
+    def rounding(self) -> Literal["nearest", "truncate"]:
+        """How pixels become 8 bits in an evaluation."""
+        ...
+
+    @property
     def graph_pool(self) -> GraphPool:
         """Memory for the graphs of rollout and update, which never run at the same time."""
         ...

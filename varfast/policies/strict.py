@@ -5,7 +5,8 @@ needs no other model, but ops whose rows do not depend on one another:
 
 - products (kernels/matmul.py): every Linear, the head, and phi's convolution in VAR's quantizer, by patches;
 - attention (impl "triton_invariant", "sdpa_invariant"): keys are added in one order, alone and among all scales;
-- log-probabilities: the rollout's too by selective_log_softmax, on the tokens that were sampled;
+- log-probabilities: the rollout's too by selective_log_softmax, on the tokens that were sampled, with guidance from
+  logits that guidance.guided_logits has mixed in both;
 - all other ops treat each row, or each number, on its own anyway.
 
 Not among what it promises: pixels of the decoder, gradients, and other GPUs, libraries or numbers of threads.

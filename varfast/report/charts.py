@@ -22,6 +22,8 @@ _UNITS = {
     "reward_std": "reward",
     "kl": "nats a token",
     "entropy": "nats a token",
+    "entropy_norm": "entropy / ln of the vocabulary",
+    "entropy_coef": "weight of the bonus",
     "clip_fraction": "share of tokens",
     "ratio_mean": "new / old probability",
     "ratio_gap_mean": "|ratio - 1|, log scale",
@@ -35,9 +37,9 @@ _UNITS = {
 }
 _LOG_SCALE = ("ratio_gap_max", "ratio_gap_mean", "grad_norm")
 # Metrics whose axis need not begin at 0: their changes matter more than their distance from 0.
-_OWN_RANGE = ("reward_mean", "entropy", "ratio_mean", "loss", "advantage_mean")
+_OWN_RANGE = ("reward_mean", "entropy", "entropy_norm", "ratio_mean", "loss", "advantage_mean")
 _SPEED = ("images_per_s", "mfu", "step_s")
-_POLICY = ("kl", "entropy", "clip_fraction", "ratio_gap_max", "groups_without_signal")
+_POLICY = ("kl", "entropy", "entropy_norm", "entropy_coef", "clip_fraction", "ratio_gap_max", "groups_without_signal")
 _COLOURS = 6
 
 Point = tuple[int, float, float, float]
@@ -244,7 +246,8 @@ def charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
     """The charts by section. Every metric is in one of them, except a single reward, which reward_mean repeats."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics.columns))
     components = [m for m in metrics if m.startswith("reward/")]
-    rewards = ["reward_mean", "reward_std", *(components if len(components) > 1 else [])]
+    distances = [m for m in metrics if m.startswith("distance/")]  # of rewards of sets
+    rewards = ["reward_mean", "reward_std", *(components if len(components) > 1 else []), *distances]
     stages = [m for m in metrics if m.endswith(("_ms", "_share"))]
     others = [m for m in metrics if m not in (*rewards, *components, *_POLICY, *_SPEED, *stages)]
     groups = {"Reward": rewards, "Policy": _POLICY, "Speed": _SPEED, "Other metrics": others}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from varfast.evaluation.metrics import Estimate, difference_interval, interval_text
+from varfast.evaluation.table import row_title
 from varfast.report.charts import SMOOTHED, charts
 from varfast.report.elements import Markup, brief, html_table, masked, text
 from varfast.report.pictures import Extremes
@@ -276,14 +277,18 @@ def _measured(run: Run) -> str:
     found = run.evaluation
     assert found is not None
     sides = [side for side in ("reference", "checkpoint", "difference") if any(getattr(r, side) for r in found.rows)]
+    several = len({row.features for row in found.rows} - {None}) > 1
+    guided = len({row.cfg for row in found.rows}) > 1
     rows = [
         (
-            row.name if row.labels == "all" else f"{row.name}, {row.labels} labels",
+            row_title(row.name, row.labels, row.features if several else None)
+            + (f", cfg {brief(row.cfg)}" if guided and row.cfg is not None else ""),
             [_shown(getattr(row, side), "+" if side == "difference" else "") for side in sides],
         )
         for row in found.rows
     ]
-    about = f"{found.images} images a model, of {found.labels} labels. Intervals: {brief(found.intervals, 1000)}."
+    each = "a model and guidance" if guided else "a model"
+    about = f"{found.images} images {each}, of {found.labels} labels. Intervals: {brief(found.intervals, 1000)}."
     parts = [f"<h3>{text(brief(run.name))}: varfast.evaluate</h3>{html_table(sides, rows)}<p>{text(about)}</p>"]
     if run.evaluation_picture is not None:
         shown = found.pictures

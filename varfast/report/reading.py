@@ -120,6 +120,8 @@ class EvaluationRow(BaseModel):
     reference: Estimated | None
     checkpoint: Estimated | None
     difference: Estimated | None
+    features: str | None = None
+    cfg: float | None = None
 
 
 class _Column(BaseModel):

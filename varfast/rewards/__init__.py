@@ -1,7 +1,7 @@
 """Rewards: what the policy is trained to earn. One file a reward; composed here by the names they have in the config.
 
 To add a reward, write one file and name its section in RewardConfig below. The file holds the section of the config and
-the class that computes. The section has two methods::
+the class that computes. The section derives from building.RewardSection and has two methods::
 
     build(building) -> Reward
         makes the reward; building.py has what it is given, and what a reward does

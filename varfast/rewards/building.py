@@ -60,6 +60,15 @@ class RewardSection(Section):
         "grpo.combine says",
     )
 
+    def check_step(self, key: str, labels_per_step: int, labels: int) -> None:
+        """Whether a step of the run is one that this reward can score.
+
+        Args:
+            key: where this section stands, for errors.
+            labels_per_step, labels: of a step, and those that it draws from.
+        Raises: ValueError if it is not.
+        """
+
 
 @dataclass(frozen=True)
 class Building:
@@ -91,8 +100,19 @@ class Building:
         """What computes the features that a section names."""
         key = section.chosen
         if key not in self.networks:
-            self.networks[key] = section.load(self.device, self.key)
+            if section.features == "clip":
+                self.networks[key] = self._clip(section)
+            else:
+                self.networks[key] = section.load(self.device, self.key)
         return self.networks[key]
+
+    def _clip(self, section: FeaturesSection) -> Network:
+        """Features of a CLIP that rewards of images and texts may run too."""
+        from varfast.features.embedders import ClipFeatures
+        from varfast.rewards.backbone import shared_backbone
+
+        spec = section.clip_spec(self.key)
+        return ClipFeatures(shared_backbone(self, spec, section.batch_size), spec)
 
     @property
     def name(self) -> str:

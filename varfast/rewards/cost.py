@@ -9,6 +9,7 @@ from varfast.perf.cost import ITEM_BYTES, Count, Network
 from varfast.rewards import RewardConfig
 from varfast.rewards.clip import ClipModel
 from varfast.rewards.imagereward import ImageRewardReward
+from varfast.rewards.loo_fid import LooFidReward
 
 # Image towers of CLIP models: width, layers, patch side, width of the embedding. The image is 224 x 224.
 _TOWERS = {
@@ -21,18 +22,26 @@ _TOWERS = {
 # places. A text such as "a photo of a {name}" has 10 tokens or so.
 _BLIP_IMAGE, _BLIP_TEXT = (1024, 24, 16), (768, 12, 30524, 512)
 _TEXT_TOKENS = 10
+# Inception-v3 of 299 x 299 pixels to its pooled features: FLOP, and activations, each written once and read once.
+_INCEPTION_FLOP, _INCEPTION_ACTIVATIONS, _INCEPTION_PARAMETERS = 11.4e9, 18.5e6, 21_785_568
 
 
 def reward_networks(rewards: Mapping[str, RewardConfig]) -> list[Network]:
     """The networks that rewards run; one that several share is there once.
 
-    Not counted: CLIP models other than the four above, classifiers and a user's own.
+    Not counted: CLIP models other than the four above, DINO, classifiers and a user's own; and the moments of loo_fid,
+    which are work on a step, not on an image (rewards/moments.py).
     """
+    sets = [reward for reward in rewards.values() if isinstance(reward, LooFidReward)]
     # By their weights too: HPSv2 and PickScore are two models of one architecture.
     named = {(*reward.network, reward.dtype) for reward in rewards.values() if isinstance(reward, ClipModel)}
+    named |= {(*of_set.clip_network, of_set.dtype) for of_set in sets if of_set.features == "clip"}
     found = [_tower(name, dtype) for name, _, dtype in sorted(named) if name in _TOWERS]
     rating = Counter((r.pretrained, r.dtype) for r in rewards.values() if isinstance(r, ImageRewardReward))
-    return found + [_blip(dtype, texts) for (_, dtype), texts in sorted(rating.items())]
+    found += [_blip(dtype, texts) for (_, dtype), texts in sorted(rating.items())]
+    inceptions = {(of_set.features, of_set.pretrained) for of_set in sets if of_set.features.startswith("inception")}
+    moved = Count(_INCEPTION_FLOP, 2.0 * _INCEPTION_ACTIVATIONS * ITEM_BYTES["float32"])
+    return found + [Network(moved, _INCEPTION_PARAMETERS)] * len(inceptions)
 
 
 def _tower(name: str, dtype: str) -> Network:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from varfast.features.embedders import ClipFeatures
 from varfast.features.networks import Network, features_of
 from varfast.rewards.building import Building, Scored
 from varfast.rewards.moments import Distance, FullDistance, Moments
@@ -46,7 +47,10 @@ class LeaveOneOut:
 
     def measure(self, scored: Scored) -> Tensor:
         """(B, D) float64 features."""
-        features_BD = features_of(self._network, scored.images, self._batch_size).double()
+        if isinstance(self._network, ClipFeatures):
+            features_BD = scored.embeddings(self._network.backbone).double()  # computed once for all rewards on it
+        else:
+            features_BD = features_of(self._network, scored.images, self._batch_size).double()
         bad = (~features_BD.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:
             raise NotFiniteReward(

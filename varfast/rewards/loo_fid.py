@@ -51,6 +51,13 @@ class LooFidReward(RewardSection, FeaturesSection):
         "~/.cache/varfast", description="statistics of a folder are kept here, in statistics/, by a hash of its content"
     )
 
+    def check_step(self, key: str, labels_per_step: int, labels: int) -> None:
+        if labels_per_step == 1 and labels > 1:
+            raise ValueError(
+                f"{key} with rollout.labels_per_step=1: all images of a step are of one label, and the real ones of "
+                f"{labels}, so that it would score labels, not images; raise rollout.labels_per_step, to 16 or more"
+            )
+
     def build(self, building: Building) -> SetReward:
         import torch
 
@@ -61,7 +68,8 @@ class LooFidReward(RewardSection, FeaturesSection):
         key, device = building.key, building.device
         network = building.network(self)
         cache = Path(self.cache_dir).expanduser() / "statistics"
-        found = reference_statistics(self.reference, network, building.image_size or 256, f"{key}.reference", cache)
+        image_size = building.image_size or 256
+        found = reference_statistics(self.reference, network, image_size, f"{key}.reference", cache, self.batch_size)
         mu_D, sigma_DD = (torch.from_numpy(array).to(device) for array in (found.mu_D, found.sigma_DD))
         distance: Distance
         if self.covariance == "full":
@@ -77,6 +85,5 @@ class LooFidReward(RewardSection, FeaturesSection):
         return LeaveOneOut(building, network, distance, self.ema, self.begin_images, self.batch_size)
 
     def reaches_outside(self) -> str | None:
-        if self.features == "digits" and self.reference == "digits":
-            return None
-        return reads_or_fetches(self.reference, self.weights or f"the weights of {self.features}")
+        sources = [self.loads(), None if self.reference == "digits" else self.reference]
+        return reads_or_fetches(*sources) if any(sources) else None

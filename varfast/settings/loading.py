@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -10,13 +12,15 @@ from pydantic import BaseModel, ValidationError
 from varfast.settings.arguments import sort as arguments_of
 from varfast.settings.paths import expanded
 from varfast.settings.problems import explain
-from varfast.settings.reading import apply_override, plain, read_config
+from varfast.settings.reading import apply_override, plain, read_config, set_key
 from varfast.types import InputError
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def load_as(model: type[_Model], path: str | Path, overrides: list[str]) -> _Model:
+def load_as(
+    model: type[_Model], path: str | Path, overrides: list[str], values: Mapping[str, Any] = MappingProxyType({})
+) -> _Model:
     """Read a YAML file and apply overrides.
 
     Args:
@@ -24,12 +28,15 @@ def load_as(model: type[_Model], path: str | Path, overrides: list[str]) -> _Mod
         path: the YAML file. Its key `base` may name another, from the same folder, whose sections it changes; `reward`
             replaces the base's as a whole.
         overrides: "a.b=c" each; c is read as YAML, so `true`, `3`, `[1, 2]` and `null` mean what they mean there.
+        values: by dotted key, as they are; after the overrides.
     Raises: InputError if the file is missing or not valid YAML, for unknown keys (with the nearest known one), wrong
         types and values out of range, all of them in one message.
     """
     data = read_config(expanded(str(path)))
     for override in overrides:
         apply_override(data, override)
+    for key, value in values.items():
+        set_key(data, key, value, str(path))
     return validate(model, data, str(path))
 
 

@@ -275,25 +275,31 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")) or key != key.strip():
         raise InputError(f"argument {shown!r}: want key=value, without spaces, as in update.lr=3e-5")
+    what = f"argument {shown!r}: the value"
+    text = text.strip()
+    if text.startswith(("[", "{", '"', "'")):
+        value = read_yaml(text, what)
+    else:
+        try:
+            value = scalar(text)
+        except ValueError as error:
+            raise InputError(f"{what} is {error}") from error
+    set_key(data, key, value, f"argument {shown!r}")
+
+
+def set_key(data: dict[str, Any], key: str, value: Any, what: str) -> None:
+    """Set a dotted key of nested dictionaries; `what` sets it. Raises: InputError if a part is no section."""
     node: Any = data
     *parents, last = key.split(".")
     if len(parents) > DEEPEST:
-        raise InputError(f"argument {shown!r}: the key has more than {DEEPEST} parts")
+        raise InputError(f"{what}: the key has more than {DEEPEST} parts")
     for parent in parents:
         if node.get(parent) is None:
             node[parent] = {}
         node = node[parent]
         if not isinstance(node, dict):
-            raise InputError(f"argument {shown!r}: {parent} is a value, not a section")
-    what = f"argument {shown!r}: the value"
-    text = text.strip()
-    if text.startswith(("[", "{", '"', "'")):
-        node[last] = read_yaml(text, what)
-        return
-    try:
-        node[last] = scalar(text)
-    except ValueError as error:
-        raise InputError(f"{what} is {error}") from error
+            raise InputError(f"{what}: {parent} is a value, not a section")
+    node[last] = value
 
 
 def is_finite(value: Any) -> bool:

@@ -13,6 +13,7 @@ from varfast.policies.llamagen.transformer import LlamaGen
 from varfast.policies.nexttoken.cost import NextTokenCost
 from varfast.policies.nexttoken.policy import NextTokenPolicy
 from varfast.policies.nexttoken.tokenizer import Tokenizer
+from varfast.types import Sampling
 
 
 class LlamaGenPolicy(NextTokenPolicy):
@@ -33,6 +34,12 @@ class LlamaGenPolicy(NextTokenPolicy):
     ) -> None:
         """Args and errors as of NextTokenPolicy."""
         super().__init__({"gpt": gpt, "vq": vq}, device, dtype, fast, strict)
+
+    @property
+    def published_sampling(self) -> Sampling:
+        """By size: 2 for B and L, 1.75 for XL and XXL, 1.65 for 3B."""
+        width = self.transformer.config.width
+        return Sampling(cfg=2.0 if width <= 1024 else 1.75 if width <= 1536 else 1.65)
 
     def _strengths(self, cfg: float) -> Sequence[float]:
         """uncond + s (cond - uncond) is s cond - (s - 1) uncond."""

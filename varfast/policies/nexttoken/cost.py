@@ -247,9 +247,11 @@ class NextTokenCost:
             attention  all of it but q k v, attention, and the normalised form that they are computed from
             full       the stream that enters the block
 
-        and float32 numbers: those of two norms, and a head's softmax. On top comes the larger of a block at work (what
-        it recomputes, the gradients of the MLP's hidden layers and of the stream) and of the head: its input, the
-        logits, whose place their gradient takes, and that gradient in the compute dtype.
+        and float32 numbers: those of two norms, and a head's softmax. On top comes the larger of a block at work (all
+        of it where it is recomputed whole, and the gradients of the stream and of the MLP's hidden layers but the last,
+        whose place is free by then) and of the head: its input, before and after the norm, the logits, whose place
+        their gradient takes, and that gradient in 16 bits, or in float32 that of the input. An attention that is
+        recomputed takes the place of the MLP.
         """
         sizes, layout, C, item = self.sizes, self.layout, self.sizes.width, self._item_bytes
         heads, qkv = sizes.num_heads * sizes.head_dim, (sizes.num_heads + 2 * sizes.kv_heads) * sizes.head_dim
@@ -259,7 +261,8 @@ class NextTokenCost:
         block = (4 * C + qkv + heads + hidden + ranks) * item + statistics_bytes
         in_attention = C + qkv + heads + sum(map(self._rank, layout.attention))
         kept = {"none": block, "attention": block - in_attention * item, "full": C * item}[checkpointing]
-        low_gradient = 0 if self.dtype == "float32" else sizes.vocab_size * item
-        head_at_work = sizes.vocab_size * FLOAT32_BYTES + low_gradient + 2 * C * item
-        block_at_work = block - kept + (hidden + 2 * C + (layout.hidden if self.lora else 0)) * item
+        of_head = C if self.dtype == "float32" else sizes.vocab_size
+        head_at_work = sizes.vocab_size * FLOAT32_BYTES + (of_head + 2 * C) * item
+        of_mlp = (hidden - layout.hidden + C + (layout.hidden if self.lora else 0)) * item
+        block_at_work = of_mlp + (block - kept if checkpointing == "full" else 0)
         return sizes.num_tokens * (sizes.depth * kept + max(head_at_work, block_at_work))

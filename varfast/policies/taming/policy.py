@@ -11,10 +11,13 @@ from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.taming.config import MinGPTConfig
 from varfast.policies.taming.cost import count
 from varfast.policies.taming.transformer import MinGPT
+from varfast.types import Sampling
 
 
 class TamingPolicy(NextTokenPolicy):
     """Parts "transformer" and "vqgan". There is no guidance: it was trained without a null class."""
+
+    rounding = "truncate"
 
     def __init__(
         self,
@@ -27,6 +30,10 @@ class TamingPolicy(NextTokenPolicy):
     ) -> None:
         """Args and errors as of NextTokenPolicy."""
         super().__init__({"transformer": transformer, "vqgan": vqgan}, device, dtype, fast, strict)
+
+    @property
+    def published_sampling(self) -> Sampling:
+        return Sampling(top_k=600, top_p=0.92)
 
     def cost(self, dtype: str, lora: LoRAConfig | None = None) -> NextTokenCost:
         sizes = self.transformer.config

@@ -175,10 +175,10 @@ class VARCost:
 
     @property
     def decode_activation_bytes(self) -> int:
-        """The most that exists at once in the decoder, in the compute dtype; 106 MB in bfloat16 at 256 px.
+        """The most that exists at once in the decoder, in the compute dtype; 85 MB in bfloat16 at 256 px.
 
-        In a residual block at full resolution: the level's input, the block's, and map, normalised map and SiLU of its
-        second half, 21 MB each.
+        In a residual block at full resolution: the block's input, and map, normalised map and result of its second
+        half, 21 MB each.
         """
         return self._item_bytes * max(layer.live for layer in decoder_layers(self.vqvae)) + self.image_bytes
 

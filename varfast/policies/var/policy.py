@@ -56,6 +56,10 @@ class VARPolicy(Driver):
         super().__init__({"var": var, "vqvae": vqvae}, device, dtype, fast, strict, decodable)
 
     @property
+    def published_sampling(self) -> Sampling:
+        return Sampling(cfg=1.5, top_k=900, top_p=0.96)
+
+    @property
     def var(self) -> VAR:
         var = self.parts["var"]
         assert isinstance(var, VAR)
