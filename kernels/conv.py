@@ -271,11 +271,12 @@ def conv3x3(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """The convolutions of the public decoder's blocks."""
+    """The convolutions of the public decoders' blocks: VAR's of 160 channels, LlamaGen's and taming's of 128."""
     from varfast.kernels.aot import AheadOfTime
 
     items = []
-    for channels, out_channels, width in ((160, 160, 256), (320, 160, 128), (320, 320, 64), (640, 640, 16)):
+    sizes = ((160, 160, 256), (320, 160, 128), (320, 320, 64), (640, 640, 16))
+    for channels, out_channels, width in (*sizes, (128, 128, 256), (256, 128, 128), (512, 512, 16)):
         for residual in (False, True):
             chosen: dict[str, Any] = dict(_launch_settings(channels, out_channels, width))
             num_warps, num_stages = chosen.pop("num_warps"), chosen.pop("num_stages")

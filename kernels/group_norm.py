@@ -383,7 +383,8 @@ implementations(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """The public model's 160, 320 and 640 channels in 32 groups; one image, group, pixel, channel, chunk."""
+    """The public channels in 32 groups (VAR 160 to 640, LlamaGen and taming 128 to 512); one image, group, pixel,
+    channel, chunk."""
     from varfast.kernels.aot import recorded
 
     def call(dtype: torch.dtype, shape: tuple[int, ...], groups: int) -> None:
@@ -394,7 +395,7 @@ def ahead_of_time() -> list[AheadOfTime]:
 
     items = []
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for channels in (160, 320, 640):
+        for channels in (160, 320, 640, 128, 512):
             what, image = f"group_norm_silu {name} C={channels}", (2, channels, 32, 32)
             main = dtype == torch.bfloat16 and channels == 160
             items += recorded(what, partial(call, dtype, image, 32), narrow=(_join_kernel,), also_blackwell=main)

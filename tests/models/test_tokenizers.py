@@ -8,7 +8,7 @@ import torch
 
 from varfast import InputError
 from varfast.policies.decoder import FastDecoder
-from varfast.policies.nexttoken.tokenizer import Tokenizer
+from varfast.policies.nexttoken.tokenizer import Codebook, Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import TOKENIZERS, TokenizerConfig, VQGANConfig, check_fits
 from varfast.policies.nexttoken.tokenizer_weights import infer_tokenizer_config, load_tokenizer
 
@@ -207,3 +207,13 @@ def test_load_tokenizer_says_whose_and_of_which_sizes_a_wrong_file_is(tmp_path):
     del vq["decoder.conv_out.bias"]
     with pytest.raises(InputError, match="1 missing: decoder.conv_out.bias"):
         load_tokenizer(saved(vq, tmp_path), TokenizerConfig)
+
+
+@pytest.mark.parametrize("kind", [TokenizerConfig, VQGANConfig])
+def test_nearest_is_the_euclidean_nearest_in_parts_too(monkeypatch, kind):
+    torch.manual_seed(0)
+    codebook, rows = Codebook(kind(vocab_size=50, code_width=6)), torch.randn(103, 6)
+    expected = torch.cdist(codebook.normalised(rows).double(), codebook.codes().double()).argmin(dim=1)
+    assert torch.equal(codebook.nearest(rows), expected)
+    monkeypatch.setattr("varfast.policies.nexttoken.tokenizer._ROWS", 10)
+    assert torch.equal(codebook.nearest(rows), expected)

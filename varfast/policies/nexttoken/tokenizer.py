@@ -20,6 +20,8 @@ from varfast.policies.nexttoken.tokenizer_config import TokenizerConfig, VQGANCo
 
 # LlamaGen's training keeps the last so many codes in a buffer of its checkpoints.
 _USAGE_LOG = 65536
+# Vectors that are compared with all codes at a time: 0.5 GB of distances for 16384 codes.
+_ROWS = 8192
 
 
 class Codebook(nn.Module):
@@ -44,8 +46,11 @@ class Codebook(nn.Module):
     def nearest(self, rows_NC: Tensor) -> Tensor:
         """(N,) index of the code at the smallest Euclidean distance from each row, both normalised where codes are."""
         rows_NC, codes_VC = self.normalised(rows_NC.detach()), self.codes().detach()
-        distance = rows_NC.square().sum(dim=1, keepdim=True) + codes_VC.square().sum(dim=1)
-        return torch.addmm(distance, rows_NC, codes_VC.T, alpha=-2.0).argmin(dim=1)
+        squares_V, found = codes_VC.square().sum(dim=1), []
+        for part_NC in rows_NC.split(_ROWS):
+            distance_NV = part_NC.square().sum(dim=1, keepdim=True) + squares_V
+            found.append(torch.addmm(distance_NV, part_NC, codes_VC.T, alpha=-2.0).argmin(dim=1))
+        return torch.cat(found)
 
 
 class Tokenizer(nn.Module):
