@@ -118,8 +118,8 @@ def decode_op(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, positio
     times = q.shape[1] // key_heads
     block = max(16, _power_of_two(dim))
     bits = 8 * q_BHD.dtype.itemsize
-    # Rows that are no power of two are read by more loads: with two warps their addresses do not fit into registers.
-    rule = {"BLOCK_N": 64, "num_warps": 2 if dim == block else 4, "num_stages": 3}
+    # With two warps, rows of more than 64 numbers, or of no power of two, do not fit into registers.
+    rule = {"BLOCK_N": 64, "num_warps": 2 if dim == block <= 64 else 4, "num_stages": 3}
     if bits == 32:  # products on the plain cores: what does not spill
         rule = {"BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
     chosen = setting("decode_attention", (bits, dim), q.device, **rule)
