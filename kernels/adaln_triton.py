@@ -14,8 +14,8 @@ from varfast.kernels._triton import jit, tl
 from varfast.kernels.settings import setting
 
 # A program of the backward pass sums rows of one image as two chains of 16 rows. With only one such chain, the partial
-# sums of gate, bias, scale and shift, written and read, took 17 % of the bytes of the op's large tensors. With one chain
-# of 32 rows the error was 6.2e-6, where PyTorch's is 2.4e-6.
+# sums of gate, bias, scale and shift, written and read, took 17 % of the bytes of the op's large tensors. With one
+# chain of 32 rows the error was 6.2e-6, where PyTorch's is 2.4e-6.
 _STAGES = 3
 _FINISH = {"CHUNKS": 32, "COLUMNS": 64}
 MAX_WIDTH = 8192
