@@ -191,7 +191,7 @@ def backward_op(
     """dq, dk, dv, each (B, H, L, D), and d logit_scale, (H,) float32. fused: use the single kernel."""
     grad, q, k, v, out = map(readable, (grad_BHLD, q_BHLD, k_BHLD, v_BHLD, out_BHLD))
     gradients = (empty_BHLD(q), empty_BHLD(q), empty_BHLD(q))
-    if out.stride() != gradients[0].stride():  # a saved-tensor hook may have changed out's strides; the kernels assume d q's
+    if out.stride() != gradients[0].stride():  # a saved-tensor hook may change strides; the kernels assume d q's
         out = torch.empty_like(gradients[0]).copy_(out)
     d_scale_BHL = torch.empty_like(top_BHL)
     if q.numel():
