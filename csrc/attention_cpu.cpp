@@ -176,7 +176,7 @@ VARFAST_ALWAYS_INLINE void forward_of(const AttentionForward<T>& f, int64_t b, i
       float* __restrict row = s.logits.data() + i * width;
       for (int64_t j = 0; j < keys; ++j) row[j] *= scale;
       for (int64_t j = keys; j < width; ++j) row[j] = 0.0f;  // padding after the visible keys
-      const float most = largest(row, keys), not_a_number = 0.0f * sum_of(row, width);  // NaN for NaN or inf in row, else 0
+      const float most = largest(row, keys), not_a_number = 0.0f * sum_of(row, width);  // NaN if row has NaN or inf
       for (int64_t j = 0; j < keys; ++j) row[j] = exp_minus_size(row[j] - most);
       const float sum = sum_of(row, width);
       s.sums[i] = 1.0f / sum + not_a_number;

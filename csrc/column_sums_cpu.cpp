@@ -22,7 +22,7 @@ template <typename W>
 void column_sums_cpu(const W* x, int64_t rows, int64_t width, W* out) {
   parallel_for((width + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kColumns, count = std::min(end * kColumns, width) - first;
-    // Sum chains of 32 rows, then add the chains. One chain over all rows would cause most of its error.
+    // Sum chains of 32 rows, then add the chains. A single chain over all rows would be the main rounding error.
     std::vector<W> chain(count);
     std::fill_n(out + first, count, W(0));
     for (int64_t start = 0; start < rows; start += 32) {

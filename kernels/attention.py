@@ -111,7 +111,7 @@ if NO_EXTENSION is None:
 def _run_cpp(
     q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
 ) -> Tensor:
-    if q_BHLD.dtype == torch.float64:  # what tests compare with
+    if q_BHLD.dtype == torch.float64:  # used only as a reference in tests
         return reference.block_causal_attention(q_BHLD, k_BHLD, v_BHLD, scale_ends, logit_scale_H)
     out_BHLD, _ = torch.ops.varfast.attention_cpp(q_BHLD, k_BHLD, v_BHLD, logit_scale_H.float(), _ends_of(scale_ends))
     return out_BHLD
@@ -125,7 +125,7 @@ def _run_cpp_cached(
     logit_scale_H: Tensor,
     position: Tensor | None = None,
 ) -> Tensor:
-    if q_BHlD.dtype == torch.float64:  # what tests compare with
+    if q_BHlD.dtype == torch.float64:  # used only as a reference in tests
         return reference.cached_attention(q_BHlD, k_cache_BHLD, v_cache_BHLD, num_keys, logit_scale_H, position)
     tensors = (q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):

@@ -83,7 +83,7 @@ def key_tiles(
 
     The tile has the keys [start, end), at most block_n. Queries from `full` on see all of these keys, queries in
     [first, full) may see only some, and earlier queries see none. full - first is a multiple of block_m, so `full` may
-    exceed L. short_masked: mask all queries of a tile with fewer than block_n keys, because its last rows are no keys.
+    exceed L. short_masked: mask all queries of a tile with fewer than block_n keys, because its last rows are not keys.
     """
     visible = visible_keys(scale_ends)
     scale_start = [start for start, end in zip((0, *scale_ends), scale_ends, strict=False) for _ in range(end - start)]

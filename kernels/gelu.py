@@ -158,7 +158,7 @@ def _backward(op: Any, ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
 
 _gelu_op.register_autograd(functools.partial(_backward, _gelu_backward_op), setup_context=_setup_context)
 
-# The same in C++, csrc/gelu_cpu.cpp.
+# The same op in C++ (csrc/gelu_cpu.cpp).
 if NO_EXTENSION is None:
     torch.library.register_fake("varfast::gelu_cpp", _fake)
     torch.library.register_fake("varfast::gelu_backward_cpp", _fake_backward)

@@ -432,8 +432,7 @@ def group_norm_silu(
         moments: the statistics of x, if `channel_moments` or `conv3x3` has computed them; saves "triton" one pass.
         impl: "auto", "triton" (float32 or 16 bits), "cpp" (CPU, float32 or bfloat16), both without gradient, or
             "reference".
-    Returns: (B, C, H, W) in the dtype of x_BCHW; channels_last where x_BCHW has its channels innermost, else
-        contiguous.
+    Returns: (B, C, H, W) in the dtype of x_BCHW; channels_last if x_BCHW has its channels innermost, else contiguous.
     Raises: ValueError for other shapes or dtypes, for an impl that is unknown or cannot run, or if a gradient is
         required of "triton" or "cpp".
     """

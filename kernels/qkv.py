@@ -53,7 +53,7 @@ def _backward(op: Any, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | No
 
 split_op.register_autograd(functools.partial(_backward, split_backward_op), setup_context=_setup_context)
 
-# The same ops in C++, csrc/split_heads_cpu.cpp, in float64 too.
+# The same ops in C++ (csrc/split_heads_cpu.cpp), in float64 too.
 if NO_EXTENSION is None:
     torch.library.register_fake("varfast::split_heads_cpp", outputs)
     torch.library.register_fake("varfast::split_heads_into_cpp", fake_into)

@@ -204,7 +204,7 @@ def _residual_norm_triton(x_BLC: Tensor, branch_BLC: Tensor, weight_C: Tensor, e
 
 
 def _norm_cpp(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
-    if x_BLC.dtype == torch.float64:  # what tests compare with
+    if x_BLC.dtype == torch.float64:  # used only as a reference in tests
         return reference.rms_norm(x_BLC, weight_C, eps)
     out: Tensor = torch.ops.varfast.rms_norm_cpp(x_BLC.flatten(0, -2), None, weight_C.float(), eps)[1]
     return out.view(x_BLC.shape)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PAIRS = ("adjacent", "halves")
 
 
-# The same in C++, csrc/rotary_cpu.cpp.
+# The same ops in C++ (csrc/rotary_cpu.cpp).
 if NO_EXTENSION is None:
 
     @torch.library.register_fake("varfast::rotary_cpp")
@@ -59,7 +59,7 @@ if NO_EXTENSION is None:
 def _split_cpp(
     qkv_BLX: Tensor, rotary_LP2: Tensor | None, num_heads: int, num_kv_heads: int, pairs: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if qkv_BLX.dtype == torch.float64:  # what tests compare with
+    if qkv_BLX.dtype == torch.float64:  # used only as a reference in tests
         return reference.split_heads_rotary(qkv_BLX, rotary_LP2, num_heads, num_kv_heads, pairs)
     q, k, v = torch.ops.varfast.rotary_cpp(qkv_BLX, rotary_LP2, num_heads, num_kv_heads, pairs == "halves")
     return q, k, v

@@ -12,7 +12,7 @@ issues 528 instructions a cycle. The first kernel was measured at 1.77 ms, 40 % 
 
     a row                     triton       triton_segments
     warps x instructions      8 x 1216     1 x 2656   issued in 1.38 ms and 0.38; the bytes take 0.71
-    exponentials, 64-bit      4096 each    4608 each  16 a cycle and multiprocessor: 0.29 ms and 0.33, beside the issue
+    exponentials, 64-bit      4096 each    4608 each  16 a cycle and multiprocessor: 0.29 and 0.33 ms, during the issue
       conversions
     registers                 32768        5376       of 65536: 2 rows on a multiprocessor, and 12
     barriers                  19           0

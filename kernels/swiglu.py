@@ -146,7 +146,7 @@ def _swiglu_triton(gate_BLF: Tensor, up_BLF: Tensor) -> Tensor:
 
 
 def _swiglu_cpp(gate_BLF: Tensor, up_BLF: Tensor) -> Tensor:
-    if gate_BLF.dtype == torch.float64:  # what tests compare with
+    if gate_BLF.dtype == torch.float64:  # used only as a reference in tests
         return reference.swiglu(gate_BLF, up_BLF)
     out: Tensor = torch.ops.varfast.swiglu_cpp(gate_BLF.flatten(0, -2), up_BLF.flatten(0, -2))
     return out.view(gate_BLF.shape)
