@@ -7,7 +7,7 @@
 
 namespace varfast {
 
-// One vector an image: (B, C), rows `stride` apart.
+// One vector for each image: (B, C), with `stride` numbers between the starts of rows.
 template <typename W>
 struct Vectors {
   const W* data;
@@ -18,9 +18,8 @@ struct AdalnSizes {
   int64_t num_images, num_tokens, width;
 };
 
-// sum = x + (branch + bias) * gate; out = LayerNorm(sum) * (1 + scale) + shift. Without a branch (null) sum is x, not
-// written.
-// Large arrays are (B, L, C), mean and rstd (B, L), bias (C,) or null.
+// sum = x + (branch + bias) * gate; out = LayerNorm(sum) * (1 + scale) + shift. Without a branch (null), x takes the
+// place of sum, which is not written. x, branch, sum and out are (B, L, C), mean and rstd (B, L), bias (C,) or null.
 template <typename T>
 struct AdalnForward {
   const T* x;
@@ -35,7 +34,7 @@ struct AdalnForward {
   double eps;
 };
 
-// sum: what was normalised. d_sum or d_out: null where there is no gradient. d_branch, d_gate: null without a branch.
+// sum: the normalised input. d_sum or d_out: null if it has no gradient. d_branch, d_gate: null without a branch.
 // d_bias (null without a bias), d_gate, d_scale and d_shift: (B, C).
 template <typename T>
 struct AdalnBackward {
@@ -58,15 +57,15 @@ struct AdalnBackward {
 
 namespace {
 
-// Numbers of a large array that are worth a thread of their own.
+// Fewest numbers of a (B, L, C) array that justify another thread.
 constexpr int64_t kGrain = 1 << 13;
-// Tokens of one image whose gradients of gate, scale and shift are summed before they are added to the others': less
-// rounding than one by one.
+// Gradients of gate, scale and shift are summed over this many tokens of an image before they are added to the total.
+// This has less rounding than one long chain of additions.
 constexpr int64_t kRows = 16;
 
 int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
 
-// One token. row: scratch of padded(width) numbers; zeros behind the width, here and below.
+// One token. row: scratch of padded(width) numbers. In all scratch rows the numbers after the width are 0.
 template <typename T>
 VARFAST_CLONES void forward_row(const AdalnForward<T>& f, int64_t index, Wide<T>* __restrict row) {
   using W = Wide<T>;
@@ -82,7 +81,7 @@ VARFAST_CLONES void forward_row(const AdalnForward<T>& f, int64_t index, Wide<T>
     }
     for (int64_t i = 0; i < width; ++i) row[i] = W(x[i]) + row[i] * gate[i];
     for (int64_t i = 0; i < width; ++i) sum[i] = T(row[i]);
-    for (int64_t i = 0; i < width; ++i) row[i] = W(sum[i]);  // the stream is normalised as it is stored
+    for (int64_t i = 0; i < width; ++i) row[i] = W(sum[i]);  // normalise the rounded values that were stored
   } else {
     for (int64_t i = 0; i < width; ++i) row[i] = W(x[i]);
   }
@@ -97,7 +96,7 @@ VARFAST_CLONES void forward_row(const AdalnForward<T>& f, int64_t index, Wide<T>
   f.rstd[index] = rstd;
 }
 
-// One token. chunk: sums of d_gate, d_scale, d_shift, d_bias, padded; scratch: two padded rows.
+// One token. chunk: four padded rows, the sums of d_gate, d_scale, d_shift and d_bias; scratch: two padded rows.
 template <typename T>
 VARFAST_CLONES void backward_row(const AdalnBackward<T>& f, int64_t image, int64_t index, Wide<T>* __restrict chunk,
                                  Wide<T>* __restrict scratch) {
@@ -159,7 +158,7 @@ void adaln_backward_cpu(const AdalnBackward<T>& f) {
   using W = Wide<T>;
   const int64_t num_tokens = f.sizes.num_tokens, width = f.sizes.width, pad = padded(width);
   W* const totals[] = {f.d_gate, f.d_scale, f.d_shift, f.d_bias};
-  // A thread takes whole images: their sums need no second pass, and are added in one order however many threads run.
+  // A thread processes whole images, so their sums need no second pass and have the same order for any thread count.
   const int64_t grain = kGrain / std::max<int64_t>(1, num_tokens * width);
   parallel_for(f.sizes.num_images, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
     std::vector<W> chunk(4 * pad), scratch(2 * pad);
@@ -182,7 +181,7 @@ void adaln_backward_cpu(const AdalnBackward<T>& f) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The op: arguments checked and allocated
+// The op: checks the arguments and allocates the results
 
 namespace {
 
@@ -190,7 +189,7 @@ AdalnSizes adaln_sizes(const Tensor& x) { return {x.size(0), x.size(1), x.size(2
 
 Tensor empty_rows(const Tensor& x) { return new_empty(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type()); }
 
-// A large array, contiguous, or nothing.
+// A (B, L, C) array, made contiguous, or nothing.
 MaybeTensor rows_like(const Tensor& x, const MaybeTensor& other) {
   if (!other) return other;
   STD_TORCH_CHECK(other->dim() == 3 && other->size(0) == x.size(0) && other->size(1) == x.size(1) &&
@@ -199,7 +198,7 @@ MaybeTensor rows_like(const Tensor& x, const MaybeTensor& other) {
   return torch::stable::contiguous(*other);
 }
 
-// (B, C) with unit stride, in the dtype of the arithmetic, or nothing.
+// (B, C) with unit stride in C, in the dtype of the arithmetic, or nothing.
 MaybeTensor vectors_of(const Tensor& x, const MaybeTensor& vectors) {
   if (!vectors) return vectors;
   STD_TORCH_CHECK(vectors->dim() == 2 && vectors->size(0) == x.size(0) && vectors->size(1) == x.size(2) &&

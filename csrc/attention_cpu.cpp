@@ -1,16 +1,16 @@
-// Attention under VAR's scale mask on the CPU; specified by kernels/reference.py. A thread takes a head of an image and
-// some queries of one scale at a time: what the mask hides is not computed. Arithmetic in float32.
+// Attention under VAR's scale mask on the CPU; specified by kernels/reference.py. A thread processes one head of one
+// image, a block of queries of one scale at a time, so that masked logits are never computed. Arithmetic in float32.
 #include "tensors.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // of vectors as arguments: all of it is inlined
+#pragma GCC diagnostic ignored "-Wpsabi"  // about vectors as arguments: no effect, all such calls are inlined
 
 namespace varfast {
 
-// B images of H heads; queries come in groups (scales): group g ends at query ends[g] and sees the keys before
+// B images of H heads. The queries form groups (scales): group g ends before query ends[g] and sees the keys before
 // visible[g]. T: float, or uint16_t for the bits of a bfloat16.
 struct AttentionSizes {
   int64_t num_images, num_heads, num_queries, num_keys, num_groups;
@@ -18,7 +18,7 @@ struct AttentionSizes {
   const int64_t* visible;
 };
 
-// out (B, H, L, D) contiguous; log_sum (B, H, L) of the exponentials, or null: not wanted.
+// out (B, H, L, D) contiguous; log_sum (B, H, L), the log of each row's sum of exponentials, or null if not needed.
 template <typename T>
 struct AttentionForward {
   Heads<const T> q, k, v;
@@ -28,7 +28,7 @@ struct AttentionForward {
   AttentionSizes sizes;
 };
 
-// As many keys as queries. d_q, d_k, d_v (B, H, L, D) contiguous; d_logit_scale (B, H).
+// There are as many keys as queries. d_q, d_k, d_v (B, H, L, D) contiguous; d_logit_scale (B, H).
 template <typename T>
 struct AttentionBackward {
   Heads<const T> q, k, v, d_out;
@@ -44,12 +44,13 @@ struct AttentionBackward {
 
 namespace {
 
-// Queries at a time: their logits over 680 keys, 130 KB, stay in the L2 cache.
+// Queries processed at a time. Their logits over 680 keys, 130 KB, stay in the L2 cache.
 constexpr int64_t kQueries = 48;
 constexpr int64_t kPanel = 16;
 constexpr int64_t kPanelsOfHead = kHeadDim / kPanel;
 
-// 8 numbers: with AVX-512 too, where 32 registers of this size hold a tile of 6 x 16 and its operands.
+// A vector of 8 numbers. Used with AVX-512 too, which has 32 registers of this size: enough for a tile of 6 x 16 and
+// its operands.
 typedef float Eight __attribute__((vector_size(32)));
 typedef float EightAnywhere __attribute__((vector_size(32), aligned(4), may_alias));
 
@@ -64,8 +65,8 @@ struct Panels {
   int64_t panel, row;
 };
 
-// kRows x 16 numbers of c (+)= a b, of `depth` products each; a(r, k) = a[r * a_row + k * a_k]. What is added to c is
-// summed by itself first: less rounding than one by one.
+// c = a b, or c += a b with `add`, for kRows x 16 numbers of `depth` products each; a(r, k) = a[r * a_row + k * a_k].
+// The products are summed before they are added to c, which has less rounding than adding them to c one by one.
 template <int kRows>
 VARFAST_ALWAYS_INLINE void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_row, float* c,
                                 int64_t c_row, int64_t depth, bool add) {
@@ -90,7 +91,7 @@ VARFAST_ALWAYS_INLINE void tile(const float* a, int64_t a_row, int64_t a_k, cons
   }
 }
 
-// c (rows, 16 * panels) (+)= a (rows, depth) b (depth, 16 * panels).
+// c = a b, or c += a b: c (rows, 16 * panels), a (rows, depth), b (depth, 16 * panels).
 VARFAST_ALWAYS_INLINE void product(const float* a, int64_t a_row, int64_t a_k, const Panels& b, float* c, int64_t c_row,
                                    int64_t rows, int64_t panels, int64_t depth, bool add) {
   for (int64_t p = 0; p < panels; ++p) {
@@ -108,7 +109,7 @@ VARFAST_ALWAYS_INLINE void product(const float* a, int64_t a_row, int64_t a_k, c
   }
 }
 
-// Rows of a head in float32, one after the other.
+// Copy rows of a head to float32, one after the other.
 template <typename T>
 VARFAST_ALWAYS_INLINE void widen(const T* x, int64_t stride, int64_t rows, float* out) {
   for (int64_t l = 0; l < rows; ++l) {
@@ -116,7 +117,7 @@ VARFAST_ALWAYS_INLINE void widen(const T* x, int64_t stride, int64_t rows, float
   }
 }
 
-// The same as panels of its transpose, (D, padded(rows)): zeros behind the last row.
+// Copy them as panels of the transpose, (D, padded(rows)), with zeros after the last row.
 template <typename T>
 VARFAST_ALWAYS_INLINE void transpose(const T* x, int64_t stride, int64_t rows, float* out) {
   for (int64_t l = 0; l < padded(rows); ++l) {
@@ -130,7 +131,7 @@ VARFAST_ALWAYS_INLINE void narrow(const float* x, float factor, int64_t rows, T*
   for (int64_t i = 0; i < rows * kHeadDim; ++i) store(x[i] * factor, out[i]);
 }
 
-// By vectors of our own: g++ makes none of a largest number, for fear of NaN.
+// Vectorised by hand: because of NaN, g++ does not vectorise a maximum.
 VARFAST_ALWAYS_INLINE float largest(const float* x, int64_t count) {
   Eight lanes = x[0] + Eight{};
   int64_t j = 0;
@@ -144,7 +145,7 @@ VARFAST_ALWAYS_INLINE float largest(const float* x, int64_t count) {
   return most;
 }
 
-// body(first, last, keys) for some queries of one group at a time.
+// Calls body(first, last, keys) for each block of at most kQueries queries of one group.
 template <typename F>
 VARFAST_ALWAYS_INLINE void for_queries(const AttentionSizes& sizes, const F& body) {
   for (int64_t g = 0, first = 0; g < sizes.num_groups; ++g) {
@@ -154,7 +155,7 @@ VARFAST_ALWAYS_INLINE void for_queries(const AttentionSizes& sizes, const F& bod
   }
 }
 
-// Numbers of a thread's own.
+// A thread's own buffers.
 struct Scratch {
   std::vector<float> q, k, v, d_out, k_transposed, v_transposed, logits, weights, sums, d_k, d_v;
 };
@@ -174,8 +175,8 @@ VARFAST_ALWAYS_INLINE void forward_of(const AttentionForward<T>& f, int64_t b, i
     for (int64_t i = 0; i < rows; ++i) {
       float* __restrict row = s.logits.data() + i * width;
       for (int64_t j = 0; j < keys; ++j) row[j] *= scale;
-      for (int64_t j = keys; j < width; ++j) row[j] = 0.0f;  // of later keys
-      const float most = largest(row, keys), not_a_number = 0.0f * sum_of(row, width);  // else 0
+      for (int64_t j = keys; j < width; ++j) row[j] = 0.0f;  // padding after the visible keys
+      const float most = largest(row, keys), not_a_number = 0.0f * sum_of(row, width);  // NaN if row has NaN or inf
       for (int64_t j = 0; j < keys; ++j) row[j] = exp_minus_size(row[j] - most);
       const float sum = sum_of(row, width);
       s.sums[i] = 1.0f / sum + not_a_number;
@@ -216,7 +217,7 @@ VARFAST_ALWAYS_INLINE void backward_of(const AttentionBackward<T>& f, int64_t b,
       for (int64_t d = 0; d < kHeadDim; ++d) wide[d] = load(out[d]);
       const float along = dot(wide, s.d_out.data() + i * kHeadDim, kHeadDim), log_sum = f.log_sum[head + first + i];
       float *__restrict weight = weights + i * width, *__restrict d = d_logits + i * width;
-      // A logit exceeds the logarithm of the sum by rounding at most.
+      // exp_minus_size needs arguments <= 0: a logit exceeds the log of the sum by no more than rounding.
       for (int64_t j = 0; j < keys; ++j) weight[j] = exp_minus_size(weight[j] * scale - log_sum);
       for (int64_t j = keys; j < width; ++j) weight[j] = 0.0f;
       for (int64_t j = 0; j < width; ++j) d[j] = weight[j] * (d[j] - along);
@@ -234,7 +235,7 @@ VARFAST_ALWAYS_INLINE void backward_of(const AttentionBackward<T>& f, int64_t b,
 
 }  // namespace
 
-// No templates: g++ clones only plain functions.
+// These are not templates, because g++ clones only ordinary functions for several instruction sets.
 VARFAST_CLONES void forward_head(const AttentionForward<float>& f, int64_t b, int64_t h, Scratch& s) {
   forward_of(f, b, h, s);
 }
@@ -277,7 +278,7 @@ void attention_backward_cpu(const AttentionBackward<T>& f) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The op: arguments checked and allocated
+// The op: checks the arguments and allocates the results
 
 namespace {
 
@@ -294,7 +295,7 @@ AttentionSizes attention_sizes(const Tensor& q, const Tensor& k, const Tensor& v
   return {q.size(0), q.size(1), q.size(2), k.size(2), 1, nullptr, nullptr};
 }
 
-// Every query sees the keys of its own scale and of the earlier ones.
+// Every query sees the keys of its own scale and of earlier scales.
 AttentionSizes masked(AttentionSizes sizes, const Tensor& ends) {
   STD_TORCH_CHECK(ends.dim() == 1 && ends.size(0) > 0 && ends.scalar_type() == ScalarType::Long,
                   "scale_ends: want int64 (S,)");

@@ -1,4 +1,4 @@
-// Sums of partial sums: the last step of a bias's gradient.
+// Adds up partial sums over the rows: the last step of a bias's gradient.
 #include <algorithm>
 #include <vector>
 
@@ -7,7 +7,7 @@
 namespace varfast {
 namespace {
 
-constexpr int64_t kColumns = 512;  // a thread's
+constexpr int64_t kColumns = 512;  // columns of a thread
 
 VARFAST_CLONES void add_row(const float* x, float* sums, int64_t width) {
   for (int64_t i = 0; i < width; ++i) sums[i] += x[i];
@@ -22,7 +22,7 @@ template <typename W>
 void column_sums_cpu(const W* x, int64_t rows, int64_t width, W* out) {
   parallel_for((width + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kColumns, count = std::min(end * kColumns, width) - first;
-    // Chains of 32 rows, and a chain of these: one chain of all tiles would be the largest error of a bias's gradient.
+    // Sum chains of 32 rows, then add the chains. A single chain over all rows would be the main rounding error.
     std::vector<W> chain(count);
     std::fill_n(out + first, count, W(0));
     for (int64_t start = 0; start < rows; start += 32) {

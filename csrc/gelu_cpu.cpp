@@ -1,4 +1,4 @@
-// GELU by tanh, with the bias before it, on the CPU; specified by kernels/reference.py.
+// GELU (tanh form) of x + bias on the CPU; specified by kernels/reference.py.
 #include "tensors.h"
 
 #include <algorithm>
@@ -12,15 +12,15 @@ struct GeluSizes {
 
 namespace {
 
-// Numbers that are worth a thread of their own.
+// Fewest numbers that justify another thread.
 constexpr int64_t kGrain = 1 << 14;
-// Rows whose gradients of the bias are added up in float32. Fixed, and these sums are added in order, in float64: the
-// result does not depend on the number of threads.
+// Rows of which the bias's gradient is summed in float32. The number is fixed, and these sums are added in order, in
+// float64, so that the result does not depend on the number of threads.
 constexpr int64_t kRows = 64;
 
 // 0.5 (1 + tanh u) = 1 / (1 + exp(-2 u)) with 2 u = kSlope (x + kCubic x^3), sqrt(8 / pi) = kSlope.
 constexpr float kSlope = 1.5957691216057308f, kCubic = 0.044715f;
-// Beyond, GELU is 0 or x to 1e-36, and so is its derivative 0 or 1: |2 u| is 85 there.
+// For |x| beyond this, GELU is 0 or x and its derivative 0 or 1, up to 1e-36: |2 u| is 85 there.
 constexpr float kFar = 9.9f;
 
 struct Gate {
@@ -60,7 +60,7 @@ VARFAST_ALWAYS_INLINE void backward_of(const T* __restrict__ grad, const T* __re
 
 }  // namespace
 
-// No templates: g++ clones only plain functions.
+// These are not templates, because g++ clones only ordinary functions for several instruction sets.
 #define VARFAST_GELU(T)                                                                                              \
   VARFAST_CLONES void gelu_row(const T* x, const float* bias, int64_t count, T* out) {                               \
     bias ? forward_of<T, true>(x, bias, count, out) : forward_of<T, false>(x, bias, count, out);                     \
@@ -74,7 +74,7 @@ VARFAST_GELU(float)
 VARFAST_GELU(uint16_t)
 #undef VARFAST_GELU
 
-// out (N, C) = GELU(x + bias), by tanh. T: float, or uint16_t for the bits of a bfloat16; bias (C,), or null.
+// out (N, C) = GELU(x + bias), tanh form. T: float, or uint16_t for the bits of a bfloat16; bias (C,), or null.
 template <typename T>
 void gelu_cpu(const T* x, const float* bias, T* out, GeluSizes sizes) {
   const int64_t width = sizes.width;
@@ -85,7 +85,7 @@ void gelu_cpu(const T* x, const float* bias, T* out, GeluSizes sizes) {
   });
 }
 
-// d_x (N, C) = grad * GELU'(x + bias); d_bias (C,), where there is a bias: the sum of d_x over the rows, not rounded.
+// d_x (N, C) = grad * GELU'(x + bias). With a bias, d_bias (C,) is the sum over the rows of d_x before rounding.
 template <typename T>
 void gelu_backward_cpu(const T* grad, const T* x, const float* bias, T* d_x, float* d_bias, GeluSizes sizes) {
   const int64_t width = sizes.width, chunks = (sizes.num_rows + kRows - 1) / kRows;
@@ -113,7 +113,7 @@ void gelu_backward_cpu(const T* grad, const T* x, const float* bias, T* d_x, flo
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The op: arguments checked and allocated
+// The op: checks the arguments and allocates the results
 
 namespace {
 

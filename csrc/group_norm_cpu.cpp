@@ -1,5 +1,5 @@
-// GroupNorm and SiLU on the CPU: per channel mean and squared deviations of a chunk of pixels, joined by group, then one
-// pass that normalises. Everything is written for the compiler to vectorise over the channels.
+// GroupNorm and SiLU on the CPU. Each channel's mean and sum of squared deviations over a chunk of pixels are combined
+// by group; a second pass normalises. All loops are written so that the compiler vectorises them over the channels.
 #include "tensors.h"
 
 #include <algorithm>
@@ -24,17 +24,18 @@ struct GroupNorm {
 
 namespace {
 
-// Numbers of a chunk: 32 KB of bfloat16. Fixed, and chunks are joined in order: the result does not depend on the number
-// of threads.
+// Numbers of a chunk: 32 KB of bfloat16. The size is fixed and chunks are combined in order, so that the result does
+// not depend on the number of threads.
 constexpr int64_t kChunk = 16384;
 
-// x / (1 + exp(-x)). |x| ends at 86; beyond, x * exp(-86) stands for 0, and what GroupNorm returns is far from 1e30.
+// x / (1 + exp(-x)). |x| in exp is limited to 86. For x < -86 the result is x * exp(-86) instead of 0, which is
+// negligible because GroupNorm's results are far below 1e30.
 VARFAST_ALWAYS_INLINE float silu(float x) {
   const float e = exp_minus_size(x);
   return x * if_negative(x, e, 1.0f) / (1.0f + e);
 }
 
-// Of each channel over the rows: mean, and sum of squared deviations from it.
+// For each channel over the rows: the mean, and the sum of squared deviations from it.
 template <typename T>
 VARFAST_ALWAYS_INLINE void moments_of(const T* __restrict__ x, int64_t rows, int64_t channels, float* __restrict__ mean,
                                float* __restrict__ squares) {
@@ -67,7 +68,7 @@ VARFAST_ALWAYS_INLINE void normalise_of(const T* __restrict__ x, int64_t rows, i
 
 }  // namespace
 
-// No templates: g++ clones only plain functions.
+// These are not templates, because g++ clones only ordinary functions for several instruction sets.
 VARFAST_CLONES void moments(const float* x, int64_t rows, int64_t channels, float* mean, float* squares) {
   moments_of(x, rows, channels, mean, squares);
 }
@@ -137,7 +138,7 @@ void group_norm_silu_cpu(const GroupNorm& norm, const T* x, T* out) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The op: arguments checked and allocated
+// The op: checks the arguments and allocates the results
 
 Tensor group_norm_silu_cpu(const Tensor& x_BPC, const Tensor& weight_C, const Tensor& bias_C,
                            const Tensor& input_bias_C, int64_t num_groups, double eps, bool silu) {

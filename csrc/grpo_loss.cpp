@@ -1,4 +1,4 @@
-// The ops of kernels/grpo_loss.py: their arguments checked and allocated, for the kernels of the CPU and of CUDA.
+// The ops of kernels/grpo_loss.py: checks the arguments and allocates the results, for the CPU and the CUDA kernels.
 #include "grpo_loss.h"
 
 #ifdef VARFAST_CUDA
@@ -10,13 +10,13 @@
 namespace varfast {
 namespace {
 
-// body(T{}) with the C++ type of a checked dtype.
+// Calls body(T{}) with the C++ type of a dtype that was checked before.
 template <typename F>
 auto with_type(ScalarType dtype, const F& body) {
   return dtype == ScalarType::Float ? body(float{}) : body(double{});
 }
 
-// The arguments of a forward pass, checked and contiguous, and the tensors that it writes.
+// The arguments of a forward pass, checked and made contiguous, and the tensors that it writes.
 struct Forward {
   Tensor logp, old, ref, advantages, image_ratio, loss, stats, grad;
   bool has_reference, sequence_ratio, unbiased_kl;
@@ -27,7 +27,7 @@ struct Forward {
       : logp(torch::stable::contiguous(logp_BL)),
         old(torch::stable::contiguous(logp_old_BL)),
         ref(logp_ref_BL ? torch::stable::contiguous(*logp_ref_BL) : logp),
-        advantages(advantages_BL),  // by its strides: one number an image is an expanded tensor
+        advantages(advantages_BL),  // read by strides: one advantage for each image is an expanded tensor
         has_reference(logp_ref_BL.has_value()),
         sequence_ratio(sequence_ratio),
         unbiased_kl(unbiased_kl),
@@ -54,7 +54,7 @@ struct Forward {
 
   template <typename T>
   GrpoForward<T> pointers() const {
-    // 1 - eps and 1 + eps are rounded once, as Python's scalars are in the reference.
+    // 1 - eps and 1 + eps are computed in double and rounded once, like the Python scalars of the reference.
     return {logp.const_data_ptr<T>(),
             old.const_data_ptr<T>(),
             ref.const_data_ptr<T>(),
@@ -109,7 +109,7 @@ Tensor grpo_token_loss_backward_cpu(const Tensor& grad_BL, const Tensor& grad_lo
 #ifdef VARFAST_CUDA
 namespace {
 
-// Torch's current stream: what is launched elsewhere is not ordered with torch's own kernels, nor captured.
+// Torch's current stream. Launches on another stream would not be ordered with torch's kernels, nor be captured.
 void* current_stream(int device) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));

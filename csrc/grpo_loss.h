@@ -1,4 +1,4 @@
-// What grpo_loss.cpp passes to the kernels of the CPU and of CUDA: pointers and numbers, nothing of torch.
+// What grpo_loss.cpp passes to the CPU and the CUDA kernels: pointers and numbers, without any type of torch.
 #pragma once
 
 #include <cstdint>
@@ -7,17 +7,17 @@
 
 namespace varfast {
 
-// (B, L) of any strides, in elements; 0 where one number serves a whole image.
+// (B, L) of any strides, in elements; token_stride is 0 if one number is used for a whole image.
 template <typename T>
 struct Advantages {
   const T* data;
   int64_t image_stride, token_stride;
 
-  // Of the first token of an image; the next tokens follow at token_stride.
+  // Address of an image's first token; the next tokens follow at a distance of token_stride.
   VARFAST_INLINE const T* of_image(int64_t image) const { return data + image * image_stride; }
 };
 
-// B images of L tokens; arrays are contiguous but for the advantages; B and L at least 1.
+// B images of L tokens. All arrays but the advantages are contiguous. B and L are at least 1.
 template <typename T>
 struct GrpoForward {
   const T* logp;        // (B, L)
@@ -46,13 +46,13 @@ void grpo_backward_cpu(const T* grad, const T* upstream, T* out, int64_t count);
 // Doubles of scratch memory on the device that grpo_forward_cuda needs.
 int64_t grpo_cuda_scratch(int64_t count);
 
-// Both launch on the stream and return; null, or what CUDA says went wrong.
+// Both launch on the stream and return without waiting: null, or CUDA's error message.
 template <typename T>
 const char* grpo_forward_cuda(const GrpoForward<T>& forward, double* scratch, int device, void* stream);
 template <typename T>
 const char* grpo_backward_cuda(const T* grad, const T* upstream, T* out, int64_t count, void* stream);
 
-// Version of the toolkit, 13000 for 13.0.
+// Version of the CUDA toolkit, 13000 for 13.0.
 int cuda_version();
 
 }  // namespace varfast

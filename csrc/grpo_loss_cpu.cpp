@@ -8,8 +8,8 @@
 namespace varfast {
 namespace {
 
-// Tokens whose sums are one double each. Fixed, and the sums are added in order: the result does not depend on the
-// number of threads.
+// Tokens that are summed into one set of doubles. The number is fixed and the sums are added in order, so that the
+// result does not depend on the number of threads.
 constexpr int64_t kChunk = 4096;
 
 template <typename T>

@@ -1,11 +1,13 @@
-// The GRPO token loss on CUDA devices: one kernel forward, one backward, no host synchronisation, no float atomics. One
-// ratio an image takes a kernel before the forward one, which reads logp and logp_old once more: 8 bytes a token.
+// The GRPO token loss on CUDA devices: one forward and one backward kernel, no host synchronisation, no float atomics.
+// With one ratio for each image, another kernel runs before the forward kernel and reads logp and logp_old once more: 8
+// bytes per token.
 //
-// Bytes a token in float32, with one advantage an image: forward reads logp, logp_old and logp_ref and writes the gradient for an upstream
-// gradient of 1 (16), backward reads and writes it (8): 24 in all, 8.4 MB for 512 x 680 tokens, 2 us at 4.3 TB/s.
-// A backward that computes the gradient anew reads three arrays instead of one: 28, and the exponentials twice.
-// An advantage a token adds 4. They may have any strides, so they are loaded one at a time: a thread's four lie in one
-// 16-byte word where they are contiguous, and the last three come from L1.
+// Bytes per token in float32, with one advantage for each image: the forward pass reads logp, logp_old and logp_ref and
+// writes the gradient for an upstream gradient of 1 (16 bytes); the backward pass reads and rewrites it (8 bytes). That
+// is 24 bytes, 8.4 MB for 512 x 680 tokens, 2 us at 4.3 TB/s. A backward pass that recomputes the gradient would read
+// three arrays instead of one: 28 bytes, and the exponentials would be computed twice. One advantage for each token
+// adds 4 bytes. Advantages may have any strides, so they are loaded one at a time; if they are contiguous, a thread's
+// four lie in one 16-byte word, and the last three come from the L1 cache.
 #include <cuda_runtime.h>
 
 #include <map>
@@ -19,12 +21,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-// Bounds what the last block reduces. 4 blocks of 256 threads fit an SM at up to 64 registers, so on an H200 half of
-// these run at once; 512 x 680 tokens need 340 blocks, in one wave.
+// Limits how many partial sums the last block adds up. 4 blocks of 256 threads fit on an SM at up to 64 registers, so
+// an H200 runs half of these blocks at once; 512 x 680 tokens need 340 blocks, which is one wave.
 constexpr int kMaxBlocks = 1024;
 constexpr int kSums = 6;
 
-// 128-bit loads and stores of float32. Float64 is for tests: two at a time would need more than 64 registers.
+// Tokens per load: 128 bits of float32. Float64 is only for tests; two at a time would need more than 64 registers.
 template <typename T>
 constexpr int kVector = sizeof(T) == 4 ? 4 : 1;
 
@@ -33,7 +35,7 @@ struct alignas(sizeof(T) * N) Vector {
   T at[N];
 };
 
-// The grid depends on the number of tokens alone: so does the order of all additions, on any device.
+// The grid depends only on the number of tokens, so the order of all additions is the same on every device.
 template <typename T>
 int num_blocks(int64_t count) {
   const int64_t per_block = kThreads * kVector<T>;
@@ -53,10 +55,11 @@ __device__ GrpoSums<double> add_shuffled(GrpoSums<double> sums, int offset) {
   return sums;
 }
 
-// The sums of a block, in its first thread.
+// Adds up the sums of a block's threads; its first thread returns the total.
 __device__ GrpoSums<double> reduce_block(GrpoSums<double> sums) {
   __shared__ GrpoSums<double> of_warp[kWarps];
-  // Not unrolled, here and below: the kernel runs for microseconds, and fetching its instructions is part of them.
+  // Loops are not unrolled, here and below: the kernel runs for microseconds, and fetching more instructions would
+  // count.
 #pragma unroll 1
   for (int offset = 16; offset; offset /= 2) sums = add_shuffled(sums, offset);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sums;
@@ -65,11 +68,11 @@ __device__ GrpoSums<double> reduce_block(GrpoSums<double> sums) {
 #pragma unroll 1
     for (int warp = 1; warp < kWarps; ++warp) sums.add(of_warp[warp]);
   }
-  __syncthreads();  // of_warp may be written again
+  __syncthreads();  // after this, of_warp may be reused
   return sums;
 }
 
-// exp(mean over an image's tokens of logp - logp_old): one block an image, in a fixed order.
+// exp(mean over an image's tokens of logp - logp_old): one block for each image, summed in a fixed order.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) image_ratio_kernel(GrpoForward<T> f) {
   __shared__ double of_warp[kWarps];
@@ -87,14 +90,14 @@ __global__ void __launch_bounds__(kThreads) image_ratio_kernel(GrpoForward<T> f)
   f.image_ratio[blockIdx.x] = std::exp(T(sum / double(f.num_tokens)));
 }
 
-// A ticket counts the blocks of one launch: two launches that may run at the same time must not share one. Launches
-// on one stream never do, nor do replays of one captured launch. So each stream has a ticket, and each captured launch
-// has its own; 4096 of them on every device, all 0 when the module is loaded.
+// A ticket is a counter of the finished blocks of one launch. Two launches that may run at the same time must not share
+// a ticket. Launches on one stream never run at the same time, nor do replays of one captured launch. So each stream
+// and each captured launch has its own ticket. Every device has 4096, all 0 when the module is loaded.
 constexpr unsigned kTickets = 4096;
 __device__ unsigned tickets[kTickets];
 
-// scratch: kSums arrays of gridDim.x, a value a block, and room for a ticket, used where ticket_index is kTickets.
-// The ticket is 0 before and after.
+// scratch: kSums arrays of gridDim.x, with one value for each block, then room for a ticket, which is used if
+// ticket_index is kTickets. The ticket is 0 before and after the launch.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads, 4)
     forward_kernel(GrpoForward<T> f, double* scratch, unsigned ticket_index) {
@@ -102,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const unsigned count = static_cast<unsigned>(f.num_images) * length;
   const T scale = T(f.one_token);
   GrpoSums<double> sums;
-  // 64 bits: the last step may pass 2^32.
+  // 64 bits: the last increment may exceed 2^32.
   for (uint64_t first = (uint64_t(blockIdx.x) * kThreads + threadIdx.x) * N; first < count;
        first += uint64_t(gridDim.x) * kThreads * N) {
     const unsigned start = static_cast<unsigned>(first);
@@ -125,7 +128,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     unsigned image = start / length, position = start % length;
     const int64_t stride = f.advantages.token_stride;
     const T* advantage = f.advantages.of_image(image) + position * stride;
-    // Four tokens in T, then one conversion: 5 of them a token would cost 0.4 us of an H200's 16 a clock and SM.
+    // Sum four tokens in T, then convert the sums. An H200's SM does 16 conversions per clock, so converting all 5
+    // values of every token would cost 0.4 us.
     GrpoSums<T> few;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -149,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
   }
 
-  // The block that draws the last ticket adds up what all blocks wrote, always in the order of the blocks.
+  // The block that increments the ticket last adds up what all blocks wrote, always in the order of the blocks.
   sums = reduce_block(sums);
   __shared__ bool is_last;
   if (threadIdx.x == 0) {
@@ -159,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     __threadfence();
     unsigned* const ticket =
         ticket_index < kTickets ? tickets + ticket_index : reinterpret_cast<unsigned*>(scratch + kSums * gridDim.x);
-    // atomicInc goes back to 0 after gridDim.x - 1: ready for the next launch.
+    // atomicInc wraps to 0 after gridDim.x - 1, so the ticket is ready for the next launch.
     is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
   }
   __syncthreads();
@@ -169,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll 1
   for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) {
     GrpoSums<double> other;
-    other.loss = __ldcg(scratch + block);  // from L2: this SM's L1 may hold what stood there before
+    other.loss = __ldcg(scratch + block);  // from L2: this SM's L1 may have stale values
     other.kl = __ldcg(scratch + gridDim.x + block);
     other.clipped = __ldcg(scratch + 2 * gridDim.x + block);
     other.ratio = __ldcg(scratch + 3 * gridDim.x + block);
@@ -197,7 +201,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Index of the launch's ticket, or kTickets when none is left: then the launch clears one in its scratch memory.
+// Index of the launch's ticket, or kTickets if none is left: then the launch clears and uses one in its scratch memory.
 unsigned find_ticket(int device, cudaStream_t stream, bool captured) {
   static std::mutex mutex;
   static std::map<std::pair<int, cudaStream_t>, unsigned> of_stream;
@@ -222,7 +226,7 @@ const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr :
 }  // namespace
 
 int64_t grpo_cuda_scratch(int64_t count) {
-  // At least as many blocks as for any type; one more value for a ticket.
+  // Enough for the number of blocks of any type, and one more value for a ticket.
   return kSums * num_blocks<double>(count) + 1;
 }
 

@@ -1,4 +1,4 @@
-// Registers the ops of csrc/ with PyTorch; nothing else does. Stable ABI only: one build runs on torch 2.11 and later.
+// Registers all ops of csrc/ with PyTorch. Uses only the stable ABI, so that one build runs on torch 2.11 and later.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>
@@ -21,19 +21,19 @@ int64_t built_for_cuda() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(varfast, m) {
-  // Version of the CUDA toolkit that compiled the kernels, 13000 for 13.0; 0: CPU part only.
+  // Version of the CUDA toolkit that compiled the kernels, 13000 for 13.0; 0 if only the CPU part was built.
   m.def("built_for_cuda() -> int");
-  // loss (), stats (5,), and d loss / d logp (B, L), which the backward pass multiplies by the upstream gradient.
+  // Returns loss (), stats (5,), and d loss / d logp (B, L), which the backward op multiplies by the upstream gradient.
   m.def(
       "grpo_token_loss(Tensor logp_BL, Tensor logp_old_BL, Tensor? logp_ref_BL, Tensor advantages_BL, float clip_eps, "
       "float kl_beta, bool sequence_ratio=False, bool unbiased_kl=False) -> (Tensor, Tensor, Tensor)");
   m.def("grpo_token_loss_backward(Tensor grad_BL, Tensor grad_loss) -> Tensor");
-  // P pixels of an image, channels innermost; on the CPU alone, a GPU has Triton.
+  // P pixels of an image, channels innermost. CPU only: on a GPU, Triton kernels run.
   m.def(
       "group_norm_silu_cpu(Tensor x_BPC, Tensor weight_C, Tensor bias_C, Tensor input_bias_C, int num_groups, "
       "float eps, bool silu) -> Tensor");
-  // The ops of kernels/adaln.py: new stream, its normalised form, mean, 1 / deviation; d x, branch, bias, gate, scale,
-  // shift.
+  // The ops of kernels/adaln.py. Forward returns the new residual stream, its normalised and modulated form, mean and
+  // 1 / standard deviation; backward returns the gradients of x, branch, bias, gate, scale and shift.
   m.def(
       "adaln_cpp(Tensor x_BLC, Tensor? branch_BLC, Tensor? bias_C, Tensor? gate_BC, Tensor scale_BC, Tensor shift_BC, "
       "float eps) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -41,10 +41,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varfast, m) {
       "adaln_backward_cpp(Tensor? d_new_BLC, Tensor? d_out_BLC, Tensor new_BLC, Tensor? branch_BLC, Tensor? bias_C, "
       "Tensor? gate_BC, Tensor scale_BC, Tensor mean_BL, Tensor rstd_BL) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The ops of kernels/gelu.py: of x + bias, which is float32; d x, and d bias.
+  // The ops of kernels/gelu.py. Forward returns GELU(x + bias), with a float32 bias; backward d x and d bias.
   m.def("gelu_cpp(Tensor x_NC, Tensor? bias_C) -> Tensor");
   m.def("gelu_backward_cpp(Tensor grad_NC, Tensor x_NC, Tensor? bias_C) -> (Tensor, Tensor)");
-  // The ops of kernels/attention.py: out and the logarithm of each row's sum; d q, k, v and logit scale by image.
+  // The ops of kernels/attention.py. Forward returns the output and the log of each row's sum of exponentials; backward
+  // the gradients of q, k and v, and of logit_scale for each image.
   m.def(
       "attention_cpp(Tensor q_BHLD, Tensor k_BHLD, Tensor v_BHLD, Tensor logit_scale_H, Tensor scale_ends_S) -> "
       "(Tensor, Tensor)");
@@ -54,8 +55,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varfast, m) {
   m.def(
       "cached_attention_cpp(Tensor q_BHlD, Tensor k_cache_BHLD, Tensor v_cache_BHLD, Tensor logit_scale_H, "
       "int num_keys) -> Tensor");
-  // The ops of kernels/rms_norm.py, swiglu.py, rotary.py and decode_attention.py: x + branch (empty without), its norm
-  // and 1 / root mean square; q, k, v; q, with k and v in place.
+  // The ops of kernels/rms_norm.py, swiglu.py, rotary.py and decode_attention.py. RMSNorm returns x + branch (empty
+  // without a branch), its RMSNorm and 1 / root mean square. Rotary returns q, k, v, or q with k and v written in
+  // place.
   m.def("rms_norm_cpp(Tensor x_NC, Tensor? branch_NC, Tensor weight_C, float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
       "rms_norm_backward_cpp(Tensor? d_sum_NC, Tensor d_out_NC, Tensor sum_NC, Tensor weight_C, Tensor rstd_N) -> "
@@ -74,7 +76,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varfast, m) {
   m.def(
       "decode_attention_cpp(Tensor q_BHD, Tensor k_cache_BGND, Tensor v_cache_BGND, Tensor position_B, float scale) -> "
       "Tensor");
-  // The ops of kernels/qkv.py: q, k, v and the inverse norms of q and k; q, with k and v in place; d product.
+  // The ops of kernels/qkv.py. They return q, k, v and the inverse norms of q and k; q, with k and v written in place;
+  // and the gradient of qkv.
   m.def(
       "split_heads_cpp(Tensor qkv_BLC3, Tensor? bias_C3, int num_heads, bool l2_norm) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");

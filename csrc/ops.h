@@ -1,4 +1,5 @@
-// The functions behind the ops, each in the file of its kernel, which checks its arguments. ops.cpp registers them.
+// The functions that implement the ops. Each is defined in its kernel's file and checks its arguments. ops.cpp
+// registers them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -9,14 +9,14 @@ namespace varfast {
 
 namespace {
 
-// Numbers that are worth a thread of their own.
+// Fewest numbers that justify another thread.
 constexpr int64_t kGrain = 1 << 13;
-// Rows whose gradients of the weight are added up one by one; these sums are added in order, whatever the threads.
+// Rows of which the weight's gradient is summed in one chain. The chains are added in order, for any number of threads.
 constexpr int64_t kRows = 16;
 
 int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
 
-// One row; scratch: padded(width) numbers, zeros behind the width. branch and sum: null where there is no residual.
+// One row. scratch: padded(width) numbers, 0 after the width. branch and sum: null without a residual.
 template <typename T>
 VARFAST_ALWAYS_INLINE void norm_of(const T* __restrict__ x, const T* __restrict__ branch,
                                    const float* __restrict__ weight, int64_t width, float eps,
@@ -24,7 +24,7 @@ VARFAST_ALWAYS_INLINE void norm_of(const T* __restrict__ x, const T* __restrict_
   for (int64_t i = 0; i < width; ++i) scratch[i] = load(x[i]);
   if (branch) {
     for (int64_t i = 0; i < width; ++i) store(scratch[i] + load(branch[i]), sum[i]);
-    for (int64_t i = 0; i < width; ++i) scratch[i] = load(sum[i]);  // the stream is normalised as it is stored
+    for (int64_t i = 0; i < width; ++i) scratch[i] = load(sum[i]);  // normalise the rounded values that were stored
   }
   const float inverse = 1.0f / std::sqrt(dot(scratch, scratch, padded(width)) / float(width) + eps);
   for (int64_t i = 0; i < width; ++i) {
@@ -35,7 +35,7 @@ VARFAST_ALWAYS_INLINE void norm_of(const T* __restrict__ x, const T* __restrict_
   *rstd = inverse;
 }
 
-// scratch: two padded rows; sums: those of d_weight. d_sum: null where the stream has no gradient of its own.
+// scratch: two padded rows; sums: the sums of d_weight. d_sum: null if no gradient of the stream itself arrived.
 template <typename T>
 VARFAST_ALWAYS_INLINE void norm_backward_of(const T* __restrict__ d_sum, const T* __restrict__ d_out,
                                             const T* __restrict__ sum, const float* __restrict__ weight, int64_t width,
@@ -58,7 +58,7 @@ VARFAST_ALWAYS_INLINE void norm_backward_of(const T* __restrict__ d_sum, const T
   for (int64_t i = 0; i < width; ++i) store(d[i], d_x[i]);
 }
 
-// By exp(-|x|), which does not overflow.
+// Sigmoid, computed from exp(-|x|), which does not overflow.
 VARFAST_ALWAYS_INLINE float sigmoid(float x) {
   const float e = exp_minus_size(x);
   return if_negative(x, e, 1.0f) / (1.0f + e);
@@ -86,7 +86,7 @@ VARFAST_ALWAYS_INLINE void swiglu_backward_of(const T* __restrict__ d_out, const
 
 }  // namespace
 
-// No templates: g++ clones only plain functions.
+// These are not templates, because g++ clones only ordinary functions for several instruction sets.
 #define VARFAST_NORM(T)                                                                                               \
   VARFAST_CLONES void norm_row(const T* x, const T* branch, const float* weight, int64_t width, float eps,            \
                                float* scratch, T* sum, T* out, float* rstd) {                                         \
@@ -108,7 +108,7 @@ VARFAST_NORM(uint16_t)
 #undef VARFAST_NORM
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The ops: arguments checked and allocated
+// The ops: check the arguments and allocate the results
 
 namespace {
 

@@ -1,5 +1,5 @@
-// Heads with rotary positions, and attention of one token against a cache, on the CPU; specified by
-// kernels/reference_nexttoken.py.
+// Split into heads with rotary position embeddings, and attention of one token against a cache, on the CPU; specified
+// by kernels/reference_nexttoken.py.
 #include "tensors.h"
 
 #include <algorithm>
@@ -10,14 +10,14 @@ namespace varfast {
 
 namespace {
 
-// Numbers that are worth a thread of their own.
+// Fewest numbers that justify another thread.
 constexpr int64_t kGrain = 1 << 14;
-// Places whose weighted values are added up one by one: less rounding than in one chain.
+// Weighted values of this many places are summed in one chain. Short chains have less rounding than one long chain.
 constexpr int64_t kPlaces = 64;
 
 int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
 
-// One head of one token. table: cosine and sine of each pair, or null: copied. sign: -1 turns back.
+// Rotates one head of one token. table: cosine and sine of each pair, or null for a copy. sign: -1 rotates back.
 template <typename T>
 VARFAST_ALWAYS_INLINE void turn_of(const T* __restrict__ x, const float* __restrict__ table, int64_t dim, bool halves,
                                    float sign, T* __restrict__ y) {
@@ -38,7 +38,7 @@ VARFAST_ALWAYS_INLINE void turn_of(const T* __restrict__ x, const float* __restr
   }
 }
 
-// The query heads (rows of q, `q_row` apart) of one key head, against `count` places of it. q, scratch: see below.
+// Sizes for attention of the query heads that share one key head (the rows of q) to `count` places of that key head.
 struct DecodeSizes {
   int64_t rows, count, dim, k_row, v_row;
   float scale;
@@ -48,7 +48,7 @@ template <typename T>
 VARFAST_ALWAYS_INLINE void decode_of(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
                                      const DecodeSizes& n, float* __restrict__ scratch, T* __restrict__ out) {
   const int64_t wide = padded(n.dim), places = padded(n.count);
-  float* wide_q = scratch;                    // (rows, wide), zeros behind dim
+  float* wide_q = scratch;                    // (rows, wide), 0 after dim
   float* row = wide_q + n.rows * wide;        // (wide)
   float* sums = row + wide;                   // (rows, 2, wide)
   float* weights = sums + 2 * n.rows * wide;  // (rows, places)
@@ -65,7 +65,7 @@ VARFAST_ALWAYS_INLINE void decode_of(const T* __restrict__ q, const T* __restric
     float most = weight[0];
     for (int64_t j = 1; j < n.count; ++j) most = weight[j] > most ? weight[j] : most;
     for (int64_t j = n.count; j < places; ++j) weight[j] = 0.0f;
-    const float not_a_number = 0.0f * sum_of(weight, places);  // else 0
+    const float not_a_number = 0.0f * sum_of(weight, places);  // NaN if the row has NaN or inf, else 0
     for (int64_t j = 0; j < n.count; ++j) weight[j] = exp_minus_size(weight[j] - most);
     const float share = 1.0f / sum_of(weight, places) + not_a_number;
     for (int64_t j = 0; j < n.count; ++j) weight[j] *= share;
@@ -92,7 +92,7 @@ int64_t decode_scratch(const DecodeSizes& n) {
 
 }  // namespace
 
-// No templates: g++ clones only plain functions.
+// These are not templates, because g++ clones only ordinary functions for several instruction sets.
 #define VARFAST_ROTARY(T)                                                                                             \
   VARFAST_CLONES void turn(const T* x, const float* table, int64_t dim, bool halves, float sign, T* y) {              \
     turn_of<T>(x, table, dim, halves, sign, y);                                                                       \
@@ -105,7 +105,7 @@ VARFAST_ROTARY(uint16_t)
 #undef VARFAST_ROTARY
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The ops: arguments checked and allocated
+// The ops: check the arguments and allocate the results
 
 namespace {
 
@@ -143,7 +143,8 @@ const int64_t* positions(const Tensor& position, int64_t images, int64_t places)
   return at;
 }
 
-// Between the product (B, L, X) and heads. position: of the one token of each image, or null: the token's own.
+// Copies between the qkv layer's output (B, L, X) and heads. position: that of each image's only token, or null to use
+// the index of the token.
 template <typename T, bool kBackward>
 void rotate(T* product, const Heads<T>& q, const Heads<T>& k, const Heads<T>& v, const float* table,
             const int64_t* position, const RotarySizes& n, bool halves) {
@@ -164,7 +165,7 @@ void rotate(T* product, const Heads<T>& q, const Heads<T>& k, const Heads<T>& v,
   });
 }
 
-// A tensor whose numbers are read alone, where one function reads or writes.
+// Pointer to a tensor that is only read, for a function whose arguments are read or written depending on the direction.
 template <typename T>
 T* readable(const Tensor& x) {
   return const_cast<T*>(data<T>(x));

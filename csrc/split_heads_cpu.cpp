@@ -1,4 +1,4 @@
-// The split of the qkv product into normalised heads on the CPU, as kernels/reference.py, split_heads, specifies it.
+// Splits the qkv layer's output into normalised heads on the CPU; specified by split_heads in kernels/reference.py.
 #include "tensors.h"
 
 #include <algorithm>
@@ -11,13 +11,12 @@ struct HeadSizes {
   int64_t num_images, num_tokens, num_heads;
 };
 
-// Tokens of one image that a thread takes at a time, and how many such tiles an image has.
+// Tokens of one image that a thread processes at a time (a tile), and the number of tiles of an image.
 constexpr int64_t kTile = 16;
 inline int64_t head_tiles(const HeadSizes& sizes) { return (sizes.num_tokens + kTile - 1) / kTile; }
 
-// product (B, L, 3 H D) + bias (3 H D, or null) -> q, k, v; q and k normalised where `normalise` says so. inverse_q and
-// inverse_k, (B, H, L):
-// 1 / max(norm, eps), not written where null.
+// product (B, L, 3 H D) + bias (3 H D, or null) -> q, k, v; q and k are normalised if `normalise` is set. inverse_q and
+// inverse_k, (B, H, L), receive 1 / max(norm, eps) unless null.
 template <typename T>
 struct SplitForward {
   const T* product;
@@ -29,8 +28,8 @@ struct SplitForward {
   bool normalise;
 };
 
-// Gradients of q, k, v -> of the product. q, k, contiguous, and the inverse norms are what the forward pass returned.
-// partial (tiles, 3 H D), or null: sums of d_product over the tokens of each tile, before it is rounded.
+// Gradients of q, k, v -> gradient of the product. q and k, contiguous, and the inverse norms come from the forward
+// pass. partial (tiles, 3 H D), or null: sums of d_product over the tokens of each tile, before it is rounded.
 template <typename T>
 struct SplitBackward {
   Heads<const T> d_q, d_k, d_v;
@@ -47,7 +46,7 @@ struct SplitBackward {
 namespace {
 
 constexpr double kEps = 1e-12;
-// Numbers of the product that are worth a thread of their own.
+// Fewest numbers of the product that justify another thread.
 constexpr int64_t kGrain = 1 << 15;
 
 template <typename T>
@@ -65,7 +64,8 @@ VARFAST_ALWAYS_INLINE void normalise(const T* x, const Wide<T>* bias, T* y, Wide
   if (inverse_at) *inverse_at = inverse;
 }
 
-// d x of y = x / max(|x|, eps): the part of d y along y is lost, but where the norm was raised to eps.
+// Gradient of x for y = x / max(|x|, eps): projects out the component of d y along y, except where the norm was clamped
+// to eps.
 template <typename T>
 VARFAST_ALWAYS_INLINE void through_norm(const T* d_y, const T* y, Wide<T> inverse, T* d_x, Wide<T>* sums) {
   using W = Wide<T>;
@@ -90,8 +90,8 @@ VARFAST_ALWAYS_INLINE void add(const T* x, const Wide<T>* bias, T* y) {
   for (int64_t i = 0; i < kHeadDim; ++i) y[i] = T(Wide<T>(x[i]) + bias[i]);
 }
 
-// What a thread works on: one head of the tokens first ... last - 1 of an image. A head's tokens follow each other on
-// one side, and the heads of a token on the other: tiles have runs on both.
+// The work of a thread: one head of the tokens [first, last) of an image. In q, k and v the tokens of a head are
+// contiguous; in the product, the heads of a token are. Tiles access contiguous runs in both.
 struct Tile {
   int64_t b, h, first, last;
 };
@@ -110,7 +110,7 @@ void for_tiles(const HeadSizes& sizes, const F& body) {
   });
 }
 
-// Of q, k and v, part 0, 1 and 2; y and inverse (null: not wanted) are the part's.
+// Splits off one part: q, k and v are parts 0, 1 and 2. y and inverse (null if not needed) belong to that part.
 template <typename T>
 VARFAST_CLONES void split(const SplitForward<T>& f, const Tile& tile, int part, const Heads<T>& y, Wide<T>* inverse) {
   const auto [b, h, first, last] = tile;
@@ -174,7 +174,7 @@ void split_heads_backward_cpu(const SplitBackward<T>& f) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The op: arguments checked and allocated
+// The op: checks the arguments and allocates the results
 
 namespace {
 
@@ -195,7 +195,7 @@ Tensor empty_heads(const Tensor& product, const HeadSizes& sizes) {
   return new_empty(product, {sizes.num_images, sizes.num_heads, sizes.num_tokens, kHeadDim}, product.scalar_type());
 }
 
-// inverse_q and inverse_k: null, or written.
+// inverse_q and inverse_k are written unless null.
 void split_into(const Tensor& product, const MaybeTensor& bias_C3, const HeadSizes& sizes, bool l2_norm,
                 const Tensor& q, const Tensor& k, const Tensor& v, const Tensor* inverse_q, const Tensor* inverse_k) {
   const Tensor x = torch::stable::contiguous(product);
@@ -244,7 +244,7 @@ std::tuple<Tensor, Tensor> split_heads_backward_cpp(const Tensor& d_q_BHLD, cons
   const HeadSizes sizes{d_q.size(0), d_q.size(2), d_q.size(1)};
   for (const Tensor* x : {&d_q, &d_k, &d_v}) check_heads(*x, sizes, d_q.scalar_type());
   const bool normalised = q_BHLD && k_BHLD && q_inverse_BHL && k_inverse_BHL;
-  // Contiguous: a saved-tensor hook may have changed their layout. Without normalisation they are not read.
+  // Make contiguous: a saved-tensor hook may have changed the layout. Without normalisation they are not read.
   const auto kept = [&](const MaybeTensor& x) { return normalised ? torch::stable::contiguous(*x) : d_q; };
   const Tensor q = kept(q_BHLD), k = kept(k_BHLD), q_inverse = kept(q_inverse_BHL), k_inverse = kept(k_inverse_BHL);
   for (const Tensor* x : {&q, &k}) check_heads(*x, sizes, d_q.scalar_type());

@@ -1,4 +1,4 @@
-// What the files of csrc/ share about tensors: dtypes to C++ types, pointers, and small checks. Stable ABI only.
+// Shared by the files of csrc/: from dtypes to C++ types, pointers to tensors, and small checks. Stable ABI only.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -20,7 +20,7 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
 }
 
-// body(T{}) with the C++ type of a dtype.
+// Calls body(T{}) with the C++ type of a dtype.
 template <typename F>
 void with_float(ScalarType dtype, const F& body) {
   if (dtype == ScalarType::Float) return body(float{});
@@ -29,7 +29,7 @@ void with_float(ScalarType dtype, const F& body) {
   body(BFloat16{});
 }
 
-// body(T{}) with the type in which a dtype's numbers are read.
+// Calls body(T{}) with the type by which a dtype's numbers are stored: float, or uint16_t for the bits of a bfloat16.
 template <typename F>
 void with_bits(ScalarType dtype, const F& body) {
   if (dtype == ScalarType::Float) return body(float{});
@@ -39,7 +39,7 @@ void with_bits(ScalarType dtype, const F& body) {
 
 inline ScalarType wide_of(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
-// Elements of a tensor, whose dtype was checked.
+// Pointer to the elements of a tensor; the caller has checked the dtype.
 template <typename T>
 const T* data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
@@ -77,7 +77,7 @@ struct Heads {
   T* at(int64_t b, int64_t h, int64_t l) const { return data + b * image + h * head + l * row; }
 };
 
-// D, VAR's: a constant, so that a head is held in registers.
+// VAR's head dim D. A compile-time constant, so that a head is held in registers.
 constexpr int64_t kHeadDim = 64;
 
 template <typename T>
@@ -85,7 +85,7 @@ Heads<T> heads(const Tensor& x, T* data) {
   return {data, x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// Queries, or keys and values, of which a head's rows are read.
+// Queries, keys or values with unit stride in D, so that rows of a head can be read.
 inline Tensor unit_stride(const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::contiguous(x); }
 
 }  // namespace varfast

@@ -1,7 +1,7 @@
-"""The ops of varfast that have, or will have, a kernel of their own. Imported as `varfast.kernels`.
+"""The ops of varfast that have, or will have, their own kernels. Imported as `varfast.kernels`.
 
-One op a file; each public function takes `impl=`. `reference.py` is the specification of all of them.
-Imports torch, triton and the extension, never the rest of varfast.
+Each op has one file. Each public function takes `impl=`, which picks an implementation. `reference.py` specifies all
+ops. This package imports torch, triton and the compiled extension, never the rest of varfast.
 """
 
 from varfast.kernels.adaln import gated_residual, gated_residual_norm, layer_norm_modulate

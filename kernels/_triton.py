@@ -1,15 +1,15 @@
-"""The one place where the kernels' files import Triton: `from varfast.kernels._triton import jit, tl`.
+"""The only module that imports Triton for the kernels' files: `from varfast.kernels._triton import jit, tl`.
 
-Where it cannot be imported, stand-ins let these files be imported for their other implementations. Nothing launches a
-kernel then: selection.cannot_run_triton reads NO_TRITON. A kernel's file must import `tl` into its own globals, which
-is where Triton's compiler and its interpreter look up the names in a kernel.
+If Triton cannot be imported, this module provides stubs, so that the kernels' files can still be imported for their
+other implementations. No kernel is launched then, because selection.cannot_run_triton checks NO_TRITON. A kernel's file
+must import `tl` into its own globals, where Triton's compiler and its interpreter look up the names used in a kernel.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-NO_TRITON: str | None = None  # why it cannot be imported
+NO_TRITON: str | None = None  # why Triton cannot be imported; None if it can
 
 try:
     import triton.language as tl
@@ -20,11 +20,11 @@ except ImportError as error:
     tl = None
 
     def jit(function: Any = None, **_: Any) -> Any:
-        """As a decorator, with or without options: leaves the function as it is."""
+        """Stub for triton.jit: a decorator, with or without options, that returns the function unchanged."""
         return function or jit
 
     def constexpr(value: Any) -> Any:
-        """A constant that kernels read: the value itself."""
+        """Stub for tl.constexpr: returns the value itself."""
         return value
 
 

@@ -1,8 +1,9 @@
-"""Adaptive LayerNorm, as VAR's block uses it: gate a branch into the residual stream, normalise and modulate the next.
+"""Adaptive LayerNorm of VAR's block: add a gated branch to the residual stream, then normalise and modulate the sum.
 
-Three ops, one kernel a direction: the residual alone, the normalisation alone, and both in one pass over x, which reads
-and writes 4 times B * L * C numbers instead of 5. The Triton kernels are in adaln_triton.py; here are the gradient, the
-choice of an implementation and the public functions.
+There are three ops: the gated residual alone, the normalisation alone, and both fused in one pass over x, which reads
+and writes 4 * B * L * C numbers instead of 5 * B * L * C. One forward and one backward kernel serve all three. The
+Triton kernels are in adaln_triton.py. This file has the gradient, the choice of an implementation and the public
+functions.
 
 Axes: B image, L token, C channel.
 """
@@ -49,8 +50,8 @@ def _backward(op: Any, ctx: Any, d_new: Tensor | None, d_out: Tensor | None, *_:
 
 adaln_op.register_autograd(functools.partial(_backward, adaln_backward_op), setup_context=_setup_context)
 
-# The same in C++, csrc/adaln_cpu.cpp, but always with the norm: the residual alone is 0.9 times as fast as PyTorch's at
-# 960 x 128. In float64 too; bias, gate, scale and shift come in the dtype of the arithmetic.
+# The same ops in C++ (csrc/adaln_cpu.cpp), in float64 too, but only those with the norm: the C++ residual alone reached
+# only 0.9 times the speed of PyTorch's at 960 x 128. Bias, gate, scale and shift are passed in the arithmetic's dtype.
 if NO_EXTENSION is None:
     torch.library.register_fake("varfast::adaln_cpp", fake_forward)
     torch.library.register_fake("varfast::adaln_backward_cpp", fake_backward)
@@ -134,7 +135,8 @@ implementations(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """The three ops, forward and backward, at the widths of d16 and d30; one image, token and channel; odd strides."""
+    """The three ops, forward and backward, at the widths of VAR-d16 and d30; also the degenerate shapes of one image,
+    one token and one channel, and odd strides."""
     from varfast.kernels.aot import recorded
 
     def call(dtype: torch.dtype, shape: tuple[int, ...], stride: int, op: str) -> None:
@@ -167,7 +169,7 @@ def ahead_of_time() -> list[AheadOfTime]:
 def layer_norm_modulate(
     x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-6, impl: str = "auto"
 ) -> Tensor:
-    """LayerNorm without affine parameters, then * (1 + scale) + shift, one scale and shift an image.
+    """LayerNorm without affine parameters, then * (1 + scale) + shift, with a scale and shift for each image.
 
     Args:
         x_BLC: (B, L, C); statistics in float32 (float64 for float64).
@@ -184,13 +186,13 @@ def layer_norm_modulate(
 def gated_residual(
     x_BLC: Tensor, branch_BLC: Tensor, gate_BC: Tensor, bias_C: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
-    """x + gate * (branch + bias), one gate an image and channel.
+    """x + gate * (branch + bias), with a gate for each image and channel.
 
     Args:
         x_BLC, branch_BLC: (B, L, C).
         gate_BC: (B, C).
-        bias_C: (C,), that of the product that made the branch, added in float32; its gradient is summed where the
-            branch's is made.
+        bias_C: (C,), the bias of the linear layer that computed the branch, or None. It is added in float32, and its
+            gradient is summed by the kernel that computes the branch's gradient, which saves a separate pass.
         impl: "auto", "triton" or "reference".
     Returns: (B, L, C).
     Raises: ValueError for an impl that is unknown or cannot run.
@@ -209,7 +211,7 @@ def gated_residual_norm(
     bias_C: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """gated_residual, and layer_norm_modulate of its result, in one pass.
+    """gated_residual followed by layer_norm_modulate of its result, fused in one pass.
 
     Args:
         x_BLC, branch_BLC: (B, L, C).

@@ -1,4 +1,4 @@
-"""The Triton kernels of adaln.py, one a direction, and the ops made of them: custom op, fake and launches.
+"""The Triton kernels of adaln.py (forward and backward), their launches, and their custom ops with fakes.
 
 Axes: B image, L token, C channel.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 from varfast.kernels._triton import jit, tl
 from varfast.kernels.settings import setting
 
-# A program of the backward pass adds up two chains of 16 rows of one image. With one, writing and reading the partial
-# sums of gate, bias, scale and shift was 17 % of the bytes of the op's large tensors; a chain of 32 had an error of
-# 6.2e-6 where PyTorch has 2.4e-6.
+# A program of the backward pass sums rows of one image as two chains of 16 rows. With only one such chain, the partial
+# sums of gate, bias, scale and shift, written and read, took 17 % of the bytes of the op's large tensors. With one
+# chain of 32 rows the error was 6.2e-6, where PyTorch's is 2.4e-6.
 _STAGES = 3
 _FINISH = {"CHUNKS": 32, "COLUMNS": 64}
 MAX_WIDTH = 8192
@@ -27,7 +27,7 @@ def _forward_kernel(
     length, width, gate_stride, scale_stride, shift_stride, eps,
     RESIDUAL: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token a program."""
+    """Each program processes one token."""
     row = tl.program_id(0).to(tl.int64)
     image = row // length
     column = tl.arange(0, BLOCK)
@@ -40,7 +40,7 @@ def _forward_kernel(
         gate = tl.load(gate_ptr + image * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
         stored = (x + branch * gate).to(new_ptr.dtype.element_ty)
         tl.store(new_ptr + row * width + column, stored, mask=inside)
-        x = stored.to(tl.float32)  # the stream is normalised as it is stored
+        x = stored.to(tl.float32)  # normalise the rounded values that were stored
     if NORM:
         count = width * 1.0  # / and sqrt are approximate on a GPU: div_rn and sqrt_rn round correctly
         mean = tl.div_rn(tl.sum(x, axis=0), count)
@@ -61,8 +61,8 @@ def _add_pairs(a, b, c, d):
 
 @jit
 def _through_norm(d_normed, normed, rstd, share):
-    """d x of normed = (x - mean) * rstd, given d normed; share = 1 / C."""
-    # Both sums at once: their threads meet once a tile, not twice.
+    """Gradient of x from that of normed = (x - mean) * rstd; share = 1 / C."""
+    # One reduction computes both sums, so the threads synchronise once per tile instead of twice.
     along, average = tl.reduce((d_normed * normed, d_normed), 1, _add_pairs)
     return (d_normed - (average * share)[:, None] - normed * (along * share)[:, None]) * rstd
 
@@ -75,15 +75,15 @@ def _backward_kernel(
     RESIDUAL: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, NEW_HAS_GRADIENT: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens of one image a program, TILE at a time, with the loads of STAGES - 1 later tiles in flight.
+    """Each program processes ROWS tokens of one image, TILE at a time, while the next STAGES - 1 tiles are loading.
 
-    Sums over the tokens stay in registers, TILE chains side by side, in a fixed order. They are written as planes of
-    (B, chunks, C): of d_x * branch, of d_x (with a bias), and those of scale and shift.
+    Sums over the tokens stay in registers as TILE parallel chains, added in a fixed order. They are written as planes
+    of (B, chunks, C): the sum of d_x * branch, the sum of d_x (with a bias), and the gradients of scale and shift.
     """
     chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    share = tl.div_rn(1.0, width * 1.0)  # once: divided correctly in the loop, it took 114 registers for 80 at C = 1920
+    share = tl.div_rn(1.0, width * 1.0)  # outside the loop: div_rn inside took 114 registers, not 80, at C = 1920
     d_gate = tl.zeros((TILE, BLOCK), tl.float32)
     d_sum = tl.zeros((TILE, BLOCK), tl.float32)
     d_scale = tl.zeros((TILE, BLOCK), tl.float32)
@@ -146,9 +146,9 @@ def _finish_kernel(
     chunks, width, gate_stride, plane,
     RESIDUAL: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of COLUMNS channels of one image's gate, scale and shift; its part of the bias's, in float32.
+    """Gradients of gate, scale and shift for COLUMNS channels of one image, and the image's part of d bias (float32).
 
-    With branch + bias in the place of branch, d gate = sum d_x * branch + bias * sum d_x, and d bias = gate * sum d_x.
+    The residual adds gate * (branch + bias), so d gate = sum d_x * branch + bias * sum d_x and d bias = gate * sum d_x.
     """
     image = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -173,13 +173,14 @@ def _finish_kernel(
 
 
 def _launch_settings(direction: str, width: int, device: torch.device | None = None) -> dict[str, int]:
-    """8 numbers of a row a thread, one 128-bit load in bfloat16."""
+    """Each thread holds 8 numbers of a row, which is one 128-bit load in bfloat16."""
     block = max(128, 1 << (width - 1).bit_length())
     num_warps = min(16, max(4, block // 256))
     if direction == "forward":
         return {"BLOCK": block} | setting("adaln_forward", width, device, num_warps=num_warps)
-    # Registers allow, of C = 1024: 3 programs of 4 warps an SM (triton 3.6: 168), of 1920 one of 16 (119; with 8 warps
-    # one of 8). Their loads in flight, 98 and 66 KB, are 3 times what 3 TB/s at 800 ns needs of an SM.
+    # Registers limit how many programs fit on an SM. At C = 1024 three programs of 4 warps fit (168 registers a thread
+    # with triton 3.6); at C = 1920 one of 16 warps (119 registers), or one of 8 warps. Their loads in flight, 98 and
+    # 66 KB, are 3 times what an SM needs to sustain its share of 3 TB/s at a latency of 800 ns.
     tile, warps = (2 if block <= 2048 else 1), (4 if block <= 1024 else 16)
     rule = {"ROWS": 16 * tile, "TILE": tile, "STAGES": _STAGES, "num_warps": warps}
     return {"BLOCK": block} | setting("adaln_backward", width, device, **rule)
@@ -199,7 +200,8 @@ def adaln_op(
     shift_BC: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """New stream, its normalised and modulated form, mean and 1 / deviation (B, L); empty where not asked for."""
+    """The new residual stream; the stream normalised and modulated; mean and 1 / standard deviation, (B, L) each.
+    Outputs that were not requested are empty."""
     new, out, mean, rstd = _outputs(x_BLC, branch_BLC, scale_BC)
     if x_BLC.numel():
         batch, length, width = x_BLC.shape
@@ -260,10 +262,10 @@ def adaln_backward_op(
     mean_BL: Tensor,
     rstd_BL: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch, bias, gate, scale and shift; empty where not asked for."""
+    """Gradients of x, branch, bias, gate, scale and shift; those that were not requested are empty."""
     found = _gradients(new_BLC, branch_BLC, bias_C, gate_BC, scale_BC)
     _, _, d_bias, d_gate, d_scale, d_shift = found
-    if d_out_BLC is None or not new_BLC.numel():  # not normalised, or that had no gradient
+    if d_out_BLC is None or not new_BLC.numel():  # no normalisation, or no gradient arrived for its output
         d_scale.zero_()
         d_shift.zero_()
     if not new_BLC.numel():
@@ -283,10 +285,10 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _launch_backward(given: tuple[Any, ...], bias: bool, found: Gradients) -> Tensor:
-    """Write d x and d branch; (planes, B, chunks, C) float32 of partial sums for _launch_finish.
+    """Write d x and d branch; return the partial sums for _launch_finish, (planes, B, chunks, C) float32.
 
     Args:
-        given: d_new, d_out, new, branch, gate, scale, mean and rstd, None where there is none.
+        given: d_new, d_out, new, branch, gate, scale, mean and rstd; None for those that this op does not have.
     """
     d_new, d_out, new, branch, gate, scale, mean, rstd = given
     batch, length, width = new.shape
@@ -325,7 +327,7 @@ def _launch_backward(given: tuple[Any, ...], bias: bool, found: Gradients) -> Te
 def _launch_finish(
     partial: Tensor, bias_C: Tensor | None, gate_BC: Tensor | None, found: Gradients, norm: bool
 ) -> Tensor:
-    """Write d gate, d scale and d shift; each image's part of d bias, (B, C) float32, empty without a bias."""
+    """Write d gate, d scale and d shift; return each image's part of d bias, (B, C) float32, empty without a bias."""
     _, batch, chunks, width = partial.shape
     d_bias_BC = partial.new_empty((batch, width) if bias_C is not None else 0)
     gate = partial[0, :, 0] if gate_BC is None else _rows_of(gate_BC)

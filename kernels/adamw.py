@@ -1,9 +1,10 @@
-"""AdamW over all tensors of a model in two launches: weights, both moments, and the 16-bit copies that products read.
+"""AdamW over all tensors of a model in two kernel launches. It updates the weights, both moments, and the low-precision
+(16-bit) copies of the weights that the matrix products read.
 
-A parameter costs 30 bytes: weight, gradient and moments are read, weight, moments and copy written. PyTorch's fused
-AdamW moves 28, and the pass that writes the copies after it 6 more.
+The step moves 30 bytes per parameter: it reads weight, gradient and both moments, and writes weight, moments and copy.
+PyTorch's fused AdamW moves 28, and the separate pass that then writes the copies 6 more.
 
-Axes: P parameter tensors, N chunks of them.
+Axes: P parameter tensors, N chunks of these tensors.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdamWTensors:
-    """What an optimizer step reads and writes, a place a parameter in each list.
+    """What an optimizer step reads and writes: lists with one entry for each parameter.
 
     Attributes:
-        parameters, gradients, exp_avgs, exp_avg_sqs: of equal shapes, float32, contiguous.
+        parameters, gradients, exp_avgs, exp_avg_sqs: float32, contiguous, of one shape for each parameter.
         steps: () float32, steps taken so far.
         weight_decays: decoupled weight decay.
-        copies: bfloat16 or float16 copy of the parameter, to be written after the step, or None.
+        copies: bfloat16 or float16 copy of the parameter, rewritten after the step, or None.
     """
 
     parameters: Sequence[Tensor]
@@ -53,7 +54,7 @@ class AdamWTensors:
         return self.parameters[0].device
 
     def written(self) -> list[Tensor]:
-        """All that a step changes."""
+        """All tensors that a step changes."""
         copies = [copy for copy in self.copies if copy is not None]
         return [*self.parameters, *self.exp_avgs, *self.exp_avg_sqs, *self.steps, *copies]
 
@@ -61,9 +62,9 @@ class AdamWTensors:
 # ---------------------------------------------------------------------------------------------------------------------
 # Triton
 
-# Columns of the table of tensors, int64: addresses, then numbers.
+# Columns of the int64 table with one row for each tensor: first memory addresses, then sizes.
 _PARAMETER, _GRADIENT, _EXP_AVG, _EXP_AVG_SQ, _STEP, _COPY, _NUMEL, _FIRST_CHUNK, _COLUMNS = range(9)
-_CHUNK = 16384  # numbers a program: 0.5 MB of traffic, beside which reading the table does not count
+_CHUNK = 16384  # numbers per program: 0.5 MB of traffic, which makes the cost of reading the table negligible
 
 
 @jit
@@ -89,14 +90,14 @@ def _advance_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Count the step, unless it is skipped; 1 - beta1^step and the root of 1 - beta2^step of every tensor."""
+    """Increment each tensor's step unless the step is skipped; write its 1 - beta1^step and sqrt(1 - beta2^step)."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_tensors
     step_ptr = tl.load(table_ptr + row * COLUMNS + STEP, mask=inside, other=0).to(tl.pointer_type(tl.float32))
     taken = tl.where(tl.load(skip_ptr) == 0.0, 1.0, 0.0)
     step = tl.load(step_ptr, mask=inside, other=1.0) + taken
     tl.store(step_ptr, step, mask=inside)
-    # float64: after the first step 1 - 0.999 keeps 4 digits of float32.
+    # float64: in float32 cancellation would leave only 4 digits of 1 - 0.999 at the first step.
     wide = step.to(tl.float64)
     tl.store(corrections_ptr + 2 * row, (1.0 - tl.exp(wide * log_beta1)).to(tl.float32), mask=inside)
     tl.store(corrections_ptr + 2 * row + 1, tl.sqrt(1.0 - tl.exp(wide * log_beta2)).to(tl.float32), mask=inside)
@@ -110,9 +111,10 @@ def _adamw_kernel(
     COPY: tl.constexpr, NUMEL: tl.constexpr, FIRST_CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
     COPY_TYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one tensor a program. Nothing is written where the step is skipped.
+    """Each program updates one chunk of one tensor. A skipped step writes nothing.
 
-    Only the end of a tensor is masked: with a mask that divides by nothing, numbers are loaded one by one.
+    Only the last block of a tensor is masked: where a mask is not known to be equal for adjacent numbers, the compiler
+    loads them one by one instead of 128 bits at a time.
     """
     if tl.load(skip_ptr) == 0.0:
         chunk = tl.program_id(0)
@@ -159,7 +161,7 @@ def _adamw_kernel(
 
 
 def _launch_settings(device: torch.device | None = None) -> dict[str, int]:
-    """Two loads of 128 bits a thread from each array."""
+    """Each thread makes two 128-bit loads from each array."""
     return setting("adamw", 0, device, BLOCK=1024, num_warps=4)
 
 
@@ -167,7 +169,8 @@ def _launch_settings(device: torch.device | None = None) -> dict[str, int]:
 def _tables(
     addresses: tuple[tuple[int, ...], ...], numels: tuple[int, ...], decays: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Table of tensors (P, _COLUMNS), tensor of each chunk (N,), weight decays (P,). Made anew where a tensor moved."""
+    """Table of tensors (P, _COLUMNS), index of each chunk's tensor (N,), weight decays (P,). Cached by the tensors'
+    addresses, so the table is rebuilt when a tensor has moved."""
     chunks = torch.tensor([-(-numel // _CHUNK) for numel in numels])
     first = chunks.cumsum(0) - chunks
     table = torch.cat([torch.tensor(addresses).T, torch.tensor(numels).unsqueeze(1), first.unsqueeze(1)], dim=1)
@@ -280,7 +283,7 @@ def _run_library(
         torch._foreach_copy_(list(copies), list(weights))
 
 
-# Not picked by itself before it has run on a GPU.
+# "triton" is not the default until it has run on a GPU.
 implementations(
     "adamw_step",
     Implementation("triton", _run_triton, cannot_run_triton, (), _triton_refuses),
@@ -290,7 +293,7 @@ implementations(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """Tensors with and without a 16-bit copy, and a model of one number."""
+    """Tensors with and without a 16-bit copy, and a model that is a single number."""
     from varfast.kernels.aot import recorded
 
     def call(*shapes: tuple[int, ...], copied: bool = True) -> None:
@@ -318,16 +321,16 @@ def adamw_step(
     skip: Tensor,
     impl: str = "auto",
 ) -> None:
-    """One step of AdamW in place, with gradients divided by `clip`; and the copies written anew.
+    """One step of AdamW in place, with the gradients divided by `clip`; then rewrites the low-precision copies.
 
     Args:
         tensors: what is read and written; all on one device.
         lr: learning rate.
-        betas, eps: of the moments, as in torch.optim.AdamW.
+        betas, eps: as in torch.optim.AdamW.
         clip: () float32 on the device, > 0: gradients are divided by it.
-        skip: () float32 on the device: where it is not 0, nothing changes, whatever the gradients are.
+        skip: () float32 on the device: if it is not 0, nothing changes, even if gradients are not finite.
         impl: "auto", "library" (PyTorch's fused AdamW), "triton" or "reference".
-    Raises: ValueError for lists of different lengths, an impl that is unknown or cannot run or takes other tensors.
+    Raises: ValueError for lists of different lengths, or an impl that is unknown, cannot run or refuses these tensors.
     Source: arXiv:1711.05101.
     """
     lengths = {name: len(xs) for name, xs in vars(tensors).items()}

@@ -1,13 +1,13 @@
-"""Compile every Triton kernel for a GPU that is not here, as its launches would, and report what each needs.
+"""Compile every Triton kernel ahead of time, without a GPU, exactly as its launches would; report its resources.
 
     python -m varfast.kernels.aot [WORD ...]        only kernels whose name contains every word
 
-Each op's `ahead_of_time()` lists example calls of the op. `recorded` runs them on the CPU with launches caught instead
-of carried out, and specialises the arguments of each launch by Triton's own rule: an integer 1 and None become
-constants of the kernel, and integers and addresses divisible by 16 are known to be so.
+Each op's `ahead_of_time()` lists example calls of the op. `recorded` runs them on the CPU, intercepts the launches
+instead of executing them, and specialises the arguments of each launch by Triton's own rule: an integer 1 and None
+become constants of the kernel, and integers and addresses divisible by 16 are marked as such for the compiler.
 
-Gates (see `problems`): no spills, no stack, 128-bit loads, and the tensor cores' own instruction in matrix kernels
-(HGMMA on sm_90, UTCHMMA on sm_100). Calls with degenerate shapes only have to compile.
+Every kernel must pass these gates (see `problems`): no register spills, no stack, 128-bit loads, and in matrix kernels
+the tensor-core instruction (HGMMA on sm_90, UTCHMMA on sm_100). Calls with degenerate shapes only have to compile.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ _FLAGS = ("enable_fp_fusion",)
 
 @dataclass(frozen=True)
 class AheadOfTime:
-    """A kernel at one configuration. `recorded` makes them from example calls.
+    """One kernel in one configuration, to be compiled. `recorded` makes them from example calls.
 
     Attributes:
-        name: for the report.
+        name: its name in the report.
         kernel: the @triton.jit function.
         signature: type of each argument: "*fp32", "i32", "constexpr", ...
         constants: values of the constexpr arguments.
-        matrix: the kernel is made of matrix products and must use the tensor cores' instruction.
-        wide_loads: it streams large arrays and must load 128 bits at a time.
-        attributes: 16 for an argument that is known to be divisible by 16, 1 for one that is not; an argument that is
-            not named is divisible if it is a pointer, and not if it is a number.
-        fast: False: a degenerate shape, which must compile but is not held to the gates.
+        matrix: the kernel consists of matrix products and must use the tensor-core instruction.
+        wide_loads: the kernel streams large arrays and must load 128 bits at a time.
+        attributes: by argument, 16 if it is known to be divisible by 16, else 1. Arguments that are not listed are
+            treated as divisible if they are pointers, and as not divisible if they are numbers.
+        fast: False for a degenerate shape, which must compile but need not pass the gates.
         capability: compute capability of the GPU, (9, 0) or (10, 0).
-        options: of the compiler, beside warps and stages.
+        options: compiler options other than num_warps and num_stages.
     """
 
     name: str
@@ -68,7 +68,7 @@ class AheadOfTime:
 
     @property
     def compiled(self) -> tuple[Any, ...]:
-        """All that the binary depends on."""
+        """Everything that the compiled binary depends on."""
         tables = (self.signature, self.constants, self.attributes, self.options)
         numbers = (self.num_warps, self.num_stages, self.capability)
         return id(self.kernel), *(tuple(sorted((k, repr(v)) for k, v in t.items())) for t in tables), *numbers
@@ -76,12 +76,12 @@ class AheadOfTime:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs. Registers a thread; shared memory, spills and stack in bytes.
+    """Resources of a compiled kernel. Registers are per thread; shared memory, spills and stack are in bytes.
 
     Attributes:
-        matrix: instructions of the tensor cores.
-        wide_loads: instructions that load 128 bits.
-        instructions, barriers: of the whole program, each counted once however often it runs.
+        matrix: number of tensor-core instructions.
+        wide_loads: number of instructions that load 128 bits.
+        instructions, barriers: number in the whole program, each counted once however often it is executed.
     """
 
     registers: int
@@ -106,15 +106,16 @@ def recorded(
     fast: bool = True,
     also_blackwell: bool = False,
 ) -> list[AheadOfTime]:
-    """What `call` would compile on a GPU: one item a kernel that it launches, named `name` and the kernel's own name.
+    """What `call` would compile on a GPU: one item for each kernel launched, named `name` plus the kernel's own name.
 
-    Nothing is computed: outputs of kernels stay as they were allocated. Launch settings are those of the target.
+    Nothing is computed: the outputs of kernels stay uninitialised. Launch settings are those of the target GPU.
 
     Args:
-        call: calls ops, with impl="triton", on small CPU tensors. Their alignment and strides count as on a GPU.
+        call: calls ops with impl="triton" on small CPU tensors, whose alignment and strides matter as they would on a
+            GPU.
         matrix, fast: as in AheadOfTime.
-        narrow: kernels that read too little to need wide loads.
-        also_blackwell: for sm_100 as well as for sm_90.
+        narrow: kernels that read too little data to need wide loads.
+        also_blackwell: compile for sm_100 as well as for sm_90.
     """
     items = []
     for capability in (HOPPER, BLACKWELL) if also_blackwell else (HOPPER,):
@@ -138,7 +139,7 @@ def recorded(
 
 @contextmanager
 def _launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Catch launches of Triton kernels: (kernel, arguments, keywords) of each."""
+    """Intercept the launches of Triton kernels; yields the list of them as (kernel, arguments, keywords)."""
     from triton.runtime import JITFunction
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -162,7 +163,7 @@ def _launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
 def _specialised(
     kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], capability: tuple[int, int]
 ) -> dict[str, Any]:
-    """signature, constants, attributes and options: the steps of JITFunction.run, up to the compiler."""
+    """Signature, constants, attributes and options: the steps of JITFunction.run up to the call of the compiler."""
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
@@ -196,16 +197,16 @@ def _target(capability: tuple[int, int]) -> Any:
 
 
 def compile_for(item: AheadOfTime) -> Resources:
-    """Compile a kernel for its GPU, and say what it needs."""
+    """Compile a kernel for its target GPU and return its resources."""
     return _resources(binary(item))
 
 
 def binary(item: AheadOfTime) -> Any:
-    """What Triton compiles a kernel to, in all its stages: binary(item).asm["ptx"]."""
+    """The result of Triton's compiler, with every intermediate stage, such as binary(item).asm["ptx"]."""
     import triton
     from triton.compiler import ASTSource
 
-    names = item.kernel.arg_names  # the order of the signature is its own
+    names = item.kernel.arg_names  # item.signature may be in another order
     divisible = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
@@ -249,7 +250,7 @@ def _resources(compiled: Any) -> Resources:
 
 
 def problems(item: AheadOfTime, used: Resources) -> list[str]:
-    """The gates that a kernel does not pass."""
+    """The gates that a kernel fails."""
     found = []
     if item.fast and used.spilled_bytes:
         found.append(f"spills ({used.spilled_bytes})")
@@ -263,7 +264,7 @@ def problems(item: AheadOfTime, used: Resources) -> list[str]:
 
 
 def _modules() -> list[Any]:
-    """The files of this package, but for this one and those that hold no op (_triton, the extension)."""
+    """The modules of this package except this one and those whose name begins with _ (_triton, the extension _C)."""
     import varfast.kernels
 
     names = [found.name for found in pkgutil.iter_modules(varfast.kernels.__path__)]
@@ -271,8 +272,8 @@ def _modules() -> list[Any]:
 
 
 def all_kernels() -> list[AheadOfTime]:
-    """Every kernel at every shipped configuration, from each file that has an `ahead_of_time` of its own; what compiles
-    to the same binary once."""
+    """Every kernel in every shipped configuration, from each file that defines `ahead_of_time`. Items that compile to
+    the same binary are listed once."""
     items: dict[tuple[Any, ...], AheadOfTime] = {}
     for module in _modules():
         calls = getattr(module, "ahead_of_time", None)
@@ -283,7 +284,7 @@ def all_kernels() -> list[AheadOfTime]:
 
 
 def forgotten(items: list[AheadOfTime]) -> list[str]:
-    """Kernels of this package, by file and name, that none of the items compiles."""
+    """Kernels of this package, by file and name, that are missing from the items."""
     compiled = {id(item.kernel) for item in items}
     found = ((f"{m.__name__}.{name}", kernel) for m in _modules() for name, kernel in vars(m).items())
     kernels = {name: kernel for name, kernel in found if name.endswith("_kernel") and hasattr(kernel, "arg_names")}
@@ -291,7 +292,7 @@ def forgotten(items: list[AheadOfTime]) -> list[str]:
 
 
 def report(item: AheadOfTime) -> tuple[str, bool]:
-    """A line of what a kernel needs, and whether it passes."""
+    """One line with a kernel's resources, and whether it passes the gates."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import TritonError
 
@@ -306,7 +307,7 @@ def report(item: AheadOfTime) -> tuple[str, bool]:
 
 
 def main(words: list[str]) -> int:
-    """Print a line a kernel; 1 if one of them does not pass."""
+    """Print one line for each kernel; returns 1 if any of them fails, else 0."""
     everything = all_kernels()
     items = [item for item in everything if all(word in item.name for word in words)]
     print(
@@ -316,7 +317,7 @@ def main(words: list[str]) -> int:
     if missing:
         print(f"no example call launches {', '.join(missing)}: add one to ahead_of_time() of its file")
     passed = not missing
-    # Forked: the workers have the kernels, which cannot be pickled, and the imports, which take seconds.
+    # Forked workers inherit the kernels, which cannot be pickled, and the imports, which take seconds.
     global _ITEMS
     _ITEMS = items
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")) as workers:

@@ -1,6 +1,6 @@
 """Attention under VAR's scale mask: a token sees all tokens of its own scale and of every earlier one.
 
-The Triton kernels are in attention_triton.py; here are the other ways to compute the same, and the public functions.
+The Triton kernels are in attention_triton.py. This file has the other implementations and the public functions.
 
 Axes: B image, H head, L token over all scales, l token of one scale, D head dim.
 """
@@ -111,7 +111,7 @@ if NO_EXTENSION is None:
 def _run_cpp(
     q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
 ) -> Tensor:
-    if q_BHLD.dtype == torch.float64:  # what tests compare with
+    if q_BHLD.dtype == torch.float64:  # used only as a reference in tests
         return reference.block_causal_attention(q_BHLD, k_BHLD, v_BHLD, scale_ends, logit_scale_H)
     out_BHLD, _ = torch.ops.varfast.attention_cpp(q_BHLD, k_BHLD, v_BHLD, logit_scale_H.float(), _ends_of(scale_ends))
     return out_BHLD
@@ -125,7 +125,7 @@ def _run_cpp_cached(
     logit_scale_H: Tensor,
     position: Tensor | None = None,
 ) -> Tensor:
-    if q_BHlD.dtype == torch.float64:  # what tests compare with
+    if q_BHlD.dtype == torch.float64:  # used only as a reference in tests
         return reference.cached_attention(q_BHlD, k_cache_BHLD, v_cache_BHLD, num_keys, logit_scale_H, position)
     tensors = (q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -151,7 +151,7 @@ def _refuses_cpp(q_BHLD: Tensor, *_: Any) -> str | None:
 def _run_sdpa(
     q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
 ) -> Tensor:
-    """Scale by scale, without a mask."""
+    """One SDPA call for each scale. All queries of a scale see the same keys, so no mask is needed."""
     q_BHLD = _scaled(q_BHLD, logit_scale_H)
     starts = (0, *scale_ends[:-1])
     parts = [
@@ -162,7 +162,7 @@ def _run_sdpa(
 
 
 def _alone(q_BHlD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
-    """Every image by a call of its own: the library cannot know how many there are."""
+    """One call for each image, so that the library's choice of kernel cannot depend on the batch size."""
     images = []
     for q, k, v in zip(q_BHlD.split(1), k_BHLD.split(1), v_BHLD.split(1), strict=True):
         images.append(F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous(), scale=1.0))
@@ -172,7 +172,7 @@ def _alone(q_BHlD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
 def _run_alone(
     q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
 ) -> Tensor:
-    """The very calls of _run_alone_cached."""
+    """Makes exactly the calls that _run_alone_cached makes scale by scale, so that both give the same bits."""
     q_BHLD = _scaled(q_BHLD, logit_scale_H)
     starts = (0, *scale_ends[:-1])
     parts = [
@@ -233,7 +233,8 @@ implementations(
     "block_causal_attention",
     Implementation("triton", _run_triton, cannot_run_triton, ("cuda",), _refuses),
     Implementation("cpp", _run_cpp, cannot_run_cpp, ("cpu",), _refuses_cpp),
-    # One backward kernel for two. Not the default: it has run on no GPU, and the two were measured (0.951 ms, H100).
+    # One backward kernel instead of two. Not the default: it has not run on a GPU yet, while the two kernels were
+    # measured (0.951 ms on an H100).
     Implementation(
         "triton_fused", functools.partial(_run_triton, fused_backward=True), cannot_run_triton, (), _refuses
     ),
@@ -242,7 +243,7 @@ implementations(
     attention_flash.block_causal("fa4"),
     attention_flash.block_causal("flash_attn"),
     Implementation("sdpa", _run_sdpa, auto_on=()),
-    # The bits of cached_attention's of the same name, whatever the batch: strict mode.
+    # For strict mode: bitwise equal to cached_attention's implementation of the same name, for any batch.
     Implementation("triton_invariant", functools.partial(_run_triton, invariant=True), cannot_run_triton, (), _refuses),
     Implementation("sdpa_invariant", _run_alone, auto_on=()),
     Implementation("reference", reference.block_causal_attention),
@@ -286,7 +287,7 @@ def block_causal_attention(
     logit_scale_H: Tensor,
     impl: str = "auto",
 ) -> Tensor:
-    """softmax(logit_scale * q k^T + mask) v over all scales at once; the mask is given by where the scales end.
+    """softmax(logit_scale * q k^T + mask) v over all scales at once; the ends of the scales define the mask.
 
     With scale_ends (1, 3, 6), that is scales of 1, 2 and 3 tokens, query i (row) sees key j (column) where 1::
 
@@ -298,15 +299,15 @@ def block_causal_attention(
         1 1 1 1 1 1
 
     Args:
-        q_BHLD, k_BHLD, v_BHLD: (B, H, L, D), one dtype, any strides. L2-normalised by the caller where the model
-            does so: no further 1/sqrt(D) is applied.
-        scale_ends: cumulated number of tokens after each scale; the last is L.
+        q_BHLD, k_BHLD, v_BHLD: (B, H, L, D), one dtype, any strides. If the model L2-normalises q and k, the caller
+            does so. No further factor 1/sqrt(D) is applied.
+        scale_ends: cumulative number of tokens after each scale; the last is L.
         logit_scale_H: (H,) factor of each head's logits, differentiable.
         impl: "auto", "triton" (D = 64, float32 or 16 bits), "triton_fused" (the same, with one backward kernel), "cpp"
             (CPU, D = 64; float64 by PyTorch), "flex" (CUDA), "flash_attn" or "fa4" (CUDA, 16 bits, the packages
-            flash-attn and flash-attn-4), "flex_flash" (FlexAttention with flash-attn-4), "sdpa" (a call a scale, no
-            mask), or "reference". "triton_invariant" and "sdpa_invariant" give every row the bits that
-            cached_attention's of the same name gives it, in any batch.
+            flash-attn and flash-attn-4), "flex_flash" (FlexAttention with flash-attn-4), "sdpa" (one call for each
+            scale, no mask), or "reference". "triton_invariant" and "sdpa_invariant" are bitwise equal to
+            cached_attention with the same impl, for any batch size.
     Returns: (B, H, L, D).
     Raises: ValueError if scale_ends does not increase up to L, for other shapes or dtypes, or for an impl that is
         unknown or cannot run.
@@ -330,22 +331,22 @@ def cached_attention(
     impl: str = "auto",
     position: Tensor | None = None,
 ) -> Tensor:
-    """softmax(logit_scale * q k^T) v for new tokens, as those of one scale, against a static key-value cache.
+    """softmax(logit_scale * q k^T) v for new tokens, such as one scale's, against a static key-value cache.
 
     Args:
         q_BHlD: (B, H, l, D) queries of the new tokens. They see every valid key, so there is no mask.
-        k_cache_BHLD, v_cache_BHLD: (B, H, L, D) buffers whose first `num_keys` rows are valid, the new tokens' own keys
-            and values among them. The others are not read.
+        k_cache_BHLD, v_cache_BHLD: (B, H, L, D) buffers. Their first `num_keys` rows are valid and already include the
+            new tokens' keys and values. The other rows are not read.
         num_keys: number of valid rows, in [1, L].
         logit_scale_H: (H,) factor of each head's logits.
         impl: "auto", "triton" (D = 64, no gradient), "cpp" (CPU, D = 64, no gradient; float64 by PyTorch), "flash_attn"
             or "fa4" (CUDA, 16 bits), "triton_invariant", "sdpa_invariant" (see block_causal_attention) or "reference".
-        position: int32 or int64 on the device, () or (B,), >= 0, added to `num_keys`: a captured CUDA graph reads its
-            value at each replay. Not with "flash_attn", "fa4" and "sdpa_invariant". On a GPU the value is not checked,
-            which would wait for it: of a value beyond the cache "triton" reads the whole cache.
+        position: int32 or int64 on the device, () or (B,), >= 0, added to `num_keys`. A captured CUDA graph reads its
+            value at each replay. "flash_attn", "fa4" and "sdpa_invariant" do not take it. On a GPU the value is not
+            checked, because that would wait for the device; beyond the cache, "triton" reads the whole cache.
     Returns: (B, H, l, D).
     Raises: ValueError if num_keys is not within the cache, for other shapes or dtypes, for an impl that is unknown or
-        cannot run, or if impl "triton" is to be differentiated.
+        cannot run, or if a gradient is required with impl "triton".
     """
     _check_num_keys(num_keys, k_cache_BHLD)
     _check_shapes(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)

@@ -1,7 +1,8 @@
-"""The backward pass of attention as two Triton kernels: d q with the logit scale, and d k with d v.
+"""The backward pass of attention as two Triton kernels: one for d q and d logit_scale, one for d k and d v.
 
-Both compute the weights again: seven products where one kernel does five (attention_fused.py). Which tile sees what is
-in attention_tiles.py. A program owns what it writes, and walks it in a fixed order: two runs agree in every bit.
+Each kernel recomputes the attention weights, so together they do seven matrix products; a single kernel would do five
+(attention_fused.py). attention_tiles.py decides which keys and queries each tile covers. Each output is written by one
+program, which adds up its terms in a fixed order, so two runs give the same bits.
 
 Axes: B image, H head, L token over all scales, D head dim, T tile.
 """
@@ -49,7 +50,8 @@ def _dq_part(
     MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add d logit k over the keys [first, last), but for the factor `share` of each row."""
+    """Add d_logit @ k over the keys [first, last) to acc. The caller then multiplies each row by its `share`, which is
+    1 / sum of weights."""
     for start in tl.range(first, last, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, key, k_row, last, MASKED)
@@ -71,7 +73,7 @@ def _dq_kernel(
     out_batch, out_head, out_row, length, num_heads, num_tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """d q, each row's part of d logit_scale, and delta = sum_D(grad * out), which _dkv_kernel reads."""
+    """Computes d q, each row's part of d logit_scale, and delta = sum_D(grad * out), which _dkv_kernel reads."""
     batch_head, batch, head, start, end, full, keys = tile_of_program(tiles_ptr, num_tiles, num_heads)
     row = start + tl.arange(0, BLOCK_M)
     inside = row < end
@@ -91,10 +93,10 @@ def _dq_kernel(
     acc = _dq_part(acc, q, grad, top, delta, visible, k_ptr, v_ptr, k_row, v_row, factor, 0, full, False, BLOCK_N)
     acc = _dq_part(acc, q, grad, top, delta, visible, k_ptr, v_ptr, k_row, v_row, factor, full, keys, True, BLOCK_N)
     acc = acc * tl.load(share_ptr + batch_head * length + row, mask=inside, other=0.0)[:, None]
-    # sum_j d_logit_ij (q_i . k_j) = q_i . acc_i; rows past the end have q = 0. Read again: kept in registers, q would
-    # cost every thread 16 of them all along.
+    # d logit_scale of a row: sum_j d_logit_ij (q_i . k_j) = q_i . acc_i; rows past the end have q = 0. q is loaded
+    # again here, because keeping it through the loop would cost every thread 16 registers.
     q = load_rows(q_ptr, row, q_row, end, True)
-    # One number a row, added up outside: on sm_100 the compiler of triton 3.6 fails at the sum over rows.
+    # One number per row, summed outside the kernel: for sm_100, triton 3.6 fails to compile the sum over rows.
     tl.store(d_scale_ptr + batch_head * length + row, tl.sum(acc * q.to(tl.float32), axis=1), mask=inside)
     store_rows(dq_ptr + batch * out_batch + head * out_head, acc * scale, row, out_row, end)
 
@@ -121,7 +123,7 @@ def _dkv_part(
     MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Add what the queries [first, last) contribute. All is transposed: (keys, queries)."""
+    """Add the contributions of the queries [first, last) to d k and d v. Logits are transposed: (keys, queries)."""
     for start in tl.range(first, last, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         inside = row < length  # rows past it load as 0 and contribute 0
@@ -186,10 +188,10 @@ def backward_op(
     scale_ends: Sequence[int],
     fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, each (B, H, L, D), and d logit_scale, (H,) float32; fused: by one kernel."""
+    """dq, dk, dv, each (B, H, L, D), and d logit_scale, (H,) float32. fused: use the single kernel."""
     grad, q, k, v, out = map(readable, (grad_BHLD, q_BHLD, k_BHLD, v_BHLD, out_BHLD))
     gradients = (empty_BHLD(q), empty_BHLD(q), empty_BHLD(q))
-    if out.stride() != gradients[0].stride():  # a saved-tensor hook may have changed its layout; it is read as d q's is
+    if out.stride() != gradients[0].stride():  # a saved-tensor hook may change strides; the kernels assume d q's
         out = torch.empty_like(gradients[0]).copy_(out)
     d_scale_BHL = torch.empty_like(top_BHL)
     if q.numel():
@@ -211,8 +213,9 @@ def _two_kernels(
     """Write dq, dk, dv and each row's part of d logit_scale.
 
     Args:
-        given: the first eight arguments of backward_op, readable; out, dq, dk and dv have one layout.
-        dtype: that of the caller's tensors, by which the launch is chosen.
+        given: the first eight arguments of backward_op, each passed through `readable`; out, dq, dk and dv have the
+            same strides.
+        dtype: dtype of the caller's tensors, which determines the launch settings.
     """
     grad, q, k, v, scale_H, _, top_BHL, share_BHL = given
     dq, dk, dv = gradients

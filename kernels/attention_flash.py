@@ -1,10 +1,10 @@
-"""Attention by the packages flash-attn and flash-attn-4: to be compared with, and never picked by impl="auto".
+"""Attention by the packages flash-attn and flash-attn-4. They are for comparison and never picked by impl="auto".
 
-Two packages share the module `flash_attn`. flash-attn (FlashAttention 2) puts flash_attn_func into it; flash-attn-4
-(CuTe, for Hopper and later) only adds flash_attn.cute, with a flash_attn_func of its own, so that with it alone
-`import flash_attn` succeeds and finds no function. So what counts is whether the function is there. Neither has the
-scale mask: a call a scale needs none. FlexAttention's FLASH backend has it: it gives flash-attn-4 the mask as a
-program and its blocks as a list.
+Both packages install into the module `flash_attn`. flash-attn (FlashAttention 2) defines flash_attn_func in it.
+flash-attn-4 (CuTe, for Hopper and later) only adds flash_attn.cute, with its own flash_attn_func. With flash-attn-4
+alone, `import flash_attn` therefore succeeds although FlashAttention 2 is missing, so we test for the function itself.
+Neither package supports the scale mask, so we make one call for each scale, which needs no mask. FlexAttention's FLASH
+backend does support it: it passes the mask to flash-attn-4 as a function together with a list of the visible blocks.
 
 Tensors of both packages are (B, L, H, D).
 
@@ -30,11 +30,11 @@ _PACKAGES = {"flash_attn": "flash-attn", "fa4": "flash-attn-4"}
 
 @functools.cache
 def _function(impl: str) -> Callable[..., Any] | str:
-    """flash_attn_func of the package of an implementation, or why it is not there."""
+    """The implementation's flash_attn_func, or a message that says why it cannot be imported."""
     module, package = _MODULES[impl], _PACKAGES[impl]
     try:
         found: Callable[..., Any] | None = getattr(importlib.import_module(module), "flash_attn_func", None)
-    except ImportError as error:  # not installed, or not all that it needs, or built for another torch
+    except ImportError as error:  # not installed, a dependency is missing, or built for another torch
         return f"{module}.flash_attn_func cannot be imported ({error}); install the package {package}"
     if found is not None:
         return found
@@ -77,7 +77,7 @@ def _refuses(q: Tensor, *_: Any) -> str | None:
 def _attend(
     impl: str, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale: float = 1.0, causal: bool = False
 ) -> Tensor:
-    """(B, L, H, D), with sums of a fixed order in the backward pass."""
+    """Attention of (B, L, H, D) tensors, with deterministic sums in the backward pass."""
     function = _function(impl)
     assert not isinstance(function, str), function
     q, k, v = (x.transpose(1, 2) for x in (q_BHLD, k_BHLD, v_BHLD))
@@ -93,7 +93,7 @@ def _scaled(q_BHLD: Tensor, logit_scale_H: Tensor) -> Tensor:
 def _run(
     impl: str, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
 ) -> Tensor:
-    """A call a scale."""
+    """One call for each scale."""
     q_BHLD = _scaled(q_BHLD, logit_scale_H)
     starts = (0, *scale_ends[:-1])
     parts = [
@@ -131,5 +131,5 @@ def causal(impl: str) -> Implementation:
 
 
 def flex_flash(run: Callable[..., Tensor]) -> Implementation:
-    """FlexAttention with flash-attn-4's kernels. On Hopper its backward pass adds d q in no fixed order."""
+    """FlexAttention with flash-attn-4's kernels. On Hopper its backward pass sums d q in a nondeterministic order."""
     return Implementation("flex_flash", run, _cannot_flex_flash, (), _refuses)

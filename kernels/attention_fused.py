@@ -1,15 +1,15 @@
-"""The backward pass of attention as one Triton kernel: five products where two kernels do seven.
+"""The backward pass of attention as one Triton kernel, with five matrix products; the two kernels need seven.
 
-A program owns the gradients of one (image, head) at a time. It walks the tiles of keys in order; of each it keeps d k
-and d v in registers and walks the queries that see it. d q is a sum over the tiles of keys: the program adds each
-tile's part to a float32 buffer of its own, (L, D), that no other program touches. So there are no atomics, the order of
-every sum is fixed, and two runs agree in every bit.
+Each program computes the gradients of one (image, head) at a time. It visits the tiles of keys in order, and for each
+tile loops over the queries that see it, with d k and d v in registers. d q is a sum over the tiles of keys: the program
+adds each tile's part to its own (L, D) float32 buffer, which no other program touches. So there are no atomics, the
+order of every sum is fixed, and two runs give the same bits.
 
-The buffer is read and written through global memory. A tile of queries begins at another row for another tile of keys,
-so other threads of the program may hold a row than those that wrote it last: a barrier stands between tiles of keys,
-and before what is read at the end. Within one tile of keys every row is read and written once, so that the compiler
-may load rows of the next iterations early. Programs are as many as the GPU runs at once, each with one buffer for all
-its heads: 132 x 174 KB at 680 tokens is 23 MB of the 50 MB of L2 of an H100, and no memory that grows with the batch.
+The buffer lives in global memory. For different tiles of keys, the tiles of queries begin at different rows, so a row
+may be read by another thread than the one that wrote it last. Therefore a barrier separates the tiles of keys, and one
+precedes the final read. Within one tile of keys every row is read and written once, so the compiler may load rows of
+later iterations early. There are as many programs as the GPU runs at once, and each reuses its buffer for all its
+heads: at 680 tokens 132 x 174 KB = 23 MB, of an H100's 50 MB of L2. This memory does not grow with the batch.
 
 Axes: B image, H head, L token over all scales, D head dim, T tile, P program.
 """
@@ -36,7 +36,7 @@ from varfast.kernels.attention_tiles import (
 
 @jit
 def _prepare(grad_ptr, out_ptr, delta_ptr, sum_ptr, grad_row, out_row, length, BLOCK_M: tl.constexpr):
-    """delta = sum_D(grad * out) of every row, and d q so far: 0."""
+    """Write delta = sum_D(grad * out) of every row, and set the buffer of d q to 0."""
     for start in tl.range(0, length, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         grad = load_rows(grad_ptr, row, grad_row, length, True).to(tl.float32)
@@ -50,7 +50,8 @@ def _add_queries(
     dk, dv, k, v, key, grad_ptr, q_ptr, top_ptr, share_ptr, delta_ptr, visible_ptr, sum_ptr, grad_row, q_row, factor,
     first, last, length, end, MASKED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries [first, last) contribute to d k and d v, and the keys up to `end` to d q of those queries.
+    """Add the contributions of the queries [first, last) to d k and d v, and those of this tile's keys, which end at
+    `end`, to d q in the buffer.
 
     Logits are transposed: (keys, queries).
     """
@@ -65,7 +66,7 @@ def _add_queries(
             log_weight = tl.where(key[:, None] < tl.minimum(visible, end)[None, :], log_weight, -float("inf"))
         weight = tl.exp2(log_weight) * tl.load(share_ptr + row, mask=inside, other=0.0)[None, :]
         grad = load_rows(grad_ptr, row, grad_row, length, True)
-        # Read here, to arrive during the products; 64 x 128 tiles have the registers for it.
+        # Loaded before the products so that they hide the latency; 64 x 128 tiles leave enough registers for it.
         before = load_rows(sum_ptr, row, D, length, True)
         dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision="ieee")
         delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
@@ -79,7 +80,7 @@ def _add_queries(
 
 @jit
 def _finish(q_ptr, sum_ptr, d_scale_ptr, dq_ptr, scale, q_row, out_row, length, BLOCK_M: tl.constexpr):
-    """d q in its dtype, and each row's part of d logit_scale: sum_j d_logit_ij (q_i . k_j) = q_i . sum_i."""
+    """Write d q in its dtype, and each row's part of d logit_scale: sum_j d_logit_ij (q_i . k_j) = q_i . sum_i."""
     for start in tl.range(0, length, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         dq = load_rows(sum_ptr, row, D, length, True)
@@ -96,7 +97,7 @@ def fused_kernel(
     out_batch, out_head, out_row, length, num_heads, num_batch_heads, num_tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of the heads program, program + number of programs, ..."""
+    """All gradients of every (image, head) that this program takes: program, program + number of programs, ..."""
     program = tl.program_id(0)
     sum_ptr += program.to(tl.int64) * length * D
     for skipped in tl.range(0, num_batch_heads - program, tl.num_programs(0)):
@@ -133,7 +134,7 @@ def fused_kernel(
         _finish(
             queries, sum_ptr, d_scale_ptr + rows, dq_ptr + offset, scale, q_row, out_row, length, BLOCK_M
         )  # fmt: skip
-        tl.debug_barrier()  # the next head writes 0 into the buffer
+        tl.debug_barrier()  # finish reading before the next head resets the buffer to 0
 
 
 @functools.cache
@@ -152,7 +153,7 @@ def fused_backward(
     grad, q, k, v, _, _, top_BHL, _ = given
     batch, heads, length, _ = q.shape
     chosen = launch_setting("fused", dtype, q.device)
-    # Short tiles are masked: weights of keys that are not there may be infinite, and inf * 0 would be NaN in d q.
+    # Short tiles are masked: the weights of nonexistent keys may be infinite, and inf * 0 would put NaN into d q.
     tiles = table(key_tiles, scale_ends, (chosen["BLOCK_N"], chosen["BLOCK_M"], True), q.device)
     # 8 warps of up to 255 registers fill a multiprocessor.
     programs = min(batch * heads, _multiprocessors(q.device) * max(1, 8 // chosen["num_warps"]))

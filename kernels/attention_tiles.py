@@ -1,9 +1,9 @@
-"""What the Triton kernels of attention share: which tile sees what, how they are launched, how they read rows.
+"""Shared by the Triton kernels of attention: the tiles of queries and keys, the launch settings, loads and stores.
 
-No (L, L) mask exists. The host cuts the queries into tiles of at most BLOCK_M rows, where it costs the fewest tiles of
-keys (`query_tiles`), and says of each tile which keys all of its rows see and which only some do: only the latter are
-masked, by the number of keys that each row sees. At 680 tokens, tiles of 64 x 64 cover 0.682 of the dense area, of
-which the mask keeps 0.619; at 2240 tokens 0.658 of 0.652 (tests/kernels/test_attention.py).
+No (L, L) mask exists. The host cuts the queries into tiles of at most BLOCK_M rows, at the cuts that need the fewest
+tiles of keys (`query_tiles`). For each tile it stores which keys all of its rows see and which only some rows see. Only
+the latter are masked, by the number of keys that each row sees. At 680 tokens, tiles of 64 x 64 compute 0.682 of the
+dense (L, L) area, and 0.619 of it is visible; at 2240 tokens 0.658 and 0.652 (tests/kernels/test_attention.py).
 
 Axes: B image, H head, L token over all scales, l token of one scale, D head dim, T tile.
 """
@@ -27,17 +27,17 @@ D = constexpr(HEAD_DIM)
 LOG2_E = constexpr(1.4426950408889634)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which tile sees what
+# Tiles and what they see
 
 
 def visible_keys(scale_ends: Sequence[int]) -> list[int]:
-    """How many keys each query sees: the end of its scale."""
+    """Number of keys that each query sees: the end of its scale."""
     starts = (0, *scale_ends[:-1])
     return [end for start, end in zip(starts, scale_ends, strict=True) for _ in range(end - start)]
 
 
 def _cheapest_cut(length: int, block: int, cost: Callable[[int, int], float]) -> list[tuple[int, int]]:
-    """Cut [0, length) into spans of at most `block`, at the least sum of cost(start, end)."""
+    """Cut [0, length) into ranges of at most `block` so that the sum of cost(start, end) is smallest."""
     best = [(0.0, 0)]
     for end in range(1, length + 1):
         best.append(min((best[start][0] + cost(start, end), start) for start in range(max(0, end - block), end)))
@@ -49,17 +49,18 @@ def _cheapest_cut(length: int, block: int, cost: Callable[[int, int], float]) ->
     return spans[::-1]
 
 
-# Costs, in tiles of products: a masked one a quarter more (one compare and one select beside about eight operations on
-# each logit), a program of its own one more. By count, not measured; twice as much gives the same forward cuts at 680
-# tokens.
+# Extra costs, in units of the products of one tile. A masked tile costs a quarter more (one compare and one select
+# added to about eight operations on each logit); each program costs one. Counted, not measured; doubling them gives the
+# same forward cuts at 680 tokens.
 _MASKED, _PROGRAM = 0.25, 1.0
 
 
 @lru_cache(maxsize=64)
 def query_tiles(scale_ends: tuple[int, ...], block_m: int, block_n: int) -> list[tuple[int, int, int, int]]:
-    """(start, end, full, keys) of each tile of queries, the longest first.
+    """(start, end, full, keys) of each tile of queries, those with the most keys first.
 
-    Rows [start, end), at most block_m; all of them see the keys [0, full), some [full, keys), none more.
+    The tile has the rows [start, end), at most block_m. All rows see the keys [0, full), only some see those in
+    [full, keys), and none sees later keys.
     """
     visible = visible_keys(scale_ends)
 
@@ -78,11 +79,11 @@ def query_tiles(scale_ends: tuple[int, ...], block_m: int, block_n: int) -> list
 def key_tiles(
     scale_ends: tuple[int, ...], block_n: int, block_m: int, short_masked: bool = False
 ) -> list[tuple[int, int, int, int]]:
-    """(start, end, first, full) of each tile of keys, the longest first.
+    """(start, end, first, full) of each tile of keys, those with the most queries first.
 
-    Rows [start, end), at most block_n; of the queries, those from `full` on see all of these keys, those in
-    [first, full) some, those before `first` none. full - first is a multiple of block_m, so full may pass L.
-    short_masked: of a tile of fewer rows than block_n, which would hold keys that are not there, `full` passes L.
+    The tile has the keys [start, end), at most block_n. Queries from `full` on see all of these keys, queries in
+    [first, full) may see only some, and earlier queries see none. full - first is a multiple of block_m, so `full` may
+    exceed L. short_masked: mask all queries of a tile with fewer than block_n keys, because its last rows are not keys.
     """
     visible = visible_keys(scale_ends)
     scale_start = [start for start, end in zip((0, *scale_ends), scale_ends, strict=False) for _ in range(end - start)]
@@ -108,8 +109,8 @@ def key_tiles(
 def table(
     tiles: Callable[..., list[Any]], scale_ends: tuple[int, ...], blocks: tuple[int | bool, ...], device: torch.device
 ) -> Tensor:
-    """What `tiles` says, (T, 4), or (L,) of visible_keys, int32. On the device, made once: a CUDA graph may be captured
-    after one call outside it."""
+    """The result of `tiles` as an int32 tensor on the device: (T, 4), or (L,) for visible_keys. Cached, so a CUDA graph
+    can be captured after one call outside of the capture."""
     return torch.tensor(tiles(scale_ends, *blocks), dtype=torch.int32, device=device)
 
 
@@ -117,23 +118,23 @@ def table(
 # Shipped configurations, for Hopper
 
 
-# Rows of queries and of keys of a tile, warps, stages of the pipeline of loads; by kernel and the bits of a number.
-# In 16 bits forward, dq and dkv are the fastest of bench/tune.py on an H100 (2026-11-26, torch 2.11, triton 3.6, B 64,
-# H 16, L 680; docs/measured.md). The others are chosen by what they compile to (`python -m varfast.kernels.aot`): tiles
-# and warps at which two or more programs share a multiprocessor's 65536 registers and 227 KiB, so that one's
-# exponentials hide behind another's products.
-# float32 products run on the plain cores ("ieee"): tensor cores would round to 10 bits. The tiles are what fits without
-# spills.
+# Query rows and key rows of a tile, warps, and pipeline stages of the loads; by kernel and bits per number.
+# The 16-bit settings of forward, dq and dkv were the fastest of bench/tune.py on an H100 (2026-11-26, torch 2.11,
+# triton 3.6, B 64, H 16, L 680; docs/measured.md). The others were chosen from the compiled code
+# (`python -m varfast.kernels.aot`): tiles and warps at which two or more programs share a multiprocessor's 65536
+# registers and 227 KiB of shared memory, so that the exponentials of one overlap with the products of another.
+# float32 products run without the tensor cores ("ieee"), which would round the inputs to 10 bits. Their tiles are the
+# ones that fit without register spills.
 def _rule(block_m: int, block_n: int, num_warps: int, num_stages: int) -> dict[str, int]:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
 
 
 RULES = {
-    ("forward", 16): _rule(64, 64, 4, 3),  # 0.275 ms; 128 x 64 on 8 warps 0.295
-    ("dq", 16): _rule(64, 64, 4, 3),  # 64 x 32: 1.01 times as fast, within the spread
-    ("dkv", 16): _rule(32, 64, 4, 3),  # the whole backward pass 0.951 ms; 64 x 64: 1.081
-    ("fused", 16): _rule(64, 128, 8, 2),  # as many keys as registers hold: each tile of keys reads all queries again
-    # Fewer than 64 rows leave HGMMA for the older instruction, and do not pad 1 to 16 queries to 64.
+    ("forward", 16): _rule(64, 64, 4, 3),  # 0.275 ms; 128 x 64 with 8 warps took 0.295 ms
+    ("dq", 16): _rule(64, 64, 4, 3),  # 64 x 32 was 1.01 times as fast, which is within the noise
+    ("dkv", 16): _rule(32, 64, 4, 3),  # whole backward pass 0.951 ms; with 64 x 64 1.081 ms
+    ("fused", 16): _rule(64, 128, 8, 2),  # as many keys as fit in registers: each tile of keys reads all queries
+    # HGMMA needs 64 rows. Tiles of 16 rows use the older instruction, but need not pad 1 to 16 queries to 64.
     ("cached_16", 16): _rule(16, 64, 1, 2),
     ("cached_64", 16): _rule(64, 64, 4, 3),
     ("cached_128", 16): _rule(128, 64, 8, 3),
@@ -156,14 +157,15 @@ def launch_setting(kernel: str, dtype: torch.dtype, device: torch.device | None 
 
 
 def readable(x: Tensor) -> Tensor:
-    """What the kernels can read: unit stride in D; interpreted, no bf16, on which the interpreter computes garbage."""
+    """x in a form that the kernels can read: unit stride in D. Under Triton's interpreter bfloat16 becomes float32,
+    because the interpreter computes wrong results in bfloat16."""
     if INTERPRETED and x.dtype == torch.bfloat16:
         x = x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def empty_BHLD(like: Tensor) -> Tensor:
-    """Heads beside each other in memory, so that the (B, L, H * D) which the output projection reads is a view."""
+    """An empty (B, H, L, D) stored as (B, L, H, D), so that the output projection can view it as (B, L, H * D)."""
     batch, heads, length, dim = like.shape
     return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
 
@@ -173,12 +175,12 @@ def empty_rows(like: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Of a kernel
+# Functions called inside kernels
 
 
 @jit
 def load_rows(pointer, row, row_stride, end, CHECKED: tl.constexpr):
-    """(rows, D); rows from `end` on are not read, and 0."""
+    """Load (rows, D). With CHECKED, rows from `end` on are not read and are 0."""
     where = pointer + row[:, None] * row_stride + tl.arange(0, D)[None, :]
     return tl.load(where, mask=(row < end)[:, None], other=0.0) if CHECKED else tl.load(where)
 
@@ -191,9 +193,9 @@ def store_rows(pointer, x, row, row_stride, end):
 
 @jit
 def tile_of_program(tiles_ptr, num_tiles, num_heads):
-    """What a program works on: (batch and head, batch, head, the four numbers of its tile).
+    """The work of this program: (batch * num_heads + head, batch, head, the four numbers of its tile).
 
-    Programs of one head are neighbours and share its keys and values in L2.
+    Programs of one head have adjacent ids, so they share its keys and values in the L2 cache.
     """
     program = tl.program_id(0)
     batch_head = program // num_tiles

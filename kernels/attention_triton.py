@@ -1,8 +1,9 @@
-"""The Triton kernels of attention.py: flash attention whose mask is where the scales end, and the ops made of them.
+"""The Triton kernels of attention.py and their custom ops: flash attention, masked by the ends of the scales.
 
-Which tile sees what is in attention_tiles.py, the backward pass in attention_backward.py and attention_fused.py.
-Logits are in powers of two: exp2 is one instruction. Nothing is added with atomics: a program owns what it writes, and
-walks it in a fixed order, so two runs agree in every bit.
+attention_tiles.py decides which keys each tile of queries covers. The backward pass is in attention_backward.py and
+attention_fused.py. Logits are multiplied by log2(e), so that weights are computed by exp2, which is one instruction.
+There are no atomics: each output is written by one program, which adds up its terms in a fixed order, so two runs give
+the same bits.
 
 Axes: B image, H head, L token over all scales, l token of one scale, D head dim, T tile.
 """
@@ -57,7 +58,8 @@ def _attend(
     MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Softmax over the keys [first, last), continued: weighted values, largest logit and sum of weights of each row."""
+    """Continue the online softmax over the keys [first, last). Returns, for each row, the weighted sum of values, the
+    largest logit and the sum of weights."""
     for start in tl.range(first, last, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, key, k_row, last, MASKED)
@@ -91,7 +93,8 @@ def _attend_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Output rows, and the largest logit and 1 / sum of weights of each. All see key 0, so the largest is finite."""
+    """Rows of the output, and for each row the largest logit (finite, because every row sees key 0) and 1 / sum of
+    weights."""
     q = load_rows(q_ptr, row, q_row, row_end, True)
     factor = scale * LOG2_E
     acc = tl.zeros((BLOCK_M, D), tl.float32)
@@ -172,7 +175,7 @@ def _cached_kernel(
 
 
 def _cached_kernel_for(dtype: torch.dtype, num_queries: int) -> str:
-    """The largest block of queries that pads them no more than a smaller one would."""
+    """The kernel with the largest block of queries that adds no more padding than a smaller block would."""
     if num_queries <= 16:
         return "cached_16"
     return "cached_128" if dtype.itemsize == 2 and -(-num_queries // 64) % 2 == 0 else "cached_64"
@@ -188,11 +191,12 @@ def attention_op(
     invariant: bool = False,
     fused_backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, (B, H, L, D); of each row the largest logit, in powers of two, and 1 / sum of weights, (B, H, L) float32.
+    """Output, (B, H, L, D); for each row the largest logit times log2(e), and 1 / sum of weights, (B, H, L) float32.
 
-    Not their sum, the log of the sum of weights: of a logit of 1000 float32 keeps 4 decimals, which the weights of the
-    backward pass would inherit (tests/kernels/test_attention.py). logit_scale_H: float32. invariant: the bits of
-    cached_attention_op's: see there. fused_backward: gradients by one kernel.
+    These two are not merged into the usual log-sum-exp: near a logit of 1000 float32 resolves only 4 decimals, and the
+    weights that the backward pass recomputes would have that error (tests/kernels/test_attention.py).
+    logit_scale_H: float32. invariant: bitwise equal to cached_attention_op, see there. fused_backward: compute the
+    gradients by one kernel.
     """
     q, k, v = map(readable, (q_BHLD, k_BHLD, v_BHLD))
     out, top, share = empty_BHLD(q), empty_rows(q), empty_rows(q)
@@ -256,14 +260,14 @@ def cached_attention_op(
     invariant: bool = False,
     position: Tensor | None = None,
 ) -> Tensor:
-    """Output, (B, H, l, D). logit_scale_H: float32. position: () or (B,), keys before these num_keys.
+    """Output, (B, H, l, D). logit_scale_H: float32. position: () or (B,), number of keys before these num_keys.
 
-    invariant: each row has the bits that attention_op gives it among all scales. Both kernels walk the keys from 0 in
-    tiles of BLOCK_N, by the same code (_attend_tile) and, here, in the same tile shape; only where the masked tiles
-    begin and end differs. A masked tile that a row sees all of gives it the bits of an unmasked one only because
-    nothing is fused (AS_WRITTEN): else the compiler fuses logit * factor - top in the unmasked loop alone (36 FFMA in
-    each kernel for sm_90, 0 as written). A tile that a row sees nothing of leaves it as it is: weights exp2(-inf) = 0,
-    shrink exp2(0) = 1.
+    invariant: each row is bitwise equal to the row that attention_op computes over all scales at once. Both kernels
+    visit the keys from 0 in tiles of BLOCK_N with the same code (_attend_tile) and, here, the same tile shape. They
+    differ only in where the masked tiles begin and end. For a row that sees a whole tile, masked and unmasked code give
+    the same bits only because multiply-add fusion is off (AS_WRITTEN). Otherwise the compiler fuses
+    logit * factor - top in the unmasked loop alone (36 FFMA in each kernel for sm_90; 0 with AS_WRITTEN). A tile of
+    which a row sees nothing leaves that row unchanged: the weights are exp2(-inf) = 0 and shrink is exp2(0) = 1.
     """
     q, k, v = map(readable, (q_BHlD, k_cache_BHLD, v_cache_BHLD))
     out = empty_BHLD(q)
@@ -302,7 +306,7 @@ def _(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H, num_keys, invariant=Fal
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """Every kernel at every shipped configuration, at the shapes of d16 and d30; one image, token and head."""
+    """Every kernel in every shipped configuration, at the shapes of VAR-d16 and d30; also one image, token and head."""
     from varfast.kernels.aot import recorded
 
     def call(dtype: torch.dtype, heads: int, ends: tuple[int, ...], fused: bool = False) -> None:

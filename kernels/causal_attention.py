@@ -1,8 +1,8 @@
 """Causal attention over a whole sequence: the teacher-forced pass of a next-token model.
 
-FlashAttention serves it as it is, through PyTorch or its own packages; no kernel is added. Ours of
-block_causal_attention computes the same where every scale is one token, for a head dim of 64: it is here to be measured
-against them, and for strict mode, whose bits no library promises.
+FlashAttention already computes this, through PyTorch or its own packages, so this file adds no kernel. Our kernel of
+block_causal_attention computes the same if every scale is one token and the head dim is 64. It is offered for
+comparison, and for strict mode, which needs bitwise guarantees that no library gives.
 
 Axes: B image, L token, H query head, G key and value head, D head dim.
 """
@@ -23,13 +23,13 @@ from varfast.kernels.selection import Implementation, cannot_run_triton, impleme
 
 
 def _expanded(q_BHLD: Tensor, *keys_BGLD: Tensor) -> tuple[Tensor, ...]:
-    """A key head for every query head."""
+    """Keys (or values) with the key heads repeated, so that every query head has its own."""
     times = q_BHLD.shape[1] // keys_BGLD[0].shape[1]
     return tuple(x.repeat_interleave(times, dim=1) if times > 1 else x for x in keys_BGLD)
 
 
 def _say_without_flash(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Once, where 16-bit numbers on a GPU do not get FlashAttention."""
+    """Warn once if PyTorch cannot use FlashAttention for these 16-bit tensors on a GPU."""
     parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1])
     if not torch.backends.cuda.can_use_flash_attention(parameters):
         what = f"{q.dtype}, head dim {q.shape[-1]}, {q.shape[1]} query and {k.shape[1]} key heads"
@@ -37,7 +37,7 @@ def _say_without_flash(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _run_sdpa(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, scale: float) -> Tensor:
-    if q_BHLD.device.type != "cuda":  # where FlashAttention takes no groups
+    if q_BHLD.device.type != "cuda":  # FlashAttention takes no grouped key heads there
         return reference.causal_attention(q_BHLD, k_BGLD, v_BGLD, scale)
     if q_BHLD.dtype.itemsize == 2:
         _say_without_flash(q_BHLD, k_BGLD, v_BGLD)
@@ -47,7 +47,7 @@ def _run_sdpa(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, scale: float) -> T
 
 
 def _run_triton(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, scale: float, invariant: bool = False) -> Tensor:
-    """By the kernels of block_causal_attention: scales of one token."""
+    """By the kernels of block_causal_attention, with scales of one token each."""
     k_BHLD, v_BHLD = _expanded(q_BHLD, k_BGLD, v_BGLD)
     scale_H = torch.full((q_BHLD.shape[1],), scale, device=q_BHLD.device)
     ends = tuple(range(1, q_BHLD.shape[2] + 1))
@@ -61,7 +61,7 @@ def _refuses_triton(q_BHLD: Tensor, *_: Any) -> str | None:
 
 
 def _run_alone(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, scale: float) -> Tensor:
-    """Every token of every image by the very call of decode_attention's "sdpa_invariant"."""
+    """For every token of every image, make exactly the call that decode_attention's "sdpa_invariant" makes."""
     images = []
     for q_1HLD, k_1GLD, v_1GLD in zip(q_BHLD.split(1), k_BGLD.split(1), v_BGLD.split(1), strict=True):
         q_1GrLD = q_1HLD.unflatten(1, (k_1GLD.shape[1], -1))
@@ -79,7 +79,7 @@ implementations(
     attention_flash.causal("fa4"),
     attention_flash.causal("flash_attn"),
     Implementation("triton", _run_triton, cannot_run_triton, (), _refuses_triton),
-    # The bits of decode_attention's of the same name, whatever the batch: strict mode.
+    # For strict mode: bitwise equal to decode_attention's implementation of the same name, for any batch.
     Implementation(
         "triton_invariant", functools.partial(_run_triton, invariant=True), cannot_run_triton, (), _refuses_triton
     ),
@@ -89,17 +89,17 @@ implementations(
 
 
 def causal_attention(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, scale: float, impl: str = "auto") -> Tensor:
-    """softmax(scale * q k^T) v where a token sees itself and all tokens before it.
+    """softmax(scale * q k^T) v, where each token sees itself and all tokens before it.
 
     Args:
         q_BHLD: (B, H, L, D). Differentiable, as k and v are.
         k_BGLD, v_BGLD: (B, G, L, D), of the dtype of q; each key head serves H / G adjacent query heads.
         scale: factor of the logits, 1 / sqrt(D) usually.
-        impl: "auto"; "sdpa": PyTorch's, by FlashAttention where it takes the numbers; "flash_attn" or "fa4" (CUDA, 16
-            bits, the packages flash-attn and flash-attn-4); "triton" (float32 or 16 bits, D = 64); "reference".
-            "triton_invariant" (D = 64) and "sdpa_invariant" give every token the bits that decode_attention's of the
-            same name gives it, in any batch.
-    Returns: (B, L, H, D): a token's heads beside each other, as the output projection reads them.
+        impl: "auto"; "sdpa": PyTorch's, which uses FlashAttention if that supports the tensors; "flash_attn" or "fa4"
+            (CUDA, 16 bits, the packages flash-attn and flash-attn-4); "triton" (float32 or 16 bits, D = 64);
+            "reference". "triton_invariant" (D = 64) and "sdpa_invariant" are bitwise equal to decode_attention with the
+            same impl, for any batch size.
+    Returns: (B, L, H, D), with the heads of a token adjacent, as the output projection reads them.
     Raises: ValueError for other shapes or dtypes, or for an impl that is unknown or cannot run.
     """
     q, k, v = q_BHLD, k_BGLD, v_BGLD

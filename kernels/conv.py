@@ -1,11 +1,13 @@
-"""3x3 convolutions of the VQ-VAE's decoder, with the sum and the statistics that come after them: forward only.
+"""3x3 convolutions of the VQ-VAE's decoder, fused with the residual sum and the GroupNorm statistics. Forward only.
 
-A convolution is followed by the sum with its block's input, or not, and by a GroupNorm. Both pass over the image again.
-The Triton kernel adds the block's input to the float32 sums that it holds, and leaves the statistics of what it stores.
+In the decoder a convolution is followed by a GroupNorm, in some places after adding the residual block's input. As
+separate ops, each of these reads the image again. The Triton kernel adds the block's input to its float32 accumulators,
+and also writes the statistics of what it stores.
 
-It is a matrix product without its left matrix: for each of the nine taps a tile of neighbouring pixels is loaded by the
-tensor memory accelerator, whose bounds checks put zeros outside the image. 160 output channels are 128 + 32, two
-products of one tile of pixels: no lane is padding, where a library pads 160 to 192 or more.
+The kernel is an implicit matrix product: the left matrix is never stored. For each of the nine taps, the tensor memory
+accelerator (TMA) loads a tile of neighbouring pixels, and its bounds checks fill in zeros outside the image. 160 output
+channels are computed as 128 + 32, by two products of the same tile of pixels. So no work is spent on padding, where a
+library pads 160 to 192 or more.
 
 Axes: B image, C channel in, O channel out, H and W sides.
 """
@@ -42,7 +44,7 @@ def _finish(
     RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Add the block's input, store, and leave mean and squared deviations of what was stored, a channel."""
+    """Add the residual and store; write each channel's mean and sum of squared deviations of what was stored."""
     at = row[:, None] * O + channel[None, :]
     if RESIDUAL:
         acc += tl.load(residual_ptr + at).to(tl.float32)
@@ -76,10 +78,10 @@ def _conv3x3_kernel(
     BLOCK_N: tl.constexpr,
     REST_N: tl.constexpr,
 ):
-    """BLOCK_M pixels, as lines of COLUMNS, and BLOCK_N + REST_N output channels a program; those of the same pixels are
-    neighbours, so that they read them from the L2 cache.
+    """Each program computes BLOCK_M pixels, as lines of COLUMNS, by BLOCK_N + REST_N output channels. Programs of the
+    same pixels have adjacent ids, so that they read the pixels from the L2 cache.
 
-    weight_desc and rest_desc: (O, 9 * C), in blocks of BLOCK_N and of REST_N output channels.
+    weight_desc and rest_desc: descriptors of the (O, 9 * C) weight, in blocks of BLOCK_N and REST_N output channels.
     """
     groups: tl.constexpr = O // (BLOCK_N + REST_N)
     lines: tl.constexpr = BLOCK_M // COLUMNS
@@ -106,7 +108,7 @@ def _conv3x3_kernel(
             rest = tl.dot(pixels, more.T, rest, input_precision="ieee")
     pixel = tl.arange(0, BLOCK_M)
     row = (line + pixel // COLUMNS) * width + x + pixel % COLUMNS
-    row = tl.zeros((BLOCK_M,), tl.int64) + row  # O * row needs 64 bits; `row` may be a Python int where all is 1
+    row = tl.zeros((BLOCK_M,), tl.int64) + row  # O * row needs 64 bits; `row` is a Python int if all sizes are 1
     tile = tl.zeros((1,), tl.int64) + tile
     channel = first + tl.arange(0, BLOCK_N)
     _finish(acc, residual_ptr, out_ptr, mean_ptr, squares_ptr, row, tile, channel, O, RESIDUAL, BLOCK_M)
@@ -116,7 +118,7 @@ def _conv3x3_kernel(
 
 
 def _output_block(channels: int) -> tuple[int, int]:
-    """(BLOCK_N, REST_N): output channels of a program; together they divide the channels. (0, 0): none do."""
+    """(BLOCK_N, REST_N): output channels of a program, whose sum divides `channels`; (0, 0) if no block does."""
     if channels % 160 == 0:
         return 128, 32
     return next(((block, 0) for block in (128, 64, 32) if channels % block == 0), (0, 0))
@@ -138,9 +140,9 @@ def _launch_settings(
 def _conv3x3(
     x_BHWC: Tensor, weight_OC: Tensor, residual_BHWO: Tensor | None, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Image (B, H, W, O); mean and squared deviations (B, chunks of `rows` pixels, O) float32.
+    """Image (B, H, W, O); mean and sum of squared deviations (B, chunks of `rows` pixels, O) float32.
 
-    weight_OC: (O, 9 * C), tap by tap. rows: BLOCK_M of the settings.
+    weight_OC: (O, 9 * C), ordered by tap, then by channel. rows: BLOCK_M of the settings.
     """
     out, mean, squares = _outputs(x_BHWC, weight_OC, residual_BHWO, rows)
     batch, height, width, channels = x_BHWC.shape
@@ -190,7 +192,7 @@ _conv3x3.register_fake(_outputs)
 
 
 def _readable(x: Tensor) -> Tensor:
-    """Interpreted, bfloat16 becomes float32: the interpreter computes garbage on it."""
+    """Under Triton's interpreter, bfloat16 becomes float32: the interpreter computes wrong results in bfloat16."""
     return (x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x).contiguous()
 
 
@@ -211,7 +213,7 @@ def _run_triton(
 def _run_library(
     x_BCHW: Tensor, weight_OCHW: Tensor, residual_BOHW: Tensor | None
 ) -> tuple[Tensor, ChannelMoments | None]:
-    """cuDNN's convolution; the sum and the statistics are one kernel after it."""
+    """cuDNN's convolution, followed by one kernel for the residual sum and the statistics."""
     return channel_moments(F.conv2d(x_BCHW, weight_OCHW, padding=1), residual_BOHW)
 
 
@@ -234,7 +236,7 @@ def _cannot_run_library(device: torch.device) -> str | None:
 
 implementations(
     "conv3x3",
-    # Not what auto picks: it has not run on a GPU. By count it saves 75 ms of 512 images (docs/measured.md).
+    # Not picked by "auto", because it has not run on a GPU. By count it saves 75 ms for 512 images (docs/measured.md).
     Implementation("triton", _run_triton, cannot_run_triton, (), _refuses_triton),
     Implementation("library", _run_library, _cannot_run_library, ("cuda",)),
     Implementation("reference", reference.conv3x3),
@@ -244,16 +246,16 @@ implementations(
 def conv3x3(
     x_BCHW: Tensor, weight_OCHW: Tensor, residual_BOHW: Tensor | None = None, impl: str = "auto"
 ) -> tuple[Tensor, ChannelMoments | None]:
-    """Convolution that keeps the sides, without bias, plus `residual`; and statistics for the GroupNorm after it.
+    """3x3 convolution with padding 1 and no bias, plus `residual`; and the statistics for the GroupNorm that follows.
 
     Args:
-        x_BCHW: (B, C, H, W), channels_last to be read as it is.
+        x_BCHW: (B, C, H, W). A channels_last image is read without a copy.
         weight_OCHW: (O, C, 3, 3), likewise.
         residual_BOHW: (B, O, H, W), or None for 0.
         impl: "auto"; "triton" (CUDA, 16 bits, C and O multiples of 32, whole tiles of 128 pixels); "library" (CUDA:
-            cuDNN, then one kernel for sum and statistics); "reference". None has a gradient but "reference".
-    Returns: (B, O, H, W), channels_last; and what `group_norm_silu` takes as `moments`, or None where it is not faster
-        to have them.
+            cuDNN, then one kernel for sum and statistics); "reference". Only "reference" has a gradient.
+    Returns: (B, O, H, W), channels_last; and the `moments` argument for `group_norm_silu`, or None if the
+        implementation does not compute it.
     Raises: ValueError for other shapes or dtypes, or for an impl that is unknown or cannot run.
     """
     if x_BCHW.ndim != 4 or weight_OCHW.ndim != 4 or weight_OCHW.shape[1:] != (x_BCHW.shape[1], 3, 3):

@@ -1,4 +1,4 @@
-"""Attention of one new token an image against a static key-value cache: a step of a next-token model.
+"""Attention of one new token per image against a static key-value cache: a decoding step of a next-token model.
 
 Axes: B image, H query head, G key and value head, r query heads of a key head (H / G), N place of the cache,
 D head dim.
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 
 def _run_sdpa(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position: Tensor, scale: float) -> Tensor:
-    """The places up to `position` alone. The query heads of a key head stand where SDPA has a sequence of queries."""
+    """Attends only to the places up to `position`. The query heads that share a key head are passed to SDPA as if they
+    were a sequence of queries."""
     q_BGrD = q_BHD.unflatten(1, (k_cache_BGND.shape[1], -1))
     parts = []
     for images, last in host_positions(position, len(q_BHD)):
@@ -42,7 +43,7 @@ if NO_EXTENSION is None:
 
 
 def _run_cpp(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position: Tensor, scale: float) -> Tensor:
-    if q_BHD.dtype != torch.bfloat16:  # PyTorch's is the faster one in float32, and the slower one in bfloat16
+    if q_BHD.dtype != torch.bfloat16:  # PyTorch's SDPA is faster in float32, and slower in bfloat16
         return _run_sdpa(q_BHD, k_cache_BGND, v_cache_BGND, position, scale)
     position_B = position.long().expand(len(q_BHD))
     out: Tensor = torch.ops.varfast.decode_attention_cpp(q_BHD, k_cache_BGND, v_cache_BGND, position_B, scale)
@@ -50,12 +51,12 @@ def _run_cpp(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position
 
 
 def alone(q_1GrD: Tensor, k_1GND: Tensor, v_1GND: Tensor, scale: float) -> Tensor:
-    """A token of one image, by a call whose bits cannot depend on other images or tokens: there are none."""
+    """Attention of one token of one image by its own call, so that its bits cannot depend on other images or tokens."""
     return F.scaled_dot_product_attention(q_1GrD.contiguous(), k_1GND.contiguous(), v_1GND.contiguous(), scale=scale)
 
 
 def _run_alone(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position: Tensor, scale: float) -> Tensor:
-    """By the very calls of causal_attention's "sdpa_invariant"."""
+    """Makes exactly the calls of causal_attention's "sdpa_invariant", so that both give the same bits."""
     q_BGrD = q_BHD.unflatten(1, (k_cache_BGND.shape[1], -1))
     images = []
     for image, last in enumerate(position.expand(len(q_BHD)).tolist()):
@@ -69,7 +70,7 @@ def _on_host(device: torch.device) -> str | None:
 
 
 def _run_invariant(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position: Tensor, scale: float) -> Tensor:
-    """By the kernel of cached_attention: the query heads of a key head are its queries."""
+    """By the kernel of cached_attention, to which the query heads that share a key head are passed as queries."""
     kv_heads = k_cache_BGND.shape[1]
     scale_G = torch.full((kv_heads,), scale, device=q_BHD.device)
     q_BGrD = q_BHD.unflatten(1, (kv_heads, -1))
@@ -94,7 +95,7 @@ implementations(
     Implementation("triton", decode_op, cannot_run_triton, ("cuda",), _refuses),
     Implementation("cpp", _run_cpp, cannot_run_cpp, ("cpu",), refused_by_cpp),
     Implementation("sdpa", _run_sdpa, _on_host, ("cpu",)),
-    # The bits of causal_attention's of the same name, whatever the batch: strict mode.
+    # For strict mode: bitwise equal to causal_attention's implementation of the same name, for any batch.
     Implementation("triton_invariant", _run_invariant, cannot_run_triton, (), _refuses_invariant),
     Implementation("sdpa_invariant", _run_alone, _on_host, ()),
     Implementation("reference", reference.decode_attention),
@@ -113,17 +114,17 @@ def decode_attention(
 
     Args:
         q_BHD: (B, H, D) queries of the new tokens.
-        k_cache_BGND, v_cache_BGND: (B, G, N, D), the new tokens' own key and value at `position`. What is behind it is
-            not read. Each key head serves H / G adjacent query heads.
-        position: int32 or int64 on the device, () or (B,), in [0, N): a captured CUDA graph reads its value at each
-            replay. On a GPU the value is not checked, which would wait for it.
+        k_cache_BGND, v_cache_BGND: (B, G, N, D). They already have the new tokens' key and value at `position`; later
+            places are not read. Each key head serves H / G adjacent query heads.
+        position: int32 or int64 on the device, () or (B,), in [0, N). A captured CUDA graph reads its value at each
+            replay. On a GPU the value is not checked, because that would wait for the device.
         scale: factor of the logits, 1 / sqrt(D) usually.
-        impl: "auto", "triton" (float32 or 16 bits, D up to 256), "cpp" (CPU, bfloat16; else as "sdpa"), "sdpa" (CPU) or
-            "reference". "triton_invariant" (D = 64) and "sdpa_invariant" (CPU) give every token the bits that
-            causal_attention's of the same name gives it, in any batch.
+        impl: "auto", "triton" (float32 or 16 bits, D up to 256), "cpp" (CPU, bfloat16; other dtypes as "sdpa"), "sdpa"
+            (CPU) or "reference". "triton_invariant" (D = 64) and "sdpa_invariant" (CPU) are bitwise equal to
+            causal_attention with the same impl, for any batch size.
     Returns: (B, H, D).
     Raises: ValueError for other shapes or dtypes, a position outside the cache (on a CPU), for an impl that is unknown
-        or cannot run, or if a gradient is wanted: there is none but of "reference".
+        or cannot run, or if a gradient is required: only "reference" has one.
     """
     q, k, v = q_BHD, k_cache_BGND, v_cache_BGND
     fits = q.ndim == 3 and k.ndim == 4 and k.shape == v.shape and (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[3])
@@ -143,10 +144,10 @@ def decode_attention(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """Few images, whose places are split, and many, with the heads of LlamaGen-L, 3B (head dim 100) and Janus, grouped;
-    one place, head and channel.
+    """Few images, whose places are split between programs, and many; the heads of LlamaGen-L, 3B (head dim 100) and
+    Janus, and grouped heads; also one place, head and channel.
 
-    Rows of 100 bfloat16 begin at multiples of 8 bytes: no load of 16 is possible.
+    Rows of 100 bfloat16 numbers begin at multiples of 8 bytes, so 16-byte loads are impossible there.
     """
     from varfast.kernels import decode_triton
     from varfast.kernels.aot import recorded

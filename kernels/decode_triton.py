@@ -1,8 +1,9 @@
-"""The Triton kernels of decode_attention.py and the op made of them.
+"""The Triton kernels of decode_attention.py and their custom op.
 
-The places of a (B, G) head are dealt out to SPLITS programs, tile by tile in turn, so that each has as many whatever
-the position; a second kernel adds their parts up in a fixed order. Neither grid depends on the position, which is on
-the device: a captured graph replays at the next one. Logits are in powers of two.
+The tiles of places of each (image, key head) are dealt round-robin to SPLITS programs, so that the work is balanced at
+every position. A second kernel adds up their partial results in a fixed order. Neither grid depends on the position,
+which stays on the device, so a captured CUDA graph can be replayed at the next position. Logits are multiplied by
+log2(e), so that weights are computed by exp2.
 
 Axes: B image, H query head, G key and value head, N place of the cache, D head dim, S split.
 """
@@ -18,12 +19,12 @@ from varfast.kernels._triton import jit, tl
 from varfast.kernels.attention_tiles import LOG2_E, readable
 from varfast.kernels.settings import setting
 
-# Rows of queries of a program: what the tensor cores take at least. The other rows than the H / G query heads of a key
-# head are computed for nothing: 16 multiplications for a number of two bytes that is read take a tenth of the time that
-# reading it takes.
+# Query rows of a program: the fewest that the tensor cores take. A key head has only H / G query heads, and the other
+# rows are padding. This waste does not matter: the 16 multiplications for each two-byte number of the cache take a
+# tenth of the time of reading it.
 ROWS = 16
-# Programs that a launch should have: four for each of Hopper's 132 multiprocessors. A constant, so that the sums are
-# the same on every device.
+# Target number of programs of a launch: four for each of Hopper's 132 multiprocessors. It is a constant, so that the
+# sums are split in the same way on every device.
 _PROGRAMS = 528
 MAX_HEAD_DIM = 256
 
@@ -41,10 +42,10 @@ def _part_kernel(
     SPLITS: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Some query heads of one key head, against every SPLITS-th tile of BLOCK_N places.
+    """Each program attends with up to ROWS query heads of one key head to every SPLITS-th tile of BLOCK_N places.
 
-    One split: the output, (B, H, D). More, in float32: the sum of weighted values, (B, H, S, BLOCK_D), and the largest
-    logit and the sum of weights, (B, H, S, 2).
+    With one split it writes the output, (B, H, D). With more it writes partial results in float32: the weighted sum of
+    values, (B, H, S, BLOCK_D), and the largest logit and the sum of weights, (B, H, S, 2).
     """
     k_image, k_head, k_row = k_image * ALIGNED, k_head * ALIGNED, k_row * ALIGNED
     v_image, v_head, v_row = v_image * ALIGNED, v_head * ALIGNED, v_row * ALIGNED
@@ -92,7 +93,7 @@ def _join_kernel(
     part_ptr, sums_ptr, out_ptr,
     SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One head of one image. A split that saw nothing has the largest logit -inf, and so the weight 0."""
+    """Combine the splits of one head of an image. A split that saw no place has the largest logit -inf and weight 0."""
     row = tl.program_id(0).to(tl.int64)
     split, dim = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     at = row * SPLITS + split
@@ -118,9 +119,9 @@ def decode_op(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, positio
     times = q.shape[1] // key_heads
     block = max(16, _power_of_two(dim))
     bits = 8 * q_BHD.dtype.itemsize
-    # With two warps, rows of more than 64 numbers, or of no power of two, do not fit into registers.
+    # Two warps have too few registers for rows of more than 64 numbers, or of a length that is not a power of two.
     rule = {"BLOCK_N": 64, "num_warps": 2 if dim == block <= 64 else 4, "num_stages": 3}
-    if bits == 32:  # products on the plain cores: what does not spill
+    if bits == 32:  # products without tensor cores; settings that do not spill registers
         rule = {"BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
     chosen = setting("decode_attention", (bits, dim), q.device, **rule)
     programs = batch * key_heads * -(-times // ROWS)

@@ -1,4 +1,4 @@
-"""The extension that csrc/ is built into: _C.so beside this file, by `pip install -e .` (setup.py)."""
+"""Loads the compiled extension: _C.so beside this file, built from csrc/ by `pip install -e .` (setup.py)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ HOW = "`pip install -v -e .` builds it and says what was missing"
 
 
 def _load() -> str | None:
-    """Load the extension; why there is none, or None where there is one."""
+    """Load the extension. Returns None, or the reason why it cannot be loaded."""
     library = Path(__file__).with_name("_C.so")
     if not library.exists():
         return f"the extension is not built; {HOW}"
     try:
         torch.ops.load_library(library)
-    except OSError as error:  # of a build with CUDA under a torch without, say
+    except OSError as error:  # for example, it was built with CUDA and this torch has none
         return f"the extension cannot be loaded: {error}; {HOW}"
     newest = (
         "grpo_token_loss",
@@ -37,12 +37,12 @@ NO_EXTENSION = _load()
 
 
 def cannot_run_cpp(device: torch.device) -> str | None:
-    """Why the extension's CPU part cannot run, or None where it can."""
+    """Why the extension's CPU kernels cannot run on a device, or None if they can."""
     return NO_EXTENSION or (None if device.type == "cpu" else "it runs on the CPU")
 
 
 def refused_by_cpp(x: Tensor, *_: Any) -> str | None:
-    """What the extension's kernels take instead of a tensor, by its dtype."""
+    """The dtypes that the extension's kernels support, for the error message, if x has another one; else None."""
     if x.dtype in (torch.float32, torch.float64, torch.bfloat16):
         return None
     return f"float32, float64 or bfloat16, got {x.dtype}"

@@ -1,9 +1,9 @@
-"""GELU (tanh form) of a product and its bias, and the linear layer before it with GELU in its epilogue.
+"""GELU (tanh form) of the sum of a matrix product and its bias; and a linear layer with GELU in its epilogue.
 
-The bias's gradient is summed where that of the product is made: a pass of its own over a (B L, 4 C) gradient took
-0.084 ms of an H100 at 21760 x 4096, 77 ms of a d16 step with all others.
+The kernel that computes the product's gradient also sums the bias's gradient. A separate pass over the (B L, 4 C)
+gradient took 0.084 ms on an H100 at 21760 x 4096; all such passes together took 77 ms of a VAR-d16 step.
 
-tanh is not computed: 0.5 x (1 + tanh u) = x * sigmoid(2 u), which loses no digits where tanh u is near -1.
+tanh is not computed: 0.5 x (1 + tanh u) = x * sigmoid(2 u), which has no cancellation where tanh u is near -1.
 
 Axes: B image, L token over all scales; N row, C channel in, M channel of the hidden layer.
 """
@@ -28,16 +28,17 @@ from varfast.kernels.settings import setting
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
 
-# A tile of 8 rows and 256 columns is 16 numbers a thread of 4 warps, two 128-bit loads of each tensor in bfloat16. A
-# program takes 8 tiles one below the other: its partial sums, written and read, are 2 % of the bytes of the op.
+# A tile of 8 rows and 256 columns gives each thread of 4 warps 16 numbers: two 128-bit loads per tensor in bfloat16.
+# A program of the backward pass processes 8 vertically adjacent tiles, so that writing and reading its partial sums is
+# only 2 % of the op's bytes.
 _RULE = {"ROWS": 8, "COLUMNS": 256, "TILES": 8, "num_warps": 4}
 
 
 @jit
 def _sigmoid_of_gelu(y):
-    """sigmoid(2 u), u = sqrt(2 / pi) (y + 0.044715 y^3), and its derivative by 2 u.
+    """sigmoid(2 u) with u = sqrt(2 / pi) (y + 0.044715 y^3), and its derivative with respect to 2 u.
 
-    By exp(-|2 u|): 1 - sigmoid, of which the derivative is made, would have no digits left at y = 5.
+    Both are computed from exp(-|2 u|). sigmoid * (1 - sigmoid) would lose all digits to cancellation at y = 5.
     """
     z = y * (1.5957691216057308 + 0.07135481282052303 * y * y)
     e = tl.exp(-tl.abs(z))
@@ -47,7 +48,7 @@ def _sigmoid_of_gelu(y):
 
 @jit
 def _forward_kernel(x_ptr, bias_ptr, out_ptr, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile a program; the programs of the same rows follow each other."""
+    """Each program processes one tile; programs of the same rows have adjacent ids."""
     across = tl.cdiv(width, COLUMNS)
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -73,7 +74,7 @@ def _backward_kernel(
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """TILES tiles, one below the other, a program; sums over their rows stay in registers, in a fixed order."""
+    """Each program processes TILES vertically adjacent tiles and sums their rows in registers, in a fixed order."""
     across = tl.cdiv(width, COLUMNS)
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
@@ -115,7 +116,7 @@ def _fake(x_NC, bias_C):
 
 @torch.library.custom_op("varfast::gelu_bias_backward", mutates_args=())
 def _gelu_backward_op(d_out_NC: Tensor, x_NC: Tensor, bias_C: Tensor | None) -> tuple[Tensor, Tensor]:
-    """d x, and d bias in float32. With no bias, x has it already; there is a gradient of it all the same."""
+    """d x, and d bias in float32. bias_C is None if x already includes the bias; d bias is computed all the same."""
     d_out, x = d_out_NC.contiguous(), x_NC.contiguous()
     rows, width = x.shape
     d_x = torch.empty_like(x)
@@ -157,7 +158,7 @@ def _backward(op: Any, ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
 
 _gelu_op.register_autograd(functools.partial(_backward, _gelu_backward_op), setup_context=_setup_context)
 
-# The same in C++, csrc/gelu_cpu.cpp.
+# The same op in C++ (csrc/gelu_cpu.cpp).
 if NO_EXTENSION is None:
     torch.library.register_fake("varfast::gelu_cpp", _fake)
     torch.library.register_fake("varfast::gelu_backward_cpp", _fake_backward)
@@ -173,7 +174,7 @@ def _gelu_triton(x_BLC: Tensor, bias_C: Tensor) -> Tensor:
 
 
 def _gelu_cpp(x_BLC: Tensor, bias_C: Tensor) -> Tensor:
-    if x_BLC.dtype == torch.float64:  # of models in float64, which are there to be compared with
+    if x_BLC.dtype == torch.float64:  # float64 models serve only as a reference in tests
         return reference.gelu_bias(x_BLC, bias_C)
     out: Tensor = torch.ops.varfast.gelu_cpp(x_BLC.flatten(0, -2), bias_C.float())
     return out.view(x_BLC.shape)
@@ -188,10 +189,10 @@ implementations(
 
 
 def gelu_bias(x_BLC: Tensor, bias_C: Tensor, impl: str = "auto") -> Tensor:
-    """GELU of x + bias in the tanh form; the sum and the GELU in at least float32, rounded once.
+    """GELU of x + bias in the tanh form. Sum and GELU are computed in at least float32 and rounded once.
 
     Args:
-        x_BLC: (..., C), two axes or more: a product. Differentiable.
+        x_BLC: (..., C), two axes or more, the result of a matrix product. Differentiable.
         bias_C: (C,). Differentiable.
         impl: "auto"; "triton" (float32 or 16 bits), "cpp" (float32, bfloat16; float64 by PyTorch), "reference".
     Returns: the shape and dtype of x.
@@ -212,7 +213,7 @@ def _product_then_gelu(x_BLC: Tensor, weight_MC: Tensor, low_MC: Tensor, bias_M:
 
 
 def _epilogue(x_BLC: Tensor, weight_MC: Tensor, low_MC: Tensor, bias_M: Tensor) -> Tensor:
-    """cuBLASLt's epilogue: 0.279 ms where product and GELU take 0.370, 21760 x 1024 -> 4096 on an H100."""
+    """cuBLASLt's GELU epilogue: 0.279 ms, where product and then GELU take 0.370 ms (21760 x 1024 -> 4096, H100)."""
     bias = bias_M.to(x_BLC.dtype)
     out = torch._addmm_activation(bias, x_BLC.flatten(0, -2), low_MC.T, use_gelu=True)
     return out.view(*x_BLC.shape[:-1], -1)
@@ -242,17 +243,17 @@ def _cannot_quack(device: torch.device) -> str | None:
     if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] < 9:
         return "it needs a GPU of compute capability 9.0 or later"
     try:
-        _quack().gemm_act  # noqa: B018 - the function that is called must be there, whatever the module is
+        _quack().gemm_act  # noqa: B018 - the module may exist without this function
     except (ImportError, AttributeError) as error:
         return f"quack.gemm_interface.gemm_act cannot be imported ({error}); pip install quack-kernels"
     return None
 
 
 class _QuackLinearGelu(torch.autograd.Function):
-    """quack-kernels' product, which writes pre-activation and activation; the backward pass is ours.
+    """quack-kernels' product, which writes both the pre-activation and the activation; the backward pass is ours.
 
-    Its gemm_dact, the product of the layer behind with GELU's gradient in the epilogue, would leave the sums of the
-    bias's gradient to a pass of their own.
+    Its gemm_dact computes the next layer's input gradient with GELU's derivative in the epilogue. It is not used,
+    because the bias's gradient would then need a separate pass.
     """
 
     @staticmethod
@@ -288,7 +289,7 @@ implementations(
     "linear_gelu",
     Implementation("library", _product_then_gelu),
     Implementation("epilogue", _epilogue, _cannot_epilogue, (), _refuses_epilogue),
-    # Not picked: nothing has run it on a GPU here. Measured beside ours by bench/bench_kernels.py.
+    # Not picked by "auto": we have not run it on a GPU. bench/bench_kernels.py measures it against ours.
     Implementation("quack", _by_quack, _cannot_quack, (), _refuses_quack),
     Implementation("reference", reference.linear_gelu),
 )
@@ -299,19 +300,20 @@ def linear_gelu(
 ) -> Tensor:
     """gelu(x @ weight^T + bias), the first layer of an MLP.
 
-    Rollout, reference and update must run one implementation, or the log-probabilities of the rollout are not those
-    that the update computes: only the config chooses, for all three. "epilogue" therefore refuses a gradient.
+    Rollout, reference model and update must use the same implementation, so that the update reproduces the rollout's
+    log-probabilities. Therefore only the config chooses the implementation, for all three, and "epilogue", which has no
+    backward pass, raises if a gradient is required.
 
     Args:
         x_BLC: (..., C). Differentiable, as weight and bias are.
         weight_MC: (M, C), in the dtype of x or in float32.
         bias_M: (M,).
-        low_MC: the weight in the dtype of x, which the product reads; default: weight_MC cast.
+        low_MC: low-precision copy of the weight, in the dtype of x, which the product reads; default: weight_MC cast.
         impl: "auto"; "library": the product, then gelu_bias; "epilogue" (CUDA, no gradient): cuBLASLt's; "quack":
             quack-kernels' for 16 bits on Hopper or later; "reference".
     Returns: (..., M) in the dtype of x.
-    Raises: ValueError for sizes that do not fit, for an impl that is unknown, cannot run, or has no gradient where one
-        is wanted.
+    Raises: ValueError for sizes that do not fit, or for an impl that is unknown, cannot run, or has no gradient
+        although one is required.
     """
     if weight_MC.shape != (*bias_M.shape, x_BLC.shape[-1]):
         raise ValueError(
@@ -324,7 +326,7 @@ def linear_gelu(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """Both directions at the hidden widths of d16 and d30; one row and channel; an odd width."""
+    """Both directions at the hidden widths of VAR-d16 and d30; also one row and channel, and an odd width."""
     from varfast.kernels.aot import recorded
 
     def call(dtype: torch.dtype, shape: tuple[int, int]) -> None:

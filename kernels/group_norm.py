@@ -1,9 +1,10 @@
-"""GroupNorm and SiLU of images, as the VQ-VAE's decoder uses them: forward only.
+"""GroupNorm and SiLU of images for the VQ-VAE's decoder. Forward only.
 
-The image is read twice and written once; once and once where its statistics are known already, from `channel_moments`,
-which adds a residual on the way, or from `conv3x3`. Statistics are a mean and a sum of squared deviations a channel and
-chunk of pixels, joined by group: exact where the mean is large, and the same on every run. The kernels take (B, P, C),
-which is what a channels_last image is; another image is copied there and back.
+The image is read twice and written once. If its statistics are already known, from `channel_moments` (which also adds a
+residual) or from `conv3x3`, it is read only once. The statistics are a mean and a sum of squared deviations for each
+channel and chunk of pixels, which are then combined by group. They are accurate even if the mean is large, and the same
+on every run. The kernels take (B, P, C), the memory layout of a channels_last image; other images are copied to that
+layout and back.
 
 Axes: B image, C channel, H and W sides, P pixel.
 """
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 
 
 class ChannelMoments(NamedTuple):
-    """What a GroupNorm must know of an image, a channel and chunk of its pixels.
+    """The statistics of an image that a GroupNorm needs, for each channel and chunk of pixels.
 
     Attributes:
         mean_BNC: (B, N chunks, C) float32.
         squares_BNC: sum of squared deviations from that mean, likewise.
-        rows: pixels of a chunk; the last chunk has those that are left.
+        rows: pixels of a chunk; the last chunk has the remaining pixels.
     """
 
     mean_BNC: Tensor
@@ -40,23 +41,23 @@ class ChannelMoments(NamedTuple):
     rows: int
 
 
-# Numbers of a tile: 64 a thread, all in registers, so that the deviations need no second read.
+# Numbers of a tile: 64 per thread, all in registers, so that the deviations from the mean need no second read.
 _TILE = 8192
 _NUM_WARPS = 4
 _MAX_TILE_CHANNELS = 128
 
 
 def _tile(channels: int) -> tuple[int, int]:
-    """(pixels, channels) of a tile: a power of two of channels that divides C, as 160 = 5 * 32, wastes no lane."""
+    """(pixels, channels) of a tile. The channels are a power of two that divides C (32 for 160), so no lane is idle."""
     divisor = channels & -channels
-    if divisor < 16:  # odd widths: masked
+    if divisor < 16:  # odd widths: round C up and mask
         divisor = 1 << (channels - 1).bit_length()
     divisor = min(divisor, _MAX_TILE_CHANNELS)
     return _TILE // divisor, divisor
 
 
 def _launch_settings(channels: int, device: torch.device | None = None) -> dict[str, int]:
-    """Of the two kernels that pass over the image; both, and what joins them, share the tiles."""
+    """Settings of the two kernels that pass over the image. They and _join_kernel must use the same tiles."""
     rows, tile = _tile(channels)
     return setting("group_norm_silu", channels, device, ROWS=rows, TILE=tile, num_warps=_NUM_WARPS)
 
@@ -74,9 +75,9 @@ def _moments_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One tile a program; those of the same pixels are neighbours, so that they share DRAM pages.
+    """Each program processes one tile. Programs of the same pixels have adjacent ids, so that they share DRAM pages.
 
-    RESIDUAL: it is added to x first, in place; the moments are those of the sum as it is stored.
+    RESIDUAL: first add the residual to x in place; the moments are those of the stored (rounded) sum.
     """
     tiles: tl.constexpr = (C + TILE - 1) // TILE
     program = tl.program_id(0)
@@ -118,15 +119,16 @@ def _join_kernel(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One group of an image a program: its moments, and what they make of each channel: x * factor + offset."""
+    """Each program combines the moments of one group of an image, and writes each channel's factor and offset, so that
+    the normalised value is x * factor + offset."""
     groups: tl.constexpr = C // WIDTH
     program = tl.program_id(0)
     image = (program // groups).to(tl.int64)
     column = tl.arange(0, BLOCK)
     channel = (program % groups) * WIDTH + column
     input_bias = tl.load(input_bias_ptr + channel, mask=column < WIDTH, other=0.0)
-    count = pixels * (WIDTH * 1.0)  # not pixels.to(): of one pixel a launch makes a Python int
-    # Means are summed as they differ from one of them: a large common offset costs no digits.
+    count = pixels * (WIDTH * 1.0)  # not pixels.to(): Triton passes a 1 as a Python int
+    # Sum the differences of the means from one of them, so that a large common offset costs no digits.
     origin = tl.load(mean_ptr + image * chunks * C + (program % groups) * WIDTH)
     sums = tl.zeros((CHUNKS, BLOCK), tl.float32)
     for start in range(0, chunks, CHUNKS):
@@ -155,9 +157,9 @@ def _join_kernel(
 
 @jit
 def _exp(x):
-    """exp(x) to two units in the last place. tl.exp is a power of two of x log2(e) there, whose rounding costs 3e-6 at
-    80; so the power of two is taken apart, and what is left lies within 0.35 (Cody and Waite)."""
-    x = tl.minimum(tl.maximum(x, -150.0), 150.0)  # 0 and infinity; NaN is seen in the numerator
+    """exp(x) to two units in the last place. tl.exp computes exp2(x * log2(e)), and the rounding of that product costs
+    3e-6 at x = 80. So an integer power of two is split off, and |rest| is at most 0.35 (Cody and Waite)."""
+    x = tl.minimum(tl.maximum(x, -150.0), 150.0)  # exp gives 0 and inf; this drops NaN, but the numerator keeps it
     power = tl.floor(x * 1.4426950408889634 + 0.5)
     rest = x - power * 0.693359375 + power * 2.12194440e-4  # ln 2 in two parts: the first product is exact
     return tl.exp2(power) * tl.exp(rest)
@@ -176,7 +178,7 @@ def _normalise_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The tiles of _moments_kernel."""
+    """Normalise one tile per program; the tiles are those of _moments_kernel."""
     tiles: tl.constexpr = (C + TILE - 1) // TILE
     program = tl.program_id(0)
     part = program // tiles
@@ -195,14 +197,13 @@ def _normalise_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Custom op and fake. That of the extension is defined in csrc/ops.cpp, with the same arguments.
+# Custom ops and fakes. The extension's op is defined in csrc/ops.cpp, with the same arguments.
 
 
 @torch.library.custom_op("varfast::channel_moments", mutates_args=("x_BPC",))
 def _channel_moments(x_BPC: Tensor, residual_BPC: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
-    """Add the residual to x, which is contiguous, in place; mean and squared deviations, (B, chunks, C) float32.
-
-    rows: pixels of a chunk, ROWS of the settings.
+    """Add the residual in place to x, which is contiguous; return mean and sum of squared deviations, (B, chunks, C)
+    float32. rows: pixels of a chunk, ROWS of the settings.
     """
     mean, squares = _empty_moments(x_BPC, residual_BPC, rows)
     if x_BPC.numel():
@@ -247,7 +248,7 @@ def _group_norm(
     squares_BNC: Tensor,
     rows: int,
 ) -> Tensor:
-    """The last three: ChannelMoments of x."""
+    """The last three arguments are the ChannelMoments of x."""
     batch, pixels, channels = x_BPC.shape
     x, out = x_BPC.contiguous(), x_BPC.new_empty(x_BPC.shape)
     if not x.numel():
@@ -281,7 +282,8 @@ def _group_norm(
 
 
 def _join_settings(width: int) -> dict[str, int]:
-    """4 numbers a thread: 8 spill at 640 channels (triton 3.6). The public model's groups are 5 to 20 channels wide."""
+    """4 numbers per thread; 8 spill registers at 640 channels (triton 3.6). Groups of the public model have 5 to 20
+    channels."""
     block = 1 << (width - 1).bit_length()
     return {"CHUNKS": max(1, 512 // block), "BLOCK": block, "num_warps": 4}
 
@@ -341,7 +343,7 @@ def _run_cpp(
     input_bias_C: Tensor | None,
     moments: ChannelMoments | None,
 ) -> Tensor:
-    """It computes the moments in any case: a channel's pixels are in the cache then."""
+    """Ignores `moments` and recomputes them: the pixels are in the CPU's cache when they are normalised."""
     _refuse_gradient("cpp", x_BCHW, weight_C, bias_C, input_bias_C)
     x_BPC = x_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
     vectors = _vectors(weight_C, bias_C, input_bias_C)
@@ -383,8 +385,8 @@ implementations(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """The public channels in 32 groups (VAR 160 to 640, LlamaGen and taming 128 to 512); one image, group, pixel,
-    channel, chunk."""
+    """The public models' channels in 32 groups (VAR 160 to 640, LlamaGen and taming 128 to 512); also one image, group,
+    pixel, channel and chunk."""
     from varfast.kernels.aot import recorded
 
     def call(dtype: torch.dtype, shape: tuple[int, ...], groups: int) -> None:
@@ -420,19 +422,19 @@ def group_norm_silu(
     """GroupNorm of x + input_bias over a group's channels and all pixels, * weight + bias, then SiLU.
 
     Args:
-        x_BCHW: (B, C, H, W), any strides; channels_last is read as it is. Statistics in float32 (float64 for float64).
+        x_BCHW: (B, C, H, W), any strides; channels_last is read without a copy. Statistics in float32 (float64 for
+            float64).
         weight_C, bias_C: (C,).
         num_groups: divides C.
         eps: added to the variance.
-        silu: False: the normalised image itself.
-        input_bias_C: (C,), or None for 0: the bias of the convolution before, which then need not add it.
-        moments: of x, where `channel_moments` or `conv3x3` have computed them; saves "triton" a pass over the image.
+        silu: if False, return the normalised image without SiLU.
+        input_bias_C: (C,), or None for 0: the bias of the preceding convolution, which then need not add it.
+        moments: the statistics of x, if `channel_moments` or `conv3x3` has computed them; saves "triton" one pass.
         impl: "auto", "triton" (float32 or 16 bits), "cpp" (CPU, float32 or bfloat16), both without gradient, or
             "reference".
-    Returns: (B, C, H, W) in the dtype of x_BCHW; channels_last where x_BCHW has its channels innermost, else
-        contiguous.
-    Raises: ValueError for other shapes or dtypes, for an impl that is unknown or cannot run, or if "triton" or "cpp" is
-        to be differentiated.
+    Returns: (B, C, H, W) in the dtype of x_BCHW; channels_last if x_BCHW has its channels innermost, else contiguous.
+    Raises: ValueError for other shapes or dtypes, for an impl that is unknown or cannot run, or if a gradient is
+        required of "triton" or "cpp".
     """
     if x_BCHW.ndim != 4 or x_BCHW.shape[2] * x_BCHW.shape[3] == 0:
         raise ValueError(f"x_BCHW is {tuple(x_BCHW.shape)}: want (B, C, H, W) with a pixel to average over")
@@ -450,11 +452,11 @@ def group_norm_silu(
 def channel_moments(
     x_BCHW: Tensor, residual_BCHW: Tensor | None = None, impl: str = "auto"
 ) -> tuple[Tensor, ChannelMoments | None]:
-    """x + residual, and what `group_norm_silu` can take of it as `moments`, in one pass; forward only.
+    """x + residual, and the sum's `moments` for `group_norm_silu`, in one pass. Forward only.
 
     Args:
-        x_BCHW: (B, C, H, W), channels_last to be read as it is. Its memory may be written: it is the caller's no more.
-        residual_BCHW: likewise, of the same dtype, or None for 0; only read.
+        x_BCHW: (B, C, H, W); channels_last is read without a copy. It may be overwritten: do not use it afterwards.
+        residual_BCHW: of the same shape and dtype, or None for 0; never written.
         impl: "auto", "triton" (float32 or 16 bits) or "reference".
     Returns: the sum, channels_last from "triton"; and its moments, or None from "reference".
     Raises: ValueError for shapes or dtypes that differ, or for an impl that is unknown or cannot run.

@@ -1,4 +1,4 @@
-"""The GRPO loss of every token, reduced: clipped ratio and k3 KL.
+"""The GRPO loss, with clipped ratio and k3 KL for each token, reduced to its mean.
 
 The kernels are in csrc/.
 
@@ -64,7 +64,7 @@ def _fake_backward(grad_BL: Tensor, grad_loss: Tensor) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, stats, grad_BL = output
     ctx.mark_non_differentiable(stats, grad_BL)
-    ctx.set_materialize_grads(False)  # no (B, L) of zeros for grad_BL
+    ctx.set_materialize_grads(False)  # do not allocate (B, L) zeros as the gradient of grad_BL
     ctx.save_for_backward(grad_BL)
 
 
@@ -127,24 +127,25 @@ def grpo_token_loss(
     rho = exp(logp - logp_old), of each token; KL = k3 = exp(q) - q - 1 with q = logp_ref - logp.
 
     Args:
-        logp_BL: (B, L) log-probabilities under the policy, differentiable, once; float32 (float64) arithmetic.
-        logp_old_BL: (B, L) under the policy that drew the tokens; no gradient.
+        logp_BL: (B, L) log-probabilities under the policy. Differentiable once. Arithmetic in float32 (float64 for
+            float64).
+        logp_old_BL: (B, L) under the policy that sampled the tokens; no gradient.
         logp_ref_BL: (B, L) under the frozen reference, or None: no KL term; no gradient.
-        advantages_BL: (B, L) of any strides, or (B,), one advantage an image; no gradient.
+        advantages_BL: (B, L) of any strides, or (B,) with one advantage for each image; no gradient.
         clip_eps, kl_beta: eps and beta.
-        ratio: "sequence": rho is one number an image, exp(mean over its tokens of logp - logp_old), which is clipped as
-            one. With one advantage an image this is GSPO (arXiv:2507.18071, eq. 5 and 7). An advantage of its own
-            moves each token by its own: GSPO-token (eq. 13 and 14).
-        kl_gradient: "unbiased": KL = exp(logp - logp_old) k3, of each token. It has the expectation of k3 under the
-            policy, and so the gradient of the KL, whose value for a token is exp(logp - logp_old) (logp - logp_ref)
-            (arXiv:2510.01555; arXiv:2506.09477). The gradient of k3 itself, exp(q) (-1) + 1, is another one.
+        ratio: with "sequence", an image has a single ratio rho = exp(mean over its tokens of logp - logp_old), and the
+            clip applies to that. With one advantage for each image this is GSPO (arXiv:2507.18071, eq. 5 and 7); with
+            an advantage for each token it is GSPO-token (eq. 13 and 14).
+        kl_gradient: with "unbiased", each token's KL = exp(logp - logp_old) k3. Its expectation is that of k3 under the
+            policy, so its gradient is that of the KL: for a token, exp(logp - logp_old) (logp - logp_ref)
+            (arXiv:2510.01555; arXiv:2506.09477). The gradient of k3 itself, 1 - exp(q), is a different one.
         impl: "auto", "cuda", "cpp" or "reference".
     Returns:
-        loss: scalar, differentiable in logp_BL. "cuda" and "cpp" pass the gradient at the bounds of the clip and give 0
-            where the clip cuts off a ratio that overflows (csrc/grpo_math.h); "reference" does at the bounds what this
-            torch's clamp does, and gives NaN there.
-        stats: (5,) without gradient, named by GRPO_STATS: mean k3; share of tokens whose gradient the clip cuts off;
-            mean rho; mean and maximum of |exp(logp - logp_old) - 1|, of each token with either ratio.
+        loss: scalar, differentiable in logp_BL. "cuda" and "cpp" pass the gradient where the ratio equals a bound of
+            the clip, and give gradient 0 where the clip cuts off a ratio that overflows (csrc/grpo_math.h).
+            "reference" follows the installed torch's clamp at the bounds, and gives NaN for such an overflow.
+        stats: (5,) without gradient, named by GRPO_STATS: mean k3; fraction of tokens whose gradient the clip cuts off;
+            mean rho; mean and maximum over the tokens of |exp(logp - logp_old) - 1|, with either `ratio`.
     Raises: ValueError for shapes that differ, no token at all, an unknown ratio or kl_gradient, or an impl that is
         unknown or cannot run here.
     Source: GRPO, arXiv:2402.03300, eq. 3 and 4; k3: Schulman, "Approximating KL divergence", 2020.
@@ -163,7 +164,7 @@ def grpo_token_loss(
         raise ValueError(f"ratio={ratio!r}: want token or sequence")
     if kl_gradient not in ("k3", "unbiased"):
         raise ValueError(f"kl_gradient={kl_gradient!r}: want k3 or unbiased")
-    if advantages_BL.ndim == 1:  # a view; converted first, since a conversion of the view would write all of it
+    if advantages_BL.ndim == 1:  # convert, then expand: the other order would write (B, L) numbers
         wide = advantages_BL.to(torch.promote_types(logp_BL.dtype, torch.float32))
         advantages_BL = wide.unsqueeze(1).expand(logp_BL.shape)
     tensors = (logp_BL, logp_old_BL, logp_ref_BL, advantages_BL)

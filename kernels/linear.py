@@ -1,4 +1,5 @@
-"""Products with float32 weights that are read by a 16-bit copy: autograd keeps the copy, the weight gets the gradient.
+"""Linear layers that compute with a low-precision (16-bit) copy of their float32 weight. Autograd saves the copy for
+the backward pass, and the float32 weight receives the gradient.
 
 Axes: N row, C channel in, M channel out.
 """
@@ -13,13 +14,13 @@ from torch import Tensor
 
 
 class LowPrecisionLinear(torch.autograd.Function):
-    """x @ low^T + low_bias, with the gradients of the float32 weight and bias that these are copies of."""
+    """x @ low^T + low_bias, where low and low_bias are copies of a float32 weight and bias, which get the gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight_MC: Tensor, low_MC: Tensor, bias_M: Tensor | None, low_bias_M: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, low_MC)  # of a frozen weight, x is not needed
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, low_MC)  # a frozen weight needs no x
         ctx.dtype = weight_MC.dtype
         return F.linear(x, low_MC, low_bias_M)
 
@@ -34,7 +35,7 @@ class LowPrecisionLinear(torch.autograd.Function):
 
 
 def weight_gradient(grad_NM: Tensor, x_NC: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad^T @ x of 16-bit operands, (M, C) in the weight's dtype."""
+    """grad^T @ x, (M, C) in the weight's dtype, from 16-bit operands."""
     if grad_NM.device.type == "cuda" and dtype == torch.float32 and grad_NM.dtype != dtype:
-        return torch.mm(grad_NM.T, x_NC, out_dtype=torch.float32)  # not rounded to 16 bits, and no pass that casts
-    return (grad_NM.T @ x_NC).to(dtype)  # CPUs have no such product; one of float32 operands takes 7 times as long
+        return torch.mm(grad_NM.T, x_NC, out_dtype=torch.float32)  # float32 result: not rounded to 16 bits, no cast
+    return (grad_NM.T @ x_NC).to(dtype)  # CPUs lack out_dtype; float32 operands take 7 times as long

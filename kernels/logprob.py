@@ -1,12 +1,12 @@
-"""Log-probability of given tokens: the teacher-forced side of `sample_tokens`.
+"""Log-probability of given tokens: the teacher-forced counterpart of `sample_tokens`.
 
-The logits are stored once, in the dtype that the head wrote, and their gradient can take their place. To compute them
-tile by tile inside the head instead would save 11 MB an image at 680 tokens and 4096 codes, and cost the head's product
-once more in the backward pass: by count, for 512 images on an H200, 5 ms of traffic against 4 ms of arithmetic. Too
-close to choose by count; not measured.
+The logits are stored once, in the dtype that the head wrote, and their gradient can overwrite them. The alternative,
+computing the logits tile by tile inside the head, would save 11 MB per image at 680 tokens and 4096 codes, but repeat
+the head's product in the backward pass. By count, for 512 images on an H200, it saves 5 ms of memory traffic and costs
+4 ms of arithmetic, which is too close to decide by count; it was not measured.
 
 The backward pass reads the logits once and writes their gradient once, whether the log-probability, the entropy or
-both are differentiated. The entropy costs it 8 bytes a row (its value and its gradient) beside 8 bytes a logit.
+both are differentiated. The entropy adds 8 bytes per row (its value and its gradient) to the 8 bytes per logit.
 
 Axes: B image, L token over all scales, V vocabulary, N = B * L rows.
 """
@@ -27,7 +27,7 @@ from varfast.kernels.settings import setting
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
 
-# A row is held in registers: 32 numbers a thread at 1024 threads.
+# A row is held in registers, and 32 numbers per thread at 1024 threads is the limit.
 _MAX_VOCAB = 32768
 
 
@@ -47,7 +47,7 @@ def _logp_kernel(
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row a program, one pass."""
+    """Each program processes one row in one pass."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + row * row_stride + column, mask=column < vocab, other=-float("inf")).to(tl.float32)
@@ -75,9 +75,9 @@ def _logp_backward_kernel(
 ):  # fmt: skip
     """d logits = (grad * (one-hot - p) - grad_entropy * p * (log p + entropy)) / temperature, with p the softmax.
 
-    The second term is there with ENTROPY alone; grad_entropy_ptr and entropy_ptr are not read without it. Each row is
-    read before it is written, so `out` may be the logits themselves. A program takes ROWS rows in order and, with a
-    bias, adds up their gradients on the way: the order of the sum is fixed.
+    The second term exists only with ENTROPY; otherwise grad_entropy_ptr and entropy_ptr are not read. Each row is read
+    before it is written, so `out` may be the logits themselves. A program processes ROWS rows in order and, with a
+    bias, also sums their gradients, so the order of the sum is fixed.
     """
     column = tl.arange(0, BLOCK)
     inside = column < vocab
@@ -86,7 +86,7 @@ def _logp_backward_kernel(
         d_bias = tl.zeros((BLOCK,), tl.float32)
     for index in range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + index
-        here = inside & (row + column * 0 < num_rows)  # the interpreter wants a mask of one shape
+        here = inside & (row + column * 0 < num_rows)  # the interpreter needs the mask in the full shape
         x = tl.load(logits_ptr + row * row_stride + column, mask=here, other=-float("inf")).to(tl.float32)
         token = tl.load(tokens_ptr + row, mask=row < num_rows, other=0)
         factor = tl.load(grad_ptr + row, mask=row < num_rows, other=0.0) * inv_temperature
@@ -102,7 +102,7 @@ def _logp_backward_kernel(
         if ENTROPY:
             entropy = tl.load(entropy_ptr + row, mask=row < num_rows, other=0.0)
             factor = tl.load(grad_entropy_ptr + row, mask=row < num_rows, other=0.0) * inv_temperature
-            # p log p is 0 where p is: log p may be -inf there.
+            # Where p is 0, p log p counts as 0: log p may be -inf there.
             gradient -= factor * p * tl.where(p == 0.0, 0.0, log_p + entropy)
         tl.store(out_ptr + row * row_stride + column, gradient.to(out_ptr.dtype.element_ty), mask=here)
         if BIAS:
@@ -112,14 +112,14 @@ def _logp_backward_kernel(
 
 
 def _launch_settings(direction: str, vocab: int, device: torch.device | None = None) -> dict[str, int]:
-    """16 numbers a thread at 4096 codes, loaded 128 bits at a time."""
+    """Each thread holds 16 numbers at 4096 codes, loaded 128 bits at a time."""
     block = max(128, 1 << (vocab - 1).bit_length())
     kernel = f"selective_log_softmax_{direction}"
     return {"BLOCK": block} | setting(kernel, vocab, device, num_warps=min(16, max(4, block // 512)))
 
 
-# Rows that a program of the backward pass adds up for the bias: its partial sums are 1/16 of the gradient it writes,
-# where a pass of its own would read all of it again.
+# Rows of which a program of the backward pass sums the bias's gradient. The partial sums are 1/16 of the size of the
+# logits' gradient, which a separate pass would have to read again as a whole.
 _ROWS = 16
 
 
@@ -127,9 +127,9 @@ _ROWS = 16
 def _logp_triton(
     logits_BLV: Tensor, tokens_BL: Tensor, temperature: float, bias_V: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, largest logit and log of the sum of exponentials beside it, (B, L) float32 each.
+    """logp, entropy, largest logit, and log sum exp(logit - largest logit), (B, L) float32 each.
 
-    The last two are kept apart: their sum has lost what makes the gradient exact.
+    The last two are not added up: the rounding of their sum would make the gradient less exact.
     """
     logp, entropy, largest, log_total = (logits_BLV.new_empty(tokens_BL.shape, dtype=torch.float32) for _ in range(4))
     if tokens_BL.numel():
@@ -167,7 +167,7 @@ def _launch_backward(
     temperature: float,
     bias_V: Tensor | None,
 ) -> Tensor:
-    """Write d logits to `out`; d bias, (V,) float32, is empty without one.
+    """Write d logits to `out` and return d bias, (V,) float32, which is empty without a bias.
 
     Args:
         gradients: (B, L) of logp and of entropy; at most one is None.
@@ -237,7 +237,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     logits_BLV, tokens_BL, ctx.temperature, bias_V = inputs
     ctx.save_for_backward(logits_BLV, tokens_BL, *output[1:], bias_V)
     ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)  # None for an output that nobody differentiates: its term is not computed
+    ctx.set_materialize_grads(False)  # an unused output's gradient is None, and its term is not computed
 
 
 def _backward(
@@ -254,7 +254,7 @@ _logp_triton.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _InPlace(torch.autograd.Function):
-    """As the op, but its backward overwrites the logits with their gradient."""
+    """Like the op, but its backward pass overwrites the logits with their gradient."""
 
     @staticmethod
     def forward(
@@ -262,7 +262,7 @@ class _InPlace(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logp_BL, entropy_BL, largest_BL, log_total_BL = _logp_triton(logits_BLV, tokens_BL, temperature, bias_V)
         ctx.temperature = temperature
-        ctx.logits = logits_BLV.detach()  # not saved as a tensor: autograd would refuse to see it overwritten
+        ctx.logits = logits_BLV.detach()  # not save_for_backward: autograd would raise because it is overwritten
         ctx.save_for_backward(tokens_BL, entropy_BL, largest_BL, log_total_BL, bias_V)
         ctx.set_materialize_grads(False)
         return logp_BL, entropy_BL
@@ -315,7 +315,7 @@ implementations(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """Forward and backward, apart and in place; vocabularies of VAR and of next-token models; odd shapes."""
+    """Forward and backward, separate and in place; vocabularies of VAR and of next-token models; odd shapes."""
     from varfast.kernels.aot import recorded
 
     def call(dtype: torch.dtype, length: int, vocab: int, biased: bool = False, entropic: bool = False) -> None:
@@ -356,13 +356,14 @@ def selective_log_softmax(
         logits_BLV: (B, L, V) any floating dtype; arithmetic in float32 (float64 for float64).
         tokens_BL: (B, L) int64 in [0, V).
         temperature: > 0.
-        consume_logits: the caller needs the logits no more: the backward pass may write their gradient in their place.
+        consume_logits: the caller no longer needs the logits, so the backward pass may overwrite them with their
+            gradient.
         bias_V: (V,) added to the logits in float32 as they are read, so that the head's product need not add it;
             differentiable.
         impl: "auto", "triton" or "reference".
     Returns: logp and entropy in nats, (B, L) each, both differentiable; float32 (float64 for float64). The backward
-        pass computes the entropy's term only where a gradient of the entropy arrives. Logits of -inf have probability
-        0 and add nothing to the entropy or to any gradient.
+        pass computes the entropy's term only if a gradient of the entropy arrives. Logits of -inf have probability 0
+        and add nothing to the entropy or to any gradient.
     Raises: ValueError for a temperature that is not positive, shapes that differ, an impl that is unknown or cannot
         run.
     """

@@ -1,11 +1,11 @@
-"""A linear layer whose rows do not depend on one another: the product of strict mode (varfast/policies/strict.py).
+"""A batch-invariant linear layer: the matrix product of strict mode (varfast/policies/strict.py).
 
-cuBLAS and oneDNN choose tile shapes, and whether to split the sum, by the number of rows. The rows of a rollout's scale
-and those of the update are as many as their batches, so the two differ in the last bits. Here a row's result depends on
-that row and on the weight alone: one tile shape for any number of rows, no split of the sum, which is walked in one
-order. Rows are not padded in memory: those past the end of the last tile read the last row again and are not stored.
+cuBLAS and oneDNN choose the tile shape, and whether to split the sum over channels, by the number of rows. A scale of
+the rollout and the update have different numbers of rows, so their results differ in the last bits. Here a row's result
+depends on that row and on the weight alone: the tile shape is the same for any number of rows, and the sum is not split
+and always in the same order. Rows are not padded in memory: rows past the end read the last row and are not stored.
 
-Only the forward pass promises this. The backward pass is ordinary products: nothing compares its bits.
+Only the forward pass guarantees this. The backward pass uses ordinary products, because nothing compares its bits.
 
 Axes: N row, C channel in, F feature out.
 """
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 @jit
 def _gelu(x):
-    """x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), as x / (1 + exp(-2 u)): no cancellation where
-    tanh(u) is near -1, and no function that the interpreter lacks."""
+    """x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), computed as x / (1 + exp(-2 u)). This has no
+    cancellation where tanh(u) is near -1, and Triton's interpreter has all functions that it uses."""
     inner = x * (1.5957691216057308 + 0.07135481627159393 * x * x)
     return x / (1.0 + tl.exp(-inner))
 
@@ -61,7 +61,7 @@ def _finish(
     GELU: tl.constexpr,
     KEEP_BEFORE: tl.constexpr,
 ):
-    """Bias, GELU, and stores in the dtypes of the results."""
+    """Add the bias, apply GELU, and store in the dtypes of the results."""
     if BIAS:
         acc += tl.load(bias_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)[None, :]
     inside = (row < rows)[:, None] & (feature < features)[None, :]
@@ -73,7 +73,7 @@ def _finish(
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-# `rows` is not specialised: one binary serves every number of rows, 1 and multiples of 16 among them.
+# `rows` is not specialised, so that the same binary runs for every number of rows, also for 1 and multiples of 16.
 @jit(do_not_specialize=["rows"])
 def _linear_kernel(
     x_ptr,
@@ -93,7 +93,7 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One tile of the result a program. GROUP_M tiles of rows share their tiles of the weight in L2."""
+    """Each program computes one tile of the result. GROUP_M tiles of rows share their tiles of the weight in L2."""
     program = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(features, BLOCK_N)
     in_group = GROUP_M * tiles_n
@@ -103,7 +103,7 @@ def _linear_kernel(
     tile_n = (program % in_group) // height
     feature = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_K)
-    # What lies outside reads the last row or feature: loads need no mask, and the sums are not stored.
+    # Rows and features past the end read the last one, so that loads need no mask; their sums are not stored.
     x_at = x_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * channels + channel[None, :]
     weight_at = weight_ptr + tl.minimum(feature, features - 1).to(tl.int64)[:, None] * channels + channel[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -117,7 +117,7 @@ def _linear_kernel(
         acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
         x_at += BLOCK_K
         weight_at += BLOCK_K
-    # The tile is finished by halves: in one piece, GELU beside the copy that is kept spills at 128 x 256.
+    # Finish the tile in two halves: in one piece, GELU with KEEP_BEFORE spills registers at 128 x 256.
     half: tl.constexpr = BLOCK_N // 2
     left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, half)), (0, 2, 1)))
     feature = tile_n * BLOCK_N + tl.arange(0, half)
@@ -125,15 +125,17 @@ def _linear_kernel(
     _finish(right, bias_ptr, out_ptr, before_ptr, row, feature + half, rows, features, BIAS, GELU, KEEP_BEFORE)
 
 
-# By count, not measured: 128 x 256 in 8 warps is 128 accumulators a thread and 85 FLOPs a byte of shared memory, 3
-# stages 144 KiB. float32 has no tensor-core product of full precision: its tiles are what fits without spills.
+# Chosen by count, not measured: 128 x 256 with 8 warps needs 128 accumulators per thread, does 85 FLOPs per byte of
+# shared memory, and its 3 stages take 144 KiB. Tensor cores have no full-precision float32 product, so float32 uses the
+# tiles that fit without register spills.
 _WIDE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3}
 _NARROW = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 4}
 _FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 8, "num_stages": 3}
 
 
 def _launch_settings(dtype: torch.dtype, features: int, device: torch.device | None = None) -> dict[str, int]:
-    """Never by the number of rows: that is the promise. The wide tile where it wastes at most 3 % of the features."""
+    """Must not depend on the number of rows, or results would not be batch-invariant. The wide tile is used if at most
+    3 % of its features are padding."""
     bits = 8 * dtype.itemsize
     wasted = -features % _WIDE["BLOCK_N"]
     rule = _FLOAT32 if bits == 32 else _WIDE if wasted <= 0.03 * features else _NARROW
@@ -141,7 +143,8 @@ def _launch_settings(dtype: torch.dtype, features: int, device: torch.device | N
 
 
 def _readable(x: Tensor) -> Tensor:
-    """What the kernel can read: contiguous; interpreted, no bf16, on which the interpreter computes garbage."""
+    """x in a form that the kernel can read: contiguous. Under Triton's interpreter bfloat16 becomes float32, because
+    the interpreter computes wrong results in bfloat16."""
     if INTERPRETED and x.dtype == torch.bfloat16:
         x = x.float()
     return x.contiguous()
@@ -180,14 +183,14 @@ def _by_triton(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# CPU: PyTorch's product of one shape, so that the library takes one path
+# CPU: PyTorch's product, always with the same number of rows, so that the library takes the same path
 
 
-# Rows of a product. Measured on two CPUs' worth of oneDNN and MKL (AVX2, AVX512-BF16): at a fixed shape a row's bits do
-# not depend on where it stands (tests/kernels/test_matmul.py); strict mode asks again at the start of a run.
+# Rows of a product. Measured with oneDNN and MKL on two CPUs (AVX2, AVX512-BF16): at a fixed shape, a row's bits do not
+# depend on its index (tests/kernels/test_matmul.py). Strict mode checks this again at the start of a run.
 _ROWS = 64
-# PyTorch hands out pieces of 32768 numbers to threads, and computes what is left of a vector at a piece's end by
-# another function: below that there is one piece.
+# PyTorch splits elementwise work into pieces of 32768 numbers for its threads, and computes the remainder of a piece
+# that does not fill a vector by another function. Smaller tensors are one piece.
 _ONE_PIECE = 16384
 
 
@@ -235,9 +238,9 @@ def _linear_op(
     keep_before: bool,
     by: str,
 ) -> tuple[Tensor, Tensor]:
-    """Result (N, F), and what GELU was applied to, (N, F) in x's dtype, for the backward pass; else empty.
+    """Result (N, F); and with keep_before GELU's input, (N, F) in x's dtype, for the backward pass, else empty.
 
-    original_FC: what weight_FC is a copy of, which has the gradient.
+    original_FC: the tensor that weight_FC is a copy of, which gets the gradient.
     """
     compute = _by_triton if by == "triton" else _by_blocks
     return compute(x_NC, weight_FC, bias_F, gelu, float32_out, keep_before)
@@ -259,7 +262,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_NF: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Ordinary products, of operands in x's dtype: a float32 gradient of a 16-bit layer is rounded first."""
+    """Ordinary products in x's dtype; the float32 gradient of a 16-bit layer with float32_out is rounded first."""
     if grad_NF is None:
         return (None,) * 8
     x_NC, weight_FC, before_NF = ctx.saved_tensors
@@ -326,20 +329,19 @@ def invariant_linear(
     original_FC: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """x weight^T + bias, through tanh GELU if asked for; of each row the same bits alone and among any others.
+    """x weight^T + bias, then tanh GELU if requested. Batch-invariant: a row's bits do not depend on the other rows.
 
-    Sums are float32, bias and GELU are applied to them before they are rounded.
+    Sums are float32; bias and GELU are applied to them before they are rounded.
 
     Args:
         x: (..., C) float32, bfloat16 or float16 ("blocks": any floating dtype).
         weight_FC: (F, C), x's dtype.
         bias_F: (F,) any floating dtype, or None.
-        gelu: apply GELU with the tanh approximation; the backward pass keeps what it was applied to, rounded to x's
-            dtype.
-        float32_out: the result is float32 whatever x is; its gradient is rounded to x's dtype.
-        original_FC: the tensor of another dtype that weight_FC is a copy of: it has the gradient, in its own dtype.
-        impl: "auto", "triton", "blocks" (CPU; the library's product of 64 rows at a time) or "reference", which
-            promises nothing of its bits.
+        gelu: apply GELU with the tanh approximation; its input is saved for the backward pass, rounded to x's dtype.
+        float32_out: return float32 whatever the dtype of x; the gradient is rounded to x's dtype.
+        original_FC: the tensor that weight_FC is a low-precision copy of; it gets the gradient, in its own dtype.
+        impl: "auto", "triton", "blocks" (CPU; the library's product of 64 rows at a time) or "reference", which is not
+            batch-invariant.
     Returns: (..., F), differentiable.
     Raises: ValueError for shapes or dtypes that do not fit, or an impl that is unknown or cannot run.
     """
@@ -354,7 +356,7 @@ def invariant_linear(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """The products of d16 and d30 by their epilogues, and those in float32; one row, feature and channel."""
+    """The products of VAR-d16 and d30 with their epilogues, and those in float32; also one row, feature and channel."""
     from varfast.kernels.aot import recorded
 
     def call(dtype: torch.dtype, features: int, channels: int, gelu: bool, head: bool, rows: int = 680) -> None:

@@ -1,8 +1,8 @@
-"""Positions of cached ops as tensors on the device.
+"""Checks of positions in a key-value cache that are tensors on the device.
 
-Next-token models decode one token a step. A CUDA graph that holds such a step must write and read one row further at
-each replay, so the row cannot be a number in the launch: the kernels read it from memory, and the caller adds 1 to it
-on the device. VAR knows its positions on the host, and its launches are as they were.
+Next-token models decode one token per step. A CUDA graph that captured such a step must use the next row of the cache
+at each replay, so the row cannot be a constant launch argument: the kernels read it from device memory, and the caller
+adds 1 to it on the device. VAR knows its positions on the host and passes them as launch arguments.
 
 Axes: B image.
 """
@@ -30,13 +30,14 @@ def check_position(position: Tensor | None, batch: int, device: torch.device) ->
 
 
 def check_place(position: Tensor, places: int) -> None:
-    """Raises: ValueError where a position is outside a cache of so many places. Of a CPU's alone: others would wait."""
+    """Raises: ValueError where a position is outside a cache of `places` rows. Checked only for CPU tensors: reading a
+    tensor on a GPU would wait for the device."""
     if position.device.type == "cpu" and not (int(position.min()) >= 0 and int(position.max()) < places):
         raise ValueError(f"position is {position.tolist()}: want places of the cache, 0 to {places - 1}")
 
 
 def host_positions(position: Tensor | None, batch: int) -> list[tuple[slice, int]]:
-    """Which images have which position, for implementations that take host integers: on the CPU nothing waits."""
+    """Slices of images with their common position as an integer, for CPU implementations that take host integers."""
     if position is None:
         return [(slice(None), 0)]
     if position.ndim == 0:
@@ -45,7 +46,8 @@ def host_positions(position: Tensor | None, batch: int) -> list[tuple[slice, int
 
 
 def on_host_only(arguments: int, refuses: Callable[..., str | None]) -> Callable[..., str | None]:
-    """`refuses` of an implementation that takes no position: one comes behind the op's other `arguments`."""
+    """Wrap `refuses` for an implementation without support for a position on the device, which is the op's argument
+    after the first `arguments`."""
 
     def refuses_position(*given: Any) -> str | None:
         if len(given) > arguments:

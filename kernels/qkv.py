@@ -1,10 +1,11 @@
-"""From the product of the qkv layer to heads: split, L2-normalise queries and keys, lay out for attention; one kernel.
+"""Turns the qkv layer's output into heads in one kernel: split, L2-normalise queries and keys, lay out for attention.
 
-The Triton kernels are in qkv_triton.py; here are the gradient, the choice of an implementation, the public functions.
+The Triton kernels are in qkv_triton.py. This file has the gradient, the choice of an implementation and the public
+functions.
 
-Reads and writes each number once: 12 bytes a channel and token in bfloat16, where PyTorch's dozen kernels pass over
-float32 copies. The backward pass reads the normalised q and k, which attention keeps for its own, and the inverse
-norms: the product itself need not be kept.
+The kernel reads and writes each number once: 12 bytes per channel and token in bfloat16, where PyTorch runs a dozen
+kernels over float32 copies. The backward pass reads the inverse norms and the normalised q and k, which attention saves
+anyway, so the qkv layer's output need not be saved.
 
 Axes: B image, L token over all scales, l token of one scale, C channel = H * D, H head, D head dim; C3 = 3 * C in the
 order q, k, v.
@@ -36,7 +37,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.bias_dtype = None if bias_C3 is None else bias_C3.dtype
     ctx.save_for_backward(*((q, k, q_inverse, k_inverse) if ctx.l2_norm else ()))
     ctx.mark_non_differentiable(q_inverse, k_inverse)
-    ctx.set_materialize_grads(False)  # no zeros for the inverse norms
+    ctx.set_materialize_grads(False)  # do not allocate zero gradients for the inverse norms
     ctx.shape = q.shape
 
 
@@ -52,7 +53,7 @@ def _backward(op: Any, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | No
 
 split_op.register_autograd(functools.partial(_backward, split_backward_op), setup_context=_setup_context)
 
-# The same ops in C++, csrc/split_heads_cpu.cpp, in float64 too.
+# The same ops in C++ (csrc/split_heads_cpu.cpp), in float64 too.
 if NO_EXTENSION is None:
     torch.library.register_fake("varfast::split_heads_cpp", outputs)
     torch.library.register_fake("varfast::split_heads_into_cpp", fake_into)
@@ -144,7 +145,7 @@ implementations(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """Both directions, and the one into a cache, with the heads of d16 and d30; one image, token and head."""
+    """Forward, backward, and into a cache, with the heads of VAR-d16 and d30; also one image, token and head."""
     from varfast.kernels.aot import recorded
 
     def call(
@@ -188,18 +189,18 @@ def _check_product(qkv_BLC3: Tensor, num_heads: int, bias_C3: Tensor | None) -> 
 def split_heads(
     qkv_BLC3: Tensor, num_heads: int, l2_norm: bool, bias_C3: Tensor | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of each head from the product of the qkv layer; queries and keys of length 1 if asked.
+    """Queries, keys and values of each head from the qkv layer's output, with q and k L2-normalised on request.
 
-    Normalised is x / max(|x|, 1e-12) along D, in at least float32, rounded once.
+    Normalisation is x / max(|x|, 1e-12) along D, in at least float32, rounded once.
 
     Args:
-        qkv_BLC3: (B, L, 3 * H * D): q, k, v, and in each the heads one after the other. Differentiable.
+        qkv_BLC3: (B, L, 3 * H * D): q, then k, then v, each with its heads one after the other. Differentiable.
         num_heads: H.
         l2_norm: normalise q and k.
-        bias_C3: (3 * H * D,), that of the product, added in at least float32. Differentiable; its gradient is summed
-            where that of the product is made.
+        bias_C3: (3 * H * D,), the bias of the qkv layer, added in at least float32, or None. Differentiable; its
+            gradient is summed by the kernel that computes d qkv.
         impl: "auto"; "triton" (float32 or 16 bits) and "cpp" (float32, float64, bfloat16), both D = 64; "reference".
-    Returns: q, k and v, (B, H, L, D) each in the dtype of qkv, contiguous but from "reference".
+    Returns: q, k and v, (B, H, L, D) each, in the dtype of qkv; contiguous except from "reference".
     Raises: ValueError for a shape that does not divide into heads, or for an impl that is unknown or cannot run.
     """
     _check_product(qkv_BLC3, num_heads, bias_C3)
@@ -237,22 +238,22 @@ def split_heads_to_cache(
     impl: str = "auto",
     position: Tensor | None = None,
 ) -> Tensor:
-    """split_heads of l new tokens; their keys and values go into rows start ... start + l of a static cache.
+    """split_heads of l new tokens; writes their keys and values into rows [start, start + l) of a static cache.
 
     Args:
         qkv_BlC3: (B, l, 3 * H * D).
         num_heads: H.
         l2_norm: normalise q and k.
         k_cache_BHLD, v_cache_BHLD: (B, H, L, D) of the dtype of qkv, unit stride in D; written in place.
-        start: tokens before these.
+        start: number of tokens before these.
         bias_C3: (3 * H * D,) or None.
         impl: "auto"; "triton" (float32 or 16 bits) and "cpp" (float32, float64, bfloat16), both D = 64; "reference".
-        position: int32 or int64 on the device, () or (B,), added to `start`: a captured CUDA graph reads its value at
-            each replay. On a GPU the value is not checked, which would wait for it: "triton" leaves out rows that are
-            outside the cache.
+        position: int32 or int64 on the device, () or (B,), added to `start`. A captured CUDA graph reads its value at
+            each replay. On a GPU the value is not checked, because that would wait for the device; "triton" does not
+            write rows outside the cache.
     Returns: q, (B, H, l, D).
     Raises: ValueError for shapes or dtypes that do not fit, rows outside the cache, an impl that is unknown or cannot
-        run, or if a gradient is wanted: there is none.
+        run, or if a gradient is required: there is none.
     """
     _check_product(qkv_BlC3, num_heads, bias_C3)
     caches = (k_cache_BHLD, v_cache_BHLD)

@@ -1,4 +1,4 @@
-"""The Triton kernels of qkv.py, one a direction, and the ops made of them: custom op, fake and launches.
+"""The Triton kernels of qkv.py (forward and backward), their launches, and their custom ops with fakes.
 
 Axes: B image, L token over all scales, l token of one scale, H head, D head dim; C3 = 3 * H * D in the order q, k, v.
 """
@@ -13,14 +13,15 @@ from varfast.kernels._triton import jit, tl
 from varfast.kernels.attention_tiles import HEAD_DIM
 from varfast.kernels.settings import setting
 
-# A program takes 16 tokens of one head. In bfloat16, of each of q, k and v: 16 segments of 128 bytes, whole cache
-# lines, one 128-bit load for each of 128 threads; written as runs of 2 KB where the tokens are of one image. The
-# programs of the same tokens follow each other, so what the device reads at a time is whole rows of 3 C. The other way
-# round, all heads of one token a program, would write segments of 128 bytes, L * 128 bytes apart, and the 30 heads of
-# d30 would fill 15/16 of a tile. Tokens are counted over all images: at l = 1 a program is as full as at l = 256.
+# A program processes 16 tokens of one head. In bfloat16, for each of q, k and v, these are 16 segments of 128 bytes:
+# whole cache lines, and one 128-bit load for each of 128 threads. They are written as contiguous 2 KB if the tokens
+# belong to one image. Programs of the same tokens have adjacent ids, so together they read whole rows of 3 C. The
+# alternative, all heads of one token in a program, would write segments of 128 bytes at a distance of L * 128 bytes,
+# and the 30 heads of VAR-d30 would fill only 15/16 of a tile. Tokens are numbered over all images, so programs are as
+# full at l = 1 as at l = 256.
 _RULE = {"TOKENS": 16, "num_warps": 4}
-# Of the backward pass, TILES times 16 tokens a program: its partial sums of the bias's gradient, written and read, are
-# 1.2 % of the bytes of the op; with one tile they would be 4.7 %.
+# A program of the backward pass processes TILES * 16 tokens. Writing and reading its partial sums of the bias's
+# gradient is then 1.2 % of the op's bytes; with one tile it would be 4.7 %.
 _BACKWARD_RULE = {"TOKENS": 16, "TILES": 4, "num_warps": 4}
 
 
@@ -31,7 +32,7 @@ def _split_kernel(
     BIAS: tl.constexpr, NORM: tl.constexpr, KEEP_INVERSE: tl.constexpr, POSITION: tl.constexpr, TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens of one head a program. k and v have strides of their own: they may be rows of a cache.
+    """Each program processes TOKENS tokens of one head. k and v have separate strides: they may be rows of a cache.
 
     POSITION: the rows of an image begin at its position, read from the device; rows outside the cache are not written.
     """
@@ -40,8 +41,8 @@ def _split_kernel(
     index = (program // heads) * TOKENS + tl.arange(0, TOKENS)
     dim = tl.arange(0, HEAD_DIM)
     here = index < num_tokens
-    inside = here[:, None] & (dim[None, :] < HEAD_DIM)  # the interpreter wants a mask of one shape
-    # Divided while they have 32 bits; offsets need 64.
+    inside = here[:, None] & (dim[None, :] < HEAD_DIM)  # the interpreter needs the mask in the full shape
+    # Divide while the indices have 32 bits; only the offsets need 64.
     token, image, row = index.to(tl.int64), (index // length).to(tl.int64), (index % length).to(tl.int64)
     source = qkv_ptr + (token * (3 * heads * HEAD_DIM) + head * HEAD_DIM)[:, None] + dim[None, :]
     q = tl.load(source, mask=inside, other=0.0).to(tl.float32)
@@ -52,7 +53,7 @@ def _split_kernel(
         q += tl.load(bias).to(tl.float32)[None, :]
         k += tl.load(bias + heads * HEAD_DIM).to(tl.float32)[None, :]
         v += tl.load(bias + 2 * heads * HEAD_DIM).to(tl.float32)[None, :]
-    flat = (image * heads + head) * length + row  # of q, which is contiguous, and of the inverse norms
+    flat = (image * heads + head) * length + row  # index into q, which is contiguous, and into the inverse norms
     if NORM:
         q_norm = tl.sqrt_rn(tl.sum(q * q, axis=1))
         k_norm = tl.sqrt_rn(tl.sum(k * k, axis=1))
@@ -76,11 +77,13 @@ def _split_kernel(
 
 @jit
 def _through_norm(d, y, inverse, eps):
-    """d x of y = x / max(|x|, eps), given d y: the part of it along y is lost, but where the norm was raised to eps.
+    """Gradient of x, given d = d y, for y = x / max(|x|, eps). Projects out the component of d along y, except where
+    the norm was clamped to eps.
 
-    y comes as it was stored. In 16 bits that adds an error the size of the rounding of d y itself: together 1.0 to 1.5
-    times PyTorch's, in the root mean square over 4096 heads, from right angles to d y nearly parallel to y, which is
-    the worst. Of a d y without rounding it would be more than twice from a cosine of 0.85 on.
+    y is read as it was stored, rounded. In 16 bits this adds an error of the size of the rounding of d y itself.
+    Together the error is 1.0 to 1.5 times PyTorch's, in the root mean square over 4096 heads, for d y between
+    orthogonal to y and nearly parallel to it, which is the worst case. If d y were not rounded itself, the ratio would
+    exceed 2 from a cosine of 0.85 between d y and y on.
     """
     along = tl.sum(d * y, axis=1)
     along = tl.where(inverse == tl.div_rn(1.0, eps), 0.0, along)
@@ -93,7 +96,7 @@ def _split_backward_kernel(
     num_tokens, length, heads, q_image, q_head, q_row, k_image, k_head, k_row, v_image, v_head, v_row, eps,
     BIAS: tl.constexpr, NORM: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of the forward kernel, the other way; strides are those of the gradients."""
+    """The reverse of the forward kernel, on the same tiles; the strides are those of d q, d k and d v."""
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
     dim = tl.arange(0, HEAD_DIM)
@@ -195,7 +198,7 @@ def outputs(
 def split_op(
     qkv_BLC3: Tensor, bias_C3: Tensor | None, num_heads: int, l2_norm: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v (B, H, L, D), and 1 / max(norm, eps) of q and k, (B, H, L) float32; empty without normalisation."""
+    """q, k, v (B, H, L, D); and 1 / max(norm, eps) of q and k, (B, H, L) float32, empty without normalisation."""
     q, k, v, *inverse = outputs(qkv_BLC3, bias_C3, num_heads, l2_norm)
     _launch_split(qkv_BLC3, bias_C3, l2_norm, q, k, v, (inverse[0], inverse[1]))
     return q, k, v, inverse[0], inverse[1]
@@ -214,7 +217,7 @@ def split_into_op(
     v_BHlD: Tensor,
     position: Tensor | None = None,
 ) -> Tensor:
-    """q (B, H, l, D); k and v are written to rows 0 ... l, or position ... position + l, of k_BHlD and v_BHlD."""
+    """Returns q (B, H, l, D). Writes k and v to rows [0, l), or [position, position + l), of k_BHlD and v_BHlD."""
     q = _empty_heads(qkv_BlC3, num_heads)
     _launch_split(qkv_BlC3, bias_C3, l2_norm, q, k_BHlD, v_BHlD, None, position)
     return q
@@ -236,7 +239,7 @@ def split_backward_op(
     k_inverse_BHL: Tensor | None,
     with_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """d qkv (B, L, 3 C) and, if asked for, d bias (3 C,); the last four are None without normalisation."""
+    """d qkv (B, L, 3 C) and, if with_bias, d bias (3 C,). q, k and the inverse norms are None without normalisation."""
     d_q, d_k, d_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (d_q_BHLD, d_k_BHLD, d_v_BHLD))
     d_qkv = _empty_product(d_q)
     batch, heads, length, dim = d_q.shape

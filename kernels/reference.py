@@ -1,6 +1,6 @@
-"""The specification of every op, in plain PyTorch: any device, any floating dtype, no tuning.
+"""The specification of every op, in ordinary PyTorch operations: any device, any floating dtype, no tuning.
 
-A kernel behind `varfast.kernels` computes one of these functions; its tests compare it with this file. The ops of
+Each kernel of `varfast.kernels` computes one of these functions, and its tests compare it with this file. The ops of
 next-token models are in reference_nexttoken.py.
 Arithmetic is at least float32 whatever the storage dtype; float64 inputs are computed in float64.
 
@@ -52,7 +52,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     for round_index in range(10):
         if round_index:
             k0, k1 = (k0 + _PHILOX_WEYL[0]) & _MASK32, (k1 + _PHILOX_WEYL[1]) & _MASK32
-        # The 64-bit products wrap round in int64; their bits, which is all that is read, are those of uint64.
+        # The 64-bit products may overflow int64. Only their bits are used, and these equal those of uint64 products.
         product0, product1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
         high0, low0 = (product0 >> 32) & _MASK32, product0 & _MASK32
         high1, low1 = (product1 >> 32) & _MASK32, product1 & _MASK32
@@ -63,12 +63,12 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 def uniform_Bl(key: Tensor, scale: int, num_images: int, num_tokens: int, first_token: Tensor | None = None) -> Tensor:
     """One uniform number in the open interval (0, 1) for each token of a scale, float64 with 52 random bits.
 
-    The number of an image's token depends on (seed, step, scale, sample index, position) alone, so it is the same
-    whatever the batch split, the block size or the process that draws it.
+    A token's number depends only on (seed, step, scale, sample index, position), so it is the same for every batch
+    split and block size, and on every process.
 
     Args:
         key: (3,) int64: seed, step, index of the first image among the samples of this step. A tensor on the device,
-            so that a captured graph reads the values of each replay.
+            so that a captured CUDA graph reads new values at each replay.
         scale: index of the scale, 0 for the coarsest.
         num_images, num_tokens: B and l.
         first_token: () int64 on the device, place in the scale of the first of the l tokens; None: 0.
@@ -83,7 +83,7 @@ def uniform_Bl(key: Tensor, scale: int, num_images: int, num_tokens: int, first_
         (position_1l, sample_B1 & _MASK32, torch.full_like(seed, scale), step & _MASK32),
         (seed & _MASK32, (seed >> 32) & _MASK32),
     )
-    # 26 bits of each word; the half keeps 0 and 1 out.
+    # 26 bits of each word; adding 0.5 excludes 0 and 1.
     return (((word0 >> 6) << 26) + (word1 >> 6)).double().add(0.5) * 2.0**-52
 
 
@@ -92,7 +92,8 @@ def uniform_Bl(key: Tensor, scale: int, num_images: int, num_tokens: int, first_
 
 
 def split_float32(value: float) -> tuple[float, float]:
-    """A float64 as the float32 nearest to it and what is left: kernels multiply by both, to divide exactly enough."""
+    """Split a float64 into the nearest float32 and the remainder. Kernels multiply by both and add the products, which
+    is more exact than one float32 factor."""
     nearest = torch.tensor(value, dtype=torch.float32).item()
     return nearest, value - nearest
 
@@ -103,11 +104,11 @@ def _with_bias(logits: Tensor, bias_V: Tensor | None) -> Tensor:
 
 
 def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set to -inf what lies outside the `top_k` largest logits, then what lies outside the `top_p` nucleus.
+    """Set the logits outside the `top_k` largest to -inf, then those outside the `top_p` nucleus.
 
-    The nucleus drops the least probable tokens as long as their sum is at most 1 - top_p; the most probable token
-    always stays. Equal logits stay or go together, so nothing depends on the order of a sort. top_k = 0, and top_p = 0
-    or 1, switch a filter off.
+    The nucleus drops the least probable tokens as long as their probabilities sum to at most 1 - top_p; the most
+    probable token always stays. Equal logits are kept or dropped together, so the result does not depend on the order
+    of a sort. top_k = 0, and top_p = 0 or 1, switch a filter off.
     """
     if 0 < top_k < logits_BlV.shape[-1]:
         kth_largest = logits_BlV.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
@@ -133,7 +134,8 @@ def sample_tokens(
     bias_V: Tensor | None = None,
     first_token: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A row that holds NaN or +inf, or -inf alone, returns some token in [0, V), and NaN as logp and entropy."""
+    """For a row with NaN or +inf, or with nothing but -inf, the token is some number in [0, V), and logp and entropy
+    are NaN."""
     logits = _with_bias(logits_BlV, bias_V)
     if uncond_logits_BlV is not None:
         logits = (1.0 + guidance) * logits - guidance * _with_bias(uncond_logits_BlV, bias_V)
@@ -143,12 +145,12 @@ def sample_tokens(
     cdf_BlV = prob_BlV.cumsum(dim=-1)
     uniform_Bl1 = uniform_Bl(key, scale, logits.shape[0], logits.shape[1], first_token).unsqueeze(-1)
     target_Bl1 = uniform_Bl1 * cdf_BlV[..., -1:]
-    # The first token whose cumulated probability exceeds the target has itself a positive probability. Where the
-    # product above was rounded up to the whole sum there is none: the token that completes the sum stands in.
+    # Sample the first token whose cumulative probability exceeds the target; its own probability is positive. If the
+    # product above was rounded up to the whole sum, there is no such token: take the one that completes the sum.
     token_Bl1 = torch.searchsorted(cdf_BlV, target_Bl1, right=True)
     token_Bl1 = torch.minimum(token_Bl1, torch.searchsorted(cdf_BlV, cdf_BlV[..., -1:].contiguous()))
-    # Logits that are no distribution make all of the row's log-probabilities NaN, and no number is above the target:
-    # the token past the end would be a device assert in the next lookup.
+    # Logits that do not form a distribution make all of the row's log-probabilities NaN, so nothing exceeds the target.
+    # The index past the end would cause a device assert in the next lookup.
     token_Bl1 = token_Bl1.clamp_max(logits.shape[-1] - 1)
     entropy_Bl = -(prob_BlV.to(logits.dtype) * logp_BlV.masked_fill(prob_BlV == 0, 0.0)).sum(dim=-1)
     return token_Bl1.squeeze(-1), logp_BlV.gather(-1, token_Bl1).squeeze(-1), entropy_Bl
@@ -159,7 +161,7 @@ def selective_log_softmax(
 ) -> tuple[Tensor, Tensor]:
     logp_BLV = (_with_bias(logits_BLV, bias_V) / temperature).log_softmax(dim=-1)
     prob_BLV = logp_BLV.exp()
-    # p log p is 0 where p is, and so is its gradient: 0 * -inf is NaN.
+    # Where p is 0, p log p and its gradient are 0, but computing 0 * -inf would give NaN.
     entropy_BL = -(prob_BLV * logp_BLV.masked_fill(prob_BLV == 0, 0.0)).sum(dim=-1)
     return logp_BLV.gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1), entropy_BL
 
@@ -176,7 +178,7 @@ def invariant_linear(
     float32_out: bool,
     original_FC: Tensor | None = None,
 ) -> Tensor:
-    """The device's own product, whose bits may depend on the number of rows."""
+    """PyTorch's ordinary product, whose bits may depend on the number of rows."""
     if original_FC is not None:
         weight_FC = original_FC.to(weight_FC.dtype)
     dtype = torch.promote_types(x.dtype, torch.float32) if float32_out else x.dtype
@@ -272,7 +274,7 @@ def cached_attention(
     if position is not None:
         row_L = torch.arange(k_cache_BHLD.shape[2], device=q_BHlD.device)
         valid_B11L = row_L < (position.reshape(-1, 1, 1, 1) + num_keys)
-        # 0 where a row is not valid yet: 0 * NaN is NaN, and what is there was perhaps never written.
+        # Set rows that are not valid yet to 0: they may be uninitialised memory, and 0 * NaN would be NaN.
         k, v = (cache.masked_fill(~valid_B11L.mT, 0.0) for cache in (k_cache_BHLD, v_cache_BHLD))
         q = q_BHlD * logit_scale_H.to(q_BHlD.dtype)[:, None, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=valid_B11L, scale=1.0)
@@ -332,7 +334,7 @@ def linear_gelu(x_BLC: Tensor, weight_MC: Tensor, low_MC: Tensor, bias_M: Tensor
 
 
 def memory_format(x_BCHW: Tensor) -> torch.memory_format:
-    """channels_last where the channels are innermost, else contiguous."""
+    """channels_last if the channels are innermost in memory, else contiguous."""
     innermost = x_BCHW.stride(1) == 1 and not x_BCHW.is_contiguous()
     return torch.channels_last if innermost else torch.contiguous_format
 
@@ -347,7 +349,7 @@ def group_norm_silu(
     input_bias_C: Tensor | None,
     moments: object = None,
 ) -> Tensor:
-    """moments: of x, which others read to save themselves a pass; here they are computed in any case."""
+    """`moments` is ignored: it only saves other implementations a pass over x."""
     wide = at_least_float32(x_BCHW)
     if input_bias_C is not None:
         wide = wide + input_bias_C.to(wide.dtype)[:, None, None]
@@ -375,12 +377,13 @@ _K3_SERIES = tuple(1.0 / math.factorial(n) for n in range(2, 10))
 def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """exp(q) - q - 1 with q = logp_ref - logp: the k3 estimate of KL(policy || reference), never negative.
 
-    As expm1(q) - q where |q| >= 0.1, as its power series below: in float32 the difference has a relative error of
-    1e-6 at 0.1 and of 1e-2 at 1e-5, and a young policy lives at 1e-5 (tests/kernels/test_grpo_loss.py).
+    Computed as expm1(q) - q for |q| >= 0.1, and as a power series for smaller |q|. In float32 the difference has a
+    relative error of 1e-6 at 0.1 and of 1e-2 at 1e-5, and |q| is about 1e-5 early in training
+    (tests/kernels/test_grpo_loss.py).
     """
     q = logp_ref - logp
     small = q.abs() < 0.1
-    q_small = torch.where(small, q, 0.0)  # also keeps the unused branch, and so its gradient, finite
+    q_small = torch.where(small, q, 0.0)  # keeps the branch that is not selected, and its gradient, finite
     series = torch.zeros_like(q)
     for coefficient in reversed(_K3_SERIES):
         series = series * q_small + coefficient
@@ -401,7 +404,7 @@ def grpo_token_loss(
     advantages_BL = advantages_BL.to(logp_BL.dtype)
     log_ratio_BL = logp_BL - logp_old_BL.to(logp_BL.dtype)
     ratio_BL = token_ratio_BL = log_ratio_BL.exp()
-    if sequence_ratio:  # the value of the image's, the slope of the token's
+    if sequence_ratio:  # value of the image's ratio, gradient as of the token's
         ratio_BL = (log_ratio_BL.detach().mean(dim=1, keepdim=True) + (logp_BL - logp_BL.detach())).exp()
     clipped_BL = ratio_BL.clamp(1.0 - clip_eps, 1.0 + clip_eps)
     surrogate_BL = torch.minimum(ratio_BL * advantages_BL, clipped_BL * advantages_BL)

@@ -1,4 +1,4 @@
-"""The specification of the ops of next-token models; a part of reference.py, which says what holds for all.
+"""The specification of the ops of next-token models. The general rules are in reference.py, of which this is a part.
 
 Axes: B image, L token, C channel, F hidden channel of the MLP, H query head, G key and value head, D head dim,
 P = D / 2 pairs of channels, N place of the cache, X = (H + 2 G) D column of the product of the qkv layer.
@@ -16,7 +16,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def rms_norm(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
-    """As Llama: the normalised row is rounded to the dtype of x before it is multiplied by the weight."""
+    """As in Llama, the normalised row is rounded to the dtype of x before it is multiplied by the weight."""
     wide = at_least_float32(x_BLC)
     normed = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x_BLC.dtype)
     return (at_least_float32(normed) * at_least_float32(weight_C)).to(x_BLC.dtype)
@@ -36,7 +36,7 @@ def swiglu(gate_BLF: Tensor, up_BLF: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, rotary: Tensor | None, pairs: str) -> Tensor:
-    """Turn each pair of channels (a, b) to (a cos - b sin, b cos + a sin). rotary: (..., P, 2), broadcast over x."""
+    """Rotate each pair of channels (a, b) to (a cos - b sin, b cos + a sin). rotary: (..., P, 2), broadcast over x."""
     if rotary is None:
         return x
     wide = at_least_float32(x)
@@ -48,7 +48,7 @@ def _rotate(x: Tensor, rotary: Tensor | None, pairs: str) -> Tensor:
 
 
 def _heads(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, ...]:
-    """q (..., H, D), k and v (..., G, D)."""
+    """Split into q (..., H, D), k and v (..., G, D)."""
     heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
     return heads.split((num_heads, num_kv_heads, num_kv_heads), dim=-2)
 
@@ -87,11 +87,11 @@ def split_heads_rotary_to_cache(
 def decode_attention(
     q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position: Tensor, scale: float
 ) -> Tensor:
-    """Without reading a number of the device on the host: every place is computed, and those not seen are masked."""
+    """Computes every place and masks those after `position`, so that the host need not read it from the device."""
     seen_B11N = torch.arange(k_cache_BGND.shape[2], device=q_BHD.device) <= position.reshape(-1, 1, 1, 1)
-    # 0 where a place was perhaps never written: 0 * NaN is NaN.
+    # Set masked places to 0: they may be uninitialised memory, and 0 * NaN would be NaN.
     k, v = (cache.masked_fill(~seen_B11N.mT, 0.0) for cache in (k_cache_BGND, v_cache_BGND))
-    # The query heads of a key head stand where SDPA has the queries of a sequence.
+    # The query heads that share a key head are passed to SDPA as if they were a sequence of queries.
     q_BGrD = q_BHD.unflatten(1, (k.shape[1], -1))
     return F.scaled_dot_product_attention(q_BGrD, k, v, attn_mask=seen_B11N, scale=scale).flatten(1, 2)
 

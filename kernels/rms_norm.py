@@ -1,7 +1,8 @@
-"""RMSNorm: each token divided by its root mean square, times a weight for each channel; alone, or after a residual.
+"""RMSNorm: each token is divided by its root mean square, then multiplied by a weight for each channel. Alone, or fused
+with the addition of a residual branch before it.
 
-The residual and the norm in one pass read and write 4 times B * L * C numbers instead of 5, and backward 4 instead of
-6. In a decoding step it is one launch instead of two.
+The fused op reads and writes 4 * B * L * C numbers instead of 5 * B * L * C in the forward pass, and 4 instead of 6 in
+the backward pass. In a decoding step it is one launch instead of two.
 
 Axes: B image, L token, C channel; N row, a token of any image.
 """
@@ -32,7 +33,7 @@ def _forward_kernel(
     x_ptr, branch_ptr, weight_ptr, new_ptr, out_ptr, rstd_ptr, width, eps,
     RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program."""
+    """Each program processes one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -41,7 +42,7 @@ def _forward_kernel(
         branch = tl.load(branch_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
         stored = (x + branch).to(new_ptr.dtype.element_ty)
         tl.store(new_ptr + row * width + column, stored, mask=inside)
-        x = stored.to(tl.float32)  # the stream is normalised as it is stored
+        x = stored.to(tl.float32)  # normalise the rounded values that were stored
     mean_square = tl.div_rn(tl.sum(x * x, axis=0), width * 1.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
     normed = (x * rstd).to(out_ptr.dtype.element_ty).to(tl.float32)
@@ -55,10 +56,10 @@ def _backward_kernel(
     d_new_ptr, d_out_ptr, new_ptr, weight_ptr, rstd_ptr, d_x_ptr, partial_ptr, num_rows, width,
     NEW_HAS_GRADIENT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program, TILE at a time, with the loads of STAGES - 1 later tiles in flight.
+    """Each program processes ROWS rows, TILE at a time, while the next STAGES - 1 tiles are loading.
 
-    The sums of the weight's gradient stay in registers, TILE chains side by side, in a fixed order; they are written as
-    (chunks, C).
+    Sums for the weight's gradient stay in registers as TILE parallel chains, added in a fixed order. They are written
+    as (chunks, C).
     """
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -84,7 +85,7 @@ def _backward_kernel(
 
 
 def _launch_settings(direction: str, width: int, device: torch.device | None = None) -> dict[str, int]:
-    """Forward 8 numbers of a row a thread, one 128-bit load in bfloat16; backward as adaLN's kernel."""
+    """Forward: each thread holds 8 numbers of a row, one 128-bit load in bfloat16. Backward: as adaLN's kernel."""
     block = max(128, 1 << (width - 1).bit_length())
     if direction == "forward":
         return {"BLOCK": block} | setting("rms_norm_forward", width, device, num_warps=min(16, max(1, block // 256)))
@@ -100,7 +101,7 @@ def _outputs(x_NC: Tensor, branch_NC: Tensor | None) -> tuple[Tensor, Tensor, Te
 
 @torch.library.custom_op("varfast::rms_norm", mutates_args=())
 def _rms_norm_op(x_NC: Tensor, branch_NC: Tensor | None, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x + branch, empty without a branch; its norm times the weight; 1 / root mean square, (N,) float32."""
+    """x + branch, empty without a branch; the normalised sum times the weight; 1 / root mean square, (N,) float32."""
     new, out, rstd = _outputs(x_NC, branch_NC)
     if x_NC.numel():
         x = x_NC.contiguous()
@@ -130,7 +131,7 @@ def _fake(x_NC, branch_NC, weight_C, eps):
 def _rms_norm_backward_op(
     d_new_NC: Tensor | None, d_out_NC: Tensor, new_NC: Tensor, weight_C: Tensor, rstd_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """d x, which is d branch too; and d weight in float32."""
+    """d x, which also is d branch; and d weight in float32."""
     new = new_NC.contiguous()
     d_x = torch.empty_like(new)
     rows, width = new.shape
@@ -182,7 +183,7 @@ def _backward(op: Any, ctx: Any, d_new: Tensor | None, d_out: Tensor | None, _: 
 
 _rms_norm_op.register_autograd(partial(_backward, _rms_norm_backward_op), setup_context=_setup_context)
 
-# The same in C++, csrc/rms_norm_cpu.cpp; the weight comes in float32.
+# The same op in C++ (csrc/rms_norm_cpu.cpp). The weight is passed in float32.
 if NO_EXTENSION is None:
     torch.library.register_fake("varfast::rms_norm_cpp", _fake)
     torch.library.register_fake("varfast::rms_norm_backward_cpp", _fake_backward)
@@ -203,7 +204,7 @@ def _residual_norm_triton(x_BLC: Tensor, branch_BLC: Tensor, weight_C: Tensor, e
 
 
 def _norm_cpp(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
-    if x_BLC.dtype == torch.float64:  # what tests compare with
+    if x_BLC.dtype == torch.float64:  # used only as a reference in tests
         return reference.rms_norm(x_BLC, weight_C, eps)
     out: Tensor = torch.ops.varfast.rms_norm_cpp(x_BLC.flatten(0, -2), None, weight_C.float(), eps)[1]
     return out.view(x_BLC.shape)
@@ -267,8 +268,8 @@ def residual_rms_norm(
 
     Args:
         x_BLC, branch_BLC: (..., C), two axes or more, one shape and dtype. Differentiable.
-        weight_C, eps, impl: as of rms_norm.
-    Returns: the new stream and its norm, the shape and dtype of x.
+        weight_C, eps, impl: as in rms_norm.
+    Returns: the new stream and rms_norm of it, both in the shape and dtype of x.
     Raises: ValueError as rms_norm, and for a branch of another shape or dtype.
     """
     _check(x_BLC, weight_C)
@@ -282,7 +283,7 @@ def residual_rms_norm(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """Both directions at the widths of LlamaGen-L, XXL and 3B; one row and channel; an odd width."""
+    """Both directions at the widths of LlamaGen-L, XXL and 3B; also one row and channel, and an odd width."""
     from varfast.kernels.aot import recorded
 
     def call(dtype: torch.dtype, shape: tuple[int, int], residual: bool = True) -> None:

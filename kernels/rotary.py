@@ -1,6 +1,6 @@
-"""From the product of the qkv layer to heads, with rotary positions on queries and keys; one kernel.
+"""Turns the qkv layer's output into heads and applies rotary position embeddings to queries and keys, in one kernel.
 
-It is in rotary_triton.py; here are the choice of an implementation and the public functions.
+The kernel is in rotary_triton.py. This file has the choice of an implementation and the public functions.
 
 Axes: B image, L token, H query head, G key and value head, D head dim, P = D / 2 pairs of channels, N place of the
 cache, X = (H + 2 G) D column of the product, in the order q, k, v.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PAIRS = ("adjacent", "halves")
 
 
-# The same in C++, csrc/rotary_cpu.cpp.
+# The same ops in C++ (csrc/rotary_cpu.cpp).
 if NO_EXTENSION is None:
 
     @torch.library.register_fake("varfast::rotary_cpp")
@@ -59,7 +59,7 @@ if NO_EXTENSION is None:
 def _split_cpp(
     qkv_BLX: Tensor, rotary_LP2: Tensor | None, num_heads: int, num_kv_heads: int, pairs: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if qkv_BLX.dtype == torch.float64:  # what tests compare with
+    if qkv_BLX.dtype == torch.float64:  # used only as a reference in tests
         return reference.split_heads_rotary(qkv_BLX, rotary_LP2, num_heads, num_kv_heads, pairs)
     q, k, v = torch.ops.varfast.rotary_cpp(qkv_BLX, rotary_LP2, num_heads, num_kv_heads, pairs == "halves")
     return q, k, v
@@ -109,7 +109,7 @@ implementations(
 
 
 def _check_product(width: int, num_heads: int, num_kv_heads: int) -> int:
-    """The head dim of a product with so many columns."""
+    """The head dim of a qkv layer's output with `width` columns."""
     if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads and {num_kv_heads} key heads: want a multiple, at least 1")
     if width % (num_heads + 2 * num_kv_heads):
@@ -141,17 +141,17 @@ def split_heads_rotary(
     pairs: str = "adjacent",
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of each head; each pair (a, b) of q and k turned to (a cos - b sin, b cos + a sin).
+    """Queries, keys and values of each head; each pair (a, b) of q and k becomes (a cos - b sin, b cos + a sin).
 
     Args:
-        qkv_BLX: (B, L, (H + 2 G) D): q, k, v, and in each the heads one after the other. Differentiable.
-        rotary_LP2: (L, D / 2, 2) cosine and sine, float32 usually; None: nothing is turned. Need not be a rotation:
-            of LlamaGen's class token both are 0.
+        qkv_BLX: (B, L, (H + 2 G) D): q, then k, then v, each with its heads one after the other. Differentiable.
+        rotary_LP2: (L, D / 2, 2) cosine and sine, usually float32; None: no rotary embedding. It need not be a
+            rotation: both are 0 for LlamaGen's class token.
         num_heads, num_kv_heads: H and G; each key head serves H / G adjacent query heads.
         pairs: "adjacent": channels (0, 1), (2, 3) ... (LlamaGen); "halves": (0, D / 2), (1, D / 2 + 1) ... (Llama).
         impl: "auto", "triton" (float32 or 16 bits, the table float32), "cpp" (CPU; the same) or "reference".
-    Returns: q (B, H, L, D), k and v (B, G, L, D) in the dtype of qkv, turned in at least float32 and rounded once;
-        contiguous but from "reference".
+    Returns: q (B, H, L, D), k and v (B, G, L, D) in the dtype of qkv, rotated in at least float32 and rounded once;
+        contiguous except from "reference".
     Raises: ValueError for a shape that does not divide into heads, a table of another size, or an impl that is unknown
         or cannot run.
     """
@@ -173,18 +173,18 @@ def split_heads_rotary_to_cache(
     pairs: str = "adjacent",
     impl: str = "auto",
 ) -> Tensor:
-    """split_heads_rotary of one token an image; its key and value go to place `position` of a static cache.
+    """split_heads_rotary of one token per image; writes its key and value to place `position` of a static cache.
 
     Args:
         qkv_BX: (B, (H + 2 G) D).
         rotary_NP2: (N, D / 2, 2), a row for each place of the cache, or None.
-        position: int32 or int64 on the device, () or (B,), in [0, N): a captured CUDA graph reads its value at each
-            replay. On a GPU the value is not checked, which would wait for it.
+        position: int32 or int64 on the device, () or (B,), in [0, N). A captured CUDA graph reads its value at each
+            replay. On a GPU the value is not checked, because that would wait for the device.
         k_cache_BGND, v_cache_BGND: (B, G, N, D) of the dtype of qkv, unit stride in D; written in place.
         num_heads, pairs, impl: as in split_heads_rotary.
     Returns: q (B, H, D).
     Raises: ValueError for shapes or dtypes that do not fit, an impl that is unknown or cannot run, or if a gradient is
-        wanted: there is none.
+        required: there is none.
     """
     if qkv_BX.ndim != 2 or k_cache_BGND.ndim != 4:
         raise ValueError(
@@ -211,9 +211,10 @@ def split_heads_rotary_to_cache(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """Both directions and the cache at the heads of LlamaGen-L, 3B (head dim 100) and Janus; one token, head and pair.
+    """Forward, backward, and into a cache, with the heads of LlamaGen-L, 3B (head dim 100) and Janus; also one token,
+    head and pair.
 
-    Rows of 100 bfloat16 begin at multiples of 8 bytes: no load of 16 is possible.
+    Rows of 100 bfloat16 numbers begin at multiples of 8 bytes, so 16-byte loads are impossible there.
     """
     from varfast.kernels import rotary_triton
     from varfast.kernels.aot import recorded

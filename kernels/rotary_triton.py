@@ -1,4 +1,4 @@
-"""The Triton kernel of rotary.py, for both directions and the cache, and the ops made of it.
+"""The Triton kernel of rotary.py, for forward, backward and the cache, and its custom ops.
 
 Axes: B image, L token, H query head, G key and value head, D head dim, P = D / 2 pairs of channels, N place of the
 cache, X = (H + 2 G) D column of the product, in the order q, k, v.
@@ -16,9 +16,10 @@ from torch import Tensor
 from varfast.kernels._triton import jit, tl
 from varfast.kernels.settings import AS_WRITTEN, setting
 
-# A program takes some tokens of at most 4 neighbouring heads, all of q, of k or of v: 4096 numbers, 32 a thread. The
-# heads of a token read its row of the table together: read by a program for each head, float32 beside bfloat16, the
-# table would double what comes from L2. A decoding step has few tokens, and 1024 numbers a program.
+# A program processes some tokens of at most 4 adjacent heads, all of q, all of k or all of v: 4096 numbers, 32 per
+# thread. The heads of a token share one read of its row of the rotary table. If each head had its own program, reading
+# the float32 table for bfloat16 heads would double the traffic from L2. A decoding step has few tokens, so it uses 1024
+# numbers per program.
 _HEADS = 4
 
 
@@ -34,7 +35,7 @@ def _copy_halves(
     source, target, table, here, read, written,
     ROTARY: tl.constexpr, BACKWARD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows of heads, channel j turned with channel j + D / 2."""
+    """Copy rows of heads, rotating channel j with channel j + D / 2."""
     pair = tl.arange(0, BLOCK // 2)[None, :]
     inside = pair < HEAD_DIM // 2
     a = tl.load(source + pair, mask=here & inside, other=0.0).to(tl.float32)
@@ -52,7 +53,8 @@ def _copy_adjacent(
     source, target, table, here, read, written,
     ROTARY: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows of heads, channel 2 j turned with channel 2 j + 1: both, as cosine and sine, are read by one load."""
+    """Copy rows of heads, rotating channel 2 j with channel 2 j + 1. One load reads both channels, and one load reads
+    cosine and sine."""
     dim = tl.arange(0, BLOCK)[None, :]
     inside = dim < HEAD_DIM
     x = tl.load(source + dim, mask=here & inside, other=0.0).to(tl.float32)
@@ -71,7 +73,7 @@ def _copy(
     ROTARY: tl.constexpr, HALVES: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Between rows of the product and of heads. read: rows whose place is in the table."""
+    """Copy between rows of the qkv layer's output and rows of heads. read: rows whose place is in the table."""
     source = heads if BACKWARD else product
     target = product if BACKWARD else heads
     if HALVES:
@@ -88,12 +90,13 @@ def _rotary_kernel(
     ROTARY: tl.constexpr, HALVES: tl.constexpr, POSITION: tl.constexpr, BACKWARD: tl.constexpr, TOKENS: tl.constexpr,
     HEADS: tl.constexpr, ALIGNED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Forward: from the product to heads. BACKWARD: from the gradients of heads to that of the product.
+    """Forward: from the qkv layer's output to heads. BACKWARD: from the gradients of heads to that of the output.
 
-    A row of a tile is a head of a token; the heads of a token follow each other. BLOCK: HEAD_DIM, or the power of two
-    above it. POSITION: the one token of an image is at its position, read from the device; outside the cache, k and v
-    are not written. Each branch has a copy of its own: with pointers chosen before one copy, the compiler does not see
-    that the rows it stores are aligned. Strides of heads come divided by ALIGNED, so that it knows the divisor.
+    A row of a tile is one head of one token; the heads of a token are adjacent. BLOCK: HEAD_DIM rounded up to a power
+    of two. POSITION: each image has one token, at its position, which is read from the device; outside the cache, k and
+    v are not written. q, k and v each have their own call of _copy: if one call used a pointer selected before, the
+    compiler would not see that the rows it stores are aligned. The strides of heads are passed divided by ALIGNED and
+    multiplied here, so that the compiler knows they are divisible by it.
     """
     q_image, q_head, q_row = q_image * ALIGNED, q_head * ALIGNED, q_row * ALIGNED
     k_image, k_head, k_row = k_image * ALIGNED, k_head * ALIGNED, k_row * ALIGNED
@@ -175,7 +178,7 @@ def _launch(
             HEAD_DIM=dim,
             BLOCK=block,
             **chosen,
-            **AS_WRITTEN,  # strict mode: one token has the bits that it has among others
+            **AS_WRITTEN,  # strict mode: a token's bits must not depend on the number of tokens
         )
 
 
@@ -220,7 +223,7 @@ def _(d_q_BHLD, d_k_BGLD, d_v_BGLD, rotary_LP2, pairs):
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, rotary_LP2, _, _, ctx.pairs = inputs  # the last: a name, or in C++ whether it is "halves"
+    _, rotary_LP2, _, _, ctx.pairs = inputs  # pairs: its name, or for C++ whether it is "halves"
     ctx.save_for_backward(rotary_LP2)
 
 

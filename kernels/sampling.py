@@ -1,4 +1,4 @@
-"""Draw the tokens of one scale, with the log-probability and the entropy of the distribution they were drawn from.
+"""Sample the tokens of one scale; also return the log-probability and entropy of the distribution they come from.
 
 Axes: B image, l token of one scale, V vocabulary, N = B * l rows.
 """
@@ -20,7 +20,7 @@ from varfast.kernels.settings import setting
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
 
-# A row is held in registers: 32 numbers a thread at 1024 threads.
+# A row is held in registers, and 32 numbers per thread at 1024 threads is the limit.
 _MAX_VOCAB = 32768
 _FIRST_KERNEL_VOCAB = 8192
 _COUNT_BITS = 52
@@ -28,14 +28,15 @@ _COUNT_BITS = 52
 
 @jit
 def _sortable(x):
-    """float32 -> int64 in [0, 2^32) with the same order; -0 counts as 0."""
+    """Map float32 to int64 in [0, 2^32) so that the order is kept; -0 is treated as 0."""
     bits = (x + 0.0).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     return tl.where(bits >= 0x80000000, 0xFFFFFFFF - bits, bits + 0x80000000)
 
 
 @jit
 def _kth_largest(order, top_k):
-    """The largest threshold that keeps top_k numbers, found bit by bit from the top. Equal numbers stay together."""
+    """The largest threshold that keeps at least top_k numbers, found bit by bit from the highest bit. Equal numbers are
+    kept or dropped together."""
     threshold = tl.zeros((), tl.int64)
     for bit in tl.static_range(31, -1, -1):
         candidate = threshold + (1 << bit)
@@ -46,7 +47,8 @@ def _kth_largest(order, top_k):
 
 @jit
 def _nucleus(order, count, drop_share):
-    """The largest threshold below which the counts sum to at most drop_share of all; the most probable token stays."""
+    """The largest threshold for which the counts below it sum to at most drop_share of the total. The most probable
+    token always stays."""
     total = tl.sum(count, axis=0)
     may_drop = (total.to(tl.float64) * drop_share).to(tl.int64)
     threshold = tl.zeros((), tl.int64)  # keys below it are dropped
@@ -64,7 +66,7 @@ def _sample_kernel(
     BLOCK: tl.constexpr, COUNT_SCALE: tl.constexpr, BIAS: tl.constexpr, GUIDED: tl.constexpr, TOP_K: tl.constexpr,
     TOP_P: tl.constexpr, FIRST_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: a single pass over the logits, everything else in registers."""
+    """Each program samples one row. It reads the logits once and keeps everything else in registers."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < vocab
@@ -78,15 +80,16 @@ def _sample_kernel(
             uncond += bias
         x = (1.0 + guidance) * x - guidance * uncond
     x = tl.where(x == -float("inf"), x, x * inv_temperature + x * inv_temperature_rest)
-    # NaN counts as +inf: the filters keep it, the maximum sees it, and inf - inf makes logp and entropy NaN.
+    # Treat NaN as +inf: the filters keep it, the maximum becomes inf, and inf - inf makes logp and entropy NaN.
     x = tl.where(x == x, x, float("inf"))
     largest = tl.max(x, axis=0)
 
     if TOP_K:
         order = _sortable(x)
         x = tl.where(order >= _kth_largest(order, top_k), x, -float("inf"))
-    # Probabilities as integers: their sums are the same in any order, so tokens do not depend on the block shape.
-    # 2^40 counts for the most probable token at 4096 codes: what has less than 1e-12 of its probability is not drawn.
+    # Probabilities as integer counts: integer sums are the same in any order, so tokens do not depend on the block
+    # shape. At 4096 codes the most probable token has 2^40 counts; tokens with less than 1e-12 of its probability have
+    # none and are never sampled.
     count = (tl.exp(x - largest) * COUNT_SCALE).to(tl.int64)
     if TOP_P:
         order = _sortable(x)
@@ -104,7 +107,7 @@ def _sample_kernel(
     total_weight = tl.sum(weight, axis=0)
     log_total = tl.log(total_weight)
     expected = tl.sum(weight * tl.where(weight > 0.0, shifted, 0.0), axis=0) / total_weight
-    # Only a row that is no distribution has its token outside: its counts are undefined.
+    # The token is out of range only if the logits do not form a distribution, because the counts are undefined then.
     token = tl.minimum(tl.maximum(token, 0), vocab - 1)
     tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(logp_ptr + row, tl.sum(tl.where(column == token, shifted, 0.0), axis=0) - log_total)
@@ -112,7 +115,7 @@ def _sample_kernel(
 
 
 def _block(vocab: int) -> tuple[int, float]:
-    """Numbers of a row, and counts of the most probable token."""
+    """Size of the block that holds a row, and the count of the most probable token."""
     block = max(128, 1 << (vocab - 1).bit_length())
     return block, float(2 ** (_COUNT_BITS - (block.bit_length() - 1)))
 
@@ -120,7 +123,8 @@ def _block(vocab: int) -> tuple[int, float]:
 def _launch_of(
     vocab: int, temperature: float, filtered: bool, device: torch.device
 ) -> tuple[Any, tuple[float, ...], dict[str, Any]]:
-    """The kernel, what it divides the logits by, and its constants and settings: 16 numbers a thread at 4096 codes."""
+    """The kernel, 1 / temperature as its arguments, and its constants and settings (16 numbers per thread at 4096
+    codes)."""
     block, count_scale = _block(vocab)
     chosen = setting("sample_tokens", vocab, device, num_warps=min(16, max(4, block // 512)))
     constants = {"BLOCK": block, "COUNT_SCALE": count_scale}
@@ -141,7 +145,7 @@ def _sample_op(
     first_token: Tensor | None = None,
     segments: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """segments: by the kernel of sampling_segments.py."""
+    """segments: use the kernel of sampling_segments.py."""
     batch, length, vocab = logits_BlV.shape
     logits = logits_BlV.contiguous()
     tokens, logp, entropy = empty_outputs(logits)
@@ -178,7 +182,7 @@ def _sample_op(
 
 
 def empty_outputs(logits_BlV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, log-probabilities and entropies, not yet written."""
+    """Uninitialised tokens, log-probabilities and entropies."""
     shape = logits_BlV.shape[:2]
     logp, entropy = (logits_BlV.new_empty(shape, dtype=torch.float32) for _ in range(2))
     return logits_BlV.new_empty(shape, dtype=torch.int64), logp, entropy
@@ -190,7 +194,8 @@ def _(logits_BlV, *_, **__):
 
 
 def _sample_by_vocab(logits_BlV: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The first kernel holds a row's 64-bit counts in registers, and spills at 16384 codes; the second does not."""
+    """Uses the first kernel up to 8192 codes. It holds a row's 64-bit counts in registers and spills at 16384 codes;
+    the second kernel, of sampling_segments.py, does not."""
     return _sample_op(logits_BlV, *more, segments=logits_BlV.shape[-1] > _FIRST_KERNEL_VOCAB)
 
 
@@ -209,9 +214,9 @@ implementations(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """In training, and with every filter at inference; vocabularies of VAR and of next-token models; odd shapes.
+    """As in training, and with every filter as at inference; vocabularies of VAR and of next-token models; odd shapes.
 
-    The first kernel spills at 16384 codes, so it is not among these there.
+    The first kernel is not listed at 16384 codes, because it spills registers there.
     """
     from varfast.kernels.aot import recorded
 
@@ -259,10 +264,11 @@ def sample_tokens(
     first_token: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Multinomial draw from softmax(filter(((1 + g) * logits - g * uncond) / temperature)).
+    """Sample from the categorical distribution softmax(filter(((1 + g) * logits - g * uncond) / temperature)).
 
-    By inversion of the cumulated probabilities with one uniform number a token, a function of (seed, step, scale,
-    sample index, position) alone: the same tokens whatever the batch split. A token of probability 0 is never drawn.
+    Inverts the cumulative probabilities with one uniform number per token, which depends only on (seed, step, scale,
+    sample index, position). So the tokens are the same for every batch split. A token of probability 0 is never
+    sampled.
 
     Args:
         logits_BlV: (B, l, V) any floating dtype; arithmetic in float32 (float64 for float64).
@@ -274,16 +280,16 @@ def sample_tokens(
         top_k: keep the k most probable tokens (ties with the k-th stay); 0 keeps all.
         top_p: keep the nucleus of this probability (ties stay); 0 or 1 keeps all.
         bias_V: (V,) added to both logits in float32 as they are read, so that the head's product need not add it.
-        first_token: () int64 on the logits' device: place in the scale of the first of the l tokens; None: 0. Of a
-            scale that is sampled token by token, so that a captured step reads the place of each replay.
-        impl: "auto", "triton", "triton_segments" (sampling_segments.py; "triton" is that too above 8192 codes) or
-            "reference". They draw the same tokens, but where the uniform number falls within float32 rounding of the
-            border between two.
+        first_token: () int64 on the logits' device: position in the scale of the first of the l tokens; None: 0. It
+            serves models that sample token by token: a captured CUDA graph reads its value at each replay.
+        impl: "auto", "triton", "triton_segments" (sampling_segments.py; "triton" uses it too above 8192 codes) or
+            "reference". All sample the same tokens, except where the uniform number falls within float32 rounding of
+            the boundary between two tokens.
     Returns:
         tokens (B, l) int64; their log-probability (B, l) and the entropy in nats (B, l), float32 (float64 for
-        float64), of the distribution drawn from, that is after guidance, temperature and filters. No gradient.
-        Logits that are no distribution (NaN or +inf among them, or all of them -inf) draw some token in [0, V), whose
-        log-probability and entropy are NaN: so the caller sees it, without an assert on the device.
+        float64), of the distribution sampled from, that is, after guidance, temperature and filters. No gradient.
+        For logits that do not form a distribution (with NaN or +inf, or all -inf) the token is some number in [0, V),
+        and log-probability and entropy are NaN, so that the caller can see it without an assert on the device.
     Raises: ValueError for a temperature that is not positive, a key of another shape or type, an impl that is unknown
         or cannot run.
     """

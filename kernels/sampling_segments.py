@@ -1,24 +1,24 @@
-"""The second Triton kernel of sample_tokens, impl="triton_segments": few warps a row, and a draw in two levels.
+"""The second Triton kernel of sample_tokens, impl="triton_segments": few warps per row, and sampling in two levels.
 
-A row is read once and held in the registers of few warps: 4096 codes in those of one warp, which waits on no barrier.
-Each code's weight becomes a whole number. Sums of these are the same in any order, and so are tokens and
-log-probabilities whatever the block shape and the batch split. The draw has two levels: the sums of 8 segments of the
-row say in which of them the token lies; only that segment, still in the cache, is read again and scanned.
+A row is read once and held in the registers of few warps; 4096 codes fit in one warp, which needs no barriers. Each
+code's weight becomes an integer. Integer sums are the same in any order, so tokens and log-probabilities do not depend
+on the block shape or the batch split. Sampling has two levels: the sums of 8 segments of the row decide which segment
+has the token, and only that segment is read again, from the cache, and scanned.
 
-It has run interpreted and compiles for sm_90 and sm_100; no GPU has run it. So impl="auto" does not pick it before it
-was measured, but above 8192 codes, where the first kernel spills. By count, not measured: binaries for sm_90, triton
-3.6, 131072 rows of 4096 float32 codes with a bias, on an H100, which issues 528 instructions a cycle. The first kernel
-was measured at 1.77 ms, 40 % of the bandwidth.
+This kernel has run in Triton's interpreter and compiles for sm_90 and sm_100, but has not run on a GPU. Until it is
+measured, impl="auto" picks it only above 8192 codes, where the first kernel spills registers. The table below is
+counted, not measured: binaries for sm_90, triton 3.6, 131072 rows of 4096 float32 codes with a bias, on an H100, which
+issues 528 instructions a cycle. The first kernel was measured at 1.77 ms, 40 % of the bandwidth.
 
     a row                     triton       triton_segments
     warps x instructions      8 x 1216     1 x 2656   issued in 1.38 ms and 0.38; the bytes take 0.71
-    exponentials, 64-bit      4096 each    4608 each  16 a cycle and multiprocessor: 0.29 ms and 0.33, beside the issue
+    exponentials, 64-bit      4096 each    4608 each  16 a cycle and multiprocessor: 0.29 and 0.33 ms, during the issue
       conversions
     registers                 32768        5376       of 65536: 2 rows on a multiprocessor, and 12
     barriers                  19           0
     16384 codes               spills       4 x 2808   168 to 178 registers a thread, no spills, 18 barriers
 
-Under some 1600 rows it may be slower: one warp then has a row's latency to itself.
+Below about 1600 rows it may be slower: all rows then run at once, and the kernel takes as long as one warp for a row.
 
 Axes: B image, l token of one scale, V vocabulary, N = B * l rows.
 """
@@ -33,14 +33,14 @@ import torch
 from varfast.kernels._triton import jit, tl
 from varfast.kernels.settings import setting
 
-_SUM_BITS = 52  # of the sum of a row's counts: exact in float64 too
-_SEGMENTS = 8  # 16 take as many instructions, 4 and 32 more
+_SUM_BITS = 52  # bits of the sum of a row's counts, which is then exact in float64 too
+_SEGMENTS = 8  # 16 segments take as many instructions, 4 and 32 take more
 _LOG2_E = math.log2(math.e)
 
 
 @jit
 def token_uniform(key_ptr, first_token_ptr, row, num_tokens, scale, FIRST_TOKEN: tl.constexpr):
-    """One number in (0, 1) for the token of a row, float64 with 52 random bits: reference.uniform_Bl."""
+    """The uniform number in (0, 1) for a row's token, float64 with 52 random bits, as reference.uniform_Bl."""
     image = row // num_tokens
     position = (row % num_tokens).to(tl.uint32)
     if FIRST_TOKEN:
@@ -66,7 +66,7 @@ def _scores(
     GUIDED: tl.constexpr,
     READ_AGAIN: tl.constexpr = False,
 ):
-    """Logits of the row that begins at `first`, with bias and guidance; -inf beyond the vocabulary."""
+    """Logits of the row that begins at `first`, after bias and guidance; -inf beyond the vocabulary."""
     inside = column < vocab
     other = -float("inf")
     KEEP: tl.constexpr = "evict_last" if READ_AGAIN else ""
@@ -78,14 +78,14 @@ def _scores(
         uncond = tl.load(uncond_ptr + first + column, mask=inside, other=0.0, eviction_policy=KEEP).to(tl.float32)
         if BIAS:
             uncond += bias
-        # Rounded as written, wherever this is computed: thresholds found in one pass hold in the next.
+        # An explicit fma rounds in the same way at every call, so thresholds found in one pass are valid in the next.
         x = tl.fma(1.0 + guidance, x, -(guidance * uncond))
     return x
 
 
 @jit
 def _order(x):
-    """float32 -> int32 with the same order; -0 counts as 0."""
+    """Map float32 to int32 so that the order is kept; -0 is treated as 0."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -101,14 +101,16 @@ def _weigh(
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
 ):
-    """Of each code, in units of the most probable one: exponent of 2, weight, and weight as a count, after the filters.
+    """For each code, relative to the most probable one and after the filters: log2 of the weight, the weight, and the
+    weight as an integer count.
 
-    2^40 counts for the most probable token at 4096 codes: what has less than 1e-12 of its probability is not drawn.
-    A NaN passes the filters and stays one in the first two, so that the row's sums show it.
+    At 4096 codes the most probable token has 2^40 counts; tokens with less than 1e-12 of its probability have none and
+    are never sampled. NaN passes the filters and stays NaN in the first two results, so that the row's sums show it.
     """
     if TOP_K:
         x = tl.where((_order(x) >= least_order) | (x != x), x, -float("inf"))
-    # Subtracted first: the product of a large logit would overflow. Below 2^-126 a weight is 0, and 0 * exponent too.
+    # Subtract first, because the product of a large logit would overflow. The floor keeps the exponent finite: below
+    # 2^-126 a weight is 0, and weight * exponent must be 0 too.
     exponent = tl.maximum((x - largest) * inv_temperature_log2, -200.0, propagate_nan=tl.PropagateNan.ALL)
     weight = tl.exp2(exponent)
     if TOP_P:
@@ -118,7 +120,8 @@ def _weigh(
 
 @jit
 def _least_order(x, top_k):
-    """The largest order that keeps top_k numbers, found bit by bit from the top. Equal numbers stay together."""
+    """The largest value of _order(x) that keeps at least top_k numbers, found bit by bit from the highest bit. Equal
+    numbers are kept or dropped together."""
     order = _order(x)
     lowest = tl.full((), -(1 << 31), tl.int64)
     for step in range(32):
@@ -130,9 +133,9 @@ def _least_order(x, top_k):
 
 @jit
 def _least_weight(weight, count, drop_share, COUNT_BITS: tl.constexpr):
-    """The largest weight of which all that is below sums to at most drop_share of the total; found bit by bit."""
+    """The largest threshold for which the weights below it sum to at most drop_share of the total; found bit by bit."""
     may_drop = (tl.sum(count, axis=0).to(tl.float64) * drop_share).to(tl.int64)
-    lowest = tl.zeros((), tl.int32)  # bits of a float32 in [0, 1], of which the order is their own
+    lowest = tl.zeros((), tl.int32)  # the bits of floats in [0, 1], as integers, have the same order
     for step in range(30):
         candidate = lowest + (tl.full((), 1 << 29, tl.int32) >> step)
         below = tl.where(weight < candidate.to(tl.float32, bitcast=True), weight, 0.0)
@@ -148,12 +151,12 @@ def _sample_kernel(
     BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, COUNT_BITS: tl.constexpr, BIAS: tl.constexpr, GUIDED: tl.constexpr,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, FIRST_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """One row a program."""
+    """Each program samples one row."""
     row = tl.program_id(0)
     first = row.to(tl.int64) * row_stride
     column = tl.arange(0, BLOCK)
-    # With a filter the row is read again, from the cache: kept through the search, it would take registers. Without the
-    # hint the compiler makes one load of the two.
+    # With a filter, the row is read again from the cache, because keeping it during the search would take registers.
+    # The eviction hint also stops the compiler from merging the two loads into one.
     x = _scores(logits_ptr, uncond_ptr, bias_ptr, first, column, vocab, guidance, BIAS, GUIDED, TOP_K or TOP_P)
     largest = tl.max(x, axis=0)
 
@@ -177,7 +180,7 @@ def _sample_kernel(
     uniform = token_uniform(key_ptr, first_token_ptr, row, num_tokens, scale, FIRST_TOKEN)
     target = (uniform * total.to(tl.float64)).to(tl.int64)
 
-    # The segment, then the token in it. The limits hold where a NaN has made nonsense of the counts.
+    # Find the segment, then the token in it. The limits keep indices in range where NaN has made the counts undefined.
     ends = tl.cumsum(in_segment, axis=0)
     segment = tl.minimum(tl.sum((ends <= target).to(tl.int32), axis=0), SEGMENTS - 1)
     start = tl.max(tl.where(ends <= target, ends, 0), axis=0)
@@ -202,7 +205,8 @@ def _block(vocab: int) -> int:
 
 
 def _launch_settings(vocab: int, filtered: bool, device: torch.device | None = None) -> dict[str, int]:
-    """128 numbers a thread; 64 of 32768 codes, 32 with a filter: more spill. 32768 codes with top_p always do."""
+    """128 numbers per thread, 64 at 32768 codes, and 32 with a filter; more would spill registers. 32768 codes with
+    top_p spill in any case."""
     block = _block(vocab)
     if filtered:
         return setting("sample_tokens_segments", (vocab, "filtered"), device, num_warps=min(16, max(1, block // 1024)))
@@ -212,7 +216,7 @@ def _launch_settings(vocab: int, filtered: bool, device: torch.device | None = N
 def launch_of(
     vocab: int, temperature: float, filtered: bool, device: torch.device
 ) -> tuple[Any, tuple[float, ...], dict[str, int]]:
-    """The kernel, what it multiplies the logits by, and its constants and settings."""
+    """The kernel, the factor of its logits (log2(e) / temperature) as arguments, and its constants and settings."""
     block = _block(vocab)
     constants = {"BLOCK": block, "SEGMENTS": _SEGMENTS, "COUNT_BITS": _SUM_BITS - (block.bit_length() - 1)}
     return _sample_kernel, (_LOG2_E / temperature,), constants | _launch_settings(vocab, filtered, device)

@@ -21,11 +21,11 @@ class Implementation:
     """One way to compute an op.
 
     Attributes:
-        name: what impl= calls it.
-        run: takes the op's arguments, checked, without impl.
-        cannot: why it cannot run on a device, or None where it can.
-        auto_on: device types on which impl="auto" may pick it; none for paths that are there to be compared with.
-        refuses: what it takes instead, for arguments of the op that it does not take (float64, say); else None.
+        name: its value of impl=.
+        run: computes the op from its arguments (without impl), which the op has checked.
+        cannot: returns why it cannot run on a device, or None if it can.
+        auto_on: device types on which impl="auto" may pick it; empty for implementations that exist for comparison.
+        refuses: for arguments that it does not support (float64, say), returns what it supports instead; else None.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """What impl="auto" means for an op on a device."""
+    """The implementation that impl="auto" picks for an op on a device."""
 
     op: str
     impl: str
@@ -45,20 +45,20 @@ class Choice:
     available: tuple[str, ...]
 
 
-# Every op and its implementations, the fastest first and "reference" last.
+# The implementations of every op, the fastest first and "reference" last.
 OPS: dict[str, tuple[Implementation, ...]] = {}
 _CONFIGURED: dict[str, str] = {}
 
 
 def implementations(op: str, *fastest_first: Implementation) -> None:
-    """Declare the implementations of an op, once, in the op's own file; `reference` is the last of them."""
+    """Declare the implementations of an op. Called once, in the op's own file; "reference" must be the last."""
     assert op not in OPS, op
     assert fastest_first[-1].name == "reference", op
     OPS[op] = fastest_first
 
 
 def configure(impls: Mapping[str, str], device: torch.device | None = None) -> None:
-    """Say what impl="auto" means from now on, by op; ops that are not named go back to their default.
+    """Set which implementation impl="auto" picks, by op. Ops that are not named go back to their default.
 
     Raises: ValueError for an op or an implementation that does not exist, or that cannot run on `device`.
     """
@@ -79,7 +79,7 @@ def check_implementation(op: str, impl: str) -> None:
 
 
 def choose(op: str, device: torch.device) -> Choice:
-    """The implementation that impl="auto" stands for."""
+    """The implementation that impl="auto" picks on this device."""
     reasons = {i.name: i.cannot(device) for i in OPS[op]}
     available = tuple(name for name, reason in reasons.items() if reason is None)
     if op in _CONFIGURED:
@@ -101,8 +101,8 @@ def select(op: str, impl: str, device: torch.device) -> Callable[..., Any]:
 def run(op: str, impl: str, *arguments: Any) -> Any:
     """Compute an op on the device of its first argument, a tensor.
 
-    impl="auto" passes over an implementation that refuses these arguments, and says so once.
-    Raises: ValueError as select, and if an implementation refuses that was asked for, here or in the config.
+    If the implementation that impl="auto" picked refuses these arguments, the next one runs, with a warning once.
+    Raises: ValueError as select, and if an implementation chosen by `impl` or in the config refuses the arguments.
     """
     device = arguments[0].device
     chosen = _runnable(op, impl, device)
@@ -122,7 +122,7 @@ def run(op: str, impl: str, *arguments: Any) -> Any:
 
 @functools.cache
 def say_once(message: str) -> None:
-    """Warn, at the first call with this message."""
+    """Warn, but only at the first call with this message."""
     warnings.warn(message, stacklevel=4)
 
 
@@ -136,7 +136,7 @@ def _runnable(op: str, impl: str, device: torch.device) -> Implementation:
 
 
 def choices(device: torch.device) -> list[Choice]:
-    """What impl="auto" means for every op, for `python -m varfast.env`."""
+    """What impl="auto" picks for every op; shown by `python -m varfast.env`."""
     return [choose(op, device) for op in OPS]
 
 
@@ -154,7 +154,7 @@ _recording = False
 
 @contextmanager
 def launches_recorded() -> Iterator[None]:
-    """Inside, impl="triton" takes CPU tensors: kernels/aot.py catches the launches, and nothing runs."""
+    """Within the context, impl="triton" accepts CPU tensors. kernels/aot.py intercepts the launches; nothing runs."""
     global _recording
     _recording = True
     try:
@@ -163,16 +163,17 @@ def launches_recorded() -> Iterator[None]:
         _recording = False
 
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what Triton kernels take
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that the Triton kernels support
 
 
 def refused_dtype(x: Tensor) -> str | None:
-    """Why a Triton kernel refuses a tensor, by its dtype."""
+    """The dtypes that Triton kernels support, for the error message, if this tensor has another one; else None."""
     return None if x.dtype in FLOATS else f"float32, bfloat16 or float16, got {x.dtype}"
 
 
 def cannot_run_triton(device: torch.device) -> str | None:
-    """Triton kernels run on CUDA devices; with TRITON_INTERPRET=1, slowly, on the CPU, for tests of their logic."""
+    """Why Triton kernels cannot run on a device, or None. They run on CUDA devices, and with TRITON_INTERPRET=1 also on
+    the CPU, slowly, to test their logic."""
     if NO_TRITON is not None:
         return NO_TRITON
     if device.type == "cuda" or INTERPRETED or _recording:

@@ -1,4 +1,4 @@
-"""SwiGLU of an MLP: silu(gate) * up, between its two products.
+"""SwiGLU of an MLP: silu(gate) * up, between its two matrix products.
 
 Axes: B image, L token, F hidden channel; N row, a token of any image.
 """
@@ -20,13 +20,13 @@ from varfast.kernels.settings import setting
 if TYPE_CHECKING:
     from varfast.kernels.aot import AheadOfTime
 
-# 16 numbers a thread of 4 warps, two 128-bit loads of each tensor in bfloat16, as kernels/gelu.py.
+# Each thread of 4 warps has 16 numbers, two 128-bit loads of each tensor in bfloat16, as in kernels/gelu.py.
 _RULE = {"ROWS": 8, "COLUMNS": 256, "num_warps": 4}
 
 
 @jit
 def _tile(num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows, columns and mask of a program's tile; the programs of the same rows follow each other."""
+    """Rows, columns and mask of a program's tile. Programs of the same rows have adjacent ids."""
     across = tl.cdiv(width, COLUMNS)
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -35,7 +35,7 @@ def _tile(num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @jit
 def _sigmoid(x):
-    """By exp(-|x|), which does not overflow."""
+    """Sigmoid, computed from exp(-|x|), which does not overflow."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
 
@@ -69,7 +69,7 @@ def _backward_kernel(
 
 
 def _with_rows(x_NF: Tensor) -> Tensor:
-    """Of unit stride along F: gate and up may be halves of the columns of one product."""
+    """x with unit stride along F and any row stride: gate and up may be the two halves of one product's columns."""
     return x_NF if x_NF.stride(1) == 1 else x_NF.contiguous()
 
 
@@ -130,7 +130,7 @@ def _backward(op: Any, ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
 
 _swiglu_op.register_autograd(partial(_backward, _swiglu_backward_op), setup_context=_setup_context)
 
-# The same in C++, csrc/rms_norm_cpu.cpp.
+# The same op in C++ (csrc/rms_norm_cpu.cpp).
 if NO_EXTENSION is None:
     torch.library.register_fake("varfast::swiglu_cpp", _fake)
     torch.library.register_fake("varfast::swiglu_backward_cpp", _fake_backward)
@@ -146,7 +146,7 @@ def _swiglu_triton(gate_BLF: Tensor, up_BLF: Tensor) -> Tensor:
 
 
 def _swiglu_cpp(gate_BLF: Tensor, up_BLF: Tensor) -> Tensor:
-    if gate_BLF.dtype == torch.float64:  # what tests compare with
+    if gate_BLF.dtype == torch.float64:  # used only as a reference in tests
         return reference.swiglu(gate_BLF, up_BLF)
     out: Tensor = torch.ops.varfast.swiglu_cpp(gate_BLF.flatten(0, -2), up_BLF.flatten(0, -2))
     return out.view(gate_BLF.shape)
@@ -164,11 +164,11 @@ def swiglu(gate_BLF: Tensor, up_BLF: Tensor, impl: str = "auto") -> Tensor:
     """silu(gate) * up in at least float32, rounded once.
 
     Args:
-        gate_BLF, up_BLF: (..., F), two axes or more, one shape and dtype. Halves of the columns of one product are read
-            where they are. Differentiable.
+        gate_BLF, up_BLF: (..., F), two axes or more, of one shape and dtype. The two halves of one product's columns
+            are read without a copy. Differentiable.
         impl: "auto", "triton" (float32 or 16 bits), "cpp" (CPU) or "reference".
     Returns: the shape and dtype of gate, contiguous.
-    Raises: ValueError for two shapes or dtypes, or an impl that is unknown or cannot run.
+    Raises: ValueError for different shapes or dtypes, or an impl that is unknown or cannot run.
     """
     if gate_BLF.ndim < 2 or gate_BLF.shape != up_BLF.shape or gate_BLF.dtype != up_BLF.dtype:
         raise ValueError(
@@ -180,7 +180,8 @@ def swiglu(gate_BLF: Tensor, up_BLF: Tensor, impl: str = "auto") -> Tensor:
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """Both directions at the widths of LlamaGen-L and 3B, halves of one product too; one row and channel; odd sizes."""
+    """Both directions at the widths of LlamaGen-L and 3B, also as halves of one product; one row and channel; odd
+    sizes."""
     from varfast.kernels.aot import recorded
 
     def call(dtype: torch.dtype, rows: int, width: int, halves: bool = False) -> None:
