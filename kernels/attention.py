@@ -8,6 +8,7 @@ Axes: B image, H head, L token over all scales, l token of one scale, D head dim
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from varfast.kernels.selection import Implementation, cannot_run_triton, impleme
 __all__ = ["ahead_of_time", "block_causal_attention", "cached_attention"]
 
 
-def _scaled(q_BHLD: Tensor, logit_scale_H: Tensor) -> Tensor:
-    return q_BHLD * logit_scale_H.to(q_BHLD.dtype)[:, None, None]
+def _refuse_gradient(impl: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError(f"impl={impl!r} of cached_attention has no gradient; use torch.no_grad() or impl='reference'")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,9 +63,7 @@ def _run_triton_cached(
     position: Tensor | None = None,
     invariant: bool = False,
 ) -> Tensor:
-    tensors = (q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise ValueError("impl='triton' of cached_attention has no gradient; use torch.no_grad() or impl='reference'")
+    _refuse_gradient("triton", q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
     return attention_triton.cached_attention_op(
         q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H.float(), num_keys, invariant, position
     )
@@ -127,9 +127,7 @@ def _run_cpp_cached(
 ) -> Tensor:
     if q_BHlD.dtype == torch.float64:  # used only as a reference in tests
         return reference.cached_attention(q_BHlD, k_cache_BHLD, v_cache_BHLD, num_keys, logit_scale_H, position)
-    tensors = (q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise ValueError("impl='cpp' of cached_attention has no gradient; use torch.no_grad() or impl='reference'")
+    _refuse_gradient("cpp", q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H)
     parts = []
     for images, before in host_positions(position, len(q_BHlD)):
         _check_num_keys(before + num_keys, k_cache_BHLD)
@@ -148,44 +146,26 @@ def _refuses_cpp(q_BHLD: Tensor, *_: Any) -> str | None:
 # PyTorch
 
 
-def _run_sdpa(
-    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
-) -> Tensor:
-    """One SDPA call for each scale. All queries of a scale see the same keys, so no mask is needed."""
-    q_BHLD = _scaled(q_BHLD, logit_scale_H)
-    starts = (0, *scale_ends[:-1])
-    parts = [
-        F.scaled_dot_product_attention(q_BHLD[:, :, start:end], k_BHLD[:, :, :end], v_BHLD[:, :, :end], scale=1.0)
-        for start, end in zip(starts, scale_ends, strict=True)
-    ]
-    return torch.cat(parts, dim=2)
+def _run_by_scale(attend: Callable[[Tensor, Tensor, Tensor], Tensor], *given: Any) -> Tensor:
+    return torch.cat(attention_flash.scale_by_scale(attend, *given), dim=2)
+
+
+def _sdpa(q_BHlD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q_BHlD, k_BHLD, v_BHLD, scale=1.0)
 
 
 def _alone(q_BHlD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
     """One call for each image, so that the library's choice of kernel cannot depend on the batch size."""
     images = []
     for q, k, v in zip(q_BHlD.split(1), k_BHLD.split(1), v_BHLD.split(1), strict=True):
-        images.append(F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous(), scale=1.0))
+        images.append(_sdpa(q.contiguous(), k.contiguous(), v.contiguous()))
     return torch.cat(images)
-
-
-def _run_alone(
-    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
-) -> Tensor:
-    """Makes exactly the calls that _run_alone_cached makes scale by scale, so that both give the same bits."""
-    q_BHLD = _scaled(q_BHLD, logit_scale_H)
-    starts = (0, *scale_ends[:-1])
-    parts = [
-        _alone(q_BHLD[:, :, start:end], k_BHLD[:, :, :end], v_BHLD[:, :, :end])
-        for start, end in zip(starts, scale_ends, strict=True)
-    ]
-    return torch.cat(parts, dim=2)
 
 
 def _run_alone_cached(
     q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
 ) -> Tensor:
-    return _alone(_scaled(q_BHlD, logit_scale_H), k_cache_BHLD[:, :, :num_keys], v_cache_BHLD[:, :, :num_keys])
+    return _alone(reference.scaled(q_BHlD, logit_scale_H), k_cache_BHLD[:, :, :num_keys], v_cache_BHLD[:, :, :num_keys])
 
 
 @functools.lru_cache(maxsize=32)
@@ -220,7 +200,8 @@ def _run_flex(
         if torch.cuda.get_device_capability(device)[0] >= 10:
             block_size = (256, 128)  # on Blackwell a program of flash-attn-4 holds two tiles of 128 queries
     mask = _flex_mask(scale_ends, device, block_size)
-    return _compiled_flex()(_scaled(q_BHLD, logit_scale_H), k_BHLD, v_BHLD, block_mask=mask, scale=1.0, **options)
+    q_BHLD = reference.scaled(q_BHLD, logit_scale_H)
+    return _compiled_flex()(q_BHLD, k_BHLD, v_BHLD, block_mask=mask, scale=1.0, **options)
 
 
 def _cannot_run_flex(device: torch.device) -> str | None:
@@ -242,10 +223,10 @@ implementations(
     attention_flash.flex_flash(functools.partial(_run_flex, backend="FLASH")),
     attention_flash.block_causal("fa4"),
     attention_flash.block_causal("flash_attn"),
-    Implementation("sdpa", _run_sdpa, auto_on=()),
+    Implementation("sdpa", functools.partial(_run_by_scale, _sdpa), auto_on=()),
     # For strict mode: bitwise equal to cached_attention's implementation of the same name, for any batch.
     Implementation("triton_invariant", functools.partial(_run_triton, invariant=True), cannot_run_triton, (), _refuses),
-    Implementation("sdpa_invariant", _run_alone, auto_on=()),
+    Implementation("sdpa_invariant", functools.partial(_run_by_scale, _alone), auto_on=()),
     Implementation("reference", reference.block_causal_attention),
 )
 implementations(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from varfast.kernels._triton import jit, tl
-from varfast.kernels.attention_fused import fused_backward
+from varfast.kernels.attention_fused import add_queries, fused_backward
 from varfast.kernels.attention_tiles import (
     LOG2_E,
     D,
@@ -26,6 +26,7 @@ from varfast.kernels.attention_tiles import (
     query_tiles,
     readable,
     store_rows,
+    strides_of,
     table,
     tile_of_program,
     visible_keys,
@@ -102,47 +103,6 @@ def _dq_kernel(
 
 
 @jit
-def _dkv_part(
-    dk,
-    dv,
-    k,
-    v,
-    key,
-    grad_ptr,
-    q_ptr,
-    top_ptr,
-    share_ptr,
-    delta_ptr,
-    visible_ptr,
-    grad_row,
-    q_row,
-    factor,
-    first,
-    last,
-    length,
-    MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Add the contributions of the queries [first, last) to d k and d v. Logits are transposed: (keys, queries)."""
-    for start in tl.range(first, last, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        inside = row < length  # rows past it load as 0 and contribute 0
-        q = load_rows(q_ptr, row, q_row, length, True)
-        top = tl.load(top_ptr + row, mask=inside, other=0.0)
-        log_weight = tl.dot(k, tl.trans(q), input_precision="ieee") * factor - top[None, :]
-        if MASKED:
-            visible = tl.load(visible_ptr + row, mask=inside, other=0)
-            log_weight = tl.where(key[:, None] < visible[None, :], log_weight, -float("inf"))
-        weight = tl.exp2(log_weight) * tl.load(share_ptr + row, mask=inside, other=0.0)[None, :]
-        grad = load_rows(grad_ptr, row, grad_row, length, True)
-        dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision="ieee")
-        delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
-        d_logit = weight * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
-        dk = tl.dot(d_logit.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
-
-
-@jit
 def _dkv_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, scale_ptr, top_ptr, share_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, visible_ptr,
     grad_batch, grad_head, grad_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -163,13 +123,13 @@ def _dkv_kernel(
     factor = scale * LOG2_E
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
-    dk, dv = _dkv_part(
-        dk, dv, k, v, key, grad_ptr, q_ptr, top_ptr, share_ptr, delta_ptr, visible_ptr,
-        grad_row, q_row, factor, first, full, length, True, BLOCK_M,
+    dk, dv = add_queries(
+        dk, dv, k, v, key, grad_ptr, q_ptr, top_ptr, share_ptr, delta_ptr, visible_ptr, None,
+        grad_row, q_row, factor, first, full, length, end, True, BLOCK_M,
     )  # fmt: skip
-    dk, dv = _dkv_part(
-        dk, dv, k, v, key, grad_ptr, q_ptr, top_ptr, share_ptr, delta_ptr, visible_ptr,
-        grad_row, q_row, factor, full, length, length, False, BLOCK_M,
+    dk, dv = add_queries(
+        dk, dv, k, v, key, grad_ptr, q_ptr, top_ptr, share_ptr, delta_ptr, visible_ptr, None,
+        grad_row, q_row, factor, full, length, length, end, False, BLOCK_M,
     )  # fmt: skip
     store_rows(dk_ptr + batch * out_batch + head * out_head, dk * scale, key, out_row, end)
     store_rows(dv_ptr + batch * out_batch + head * out_head, dv, key, out_row, end)
@@ -225,7 +185,7 @@ def _two_kernels(
     dkv_tiles = table(key_tiles, scale_ends, (for_dkv["BLOCK_N"], for_dkv["BLOCK_M"]), q.device)
     visible_L = table(visible_keys, scale_ends, (), q.device)
     delta_BHL = torch.empty_like(top_BHL)
-    strides = [stride for x in (grad, q, k, v, dq) for stride in x.stride()[:3]]
+    strides = strides_of(grad, q, k, v, dq)
     _dq_kernel[(batch * heads * len(dq_tiles),)](
         *given, delta_BHL, d_scale_BHL, dq, dq_tiles, visible_L, *strides, length, heads, len(dq_tiles), **for_dq
     )
@@ -240,6 +200,6 @@ def _two_kernels(
 
 
 @backward_op.register_fake
-def _(grad_BHLD, q_BHLD, k_BHLD, v_BHLD, logit_scale_H, out_BHLD, top_BHL, share_BHL, scale_ends, fused=False):
+def _(grad_BHLD, q_BHLD, k_BHLD, v_BHLD, logit_scale_H, *_):
     d_scale = torch.empty_like(logit_scale_H, memory_format=torch.contiguous_format)
     return empty_BHLD(q_BHLD), empty_BHLD(q_BHLD), empty_BHLD(q_BHLD), d_scale

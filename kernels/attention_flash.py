@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varfast.kernels import reference
 from varfast.kernels.position import on_host_only
 from varfast.kernels.selection import Implementation
 
@@ -86,28 +87,29 @@ def _attend(
     return out
 
 
-def _scaled(q_BHLD: Tensor, logit_scale_H: Tensor) -> Tensor:
-    return q_BHLD * logit_scale_H.to(q_BHLD.dtype)[:, None, None]
+def scale_by_scale(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q_BHLD: Tensor,
+    k_BHLD: Tensor,
+    v_BHLD: Tensor,
+    scale_ends: tuple[int, ...],
+    logit_scale_H: Tensor,
+) -> list[Tensor]:
+    """A call of `attend` for each scale: its queries with all keys up to its end, which needs no mask."""
+    q_BHLD = reference.scaled(q_BHLD, logit_scale_H)
+    spans = zip((0, *scale_ends[:-1]), scale_ends, strict=True)
+    return [attend(q_BHLD[:, :, start:end], k_BHLD[:, :, :end], v_BHLD[:, :, :end]) for start, end in spans]
 
 
-def _run(
-    impl: str, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
-) -> Tensor:
-    """One call for each scale."""
-    q_BHLD = _scaled(q_BHLD, logit_scale_H)
-    starts = (0, *scale_ends[:-1])
-    parts = [
-        _attend(impl, q_BHLD[:, :, start:end], k_BHLD[:, :, :end], v_BHLD[:, :, :end])
-        for start, end in zip(starts, scale_ends, strict=True)
-    ]
-    return torch.cat(parts, dim=1).transpose(1, 2)
+def _run(impl: str, *given: Any) -> Tensor:
+    return torch.cat(scale_by_scale(functools.partial(_attend, impl), *given), dim=1).transpose(1, 2)
 
 
 def _run_cached(
     impl: str, q_BHlD: Tensor, k_cache_BHLD: Tensor, v_cache_BHLD: Tensor, num_keys: int, logit_scale_H: Tensor
 ) -> Tensor:
     k, v = (cache[:, :, :num_keys] for cache in (k_cache_BHLD, v_cache_BHLD))
-    return _attend(impl, _scaled(q_BHlD, logit_scale_H), k, v).transpose(1, 2)
+    return _attend(impl, reference.scaled(q_BHlD, logit_scale_H), k, v).transpose(1, 2)
 
 
 def block_causal(impl: str) -> Implementation:

@@ -29,6 +29,7 @@ from varfast.kernels.attention_tiles import (
     launch_setting,
     load_rows,
     store_rows,
+    strides_of,
     table,
     visible_keys,
 )
@@ -46,14 +47,13 @@ def _prepare(grad_ptr, out_ptr, delta_ptr, sum_ptr, grad_row, out_row, length, B
 
 
 @jit
-def _add_queries(
+def add_queries(
     dk, dv, k, v, key, grad_ptr, q_ptr, top_ptr, share_ptr, delta_ptr, visible_ptr, sum_ptr, grad_row, q_row, factor,
     first, last, length, end, MASKED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Add the contributions of the queries [first, last) to d k and d v, and those of this tile's keys, which end at
-    `end`, to d q in the buffer.
+    """Add what the queries [first, last) contribute to d k and d v. Logits are transposed: (keys, queries).
 
-    Logits are transposed: (keys, queries).
+    sum_ptr: d q of those queries, to which the keys up to `end` are added; None: d q is another kernel's.
     """
     for start in tl.range(first, last, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
@@ -63,18 +63,22 @@ def _add_queries(
         log_weight = tl.dot(k, tl.trans(q), input_precision="ieee") * factor - top[None, :]
         if MASKED:
             visible = tl.load(visible_ptr + row, mask=inside, other=0)
-            log_weight = tl.where(key[:, None] < tl.minimum(visible, end)[None, :], log_weight, -float("inf"))
+            if sum_ptr is not None:
+                visible = tl.minimum(visible, end)
+            log_weight = tl.where(key[:, None] < visible[None, :], log_weight, -float("inf"))
         weight = tl.exp2(log_weight) * tl.load(share_ptr + row, mask=inside, other=0.0)[None, :]
         grad = load_rows(grad_ptr, row, grad_row, length, True)
-        # Loaded before the products so that they hide the latency; 64 x 128 tiles leave enough registers for it.
-        before = load_rows(sum_ptr, row, D, length, True)
+        if sum_ptr is not None:
+            # Loaded before the products, to hide the latency; 64 x 128 tiles leave enough registers for it.
+            before = load_rows(sum_ptr, row, D, length, True)
         dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision="ieee")
         delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
         d_logit = weight * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
         d_logit = d_logit.to(q.dtype)
         dk = tl.dot(d_logit, q, dk, input_precision="ieee")
-        dq = tl.dot(tl.trans(d_logit), k, input_precision="ieee")
-        store_rows(sum_ptr, before + dq, row, D, length)
+        if sum_ptr is not None:
+            dq = tl.dot(tl.trans(d_logit), k, input_precision="ieee")
+            store_rows(sum_ptr, before + dq, row, D, length)
     return dk, dv
 
 
@@ -120,11 +124,11 @@ def fused_kernel(
             v = load_rows(values, key, v_row, end, True)
             dk = tl.zeros((BLOCK_N, D), tl.float32)
             dv = tl.zeros((BLOCK_N, D), tl.float32)
-            dk, dv = _add_queries(
+            dk, dv = add_queries(
                 dk, dv, k, v, key, grads, queries, top_ptr + rows, share_ptr + rows, delta_ptr + rows, visible_ptr,
                 sum_ptr, grad_row, q_row, scale * LOG2_E, first, full, length, end, True, BLOCK_M,
             )  # fmt: skip
-            dk, dv = _add_queries(
+            dk, dv = add_queries(
                 dk, dv, k, v, key, grads, queries, top_ptr + rows, share_ptr + rows, delta_ptr + rows, visible_ptr,
                 sum_ptr, grad_row, q_row, scale * LOG2_E, full, length, length, end, False, BLOCK_M,
             )  # fmt: skip
@@ -159,7 +163,6 @@ def fused_backward(
     programs = min(batch * heads, _multiprocessors(q.device) * max(1, 8 // chosen["num_warps"]))
     sum_PLD = q.new_empty((programs, *q.shape[2:]), dtype=torch.float32)
     visible_L = table(visible_keys, scale_ends, (), q.device)
-    strides = [stride for x in (grad, q, k, v, gradients[0]) for stride in x.stride()[:3]]
     fused_kernel[(programs,)](
         *given,
         torch.empty_like(top_BHL),
@@ -168,7 +171,7 @@ def fused_backward(
         *gradients,
         tiles,
         visible_L,
-        *strides,
+        *strides_of(grad, q, k, v, gradients[0]),
         length,
         heads,
         batch * heads,

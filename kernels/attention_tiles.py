@@ -170,6 +170,11 @@ def empty_BHLD(like: Tensor) -> Tensor:
     return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
 
 
+def strides_of(*tensors: Tensor) -> list[int]:
+    """What the kernels take beside each (B, H, L, D): its strides but for that of D, which is 1."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
 def empty_rows(like: Tensor) -> Tensor:
     return like.new_empty(like.shape[:3], dtype=torch.float32)
 

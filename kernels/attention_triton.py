@@ -31,6 +31,7 @@ from varfast.kernels.attention_tiles import (
     query_tiles,
     readable,
     store_rows,
+    strides_of,
     table,
     tile_of_program,
     visible_keys,
@@ -217,10 +218,7 @@ def attention_op(
                 share,
                 tiles,
                 table(visible_keys, ends, (), q.device),
-                *q.stride()[:3],
-                *k.stride()[:3],
-                *v.stride()[:3],
-                *out.stride()[:3],
+                *strides_of(q, k, v, out),
                 length,
                 heads,
                 num_tiles,
@@ -230,7 +228,7 @@ def attention_op(
 
 
 @attention_op.register_fake
-def _(q_BHLD, k_BHLD, v_BHLD, logit_scale_H, scale_ends, invariant=False, fused_backward=False):
+def _(q_BHLD, *_):
     return empty_BHLD(q_BHLD), empty_rows(q_BHLD), empty_rows(q_BHLD)
 
 
@@ -284,10 +282,7 @@ def cached_attention_op(
                 logit_scale_H.contiguous(),
                 out,
                 q if position is None else position,
-                *q.stride()[:3],
-                *k.stride()[:3],
-                *v.stride()[:3],
-                *out.stride()[:3],
+                *strides_of(q, k, v, out),
                 heads,
                 num_queries,
                 num_keys,
@@ -301,7 +296,7 @@ def cached_attention_op(
 
 
 @cached_attention_op.register_fake
-def _(q_BHlD, k_cache_BHLD, v_cache_BHLD, logit_scale_H, num_keys, invariant=False, position=None):
+def _(q_BHlD, *_):
     return empty_BHLD(q_BHlD)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from varfast.kernels import reference
 from varfast.kernels._triton import jit, tl
 from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp
-from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, run
+from varfast.kernels.selection import Implementation, cannot_run_triton, implementations, refused_dtype, run
 from varfast.kernels.settings import setting
 
 if TYPE_CHECKING:
@@ -63,6 +63,21 @@ def _launch_settings(channels: int, device: torch.device | None = None) -> dict[
 
 
 @jit
+def _tile_of_program(pixels, chunks, C: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """What a program works on: (image and chunk, image, chunk, its pixels, its channels, which of them exist).
+
+    Programs of the same pixels are neighbours, so that they share DRAM pages.
+    """
+    tiles: tl.constexpr = (C + TILE - 1) // TILE
+    program = tl.program_id(0)
+    part = program // tiles  # image * chunks + chunk
+    image, chunk = (part // chunks).to(tl.int64), part % chunks
+    row = chunk * ROWS + tl.arange(0, ROWS)
+    channel = (program % tiles) * TILE + tl.arange(0, TILE)
+    return part, image, chunk, row, channel, (row < pixels)[:, None] & (channel < C)[None, :]
+
+
+@jit
 def _moments_kernel(
     x_ptr,
     residual_ptr,
@@ -75,19 +90,9 @@ def _moments_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Each program processes one tile. Programs of the same pixels have adjacent ids, so that they share DRAM pages.
-
-    RESIDUAL: first add the residual to x in place; the moments are those of the stored (rounded) sum.
-    """
-    tiles: tl.constexpr = (C + TILE - 1) // TILE
-    program = tl.program_id(0)
-    part = program // tiles  # image * chunks + chunk
-    chunk = part % chunks
-    row = chunk * ROWS + tl.arange(0, ROWS)
-    channel = (program % tiles) * TILE + tl.arange(0, TILE)
-    inside = (row < pixels)[:, None] & (channel < C)[None, :]
-    pixel = (part // chunks).to(tl.int64) * pixels + row
-    at = pixel[:, None] * C + channel[None, :]
+    """RESIDUAL: first add the residual to x in place; the moments are those of the stored (rounded) sum."""
+    part, image, chunk, row, channel, inside = _tile_of_program(pixels, chunks, C, ROWS, TILE)
+    at = (image * pixels + row)[:, None] * C + channel[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -178,14 +183,7 @@ def _normalise_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Normalise one tile per program; the tiles are those of _moments_kernel."""
-    tiles: tl.constexpr = (C + TILE - 1) // TILE
-    program = tl.program_id(0)
-    part = program // tiles
-    image = (part // chunks).to(tl.int64)
-    row = part % chunks * ROWS + tl.arange(0, ROWS)
-    channel = (program % tiles) * TILE + tl.arange(0, TILE)
-    inside = (row < pixels)[:, None] & (channel < C)[None, :]
+    _, image, _, row, channel, inside = _tile_of_program(pixels, chunks, C, ROWS, TILE)
     factor = tl.load(factor_ptr + image * C + channel, mask=channel < C, other=0.0)
     offset = tl.load(offset_ptr + image * C + channel, mask=channel < C, other=0.0)
     at = (image * pixels + row)[:, None] * C + channel[None, :]
@@ -313,7 +311,15 @@ def _image_like(out_BPC: Tensor, x_BCHW: Tensor) -> Tensor:
     return out_BCHW.contiguous(memory_format=reference.memory_format(x_BCHW))
 
 
-def _run_triton(
+def _moments(x_BPC: Tensor, residual_BPC: Tensor | None) -> ChannelMoments:
+    """Of x + residual, which x then holds."""
+    rows = _launch_settings(x_BPC.shape[2], x_BPC.device)["ROWS"]
+    mean, squares = _channel_moments(x_BPC, residual_BPC, rows)
+    return ChannelMoments(mean, squares, rows)
+
+
+def _run(
+    impl: str,
     x_BCHW: Tensor,
     weight_C: Tensor,
     bias_C: Tensor,
@@ -323,36 +329,18 @@ def _run_triton(
     input_bias_C: Tensor | None,
     moments: ChannelMoments | None,
 ) -> Tensor:
-    _refuse_gradient("triton", x_BCHW, weight_C, bias_C, input_bias_C)
-    x_BPC = x_BCHW.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-    if moments is None:
-        rows = _launch_settings(x_BPC.shape[2], x_BPC.device)["ROWS"]
-        mean, squares = _channel_moments(x_BPC, None, rows)
-        moments = ChannelMoments(mean, squares, rows)
-    vectors = _vectors(weight_C, bias_C, input_bias_C)
-    return _image_like(_group_norm(x_BPC, *vectors, num_groups, eps, silu, *moments), x_BCHW)
-
-
-def _run_cpp(
-    x_BCHW: Tensor,
-    weight_C: Tensor,
-    bias_C: Tensor,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-    input_bias_C: Tensor | None,
-    moments: ChannelMoments | None,
-) -> Tensor:
-    """Ignores `moments` and recomputes them: the pixels are in the CPU's cache when they are normalised."""
-    _refuse_gradient("cpp", x_BCHW, weight_C, bias_C, input_bias_C)
+    _refuse_gradient(impl, x_BCHW, weight_C, bias_C, input_bias_C)
     x_BPC = x_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
-    vectors = _vectors(weight_C, bias_C, input_bias_C)
-    return _image_like(torch.ops.varfast.group_norm_silu_cpu(x_BPC, *vectors, num_groups, eps, silu), x_BCHW)
+    how = (*_vectors(weight_C, bias_C, input_bias_C), num_groups, eps, silu)
+    if impl == "cpp":  # it computes the moments in any case: a channel's pixels are in the cache then
+        return _image_like(torch.ops.varfast.group_norm_silu_cpu(x_BPC, *how), x_BCHW)
+    x_BPC = x_BPC.contiguous()
+    moments = _moments(x_BPC, None) if moments is None else moments
+    return _image_like(_group_norm(x_BPC, *how, *moments), x_BCHW)
 
 
 def _refuses_triton(x_BCHW: Tensor, *_: Any) -> str | None:
-    taken = x_BCHW.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return None if taken else f"float32, bfloat16 or float16, got {x_BCHW.dtype}"
+    return refused_dtype(x_BCHW)
 
 
 def _refuses_cpp(x_BCHW: Tensor, *_: Any) -> str | None:
@@ -362,8 +350,8 @@ def _refuses_cpp(x_BCHW: Tensor, *_: Any) -> str | None:
 
 implementations(
     "group_norm_silu",
-    Implementation("triton", _run_triton, cannot_run_triton, ("cuda",), _refuses_triton),
-    Implementation("cpp", _run_cpp, cannot_run_cpp, ("cpu",), _refuses_cpp),
+    Implementation("triton", partial(_run, "triton"), cannot_run_triton, ("cuda",), _refuses_triton),
+    Implementation("cpp", partial(_run, "cpp"), cannot_run_cpp, ("cpu",), _refuses_cpp),
     Implementation("reference", reference.group_norm_silu),
 )
 
@@ -372,9 +360,7 @@ def _moments_triton(x_BCHW: Tensor, residual_BCHW: Tensor | None) -> tuple[Tenso
     _refuse_gradient("triton", x_BCHW, residual_BCHW)
     x_BHWC = x_BCHW.permute(0, 2, 3, 1).contiguous()
     residual = None if residual_BCHW is None else residual_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
-    rows = _launch_settings(x_BHWC.shape[3], x_BHWC.device)["ROWS"]
-    mean, squares = _channel_moments(x_BHWC.flatten(1, 2), residual, rows)
-    return x_BHWC.permute(0, 3, 1, 2), ChannelMoments(mean, squares, rows)
+    return x_BHWC.permute(0, 3, 1, 2), _moments(x_BHWC.flatten(1, 2), residual)
 
 
 implementations(
@@ -408,6 +394,11 @@ def ahead_of_time() -> list[AheadOfTime]:
     return items
 
 
+def _check_image(x_BCHW: Tensor) -> None:
+    if x_BCHW.ndim != 4 or x_BCHW.shape[2] * x_BCHW.shape[3] == 0:
+        raise ValueError(f"x_BCHW is {tuple(x_BCHW.shape)}: want (B, C, H, W) with a pixel to average over")
+
+
 def group_norm_silu(
     x_BCHW: Tensor,
     weight_C: Tensor,
@@ -436,8 +427,7 @@ def group_norm_silu(
     Raises: ValueError for other shapes or dtypes, for an impl that is unknown or cannot run, or if a gradient is
         required of "triton" or "cpp".
     """
-    if x_BCHW.ndim != 4 or x_BCHW.shape[2] * x_BCHW.shape[3] == 0:
-        raise ValueError(f"x_BCHW is {tuple(x_BCHW.shape)}: want (B, C, H, W) with a pixel to average over")
+    _check_image(x_BCHW)
     channels = x_BCHW.shape[1]
     if num_groups < 1 or channels < 1 or channels % num_groups:
         raise ValueError(f"num_groups={num_groups} does not divide {channels} channels")
@@ -461,8 +451,7 @@ def channel_moments(
     Returns: the sum, channels_last from "triton"; and its moments, or None from "reference".
     Raises: ValueError for shapes or dtypes that differ, or for an impl that is unknown or cannot run.
     """
-    if x_BCHW.ndim != 4 or x_BCHW.shape[2] * x_BCHW.shape[3] == 0:
-        raise ValueError(f"x_BCHW is {tuple(x_BCHW.shape)}: want (B, C, H, W) with a pixel to average over")
+    _check_image(x_BCHW)
     if residual_BCHW is not None:
         for what in ("shape", "dtype"):
             ours, theirs = getattr(x_BCHW, what), getattr(residual_BCHW, what)

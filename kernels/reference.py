@@ -254,13 +254,17 @@ def block_causal_mask(scale_ends: tuple[int, ...], device: torch.device) -> Tens
     return position_L.unsqueeze(0) < visible_L.unsqueeze(1)
 
 
+def scaled(q_BHLD: Tensor, logit_scale_H: Tensor) -> Tensor:
+    """Queries times the factor of their head's logits."""
+    return q_BHLD * logit_scale_H.to(q_BHLD.dtype)[:, None, None]
+
+
 def block_causal_attention(
     q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale_ends: tuple[int, ...], logit_scale_H: Tensor
 ) -> Tensor:
     mask_LL = block_causal_mask(scale_ends, q_BHLD.device)
-    return F.scaled_dot_product_attention(
-        q_BHLD * logit_scale_H.to(q_BHLD.dtype)[:, None, None], k_BHLD, v_BHLD, attn_mask=mask_LL, scale=1.0
-    )
+    q_BHLD = scaled(q_BHLD, logit_scale_H)
+    return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=mask_LL, scale=1.0)
 
 
 def cached_attention(
@@ -271,19 +275,14 @@ def cached_attention(
     logit_scale_H: Tensor,
     position: Tensor | None = None,
 ) -> Tensor:
+    q = scaled(q_BHlD, logit_scale_H)
     if position is not None:
         row_L = torch.arange(k_cache_BHLD.shape[2], device=q_BHlD.device)
         valid_B11L = row_L < (position.reshape(-1, 1, 1, 1) + num_keys)
         # Set rows that are not valid yet to 0: they may be uninitialised memory, and 0 * NaN would be NaN.
         k, v = (cache.masked_fill(~valid_B11L.mT, 0.0) for cache in (k_cache_BHLD, v_cache_BHLD))
-        q = q_BHlD * logit_scale_H.to(q_BHlD.dtype)[:, None, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=valid_B11L, scale=1.0)
-    return F.scaled_dot_product_attention(
-        q_BHlD * logit_scale_H.to(q_BHlD.dtype)[:, None, None],
-        k_cache_BHLD[:, :, :num_keys],
-        v_cache_BHLD[:, :, :num_keys],
-        scale=1.0,
-    )
+    return F.scaled_dot_product_attention(q, k_cache_BHLD[:, :, :num_keys], v_cache_BHLD[:, :, :num_keys], scale=1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
