@@ -18,6 +18,7 @@ from varfast.policies.llamagen.weights import load_gpt
 from varfast.policies.nexttoken import policy as nexttoken_policy
 from varfast.policies.nexttoken.rotary import rotary_1d
 from varfast.policies.nexttoken.transformer import KVCache, Positions
+from varfast.policies.precision import Head
 from varfast.policies.taming.config import TamingLoRAConfig, TamingPolicyConfig
 from varfast.policies.taming.weights import load_mingpt
 from varfast.randomness import Key
@@ -289,3 +290,16 @@ def test_the_trainer_trains_and_goes_on_bit_for_bit(make_config, family, dtype, 
         assert train(make_config(**options, run__dir=in_parts, run__steps=steps)) == 0
     again = torch.load(RunFolder(in_parts).weights(straight), weights_only=True)
     assert all(torch.equal(trained[name], tensor) for name, tensor in again.items())
+
+
+@pytest.mark.parametrize("rows", [1, 4, 65])
+def test_logits_of_many_codes_are_summed_in_float32_for_few_rows_and_many(rows):
+    """On a CPU the head's matrix is cast in parts for few rows."""
+    generator = torch.Generator().manual_seed(0)
+    head = Head(96, 8192 + 100, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator))
+    input = torch.randn(rows, 96, generator=generator).bfloat16()
+    exact = input.double() @ head.weight.bfloat16().double().T
+    assert head(input).shape == exact.shape
+    assert (head(input).double() - exact).abs().max() < 2e-5  # bfloat16 logits would be off by 0.1
