@@ -45,6 +45,7 @@ _FREE_TO_CHANGE = (
     "eval",
     "kernels",
     "grpo.kl_every",
+    "dpo.kl_every",
     "rollout.micro_batch",
     "rollout.cuda_graph",
     "update.micro_batch",

@@ -80,7 +80,7 @@ def set_up(
     """Join the other processes and lock the run folder; leaving undoes both.
 
     Args:
-        reads_reference: whether the loss reads the log-probabilities of a reference; None: as GRPO does.
+        reads_reference: whether the loss reads the log-probabilities of a reference; None: as the config's does.
         policy: what is trained, in place of what the config names.
         of_folder: nothing is read that the config names outside of the folder.
     Raises: InputError for anything in the config or in the folder that cannot be used.
@@ -181,7 +181,7 @@ def begin(
     policy.cuda_graph = setup.plan.rollout.cuda_graph
     reference = policy.frozen_copy() if setup.work.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)
-    state = State(policy, reference, rewards, config.update, config.grpo)
+    state = State(policy, reference, rewards, config.update, config.loss)
     before_after = BeforeAfter(folder.path, config, setup.labels)
     if setup.found is None:
         _refuse_diverged(setup, policy, 0)
