@@ -42,6 +42,7 @@ from varfast.rewards.http import HttpReward
 from varfast.rewards.imagereward import ImageRewardReward
 from varfast.rewards.loo_fid import LooFidReward
 from varfast.rewards.pickscore import PickScoreReward
+from varfast.rewards.vqascore import VQAScoreReward
 from varfast.types import RewardBatch, Rewards
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ RewardConfig = Annotated[
     | ImageRewardReward
     | ClassifierReward
     | HttpReward
-    | LooFidReward,
+    | LooFidReward
+    | VQAScoreReward,
     Field(discriminator="type"),
 ]
 
