@@ -86,7 +86,7 @@ def train(
                 # Guards that a reward's library kept may switch gradients off when Python frees them.
                 with run.advised("update"), torch.enable_grad():
                     drift = run.drift(rollout_b)
-                    metrics = learner.step(Batch.of(rollout, advantages_B, weights_L), step)
+                    metrics = learner.step(Batch.of(rollout, advantages_B, weights_L), step, run.total_steps)
                 run.record(rollout, images, rewards, advantages_B, metrics | drift)
             return run.finish()
 
