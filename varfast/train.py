@@ -56,7 +56,9 @@ def train(
         KeyboardInterrupt) for a signal before the first step or after the last one.
     """
     minimised = loss or GRPO(config.grpo, config.policy.vocab_size)
-    with set_up(config, minimised.needs_reference, policy) as setup:  # device, processes, folder, plan of memory
+    with set_up(
+        config, minimised.needs_reference, policy, of_folder
+    ) as setup:  # device, processes, folder, plan of memory
         config, plan, world = setup.config, setup.plan, setup.world
         # Policy, reference, optimizer, rewards.
         state, before_after = begin(setup, beside, of_folder, policy)
@@ -68,7 +70,9 @@ def train(
             for step in run.steps():
                 # Roll out: sample a group of images for each label that is drawn.
                 key = Key(config.run.seed, step, run.shard.start)
-                labels_P = draw_labels(setup.labels, config.rollout.labels_per_step, config.run.seed, step)
+                labels_P = draw_labels(
+                    setup.labels, config.rollout.labels_per_step, config.run.seed, step, config.rollout.replacement
+                )
                 prompts_b = Prompts(labels_P).repeat(group_size).rows(run.shard)
                 with run.advised("rollout"):
                     rollout_b, images = policy.sample_images(
