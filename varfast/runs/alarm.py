@@ -1,4 +1,4 @@
-"""Whether a run can learn at all: what its metrics say of the last steps, and the reason where nothing can come of it."""
+"""Whether a run can learn at all: what its last steps have in common, and the reason where nothing can come of it."""
 
 from __future__ import annotations
 
