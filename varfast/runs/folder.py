@@ -46,6 +46,7 @@ _FREE_TO_CHANGE = (
     "kernels",
     "grpo.kl_every",
     "dpo.kl_every",
+    "dpo.save_pairs",
     "rollout.micro_batch",
     "rollout.cuda_graph",
     "update.micro_batch",
@@ -185,8 +186,8 @@ class RunFolder:
             for key, line in differences(before, now).items()
             if not any(key == free or key.startswith(free + ".") for free in _FREE_TO_CHANGE)
         ]
-        if config.update.lr_schedule != "constant" and then.run.steps != config.run.steps:
-            different.append(f"  run.steps: update.lr_schedule={config.update.lr_schedule} depends on it")
+        if then.run.steps != config.run.steps and (key := config.update.depends_on_steps):
+            different.append(f"  run.steps: update.{key}={getattr(config.update, key)} depends on it")
         refuse_differences(different, f"run.dir={self.path} holds a run with another config", "choose another run.dir")
 
 
