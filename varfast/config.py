@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from varfast.data.config import PromptsConfig
 from varfast.losses.config import DPOConfig, GRPOConfig, LossConfig
 from varfast.optim.config import UpdateConfig
 from varfast.policies.config import RolloutConfig
@@ -128,6 +129,9 @@ class Config(Section):
     run: RunConfig
     policy: PolicyConfig
     pretrain: PretrainConfig = PretrainConfig()
+    prompts: PromptsConfig | None = Field(
+        None, description="what a model that is conditioned on text is trained on; null: the model has labels"
+    )
     rollout: RolloutConfig = RolloutConfig()
     reward: Annotated[
         dict[str, RewardConfig], Wanted("rewards by names of your choice, such as {bright: {type: brightness}}")
@@ -204,13 +208,36 @@ class Config(Section):
                 "gradients nor moments; use run.parallel=ddp"
             )
         self._check_guidance()
-        num_classes = self.policy.num_classes
-        if self.rollout.labels != "all":
-            check_labels("rollout.labels", self.rollout.labels, num_classes)
-        labels = num_classes if self.rollout.labels == "all" else len(set(self.rollout.labels))
+        labels = self._checked_labels()
         for name, reward in self.reward.items():
             reward.check_step(f"reward.{name}", self.rollout.labels_per_step, labels)
         return self
+
+    def _checked_labels(self) -> int:
+        """How many labels a run draws from; of texts, which are not read here, as many as a step has."""
+        family, labels = self.policy.family, self.rollout.labels
+        if self.policy.conditioned_on == "text":
+            if self.prompts is None:
+                raise ValueError(
+                    f"prompts is missing: policy.family={family} is conditioned on text; name a file, as "
+                    "prompts: {source: prompts.txt}"
+                )
+            if labels != "all" or self.rollout.label_share != 1.0:
+                raise ValueError(
+                    f"rollout.labels and rollout.label_share choose among labels; policy.family={family} has prompts: "
+                    "use prompts.tags and prompts.share"
+                )
+            return self.rollout.labels_per_step
+        if self.prompts is not None:
+            raise ValueError(
+                f"prompts are texts, and policy.family={family} is conditioned on labels; leave prompts out, and use "
+                "rollout.labels"
+            )
+        num_classes = self.policy.num_classes
+        if labels == "all":
+            return num_classes
+        check_labels("rollout.labels", labels, num_classes)
+        return len(set(labels))
 
     def _check_loss(self) -> None:
         loss, group = self.loss, self.rollout.group_size

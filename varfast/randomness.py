@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     MINIBATCHES = 3
     ADAPTER = 4
     REWARD = 5
+    PROMPTS = 6
     PAIRS = 7
 
 

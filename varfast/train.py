@@ -56,7 +56,8 @@ def train(
         KeyboardInterrupt) for a signal before the first step or after the last one.
     """
     minimised = loss or _chosen(config)
-    with set_up(config, minimised.needs_reference, policy) as setup:  # device, processes, folder, plan of memory
+    # Device, processes, folder, plan of memory.
+    with set_up(config, minimised.needs_reference, policy, of_folder) as setup:
         config, plan, world = setup.config, setup.plan, setup.world
         # Policy, reference, optimizer, rewards.
         state, before_after = begin(setup, beside, of_folder, policy)
@@ -68,7 +69,9 @@ def train(
                 state.begin_step()
                 # Roll out: sample a group of images for each label that is drawn.
                 key = Key(config.run.seed, step, run.shard.start)
-                labels_P = draw_labels(setup.labels, config.rollout.labels_per_step, config.run.seed, step)
+                labels_P = draw_labels(
+                    setup.labels, config.rollout.labels_per_step, config.run.seed, step, config.rollout.replacement
+                )
                 prompts_b = Prompts(labels_P).repeat(group_size).rows(run.shard)
                 with run.advised("rollout"):
                     rollout_b, images = policy.sample_images(
