@@ -42,6 +42,7 @@ from varfast.rewards.http import HttpReward
 from varfast.rewards.imagereward import ImageRewardReward
 from varfast.rewards.loo_fid import LooFidReward
 from varfast.rewards.pickscore import PickScoreReward
+from varfast.rewards.vlm import VlmReward
 from varfast.types import RewardBatch, Rewards
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ RewardConfig = Annotated[
     | ImageRewardReward
     | ClassifierReward
     | HttpReward
+    | VlmReward
     | LooFidReward,
     Field(discriminator="type"),
 ]
