@@ -18,11 +18,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from varfast.data.prompts import Prompt
+
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Ink and paper that can be told apart.
 COLOURS = (("dark", "light"), ("light", "dark"), ("red", "light"), ("red", "dark"), ("blue", "light"), ("blue", "dark"))
 # Red, green, blue of ink and paper.
-SHADES = {"dark": (0.08, 0.08, 0.08), "light": (0.92, 0.92, 0.92), "red": (0.85, 0.10, 0.10), "blue": (0.15, 0.25, 0.90)}
+SHADES = {
+    "dark": (0.08, 0.08, 0.08),
+    "light": (0.92, 0.92, 0.92),
+    "red": (0.85, 0.10, 0.10),
+    "blue": (0.15, 0.25, 0.90),
+}
 # Of the cells 0 ... 3 of the sheet, row by row.
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = {1: "a", 2: "two", 3: "three"}
@@ -72,6 +79,14 @@ class Caption:
         """The scenes that it describes and that pre-training shows; for a new caption, all that it describes."""
         found = _described(self.asked)
         return [scene for scene in found if scene.is_new == self.is_new]
+
+
+def digits_prompts() -> list[Prompt]:
+    """All captions as prompts, of which the new ones are out of domain; `metadata` is what they ask for."""
+    return [
+        Prompt(caption.text, caption.tag, dict(caption.asked), "out_of_domain" if caption.is_new else "train")
+        for caption in all_captions()
+    ]
 
 
 @functools.cache
