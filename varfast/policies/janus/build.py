@@ -78,7 +78,7 @@ def from_files(
 
 
 def cost_of(config: JanusPolicyConfig, dtype: str) -> Cost:
-    """What one image costs, with the longest prompt that is accepted. dtype: "float32" or "bfloat16", of activations."""
+    """What one image costs with the longest prompt that is accepted. dtype: "float32" or "bfloat16", of activations."""
     return count(_sizes(config), config.tokenizer, dtype, config.lora, config.max_prompt_tokens)
 
 

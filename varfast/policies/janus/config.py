@@ -101,7 +101,7 @@ class JanusPolicyConfig(NextTokenPolicyConfig):
     )
     text_tokenizer: Source | None = Field(
         None,
-        description="tokenizer.json of the texts: a path or hf://owner/repo/file; default: that beside the weights, and "
+        description="tokenizer.json of the texts: a path or hf://owner/repo/file; default: that beside the weights; "
         "for checkpoint=random one of bytes",
     )
     max_prompt_tokens: int = Field(

@@ -22,8 +22,8 @@ from varfast.types import Sampling
 class JanusPolicy(NextTokenPolicy):
     """Parts "transformer" and "vq".
 
-    cfg of `sample` is the weight w of the public code: logits uncond + w (cond - uncond), of all tokens. At w = 1 that is
-    cond itself, and 0, the default, stands for it too: the images without text are then not computed.
+    cfg of `sample` is the weight w of the public code: logits uncond + w (cond - uncond), of all tokens. At w = 1 that
+    is cond itself, and 0, the default, stands for it too: the images without text are then not computed.
     """
 
     rounding: Literal["nearest", "truncate"] = "truncate"

@@ -1,8 +1,8 @@
 """From texts to the token ids of prompts, by a tokenizer.json, which the package tokenizers reads.
 
-A prompt is BOS, the text, begin-of-image; its unguided version has pads between the two, as many as the text has tokens.
-The three are found by their names in the file. If its vocabulary has DeepSeek's roles, the text stands in the template
-that Janus-Pro was trained with; a file without them, as our own small models have, gets the text alone.
+A prompt is BOS, the text, begin-of-image; its unguided version has pads between the two, as many as the text has
+tokens. The three are found by their names in the file. If its vocabulary has DeepSeek's roles, the text stands in the
+template that Janus-Pro was trained with; a file without them, as our own small models have, gets the text alone.
 
 Source: the public code, github.com/deepseek-ai/Janus, commit 1daa72f, and its demo of text to image.
 """
@@ -19,7 +19,9 @@ from varfast.types import InputError
 from varfast.weights.files import shown
 from varfast.weights.hub import one_line
 
-BOS, PAD, BEGIN_OF_IMAGE, UNKNOWN = "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<begin_of_image>", "<unk>"
+# DeepSeek's names; their bars are FULLWIDTH VERTICAL LINE and their spaces LOWER ONE EIGHTH BLOCK.
+BOS, PAD = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5c\u2581pad\u2581\uff5c>"
+BEGIN_OF_IMAGE, UNKNOWN = "<begin_of_image>", "<unk>"
 MAX_TOKENS = 128
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
 

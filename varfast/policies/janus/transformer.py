@@ -78,15 +78,22 @@ class LlamaBlock(Block):
         return self.mlp(self.post_attention_layernorm(x_BLC))
 
 
-class LanguageModel(nn.Module):
-    """Table of text tokens, blocks and norm; `model` as the public names have it."""
+class Llama(nn.Module):
+    """Table of text tokens, blocks and norm."""
 
     def __init__(self, config: JanusConfig) -> None:
         super().__init__()
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.text_vocab_size, config.width)
-        self.model.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.depth))
-        self.model.norm = RMSNorm(config.width, config.norm_eps)
+        self.embed_tokens = nn.Embedding(config.text_vocab_size, config.width)
+        self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+
+
+class LanguageModel(nn.Module):
+    """As the public names have it, around the one that has the weights."""
+
+    def __init__(self, config: JanusConfig) -> None:
+        super().__init__()
+        self.model = Llama(config)
 
 
 class Aligner(nn.Module):

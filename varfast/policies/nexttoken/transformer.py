@@ -138,8 +138,9 @@ class Block(nn.Module):
         """The attention branch: of all places, or of the one that follows those in the cache."""
         qkv_BLX, rotary, pairs = self.qkv(x_BLC), positions.rotary_MP2, positions.pairs
         impl = STRICT_ATTENTION[x_BLC.device.type] if self.strict else "auto"
-        if cached is not None and cached.place is not None:
-            k, v, place = cached
+        place = None if cached is None else cached.place
+        if cached is not None and place is not None:
+            k, v = cached.k_BGMD, cached.v_BGMD
             q = kernels.split_heads_rotary_to_cache(qkv_BLX.squeeze(1), rotary, place, k, v, self.num_heads, pairs)
             heads_BHD = kernels.decode_attention(q, k, v, place, self.scale, impl)
             return self.attention_out(heads_BHD.flatten(1).unsqueeze(1))
@@ -212,7 +213,7 @@ class CausalTransformer(MixedPrecision):
 
     @abstractmethod
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Input of the places of tokens, (..., C), in the dtype of the prompts', without what `place_embedding` adds."""
+        """Input of the places of tokens, (..., C), in the dtype of prompts, without what `place_embedding` adds."""
 
     def place_embedding(self) -> Tensor | None:
         """Learned positions (at least T + N - 1, C), in the dtype of the weights, added to the input; or None."""
