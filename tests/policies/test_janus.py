@@ -1,19 +1,27 @@
 """Janus-Pro's language model and policy against what the public code computes: tests/data/golden/janus."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
-from varfast.policies.janus.config import JanusConfig
+from varfast import InputError
+from varfast.policies.janus import build
+from varfast.policies.janus.config import PRESETS, JanusConfig, JanusPolicyConfig
 from varfast.policies.janus.policy import JanusPolicy
+from varfast.policies.janus.text import word_tokenizer
 from varfast.policies.janus.transformer import Janus
+from varfast.policies.janus.weights import infer_janus_config, load_janus
 from varfast.policies.nexttoken.sampler import sample
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import TokenizerConfig
+from varfast.policies.nexttoken.tokenizer_weights import load_tokenizer
 from varfast.policies.nexttoken.transformer import KVCache
 from varfast.types import Sampling
 
-from ..published import checkpoint, golden
+from ..published import checkpoint, golden, published
 
 TAGS = ["tiny4", "tiny6"]
 CPU = torch.device("cpu")
@@ -146,3 +154,106 @@ def test_policy_decodes_encodes_and_samples_as_the_public_code(policy):
     wanted = getattr(arrays, "greedy_cfg5.0_image").clamp(-1, 1).add(1).div(2)
     assert largest_difference(policy.decode(rollout.tokens_BL), wanted) < 2e-5
     assert policy.rounding == "truncate"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def whole_checkpoint(tag="tiny4"):
+    """All that a public checkpoint has: the tower, aligner and head for text too."""
+    state = checkpoint("janus", "janus.", tag)
+    return state | {"vision_model.vision_tower.pos_embed": torch.zeros(1, 4, 8), "aligner.layers.0.bias": torch.ones(3)}
+
+
+def write_folder(folder, state, suffix=".safetensors", files=1):
+    """As the package transformers writes a model; returns the folder's address."""
+    folder.mkdir()
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    names, weight_map = list(state), {}
+    for number in range(files):
+        file = f"{stem}{suffix}" if files == 1 else f"{stem}-{number + 1:05d}-of-{files:05d}{suffix}"
+        part = {name: state[name].clone() for name in names[number::files]}
+        weight_map |= dict.fromkeys(part, file)
+        if suffix == ".safetensors":
+            save_file(part, folder / file, metadata={"format": "pt"})
+        else:
+            torch.save(part, folder / file)
+    if files > 1:
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+    word_tokenizer(["a", "red", "cat", "on", "the", "sea"]).save(folder / "tokenizer.json")
+    return str(folder)
+
+
+@pytest.mark.parametrize(("suffix", "files"), [(".safetensors", 1), (".safetensors", 3), (".bin", 1), (".bin", 2)])
+def test_a_folder_as_transformers_writes_it_is_loaded(tmp_path, suffix, files):
+    state, config = whole_checkpoint(), sizes_of(golden("janus").meta)
+    folder = write_folder(tmp_path / "model", state, suffix, files)
+    loaded = load_janus(folder, config).state_dict()
+    wanted = of_transformer(state)
+    assert list(loaded) == list(wanted)  # and so an export has the public names, in their order
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
+    tokenizer = load_tokenizer(folder, TokenizerConfig).state_dict()
+    assert all(torch.equal(t, state[f"gen_vision_model.{n}"]) for n, t in tokenizer.items() if "codebook_used" not in n)
+    if files > 1:
+        index = next((tmp_path / "model").glob("*.index.json"))
+        assert torch.equal(load_janus(str(index), config).state_dict()["gen_embed.weight"], state["gen_embed.weight"])
+
+
+def test_a_checkpoint_that_does_not_fit_says_so(tmp_path):
+    state, config = whole_checkpoint(), sizes_of(golden("janus").meta)
+    cases = [
+        (state | {"language_model.model.surplus": torch.ones(1)}, "1 unexpected: language_model.model.surplus"),
+        ({name: t for name, t in state.items() if "up_proj" not in name}, "2 missing: .*layers.0.mlp.up_proj.weight"),
+        (checkpoint("llamagen", "gpt."), "is not Janus-Pro's language model: it has no gen_embed.weight.* LlamaGen's"),
+    ]
+    for number, (content, message) in enumerate(cases):
+        with pytest.raises(InputError, match=message):
+            load_janus(write_folder(tmp_path / str(number), content), config)
+    with pytest.raises(InputError, match=r"does not fit the configured Janus; it fits policy.transformer with depth=2"):
+        load_janus(str(tmp_path / "0"), config.model_copy(update={"depth": 3}))
+    folder = write_folder(tmp_path / "parts", state, files=2)
+    (tmp_path / "parts" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model-00002-of-00002.safetensors does not exist"):
+        load_janus(folder, config)
+    (tmp_path / "parts" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret.bin"}}')
+    with pytest.raises(
+        InputError, match=r"names '../../secret.bin'; want .safetensors or .bin files in its own"
+    ):
+        load_janus(folder, config)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match=r"none is a folder without weights; want model.safetensors.index.json, model"):
+        load_janus(str(tmp_path / "none"), config)
+
+
+def public_state(name):
+    """A published state_dict on the meta device, without the tower for understanding."""
+    public = published("janus")[f"Janus-Pro-{name}"]
+    state = dict(public["other"])
+    for layer in range(public["language"]["num_hidden_layers"]):
+        for part, shape in public["each_language_layer"].items():
+            state[part.replace("language_model.model.", f"language_model.model.layers.{layer}.")] = shape
+    return {name: torch.empty(shape, device="meta") for name, shape in state.items()}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_published_names_load_strictly(preset):
+    state, public = public_state(preset), published("janus")[f"Janus-Pro-{preset}"]
+    with torch.device("meta"):
+        model, tokenizer = Janus(PRESETS[preset]), Tokenizer(TokenizerConfig())
+    wanted = of_transformer(state)
+    assert infer_janus_config(wanted) == PRESETS[preset]
+    model.load_state_dict(wanted, strict=True, assign=True)
+    prefix = "gen_vision_model."
+    of_tokenizer = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    tokenizer.load_state_dict(of_tokenizer, strict=True, assign=True)
+    skipped = sum(t.numel() for name, t in state.items() if name.startswith(("aligner.", "language_model.lm_head.")))
+    count = sum(p.numel() for each in (model, tokenizer) for p in each.parameters())
+    tower = public["params"] - count - skipped
+    assert 300e6 < tower < 330e6  # SigLIP-L, of which only some names are published here
+    lm_head = PRESETS[preset].text_vocab_size * PRESETS[preset].width
+    in_language = sum(p.numel() for name, p in model.named_parameters() if name.startswith("language_model."))
+    assert in_language + lm_head == public["params_language"]
+    cost = build.cost_of(JanusPolicyConfig(checkpoint="random", preset=preset), "bfloat16")
+    assert cost.weights.parameters == sum(p.numel() for p in model.parameters())

@@ -14,10 +14,12 @@ from varfast.policies.janus.cost import count
 from varfast.policies.janus.policy import JanusPolicy
 from varfast.policies.janus.text import TextTokenizer, byte_tokenizer
 from varfast.policies.janus.transformer import Janus
-from varfast.policies.janus.weights import load_janus
+from varfast.policies.janus.weights import NOT_TOKENIZER, load_janus
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import TokenizerConfig
 from varfast.policies.nexttoken.tokenizer_weights import load_tokenizer
+from varfast.policies.text import TOKENIZER_FILE
+from varfast.weights.files import resolve
 
 
 def _sizes(config: JanusPolicyConfig) -> JanusConfig:
@@ -38,7 +40,7 @@ def load_part(part: str, address: str, config: JanusPolicyConfig) -> nn.Module:
     """
     if part == "transformer":
         return load_janus(address, _sizes(config))
-    return load_tokenizer(address, TokenizerConfig, config.vq)
+    return load_tokenizer(address, TokenizerConfig, config.vq, NOT_TOKENIZER)
 
 
 def random_parts(config: JanusPolicyConfig, seed: int, device: torch.device) -> dict[str, nn.Module]:
@@ -73,8 +75,24 @@ def from_files(
     frozen: None: `trained` is a checkpoint of the whole model.
     Raises: InputError if a file cannot be read or does not fit.
     """
-    parts = {"transformer": load_janus(trained), "vq": load_tokenizer(frozen or trained, TokenizerConfig)}
-    return assemble(parts, device, dtype, fast, strict)
+    parts = {
+        "transformer": load_janus(trained),
+        "vq": load_tokenizer(frozen or trained, TokenizerConfig, None, NOT_TOKENIZER),
+    }
+    policy = assemble(parts, device, dtype, fast, strict)
+    if (path := _tokenizer_beside(trained)) is not None:
+        policy.set_tokenizer(TextTokenizer.read(path))
+    return policy
+
+
+def _tokenizer_beside(address: str) -> Path | None:
+    """tokenizer.json in the folder, or the repository, of the weights; None: there is none."""
+    if address.startswith("hf://"):
+        owner, repository = address.removeprefix("hf://").split("/")[:2]
+        return resolve(f"hf://{owner}/{repository}/{TOKENIZER_FILE}")
+    path = Path(address).expanduser()
+    beside = (path if path.is_dir() else path.parent) / TOKENIZER_FILE
+    return beside if beside.is_file() else None
 
 
 def cost_of(config: JanusPolicyConfig, dtype: str) -> Cost:

@@ -82,6 +82,7 @@ class JanusPolicyConfig(NextTokenPolicyConfig):
     parts: ClassVar = ("transformer", "vq")
     sizes_key: ClassVar = "policy.transformer"
     conditioned_on: ClassVar = "text"
+    as_transformers: ClassVar = True
     unguided_cfg: ClassVar = 0.0
     presets: ClassVar = PRESETS
     public_tokenizer: ClassVar = None

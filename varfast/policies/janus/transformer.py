@@ -138,10 +138,10 @@ class Janus(CausalTransformer):
         self.prompts = PromptTable()
         self.text: TextTokenizer | None = None
         self._theta = config.rope_theta
-        self.language_model = LanguageModel(config)
-        self.gen_embed = nn.Embedding(config.vocab_size, config.code_width)
         self.gen_aligner = Aligner(config)
         self.gen_head = CodeHead(config)
+        self.gen_embed = nn.Embedding(config.vocab_size, config.code_width)
+        self.language_model = LanguageModel(config)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> Janus:

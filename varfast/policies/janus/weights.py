@@ -21,6 +21,8 @@ _JANUS = Known(
 _IGNORED = re.compile(
     r"vision_model\..*|aligner\..*|gen_vision_model\..*|language_model\.lm_head\.weight|.*\.rotary_emb\.inv_freq"
 )
+# Of a whole checkpoint, all that is not the tokenizer of images.
+NOT_TOKENIZER = re.compile(r"(vision_model|aligner|language_model|gen_embed|gen_aligner|gen_head)\..*")
 _BLOCKS = "language_model.model.layers"
 
 
