@@ -74,13 +74,16 @@ class Learner:
         self._is_first = torch.tensor([False, *(s.over_minibatches == "first" for s in stats)], device=device)
         self._nothing_measured = torch.tensor([0.0, *(s.without for s in stats)], device=device)
 
-    def step(self, batch: Batch, step: int) -> dict[str, float]:
+    def step(self, batch: Batch, step: int, total_steps: int | None = None) -> dict[str, float]:
         """One optimizer step a minibatch, over all images in an order that (seed, step) fixes.
 
+        total_steps: of the run, for the schedule, where a budget may end it before; default: as at the beginning.
         Returns: by the names of metrics.jsonl loss, the loss's statistics, and
             grad_norm: gradient norm before clipping, mean over the optimizer steps;
             learning_rate: of the last optimizer step;
-            skipped_steps: optimizer steps that were skipped because their gradient was not finite; no mean counts them.
+            skipped_steps: optimizer steps that were skipped because their gradient was not finite; no mean counts them;
+            update_images: images of all processes that went forward and backward, in each epoch anew;
+            reference_images: images that the reference has read.
         Raises:
             InputError: for a rollout drawn with filters, whose log-probabilities are not the policy's.
             InputError: in strict mode, for a log-probability before the first optimizer step that is not the rollout's.
@@ -90,13 +93,15 @@ class Learner:
         if not batch.rollout.on_policy:
             raise InputError("this rollout was drawn with top_k or top_p; training needs the policy itself")
         self._prepare_replays()
-        lr = learning_rate(self.config, step, self.total_steps)
+        total_steps = total_steps or self.total_steps
+        lr = learning_rate(self.config, step, total_steps)
         self.state.adamw.set_lr(lr)
         if self._reference is not None:
             batch = replace(batch, logp_ref_BL=torch.zeros_like(batch.rollout.logp_BL))
-        self.loss.begin(batch, step, self.total_steps)
+        self.loss.begin(batch, step, total_steps)
         keep_B = self.loss.keep(batch)
         measured, norms, skipped = [], [], []
+        updated = referenced = 0
         differing = None  # of the first minibatch: after it the weights have moved
         if self._differing is not None:
             self._differing.zero_()
@@ -105,6 +110,8 @@ class Learner:
                 kept = rows if keep_B is None else rows[keep_B[rows]]
                 count = len(kept) if self.loss.mean_of_kept else len(rows)
                 stats = self._gradient(batch, self._on_device(kept), count, epoch == 0)
+                updated += len(kept)
+                referenced += len(kept) if epoch == 0 and self._reference is not None else 0
                 if self._differing is not None and differing is None:
                     differing = self._differing.clone()
                 with stage("optimizer"):
@@ -125,7 +132,8 @@ class Learner:
         self._count_skipped(flags)
         names = ["loss", *(stat.name for stat in self.loss.stats)]
         of_steps = {"grad_norm": grad_norm, "learning_rate": lr, "skipped_steps": sum(flags)}
-        return dict(zip(names, values, strict=True)) | of_steps
+        computed = {"update_images": float(updated), "reference_images": float(referenced)}
+        return dict(zip(names, values, strict=True)) | of_steps | computed
 
     @property
     def _reference(self) -> Policy | None:

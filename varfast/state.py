@@ -10,6 +10,7 @@ from varfast.losses.config import LossConfig
 from varfast.optim.adamw import ClippedAdamW
 from varfast.optim.averages import Averages
 from varfast.optim.config import UpdateConfig
+from varfast.perf.spent import Spent
 from varfast.policies.protocol import Policy
 from varfast.rewards import WeightedSum
 from varfast.runs.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ class State:
         sampler: what a step's images are sampled from: the policy, or its reference.
         step: rollouts that are done, skipped ones too.
         skipped_rollouts: the last ones in a row whose rewards were not finite; nothing was learned from them.
+        spent: by the steps that are done, skipped ones too. learned_spent: by those that a checkpoint holds now.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class State:
         # Of its own, in float32: a reference stores matrices in the compute dtype, where 0.001 of a change is lost.
         self._reference_average = Averages(policy.trainable, None if loss is None else loss.reference_ema)
         self.step = self.skipped_rollouts = 0
+        self.spent = self.learned_spent = Spent()
 
     @property
     def learned_steps(self) -> int:
@@ -75,6 +78,7 @@ class State:
         self.policy.gather()
         self._move_reference()
         self.step = checkpoint.step
+        self.spent = self.learned_spent = checkpoint.spent or Spent()
 
     def begin_step(self) -> None:
         """Before a rollout: replace the reference, if that is due in this step, or was in skipped ones before it.
@@ -86,14 +90,16 @@ class State:
         if self.reference is not None and every and self.step // every > (self.learned_steps - 1) // every:
             self.reference.refresh(self.policy)
 
-    def end_step(self, learned: bool) -> None:
-        """After each step. learned: False if its rollout was skipped.
+    def end_step(self, learned: bool, spent: Spent = Spent()) -> None:  # noqa: B008 - it cannot change
+        """After each step. learned: False if its rollout was skipped. spent: by this step.
 
         An average that is the reference takes in the policy here, once a rollout: within one, all optimizer steps and
         epochs have the same reference, whose log-probabilities are computed once.
         """
         self.step += 1
+        self.spent += spent
         if learned:
+            self.learned_spent = self.spent
             self._reference_average.update()
             self._move_reference()
         self.skipped_rollouts = 0 if learned else self.skipped_rollouts + 1

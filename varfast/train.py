@@ -91,7 +91,7 @@ def train(
                 # Guards that a reward's library kept may switch gradients off when Python frees them.
                 with run.advised("update"), torch.enable_grad():
                     drift = run.drift(rollout_b)
-                    metrics = learner.step(batch, step)
+                    metrics = learner.step(batch, step, run.total_steps)
                 run.record(rollout, images, rewards, batch.numbers, metrics | drift)
             return run.finish()
 
