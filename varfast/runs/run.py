@@ -23,6 +23,7 @@ from varfast.data.labels import caption
 from varfast.distributed import World, decided_by_first, gathered
 from varfast.files import save_tensors, save_text
 from varfast.losses.grpo import kl_to_reference
+from varfast.losses.pairs import pairs_of
 from varfast.perf.limits import StageLimits
 from varfast.perf.out_of_memory import Part, memory_advice
 from varfast.perf.profile import memory_metrics, profiled
@@ -37,6 +38,7 @@ from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, found_diverged
 from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
+from varfast.runs.pairs import keep_pairs
 from varfast.runs.setup import Setup
 from varfast.state import State
 from varfast.types import InputError, NotFinitePolicy, NotFiniteReward, Prompts, Rewards, Rollout
@@ -98,7 +100,11 @@ class Run:
         self._clock = enter(StageClock(self.setup.device))
         enter(self.setup.signals.in_steps())
         self._limits = (
-            StageLimits(self.setup.work, self.setup.plan, self.setup.device, config.rollout.images) if is_main else None
+            StageLimits(
+                self.setup.work, self.setup.plan, self.setup.device, config.sampled_images or config.learned_images
+            )
+            if is_main
+            else None
         )
         self._say_how_it_begins()
         return self
@@ -209,7 +215,18 @@ class Run:
         """
         found = _metrics(rollout, rewards, numbers) | metrics
         labels_b = rollout.labels_B[self.shard]
+        if self._log and self.config.dpo is not None and self.config.dpo.save_pairs:
+            pairs = pairs_of(rewards, self.config.rollout.group_size, self.config.dpo)
+            self._log.pairs(lambda: keep_pairs(self.setup, self.state.step + 1, pairs, rollout, rewards))
         self._end_step(found, lambda log, done: log.samples(done, images, labels_b, rewards.rows(self.shard)))
+
+    def record_saved(self, numbers: dict[str, Tensor], metrics: dict[str, float]) -> None:
+        """End a step that learned from saved pairs: as `record`, without samples.
+
+        numbers: of the batch. metrics: of the update.
+        """
+        found = {name: number.item() for name, number in numbers.items()}
+        self._end_step(found | metrics, lambda log, done: None)
 
     def _end_step(self, metrics: dict[str, float], show: Callable[[RunLog, int], None] | None) -> None:
         """show: writes pictures of this step; None: its rollout was skipped."""
