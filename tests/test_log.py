@@ -55,9 +55,7 @@ def inked_lines(picture, images_px):
 
 
 def test_prompt_title_is_wrapped_and_cut_to_the_row():
-    text = (
-        "A CUBE AND\tNINE SPHERES IN THE RAIN BESIDE FOUR LARGE TREES ON THE MOON AT NIGHT WITHOUT ANY LIGHT"
-    )
+    text = "A CUBE AND\tNINE SPHERES IN THE RAIN BESIDE FOUR LARGE TREES ON THE MOON AT NIGHT WITHOUT ANY LIGHT"
     title = prompt_title(text)
     assert [len(line) <= 28 for line in title.split("\n")] == [True] * 4
     assert title.replace("\n", " ") == text.replace("\t", " ")
