@@ -22,7 +22,12 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 # Ink and paper that can be told apart.
 COLOURS = (("dark", "light"), ("light", "dark"), ("red", "light"), ("red", "dark"), ("blue", "light"), ("blue", "dark"))
 # Red, green, blue of ink and paper.
-SHADES = {"dark": (0.08, 0.08, 0.08), "light": (0.92, 0.92, 0.92), "red": (0.85, 0.10, 0.10), "blue": (0.15, 0.25, 0.90)}
+SHADES = {
+    "dark": (0.08, 0.08, 0.08),
+    "light": (0.92, 0.92, 0.92),
+    "red": (0.85, 0.10, 0.10),
+    "blue": (0.15, 0.25, 0.90),
+}
 # Of the cells 0 ... 3 of the sheet, row by row.
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = {1: "a", 2: "two", 3: "three"}

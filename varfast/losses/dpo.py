@@ -43,10 +43,11 @@ class DPO:
 
     unit, mean_of_kept = 2, True
     needs_reference, needs_entropy = True, False
-    stats = (*_STATS, *_OF_ROLLOUT)
 
     def __init__(self, config: DPOConfig) -> None:
         self._config = config
+        # Saved pairs have no log-probabilities of the model that sampled them.
+        self.stats = _STATS if config.pairs else _STATS + _OF_ROLLOUT
 
     def batch(self, rollout: Rollout, rewards: Rewards, reward: WeightedSum, group_size: int) -> Batch:
         """The best and the worst images of each prompt, by the total reward."""
@@ -72,5 +73,8 @@ class DPO:
             label_smoothing=self._config.label_smoothing,
             loss_type=self._config.loss_type,
         )
-        gap_BL = (logp.logp_BL.detach() - batch.rollout.logp_BL).expm1().abs()
+        if self._config.pairs:
+            return loss, stats
+        sampler_BL = batch.logp_ref_BL if self._config.samples == "reference" else logp.logp_BL.detach()
+        gap_BL = (sampler_BL - batch.rollout.logp_BL).expm1().abs()
         return loss, torch.cat([stats, torch.stack([gap_BL.mean(), gap_BL.max()]).to(stats.dtype)])

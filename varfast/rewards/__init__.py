@@ -43,6 +43,7 @@ from varfast.rewards.imagereward import ImageRewardReward
 from varfast.rewards.loo_fid import LooFidReward
 from varfast.rewards.pickscore import PickScoreReward
 from varfast.rewards.vqascore import VQAScoreReward
+from varfast.rewards.vlm import VlmReward
 from varfast.types import RewardBatch, Rewards
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ RewardConfig = Annotated[
     | HttpReward
     | LooFidReward
     | VQAScoreReward,
+    | VlmReward
+    | LooFidReward,
     Field(discriminator="type"),
 ]
 

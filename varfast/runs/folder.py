@@ -49,6 +49,7 @@ _FREE_TO_CHANGE = (
     "kernels",
     "grpo.kl_every",
     "dpo.kl_every",
+    "dpo.save_pairs",
     "rollout.micro_batch",
     "rollout.cuda_graph",
     "update.micro_batch",
@@ -189,8 +190,8 @@ class RunFolder:
             for key, line in differences(before, now).items()
             if not any(key == free or key.startswith(free + ".") for free in _FREE_TO_CHANGE)
         ]
-        if config.update.lr_schedule != "constant":
-            scheduled = f"update.lr_schedule={config.update.lr_schedule} depends on it"
+        if depends := config.update.depends_on_steps:
+            scheduled = f"update.{depends}={getattr(config.update, depends)} depends on it"
             keys = (key for key in ("run.steps", *_LENGTH) if before.get(key) != now.get(key))
             different += [f"  {key}: {scheduled}" for key in keys]
         refuse_differences(different, f"run.dir={self.path} holds a run with another config", "choose another run.dir")
