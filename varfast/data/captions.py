@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from varfast.data.prompts import Prompt
+
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Ink and paper that can be told apart.
 COLOURS = (("dark", "light"), ("light", "dark"), ("red", "light"), ("red", "dark"), ("blue", "light"), ("blue", "dark"))
@@ -77,6 +79,14 @@ class Caption:
         """The scenes that it describes and that pre-training shows; for a new caption, all that it describes."""
         found = _described(self.asked)
         return [scene for scene in found if scene.is_new == self.is_new]
+
+
+def digits_prompts() -> list[Prompt]:
+    """All captions as prompts, of which the new ones are out of domain; `metadata` is what they ask for."""
+    return [
+        Prompt(caption.text, caption.tag, dict(caption.asked), "out_of_domain" if caption.is_new else "train")
+        for caption in all_captions()
+    ]
 
 
 @functools.cache

@@ -36,14 +36,16 @@ from varfast.rewards.brightness import BrightnessReward
 from varfast.rewards.building import Building, Scored, SetReward
 from varfast.rewards.classifier import ClassifierReward
 from varfast.rewards.clip import ClipReward
+from varfast.rewards.colour_match import ColourMatchReward
+from varfast.rewards.composition import CompositionReward
 from varfast.rewards.function import FunctionReward
 from varfast.rewards.hpsv2 import HPSv2Reward
 from varfast.rewards.http import HttpReward
 from varfast.rewards.imagereward import ImageRewardReward
 from varfast.rewards.loo_fid import LooFidReward
 from varfast.rewards.pickscore import PickScoreReward
-from varfast.rewards.vqascore import VQAScoreReward
 from varfast.rewards.vlm import VlmReward
+from varfast.rewards.vqascore import VQAScoreReward
 from varfast.types import RewardBatch, Rewards
 
 if TYPE_CHECKING:
@@ -60,11 +62,12 @@ RewardConfig = Annotated[
     | HPSv2Reward
     | PickScoreReward
     | ImageRewardReward
+    | VQAScoreReward
     | ClassifierReward
-    | HttpReward
-    | LooFidReward
-    | VQAScoreReward,
+    | CompositionReward
+    | ColourMatchReward
     | VlmReward
+    | HttpReward
     | LooFidReward,
     Field(discriminator="type"),
 ]
