@@ -100,7 +100,7 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
         **({"trained": _adapter(config.policy.lora)} if config.policy.lora else {}),
         "steps": f"{_steps(done, config.run.steps)}{_ended(summary, done)}, {sampling.images} images each "
         f"({sampling.labels_per_step} labels x {sampling.group_size} samples)",
-        "KL weight, clip, learning rate": f"{config.grpo.kl_beta}, {config.grpo.clip_eps}, {config.update.lr}",
+        f"{config.loss.summary[0]}, learning rate": f"{config.loss.summary[1]}, {config.update.lr}",
         "temperature of the samples": f"{sampling.temperature}, "
         f"{f'guidance {sampling.cfg:g} as a part of the policy' if sampling.cfg else 'no guidance'} and no filters",
         "numbers in the file": dtype if decay is None else f"{dtype}, averaged over optimizer steps, decay {decay}",
@@ -111,7 +111,7 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
     card = "\n\n".join(
         [
             f"# {Path(name).stem}",
-            f"{kind}, fine-tuned with GRPO.",
+            f"{kind}, fine-tuned with {config.loss.name.upper()}.",
             _markdown_table(["", ""], [[key, value] for key, value in rows.items()]),
             f"## Reward\n\n```yaml\n{reward}```",
             f"## Evaluation\n\n{_evaluation(folder, summary, done >= config.run.steps or last == done)}",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from varfast.losses.config import GRPOConfig
+from varfast.losses.config import LossConfig
 from varfast.optim.adamw import ClippedAdamW
 from varfast.optim.averages import Averages
 from varfast.optim.config import UpdateConfig
@@ -24,7 +24,7 @@ class State:
         reference: a frozen copy of it, which the loss or the measured KL compares it with; None: there is none.
         rewards: what images earn.
         update: settings of the optimizer and of the averages.
-        grpo: how the reference moves: reference_every, reference_ema.
+        loss: how the reference moves: reference_every, reference_ema.
 
     Attributes:
         step: rollouts that are done, skipped ones too.
@@ -38,14 +38,14 @@ class State:
         reference: Policy | None,
         rewards: WeightedSum,
         update: UpdateConfig,
-        grpo: GRPOConfig | None = None,
+        loss: LossConfig | None = None,
     ) -> None:
         self.policy, self.reference, self.rewards = policy, reference, rewards
         self.adamw = ClippedAdamW(policy, update)
         self.averages = Averages(policy.trainable, update.ema_decay)
-        self._reference_every = None if grpo is None else grpo.reference_every
+        self._reference_every = None if loss is None else loss.reference_every
         # Of its own, in float32: a reference stores matrices in the compute dtype, where 0.001 of a change is lost.
-        self._reference_average = Averages(policy.trainable, None if grpo is None else grpo.reference_ema)
+        self._reference_average = Averages(policy.trainable, None if loss is None else loss.reference_ema)
         self.step = self.skipped_rollouts = 0
         self.spent = self.learned_spent = Spent()
 
@@ -78,8 +78,12 @@ class State:
         self.step = checkpoint.step
         self.spent = self.learned_spent = checkpoint.spent or Spent()
 
-    def begin_update(self) -> None:
-        """Before a step that learns: replace the reference, if that was due in this step or in skipped ones before."""
+    def begin_step(self) -> None:
+        """Before a rollout: replace the reference, if that is due in this step, or was in skipped ones before it.
+
+        Before, because the rollout may be sampled from the reference. Where it is skipped, the same policy becomes the
+        reference again in the next step.
+        """
         every = self._reference_every
         if self.reference is not None and every and self.step // every > (self.learned_steps - 1) // every:
             self.reference.refresh(self.policy)

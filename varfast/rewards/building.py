@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, c
 from pydantic import Field
 
 from varfast.settings.section import Section
-from varfast.types import Normalise, RewardBatch
+from varfast.types import InputError, Normalise, RewardBatch
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from varfast.data.prompts import PromptSet
     from varfast.features.config import FeaturesSection
     from varfast.features.networks import Network
 
@@ -39,7 +40,7 @@ class ImageNetwork(Protocol):
         ...
 
     def texts_are_read(self) -> None:
-        """All rewards are built: what reads their texts may be freed."""
+        """All rewards are built: what reads their texts may be freed, unless one of them reads those of a batch."""
         ...
 
 
@@ -69,6 +70,15 @@ class RewardSection(Section):
         Raises: ValueError if it is not.
         """
 
+    def check_prompts(self, key: str, on_prompts: bool) -> None:
+        """Whether the run has what this reward compares images with: texts, or labels.
+
+        Args:
+            key: where this section stands, for errors.
+            on_prompts: the run is on prompts, and not on labels.
+        Raises: ValueError if it has not.
+        """
+
 
 @dataclass(frozen=True)
 class Building:
@@ -82,6 +92,7 @@ class Building:
         beside: folder of the config file, where a user's reward is looked for too.
         names: what the labels are called; None: not known.
         image_size: side of the policy's images in pixels, to which real images are resized; None: not known.
+        prompts: the texts that ids are rows of, for a policy that is conditioned on text; None: it has labels.
         shared: the networks that were loaded: each one once, however many rewards name it.
         networks: those that compute features, likewise, by their settings.
     """
@@ -93,6 +104,7 @@ class Building:
     beside: Path | None = None
     names: Sequence[str] | None = None
     image_size: int | None = None
+    prompts: PromptSet | None = None
     shared: dict[Hashable, ImageNetwork] = field(default_factory=dict)
     networks: dict[FeaturesSection, Network] = field(default_factory=dict)
 
@@ -226,6 +238,14 @@ class PerImage:
 
     def state(self) -> dict[str, Tensor]:
         return {}
+
+
+def check_prompts(section: RewardSection, building: Building) -> None:
+    """`section.check_prompts` for a reward that is built without a run's config. Raises: InputError."""
+    try:
+        section.check_prompts(building.key, building.prompts is not None)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def on_images(building: Building, reward: Callable[[Tensor, Tensor], Any]) -> Reward:

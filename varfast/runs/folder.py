@@ -48,6 +48,8 @@ _FREE_TO_CHANGE = (
     "eval",
     "kernels",
     "grpo.kl_every",
+    "dpo.kl_every",
+    "dpo.save_pairs",
     "rollout.micro_batch",
     "rollout.cuda_graph",
     "update.micro_batch",
@@ -58,7 +60,8 @@ _FREE_TO_CHANGE = (
 )
 # Files that a resumed run writes again or can do without.
 _REWRITTEN = (
-    "before_after.json", "config.yaml", "environment.json", "labels.json", "metrics.jsonl", "summary.json"
+    "before_after.json", "config.yaml", "environment.json", "labels.json", "metrics.jsonl", "prompts.jsonl",
+    "summary.json", "tokenizer.json",
 )  # fmt: skip
 
 
@@ -187,8 +190,8 @@ class RunFolder:
             for key, line in differences(before, now).items()
             if not any(key == free or key.startswith(free + ".") for free in _FREE_TO_CHANGE)
         ]
-        if config.update.lr_schedule != "constant":
-            scheduled = f"update.lr_schedule={config.update.lr_schedule} depends on it"
+        if depends := config.update.depends_on_steps:
+            scheduled = f"update.{depends}={getattr(config.update, depends)} depends on it"
             keys = (key for key in ("run.steps", *_LENGTH) if before.get(key) != now.get(key))
             different += [f"  {key}: {scheduled}" for key in keys]
         refuse_differences(different, f"run.dir={self.path} holds a run with another config", "choose another run.dir")

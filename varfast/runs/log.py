@@ -53,7 +53,7 @@ class RunLog:
         self._folder = folder
         self._metrics = folder / "metrics.jsonl"
         self._said: set[str] = set()
-        self._progress = Progress("grpo", total_steps, start_step)
+        self._progress = Progress("grpo" if config is None else config.loss.name, total_steps, start_step)
         self._unwritten = ""
         with self._optional("the lines of earlier steps"):
             kept = _lines(self._metrics, start_step)
@@ -97,7 +97,8 @@ class RunLog:
                     self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
-        shown = {"reward": "reward_mean", "kl": "kl"}  # a skipped rollout has neither
+        # A skipped rollout has neither; DPO has the KL in some steps alone.
+        shown = {"reward": "reward_mean", "kl": "kl", "margin": "dpo_margin"}
         note = [f"{short}={metrics[name]:.3f}" for short, name in shown.items() if name in metrics]
         if "reward_mean" in metrics and "images_per_s" in metrics:
             note.append(f"{metrics['images_per_s']:.0f} img/s")

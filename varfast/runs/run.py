@@ -18,7 +18,6 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-from varfast.advantages import groups_without_signal
 from varfast.config import Config
 from varfast.data.labels import caption
 from varfast.distributed import World, decided_by_first, gathered
@@ -195,16 +194,17 @@ class Run:
         raise error
 
     def record(
-        self, rollout: Rollout, images: Tensor, rewards: Rewards, advantages_B: Tensor, metrics: dict[str, float]
+        self, rollout: Rollout, images: Tensor, rewards: Rewards, numbers: dict[str, Tensor], metrics: dict[str, float]
     ) -> None:
         """End a step that was learned from: metrics.jsonl, grids, and a checkpoint where one is due.
 
         Args:
-            rollout, rewards, advantages_B: of all processes.
+            rollout, rewards: of all processes.
             images: of this process, in [0, 1].
+            numbers: of the batch that was made of them.
             metrics: of the update.
         """
-        found = _metrics(rollout, rewards, advantages_B, self.config.rollout.group_size) | metrics
+        found = _metrics(rollout, rewards, numbers) | metrics
         labels_b = rollout.labels_B[self.shard]
         self._end_step(found, lambda log, done: log.samples(done, images, labels_b, rewards.rows(self.shard)))
 
@@ -365,20 +365,20 @@ def _measured(
     return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
 
 
-def _metrics(rollout: Rollout, rewards: Rewards, advantages_B: Tensor, group_size: int) -> dict[str, float]:
-    """The numbers of a step before its update, by the names of metrics.jsonl."""
+def _metrics(rollout: Rollout, rewards: Rewards, numbers: dict[str, Tensor]) -> dict[str, float]:
+    """The numbers of a step before its update, by the names of metrics.jsonl. Counts are integers there."""
     measured = {
         "reward_mean": rewards.total_B.mean(),
         "reward_std": rewards.total_B.std(correction=0),
         **{f"reward/{name}": score_B.mean() for name, score_B in rewards.components.items()},
         **{name: number.float() for name, number in rewards.numbers.items()},
-        "advantage_mean": advantages_B.mean(),
-        "advantage_std": advantages_B.std(correction=0),
+        **{name: number.float() for name, number in numbers.items()},
         "entropy": rollout.entropy_BL.mean(),
     }
     values = torch.stack(list(measured.values())).tolist()  # one copy from the device
-    without_signal = groups_without_signal(advantages_B, group_size)
-    return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal}
+    counts = [name for name, number in numbers.items() if not number.is_floating_point()]
+    found = dict(zip(measured, values, strict=True))
+    return found | {name: int(found[name]) for name in counts}
 
 
 @contextmanager

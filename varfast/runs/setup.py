@@ -13,6 +13,7 @@ import torch
 from varfast import kernels
 from varfast.config import Config
 from varfast.data.labels import label_pool, run_names
+from varfast.data.prompts import PromptSet, run_prompts, save_prompts
 from varfast.distributed import World, decided_by_first, joined, local_device, processes_here
 from varfast.perf.devices import available_bytes, usual_bytes, with_dtype
 from varfast.perf.memory import MemoryPlan
@@ -52,7 +53,8 @@ class Setup:
         found: the checkpoint to go on from; None: the run is new.
         work, plan: what this process does of a step, and how it fits into memory.
         shard: the images of a step that this process samples and scores.
-        labels: those that the run draws from. names: of all labels, if they have any.
+        labels: those that the run draws from; of texts their rows in `prompts`. names: of all labels, if they have any.
+        prompts: the table of texts, of a family that is conditioned on text; None: it is conditioned on labels.
         environment: versions and hardware.
     """
 
@@ -68,16 +70,20 @@ class Setup:
     shard: slice
     labels: list[int]
     names: list[str] | None
+    prompts: PromptSet | None
     environment: dict[str, Any]
 
 
 @contextmanager
-def set_up(config: Config, reads_reference: bool | None = None, policy: Policy | None = None) -> Iterator[Setup]:
+def set_up(
+    config: Config, reads_reference: bool | None = None, policy: Policy | None = None, of_folder: bool = False
+) -> Iterator[Setup]:
     """Join the other processes and lock the run folder; leaving undoes both.
 
     Args:
-        reads_reference: whether the loss reads the log-probabilities of a reference; None: as GRPO does.
+        reads_reference: whether the loss reads the log-probabilities of a reference; None: as the config's does.
         policy: what is trained, in place of what the config names.
+        of_folder: nothing is read that the config names outside of the folder.
     Raises: InputError for anything in the config or in the folder that cannot be used.
     """
     device = pick_device(local_device(config.run.device))
@@ -108,12 +114,22 @@ def set_up(config: Config, reads_reference: bool | None = None, policy: Policy |
         folder = RunFolder(config.run.dir)
         with folder.held() as lock:
             found = folder.prepare(config)
-            names = run_names(config.policy, config.pretrain.dataset, folder.path, made=folder.base.exists())
-            labels = label_pool(config.rollout, config.policy.num_classes, config.run.seed, names)
+            labels, names, prompts = _conditions(config, folder, found is not None, of_folder)
             here = environment() | {"processes": world.size}
             yield Setup(
-                config, device, world, signals, folder, lock, found, work, plan, shard, labels, names, here
+                config, device, world, signals, folder, lock, found, work, plan, shard, labels, names, prompts, here
             )  # fmt: skip
+
+
+def _conditions(
+    config: Config, folder: RunFolder, going_on: bool, of_folder: bool
+) -> tuple[list[int], list[str] | None, PromptSet | None]:
+    """Ids that the run draws from, names of all labels, and the table of texts: see Setup."""
+    if config.prompts is not None:
+        prompts = run_prompts(config.prompts, config.run.seed, folder.path, going_on, of_folder)
+        return prompts.ids("train"), None, prompts
+    names = run_names(config.policy, config.pretrain.dataset, folder.path, made=folder.base.exists())
+    return label_pool(config.rollout, config.policy.num_classes, config.run.seed, names), names, None
 
 
 def fitting_plan(work: Work, device: torch.device, world: World) -> MemoryPlan:
@@ -144,16 +160,21 @@ def begin(
         rewards = WeightedSum(
             config.reward,
             setup.device,
-            config.policy.num_classes,
+            None if setup.prompts else config.policy.num_classes,
             names=setup.names,
             seed=config.run.seed,
             beside=beside,
             image_size=config.policy.image_size,
+            prompts=setup.prompts,
         )
+        if world.is_main and setup.prompts:
+            save_prompts(setup.prompts, folder.path)
         if policy is None:
             if world.is_main:
                 prepare_base(config, folder, setup.found is not None, setup.device, of_folder)
             policy = load_base(config, folder, setup.device, whole=False)
+        if setup.prompts:
+            policy.set_prompts(setup.prompts.texts)
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
     if config.run.strict:
@@ -161,7 +182,7 @@ def begin(
     policy.cuda_graph = setup.plan.rollout.cuda_graph
     reference = policy.frozen_copy() if setup.work.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)
-    state = State(policy, reference, rewards, config.update, config.grpo)
+    state = State(policy, reference, rewards, config.update, config.loss)
     before_after = BeforeAfter(folder.path, config, setup.labels)
     if setup.found is None:
         _refuse_diverged(setup, policy, 0)
