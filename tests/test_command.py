@@ -152,6 +152,7 @@ def test_help_names_every_key_of_the_config():
         "imagereward",
         "classifier",
         "http",
+        "vlm",
     ):
         assert f"reward.NAME, type: {reward}: " in text
 

@@ -70,6 +70,7 @@ HOSTILE = {
     "file": {"type": "function", "function": "{folder}/evil.py:score"},
     "beside": {"type": "function", "function": "evil:score"},
     "http": {"type": "http", "url": "http://169.254.169.254/latest/meta-data"},
+    "vlm": {"type": "vlm", "url": "http://169.254.169.254", "model": "m", "question": "?", "api_key_env": "PATH"},
     "names": {"type": "clip", "label_prompt": "a {name}", "names": "/etc/passwd"},
     "weights": {"type": "clip", "prompt": "a", "pretrained": "hf://evil/repo/model.safetensors"},
     "head": {"type": "aesthetic", "head": "https://evil.example/head.pth"},

@@ -34,7 +34,13 @@ from varfast.runs.setup import fitting_plan
 from varfast.train import main, train
 
 STAGES = ("rollout", "decode", "reward", "reference", "update", "optimizer")
-TIMES = ("step_s", "images_per_s", "mfu", *(f"{stage}_{what}" for stage in STAGES for what in ("ms", "share")))
+TIMES = (
+    "step_s",
+    "images_per_s",
+    "mfu",
+    "spent_hours",
+    *(f"{stage}_{what}" for stage in STAGES for what in ("ms", "share")),
+)
 
 
 def lines(folder):

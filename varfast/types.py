@@ -204,13 +204,17 @@ class Batch:
 
     Attributes:
         rollout: what was sampled.
-        advantages_BL: (B, L) float32 of any strides. One number an image is an expanded (B, 1): no memory.
+        advantages_BL: (B, L) float32 of any strides: how much the loss wants more (positive) or less of each token. One
+            number an image is an expanded (B, 1): no memory. With DPO 1 for the preferred image of a pair, -1 for the
+            rejected one, and 0 for both of a pair that is left out.
         logp_ref_BL: (B, L) float32 under the frozen reference, where the loss needs it.
+        numbers: () each, of the step as a whole, by the names of metrics.jsonl; counts are integers.
     """
 
     rollout: Rollout
     advantages_BL: Tensor
     logp_ref_BL: Tensor | None = None
+    numbers: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rollout: Rollout, advantages_B: Tensor, weights_L: Tensor | None = None) -> Batch:

@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 from varfast import InputError
+from varfast.data.prompts import PromptSet
 from varfast.rewards import WeightedSum
 from varfast.rewards.backbone import Backbone, backbone_spec
+from varfast.rewards.classifier import ClassifierReward
 from varfast.rewards.clip import ClipReward
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -85,6 +87,100 @@ def test_a_prompt_is_not_cut_off_silently(tiny_clip):
     assert len(open_clip.SimpleTokenizer().encode(longest)) + 2 == 77
     WeightedSum({"c": clip(tiny_clip, prompt=longest)})
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs on prompts
+
+TEXTS = ["a red cube", "two cats", 'ein Bär, "laughing"']
+
+
+def on_prompts(weights, texts=TEXTS, **settings):
+    return WeightedSum({"c": clip(weights, prompt=None, **settings)}, prompts=PromptSet.of(texts))
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The number of texts of each call of encode_text."""
+    counts = []
+
+    def encode_text(self, tokens, *args, encode=open_clip.CLIP.encode_text, **kwargs):
+        counts.append(len(tokens))
+        return encode(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(open_clip.CLIP, "encode_text", encode_text)
+    return counts
+
+
+def test_clip_compares_each_image_with_its_prompt(tiny_clip, images):
+    table = cosine("tiny", tiny_clip, images, TEXTS)
+    scored = on_prompts(tiny_clip)(images, LABELS).total_B
+    torch.testing.assert_close(scored, table[torch.arange(6), LABELS], rtol=0, atol=2e-6)
+    table = cosine("tiny", tiny_clip, images, [f"a photo of {text}" for text in TEXTS])
+    scored = on_prompts(tiny_clip, label_prompt="a photo of {name}")(images, LABELS).total_B
+    torch.testing.assert_close(scored, table[torch.arange(6), LABELS], rtol=0, atol=2e-6)
+    fixed = WeightedSum({"c": clip(tiny_clip)}, prompts=PromptSet.of(TEXTS))(images, LABELS).total_B
+    torch.testing.assert_close(fixed, cosine("tiny", tiny_clip, images, ["a painting"])[:, 0], rtol=0, atol=2e-6)
+
+
+def test_clip_reads_a_prompt_when_it_comes_and_once(tiny_clip, images, encoded, monkeypatch):
+    """The largest sets have a hundred thousand rows."""
+    reward = on_prompts(tiny_clip, [f"number {i}" for i in range(100_000)])
+    assert encoded == []
+    reward(images, LABELS)
+    assert encoded == [1, 1, 1]  # two images a prompt
+    reward(images, LABELS + torch.tensor([0, 0, 0, 99_990, 0, 0]))
+    assert len(encoded) == 4
+    monkeypatch.setattr("varfast.rewards.backbone._KEPT_TEXTS", 2)
+    reward(images[:2], torch.tensor([7, 8]))  # which leave no room for others
+    assert len(encoded) == 6
+    reward(images[:2], torch.tensor([8, 7]))
+    assert len(encoded) == 6
+    reward(images[:1], LABELS[:1])
+    assert len(encoded) == 7
+
+
+def test_clip_a_prompts_score_depends_neither_on_the_others_nor_on_what_was_read_before(tiny_clip, images):
+    together, alone = on_prompts(tiny_clip, batch_size=1), on_prompts(tiny_clip, batch_size=1)
+    whole = together(images, LABELS).total_B
+    assert torch.equal(together(images, LABELS).total_B, whole)
+    assert torch.equal(torch.cat([alone(images[i : i + 1], LABELS[i : i + 1]).total_B for i in range(6)]), whole)
+
+
+def test_clip_cuts_off_long_prompts_as_open_clip_and_says_so_once(tiny_clip, images):
+    texts = ["fine " * 76, "very fine " * 40, "a cat"]
+    count = len(open_clip.SimpleTokenizer().encode(texts[1])) + 2
+    reward = on_prompts(tiny_clip, texts)
+    with pytest.warns(
+        UserWarning, match=rf"reward.c: prompts of more than 77 tokens .* has {count} with start"
+    ) as said:
+        scored = reward(images, LABELS).total_B
+        reward(images, LABELS)
+        reward(images[:1], LABELS[:1])
+    assert len(said) == 1
+    table = cosine("tiny", tiny_clip, images, texts)  # its tokenizer cuts off
+    torch.testing.assert_close(scored, table[torch.arange(6), LABELS], rtol=0, atol=2e-6)
+
+
+def test_rewards_on_one_clip_keep_its_text_tower_for_the_one_that_reads_prompts(tiny_clip, images):
+    fixed, each = clip(tiny_clip), clip(tiny_clip, prompt=None)
+    scored = WeightedSum({"fixed": fixed, "each": each}, prompts=PromptSet.of(TEXTS))(images, LABELS)
+    table = cosine("tiny", tiny_clip, images, ["a painting", *TEXTS])
+    torch.testing.assert_close(scored.components["fixed"], table[:, 0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(scored.components["each"], table[torch.arange(6), LABELS + 1], rtol=0, atol=2e-6)
+
+
+def test_what_a_run_compares_images_with_fits_the_run(tiny_clip):
+    with pytest.raises(InputError, match=r"reward.c: give prompt or label_prompt, one of the two"):
+        WeightedSum({"c": clip(tiny_clip, prompt=None)}, num_classes=3, names=["a", "b", "c"])
+    with pytest.raises(InputError, match=r"reward.c.names are of labels, and the run is on prompts"):
+        on_prompts(tiny_clip, label_prompt="a {name}", names=["a", "b", "c"])
+    with pytest.raises(InputError, match=r"reward.d: a classifier compares images with labels, and the run is on pro"):
+        digits = ClassifierReward(type="classifier", model="digits")
+        WeightedSum({"d": digits}, num_classes=10, prompts=PromptSet.of(TEXTS))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
 
 LABEL_PROMPT = {"prompt": None, "label_prompt": "a {name}"}
 

@@ -5,14 +5,14 @@ import torch
 
 from varfast import InputError
 from varfast.rewards.building import Building
-from varfast.rewards.clip import Text, prompts
+from varfast.rewards.clip import Text
 from varfast.rewards.files import fetch
 
 
 def texts(names):
     building = Building("reward.c", torch.device("cpu"), num_classes=2)
     # Not validated: the paths that a config refuses come by other ways too.
-    return prompts(Text.model_construct(prompt=None, label_prompt="a {name}", names=str(names)), building)
+    return Text.model_construct(prompt=None, label_prompt="a {name}", names=str(names)).texts(building)
 
 
 def test_names_come_from_a_regular_file_with_or_without_a_byte_order_mark(tmp_path):

@@ -127,8 +127,8 @@ def test_the_form_of_a_function_is_said(function, message):
         ("async def score(images, labels): pass", {}, "score is async"),
         # What its parameters need.
         ("def score(): pass", {}, r"reward mine must take \(images, labels\); score takes no images"),
-        ("class score:\n    def __call__(self, images, prompts, metadata): pass", {},
-         r"reward mine must take \(images, labels\); score.__call__ needs 'metadata'"),
+        ("class score:\n    def __call__(self, images, prompts, captions): pass", {},
+         r"reward mine must take \(images, labels\); score.__call__ needs 'captions'"),
         ("def score(images, labels, extra, *, more): pass", {}, "score needs 'extra', 'more'"),
         ("import torch\nclass score(torch.nn.Module):\n    def forward(self, images, mask, text): pass", {},
          "score.forward needs 'text'"),

@@ -2,12 +2,11 @@
 
 import base64
 import io
-import json
 import re
 import socket
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from http.server import HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,60 +18,30 @@ from varfast import InputError
 from varfast.rewards import WeightedSum
 from varfast.rewards.http import HttpReward
 
+from .servers import respond, serving
+
 LABELS = torch.tensor([3, 1, 4, 1, 5, 9])
 DOCS = Path(__file__).parent.parent.parent / "docs" / "rewards.md"
 
 
 @pytest.fixture
 def server():
-    """`answers`: functions (handler, request body) -> None, one a request, the last one again and again."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            answers[min(len(asked), len(answers) - 1)](self, body, asked.append(body))
-
-        def log_message(self, *args):
-            pass
-
-    answers, asked = [], []
-    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served.daemon_threads = True
-    served.answers, served.asked = answers, asked
-    served.url = f"http://127.0.0.1:{served.server_port}/score?v=1"
-    thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield served
-    served.shutdown()
-    served.server_close()
-    thread.join()
+    with serving() as made:
+        made.url += "/score?v=1"
+        yield made
 
 
 @pytest.fixture
 def waits(monkeypatch):
     """Seconds that the reward would have waited between attempts."""
     waited = []
-    sleep = time.sleep
-    monkeypatch.setattr("varfast.rewards.http.time.sleep", lambda s: waited.append(s) or sleep(0))
+    monkeypatch.setattr("varfast.rewards.client._pause", lambda seconds, stop: waited.append(seconds))
     return waited
 
 
-def respond(status, content, **headers):
-    content = content if isinstance(content, bytes) else json.dumps(content).encode()
-
-    def answer(handler, body, _):
-        handler.send_response(status)
-        for name, value in ({"Content-Length": str(len(content))} | headers).items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(content)
-
-    return answer
-
-
-def redness(handler, body, _):
+def redness(server, handler, body):
     images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))) for png in body["images"]]
-    respond(200, {"rewards": [float(image[..., 0].mean()) for image in images]})(handler, body, None)
+    respond(200, {"rewards": [float(image[..., 0].mean()) for image in images]})(server, handler, body)
 
 
 def http(url, **settings):
@@ -134,7 +103,7 @@ def test_http_refuses_nonsense_at_once(server, waits, images, answer, message):
     assert waits == []
 
 
-def break_off(handler, body, _):
+def break_off(server, handler, body):
     handler.send_response(200)
     handler.send_header("Content-Length", "100")
     handler.end_headers()
@@ -169,7 +138,7 @@ def test_http_bounds_the_time_of_a_request_as_a_whole(server, images, what):
     """A byte now and then renews the timeout of a socket."""
     written, hung_up = [], threading.Event()
 
-    def drip(handler, body, _):
+    def drip(server, handler, body):
         if what == "body":
             handler.send_response(200)
             handler.send_header("Content-Length", "100")
@@ -208,7 +177,7 @@ def test_http_addresses():
 def raw(answer):
     """Bytes in place of an answer in HTTP."""
 
-    def send(handler, body, _):
+    def send(server, handler, body):
         handler.wfile.write(answer)
         handler.close_connection = True
         handler.wfile.flush()

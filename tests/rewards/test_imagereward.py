@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from varfast import InputError
+from varfast.data.prompts import PromptSet
 from varfast.rewards import WeightedSum
 from varfast.rewards.blip import Blip, BlipNetwork, BlipSizes
 from varfast.rewards.cost import reward_networks
@@ -150,6 +151,22 @@ def test_imagereward_equals_other_libraries(files, noise):
     torch.testing.assert_close(swapped.double(), want.flip(1).diagonal(), rtol=0, atol=tolerance)
     one = WeightedSum({"i": reward(files, prompt="a photo of a goldfish")})(noise, LABELS).total_B
     torch.testing.assert_close(one.double(), want[:, 1], rtol=0, atol=tolerance)
+
+
+def test_imagereward_rates_each_image_for_its_prompt_and_cuts_off_long_ones(files, noise):
+    """As ImageReward's tokenizer: 33 tokens of the text, between [CLS] and [SEP]."""
+    texts = ["a house finch", "a photo of a cat, " + "gold " * 40]
+    tokens = [[2, 5, 8, 9, 3], [2, 5, 6, 7, 5, 12, 13, *[10] * 27, 3]]
+    assert len(tokens[1]) == 35
+    rows = torch.tensor([1, 0, 1])
+    want = rated_by_others(files, noise, tokens)[torch.arange(3), rows]
+    each = WeightedSum({"i": reward(files, batch_size=1)}, prompts=PromptSet.of(texts))
+    with pytest.warns(UserWarning, match=r"reward.i: prompts of more than 35 tokens are cut off, .* 48 with s") as said:
+        scored = each(noise, rows).total_B
+        apart = torch.cat([each(noise[i : i + 1], rows[i : i + 1]).total_B for i in range(3)])
+    assert len(said) == 1
+    torch.testing.assert_close(scored.double(), want, rtol=0, atol=1e-4)
+    assert torch.equal(apart, scored)
 
 
 def test_bfloat16_is_near(files, noise):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from varfast import InputError
+from varfast.data.prompts import PromptSet
 from varfast.rewards import WeightedSum, hpsv2, pickscore
 from varfast.rewards.backbone import Backbone
 from varfast.rewards.clip_names import to_open_clip
@@ -89,6 +90,15 @@ def test_pickscore_equals_the_model_card(library, tiny, noise):
     each = PickScoreReward(type="pickscore", pretrained=path, label_prompt="a photo of a {name}", names=NAMES)
     scored = WeightedSum({"p": each}, num_classes=3)(noise, LABELS)
     want = model_card(model, noise, [f"a photo of a {name}" for name in NAMES]).diagonal()
+    torch.testing.assert_close(scored.total_B, want, rtol=0, atol=2e-5)
+
+
+def test_pickscore_scores_each_image_for_its_prompt(library, tiny, noise):
+    model, path = library
+    rows = torch.tensor([2, 0, 0])
+    reward = PickScoreReward(type="pickscore", pretrained=path)
+    scored = WeightedSum({"p": reward}, prompts=PromptSet.of(NAMES))(noise, rows)
+    want = model_card(model, noise, NAMES)[torch.arange(3), rows]
     torch.testing.assert_close(scored.total_B, want, rtol=0, atol=2e-5)
 
 

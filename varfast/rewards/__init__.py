@@ -44,6 +44,8 @@ from varfast.rewards.http import HttpReward
 from varfast.rewards.imagereward import ImageRewardReward
 from varfast.rewards.loo_fid import LooFidReward
 from varfast.rewards.pickscore import PickScoreReward
+from varfast.rewards.vlm import VlmReward
+from varfast.rewards.vqascore import VQAScoreReward
 from varfast.types import RewardBatch, Rewards
 
 if TYPE_CHECKING:
@@ -60,11 +62,13 @@ RewardConfig = Annotated[
     | HPSv2Reward
     | PickScoreReward
     | ImageRewardReward
+    | VQAScoreReward
     | ClassifierReward
-    | HttpReward
-    | LooFidReward
     | CompositionReward
-    | ColourMatchReward,
+    | ColourMatchReward
+    | VlmReward
+    | HttpReward
+    | LooFidReward,
     Field(discriminator="type"),
 ]
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import logging
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varfast.printable import printable
 from varfast.rewards.building import Building
 from varfast.rewards.clip_names import to_open_clip
 from varfast.rewards.files import fetch
@@ -27,6 +30,7 @@ from varfast.weights.hub import hub_cause, one_line
 
 _QUICK = "-quickgelu"
 _PRECISION = {"float32": "fp32", "bfloat16": "bf16"}  # bf16: matrices only; LayerNorm stays float32
+_KEPT_TEXTS = 4096  # 16 MB of embeddings of ViT-H-14
 _TEXT_TOWER = ("text", "text_decoder", "transformer", "token_embedding")
 
 
@@ -120,6 +124,8 @@ class Backbone:
         self._device = device
         self._dtype = torch.float32 if spec.dtype == "float32" else torch.bfloat16
         self.batch_size = batch_size
+        self._keeps_texts = self._warned = False
+        self._read: OrderedDict[str, Tensor] = OrderedDict()
         self._preprocess = clip_preprocessing(open_clip.get_model_preprocess_cfg(self._model))
 
     @torch.no_grad()
@@ -138,9 +144,7 @@ class Backbone:
         Raises: InputError for a text of more tokens than the model reads; open_clip would cut it off.
         """
         context = self._tokenizer.context_length
-        # No tokenizer makes more tokens than a text has bytes, beside start and end; so the last column is padding.
-        roomy = self._tokenizer(texts, context_length=context + 8 + max(len(text.encode()) for text in texts))
-        used_N = (roomy != roomy[:, -1:]).sum(dim=1)
+        used_N = self._count_tokens(texts)
         longest = int(used_N.argmax())
         excess = int(used_N[longest]) - context
         if excess > 0:
@@ -152,6 +156,45 @@ class Backbone:
         parts = [self._model.encode_text(part).float() for part in tokens.split(self.batch_size)]
         return F.normalize(torch.cat(parts), dim=1)
 
+    def reads_texts_of_batches(self) -> None:
+        """Call it while rewards are built: `texts_are_read` then frees nothing."""
+        self._keeps_texts = True
+
+    @torch.no_grad()
+    def embed_texts_of_batch(self, texts: list[str], key: str) -> Tensor:
+        """B texts -> (B, D) float32 of norm 1. Those that were read last are kept.
+
+        A text of more tokens than the model reads is cut off, as by its own code, and a warning says so once.
+
+        Each text is a batch of its own, so that its embedding depends neither on the others nor on what is kept: a run
+        that goes on, or has more processes, gets the same bits.
+        """
+        new = [text for text in dict.fromkeys(texts) if text not in self._read]
+        if new:
+            self._warn_of_cut(new, key)
+        rows = {text: self._read[text] for text in set(texts).difference(new)}
+        for text in new:
+            rows[text] = F.normalize(self._model.encode_text(self._tokenizer([text]).to(self._device)).float(), dim=1)
+        for text in dict.fromkeys(texts):
+            self._read[text] = rows[text]
+            self._read.move_to_end(text)
+        while len(self._read) > _KEPT_TEXTS:
+            self._read.popitem(last=False)
+        return torch.cat([rows[text] for text in texts])
+
+    def _count_tokens(self, texts: list[str]) -> Tensor:
+        """(N,), with start and end."""
+        # No tokenizer makes more tokens than a text has bytes, beside start and end; so the last column is padding.
+        room = self._tokenizer.context_length + 8 + max(len(text.encode()) for text in texts)
+        roomy = self._tokenizer(texts, context_length=room)
+        return (roomy != roomy[:, -1:]).sum(dim=1)
+
+    def _warn_of_cut(self, texts: list[str], key: str) -> None:
+        if not self._warned:
+            context, used_N = self._tokenizer.context_length, self._count_tokens(texts)
+            longest = int(used_N.argmax())
+            self._warned = warn_of_cut(key, texts[longest], int(used_N[longest]), context)
+
     @property
     def logit_scale(self) -> float:
         """The factor of the cosine in the model's training: exp of its parameter, 100 in most."""
@@ -159,7 +202,7 @@ class Backbone:
 
     def texts_are_read(self) -> None:
         """Free the memory of what embed_texts needs: 0.5 GB of ViT-L-14, 1.4 GB of ViT-H-14 in float32."""
-        for name in _TEXT_TOWER:
+        for name in () if self._keeps_texts else _TEXT_TOWER:
             if hasattr(self._model, name):
                 delattr(self._model, name)
 
@@ -205,6 +248,17 @@ def clip_preprocessing(config: dict[str, Any]) -> Preprocessing:
 def shared_backbone(building: Building, spec: BackboneSpec, batch_size: int) -> Backbone:
     """The CLIP model of a reward, which rewards with the same spec share."""
     return building.share(spec, batch_size, lambda: Backbone(spec, building.device, batch_size, building.key))
+
+
+def warn_of_cut(key: str, text: str, tokens: int, most: int) -> bool:
+    """Warn of a text of more tokens than a model reads. Returns: whether it has so many."""
+    if tokens > most:
+        warnings.warn(
+            f"{key}: prompts of more than {most} tokens are cut off, as by the model's own code; the first, "
+            f"'{printable(text, 80)}', has {tokens} with start and end",
+            stacklevel=2,
+        )
+    return tokens > most
 
 
 def import_open_clip() -> Any:

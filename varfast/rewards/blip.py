@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from varfast.rewards.backbone import warn_of_cut
 from varfast.rewards.files import fetch, read_names
 from varfast.rewards.preprocess import Preprocessing
 from varfast.types import InputError
@@ -160,6 +161,7 @@ class Blip:
         self._network: Any = network.to(device)
         self._device = device
         self.batch_size = batch_size
+        self._warned = False
         side = sizes.image_size
         self._preprocess = Preprocessing(side, side, "shortest", "bicubic", _PIXEL_MEAN, _PIXEL_STD)
 
@@ -205,8 +207,23 @@ class Blip:
                 f"{key}: {texts[longest]!r} has {most} tokens with start and end, {most - MAX_TOKENS} more than the "
                 f"{MAX_TOKENS} that the model reads; shorten it"
             )
-        tokens_NT = torch.tensor([ids + [0] * (most - len(ids)) for ids in encoded], device=self._device)
-        used_NT = torch.tensor([[1] * len(ids) + [0] * (most - len(ids)) for ids in encoded], device=self._device)
+        return self._padded(encoded, most)
+
+    def tokens_of_batch(self, texts: list[str], key: str) -> tuple[Tensor, Tensor]:
+        """Tokens (B, 35) of texts, and where they are; longer ones are cut off, as by ImageReward, which is said once.
+
+        All have the same width, so that a rating does not depend on the other texts of its batch.
+        """
+        encoded = [self._tokenizer.encode(text).ids for text in texts]
+        longest = max(range(len(texts)), key=lambda i: len(encoded[i]))
+        if not self._warned:
+            self._warned = warn_of_cut(key, texts[longest], len(encoded[longest]), MAX_TOKENS)
+        cut = [ids if len(ids) <= MAX_TOKENS else [*ids[: MAX_TOKENS - 1], ids[-1]] for ids in encoded]
+        return self._padded(cut, MAX_TOKENS)
+
+    def _padded(self, encoded: list[list[int]], width: int) -> tuple[Tensor, Tensor]:
+        tokens_NT = torch.tensor([ids + [0] * (width - len(ids)) for ids in encoded], device=self._device)
+        used_NT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in encoded], device=self._device)
         return tokens_NT, used_NT
 
     def texts_are_read(self) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, c
 from pydantic import Field
 
 from varfast.settings.section import Section
-from varfast.types import Normalise, RewardBatch
+from varfast.types import InputError, Normalise, RewardBatch
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ class ImageNetwork(Protocol):
         ...
 
     def texts_are_read(self) -> None:
-        """All rewards are built: what reads their texts may be freed."""
+        """All rewards are built: what reads their texts may be freed, unless one of them reads those of a batch."""
         ...
 
 
@@ -68,6 +68,15 @@ class RewardSection(Section):
             key: where this section stands, for errors.
             labels_per_step, labels: of a step, and those that it draws from.
         Raises: ValueError if it is not.
+        """
+
+    def check_prompts(self, key: str, on_prompts: bool) -> None:
+        """Whether the run has what this reward compares images with: texts, or labels.
+
+        Args:
+            key: where this section stands, for errors.
+            on_prompts: the run is on prompts, and not on labels.
+        Raises: ValueError if it has not.
         """
 
 
@@ -229,6 +238,14 @@ class PerImage:
 
     def state(self) -> dict[str, Tensor]:
         return {}
+
+
+def check_prompts(section: RewardSection, building: Building) -> None:
+    """`section.check_prompts` for a reward that is built without a run's config. Raises: InputError."""
+    try:
+        section.check_prompts(building.key, building.prompts is not None)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def on_images(building: Building, reward: Callable[[Tensor, Tensor], Any]) -> Reward:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from varfast.rewards.building import Building, Reward, RewardSection, on_images
+from varfast.rewards.building import Building, Reward, RewardSection, check_prompts, on_images
 from varfast.rewards.files import fetch, file_name
 from varfast.settings.section import Section, Source
 from varfast.types import InputError
@@ -44,8 +44,14 @@ class ClassifierReward(ClassifierConfig, RewardSection):
 
     type: Literal["classifier"] = Field(description="the kind of reward")
 
+    def check_prompts(self, key: str, on_prompts: bool) -> None:
+        if on_prompts:
+            raise ValueError(f"{key}: a classifier compares images with labels, and the run is on prompts; use clip, "
+                             "imagereward or vlm")  # fmt: skip
+
     def build(self, building: Building) -> Reward:
         key, num_classes = building.key, building.num_classes
+        check_prompts(self, building)
         if self.model == "digits":
             return on_images(building, DigitsConfidence(num_classes, key))
         return on_images(

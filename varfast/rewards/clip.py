@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from varfast.rewards.building import Building, Reward, RewardSection, on_embeddings, reads_or_fetches
+from varfast.rewards.building import (
+    Building,
+    PerImage,
+    Reward,
+    RewardSection,
+    Scored,
+    check_prompts,
+    on_embeddings,
+    reads_or_fetches,
+)
 from varfast.rewards.files import read_names
-from varfast.settings.section import Section, Source
-from varfast.types import InputError
+from varfast.settings.section import Source
+from varfast.types import InputError, RewardBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,11 +43,17 @@ class ClipModel(RewardSection):
         raise NotImplementedError
 
 
-class Text(Section):
-    """What images are compared with: one text, or one a label."""
+class Text(RewardSection):
+    """What images are compared with: one text, one a label, or the prompt of each."""
 
-    prompt: str | None = Field(None, min_length=1, description="one text for all images, as 'a painting'")
-    label_prompt: str | None = Field(None, description="a text a label, as 'a photo of a {name}'")
+    prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="one text for all images, as 'a painting'. Default, of a run on prompts: that of each image",
+    )
+    label_prompt: str | None = Field(
+        None, description="a text a label, as 'a photo of a {name}'; of a run on prompts {name} is the prompt"
+    )
     names: list[str] | Source | None = Field(
         None,
         description="what stands for {name}: a list in the order of the labels, or a file with one a line. Default: "
@@ -47,15 +62,37 @@ class Text(Section):
 
     @model_validator(mode="after")
     def _one_text(self) -> Self:
-        if (self.prompt is None) == (self.label_prompt is None):
+        if self.prompt is not None and self.label_prompt is not None:
             raise ValueError("give prompt or label_prompt, one of the two")
         if self.label_prompt is not None and "{name}" not in self.label_prompt:
             raise ValueError(f"label_prompt {self.label_prompt!r} has no {{name}}; as in 'a photo of a {{name}}'")
         if self.label_prompt is None and self.names is not None:
             raise ValueError("names stand for {name} in label_prompt, which is not given")
-        if not (self.label_prompt or self.prompt or "").strip():
+        if self.prompt is not None and not self.prompt.strip():
             raise ValueError("prompt is blank; describe what images should look like, as 'a painting'")
         return self
+
+    def check_prompts(self, key: str, on_prompts: bool) -> None:
+        if on_prompts and self.names is not None:
+            raise ValueError(f"{key}.names are of labels, and the run is on prompts, which are texts; leave names out")
+        if not on_prompts and self.prompt is None and self.label_prompt is None:
+            raise ValueError(f"{key}: give prompt or label_prompt, one of the two")
+
+    def texts(self, building: Building) -> list[str] | None:
+        """One for all images, or one a label; None: each image's own, which comes with it.
+
+        Raises: InputError if the names cannot be read, are not one a label, or one of them is blank; or if none are
+            given and the labels have none.
+        """
+        check_prompts(self, building)
+        if self.prompt is not None:
+            return [self.prompt]
+        return None if building.prompts is not None else _of_labels(self, building)
+
+    def of_batch(self, batch: RewardBatch) -> list[str]:
+        """The text of each image of a run on prompts, where `texts` returns None."""
+        template = self.label_prompt
+        return batch.prompts if template is None else [template.replace("{name}", text) for text in batch.prompts]
 
 
 class TextReward(ClipModel, Text):
@@ -66,14 +103,23 @@ class TextReward(ClipModel, Text):
 
         Args:
             scaled: multiply the cosine by the model's own scale, exp(logit_scale).
-        Raises: InputError if names cannot be read, weights cannot be had, or a text is too long for the model.
+        Raises: InputError if names cannot be read, weights cannot be had, or a text is too long for the model; of a
+            run on prompts it is cut off.
         """
         from varfast.rewards.backbone import shared_backbone
 
-        texts = prompts(self, building)
+        texts = self.texts(building)
         backbone = shared_backbone(building, spec, self.batch_size)
-        texts_ND = backbone.embed_texts(texts, building.key)
         scale = backbone.logit_scale if scaled else 1.0
+        if texts is None:
+            backbone.reads_texts_of_batches()
+
+            def similarity(scored: Scored) -> Tensor:
+                texts_BD = backbone.embed_texts_of_batch(self.of_batch(scored.batch), building.key)
+                return scale * (scored.embeddings(backbone) * texts_BD).sum(dim=1)
+
+            return PerImage(building, similarity)
+        texts_ND = backbone.embed_texts(texts, building.key)
         return on_embeddings(building, backbone, TextSimilarity(texts_ND, self.label_prompt is not None, scale))
 
 
@@ -121,14 +167,8 @@ class TextSimilarity:
         return self._scale * (embeddings_BD * texts).sum(dim=1)
 
 
-def prompts(text: Text, building: Building) -> list[str]:
-    """The texts of a reward: one, or one a label.
-
-    Raises: InputError if the names cannot be read, are not one a label, or one of them is blank; or if none are given
-        and the labels have none.
-    """
-    if text.prompt is not None:
-        return [text.prompt]
+def _of_labels(text: Text, building: Building) -> list[str]:
+    """One text a label. Raises: see Text.texts."""
     label_prompt, num_classes, key = text.label_prompt, building.num_classes, building.key
     assert label_prompt is not None
     names = read_names(text.names, f"{key}.names") if isinstance(text.names, str) else text.names or building.names

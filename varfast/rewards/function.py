@@ -29,9 +29,10 @@ from varfast.settings.reading import is_finite
 from varfast.settings.schema import Wanted
 from varfast.types import InputError
 
-_NAMED = ("labels", "batch", "names", "prompts", "step", "seed")
+_NAMED = ("labels", "batch", "names", "prompts", "tags", "metadata", "step", "seed")
 _TAKES = (
-    "a reward takes (images, labels), (images), or images and any of labels, batch, names, prompts, step, seed by name"
+    "a reward takes (images, labels), (images), or images and any of labels, batch, names, prompts, tags, metadata, "
+    "step, seed by name"
 )
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from varfast.rewards.building import Building, Reward, RewardSection, on_embeddings, reads_or_fetches
-from varfast.rewards.clip import Text, prompts
+from varfast.rewards.building import Building, PerImage, Reward, Scored, on_embeddings, reads_or_fetches
+from varfast.rewards.clip import Text
 from varfast.settings.section import Source
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from varfast.rewards.blip import Blip
 
 
-class ImageRewardReward(RewardSection, Text):
+class ImageRewardReward(Text):
     """ImageReward v1.0: people's rating of an image for a text, by BLIP; mean 0, standard deviation 1 on its data."""
 
     type: Literal["imagereward"] = Field(description="the kind of reward")
@@ -39,9 +39,16 @@ class ImageRewardReward(RewardSection, Text):
     def build(self, building: Building) -> Reward:
         from varfast.rewards.blip import Blip, BlipSpec
 
-        texts = prompts(self, building)
+        texts = self.texts(building)
         spec = BlipSpec(self.pretrained, self.vocabulary, self.dtype)
         blip = building.share(spec, self.batch_size, lambda: Blip(spec, building.device, self.batch_size, building.key))
+        if texts is None:
+
+            def rating(scored: Scored) -> Tensor:
+                tokens_BT, used_BT = blip.tokens_of_batch(self.of_batch(scored.batch), building.key)
+                return blip.rate(scored.embeddings(blip), tokens_BT, used_BT)
+
+            return PerImage(building, rating)
         return on_embeddings(building, blip, Rating(blip, texts, self.label_prompt is not None, building.key))
 
     def reaches_outside(self) -> str:

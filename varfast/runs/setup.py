@@ -14,11 +14,12 @@ from varfast import kernels
 from varfast.config import Config
 from varfast.data.labels import label_pool, run_names
 from varfast.data.prompts import PromptSet, run_prompts, save_prompts
-from varfast.distributed import World, joined, local_device, processes_here
+from varfast.distributed import World, decided_by_first, joined, local_device, processes_here
 from varfast.perf.devices import available_bytes, usual_bytes, with_dtype
 from varfast.perf.memory import MemoryPlan
 from varfast.perf.out_of_memory import check_states
 from varfast.perf.plan import plan_memory
+from varfast.perf.spent import spent_before, whole_step
 from varfast.perf.work import Work
 from varfast.policies import strict
 from varfast.policies.device import pick_device
@@ -35,7 +36,7 @@ from varfast.runs.environment import environment
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_base
 from varfast.runs.lock import FolderLock
-from varfast.runs.log import import_wandb
+from varfast.runs.log import import_wandb, step_seconds
 from varfast.runs.signals import StopSignals, listen
 from varfast.runs.start import prepare_base
 from varfast.state import State
@@ -80,7 +81,7 @@ def set_up(
     """Join the other processes and lock the run folder; leaving undoes both.
 
     Args:
-        reads_reference: whether the loss reads the log-probabilities of a reference; None: as GRPO does.
+        reads_reference: whether the loss reads the log-probabilities of a reference; None: as the config's does.
         policy: what is trained, in place of what the config names.
         of_folder: nothing is read that the config names outside of the folder.
     Raises: InputError for anything in the config or in the folder that cannot be used.
@@ -181,7 +182,7 @@ def begin(
     policy.cuda_graph = setup.plan.rollout.cuda_graph
     reference = policy.frozen_copy() if setup.work.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)
-    state = State(policy, reference, rewards, config.update, config.grpo)
+    state = State(policy, reference, rewards, config.update, config.loss)
     before_after = BeforeAfter(folder.path, config, setup.labels)
     if setup.found is None:
         _refuse_diverged(setup, policy, 0)
@@ -190,8 +191,19 @@ def begin(
         before_after.before(policy, rewards, setup.plan.rollout.micro_batch)
     if setup.found is not None:
         state.load(setup.found)
+        if setup.found.spent is None:
+            _count_spent(setup, state)
         _refuse_diverged(setup, policy, state.step)
     return state, before_after
+
+
+def _count_spent(setup: Setup, state: State) -> None:
+    """Of a run whose checkpoint does not say what it has spent, since an earlier version wrote it."""
+    work, path = Work.whole(setup.config, setup.work.cost, setup.work.reads_reference), setup.folder.path
+    found = decided_by_first(lambda: spent_before(state.step, whole_step(work), step_seconds(path, state.step)))
+    state.spent = state.learned_spent = found
+    if setup.world.is_main and state.step:
+        print(f"{path} does not say what it has spent; taken for {found} (FLOP as if every image had a gradient)")
 
 
 def _refuse_diverged(setup: Setup, policy: Policy, step: int) -> None:
