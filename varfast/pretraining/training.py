@@ -73,6 +73,7 @@ def _images(config: Config) -> Images:
         captioned = load_captioned(dataset, policy.image_size, config.run.seed)
         if isinstance(captioned, CaptionedFolder):
             print(f"{captioned.folder}: {len(captioned)} images, {len(captioned.texts)} different captions")
+        nexttoken.words_of(config, captioned.texts)  # what does not fit is said before anything is trained
         return captioned
     images = load_images(dataset, policy.image_size, policy.num_classes, policy.sizes_key)
     if isinstance(images, FolderImages):
