@@ -16,6 +16,7 @@ from varfast.data.config import PromptsConfig
 from varfast.losses.config import DPOConfig, GRPOConfig, LossConfig
 from varfast.optim.config import UpdateConfig
 from varfast.policies.config import RolloutConfig
+from varfast.policies.janus.config import JanusPolicyConfig
 from varfast.policies.llamagen.config import LlamaGenPolicyConfig
 from varfast.policies.taming.config import TamingPolicyConfig
 from varfast.policies.var.config import VARPolicyConfig
@@ -27,7 +28,9 @@ from varfast.settings.schema import Wanted
 from varfast.settings.section import Section, check_divides, check_labels
 
 # The families of models; varfast/policies/families.py says how to add one.
-PolicyConfig = Annotated[VARPolicyConfig | LlamaGenPolicyConfig | TamingPolicyConfig, Field(discriminator="family")]
+PolicyConfig = Annotated[
+    VARPolicyConfig | LlamaGenPolicyConfig | TamingPolicyConfig | JanusPolicyConfig, Field(discriminator="family")
+]
 
 
 class KernelsConfig(Section):

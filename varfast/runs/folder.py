@@ -44,6 +44,7 @@ _FREE_TO_CHANGE = (
     "run.parallel",
     "run.timeout_s",
     "run.max_bad_rollouts",
+    "run.stop_when_idle",
     "log",
     "eval",
     "kernels",

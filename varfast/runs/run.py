@@ -32,6 +32,7 @@ from varfast.perf.stages import StageClock, stage
 from varfast.perf.work import Work
 from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
+from varfast.runs.alarm import Alarm
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, found_diverged
@@ -65,6 +66,7 @@ class Run:
         self._metrics: dict[str, float] = {}  # of the last step
         work = Work.whole(setup.config, setup.work.cost, setup.work.reads_reference)
         self._budget = Budget.of(setup.config.run, whole_step(work))
+        self._alarm, self._idle = Alarm(setup.config.rollout.labels_per_step), False
         self._drift_images = 0  # that the reference has read in this step, apart from the update
         self._begin_s = 0.0
         self._at_end = ExitStack()
@@ -81,7 +83,8 @@ class Run:
     @property
     def _ended_by(self) -> str | None:
         """The setting that ends the run here; None: it goes on."""
-        return self._budget.ended_by(self.state.step, self.state.spent)
+        idle = "run.stop_when_idle=true" if self._idle and self.config.run.stop_when_idle else None
+        return self._budget.ended_by(self.state.step, self.state.spent) or idle
 
     def __enter__(self) -> Run:
         config, folder, world = self.config, self.setup.folder, self.setup.world
@@ -234,6 +237,9 @@ class Run:
         self._metrics = {"skipped_rollouts": float(show is None)} | metrics | state.spent.metrics
         if show is not None and (since := state.reference_step()) is not None:
             self._metrics["reference_step"] = float(since)
+        if idle := self._alarm.look(self._metrics):  # the metrics, and so this, are the same in all processes
+            self._idle = True
+            self._say(f"this run does not learn. {idle.reason}")
         # One process is told to stop: all of them do.
         self._stopped = int(world.largest(self.setup.signals.received or 0))
         done, last = state.step, self._ended_by is not None
@@ -319,7 +325,7 @@ class Run:
 
     def _how_it_ended(self) -> str:
         ended = f"{self.state.step} steps"
-        return f"{ended}, ended by {self._ended_by}: {self.state.spent}" if self._budget.most else ended
+        return f"{ended}, ended by {self._ended_by}: {self.state.spent}" if self._budget.most or self._idle else ended
 
     def _say_how_it_begins(self) -> None:
         config, start, folder = self.config, self.state.step, self.setup.folder.path
