@@ -275,7 +275,7 @@ class Run:
         self._drift_images = 0
         if config.run.budget_hours is not None:  # all processes end at the same step
             step_s = decided_by_first(lambda: step_s)
-        return Spent(config.rollout.images, flop, step_s / 3600)
+        return Spent(config.sampled_images, flop, step_s / 3600)
 
     def refuse_diverged(self, metrics: dict[str, float], checkpoints: Checkpoints | None = None) -> None:
         """Raises: NotFinitePolicy, with a diagnosis, if the policy's weights, logits or images are not finite."""
