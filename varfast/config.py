@@ -16,6 +16,7 @@ from varfast.data.config import PromptsConfig
 from varfast.losses.config import DPOConfig, GRPOConfig, LossConfig
 from varfast.optim.config import UpdateConfig
 from varfast.policies.config import RolloutConfig
+from varfast.policies.janus.config import JanusPolicyConfig
 from varfast.policies.llamagen.config import LlamaGenPolicyConfig
 from varfast.policies.taming.config import TamingPolicyConfig
 from varfast.policies.var.config import VARPolicyConfig
@@ -27,7 +28,9 @@ from varfast.settings.schema import Wanted
 from varfast.settings.section import Section, check_divides, check_labels
 
 # The families of models; varfast/policies/families.py says how to add one.
-PolicyConfig = Annotated[VARPolicyConfig | LlamaGenPolicyConfig | TamingPolicyConfig, Field(discriminator="family")]
+PolicyConfig = Annotated[
+    VARPolicyConfig | LlamaGenPolicyConfig | TamingPolicyConfig | JanusPolicyConfig, Field(discriminator="family")
+]
 
 
 class KernelsConfig(Section):
@@ -159,6 +162,11 @@ class Config(Section):
         return self.loss.reads_reference or self.measure_kl_every is not None
 
     @property
+    def sampled_images(self) -> int:
+        """Images a step that are sampled and scored; 0 where saved pairs are learned from."""
+        return self.rollout.images if self.loss.saved_pairs is None else 0
+
+    @property
     def learned_images(self) -> int:
         """Images a step that the update reads: all, or those of pairs."""
         return self.rollout.labels_per_step * self.loss.learned(self.rollout.group_size)
@@ -244,7 +252,7 @@ class Config(Section):
         if self.dpo is not None and "grpo" in self.model_fields_set:
             keys = ", ".join(f"grpo.{key}" for key in sorted(self.grpo.model_fields_set)) or "grpo"
             raise ValueError(f"dpo beside {keys}: a run minimises one loss; leave one out (grpo=null, or dpo=null)")
-        if loss.learned(group) > group:
+        if loss.saved_pairs is None and loss.learned(group) > group:
             raise ValueError(
                 f"dpo.pairs_per_prompt={loss.learned(group) // 2} takes {loss.learned(group)} images of each group, "
                 f"which has rollout.group_size={group}; sample more, or make fewer pairs"
@@ -293,6 +301,12 @@ class Config(Section):
             impl = getattr(self.kernels, op)
             if impl != "auto":
                 raise ValueError(f"run.strict=true chooses attention itself; leave kernels.{op}={impl} out")
+        if self.loss.samples_reference or self.loss.saved_pairs is not None:
+            key = "dpo.samples=reference" if self.loss.samples_reference else f"dpo.pairs={self.loss.saved_pairs}"
+            raise ValueError(
+                f"run.strict=true compares the policy with what it has sampled itself, which {key} is not; leave one "
+                "of them out"
+            )
 
 
 class RooflineConfig(Config):

@@ -11,7 +11,7 @@ import math
 import re
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -128,6 +128,11 @@ class RunLog:
         with self._optional("the best and worst samples"):
             save_picture(path, image_grid(images[rows_2n.flatten().to(images.device)], rows_2n.shape[1]))
             save_text(path.with_suffix(".json"), json.dumps(notes, indent=1) + "\n")
+
+    def pairs(self, write: Callable[[], None]) -> None:
+        """Keep the pairs of a step, by a call of `write`."""
+        with self._optional("the pairs of a step"):
+            write()
 
     def environment(self, here: dict[str, Any]) -> None:
         """Save environment.json: versions and hardware."""

@@ -23,6 +23,7 @@ from varfast.data.labels import caption
 from varfast.distributed import World, decided_by_first, gathered
 from varfast.files import save_tensors, save_text
 from varfast.losses.grpo import kl_to_reference
+from varfast.losses.pairs import pairs_of
 from varfast.perf.limits import StageLimits
 from varfast.perf.out_of_memory import Part, memory_advice
 from varfast.perf.profile import memory_metrics, profiled
@@ -31,11 +32,13 @@ from varfast.perf.stages import StageClock, stage
 from varfast.perf.work import Work
 from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
+from varfast.runs.alarm import Alarm
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, found_diverged
 from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
+from varfast.runs.pairs import keep_pairs
 from varfast.runs.setup import Setup
 from varfast.state import State
 from varfast.types import InputError, NotFinitePolicy, NotFiniteReward, Prompts, Rewards, Rollout
@@ -63,6 +66,7 @@ class Run:
         self._metrics: dict[str, float] = {}  # of the last step
         work = Work.whole(setup.config, setup.work.cost, setup.work.reads_reference)
         self._budget = Budget.of(setup.config.run, whole_step(work))
+        self._alarm, self._idle = Alarm(setup.config.rollout.labels_per_step), False
         self._drift_images = 0  # that the reference has read in this step, apart from the update
         self._begin_s = 0.0
         self._at_end = ExitStack()
@@ -79,7 +83,8 @@ class Run:
     @property
     def _ended_by(self) -> str | None:
         """The setting that ends the run here; None: it goes on."""
-        return self._budget.ended_by(self.state.step, self.state.spent)
+        idle = "run.stop_when_idle=true" if self._idle and self.config.run.stop_when_idle else None
+        return self._budget.ended_by(self.state.step, self.state.spent) or idle
 
     def __enter__(self) -> Run:
         config, folder, world = self.config, self.setup.folder, self.setup.world
@@ -95,7 +100,11 @@ class Run:
         self._clock = enter(StageClock(self.setup.device))
         enter(self.setup.signals.in_steps())
         self._limits = (
-            StageLimits(self.setup.work, self.setup.plan, self.setup.device, config.rollout.images) if is_main else None
+            StageLimits(
+                self.setup.work, self.setup.plan, self.setup.device, config.sampled_images or config.learned_images
+            )
+            if is_main
+            else None
         )
         self._say_how_it_begins()
         return self
@@ -206,7 +215,18 @@ class Run:
         """
         found = _metrics(rollout, rewards, numbers) | metrics
         labels_b = rollout.labels_B[self.shard]
+        if self._log and self.config.dpo is not None and self.config.dpo.save_pairs:
+            pairs = pairs_of(rewards, self.config.rollout.group_size, self.config.dpo)
+            self._log.pairs(lambda: keep_pairs(self.setup, self.state.step + 1, pairs, rollout, rewards))
         self._end_step(found, lambda log, done: log.samples(done, images, labels_b, rewards.rows(self.shard)))
+
+    def record_saved(self, numbers: dict[str, Tensor], metrics: dict[str, float]) -> None:
+        """End a step that learned from saved pairs: as `record`, without samples.
+
+        numbers: of the batch. metrics: of the update.
+        """
+        found = {name: number.item() for name, number in numbers.items()}
+        self._end_step(found | metrics, lambda log, done: None)
 
     def _end_step(self, metrics: dict[str, float], show: Callable[[RunLog, int], None] | None) -> None:
         """show: writes pictures of this step; None: its rollout was skipped."""
@@ -217,6 +237,9 @@ class Run:
         self._metrics = {"skipped_rollouts": float(show is None)} | metrics | state.spent.metrics
         if show is not None and (since := state.reference_step()) is not None:
             self._metrics["reference_step"] = float(since)
+        if idle := self._alarm.look(self._metrics):  # the metrics, and so this, are the same in all processes
+            self._idle = True
+            self._say(f"this run does not learn. {idle.reason}")
         # One process is told to stop: all of them do.
         self._stopped = int(world.largest(self.setup.signals.received or 0))
         done, last = state.step, self._ended_by is not None
@@ -302,7 +325,7 @@ class Run:
 
     def _how_it_ended(self) -> str:
         ended = f"{self.state.step} steps"
-        return f"{ended}, ended by {self._ended_by}: {self.state.spent}" if self._budget.most else ended
+        return f"{ended}, ended by {self._ended_by}: {self.state.spent}" if self._budget.most or self._idle else ended
 
     def _say_how_it_begins(self) -> None:
         config, start, folder = self.config, self.state.step, self.setup.folder.path
