@@ -11,7 +11,7 @@ import math
 import re
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -128,6 +128,16 @@ class RunLog:
         with self._optional("the best and worst samples"):
             save_picture(path, image_grid(images[rows_2n.flatten().to(images.device)], rows_2n.shape[1]))
             save_text(path.with_suffix(".json"), json.dumps(notes, indent=1) + "\n")
+
+    def pairs(self, write: Callable[[], None]) -> None:
+        """Keep the pairs of a step, by a call of `write`."""
+        with self._optional("the pairs of a step"):
+            write()
+
+    def of_base(self, appearance: dict[str, float]) -> None:
+        """Save appearance.json: what the base's samples look like, to which drift/... in metrics.jsonl compares."""
+        with self._optional("appearance.json"):
+            save_text(self._folder / "appearance.json", json.dumps(appearance, indent=1) + "\n")
 
     def environment(self, here: dict[str, Any]) -> None:
         """Save environment.json: versions and hardware."""
