@@ -1,5 +1,6 @@
 """DPO in the trainer: loss and gradient against the formula in float64, runs, rounds, saved pairs."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -14,6 +15,7 @@ from varfast.losses.dpo import DPO
 from varfast.optim.config import UpdateConfig
 from varfast.perf.memory import UpdatePlan
 from varfast.rewards import BrightnessReward, WeightedSum
+from varfast.runs.folder import RunFolder
 from varfast.state import State
 from varfast.train import train
 from varfast.types import Rewards
@@ -21,6 +23,7 @@ from varfast.types import Rewards
 from ..runs import assert_same_run, metrics
 
 G = 3
+SIZES = {"patch_nums": (1, 2), "vocab_size": 16, "code_width": 4}  # of make_config's models
 
 
 def learner_of(policy, reference=None, dpo=None, **update):
@@ -131,12 +134,15 @@ def test_pairs_that_are_left_out_do_not_count(make_policy):
 
 
 @pytest.fixture
-def run_of(make_config, tmp_path):
-    """Train a run of a few steps in a folder of its own; keyword section__key sets a value."""
+def run_of(make_config, make_models, tmp_path):
+    """Train a run of a few steps in a folder of its own, of a model that an adapter can change too; keyword
+    section__key sets a value.
+    """
 
     def run(name, steps=4, **more):
         settings = {"dpo": {}, "rollout__labels_per_step": 4, "update__minibatch": 4, "update__lr": 1e-3} | more
-        assert train(make_config(run__dir=str(tmp_path / name), run__steps=steps, **settings)) == 0
+        policy = Policy(*make_models(**SIZES))
+        assert train(make_config(run__dir=str(tmp_path / name), run__steps=steps, **settings), policy=policy) == 0
         return tmp_path / name
 
     return run
@@ -173,3 +179,48 @@ def test_saved_pairs_are_learned_from_and_a_run_on_them_goes_on(run_of):
     assert all("reward_mean" not in line and "ratio_gap_max" not in line for line in metrics(whole))
     run_of("parts", 3, **settings)
     assert_same_run(whole, run_of("parts", 6, **settings))
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["weights", "adapter"])
+def test_rounds_sample_from_a_reference_that_stays_within_a_round(run_of, make_models, monkeypatch, lora):
+    """dpo.samples=reference with reference_every=2: what is sampled, and what the update compares with, is the policy
+    of steps 0, 0, 2, 2, 4; a run that is stopped within a round goes on bit for bit.
+    """
+    policies, rollouts = [], []
+
+    def record(self, batch, step, total_steps=None, step_of=Learner.step):
+        policies.append(copy.deepcopy(self.state.policy.trainable.state_dict()))
+        rollouts.append(batch.rollout)
+        found = step_of(self, batch, step, total_steps)
+        # By teacher forcing, the reference has the log-probabilities that the samples were drawn with.
+        with torch.no_grad():
+            again = self.state.reference.teacher_forced(batch.rollout).logp_BL
+        assert float((again - batch.rollout.logp_BL).abs().max()) < 1e-5
+        return found
+
+    monkeypatch.setattr(Learner, "step", record)
+    dpo = {"samples": "reference", "reference_every": 2}
+    settings = {"dpo": dpo, "policy__lora": lora, "eval__samples_per_label": 0}
+    settings |= {"update__lr": 1e-2, "update__minibatch": 8}
+    whole = run_of("whole", 5, **settings)
+    lines = metrics(whole)
+    assert [line["reference_step"] for line in lines] == [0, 0, 2, 2, 4]
+    assert all(line["ratio_gap_max"] < 1e-5 and "kl" not in line for line in lines)
+    # At the start of a round the policy is the reference, until the one optimizer step of the rollout.
+    assert [line["implicit_margin"] == 0.0 for line in lines] == [True, False, True, False, True]
+    made = Policy(*make_models(**SIZES))
+    if lora:
+        made.add_lora(RunFolder(whole).load_config().policy.lora, 0)
+    for step, of in ((1, 0), (3, 2)):
+        made.trainable.load_state_dict(policies[of])
+        made.weights_changed()
+        with torch.no_grad():
+            of_round = made.teacher_forced(rollouts[step]).logp_BL
+        assert float((of_round - rollouts[step].logp_BL).abs().max()) < 1e-5
+        made.trainable.load_state_dict(policies[step])
+        made.weights_changed()
+        with torch.no_grad():
+            of_now = made.teacher_forced(rollouts[step]).logp_BL
+        assert float((of_now - rollouts[step].logp_BL).abs().max()) > 1e-3
+    run_of("parts", 3, **settings)
+    assert_same_run(whole, run_of("parts", 5, **settings))

@@ -33,6 +33,7 @@ from varfast.perf.work import Work
 from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
 from varfast.runs.alarm import Alarm
+from varfast.runs.appearance import appearance
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, found_diverged
@@ -250,11 +251,12 @@ class Run:
         if shown or saved:
             self.refuse_diverged(self._metrics, self._checkpoints)
         if self._log and self._limits:
-            self._log.step(done, self._metrics | self._limits.metrics(stages_ms, step_s) | memory, self.total_steps)
-            if shown:
-                self._save_grid(self._log)
-                if show is not None:
-                    show(self._log, done)
+            looks = self._save_grid(self._log) if shown else {}
+            looks = {f"drift/{name}": value for name, value in looks.items()}
+            of_step = self._limits.metrics(stages_ms, step_s) | memory
+            self._log.step(done, self._metrics | of_step | looks, self.total_steps)
+            if shown and show is not None:
+                show(self._log, done)
         if saved:
             self._save(done if last else state.learned_steps, self._metrics.get("reward_mean"))
         if last:
@@ -274,7 +276,7 @@ class Run:
         self._drift_images = 0
         if config.run.budget_hours is not None:  # all processes end at the same step
             step_s = decided_by_first(lambda: step_s)
-        return Spent(config.rollout.images, flop, step_s / 3600)
+        return Spent(config.sampled_images, flop, step_s / 3600)
 
     def refuse_diverged(self, metrics: dict[str, float], checkpoints: Checkpoints | None = None) -> None:
         """Raises: NotFinitePolicy, with a diagnosis, if the policy's weights, logits or images are not finite."""
@@ -340,7 +342,7 @@ class Run:
             self._say(f"going on after step {start} of {self._of_steps} in {folder}")
         elif self._log:
             self._log.environment(self.setup.environment)
-            self._save_grid(self._log)
+            self._log.of_base(self._save_grid(self._log))
         if not config.holds_reference:
             self._say("the KL to the base is not measured: grpo.kl_beta=0 holds no base; grpo.kl_every=10 measures it")
 
@@ -350,7 +352,8 @@ class Run:
         of_weights = state.policy.trainable, state.adamw.optimizer
         self._checkpoints.save(step, *of_weights, self._before, reward_mean, state.further(), spent)
 
-    def _save_grid(self, log: RunLog) -> None:
+    def _save_grid(self, log: RunLog) -> dict[str, float]:
+        """Returns: what its pictures look like."""
         config, policy = self.config, self.state.policy
         columns, rows = config.log.grid_samples, self.setup.labels[: config.log.grid_labels]
         titles = [caption(label, self.setup.names) for label in rows]
@@ -363,7 +366,9 @@ class Run:
             cfg=config.rollout.cfg,
             step=GRID_STEP,
         )
-        log.grid(self.state.step, policy.decode(rollout.tokens_BL), columns, titles)
+        images = policy.decode(rollout.tokens_BL)
+        log.grid(self.state.step, images, columns, titles)
+        return appearance(images, columns)
 
 
 def _measured(
