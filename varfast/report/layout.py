@@ -97,17 +97,27 @@ def _of_summary(run: Run) -> list[str]:
     """Names of the table's rows. A single reward is skipped if it equals the total reward."""
     names = list(dict.fromkeys(name for numbers in run.summary.values() for name in numbers))
     components = [name for name in names if name.startswith("reward/")]
-    return [name for name in names if name not in components or len(components) > 1 or not _repeats(run, name)]
+    several = len({_of_all(name)[0] for name in components}) > 1
+    return [name for name in names if name not in components or several or not _repeats(run, name)]
+
+
+def _of_all(name: str) -> tuple[str, str]:
+    """A name, and " (held out)" or another domain of prompts, which may follow it."""
+    domain = next((end for end in (" (held out)", " (out of domain)") if name.endswith(end)), "")
+    return name.removesuffix(domain), domain
 
 
 def _repeats(run: Run, component: str) -> bool:
-    return all(numbers.get("reward") == numbers.get(component) for numbers in run.summary.values())
+    total = f"reward{_of_all(component)[1]}"
+    return all(numbers.get(total) == numbers.get(component) for numbers in run.summary.values())
 
 
 def _reward_name(run: Run, name: str) -> str:
-    components = {n for numbers in run.summary.values() for n in numbers if n.startswith("reward/")}
+    components = {_of_all(n)[0] for numbers in run.summary.values() for n in numbers if n.startswith("reward/")}
     only = next(iter(components)) if len(components) == 1 else ""
-    return f"reward ({only.removeprefix('reward/')})" if name == "reward" and only and _repeats(run, only) else name
+    named = f"reward ({only.removeprefix('reward/')})"
+    whole, domain = _of_all(name)
+    return f"{named}{domain}" if whole == "reward" and only and _repeats(run, f"{only}{domain}") else name
 
 
 def _change(run: Run, name: str) -> Estimate | None:
@@ -288,13 +298,16 @@ def _measured(run: Run) -> str:
         for row in found.rows
     ]
     each = "a model and guidance" if guided else "a model"
-    about = f"{found.images} images {each}, of {found.labels} labels. Intervals: {brief(found.intervals, 1000)}."
+    of = f"{found.labels} labels" if found.prompts is None else f"{found.prompts} prompts"
+    about = f"{found.images} images {each}, of {of}. Intervals: {brief(found.intervals, 1000)}."
     parts = [f"<h3>{text(brief(run.name))}: varfast.evaluate</h3>{html_table(sides, rows)}<p>{text(about)}</p>"]
     if run.evaluation_picture is not None:
         shown = found.pictures
         columns = ", then ".join(dict.fromkeys(brief(column.of, 60) for column in shown.columns)) if shown else ""
-        labels = ", ".join(run.label(label) for label in shown.rows[:20]) if shown else ""
-        rows_are = f"A row a label ({labels})" if labels else "A row a label"
+        kind = "label" if found.prompts is None else "prompt"
+        of_rows = [] if shown is None else shown.titles or [run.label(label) for label in shown.rows]
+        named = ", ".join(brief(title, 200) for title in of_rows[:20])
+        rows_are = f"A row a {kind} ({named})" if named else f"A row a {kind}"
         caption = f"{rows_are}; from the left: {columns or 'the models'}, the same seeds."
         parts.append(
             f'<figure class="measured"><img src="{run.evaluation_picture}" alt="{text(caption)}"><figcaption>'

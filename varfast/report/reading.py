@@ -132,6 +132,7 @@ class _Column(BaseModel):
 class _Pictures(BaseModel):
     columns: list[_Column] = Field(max_length=1000)
     rows: list[int] = Field(max_length=1000)
+    titles: list[str] | None = Field(None, max_length=1000)
 
 
 class Evaluation(BaseModel):
@@ -139,6 +140,7 @@ class Evaluation(BaseModel):
 
     images: int
     labels: int
+    prompts: int | None = None
     intervals: str
     rows: list[EvaluationRow] = Field(max_length=1000)
     pictures: _Pictures | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from varfast.runs.before_after import FILE as BEFORE_AFTER
 from varfast.runs.before_after import as_numbers, means
 from varfast.types import InputError
 
+_MOST_PROMPTS = 1_000_000
 # One of these is in every run folder.
 _OF_A_RUN = ("config.yaml", "metrics.jsonl", "summary.json", BEFORE_AFTER, "grids", "samples", "evaluation")
 
@@ -170,7 +172,8 @@ def _pairs(run: Run) -> None:
         if {len(values) for numbers in found.values() for values in numbers.values()} == {0} or len(found) < 2:
             return
         before, after = found["before"], found["after"]
-        if before.keys() != after.keys() or len({len(v) for v in (*before.values(), *after.values())}) != 1:
+        sizes = [{name: len(values) for name, values in numbers.items()} for numbers in (before, after)]
+        if sizes[0] != sizes[1] or 0 in sizes[0].values():  # of prompts, those of each domain have a size of their own
             raise Unreadable("before and after are not of the same images")
         if any(abs(values).max() > 1e100 for values in (*before.values(), *after.values())):
             raise Unreadable("numbers beyond 1e100")
@@ -188,6 +191,19 @@ def _names(run: Run) -> None:
             raise Unreadable("it holds no list of labels")
         labels = [validated(Label, row) for row in rows[:100_000]]
         run.names = {row.label: brief(row.name or row.folder or "", 60) for row in labels}
+    with run.reading("prompts.jsonl"):
+        lines = read_bytes(run.path, "prompts.jsonl", METRICS_BYTES).decode("utf-8", "replace").split("\n")
+        run.names = dict(enumerate(_texts(lines[:_MOST_PROMPTS]))) or run.names
+
+
+def _texts(lines: list[str]) -> Iterator[str]:
+    """Of the prompts of a run."""
+    for line in filter(str.strip, lines):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise Unreadable("a line is not valid JSON") from error
+        yield brief(row.get("prompt") or "", 200) if isinstance(row, dict) else ""
 
 
 def _environment(run: Run) -> None:

@@ -40,6 +40,7 @@ from varfast.runs.divergence import diagnosis, found_diverged
 from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
 from varfast.runs.pairs import keep_pairs
+from varfast.runs.pictures import shown_prompts
 from varfast.runs.setup import Setup
 from varfast.state import State
 from varfast.types import InputError, NotFinitePolicy, NotFiniteReward, Prompts, Rewards, Rollout
@@ -355,6 +356,9 @@ class Run:
         """Returns: what its pictures look like."""
         config, policy = self.config, self.state.policy
         columns, rows = config.log.grid_samples, self.setup.labels[: config.log.grid_labels]
+        titles = [caption(label, self.setup.names) for label in rows]
+        if self.setup.prompts is not None:
+            rows, titles = shown_prompts(self.setup.prompts, config.log.grid_labels, config.run.seed)
         rollout = policy.sample(
             [label for label in rows for _ in range(columns)],
             config.rollout.temperature,
@@ -362,7 +366,6 @@ class Run:
             cfg=config.rollout.cfg,
             step=GRID_STEP,
         )
-        titles = [caption(label, self.setup.names) for label in rows]
         images = policy.decode(rollout.tokens_BL)
         log.grid(self.state.step, images, columns, titles)
         return appearance(images, columns)
