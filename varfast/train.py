@@ -102,7 +102,7 @@ def _learn(run: Run, learner: Learner, pairs: LearnedPairs) -> int:
         run.state.begin_step()
         batch = pairs.batch(step)
         with run.advised("update"), torch.enable_grad():
-            metrics = learner.step(batch, step)
+            metrics = learner.step(batch, step, run.total_steps)
         run.record_saved(batch.numbers, metrics)
     return run.finish()
 

@@ -39,6 +39,7 @@ from varfast.runs.divergence import diagnosis, found_diverged
 from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
 from varfast.runs.pairs import keep_pairs
+from varfast.runs.pictures import prompt_title
 from varfast.runs.setup import Setup
 from varfast.state import State
 from varfast.types import InputError, NotFinitePolicy, NotFiniteReward, Prompts, Rewards, Rollout
@@ -64,7 +65,9 @@ class Run:
         self._before = means(before_after.values.get("before", {})) if setup.world.is_main else {}
         self._stopped = 0  # number of the signal that ended it
         self._metrics: dict[str, float] = {}  # of the last step
-        work = Work.whole(setup.config, setup.work.cost, setup.work.reads_reference)
+        # Of the policy itself, whose prompts are known by now, and with them how many places each image has.
+        self._cost = state.policy.cost(setup.config.run.dtype, setup.config.policy.lora)
+        work = Work.whole(setup.config, self._cost, setup.work.reads_reference)
         self._budget = Budget.of(setup.config.run, whole_step(work))
         self._alarm, self._idle = Alarm(setup.config.rollout.labels_per_step), False
         self._drift_images = 0  # that the reference has read in this step, apart from the update
@@ -267,13 +270,13 @@ class Run:
 
     def _spent(self, metrics: dict[str, float], step_s: float) -> Spent:
         """By the step that ends. metrics: of its update; empty where its rollout was skipped."""
-        config, cost = self.config, self.setup.work.cost
+        config, cost = self.config, self._cost
         updated, referenced = (int(metrics.get(f"{name}_images", 0)) for name in ("update", "reference"))
         flop = step_flop(config, cost, updated, referenced + self._drift_images)
         self._drift_images = 0
         if config.run.budget_hours is not None:  # all processes end at the same step
             step_s = decided_by_first(lambda: step_s)
-        return Spent(config.rollout.images, flop, step_s / 3600)
+        return Spent(config.sampled_images, flop, step_s / 3600)
 
     def refuse_diverged(self, metrics: dict[str, float], checkpoints: Checkpoints | None = None) -> None:
         """Raises: NotFinitePolicy, with a diagnosis, if the policy's weights, logits or images are not finite."""
@@ -359,8 +362,10 @@ class Run:
             cfg=config.rollout.cfg,
             step=GRID_STEP,
         )
-        titles = [caption(label, self.setup.names) for label in rows]
-        log.grid(self.state.step, policy.decode(rollout.tokens_BL), columns, titles)
+        prompts = self.setup.prompts
+        shown = [prompts.prompts[row].text if prompts else caption(row, self.setup.names) for row in rows]
+        titles = list(map(prompt_title, shown)) if prompts else shown
+        log.grid(self.state.step, policy.decode(rollout.tokens_BL), columns, titles, shown)
 
 
 def _measured(
