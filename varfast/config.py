@@ -273,8 +273,8 @@ class Config(Section):
             )
         if self.run.budget_images is not None and loss.saved_pairs is not None:
             raise ValueError(
-                f"run.budget_images={self.run.budget_images} with dpo.pairs={loss.saved_pairs}, which samples none; use "
-                "run.budget_flop or run.budget_hours"
+                f"run.budget_images={self.run.budget_images} with dpo.pairs={loss.saved_pairs}, which samples none; "
+                "use run.budget_flop or run.budget_hours"
             )
 
     def _check_guidance(self) -> None:
