@@ -264,6 +264,12 @@ class Config(Section):
                 raise ValueError(
                     f"update.{key}={size} splits a pair of {loss.name}: count 2 images a pair, and be even"
                 )
+        apart = [name for name, reward in self.reward.items() if getattr(reward, "normalise", None) is not None]
+        if self.dpo is not None and apart:
+            raise ValueError(
+                f"reward.{apart[0]}.normalise={self.reward[apart[0]].normalise} with dpo, which chooses pairs by the "
+                "weighted sum of the rewards as they are; set it to null, and weight to what brings it to their scale"
+            )
         if self.grpo.scale_alpha and not self.policy.scale_sides:
             raise ValueError(
                 f"grpo.scale_alpha={self.grpo.scale_alpha:g} weights tokens by the scale that they are of; "
@@ -271,8 +277,8 @@ class Config(Section):
             )
         if self.run.budget_images is not None and loss.saved_pairs is not None:
             raise ValueError(
-                f"run.budget_images={self.run.budget_images} with dpo.pairs={loss.saved_pairs}, which samples none; use "
-                "run.budget_flop or run.budget_hours"
+                f"run.budget_images={self.run.budget_images} with dpo.pairs={loss.saved_pairs}, which samples none; "
+                "use run.budget_flop or run.budget_hours"
             )
 
     def _check_guidance(self) -> None:
