@@ -98,7 +98,9 @@ class KernelsConfig(Section):
     grpo_token_loss: Literal["auto", "cuda", "cpp", "reference"] = Field(
         "auto", description="the loss, from log-probabilities"
     )
-    dpo_loss: Literal["auto", "reference"] = Field("auto", description="the loss of pairs, from log-probabilities")
+    dpo_loss: Literal["auto", "cuda", "cpp", "reference"] = Field(
+        "auto", description="the loss of pairs, from log-probabilities"
+    )
     adamw_step: Literal["auto", "triton", "library", "reference"] = Field(
         "auto", description="of update.optimizer=adamw: one step; library: PyTorch's fused AdamW"
     )
