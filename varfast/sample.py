@@ -94,4 +94,4 @@ def _prompts(config: SampleConfig, policy: Policy) -> tuple[list[int], list[str]
     note = ""
     if len(shown) < len(found):
         note = f"\nthe first {len(shown)} of {len(found)} prompts are shown; others: prompts=[...], a .txt or a .jsonl"
-    return list(range(len(shown))), [prompt_title(prompt.text) for prompt in shown], note
+    return list(range(len(shown))), [prompt_title(prompt.text, prompt.domain) for prompt in shown], note

@@ -52,7 +52,9 @@ class Subjects:
 
     def title(self, number: int) -> str:
         """Of a row of a picture."""
-        return caption(number, self.names) if self.asked is None else prompt_title(self.asked[number].text)
+        if self.asked is None:
+            return caption(number, self.names)
+        return prompt_title(self.asked[number].text, self.asked[number].domain)
 
     def give_to(self, policy: Policy) -> None:
         """Let a policy that reads texts make its table of these prompts."""

@@ -56,9 +56,13 @@ def image_grid(images: Tensor, columns: int, titles: Sequence[str] = ()) -> np.n
     return np.concatenate([_row_titles(titles, len(pixels), height), pixels], axis=1) if titles else pixels
 
 
-def prompt_title(prompt: str) -> str:
-    """A prompt as a title: lines of at most 28 letters, of which image_grid shows as many as a row has space for."""
-    return "\n".join(textwrap.wrap(_ascii(" ".join(prompt.split())), _TITLE_LETTERS)) or " "
+def prompt_title(prompt: str, domain: str = "train") -> str:
+    """A prompt as a title: lines of at most 28 letters, of which image_grid shows as many as a row has space for.
+
+    domain: one that is not trained on, "held_out" or "out_of_domain", stands before the text.
+    """
+    apart = f"({domain.replace('_', ' ')}) " if domain in ("held_out", "out_of_domain") else ""
+    return "\n".join(textwrap.wrap(_ascii(apart + " ".join(prompt.split())), _TITLE_LETTERS)) or " "
 
 
 def shown_prompts(prompts: PromptSet, rows: int, seed: int) -> tuple[list[int], list[str]]:
@@ -73,7 +77,7 @@ def shown_prompts(prompts: PromptSet, rows: int, seed: int) -> tuple[list[int], 
     trained = drawn(prompts.ids("train"), rows - sum(map(len, found.values())), seed)
     titles = [prompt_title(prompts.prompts[row].text) for row in trained]
     for domain, ids in found.items():
-        titles += [prompt_title(f"({domain.replace('_', ' ')}) {prompts.prompts[row].text}") for row in ids]
+        titles += [prompt_title(prompts.prompts[row].text, domain) for row in ids]
     return [*trained, *(row for ids in found.values() for row in ids)], titles
 
 
