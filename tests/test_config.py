@@ -594,7 +594,9 @@ def test_policy_is_of_the_family_that_it_names():
         parse(policy=LLAMAGEN | {"patch_nums": [1, 2]})
     with pytest.raises(InputError, match=r"policy.vqvae_checkpoint: unknown key beside llamagen, which has other keys"):
         parse(policy=LLAMAGEN | {"vqvae_checkpoint": "x.pth"})
-    with pytest.raises(InputError, match=r"policy.family: got 'lamagen'; want var, llamagen or taming; did you mean"):
+    with pytest.raises(
+        InputError, match=r"policy.family: got 'lamagen'; want var, llamagen, taming or janus; did you mean"
+    ):
         parse(policy=LLAMAGEN | {"family": "lamagen"})
 
 

@@ -98,7 +98,9 @@ class KernelsConfig(Section):
     grpo_token_loss: Literal["auto", "cuda", "cpp", "reference"] = Field(
         "auto", description="the loss, from log-probabilities"
     )
-    dpo_loss: Literal["auto", "reference"] = Field("auto", description="the loss of pairs, from log-probabilities")
+    dpo_loss: Literal["auto", "cuda", "cpp", "reference"] = Field(
+        "auto", description="the loss of pairs, from log-probabilities"
+    )
     adamw_step: Literal["auto", "triton", "library", "reference"] = Field(
         "auto", description="of update.optimizer=adamw: one step; library: PyTorch's fused AdamW"
     )
@@ -271,8 +273,8 @@ class Config(Section):
             )
         if self.run.budget_images is not None and loss.saved_pairs is not None:
             raise ValueError(
-                f"run.budget_images={self.run.budget_images} with dpo.pairs={loss.saved_pairs}, which samples none; use "
-                "run.budget_flop or run.budget_hours"
+                f"run.budget_images={self.run.budget_images} with dpo.pairs={loss.saved_pairs}, which samples none; "
+                "use run.budget_flop or run.budget_hours"
             )
 
     def _check_guidance(self) -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 
 from varfast import Policy
@@ -18,11 +19,14 @@ from varfast.rewards import BrightnessReward, WeightedSum
 from varfast.runs.folder import RunFolder
 from varfast.state import State
 from varfast.train import train
-from varfast.types import Rewards
+from varfast.types import InputError, NotFiniteReward, Rewards
 
-from ..runs import assert_same_run, metrics
+from ..conftest import tiny_models
+from ..runs import assert_same_run, metrics, weights
 
 G = 3
+LARGER = {"depth": 1, "patch_nums": [1, 2, 3], "vocab_size": 16, "code_width": 4, "num_classes": 5}
+QUICK = {"eval__samples_per_label": 0}
 SIZES = {"patch_nums": (1, 2), "vocab_size": 16, "code_width": 4}  # of make_config's models
 
 
@@ -166,14 +170,14 @@ def test_a_run_learns_from_pairs_and_says_so(run_of):
 
 
 def test_saved_pairs_are_learned_from_and_a_run_on_them_goes_on(run_of):
-    made = run_of("made", dpo={"save_pairs": True})
+    made = run_of("made", dpo={"save_pairs": True}, **QUICK)
     lines = [json.loads(line) for file in sorted((made / "pairs").glob("*.jsonl")) for line in file.open()]
     assert len(lines) == sum(line["pairs"] for line in metrics(made))
     assert all(row["reward"][0] > row["reward"][1] for row in lines)
     assert sum(row["reward"][0] for row in lines) == pytest.approx(
         sum(line["reward_chosen"] * line["pairs"] for line in metrics(made)), rel=1e-5
     )
-    settings = {"dpo": {"pairs": str(made)}, "rollout__labels_per_step": 6, "update__minibatch": 4}
+    settings = {"dpo": {"pairs": str(made)}, "rollout__labels_per_step": 6, "update__minibatch": 4, **QUICK}
     whole = run_of("whole", 6, **settings)
     assert [line["pairs"] for line in metrics(whole)] == [6] * 6
     assert all("reward_mean" not in line and "ratio_gap_max" not in line for line in metrics(whole))
@@ -224,3 +228,94 @@ def test_rounds_sample_from_a_reference_that_stays_within_a_round(run_of, make_m
         assert float((of_now - rollouts[step].logp_BL).abs().max()) > 1e-3
     run_of("parts", 3, **settings)
     assert_same_run(whole, run_of("parts", 5, **settings))
+
+
+def test_a_killed_run_goes_on_bit_for_bit_and_so_do_its_pairs(run_of, monkeypatch):
+    """It dies in the fourth step, after the checkpoint of the second; without rounding, it then does the same."""
+    settings = {"dpo": {"save_pairs": True, "pairs_per_prompt": 2}, "update__minibatch": 8, **QUICK}
+    whole = run_of("whole", 5, **settings)
+    with monkeypatch.context() as patch:
+
+        def dying(self, batch, step, total_steps=None, step_of=Learner.step):
+            if step == 3:
+                raise RuntimeError("killed")
+            return step_of(self, batch, step, total_steps)
+
+        patch.setattr(Learner, "step", dying)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_of("killed", 5, **settings)
+    killed = run_of("killed", 5, **settings)
+    assert_same_run(whole, killed)
+    names = sorted(path.name for path in (whole / "pairs").iterdir())
+    assert names == sorted(path.name for path in (killed / "pairs").iterdir())
+    assert len(names) == 1 + 2 * 5
+    for name in names:
+        assert (whole / "pairs" / name).read_bytes() == (killed / "pairs" / name).read_bytes()
+
+
+def test_saved_pairs_hold_the_images_that_the_rewards_chose(run_of, monkeypatch):
+    rollouts = []
+
+    def record(self, rollout, rewards, reward, group_size, batch=DPO.batch):
+        rollouts.append((rollout, rewards))
+        return batch(self, rollout, rewards, reward, group_size)
+
+    monkeypatch.setattr(DPO, "batch", record)
+    folder = run_of("made", 1, dpo={"save_pairs": True}, **QUICK)
+    ((rollout, rewards),) = rollouts
+    table = rewards.total_B.view(4, 4)
+    tokens = safetensors.torch.load_file(folder / "pairs" / "step_000001.safetensors")["tokens"]
+    rows = [json.loads(line) for line in (folder / "pairs" / "step_000001.jsonl").open()]
+    for prompt, (row, pair) in enumerate(zip(rows, tokens, strict=True)):
+        both = 4 * prompt + torch.stack([table[prompt].argmax(), table[prompt].argmin()])
+        assert torch.equal(pair.long(), rollout.tokens_BL[both])
+        assert row["label"] == int(rollout.labels_B[4 * prompt])
+        assert row["prompt"] == str(row["label"])
+        assert row["reward"] == row["rewards"]["luma"] == rewards.total_B[both].tolist()
+
+
+def test_no_pair_and_no_number_leave_the_policy_as_it_is(run_of, monkeypatch):
+    """Equal rewards: a step without pairs. NaN: the rollout is left out, and the round begins in the next step."""
+    equal = run_of("equal", 2, reward={"luma": {"type": "brightness", "mode": "bright", "threshold": 1.0}}, **QUICK)
+    for line in metrics(equal):
+        assert (line["pairs"], line["loss"], line["groups_without_signal"]) == (0, 0.0, 4)
+        assert "reward_margin" not in line
+        assert "pair_accuracy" not in line
+    base = Policy(*tiny_models(**SIZES)).trainable.state_dict()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in weights(equal).items())
+
+    steps = iter(range(10))
+
+    def score(self, measured, of=WeightedSum.score):
+        if next(steps) == 1:
+            raise NotFiniteReward("NaN")
+        return of(self, measured)
+
+    monkeypatch.setattr(WeightedSum, "score", score)
+    lines = metrics(run_of("nan", 4, dpo={"samples": "reference", "reference_every": 1}, **QUICK))
+    assert [line["skipped_rollouts"] for line in lines] == [0, 1, 0, 0]
+    assert [line.get("reference_step") for line in lines] == [0, None, 2, 3]
+    assert all(line.get("ratio_gap_max", 0.0) < 1e-5 for line in lines)
+
+
+def test_a_guided_policy_learns_from_pairs_of_the_guided_distribution(run_of):
+    for line in metrics(run_of("guided", 2, rollout__cfg=1.5, dpo={"kl_every": 1}, update__minibatch=8, **QUICK)):
+        assert line["ratio_gap_max"] < 1e-5
+    assert line["kl"] > 0
+
+
+def test_a_set_of_other_tokens_or_of_another_time_is_refused(run_of, make_config):
+    made = run_of("made", 2, dpo={"save_pairs": True}, **QUICK)
+    learn = {"dpo": {"pairs": str(made / "pairs")}, **QUICK}
+    run_of("learned", 2, **learn)
+    with pytest.raises(InputError, match=r"there is no .*/learned/pairs/set.json; want the folder of a run with dpo.s"):
+        run_of("other", 2, dpo={"pairs": str(made.parent / "learned")}, **QUICK)
+    with pytest.raises(InputError, match=r"of another kind of tokens \(shape \[5\]\) than this policy .*shape \[14\]"):
+        train(make_config(run__dir=str(made.parent / "larger"), policy__var=LARGER, **learn))
+    (made / "pairs" / "step_000002.safetensors").unlink()
+    with pytest.raises(InputError, match="has changed since this run began: 4 pairs now, and not those that"):
+        run_of("learned", 3, **learn)
+    file = made / "pairs" / "step_000001.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(InputError, match="step_000001.safetensors cannot be read"):
+        run_of("damaged", 2, **learn)

@@ -71,9 +71,9 @@ def whole_step(work: Work) -> Spent:
 
     work: of a step on one process.
     """
-    config = work.config
-    updated, referenced = config.learned_images * config.update.epochs, config.learned_images * work.reads_reference
-    return Spent(config.sampled_images, step_flop(config, work.cost, updated, referenced))
+    learned, epochs = work.config.learned_images, work.config.update.epochs
+    flop = step_flop(work.config, work.cost, learned * epochs, learned if work.reads_reference else 0)
+    return Spent(work.config.sampled_images, flop)
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ class Driver(Conditioned, ABC):
         return lora.peft_adapter(self.trainable, config, base)
 
     def frozen_copy(self, moves: bool = False) -> Self:
-        """The same policy with weights that no update reaches: the reference of a loss. moves: `refresh` will be called.
+        """The same policy with weights that no update reaches: a loss's reference. moves: `refresh` will be called.
 
         It shares all models but the trained one. The copy's large matrices are stored in the compute dtype: the same
         numbers in every product. With an adapter it is the model without it, on the same frozen weights, and takes no

@@ -28,11 +28,13 @@ _LINE_BYTES = 2**20
 # PyYAML reads about 0.1 MB/s; a config with 1000 labels and their names has 50 kB.
 CONFIG_BYTES = 256 * 2**10
 _JSON_BYTES = 64 * 2**20
+PROMPTS_BYTES = 64 * 2**20
 PICTURE_BYTES = 64 * 2**20
 _MOST_METRICS = 300
 _MOST_SETTINGS = 2000
 # A sum of 10^6 numbers up to this size is finite.
 _LARGEST = 1e300
+_MOST_PROMPTS = 200_000
 _LAST_STEP = 10**12
 # What PyYAML raises for text that is not valid YAML.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
@@ -161,6 +163,14 @@ class Samples(BaseModel):
     images: int | None = None
 
 
+class Prompted(BaseModel):
+    """A row of prompts.jsonl, whose number is the label of its images."""
+
+    prompt: str = Field(max_length=100_000)
+    tag: str | None = None
+    domain: str = "train"
+
+
 class Label(BaseModel):
     label: int
     name: str | None = None
@@ -212,6 +222,19 @@ def parse_metrics(content: bytes) -> Metrics:
     if too_many:
         notes.append(f"{too_many} values of metrics after the first {_MOST_METRICS}")
     return Metrics(_by_step(steps, columns), max(steps, default=0), notes)
+
+
+def parse_prompts(content: bytes) -> list[Prompted]:
+    """The prompts of a run, by label. Raises: Unreadable for a line that is none: labels after it are not known."""
+    lines = content.decode("utf-8", "replace").split("\n")
+    found = []
+    for line in lines[:_MOST_PROMPTS]:
+        if line.strip():
+            try:
+                found.append(validated(Prompted, json.loads(line) if len(line) <= _LINE_BYTES else None))
+            except (ValueError, RecursionError) as error:
+                raise Unreadable(f"line {len(found) + 1} is not valid JSON") from error
+    return found
 
 
 def _row(line: str) -> dict[str, Any] | None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # A line of metrics.jsonl has 1 to 3 kB.
 _MOST_LINE_BYTES = 2**20
+# What each row of the grids shows, whole: the picture has space for the beginning.
+GRID_ROWS = "grids/rows.json"
 
 
 class RunLog:
@@ -104,10 +106,16 @@ class RunLog:
             note.append(f"{metrics['images_per_s']:.0f} img/s")
         self._progress.update(" ".join(note), total_steps)
 
-    def grid(self, step: int, images: Tensor, columns: int, titles: Sequence[str] = ()) -> None:
-        """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png, with a title beside each row."""
+    def grid(
+        self, step: int, images: Tensor, columns: int, titles: Sequence[str] = (), rows: Sequence[str] = ()
+    ) -> None:
+        """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png, with a title beside each row.
+
+        rows: what each row shows, for grids/rows.json; default: the titles.
+        """
         picture = image_grid(images, columns, titles)
         with self._optional("a grid of samples"):
+            save_text(self._folder / GRID_ROWS, json.dumps(list(rows or titles)) + "\n")
             save_picture(self._folder / "grids" / f"step_{step:06d}.png", picture)
         if self._writer is not None:
             with self._events():

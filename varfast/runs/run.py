@@ -40,7 +40,7 @@ from varfast.runs.divergence import diagnosis, found_diverged
 from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
 from varfast.runs.pairs import keep_pairs
-from varfast.runs.pictures import shown_prompts
+from varfast.runs.pictures import prompt_title, shown_prompts
 from varfast.runs.setup import Setup
 from varfast.state import State
 from varfast.types import InputError, NotFinitePolicy, NotFiniteReward, Prompts, Rewards, Rollout
@@ -66,7 +66,9 @@ class Run:
         self._before = means(before_after.values.get("before", {})) if setup.world.is_main else {}
         self._stopped = 0  # number of the signal that ended it
         self._metrics: dict[str, float] = {}  # of the last step
-        work = Work.whole(setup.config, setup.work.cost, setup.work.reads_reference)
+        # Of the policy itself, whose prompts are known by now, and with them how many places each image has.
+        self._cost = state.policy.cost(setup.config.run.dtype, setup.config.policy.lora)
+        work = Work.whole(setup.config, self._cost, setup.work.reads_reference)
         self._budget = Budget.of(setup.config.run, whole_step(work))
         self._alarm, self._idle = Alarm(setup.config.rollout.labels_per_step), False
         self._drift_images = 0  # that the reference has read in this step, apart from the update
@@ -270,7 +272,7 @@ class Run:
 
     def _spent(self, metrics: dict[str, float], step_s: float) -> Spent:
         """By the step that ends. metrics: of its update; empty where its rollout was skipped."""
-        config, cost = self.config, self.setup.work.cost
+        config, cost = self.config, self._cost
         updated, referenced = (int(metrics.get(f"{name}_images", 0)) for name in ("update", "reference"))
         flop = step_flop(config, cost, updated, referenced + self._drift_images)
         self._drift_images = 0
@@ -356,9 +358,10 @@ class Run:
         """Returns: what its pictures look like."""
         config, policy = self.config, self.state.policy
         columns, rows = config.log.grid_samples, self.setup.labels[: config.log.grid_labels]
-        titles = [caption(label, self.setup.names) for label in rows]
+        titles = shown = [caption(label, self.setup.names) for label in rows]
         if self.setup.prompts is not None:
-            rows, titles = shown_prompts(self.setup.prompts, config.log.grid_labels, config.run.seed)
+            rows, shown = shown_prompts(self.setup.prompts, config.log.grid_labels, config.run.seed)
+            titles = list(map(prompt_title, shown))
         rollout = policy.sample(
             [label for label in rows for _ in range(columns)],
             config.rollout.temperature,
@@ -367,7 +370,7 @@ class Run:
             step=GRID_STEP,
         )
         images = policy.decode(rollout.tokens_BL)
-        log.grid(self.state.step, images, columns, titles)
+        log.grid(self.state.step, images, columns, titles, shown)
         return appearance(images, columns)
 
 

@@ -200,7 +200,9 @@ def begin(
 
 def _count_spent(setup: Setup, state: State) -> None:
     """Of a run whose checkpoint does not say what it has spent, since an earlier version wrote it."""
-    work, path = Work.whole(setup.config, setup.work.cost, setup.work.reads_reference), setup.folder.path
+    config, path = setup.config, setup.folder.path
+    cost = state.policy.cost(config.run.dtype, config.policy.lora)
+    work = Work.whole(config, cost, setup.work.reads_reference)
     found = decided_by_first(lambda: spent_before(state.step, whole_step(work), step_seconds(path, state.step)))
     state.spent = state.learned_spent = found
     if setup.world.is_main and state.step:
