@@ -64,14 +64,13 @@ def _title(found: Evaluation, row: EvaluationRow) -> str:
     """Of a row of the table: the number, the group that it is of, and what else tells rows apart."""
     several = len({other.features for other in found.rows} - {None}) > 1
     guided = len({other.cfg for other in found.rows}) > 1 and row.cfg is not None
-    title = row_title(row.name, _group(found, row.labels), row.features if several else None)
+    features = row.features if several else None
+    if found.prompts is None:
+        title = row_title(row.name, row.labels, features)
+    else:
+        group = DOMAINS.get(row.labels, row.labels.removeprefix(_TAG))
+        title = row_title(row.name, "all", features) + (f", {group}" if row.labels != "all" else "")
     return title + (f", cfg {brief(row.cfg)}" if guided else "")
-
-
-def _group(found: Evaluation, labels: str) -> str:
-    if found.prompts is None or labels == "all":
-        return labels
-    return DOMAINS.get(labels, labels.removeprefix(_TAG))
 
 
 def _side_by_side(runs: Sequence[Run]) -> str:

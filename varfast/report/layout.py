@@ -188,11 +188,11 @@ def _grid_rows(run: Run) -> str:
 
 def _health(runs: Sequence[Run]) -> str:
     rows = []
-    for metric, (healthy, _) in HEALTHY.items():
+    for metric, (good, _) in HEALTHY.items():
         found = [verdict(run, metric) for run in runs]
         if any(found):
             cells = [Markup(f"{text(v.value)} {badge(v)}") if v else "" for v in found]
-            rows.append((metric, [*cells, healthy]))
+            rows.append((metric, [*cells, good]))
     if not rows:
         return "<p>No step is complete yet.</p>"
     columns = [run.name for run in runs] if len(runs) > 1 else ["found"]
@@ -207,7 +207,7 @@ def _glance(runs: Sequence[Run]) -> str:
         tenth = max(1, len(values) // 10)
         return f"{mean(values[:tenth]):.4g} \u2192 {last_tenth(values):.4g}" if values else ""
 
-    names = ("reward_mean", "kl", "entropy", "images_per_s")
+    names = ("reward_mean", "kl", "entropy", "pair_accuracy", "implicit_margin", "images_per_s")
     rows = [(name, [first_to_last(run, name) for run in runs]) for name in names]
     rows = [(name, cells) for name, cells in rows if any(cells)]
     columns = [run.name for run in runs] if len(runs) > 1 else ["first \u2192 last"]
