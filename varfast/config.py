@@ -98,7 +98,9 @@ class KernelsConfig(Section):
     grpo_token_loss: Literal["auto", "cuda", "cpp", "reference"] = Field(
         "auto", description="the loss, from log-probabilities"
     )
-    dpo_loss: Literal["auto", "reference"] = Field("auto", description="the loss of pairs, from log-probabilities")
+    dpo_loss: Literal["auto", "cuda", "cpp", "reference"] = Field(
+        "auto", description="the loss of pairs, from log-probabilities"
+    )
     adamw_step: Literal["auto", "triton", "library", "reference"] = Field(
         "auto", description="of update.optimizer=adamw: one step; library: PyTorch's fused AdamW"
     )
@@ -269,10 +271,10 @@ class Config(Section):
                 f"grpo.scale_alpha={self.grpo.scale_alpha:g} weights tokens by the scale that they are of; "
                 f"policy.family={self.policy.family} has no scales: leave it out"
             )
-        if self.policy.lora is not None and (moves := loss.reference_moves):
+        if self.run.budget_images is not None and loss.saved_pairs is not None:
             raise ValueError(
-                f"{loss.name}.{moves} with policy.lora: the reference is the base with the adapter off, which does not "
-                "move; leave one of them out"
+                f"run.budget_images={self.run.budget_images} with dpo.pairs={loss.saved_pairs}, which samples none; "
+                "use run.budget_flop or run.budget_hours"
             )
 
     def _check_guidance(self) -> None:

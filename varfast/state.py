@@ -69,7 +69,9 @@ class State:
         }
         state: dict[str, Mapping[str, Tensor]] = {kind: tensors for kind, tensors in kept.items() if tensors}
         if self.reference is not None and self._reference_every is not None:
-            state["reference"] = {name: p.detach() for name, p in self.reference.trainable.named_parameters()}
+            shared = {id(p) for p in self.policy.trainable.parameters()}  # beneath an adapter
+            named = self.reference.trainable.named_parameters()
+            state["reference"] = {name: p.detach() for name, p in named if id(p) not in shared}
         return state
 
     def load(self, checkpoint: Checkpoint) -> None:

@@ -1,17 +1,31 @@
 """Janus-Pro's language model and policy against what the public code computes: tests/data/golden/janus."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
-from varfast import InputError
+from varfast import InputError, load_policy
+from varfast.export import main as export
+from varfast.policies import strict
 from varfast.policies.janus import build
-from varfast.policies.janus.config import PRESETS, JanusConfig, JanusPolicyConfig
+from varfast.policies.janus.config import PRESETS, JanusConfig, JanusLoRAConfig, JanusPolicyConfig
 from varfast.policies.janus.policy import JanusPolicy
-from varfast.policies.janus.text import word_tokenizer
+from varfast.policies.janus.text import (
+    ASSISTANT,
+    BEGIN_OF_IMAGE,
+    BOS,
+    PAD,
+    USER,
+    TextTokenizer,
+    byte_tokenizer,
+    word_tokenizer,
+)
 from varfast.policies.janus.transformer import Janus
 from varfast.policies.janus.weights import infer_janus_config, load_janus
 from varfast.policies.nexttoken.sampler import sample
@@ -19,6 +33,8 @@ from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import TokenizerConfig
 from varfast.policies.nexttoken.tokenizer_weights import load_tokenizer
 from varfast.policies.nexttoken.transformer import KVCache
+from varfast.runs.folder import RunFolder
+from varfast.train import train
 from varfast.types import Sampling
 
 from ..published import checkpoint, golden, published
@@ -218,9 +234,7 @@ def test_a_checkpoint_that_does_not_fit_says_so(tmp_path):
     with pytest.raises(InputError, match=r"model-00002-of-00002.safetensors does not exist"):
         load_janus(folder, config)
     (tmp_path / "parts" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret.bin"}}')
-    with pytest.raises(
-        InputError, match=r"names '../../secret.bin'; want .safetensors or .bin files in its own"
-    ):
+    with pytest.raises(InputError, match=r"names '../../secret.bin'; want .safetensors or .bin files in its own"):
         load_janus(folder, config)
     (tmp_path / "none").mkdir()
     with pytest.raises(InputError, match=r"none is a folder without weights; want model.safetensors.index.json, model"):
@@ -257,3 +271,189 @@ def test_published_names_load_strictly(preset):
     assert in_language + lm_head == public["params_language"]
     cost = build.cost_of(JanusPolicyConfig(checkpoint="random", preset=preset), "bfloat16")
     assert cost.weights.parameters == sum(p.numel() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def test_the_template_is_that_of_the_public_code():
+    tokenizers = pytest.importorskip("tokenizers")
+    names = [
+        BOS,
+        PAD,
+        BEGIN_OF_IMAGE,
+        USER,
+        ASSISTANT,
+        "<unk>",
+        ":",
+        "Ċ",
+        "Ġ",
+        "a",
+        "c",
+        "t",
+    ]  # as byte-level BPE has them
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({name: row for row, name in enumerate(names)}, [], unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(names[:5])
+    bos, pad, begin, user, assistant, colon, newline, space, a, c, t = (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11)
+    text = TextTokenizer(tokenizer)
+    #            <|User|> : ' ' a ' ' c a t  blank line       <|Assistant|> :
+    want = [bos, user, colon, space, a, space, c, a, t, newline, newline, assistant, colon, begin]
+    assert text.encode([" a cat\n"]) == [want]
+    assert text.unguided(4) == [bos, pad, pad, begin]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({BOS: 0, "a": 1}, []))
+    with pytest.raises(InputError, match=f"has no token {re.escape(PAD)}, {BEGIN_OF_IMAGE}; give the tokenizer.json"):
+        TextTokenizer(tokenizer)
+
+
+def test_word_and_byte_tokenizers_read_what_they_wrote(tmp_path):
+    words = word_tokenizer(["a", "dark", "seven", "on", "light", "paper"], max_tokens=8)
+    words.save(tmp_path / "tokenizer.json")
+    again = TextTokenizer.read(tmp_path / "tokenizer.json", 8)
+    assert again.encode(["A dark seven"]) == words.encode(["A dark seven"]) == [[0, 4, 5, 9, 2]]
+    assert again.encode(["a blue seven"]) == [[0, 4, 3, 9, 2]]
+    assert again.vocab_size == 10
+    with pytest.raises(
+        InputError, match="the prompt 'a a a a a a a' has 9 tokens .* more than policy.max_prompt_tokens=8"
+    ):
+        again.encode(["a", "a a a a a a a"])
+    with pytest.raises(InputError, match="prompts hold ' ', want texts that say something"):
+        again.encode([" "])
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="is no tokenizer.json of the package tokenizers"):
+        TextTokenizer.read(tmp_path / "tokenizer.json")
+    assert byte_tokenizer().encode(["aé"]) == [[0, *(3 + i for i in (64, 127, 102)), 2]]
+
+
+TINY = {
+    "family": "janus",
+    "max_prompt_tokens": 12,
+    "transformer": {"depth": 2, "width": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 64, "vocab_size": 24,
+                    "text_vocab_size": 300, "code_width": 4, "head_width": 40, "side": 3},
+    "vq": {"base_channels": 32, "channel_multipliers": [1, 1], "num_res_blocks": 1, "latent_width": 32,
+           "code_width": 4},
+}  # fmt: skip
+TEXTS = ["a cat", "the red sea", "on", "a red cat on the sea"]
+
+
+def tiny_policy(texts=TEXTS, dtype="float32", device="cpu", **options):
+    config = JanusPolicyConfig(checkpoint="random", **TINY)
+    parts = build.random_parts(config, 0, CPU)
+    with torch.no_grad():
+        for name, parameter in parts["transformer"].named_parameters():
+            parameter.mul_(7.0 if parameter.ndim > 1 and "gen_embed" not in name else 1.0)
+    policy = build.assemble(parts, torch.device(device), dtype, **options)
+    policy.set_tokenizer(word_tokenizer(["a", "red", "cat", "on", "the", "sea"]))
+    policy.set_prompts(texts)
+    return policy
+
+
+@pytest.mark.parametrize("cfg", [0.0, 3.0])
+def test_prompts_of_unequal_length_together_equal_each_alone(cfg):
+    together = tiny_policy()
+    rollout = together.sample([3, 0, 2, 1], 0.9, seed=5, cfg=cfg)
+    forced_BL = together.teacher_forced(rollout).logp_BL
+    torch.testing.assert_close(forced_BL.detach(), rollout.logp_BL, rtol=0, atol=1e-5)
+    forced_BL.sum().backward()
+    summed = None
+    for row, text in enumerate(TEXTS[i] for i in (3, 0, 2, 1)):
+        alone = tiny_policy([text])
+        single = alone.sample([text], 0.9, seed=5, first_sample=row, cfg=cfg)
+        assert torch.equal(single.tokens_BL[0], rollout.tokens_BL[row])
+        logp_1L = alone.teacher_forced(single).logp_BL
+        torch.testing.assert_close(logp_1L[0], forced_BL[row], rtol=0, atol=1e-5)
+        logp_1L.sum().backward()
+        found = {name: p.grad for name, p in alone.trainable.named_parameters()}
+        summed = found if summed is None else {name: summed[name] + grad for name, grad in found.items()}
+    for name, parameter in together.trainable.named_parameters():
+        assert float((parameter.grad - summed[name]).norm()) <= 1e-5 * float(summed[name].norm()), name
+
+
+def test_texts_are_ids_of_one_table_and_new_ones_are_added():
+    policy = tiny_policy()
+    reference = policy.frozen_copy()
+    assert policy.num_classes == reference.num_classes == 4
+    by_id, by_text = policy.sample([2, 0], seed=1), policy.sample(["on", "a cat"], seed=1)
+    assert torch.equal(by_id.tokens_BL, by_text.tokens_BL)
+    assert by_text.labels_B.tolist() == [2, 0]
+    longer = policy.sample(["the red sea on the red sea", "a cat"], seed=1)
+    assert longer.labels_B.tolist() == [4, 0]
+    assert reference.num_classes == 5
+    assert torch.equal(longer.tokens_BL[1], by_id.tokens_BL[1])
+    assert policy.cost("float32").kv_cache_bytes == (9 + 9 - 1) * 2 * 2 * 2 * 8 * 4  # places, k and v, blocks, heads, D
+    policy.set_prompts(["the sea"])
+    assert reference.num_classes == 1
+    with pytest.raises(InputError, match="labels_B"):
+        policy.sample([1], seed=0)
+    with pytest.raises(InputError, match="prompts: got none"):
+        policy.set_prompts([])
+    policy.set_tokenizer(word_tokenizer(map(str, range(400))))
+    with pytest.raises(
+        InputError, match=r"has 404 tokens, and the transformer's table 300 rows; give the tokenizer of"
+    ):
+        policy.set_prompts(["1"])
+    assert policy.num_classes == 1
+
+
+def test_weight_1_is_no_guidance_and_below_it_too_guides():
+    policy = tiny_policy()
+    free, one = (policy.sample([0, 1], seed=3, cfg=cfg) for cfg in (0.0, 1.0))
+    assert torch.equal(free.tokens_BL, one.tokens_BL)
+    assert torch.equal(free.logp_BL, one.logp_BL)
+    tokens = free.tokens_BL
+    with torch.no_grad():
+        model = policy.transformer
+        cond, uncond = model(torch.tensor([0, 1, 4, 5]), tokens.repeat(2, 1)).double().chunk(2)
+        logp_BLV = (uncond + 0.25 * (cond - uncond)).log_softmax(-1)
+        wanted_BL = logp_BLV.gather(2, tokens.unsqueeze(2)).squeeze(2)
+        torch.testing.assert_close(policy.token_logp([0, 1], tokens, cfg=0.25).double(), wanted_BL, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("dtype", "cfg"), [("bfloat16", 3.0)])
+def test_strict_mode_holds(dtype, cfg):
+    policy = tiny_policy(dtype=dtype, strict=True)
+    strict.check(policy, 0.8, cfg=cfg)
+    whole = policy.sample([3, 0, 2], 0.8, seed=4, cfg=cfg)
+    assert torch.equal(policy.teacher_forced(whole).logp_BL, whole.logp_BL)
+    alone = tiny_policy([TEXTS[0]], dtype, strict=True).sample([0], 0.8, seed=4, first_sample=1, cfg=cfg)
+    assert torch.equal(alone.logp_BL[0], whole.logp_BL[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def run_config(make_config, tmp_path, **more):
+    (tmp_path / "prompts.txt").write_text("".join(f"{text}\n" for text in TEXTS))
+    options = {"policy": TINY | {"checkpoint": "random"}, "prompts": {"source": str(tmp_path / "prompts.txt")},
+               "update__lr": 1e-3, "run__steps": 2}  # fmt: skip
+    return make_config(**options | more)
+
+
+def test_a_run_from_a_sharded_folder_trains_an_adapter_and_is_exported(make_config, tmp_path):
+    pytest.importorskip("peft")
+    source = tiny_policy()
+    parts = {name: model.state_dict() for name, model in source.parts.items()}
+    state = parts["transformer"] | {f"gen_vision_model.{name}": t for name, t in parts["vq"].items()}
+    folder = write_folder(tmp_path / "model", state | {"language_model.lm_head.weight": torch.zeros(300, 32)}, files=2)
+    policy = TINY | {"checkpoint": folder, "lora": {"rank": 2}}
+    config = run_config(make_config, tmp_path, policy=policy, rollout__cfg=3.0, run__steps=2)
+    assert train(config) == 0
+    rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["ratio_gap_max"] <= 1e-4 and row["grad_norm"] > 0 for row in rows)
+    shutil.rmtree(folder)  # the run folder has what it starts from
+    run = load_policy(config.run.dir)
+    assert run.sample(["a red sea"], seed=0, cfg=3.0).tokens_BL.shape == (1, 9)
+    out = tmp_path / "exported" / "model.safetensors"
+    assert export([f"checkpoint={config.run.dir}", f"out={out}"]) == 0
+    exported = load_janus(str(out), JanusConfig(**TINY["transformer"]))
+    delivered = torch.load(RunFolder(config.run.dir).weights(config), weights_only=True)
+    assert list(delivered) == list(exported.state_dict())
+    changed = [n for n, t in exported.state_dict().items() if not torch.equal(t, parts["transformer"][n])]
+    assert {name.split(".")[-2] for name in changed} <= set(JanusLoRAConfig().targets)
+    assert changed
+    for name, tensor in exported.state_dict().items():
+        torch.testing.assert_close(tensor, delivered[name], rtol=0, atol=1e-6)

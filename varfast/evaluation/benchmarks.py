@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
@@ -35,6 +37,7 @@ from varfast.files import save_text
 from varfast.printable import printable
 from varfast.types import InputError
 
+BENCHMARKS = get_args(BenchmarkName)
 DATA_FILE = "geneval2_data.jsonl"
 _NAME_BYTES = 255  # of a file
 # What each row of the benchmark's own file has, beside the prompt.
@@ -124,6 +127,32 @@ class Export:
 
     def _t2i_name(self, prompt: Asked, sample: int) -> str:
         return f"{prompt.text}_{self._first[prompt.id] + sample:06d}.png"
+
+
+def next_steps(out: Path, result: dict[str, Any]) -> str:
+    """What to run on exported images, and then here, from the content of evaluation.json."""
+    benchmark, written = result["settings"]["export"], {}
+    lines = [f"The images stand in {out / benchmark}. In a clone of the benchmark's repository:"]
+    for name, below in result["exported"].items():
+        folder = (out / below).resolve()
+        if benchmark == "geneval":
+            written[name] = [str(folder.parent / f"results_{name}.jsonl")]
+            arguments = shlex.join([str(folder), "--outfile", *written[name]])
+            lines.append(f"  python evaluation/evaluate_images.py {arguments} --model-path DETECTOR")
+        elif benchmark == "geneval2":
+            lists = [folder / f"images_{sample:05d}.json" for sample in range(result["settings"]["samples_per_prompt"])]
+            written[name] = [str(path.with_name(path.name.replace("images", "scores"))) for path in lists]
+            for path, scores in zip(lists, written[name], strict=True):
+                data = ["--benchmark_data", str(folder.parent / DATA_FILE), "--image_filepath_data", str(path)]
+                lines.append(f"  python evaluation.py {shlex.join([*data, '--output_file', scores])} "
+                             "--method soft_tifa_gm")  # fmt: skip
+        else:
+            written[name] = [str(folder)]
+            categories = sorted(path for path in folder.iterdir() if path.is_dir())
+            lines += [f"  its evaluators, with the folder {shlex.quote(f'{category}/')}" for category in categories]
+    where = [result["checkpoint"], f"out={out}", f"results={json.dumps(written)}"]
+    back = f"  python -m varfast.evaluate {shlex.join(where)}"
+    return "\n".join([*lines, "and then, to read what they wrote into the table:", back])
 
 
 def first_numbers(prompts: Sequence[Asked], samples: int) -> dict[int, int]:

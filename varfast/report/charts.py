@@ -298,9 +298,26 @@ def charts(runs: Sequence[Run], over: Axis = "step") -> dict[str, list[Chart]]:
     distances = [m for m in metrics if m.startswith("distance/")]  # of rewards of sets
     rewards = ["reward_mean", "reward_std", *(components if len(components) > 1 else []), *distances]
     stages = [m for m in metrics if m.endswith(("_ms", "_share"))]
-    grouped = (*rewards, *components, *_POLICY, *_SPEED, *stages, *_PAIRS, *(m for of in _PAIRED.values() for m in of))
+    looks = [m for m in metrics if m.startswith("drift/")]  # of the grids' pictures: runs/appearance.py
+    grouped = (
+        *rewards,
+        *components,
+        *_POLICY,
+        *_SPEED,
+        *stages,
+        *looks,
+        *_PAIRS,
+        *(m for of in _PAIRED.values() for m in of),
+    )
     others = [m for m in metrics if m not in grouped]
-    groups = {"Reward": rewards, "Policy": _POLICY, "Pairs": _PAIRS, "Speed": _SPEED, "Other metrics": others}
+    groups = {
+        "Reward": rewards,
+        "Policy": _POLICY,
+        "Pairs": _PAIRS,
+        "What pictures look like": looks,
+        "Speed": _SPEED,
+        "Other metrics": others,
+    }
     found = {title: [c for name in group if (c := _metric_chart(runs, name, over))] for title, group in groups.items()}
     for title, names in _PAIRED.items():
         found["Pairs"] += _together(runs, names, title, _UNITS[names[0]], over, from_zero=title.startswith("implicit"))

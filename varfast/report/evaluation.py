@@ -46,8 +46,9 @@ def _measured(run: Run) -> str:
     if run.evaluation_picture is not None:
         pictures, kind = found.pictures, "label" if found.prompts is None else "prompt"
         columns = ", then ".join(dict.fromkeys(brief(column.of, 60) for column in pictures.columns)) if pictures else ""
-        labels = ", ".join(run.label(row).removeprefix("label ") for row in pictures.rows[:20]) if pictures else ""
-        rows_are = f"A row a {kind} ({labels})" if labels and found.prompts is None else f"A row a {kind}"
+        of_rows = [] if pictures is None else pictures.titles or list(map(run.label, pictures.rows))
+        named = ", ".join(brief(title, 200).removeprefix("label ") for title in of_rows[:20])
+        rows_are = f"A row a {kind} ({named})" if named else f"A row a {kind}"
         caption = f"{rows_are}; from the left: {columns or 'the models'}, the same seeds."
         parts.append(
             f'<figure class="measured"><img src="{run.evaluation_picture}" alt="{text(caption)}"><figcaption>'

@@ -15,7 +15,7 @@ from varfast.report.elements import Markup, brief, html_table, masked, text
 from varfast.report.evaluation import evaluations, shown
 from varfast.report.pictures import Extremes
 from varfast.report.reading import Sample
-from varfast.report.run import Run
+from varfast.report.run import Run, domain_of
 from varfast.report.spent import charts_of_samples, side_by_side, spent_sentence
 from varfast.report.style import SCRIPT, STYLE
 from varfast.report.verdicts import HEALTHY, badge, last_tenth, mean, verdict
@@ -100,17 +100,21 @@ def _of_summary(run: Run) -> list[str]:
     """Names of the table's rows. A single reward is skipped if it equals the total reward."""
     names = list(dict.fromkeys(name for numbers in run.summary.values() for name in numbers))
     components = [name for name in names if name.startswith("reward/")]
-    return [name for name in names if name not in components or len(components) > 1 or not _repeats(run, name)]
+    several = len({domain_of(name)[0] for name in components}) > 1
+    return [name for name in names if name not in components or several or not _repeats(run, name)]
 
 
 def _repeats(run: Run, component: str) -> bool:
-    return all(numbers.get("reward") == numbers.get(component) for numbers in run.summary.values())
+    total = f"reward{domain_of(component)[1]}"
+    return all(numbers.get(total) == numbers.get(component) for numbers in run.summary.values())
 
 
 def _reward_name(run: Run, name: str) -> str:
-    components = {n for numbers in run.summary.values() for n in numbers if n.startswith("reward/")}
+    components = {domain_of(n)[0] for numbers in run.summary.values() for n in numbers if n.startswith("reward/")}
     only = next(iter(components)) if len(components) == 1 else ""
-    return f"reward ({only.removeprefix('reward/')})" if name == "reward" and only and _repeats(run, only) else name
+    named = f"reward ({only.removeprefix('reward/')})"
+    whole, domain = domain_of(name)
+    return f"{named}{domain}" if whole == "reward" and only and _repeats(run, f"{only}{domain}") else name
 
 
 def _change(run: Run, name: str) -> Estimate | None:

@@ -190,7 +190,8 @@ def _pairs(run: Run) -> None:
         if {len(values) for numbers in found.values() for values in numbers.values()} == {0} or len(found) < 2:
             return
         before, after = found["before"], found["after"]
-        if before.keys() != after.keys() or len({len(v) for v in (*before.values(), *after.values())}) != 1:
+        sizes = [{name: len(values) for name, values in numbers.items()} for numbers in (before, after)]
+        if sizes[0] != sizes[1] or 0 in sizes[0].values():  # of prompts, those of each domain have a size of their own
             raise Unreadable("before and after are not of the same images")
         if any(abs(values).max() > 1e100 for values in (*before.values(), *after.values())):
             raise Unreadable("numbers beyond 1e100")
@@ -235,6 +236,12 @@ def _evaluation(run: Run) -> None:
     if run.evaluation is not None:
         with run.reading("evaluation/pictures.png"):
             run.evaluation_picture, _ = picture_uri(run.path, "evaluation/pictures.png")
+
+
+def domain_of(name: str) -> tuple[str, str]:
+    """A name of the table of before and after, and " (held out)" or another domain of prompts, which may follow it."""
+    domain = next((end for end in (" (held out)", " (out of domain)") if name.endswith(end)), "")
+    return name.removesuffix(domain), domain
 
 
 def _object(content: Any) -> dict[Any, Any]:

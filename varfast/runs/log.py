@@ -142,6 +142,11 @@ class RunLog:
         with self._optional("the pairs of a step"):
             write()
 
+    def of_base(self, appearance: dict[str, float]) -> None:
+        """Save appearance.json: what the base's samples look like, to which drift/... in metrics.jsonl compares."""
+        with self._optional("appearance.json"):
+            save_text(self._folder / "appearance.json", json.dumps(appearance, indent=1) + "\n")
+
     def environment(self, here: dict[str, Any]) -> None:
         """Save environment.json: versions and hardware."""
         with self._optional("environment.json"):

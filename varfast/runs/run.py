@@ -33,13 +33,14 @@ from varfast.perf.work import Work
 from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
 from varfast.runs.alarm import Alarm
+from varfast.runs.appearance import appearance
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, found_diverged
 from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
 from varfast.runs.pairs import keep_pairs
-from varfast.runs.pictures import prompt_title
+from varfast.runs.pictures import shown_prompts
 from varfast.runs.setup import Setup
 from varfast.state import State
 from varfast.types import InputError, NotFinitePolicy, NotFiniteReward, Prompts, Rewards, Rollout
@@ -252,11 +253,12 @@ class Run:
         if shown or saved:
             self.refuse_diverged(self._metrics, self._checkpoints)
         if self._log and self._limits:
-            self._log.step(done, self._metrics | self._limits.metrics(stages_ms, step_s) | memory, self.total_steps)
-            if shown:
-                self._save_grid(self._log)
-                if show is not None:
-                    show(self._log, done)
+            looks = self._save_grid(self._log) if shown else {}
+            looks = {f"drift/{name}": value for name, value in looks.items()}
+            of_step = self._limits.metrics(stages_ms, step_s) | memory
+            self._log.step(done, self._metrics | of_step | looks, self.total_steps)
+            if shown and show is not None:
+                show(self._log, done)
         if saved:
             self._save(done if last else state.learned_steps, self._metrics.get("reward_mean"))
         if last:
@@ -342,7 +344,7 @@ class Run:
             self._say(f"going on after step {start} of {self._of_steps} in {folder}")
         elif self._log:
             self._log.environment(self.setup.environment)
-            self._save_grid(self._log)
+            self._log.of_base(self._save_grid(self._log))
         if not config.holds_reference:
             self._say("the KL to the base is not measured: grpo.kl_beta=0 holds no base; grpo.kl_every=10 measures it")
 
@@ -352,9 +354,15 @@ class Run:
         of_weights = state.policy.trainable, state.adamw.optimizer
         self._checkpoints.save(step, *of_weights, self._before, reward_mean, state.further(), spent)
 
-    def _save_grid(self, log: RunLog) -> None:
+    def _save_grid(self, log: RunLog) -> dict[str, float]:
+        """Returns: what its pictures look like."""
         config, policy = self.config, self.state.policy
         columns, rows = config.log.grid_samples, self.setup.labels[: config.log.grid_labels]
+        titles = shown = [caption(label, self.setup.names) for label in rows]
+        if (prompts := self.setup.prompts) is not None:
+            rows, titles = shown_prompts(prompts, config.log.grid_labels, config.run.seed)
+            of_rows = [prompts.prompts[row] for row in rows]
+            shown = [p.text if p.domain == "train" else f"({p.domain.replace('_', ' ')}) {p.text}" for p in of_rows]
         rollout = policy.sample(
             [label for label in rows for _ in range(columns)],
             config.rollout.temperature,
@@ -362,10 +370,9 @@ class Run:
             cfg=config.rollout.cfg,
             step=GRID_STEP,
         )
-        prompts = self.setup.prompts
-        shown = [prompts.prompts[row].text if prompts else caption(row, self.setup.names) for row in rows]
-        titles = list(map(prompt_title, shown)) if prompts else shown
-        log.grid(self.state.step, policy.decode(rollout.tokens_BL), columns, titles, shown)
+        images = policy.decode(rollout.tokens_BL)
+        log.grid(self.state.step, images, columns, titles, shown)
+        return appearance(images, columns)
 
 
 def _measured(

@@ -180,10 +180,11 @@ def begin(
     if config.run.strict:
         strict.check(policy, config.rollout.temperature, config.run.seed, config.rollout.cfg)
     policy.cuda_graph = setup.plan.rollout.cuda_graph
-    reference = policy.frozen_copy() if setup.work.holds_reference else None
+    moves = config.loss.reference_moves is not None
+    reference = policy.frozen_copy(moves) if setup.work.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)
     state = State(policy, reference, rewards, config.update, config.loss)
-    before_after = BeforeAfter(folder.path, config, setup.labels)
+    before_after = BeforeAfter(folder.path, config, setup.labels, setup.prompts)
     if setup.found is None:
         _refuse_diverged(setup, policy, 0)
         begin_rewards(rewards, policy, config, setup.labels, world, setup.plan.rollout.micro_batch)
