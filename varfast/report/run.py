@@ -238,6 +238,12 @@ def _evaluation(run: Run) -> None:
             run.evaluation_picture, _ = picture_uri(run.path, "evaluation/pictures.png")
 
 
+def domain_of(name: str) -> tuple[str, str]:
+    """A name of the table of before and after, and " (held out)" or another domain of prompts, which may follow it."""
+    domain = next((end for end in (" (held out)", " (out of domain)") if name.endswith(end)), "")
+    return name.removesuffix(domain), domain
+
+
 def _object(content: Any) -> dict[Any, Any]:
     if not isinstance(content, dict):
         raise Unreadable(f"it holds {brief(type(content).__name__)}, want an object")
