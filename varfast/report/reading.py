@@ -142,6 +142,7 @@ class Evaluation(BaseModel):
 
     images: int
     labels: int
+    prompts: int | None = None
     intervals: str
     rows: list[EvaluationRow] = Field(max_length=1000)
     pictures: _Pictures | None = None
