@@ -23,8 +23,8 @@ def write(folder, steps=2, texts=TEXTS):
     return folder
 
 
-def read(folder, texts=TEXTS, seed=0, of=OF, num_classes=3):
-    return SavedPairs(str(folder), of, texts, num_classes, seed)
+def read(folder, texts=TEXTS, seed=0, drawn=range(9)):
+    return SavedPairs(str(folder), OF, texts, drawn, seed)
 
 
 def test_prompts_are_found_by_their_text_in_another_table(tmp_path):
@@ -33,8 +33,10 @@ def test_prompts_are_found_by_their_text_in_another_table(tmp_path):
     assert found.ids_M.tolist() == [2, 3, 0, 2, 3, 0]
     with pytest.raises(InputError, match=r"step_000001.jsonl: line 2: the prompt 'a red dog' is not among this run's"):
         read(tmp_path, ["a cat", "two birds"])
-    with pytest.raises(InputError, match=r"step_000001.jsonl: line 1: label is None, and the model has labels 0..2"):
-        read(tmp_path, None)
+    with pytest.raises(InputError, match=r"line 2: the prompt 'a red dog' is kept for evaluation in this run; choose"):
+        read(tmp_path, drawn=[0, 2])
+    with pytest.raises(InputError, match=r"line 1: label is None, and this run trains on the 2 labels 0 to 2 that rol"):
+        read(tmp_path, None, drawn=[0, 2])
 
 
 def test_a_step_has_the_tokens_and_rewards_of_its_pairs_and_a_pass_has_each_once(tmp_path):

@@ -137,7 +137,7 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("lora_dropout", (("", "an adapter has no dropout: a log-probability must describe the policy that was sampled"),)),
     (
         "dataset dataset_name train_data_dir data_dir data_path data",
-        (("pretrain.dataset", "for the base model; GRPO itself needs labels alone"),),
+        (("pretrain.dataset", "for the base model; the run itself needs labels or prompts alone"),),
     ),
     ("dataloader_num_workers workers", (("pretrain.num_workers", ""),)),
     (
