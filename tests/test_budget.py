@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from varfast import InputError
 from varfast.config import parse_config
+from varfast.losses.config import GRPOConfig
 from varfast.perf.limits import stage_counts
 from varfast.perf.memory import MemoryPlan, RolloutPlan, UpdatePlan
 from varfast.perf.spent import Budget, Spent, spent_before, step_flop, whole_step
@@ -79,7 +80,10 @@ def test_flop_of_a_step_are_those_of_hand_and_of_torch(make_policy, on_meta, cfg
     updated, referenced = (8, 8) if kl_beta else (2, 0)
     assert (found["update_images"], found["reference_images"]) == (updated, referenced)
 
-    hand, rollout_config = hand_count(), SimpleNamespace(sampled_images=8, rollout=SimpleNamespace(rows=rows))
+    hand, rollout_config = (
+        hand_count(),
+        SimpleNamespace(sampled_images=8, rollout=SimpleNamespace(rows=rows), loss=GRPOConfig()),
+    )
     ours = step_flop(rollout_config, policy.cost("float32"), updated, referenced)
     passes = rows * (8 + 3 * updated + referenced)
     decode = ours - passes * (hand.products + hand.attention)
@@ -97,7 +101,7 @@ def test_flop_of_a_step_are_those_of_hand_and_of_torch(make_policy, on_meta, cfg
 def test_an_adapter_s_reference_is_the_model_without_it(make_policy):
     """Frozen products have one forward pass as their backward pass; the adapter's and attention's have two."""
     hand, cost = hand_count(rank=4), make_policy(depth=2).cost("float32", VARLoRAConfig(rank=4, targets=("fc1",)))
-    config = SimpleNamespace(sampled_images=8, rollout=SimpleNamespace(rows=1))
+    config = SimpleNamespace(sampled_images=8, rollout=SimpleNamespace(rows=1), loss=GRPOConfig())
     base = hand.products - hand.adapter + hand.attention
     assert step_flop(config, cost, 0, 1) - step_flop(config, cost, 0, 0) == base
     # Embeddings and modulation, which have no adapter and read no activation, need no backward pass.

@@ -54,5 +54,6 @@ def places(low: float, high: float, axis: Axis) -> list[tuple[float, str]]:
 
 
 def number(value: float) -> str:
-    """As short as can be: "250", "0.02", "2e15"."""
-    return f"{value:.6g}".replace("e+", "e")
+    """As short as can be: "250", "0.02", "2e9"."""
+    digits, _, power = f"{value:.6g}".partition("e")
+    return f"{digits}e{int(power)}" if power else digits

@@ -12,7 +12,7 @@ import numpy as np
 from varfast.report.axes import AXES, Axis, places, positions, ticks
 from varfast.report.elements import brief, text
 from varfast.report.run import Run
-from varfast.report.verdicts import HEALTHY, badge, verdict
+from varfast.report.verdicts import HEALTHY, badge, healthy, verdict
 
 # A curve of more than 40 steps is drawn as a moving mean over a twentieth of the run, in a band from minimum to
 # maximum; with more than 200 steps it has 200 points.
@@ -274,10 +274,10 @@ def _metric_chart(runs: Sequence[Run], metric: str, over: Axis) -> Chart | None:
 def _notes(runs: Sequence[Run], metric: str) -> tuple[str, ...]:
     if metric not in HEALTHY:
         return ()
-    healthy = "Healthy: {}. Otherwise: {}.".format(*map(text, HEALTHY[metric]))
+    means = "Healthy: {}. Otherwise: {}.".format(*map(text, healthy(metric, runs)))
     found = [(run, verdict(run, metric)) for run in runs]
     badges = [badge(v) + (f" {text(run.name)}" if len(runs) > 1 else "") for run, v in found if v is not None]
-    return (healthy, " ".join(badges)) if badges else (healthy,)
+    return (means, " ".join(badges)) if badges else (means,)
 
 
 def _together(
@@ -298,9 +298,26 @@ def charts(runs: Sequence[Run], over: Axis = "step") -> dict[str, list[Chart]]:
     distances = [m for m in metrics if m.startswith("distance/")]  # of rewards of sets
     rewards = ["reward_mean", "reward_std", *(components if len(components) > 1 else []), *distances]
     stages = [m for m in metrics if m.endswith(("_ms", "_share"))]
-    grouped = (*rewards, *components, *_POLICY, *_SPEED, *stages, *_PAIRS, *(m for of in _PAIRED.values() for m in of))
+    looks = [m for m in metrics if m.startswith("drift/")]  # of the grids' pictures: runs/appearance.py
+    grouped = (
+        *rewards,
+        *components,
+        *_POLICY,
+        *_SPEED,
+        *stages,
+        *looks,
+        *_PAIRS,
+        *(m for of in _PAIRED.values() for m in of),
+    )
     others = [m for m in metrics if m not in grouped]
-    groups = {"Reward": rewards, "Policy": _POLICY, "Pairs": _PAIRS, "Speed": _SPEED, "Other metrics": others}
+    groups = {
+        "Reward": rewards,
+        "Policy": _POLICY,
+        "Pairs": _PAIRS,
+        "What pictures look like": looks,
+        "Speed": _SPEED,
+        "Other metrics": others,
+    }
     found = {title: [c for name in group if (c := _metric_chart(runs, name, over))] for title, group in groups.items()}
     for title, names in _PAIRED.items():
         found["Pairs"] += _together(runs, names, title, _UNITS[names[0]], over, from_zero=title.startswith("implicit"))

@@ -46,10 +46,8 @@ def _measured(run: Run) -> str:
     if run.evaluation_picture is not None:
         pictures, kind = found.pictures, "label" if found.prompts is None else "prompt"
         columns = ", then ".join(dict.fromkeys(brief(column.of, 60) for column in pictures.columns)) if pictures else ""
-        of_rows = pictures.titles if pictures else None
-        if pictures and not of_rows:
-            of_rows = [run.label(row).removeprefix("label ") for row in pictures.rows]
-        named = ", ".join(brief(title, 200) for title in (of_rows or [])[:20])
+        of_rows = [] if pictures is None else pictures.titles or list(map(run.label, pictures.rows))
+        named = ", ".join(brief(title, 200).removeprefix("label ") for title in of_rows[:20])
         rows_are = f"A row a {kind} ({named})" if named else f"A row a {kind}"
         caption = f"{rows_are}; from the left: {columns or 'the models'}, the same seeds."
         parts.append(
@@ -67,14 +65,13 @@ def _title(found: Evaluation, row: EvaluationRow) -> str:
     """Of a row of the table: the number, the group that it is of, and what else tells rows apart."""
     several = len({other.features for other in found.rows} - {None}) > 1
     guided = len({other.cfg for other in found.rows}) > 1 and row.cfg is not None
-    title = row_title(row.name, _group(found, row.labels), row.features if several else None)
+    features = row.features if several else None
+    if found.prompts is None:
+        title = row_title(row.name, row.labels, features)
+    else:
+        group = DOMAINS.get(row.labels, row.labels.removeprefix(_TAG))
+        title = row_title(row.name, "all", features) + (f", {group}" if row.labels != "all" else "")
     return title + (f", cfg {brief(row.cfg)}" if guided else "")
-
-
-def _group(found: Evaluation, labels: str) -> str:
-    if found.prompts is None or labels == "all":
-        return labels
-    return DOMAINS.get(labels, labels.removeprefix(_TAG))
 
 
 def _side_by_side(runs: Sequence[Run]) -> str:

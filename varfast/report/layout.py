@@ -15,7 +15,7 @@ from varfast.report.elements import Markup, brief, html_table, masked, text
 from varfast.report.evaluation import evaluations, shown
 from varfast.report.pictures import Extremes
 from varfast.report.reading import Sample
-from varfast.report.run import Run
+from varfast.report.run import Run, domain_of
 from varfast.report.spent import charts_of_samples, side_by_side, spent_sentence
 from varfast.report.style import SCRIPT, STYLE
 from varfast.report.verdicts import HEALTHY, badge, last_tenth, mean, verdict
@@ -100,26 +100,20 @@ def _of_summary(run: Run) -> list[str]:
     """Names of the table's rows. A single reward is skipped if it equals the total reward."""
     names = list(dict.fromkeys(name for numbers in run.summary.values() for name in numbers))
     components = [name for name in names if name.startswith("reward/")]
-    several = len({_of_all(name)[0] for name in components}) > 1
+    several = len({domain_of(name)[0] for name in components}) > 1
     return [name for name in names if name not in components or several or not _repeats(run, name)]
 
 
-def _of_all(name: str) -> tuple[str, str]:
-    """A name, and " (held out)" or another domain of prompts, which may follow it."""
-    domain = next((end for end in (" (held out)", " (out of domain)") if name.endswith(end)), "")
-    return name.removesuffix(domain), domain
-
-
 def _repeats(run: Run, component: str) -> bool:
-    total = f"reward{_of_all(component)[1]}"
+    total = f"reward{domain_of(component)[1]}"
     return all(numbers.get(total) == numbers.get(component) for numbers in run.summary.values())
 
 
 def _reward_name(run: Run, name: str) -> str:
-    components = {_of_all(n)[0] for numbers in run.summary.values() for n in numbers if n.startswith("reward/")}
+    components = {domain_of(n)[0] for numbers in run.summary.values() for n in numbers if n.startswith("reward/")}
     only = next(iter(components)) if len(components) == 1 else ""
     named = f"reward ({only.removeprefix('reward/')})"
-    whole, domain = _of_all(name)
+    whole, domain = domain_of(name)
     return f"{named}{domain}" if whole == "reward" and only and _repeats(run, f"{only}{domain}") else name
 
 
@@ -198,11 +192,11 @@ def _grid_rows(run: Run) -> str:
 
 def _health(runs: Sequence[Run]) -> str:
     rows = []
-    for metric, (healthy, _) in HEALTHY.items():
+    for metric, (good, _) in HEALTHY.items():
         found = [verdict(run, metric) for run in runs]
         if any(found):
             cells = [Markup(f"{text(v.value)} {badge(v)}") if v else "" for v in found]
-            rows.append((metric, [*cells, healthy]))
+            rows.append((metric, [*cells, good]))
     if not rows:
         return "<p>No step is complete yet.</p>"
     columns = [run.name for run in runs] if len(runs) > 1 else ["found"]
@@ -217,7 +211,7 @@ def _glance(runs: Sequence[Run]) -> str:
         tenth = max(1, len(values) // 10)
         return f"{mean(values[:tenth]):.4g} \u2192 {last_tenth(values):.4g}" if values else ""
 
-    names = ("reward_mean", "kl", "entropy", "images_per_s")
+    names = ("reward_mean", "kl", "entropy", "pair_accuracy", "implicit_margin", "images_per_s")
     rows = [(name, [first_to_last(run, name) for run in runs]) for name in names]
     rows = [(name, cells) for name, cells in rows if any(cells)]
     columns = [run.name for run in runs] if len(runs) > 1 else ["first \u2192 last"]

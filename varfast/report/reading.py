@@ -34,7 +34,7 @@ _MOST_METRICS = 300
 _MOST_SETTINGS = 2000
 # A sum of 10^6 numbers up to this size is finite.
 _LARGEST = 1e300
-_MOST_PROMPTS = 200_000
+_MOST_PROMPTS = 1_000_000
 _LAST_STEP = 10**12
 # What PyYAML raises for text that is not valid YAML.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)

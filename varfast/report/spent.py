@@ -9,10 +9,7 @@ from varfast.report.axes import AXES, SPENT, Axis
 from varfast.report.charts import Chart, Curve
 from varfast.report.elements import brief, html_table, text
 from varfast.report.evaluation import DOMAINS, shown
-from varfast.report.run import Run
-
-# Of the table of before and after.
-_OF_SAMPLES = ("reward", "accuracy")
+from varfast.report.run import Run, domain_of
 
 
 def spent_sentence(run: Run) -> str:
@@ -27,7 +24,7 @@ def side_by_side(runs: Sequence[Run]) -> str:
     if len(runs) < 2 or not any(run.spent for run in runs):
         return ""
     axes = [axis for axis in SPENT if any(axis in run.spent for run in runs)]
-    names = [name for name in _OF_SAMPLES if any(name in run.summary.get("after", {}) for run in runs)]
+    names = list(dict.fromkeys(name for run in runs for name in _of_samples(run)))
     columns = ["steps", *(AXES[axis] for axis in axes), "ended by", *(name + " before \u2192 after" for name in names)]
     rows = [
         (
@@ -42,6 +39,11 @@ def side_by_side(runs: Sequence[Run]) -> str:
     )
     about += "a gradient; rewards and evaluations are not among them. Hours are those of the steps."
     return f"{html_table(columns, rows)}<p>{text(about)}</p>"
+
+
+def _of_samples(run: Run) -> list[str]:
+    """Names in the table of before and after: total reward and accuracy, of each domain of prompts."""
+    return [name for name in run.summary.get("after", {}) if domain_of(name)[0] in ("reward", "accuracy")]
 
 
 def _before_to_after(run: Run, name: str) -> str:
@@ -75,8 +77,8 @@ def charts_of_samples(runs: Sequence[Run], over: Axis) -> list[Chart]:
 def _ends(run: Run) -> Iterator[tuple[str, float, float]]:
     """Number, before and after: of the table of before and after, and by domain of an evaluation of prompts."""
     before, after = (run.summary.get(when, {}) for when in ("before", "after"))
-    for name in _OF_SAMPLES:
-        if name in before and name in after:
+    for name in _of_samples(run):
+        if name in before:
             yield f"{name} of samples", before[name], after[name]
     found = run.evaluation
     for row in found.rows if found is not None else ():
