@@ -93,7 +93,7 @@ def _save_parts(state: State, out: Path, shard_gb: float | None) -> None:
     if len(parts) == 1:
         _save(state, out)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         name = f"{out.stem}-{number:05d}-of-{len(parts):05d}{out.suffix}"
         _save({tensor: state[tensor] for tensor in part}, out.with_name(name))
