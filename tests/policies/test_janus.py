@@ -203,10 +203,12 @@ def write_folder(folder, state, suffix=".safetensors", files=1):
 
 
 @pytest.mark.parametrize(("suffix", "files"), [(".safetensors", 1), (".safetensors", 3), (".bin", 1), (".bin", 2)])
-def test_a_folder_as_transformers_writes_it_is_loaded(tmp_path, suffix, files):
+def test_a_folder_as_transformers_writes_it_is_loaded(tmp_path, suffix, files, capsys):
     state, config = whole_checkpoint(), sizes_of(golden("janus").meta)
     folder = write_folder(tmp_path / "model", state, suffix, files)
     loaded = load_janus(folder, config).state_dict()
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("vision_model", "aligner", "language_model.lm_head", "are left out"))
     wanted = of_transformer(state)
     assert list(loaded) == list(wanted)  # and so an export has the public names, in their order
     assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
@@ -222,6 +224,7 @@ def test_a_checkpoint_that_does_not_fit_says_so(tmp_path):
     cases = [
         (state | {"language_model.model.surplus": torch.ones(1)}, "1 unexpected: language_model.model.surplus"),
         ({name: t for name, t in state.items() if "up_proj" not in name}, "2 missing: .*layers.0.mlp.up_proj.weight"),
+        ({"model.generation_embeddings.weight": torch.ones(2, 2)}, "Janus under the names of transformers' own port"),
         (checkpoint("llamagen", "gpt."), "is not Janus-Pro's language model: it has no gen_embed.weight.* LlamaGen's"),
     ]
     for number, (content, message) in enumerate(cases):
