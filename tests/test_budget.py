@@ -145,6 +145,19 @@ def test_each_step_of_a_run_adds_what_it_computed(make_config):
     assert (summary(config)["step"], summary(config)["ended_by"]) == (4, "run.steps=4")
 
 
+def test_of_pairs_both_images_are_counted_and_no_others(make_config):
+    """Best and worst of 4 samples: 8 images are sampled, and 2 pairs of them go through reference and update."""
+    config = make_config(dpo={}, run__steps=2, **BARE)
+    assert train(config) == 0
+    before = 0.0
+    for line in lines(config):
+        assert line["update_images"] == line["reference_images"] == 2 * line["pairs"] == 4
+        flop = step_flop(config, config_cost(config), 4, 4 + (8 if "kl" in line else 0))
+        assert line["spent_flop"] == before + flop
+        before = line["spent_flop"]
+    assert lines(config)[-1]["spent_images"] == 16
+
+
 def config_cost(config):
     from varfast.policies.families import family_of
 

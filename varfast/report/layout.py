@@ -222,7 +222,7 @@ def _glance(runs: Sequence[Run]) -> str:
 def _curves(runs: Sequence[Run], over: Axis) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
     """Sections of charts, and the numbers of all charts in the order of the page."""
     numbers: list[dict[str, Any]] = []
-    sections = []
+    sections: list[tuple[str, str]] = []
     long = any(len(steps) > SMOOTHED for run in runs for steps, _ in run.metrics.columns.values())
     groups = charts(runs, over)
     if samples := charts_of_samples(runs, over):
