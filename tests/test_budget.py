@@ -233,10 +233,10 @@ def test_a_run_of_a_budget_is_the_run_of_as_many_steps(make_config, tmp_path):
 
 
 def test_a_larger_budget_goes_on_with_the_same_numbers(make_config, tmp_path, capsys):
-    whole = make_config(run__dir=str(tmp_path / "whole"), run__steps=5)
+    whole = make_config(run__dir=str(tmp_path / "whole"), run__steps=5, log__grid_every=1)
     train(whole)
     each = lines(whole)[0]["spent_flop"]
-    parts = {"run__dir": str(tmp_path / "parts"), "run__steps": 1000}
+    parts = {"run__dir": str(tmp_path / "parts"), "run__steps": 1000, "log__grid_every": 1}
     train(make_config(**parts, run__budget_flop=1.5 * each))
     capsys.readouterr()
     # Nothing is left to do: the weights and the table are there.
