@@ -119,7 +119,8 @@ def test_report_of_a_real_run(make_config, tmp_path, capsys):
     assert f"{out}: 1 run" in capsys.readouterr().out
     parsed = Page(out.read_text())
     assert_self_contained(parsed)
-    logged = json.loads((Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()[0])
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    logged = {name for line in lines for name in json.loads(line)}  # some are measured with the grids alone
     titles = re.findall(r"<figcaption><b>(.*?)</b>", out.read_text())
     stages = {name for name in logged if name.endswith(("_ms", "_share"))}
     assert set(titles) == set(logged) - {"step", "reward/luma"} - stages | {"stages, *_ms", "stages, *_share"}
@@ -309,7 +310,7 @@ def test_healthy_values_are_those_of_the_readme():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", readme.partition("## Read the numbers")[2], re.MULTILINE)
     said = {name: tuple(text.replace("`", "") for text in texts) for name, *texts in rows}
-    assert len(HEALTHY) == 4
+    assert len(HEALTHY) == 6
     assert {name: said[name] for name in HEALTHY} == HEALTHY
 
 
@@ -369,6 +370,7 @@ def test_grids_of_a_long_run_are_few_and_small(make_run):
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome here to open the page in")
 ACT = """
 const texts = [...document.querySelectorAll(".plot")].slice(0, 2).map((plot, i) => {
   const box = plot.getBoundingClientRect();
@@ -385,7 +387,21 @@ document.body.dataset.seen = JSON.stringify([texts, seen, wide]);
 """
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome here to open the page in")
+def browse(source, folder, width):
+    """The page after its scripts have run, without an error on the console."""
+    (folder / "page.html").write_text(source)
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic",
+         f"--user-data-dir={folder / 'profile'}", f"--window-size={width},2000", "--enable-logging=stderr",
+         "--v=0", "--dump-dom", (folder / "page.html").as_uri()],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return Page(done.stdout)
+
+
+@needs_browser
 @pytest.mark.parametrize("width", [390, 1300])
 def test_page_in_a_browser(make_run, tmp_path, width):
     """No error on the console, values under the pointer, the slider turns, nothing is wider than the screen."""
@@ -396,19 +412,8 @@ def test_page_in_a_browser(make_run, tmp_path, width):
         save_picture(folder / "grids" / f"step_{step:06d}.png", np.zeros((1040, 1040, 3), np.uint8))
     source = page([read_run(folder, "x"), read_run(shorter, "y")])
     acted = re.sub(r"'sha256-[^']*'", "'unsafe-inline'", source).replace("</body>", f"<script>{ACT}</script></body>")
-    results = []
-    for name, content in (("plain", source), ("acted", acted)):
-        (tmp_path / f"{name}.html").write_text(content)
-        done = subprocess.run(
-            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic",
-             f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", "--enable-logging=stderr",
-             "--v=0", "--dump-dom", (tmp_path / f"{name}.html").as_uri()],
-            capture_output=True, text=True, timeout=60, check=True,
-        )  # fmt: skip
-        assert "CONSOLE" not in done.stderr, done.stderr
-        results.append(Page(done.stdout))
-    assert json.loads(results[1].all("body")[0]["data-seen"]) == [
+    browse(source, tmp_path, width)
+    assert json.loads(browse(acted, tmp_path, width).all("body")[0]["data-seen"]) == [
         ["step 7\nx: 0.7", "step 3\nx: 3e-6\ny: 0.03"],
         ["0"],
         False,
@@ -537,6 +542,39 @@ def test_labels_are_called_by_name_where_the_folder_gives_names(make_run, conten
     assert "label 3 cat3" in parsed.text
     assert parsed.all("img", alt="best 1: label 3 cat, reward 3")
     assert "label 22" in parsed.text
+
+
+def test_prompts_are_shown_by_domain_and_text(make_run):
+    """What a run on texts leaves: values by domain, prompts.jsonl, and an evaluation of prompts."""
+    ends = {"": 4, " (held out)": 3, " (out of domain)": 1}
+    values = [{f"{n}{end}": [x] * k for end, k in ends.items() for n in ("reward", "reward/luma")} for x in (0.25, 0.5)]
+    folder = make_run(before_after=before_after(*values))
+    prompts = [{"prompt": text, "tag": "", "domain": "train"} for text in ("a\u2028 red <b>", "two dogs")]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in prompts))
+    with RunLog(folder, 3, 3, tensorboard=False) as log:
+        log.samples(
+            3, torch.zeros(2, 3, 8, 8), torch.arange(2), Rewards(torch.arange(2.0), {"luma": torch.arange(2.0)})
+        )
+    number = {"value": 0.5, "low": 0.25, "high": 0.75}
+    rows = [{"name": "geneval", "labels": group, "reference": None, "checkpoint": number, "difference": None}
+            for group in ("all", "held_out", "tag:counting")]  # fmt: skip
+    pictures = {"columns": [{"of": "checkpoint", "sample": 0}], "rows": [0], "titles": ["five oaks"]}
+    measured = {"images": 8, "labels": 4, "prompts": 4, "intervals": "95 %", "rows": rows, "pictures": pictures}
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(measured))
+    save_picture(folder / "evaluation" / "pictures.png", np.zeros((8, 8, 3), np.uint8))
+    shown = page([read_run(folder, "x")])
+    assert "Left out" not in shown
+    top = re.findall(r'<th scope="row">(reward.*?)</th>', shown[: shown.index("Is it healthy?")])
+    assert top == [f"reward (luma){end}" for end in ends]
+    parsed = Page(shown)
+    assert "4 fresh images" in parsed.text
+    assert "“two dogs”" in parsed.text
+    assert "8 images a model, of 4 prompts." in parsed.text
+    assert re.search("geneval, held out.*By tag.*geneval, counting", parsed.text, re.S)
+    assert "A row a prompt (five oaks)" in parsed.text
+    (folder / "prompts.jsonl").write_text("[\n")
+    assert "prompts.jsonl: line 1 is not valid JSON" in report(folder).text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

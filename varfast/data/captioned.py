@@ -113,8 +113,8 @@ def _captions(folder: str) -> Iterator[tuple[ImageFile, str]]:
     where, path = f"pretrain.dataset={folder}", Path(folder) / METADATA_FILE
     if not path.is_file():
         raise InputError(
-            f"{where}: no {METADATA_FILE} in it; a model that is conditioned on text is pre-trained on '{DIGITS}', or on "
-            f"a folder whose {METADATA_FILE} has a line an image, as {_EXAMPLE}"
+            f"{where}: no {METADATA_FILE} in it; a model that is conditioned on text is pre-trained on '{DIGITS}', or "
+            f"on a folder whose {METADATA_FILE} has a line an image, as {_EXAMPLE}"
         )
     found = False
     for number, line in enumerate(read_text(path).split("\n"), 1):

@@ -170,7 +170,7 @@ class SavedPairs:
         """(2, ...) int64 of one pair."""
         try:
             open_regular(file).close()
-            with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call]
+            with safe_open(file, framework="pt") as opened:
                 found: Tensor = opened.get_slice("tokens")[place : place + 1]
         except (OSError, SafetensorError, IndexError) as error:
             raise InputError(f"{file} cannot be read: {printable(error)}") from error

@@ -20,7 +20,7 @@ from varfast.types import InputError
 # Sides of a figure and of the smallest scene, two by two of them. More pixels are by repetition.
 FIGURE_PX, SCENE_PX = 6, 12
 # Of each digit, so many ways to write it: a small model learns them in minutes.
-_HANDS = 24
+_HANDS = 6
 
 
 def draw_scene(scene: Scene, image_size: int, rng: np.random.RandomState) -> Tensor:

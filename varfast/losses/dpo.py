@@ -15,7 +15,7 @@ from varfast import kernels
 from varfast.advantages import groups_without_signal
 from varfast.losses import Stat
 from varfast.losses.config import DPOConfig
-from varfast.losses.pairs import best_and_worst, pair_numbers, preferences
+from varfast.losses.pairs import pair_numbers, pairs_of, preferences
 from varfast.rewards import WeightedSum
 from varfast.types import Batch, Rewards, Rollout, TokenLogp
 
@@ -51,9 +51,7 @@ class DPO:
 
     def batch(self, rollout: Rollout, rewards: Rewards, reward: WeightedSum, group_size: int) -> Batch:
         """The best and the worst images of each prompt, by the total reward."""
-        pairs = best_and_worst(
-            rewards.total_B, group_size, self._config.pairs_per_prompt, self._config.min_margin
-        )  # fmt: skip
+        pairs = pairs_of(rewards, group_size, self._config)
         numbers = pair_numbers(rewards.total_B[pairs.rows_N2], pairs.used_N)
         numbers["groups_without_signal"] = groups_without_signal(rewards.total_B, group_size)
         return replace(preferences(rollout.rows(pairs.rows_N2.flatten()), pairs.used_N), numbers=numbers)

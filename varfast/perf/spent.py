@@ -52,7 +52,7 @@ class Spent:
         return {f"spent_{name}": value for name, value in asdict(self).items()}
 
 
-def step_flop(config: Config, cost: Cost, updated: int, referenced: int) -> float:
+def step_flop(config: Config, cost: Cost, updated: float, referenced: float) -> float:
     """FLOP of a step.
 
     Args:
@@ -60,20 +60,23 @@ def step_flop(config: Config, cost: Cost, updated: int, referenced: int) -> floa
         updated: images of forward and backward passes, counted again in each epoch.
         referenced: images of forward passes of the reference.
     """
-    images, rows = config.rollout.images, config.rollout.rows
-    learned = cost.forward.flop + cost.backward.flop
-    of_transformer = images * cost.rollout.flop + updated * learned + referenced * cost.base.forward.flop
+    images, rows = config.sampled_images, config.rollout.rows
+    sampler, learned = cost.base if config.loss.samples_reference else cost, cost.forward.flop + cost.backward.flop
+    of_transformer = images * sampler.rollout.flop + updated * learned + referenced * cost.base.forward.flop
     return rows * of_transformer + images * cost.decode.flop
 
 
 def whole_step(work: Work) -> Spent:
-    """What a step costs in which every image has a gradient; hours are not known.
+    """What a step costs on average in which every image has a gradient; hours are not known.
 
     work: of a step on one process.
     """
-    images = work.config.rollout.images
-    referenced = images if work.reads_reference else 0
-    return Spent(images, step_flop(work.config, work.cost, images * work.config.update.epochs, referenced))
+    config, learned, every = work.config, work.config.learned_images, work.config.measure_kl_every
+    referenced = learned if work.reads_reference else 0
+    drift = config.sampled_images / every if every else 0.0  # for the KL apart from the loss
+    return Spent(
+        config.sampled_images, step_flop(config, work.cost, learned * config.update.epochs, referenced + drift)
+    )
 
 
 @dataclass(frozen=True)

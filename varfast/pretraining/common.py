@@ -25,7 +25,10 @@ LINE_EVERY = 100
 
 
 def batches(dataset: Images, config: Config, steps: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """`steps` shuffled batches, over as many passes as that takes; labels, or rows of captions, are the last tensor of each."""
+    """`steps` shuffled batches, over as many passes as that takes.
+
+    Labels, or rows of captions, are the last tensor of each.
+    """
     loader = DataLoader(
         _Answers(dataset),
         collate_fn=_collated,

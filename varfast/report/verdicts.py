@@ -22,6 +22,15 @@ HEALTHY = {
         "all samples of a label earn the same, nothing to learn from",
     ),
     "clip_fraction": ("below about 0.1", "steps are too large: lower update.lr"),
+    # Of DPO.
+    "pair_accuracy": (
+        "above 0.5, and rises",
+        "new pairs are ordered as by chance: raise update.lr, or sample more images a prompt",
+    ),
+    "implicit_chosen": (
+        "near 0 or above",
+        "the preferred images become less likely too: raise dpo.beta, or lower update.lr",
+    ),
 }
 _SIGNS = {"good": "\u2713", "watch": "!", "bad": "\u2717"}
 # With fewer values than this, the rise of a metric says nothing.
@@ -54,6 +63,10 @@ def verdict(run: Run, metric: str) -> Verdict | None:
         return _rounding(values, run.settings.get("run.dtype", ""))
     if metric == "kl":
         return _levels_off(values)
+    if metric == "pair_accuracy":
+        return _above_chance(values)
+    if metric == "implicit_chosen":
+        return _held_up(values, run.series("implicit_rejected")[1])
     late = last_tenth(values)
     if metric == "clip_fraction":
         return _judged(late, f"{late:.3g} at the end", 0.1, 0.2, "the mean of the last tenth of the steps")
@@ -88,6 +101,35 @@ def _levels_off(values: Sequence[float]) -> Verdict:
     rise = (late - earlier) / late if late > 1e-12 else 0.0
     what = "the share of it that came in the last quarter of the steps; a quarter comes there at a steady pace"
     return _judged(rise, f"{late:.3g} at the end, {max(rise, 0.0):.0%} of it late", 0.2, 0.3, what)
+
+
+def _above_chance(values: Sequence[float]) -> Verdict:
+    late = last_tenth(values)
+    if len(values) < _ENOUGH_STEPS:
+        return Verdict(None, f"{late:.3g} at the end", f"no verdict on fewer than {_ENOUGH_STEPS} values")
+    level: Literal["good", "watch", "bad"] = "good" if late >= 0.55 else "watch" if late >= 0.5 else "bad"
+    rule = (
+        "good from 0.55, watch from 0.5: the mean of the last tenth of the steps, on pairs that are new to the policy"
+    )
+    return Verdict(level, f"{late:.3g} at the end", rule)
+
+
+def _held_up(chosen: Sequence[float], rejected: Sequence[float]) -> Verdict:
+    """By how far the preferred images have fallen, as a share of their distance from the rejected ones."""
+    late = last_tenth(chosen)
+    margin = late - last_tenth(rejected) if rejected else 0.0
+    value = f"{late:.3g} at the end, {margin:.3g} above the rejected"
+    if margin <= 0.0:
+        return Verdict(None, value, "no verdict without a margin between preferred and rejected images")
+    what = "the fall of the preferred images as a share of the margin, means of the last tenth of the steps"
+    return _judged(-late / margin, value, 0.1, 1.0, what)
+
+
+def healthy(metric: str, runs: Sequence[Run]) -> tuple[str, str]:
+    """What is healthy, and what it means otherwise, with the key of the loss that these runs have."""
+    good, otherwise = HEALTHY[metric]
+    of_dpo = all("dpo.beta" in run.settings for run in runs)
+    return good, otherwise.replace("kl_beta", "dpo.beta") if of_dpo else otherwise
 
 
 def last_tenth(values: Sequence[float]) -> float:

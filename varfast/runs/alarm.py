@@ -59,7 +59,7 @@ class Alarm:
                 if what in self._said:
                     return None
                 self._said.add(what)
-                return Idle(what, f"the last {self._window} steps: {reason}")
+                return Idle(what, f"In the last {self._window} steps {reason}")
         return None
 
 

@@ -44,6 +44,7 @@ _FREE_TO_CHANGE = (
     "run.parallel",
     "run.timeout_s",
     "run.max_bad_rollouts",
+    "run.stop_when_idle",
     "log",
     "eval",
     "kernels",
@@ -60,8 +61,8 @@ _FREE_TO_CHANGE = (
 )
 # Files that a resumed run writes again or can do without.
 _REWRITTEN = (
-    "before_after.json", "config.yaml", "environment.json", "labels.json", "metrics.jsonl", "prompts.jsonl",
-    "summary.json", "tokenizer.json",
+    "appearance.json", "before_after.json", "config.yaml", "environment.json", "labels.json", "metrics.jsonl",
+    "prompts.jsonl", "summary.json", "tokenizer.json",
 )  # fmt: skip
 
 
@@ -165,7 +166,14 @@ class RunFolder:
 
     def _tidy(self, found: Checkpoint | None, config: Config) -> None:
         """Remove what killed writers left; rename what is damaged. `found`: the checkpoint to go on from."""
-        for folder in (self.path, self.checkpoints, self.adapter, self.path / "grids", self.path / "samples"):
+        for folder in (
+            self.path,
+            self.checkpoints,
+            self.adapter,
+            self.path / "grids",
+            self.path / "samples",
+            self.path / "pairs",
+        ):
             remove_leftovers(folder)
         try:
             for path in (self.weights(config), *(self.path / name for name in _REWRITTEN)):

@@ -8,10 +8,7 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("learning_rate base_lr max_lr peak_lr", (("update.lr", ""),)),
     (
         "beta kl_coef kl_coeff kl_loss_coef init_kl_coef kl_weight kl_penalty",
-        (
-            ("grpo.kl_beta", "weight of the KL to the base; TRL's default is 0, here it is the paper's 0.2"),
-            ("dpo.beta", "of DPO"),
-        ),
+        (("grpo.kl_beta", "weight of the KL to the base; TRL's default is 0, here it is the paper's 0.2"),),
     ),
     ("cdpo_eps", (("dpo.label_smoothing", ""),)),
     (
