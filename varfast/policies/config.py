@@ -105,7 +105,11 @@ class RolloutConfig(Section):
         True, description="false: every label, or prompt, is drawn once before any of them is drawn again"
     )
     group_size: int = Field(
-        16, ge=2, le=1_000_000, description="G, images a label; the group within which advantages are relative"
+        16,
+        ge=2,
+        le=1_000_000,
+        description="G, images a label; the group within which advantages are relative, or of which "
+        "DPO takes its pairs",
     )
     temperature: float = Field(0.7, ge=1e-3, le=1000, description="of the multinomial draw, which has no filters")
     cfg: float = Field(
