@@ -178,8 +178,8 @@ class EvaluateConfig(Section):
     cfg: Guidances | None = Field(
         None,
         description="classifier-free guidance, whatever the run's rollout.cfg was; 0: off; several, as [0, 1.5]: "
-        "samples with each, in one table. Default: 1.5 for VAR; 2, 1.75 or 1.65 by size for LlamaGen; 5 for Janus; 0 for taming, "
-        "which has none",
+        "samples with each, in one table. Default: 1.5 for VAR; 2, 1.75 or 1.65 by size for LlamaGen; 5 for Janus; 0 "
+        "for taming, which has none",
     )
     top_k: int | None = Field(
         None,
