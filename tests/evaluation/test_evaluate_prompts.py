@@ -1,6 +1,7 @@
 """evaluate and sample of a model that is conditioned on text: a stand-in whose images tell what they were asked for."""
 
 import json
+import shlex
 import zlib
 from pathlib import Path
 
@@ -245,6 +246,53 @@ def test_geneval_is_exported_and_its_results_come_back(make, models, tmp_path, c
         evaluate_main([*named, f"results={back}", "samples_per_prompt=5"])
     with pytest.raises(InputError, match="results.other: .*has no such images; it has reference, checkpoint"):
         evaluate_main([*named, f"results.other={tmp_path}/a.jsonl"])
+
+
+def exported(tmp_path, capsys, *arguments):
+    """Evaluate with export; returns the arguments that it prints for reading results back."""
+    named = [f"checkpoint={tmp_path}/checkpoint.pth", f"out={tmp_path}/my out", "device=cpu", "scores={}"]
+    assert evaluate_main([*named, *arguments]) == 0
+    python, dash_m, command, *back = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert (python, dash_m, command) == ("python", "-m", "varfast.evaluate")
+    return back
+
+
+def test_what_is_printed_reads_the_results_of_geneval2_back(models, tmp_path, capsys):
+    row = {
+        "atom_count": 2,
+        "vqa_list": [["Is it red?", "Yes"], ["Is there a kite?", "Yes"]],
+        "skills": ["attribute", "object"],
+    }
+    prompts = written(tmp_path / "geneval2_data.jsonl", [{"prompt": "a red kite"} | row, {"prompt": "an oak"} | row])
+    back = exported(tmp_path, capsys, f"prompts={prompts}", "samples_per_prompt=2", "export=geneval2")
+    folder = tmp_path / "my out" / "geneval2" / "checkpoint"
+    for sample in range(2):
+        assert list(json.loads((folder / f"images_{sample:05d}.json").read_text())) == ["a red kite", "an oak"]
+        (folder / f"scores_{sample:05d}.json").write_text(json.dumps([[0.25, 1.0], [0.5, 0.5]]))
+    assert evaluate_main(back) == 0
+    rows = {(row["name"], row["labels"]): row["checkpoint"] for row in result_of(tmp_path / "my out")["rows"]}
+    assert rows["geneval2/soft_tifa_gm", "all"]["value"] == pytest.approx(50.0)
+    assert rows["geneval2/soft_tifa_am", "skill:object"]["value"] == pytest.approx(75.0)
+    assert "geneval2/soft_tifa_am, skill object" in capsys.readouterr().out
+
+
+def test_what_is_printed_reads_the_results_of_t2i_compbench_back(models, tmp_path, capsys):
+    (tmp_path / "color_val.txt").write_text("a red kite and a blue oak\na green tram\n")
+    (tmp_path / "numeracy_val.txt").write_text("two kites\n")
+    prompts = f"prompts=[{tmp_path}/color_val.txt, {tmp_path}/numeracy_val.txt]"
+    back = exported(tmp_path, capsys, prompts, "samples_per_prompt=2", "export=t2i_compbench")
+    for category, answers in (("color_val", [0.25, 0.75, 0.5, 0.5]), ("numeracy_val", [1.0, 0.0])):
+        folder = tmp_path / "my out" / "t2i_compbench" / "checkpoint" / category
+        names = {int(p.stem.rpartition("_")[2]): p.stem.partition("_")[0] for p in (folder / "samples").iterdir()}
+        assert sorted(names) == list(range(len(answers)))
+        (folder / "annotation_blip").mkdir()
+        content = [{"question_id": n, "answer": f"{a:.4f}"} for n, a in enumerate(answers)]
+        (folder / "annotation_blip" / "vqa_result.json").write_text(json.dumps(content))
+    assert evaluate_main(back) == 0
+    rows = {(row["name"], row["labels"]): row["checkpoint"] for row in result_of(tmp_path / "my out")["rows"]}
+    assert {key: row["value"] for key, row in rows.items()} == {
+        ("t2i_compbench/blip_vqa", "tag:color_val"): 0.5, ("t2i_compbench/blip_vqa", "tag:numeracy_val"): 0.5
+    }  # fmt: skip
 
 
 def test_results_stay_when_the_table_is_made_again(make, tmp_path):
