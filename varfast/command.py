@@ -190,7 +190,7 @@ _CONFIG = ("CONFIG", "a YAML file, as configs/digits.yaml, or a run folder; KEY=
 
 COMMANDS = {
     "train": Command(
-        "fine-tune a VAR with GRPO; the same command goes on with an unfinished run",
+        "fine-tune a model with GRPO or DPO; the same command goes on with an unfinished run",
         "CONFIG [--profile] [--sweep KEY=A,B ...] [KEY=VALUE ...]",
         read_train,
         Config,

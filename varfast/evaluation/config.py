@@ -178,7 +178,7 @@ class EvaluateConfig(Section):
     cfg: Guidances | None = Field(
         None,
         description="classifier-free guidance, whatever the run's rollout.cfg was; 0: off; several, as [0, 1.5]: "
-        "samples with each, in one table. Default: 1.5 for VAR; 2, 1.75 or 1.65 by size for LlamaGen; 0 for taming, "
+        "samples with each, in one table. Default: 1.5 for VAR; 2, 1.75 or 1.65 by size for LlamaGen; 5 for Janus; 0 for taming, "
         "which has none",
     )
     top_k: int | None = Field(

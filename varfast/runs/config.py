@@ -132,6 +132,13 @@ class ExportConfig(Section):
         description="the file to write, .safetensors or .pth; a model card is written beside it as .md"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights in the file")
+    shard_gb: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="for janus: several files of at most so many GB, and their index, as the hub has large models; "
+        "null: one file",
+    )
     overwrite: bool = Field(False, description="replace files that exist")
 
     @field_validator("out")
