@@ -315,6 +315,28 @@ def test_results_stay_when_the_table_is_made_again(make, tmp_path):
         evaluate(make(**how))
 
 
+def test_exported_images_that_are_gone_are_named(make, tmp_path):
+    how = {"prompts": [written(tmp_path / "m.jsonl", GENEVAL)], "samples_per_prompt": 1, "export": "geneval"}
+    evaluate(make(**how))
+    (tmp_path / "out" / "geneval" / "reference" / "00001" / "samples" / "00000.png").unlink()
+    with pytest.raises(
+        InputError, match="1 exported images are gone, .*reference/00001/samples/00000.png first; delete"
+    ):
+        evaluate(make(**how))
+
+
+def test_results_of_several_guidances_stand_in_rows_of_their_own(make, models, tmp_path, capsys):
+    prompts = f"prompts={written(tmp_path / 'm.jsonl', GENEVAL)}"
+    back = exported(tmp_path, capsys, prompts, "samples_per_prompt=1", "export=geneval", "cfg=[0, 2.5]")
+    for cfg, right in (("0", [False, True]), ("2.5", [True, True])):
+        name = f"checkpoint_cfg_{cfg}"
+        lines = [{"filename": f"a/{name}/{i:05d}/samples/00000.png", "correct": c} for i, c in enumerate(right)]
+        written(tmp_path / "my out" / "geneval" / f"results_{name}.jsonl", lines)
+    assert evaluate_main(back) == 0
+    rows = [row for row in result_of(tmp_path / "my out")["rows"] if (row["name"], row["labels"]) == ("geneval", "all")]
+    assert [(row["cfg"], row["checkpoint"]["value"]) for row in rows] == [(0.0, 0.5), (2.5, 1.0)]
+
+
 def test_results_of_an_evaluation_that_exported_nothing_are_refused(make, tmp_path):
     with pytest.raises(InputError, match=r"holds no complete evaluation; first run evaluate with export="):
         evaluate(make(results="r.jsonl"))
@@ -356,7 +378,7 @@ def shown(path, columns):
 
 def test_sample_shows_prompts_with_their_texts(models, tmp_path, capsys):
     texts = f"prompts=[{', '.join(TEXTS)}]"
-    arguments = [f"checkpoint={tmp_path}/reference.pth", f"out={tmp_path}/s.png", "device=cpu", "samples_per_label=3"]
+    arguments = [f"checkpoint={tmp_path}/reference.pth", f"out={tmp_path}/s.png", "device=cpu", "samples_per_prompt=3"]
     assert sample_main([*arguments, texts, "seed=4"]) == 0
     cells, titles = shown(tmp_path / "s.png", 3)
     want = np.array([[grey_of(text, 4, 3 * i + s) for s in range(3)] for i, text in enumerate(TEXTS)]) * 255
@@ -371,7 +393,7 @@ def test_sample_shows_prompts_with_their_texts(models, tmp_path, capsys):
 
 
 def test_sample_of_a_run_shows_prompts_that_it_trains_on(run, tmp_path, capsys):
-    arguments = [f"checkpoint={run}", f"out={tmp_path}/s.png", "device=cpu", "samples_per_label=1"]
+    arguments = [f"checkpoint={run}", f"out={tmp_path}/s.png", "device=cpu", "samples_per_prompt=1"]
     assert sample_main(arguments) == 0
     cells, _ = shown(tmp_path / "s.png", 1)
     texts = [*TEXTS, *(f"held {i}" for i in range(4))]
@@ -379,3 +401,5 @@ def test_sample_of_a_run_shows_prompts_that_it_trains_on(run, tmp_path, capsys):
     assert "the first 8 of 25 prompts are shown" in capsys.readouterr().out
     with pytest.raises(InputError, match="labels: .*conditioned on texts"):
         sample_main([*arguments, "labels=[1]"])
+    with pytest.raises(InputError, match="samples_per_label: .*; leave it out, and use prompts and samples_per_prompt"):
+        sample_main([*arguments, "samples_per_label=1"])
