@@ -101,7 +101,12 @@ class LogConfig(Section):
     grid_every: int = Field(
         10, ge=1, le=MANY, description="steps between sample grids (one at start and end in any case)"
     )
-    grid_labels: int = Field(8, ge=1, le=1000, description="rows of the grid: the first labels trained on")
+    grid_labels: int = Field(
+        8,
+        ge=1,
+        le=1000,
+        description="rows of the grid: the first labels trained on; of prompts some of each domain, chosen by run.seed",
+    )
     grid_samples: int = Field(8, ge=1, le=1000, description="columns of the grid; the seeds are the same in every grid")
     checkpoint_every: int = Field(
         50, ge=1, le=MANY, description="steps between checkpoints (one at the end in any case)"
@@ -121,8 +126,14 @@ class LogConfig(Section):
 class EvalConfig(Section):
     """The table of before and after, sampled with the rollout's temperature."""
 
-    samples_per_label: int = Field(2, ge=0, le=100_000, description="images a label; 0: no table")
-    max_labels: int = Field(1000, ge=1, le=MANY, description="the first labels, up to this many")
+    samples_per_label: int = Field(2, ge=0, le=100_000, description="images a label or prompt; 0: no table")
+    max_labels: int = Field(
+        1000,
+        ge=1,
+        le=MANY,
+        description="the first labels, up to this many; of prompts so many of each domain (trained on, held out, "
+        "out of domain), chosen by run.seed",
+    )
     classifier: Literal["digits"] | None = Field(None, description="whose accuracy on the samples is reported")
 
 
