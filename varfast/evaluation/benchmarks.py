@@ -122,8 +122,8 @@ class Export:
             save_text(folder.parent / DATA_FILE, "".join(rows))
             for sample in range(self._samples):
                 places = {prompt.text: self._place(name, prompt, sample) for prompt in self._prompts.values()}
-                paths = {text: str((self._folder / place / file).resolve()) for text, (place, file) in places.items()}
-                save_text(folder / f"images_{sample:05d}.json", json.dumps(paths, indent=1) + "\n")
+                found = {text: str((self._folder / place / file).resolve()) for text, (place, file) in places.items()}
+                save_text(folder / f"images_{sample:05d}.json", json.dumps(found, indent=1) + "\n")
         return str(below)
 
     def _place(self, name: str, prompt: Asked, sample: int) -> tuple[Path, str]:
