@@ -84,9 +84,9 @@ def plain_loop(model, compiles=None):
         nonlocal cache
         if cache is None:
             cache = KVCache(model.config, len(labels_B), model.compute_dtype, DEVICE)
-            cache.k_SBGND.zero_()  # PyTorch's attention multiplies what it does not see by 0
-            cache.v_SBGND.zero_()
-            for kept in (cache.k_SBGND, cache.v_SBGND):
+            cache.k_SBGMD.zero_()  # PyTorch's attention multiplies what it does not see by 0
+            cache.v_SBGMD.zero_()
+            for kept in (cache.k_SBGMD, cache.v_SBGMD):
                 torch._dynamo.mark_static_address(kept)
         with pytest.MonkeyPatch.context() as patch:
             for op, function in (PLAIN | {"decode_attention": plain_decode_attention}).items():

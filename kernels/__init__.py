@@ -10,6 +10,7 @@ from varfast.kernels.attention import block_causal_attention, cached_attention
 from varfast.kernels.causal_attention import causal_attention
 from varfast.kernels.conv import conv3x3
 from varfast.kernels.decode_attention import decode_attention
+from varfast.kernels.dpo_loss import DPO_STATS, dpo_loss
 from varfast.kernels.gelu import gelu_bias, linear_gelu
 from varfast.kernels.group_norm import ChannelMoments, channel_moments, group_norm_silu
 from varfast.kernels.grpo_loss import GRPO_STATS, grpo_token_loss
@@ -23,6 +24,7 @@ from varfast.kernels.selection import OPS, Choice, Implementation, check_impleme
 from varfast.kernels.swiglu import swiglu
 
 __all__ = [
+    "DPO_STATS",
     "GRPO_STATS",
     "OPS",
     "AdamWTensors",
@@ -39,6 +41,7 @@ __all__ = [
     "configure",
     "conv3x3",
     "decode_attention",
+    "dpo_loss",
     "gated_residual",
     "gated_residual_norm",
     "gelu_bias",

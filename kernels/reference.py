@@ -5,7 +5,7 @@ next-token models are in reference_nexttoken.py.
 Arithmetic is at least float32 whatever the storage dtype; float64 inputs are computed in float64.
 
 Axes: B image, l token of one scale, L token over all scales, V vocabulary, C channel, H head, D head dim;
-of images BCHW: H and W sides.
+of images BCHW: H and W sides; of preferences P: pair, two adjacent images.
 """
 
 from __future__ import annotations
@@ -419,6 +419,35 @@ def grpo_token_loss(
             [kl_BL.mean(), is_clipped_BL.to(loss.dtype).mean(), ratio_BL.mean(), gap_BL.mean(), gap_BL.max()]
         )
     return loss, stats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DPO loss
+
+
+def dpo_loss(
+    logp_BL: Tensor, logp_ref_BL: Tensor, beta: float, label_smoothing: float, loss_type: str
+) -> tuple[Tensor, Tensor]:
+    """In float64 whatever the dtype: a row's sum has few numbers that matter, and its error would be that of the
+    gradient of all its tokens."""
+    wide_BL = logp_BL.double()
+    of_row = torch.mean if loss_type == "ipo" else torch.sum
+    logp_B, reward_B = of_row(wide_BL, dim=1).detach(), beta * of_row(wide_BL - logp_ref_BL.double(), dim=1)
+    margin_P = reward_B[0::2] - reward_B[1::2]
+    if loss_type == "sigmoid":
+        loss_P = F.softplus(-margin_P)
+        if label_smoothing:  # softplus(z) = softplus(-z) + z
+            loss_P = loss_P + label_smoothing * margin_P
+    elif loss_type == "hinge":
+        loss_P = F.relu(1.0 - margin_P)
+    else:
+        loss_P = (margin_P / beta - 1.0 / (2.0 * beta)).square()
+    with torch.no_grad():
+        is_right_P = (margin_P > 0.0).double()
+        found = (reward_B[0::2], reward_B[1::2], margin_P, is_right_P, logp_B[0::2], logp_B[1::2])
+        stats = torch.stack([x.mean() for x in found])
+    dtype = torch.promote_types(logp_BL.dtype, torch.float32)
+    return loss_P.mean().to(dtype), stats.to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

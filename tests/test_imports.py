@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"kernels"},
     {"printable", "types", "files", "weights", "randomness", "distributed", "progress", "settings", "tables"},
-    {"policies", "models", "data", "features", "rewards", "losses", "optim", "runs.config"}
+    {"policies", "models", "data", "features", "rewards", "losses", "advantages", "optim", "runs.config"}
     | {"pretraining.config", "perf.allocator", "perf.cpu", "perf.graphs", "perf.stages", "perf.cost"},
     {"config"},
-    {"perf", "advantages", "learner", "state", "runs", "pretraining", "evaluation", "report.config", "command"},
+    {"perf", "learner", "state", "runs", "pretraining", "evaluation", "report.config", "command"},
     {"pretrain", "train", "sample", "evaluate", "statistics", "export", "report", "env", "roofline"},
 ]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -15,7 +15,7 @@ from varfast import InputError
 from varfast.perf.profile import profiled
 from varfast.progress import Progress, duration
 from varfast.runs.log import RunLog
-from varfast.runs.pictures import image_grid, save_picture
+from varfast.runs.pictures import image_grid, prompt_title, save_picture
 from varfast.types import Rewards
 
 METRICS = {"reward_mean": 0.5, "kl": 0.1, "images_per_s": 3.0}
@@ -46,6 +46,27 @@ def test_image_grid_titles_stand_beside_the_images_and_change_none():
     assert (margin[48:52] == 255).all()
     longest = image_grid(images[:1], 1, ["a very long name, which is cut off somewhere " * 9])
     assert longest.shape[1] < 400
+
+
+def inked_lines(picture, images_px):
+    """How many lines of text stand in the column left of the images: runs of rows with ink."""
+    inked = (picture[:, :-images_px] < 128).any(axis=(1, 2))
+    return int(inked[0]) + int((inked[1:] & ~inked[:-1]).sum())
+
+
+def test_prompt_title_is_wrapped_and_cut_to_the_row():
+    text = "A CUBE AND\tNINE SPHERES IN THE RAIN BESIDE FOUR LARGE TREES ON THE MOON AT NIGHT WITHOUT ANY LIGHT"
+    title = prompt_title(text)
+    assert [len(line) <= 28 for line in title.split("\n")] == [True] * 4
+    assert title.replace("\n", " ") == text.replace("\t", " ")
+    tall = image_grid(torch.rand(1, 3, 128, 128), 1, [title])
+    assert inked_lines(tall, 128) == 4
+    low = image_grid(torch.rand(1, 3, 48, 48), 1, [title])
+    assert inked_lines(low, 48) == 2
+    assert low.shape[1] < 48 + 350
+    short = image_grid(torch.rand(1, 3, 48, 48), 1, [prompt_title("A CUBE")])
+    np.testing.assert_array_equal(short[:, :-48], image_grid(torch.rand(1, 3, 48, 48), 1, ["A CUBE"])[:, :-48])
+    assert prompt_title("") == " "
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "JPEG", "webp"])

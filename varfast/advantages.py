@@ -94,9 +94,9 @@ def _alone(rewards_B: Tensor, how: Normalise, group_size: int, eps: float | None
     return group_advantages(rewards_B, group_size if how == "group" else len(rewards_B), eps)
 
 
-def groups_without_signal(rewards_B: Tensor, group_size: int) -> int:
-    """Number of groups whose rewards, or advantages, are all equal: only the KL term moves the policy there."""
-    return int(_all_equal(_groups(rewards_B, group_size)).sum())
+def groups_without_signal(rewards_B: Tensor, group_size: int) -> Tensor:
+    """Number of groups whose rewards, or advantages, are all equal, () int64: only a KL term moves the policy there."""
+    return _all_equal(_groups(rewards_B, group_size)).sum()
 
 
 def _groups(rewards_B: Tensor, group_size: int) -> Tensor:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from varfast.losses.config import GRPOConfig
+from varfast.data.config import PromptsConfig
+from varfast.losses.config import DPOConfig, GRPOConfig, LossConfig
 from varfast.optim.config import UpdateConfig
 from varfast.policies.config import RolloutConfig
 from varfast.policies.llamagen.config import LlamaGenPolicyConfig
@@ -94,6 +95,7 @@ class KernelsConfig(Section):
     grpo_token_loss: Literal["auto", "cuda", "cpp", "reference"] = Field(
         "auto", description="the loss, from log-probabilities"
     )
+    dpo_loss: Literal["auto", "reference"] = Field("auto", description="the loss of pairs, from log-probabilities")
     adamw_step: Literal["auto", "triton", "library", "reference"] = Field(
         "auto", description="of update.optimizer=adamw: one step; library: PyTorch's fused AdamW"
     )
@@ -127,33 +129,58 @@ class Config(Section):
     run: RunConfig
     policy: PolicyConfig
     pretrain: PretrainConfig = PretrainConfig()
+    prompts: PromptsConfig | None = Field(
+        None, description="what a model that is conditioned on text is trained on; null: the model has labels"
+    )
     rollout: RolloutConfig = RolloutConfig()
     reward: Annotated[
         dict[str, RewardConfig], Wanted("rewards by names of your choice, such as {bright: {type: brightness}}")
     ] = Field(min_length=1, description="components by name; their weighted sum counts")
     grpo: GRPOConfig = GRPOConfig()
+    dpo: DPOConfig | None = None
     update: UpdateConfig = UpdateConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
     kernels: KernelsConfig = KernelsConfig()
 
     @property
+    def loss(self) -> LossConfig:
+        """The settings of the loss that is minimised: dpo where it is there, else grpo."""
+        return self.dpo or self.grpo
+
+    @property
     def measure_kl_every(self) -> int | None:
-        """Steps between measurements of the KL apart from the loss; None with kl_beta > 0, or where none is asked."""
-        if self.grpo.kl_beta > 0.0:
-            return None
-        return self.grpo.kl_every or (10 if self.policy.lora else None)
+        """Steps between measurements of the KL apart from the loss; None where the loss has it or none is asked."""
+        return self.loss.measure_kl_every(adapter=self.policy.lora is not None)
 
     @property
     def holds_reference(self) -> bool:
-        """Whether the base model is held beside the policy: for the KL in the loss, or to measure it."""
-        return self.grpo.kl_beta > 0.0 or self.measure_kl_every is not None
+        """Whether the base model is held beside the policy: for the loss, or to measure the KL."""
+        return self.loss.reads_reference or self.measure_kl_every is not None
+
+    @property
+    def learned_images(self) -> int:
+        """Images a step that the update reads: all, or those of pairs."""
+        return self.rollout.labels_per_step * self.loss.learned(self.rollout.group_size)
 
     @model_validator(mode="before")
     @classmethod
     def _default_family(cls, data: Any) -> Any:
         policy = data.get("policy") if isinstance(data, dict) else None
         return data | {"policy": {"family": "var"} | policy} if isinstance(policy, dict) else data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_grpo(cls, data: Any) -> Any:
+        """grpo=null, beside dpo={}, takes back the section of a file."""
+        drops = isinstance(data, dict) and "grpo" in data and data["grpo"] is None
+        return {key: value for key, value in data.items() if key != "grpo"} if drops else data
+
+    @model_serializer(mode="wrap")
+    def _without_the_other_loss(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What a run folder keeps: with dpo, no section grpo, whose settings nothing reads."""
+        data: dict[str, Any] = serialise(self)
+        return {key: value for key, value in data.items() if self.dpo is None or key != "grpo"}
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
@@ -168,16 +195,11 @@ class Config(Section):
                 "kernels.linear_gelu=quack takes neither an adapter on fc1, whose part is added before GELU, nor "
                 "weights sharded by run.parallel=fsdp; use auto"
             )
-        check_divides("update.minibatch", self.update.minibatch, self.rollout.images, "images a step")
+        self._check_loss()
         if self.run.parallel == "fsdp" and self.update.optimizer != "adamw":
             raise ValueError(
                 f"update.optimizer={self.update.optimizer} does not take sharded weights; use adamw, or "
                 "run.parallel=ddp"
-            )
-        if self.grpo.scale_alpha and not self.policy.scale_sides:
-            raise ValueError(
-                f"grpo.scale_alpha={self.grpo.scale_alpha:g} weights tokens by the scale that they are of; "
-                f"policy.family={self.policy.family} has no scales: leave it out"
             )
         self._check_strict()
         if self.policy.lora is not None and self.run.parallel == "fsdp":
@@ -185,19 +207,66 @@ class Config(Section):
                 "policy.lora with run.parallel=fsdp: there is little to spread, as the frozen weights have neither "
                 "gradients nor moments; use run.parallel=ddp"
             )
-        if self.policy.lora is not None and (key := self.grpo.reference_moves):
-            raise ValueError(
-                f"grpo.{key} with policy.lora: the reference is the base with the adapter off, which does not "
-                "move; leave one of them out"
-            )
         self._check_guidance()
-        num_classes = self.policy.num_classes
-        if self.rollout.labels != "all":
-            check_labels("rollout.labels", self.rollout.labels, num_classes)
-        labels = num_classes if self.rollout.labels == "all" else len(set(self.rollout.labels))
+        labels = self._checked_labels()
         for name, reward in self.reward.items():
             reward.check_step(f"reward.{name}", self.rollout.labels_per_step, labels)
+            reward.check_prompts(f"reward.{name}", self.prompts is not None)
         return self
+
+    def _checked_labels(self) -> int:
+        """How many labels a run draws from; of texts, which are not read here, as many as a step has."""
+        family, labels = self.policy.family, self.rollout.labels
+        if self.policy.conditioned_on == "text":
+            if self.prompts is None:
+                raise ValueError(
+                    f"prompts is missing: policy.family={family} is conditioned on text; name a file, as "
+                    "prompts: {source: prompts.txt}"
+                )
+            if labels != "all" or self.rollout.label_share != 1.0:
+                raise ValueError(
+                    f"rollout.labels and rollout.label_share choose among labels; policy.family={family} has prompts: "
+                    "use prompts.tags and prompts.share"
+                )
+            return self.rollout.labels_per_step
+        if self.prompts is not None:
+            raise ValueError(
+                f"prompts are texts, and policy.family={family} is conditioned on labels; leave prompts out, and use "
+                "rollout.labels"
+            )
+        num_classes = self.policy.num_classes
+        if labels == "all":
+            return num_classes
+        check_labels("rollout.labels", labels, num_classes)
+        return len(set(labels))
+
+    def _check_loss(self) -> None:
+        loss, group = self.loss, self.rollout.group_size
+        if self.dpo is not None and "grpo" in self.model_fields_set:
+            keys = ", ".join(f"grpo.{key}" for key in sorted(self.grpo.model_fields_set)) or "grpo"
+            raise ValueError(f"dpo beside {keys}: a run minimises one loss; leave one out (grpo=null, or dpo=null)")
+        if loss.learned(group) > group:
+            raise ValueError(
+                f"dpo.pairs_per_prompt={loss.learned(group) // 2} takes {loss.learned(group)} images of each group, "
+                f"which has rollout.group_size={group}; sample more, or make fewer pairs"
+            )
+        of = "images a step" if self.dpo is None else "images of a step's pairs (2 a pair)"
+        check_divides("update.minibatch", self.update.minibatch, self.learned_images, of)
+        for key in ("minibatch", "micro_batch"):
+            if (size := getattr(self.update, key)) is not None and size % loss.unit:
+                raise ValueError(
+                    f"update.{key}={size} splits a pair of {loss.name}: count 2 images a pair, and be even"
+                )
+        if self.grpo.scale_alpha and not self.policy.scale_sides:
+            raise ValueError(
+                f"grpo.scale_alpha={self.grpo.scale_alpha:g} weights tokens by the scale that they are of; "
+                f"policy.family={self.policy.family} has no scales: leave it out"
+            )
+        if self.policy.lora is not None and (moves := loss.reference_moves):
+            raise ValueError(
+                f"{loss.name}.{moves} with policy.lora: the reference is the base with the adapter off, which does not "
+                "move; leave one of them out"
+            )
 
     def _check_guidance(self) -> None:
         if self.rollout.cfg == 0.0:

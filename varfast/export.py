@@ -86,7 +86,9 @@ def _save_safetensors(state: dict[str, Tensor], file: IO[bytes]) -> None:
 
 def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: int | None) -> str:
     """Markdown: base model, reward, settings, evaluation, how to load it. step: steps done; None if all."""
-    sampling, done = config.rollout, config.run.steps if step is None else step
+    sampling, summary = config.rollout, read_leaves(folder.path / "summary.json")
+    last = summary.get("step")
+    done = step if step is not None else last if isinstance(last, int) else config.run.steps
     frozen = _frozen(name, config)
     kind, sizes, with_public_code = family_of(config.policy).model_card(config.policy, name, frozen)
     decay = config.update.ema_decay
@@ -96,9 +98,9 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
         "base model": _base(config),
         "VQ-VAE, not in this file": frozen,
         **({"trained": _adapter(config.policy.lora)} if config.policy.lora else {}),
-        "steps": f"{_steps(done, config.run.steps)}, {sampling.images} images each "
+        "steps": f"{_steps(done, config.run.steps)}{_ended(summary, done)}, {sampling.images} images each "
         f"({sampling.labels_per_step} labels x {sampling.group_size} samples)",
-        "KL weight, clip, learning rate": f"{config.grpo.kl_beta}, {config.grpo.clip_eps}, {config.update.lr}",
+        f"{config.loss.summary[0]}, learning rate": f"{config.loss.summary[1]}, {config.update.lr}",
         "temperature of the samples": f"{sampling.temperature}, "
         f"{f'guidance {sampling.cfg:g} as a part of the policy' if sampling.cfg else 'no guidance'} and no filters",
         "numbers in the file": dtype if decay is None else f"{dtype}, averaged over optimizer steps, decay {decay}",
@@ -109,10 +111,10 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
     card = "\n\n".join(
         [
             f"# {Path(name).stem}",
-            f"{kind}, fine-tuned with GRPO.",
+            f"{kind}, fine-tuned with {config.loss.name.upper()}.",
             _markdown_table(["", ""], [[key, value] for key, value in rows.items()]),
             f"## Reward\n\n```yaml\n{reward}```",
-            f"## Evaluation\n\n{_evaluation(folder, done >= config.run.steps)}",
+            f"## Evaluation\n\n{_evaluation(folder, summary, done >= config.run.steps or last == done)}",
             f"## Load it\n\nWith varfast:\n\n```python\n{_with_varfast(name, config)}\n```",
             with_public_code,
             *_labels(folder, config.policy.num_classes),
@@ -148,11 +150,16 @@ def _frozen(name: str, config: Config) -> str:
     return config.policy.frozen_checkpoint or "" if beside is None else beside.name
 
 
-def _evaluation(folder: RunFolder, complete: bool) -> str:
-    summary = read_leaves(folder.path / "summary.json") if complete else {}
+def _ended(summary: dict[str, Any], done: int) -> str:
+    """By which budget, if one has ended the run at that step."""
+    by = str(summary.get("ended_by", ""))
+    return f", ended by {printable(by)}" if by.startswith("run.budget") and summary.get("step") == done else ""
+
+
+def _evaluation(folder: RunFolder, summary: dict[str, Any], complete: bool) -> str:
     parts = []
-    if summary:
-        names = dict.fromkeys(key.partition(".")[2] for key in summary)
+    names = dict.fromkeys(key.partition(".")[2] for key in summary if key.startswith(("before.", "after.")))
+    if complete and names:
         rows = [[name, *(summary.get(f"{when}.{name}") for when in ("before", "after"))] for name in names]
         parts.append("Fresh samples, the same labels and random numbers before and after:")
         parts.append(_markdown_table(["", "before", "after"], rows))

@@ -6,6 +6,7 @@ Axes: B image, L token over all scales, M minibatch, S statistic of the loss.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -73,13 +74,16 @@ class Learner:
         self._is_first = torch.tensor([False, *(s.over_minibatches == "first" for s in stats)], device=device)
         self._nothing_measured = torch.tensor([0.0, *(s.without for s in stats)], device=device)
 
-    def step(self, batch: Batch, step: int) -> dict[str, float]:
+    def step(self, batch: Batch, step: int, total_steps: int | None = None) -> dict[str, float]:
         """One optimizer step a minibatch, over all images in an order that (seed, step) fixes.
 
+        total_steps: of the run, for the schedule, where a budget may end it before; default: as at the beginning.
         Returns: by the names of metrics.jsonl loss, the loss's statistics, and
             grad_norm: gradient norm before clipping, mean over the optimizer steps;
             learning_rate: of the last optimizer step;
-            skipped_steps: optimizer steps that were skipped because their gradient was not finite; no mean counts them.
+            skipped_steps: optimizer steps that were skipped because their gradient was not finite; no mean counts them;
+            update_images: images of all processes that went forward and backward, in each epoch anew;
+            reference_images: images that the reference has read.
         Raises:
             InputError: for a rollout drawn with filters, whose log-probabilities are not the policy's.
             InputError: in strict mode, for a log-probability before the first optimizer step that is not the rollout's.
@@ -87,22 +91,27 @@ class Learner:
                 a weight.
         """
         if not batch.rollout.on_policy:
-            raise InputError("this rollout was drawn with top_k or top_p; GRPO needs the policy itself")
+            raise InputError("this rollout was drawn with top_k or top_p; training needs the policy itself")
         self._prepare_replays()
-        lr = learning_rate(self.config, step, self.total_steps)
+        total_steps = total_steps or self.total_steps
+        lr = learning_rate(self.config, step, total_steps)
         self.state.adamw.set_lr(lr)
         if self._reference is not None:
-            batch = Batch(batch.rollout, batch.advantages_BL, torch.zeros_like(batch.rollout.logp_BL))
-        self.loss.begin(batch, step, self.total_steps)
+            batch = replace(batch, logp_ref_BL=torch.zeros_like(batch.rollout.logp_BL))
+        self.loss.begin(batch, step, total_steps)
         keep_B = self.loss.keep(batch)
         measured, norms, skipped = [], [], []
+        updated = referenced = 0
         differing = None  # of the first minibatch: after it the weights have moved
         if self._differing is not None:
             self._differing.zero_()
         for epoch in range(self.config.epochs):
             for rows in self._minibatches(len(batch), step, epoch):
                 kept = rows if keep_B is None else rows[keep_B[rows]]
-                stats = self._gradient(batch, self._on_device(kept), len(rows), epoch == 0)
+                count = len(kept) if self.loss.mean_of_kept else len(rows)
+                stats = self._gradient(batch, self._on_device(kept), count, epoch == 0)
+                updated += len(kept)
+                referenced += len(kept) if epoch == 0 and self._reference is not None else 0
                 if self._differing is not None and differing is None:
                     differing = self._differing.clone()
                 with stage("optimizer"):
@@ -123,7 +132,8 @@ class Learner:
         self._count_skipped(flags)
         names = ["loss", *(stat.name for stat in self.loss.stats)]
         of_steps = {"grad_norm": grad_norm, "learning_rate": lr, "skipped_steps": sum(flags)}
-        return dict(zip(names, values, strict=True)) | of_steps
+        computed = {"update_images": float(updated), "reference_images": float(referenced)}
+        return dict(zip(names, values, strict=True)) | of_steps | computed
 
     @property
     def _reference(self) -> Policy | None:
@@ -143,9 +153,10 @@ class Learner:
         device = self.state.policy.device
         return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
-    def _gradient(self, batch: Batch, rows: Tensor, minibatch: int, first_epoch: bool) -> Tensor:
+    def _gradient(self, batch: Batch, rows: Tensor, count: int, first_epoch: bool) -> Tensor:
         """Set the gradient of a minibatch, of whose images `rows` have one.
 
+        count: images that the minibatch's loss is the mean of.
         Returns: (1 + S,) this process' part of loss and statistics, if any image has a gradient.
         """
         if self._buffer is None:
@@ -153,7 +164,7 @@ class Learner:
         if not len(rows):  # the gradient is 0, and Adam's moments still move the weights, those of 8 bits apart
             self._zero_gradient()
             return torch.empty(0)
-        size = self.plan.micro_batch or minibatch
+        size = self.plan.micro_batch
         # This process's shard: whole units, dealt out in turn.
         own = rows.view(-1, self.loss.unit)[self.world.rank :: self.world.size].flatten()
         parts = own.split(size) if len(own) else ()
@@ -164,7 +175,7 @@ class Learner:
         for index in range(passes):
             with policy.backward(reduce=index == passes - 1):
                 if index < len(parts):
-                    stats = self._backward(batch, parts[index], minibatch, first_epoch, index == 0)
+                    stats = self._backward(batch, parts[index], count, first_epoch, index == 0)
                     measured.append(stats * torch.where(self._is_mean, len(parts[index]) / len(rows), 1.0))
                 else:
                     # This rank has no rows left: run forward and backward on a zero loss, so that FSDP's collectives
@@ -200,7 +211,7 @@ class Learner:
         if self._reference is not None:
             self._reference.low_precision_copies()
 
-    def _backward(self, batch: Batch, rows: Tensor, minibatch: int, first_epoch: bool, first_pass: bool) -> Tensor:
+    def _backward(self, batch: Batch, rows: Tensor, count: int, first_epoch: bool, first_pass: bool) -> Tensor:
         """Add the gradient of a micro-batch; (1 + S,) its part of the minibatch's loss, and statistics of its images.
 
         first_pass: of the minibatch: its gradient is the first.
@@ -214,7 +225,7 @@ class Learner:
         )
         inputs = (rollout.prompts.ids_B, rollout.tokens_BL, read)
         # A micro-batch of fewer images, the last of a minibatch or without those that have no signal, runs eagerly.
-        captured = self._captures and len(rows) == (self.plan.micro_batch or minibatch)
+        captured = self._captures and len(rows) == self.plan.micro_batch
         reference: tuple[Tensor, ...] = ()
         if batch.logp_ref_BL is not None and part.logp_ref_BL is not None:
             reference = (part.logp_ref_BL,)
@@ -224,7 +235,7 @@ class Learner:
                     batch.logp_ref_BL[rows] = reference[0]
         with stage("update"):
             # On the device, without waiting for it: a captured pass reads it at each replay.
-            share = torch.full((), len(rows) / minibatch, device=rows.device)
+            share = torch.full((), len(rows) / count, device=rows.device)
             arguments = (*inputs, share, rollout.logp_BL, part.advantages_BL, *reference)
             (stats,) = (self._policy_pass if captured else self._accumulate)((rollout.how, first_pass), *arguments)
             if self._buffer is not None:

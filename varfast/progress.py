@@ -55,10 +55,15 @@ class Progress:
     ) -> None:
         self.close()
 
-    def update(self, note: str = "") -> None:
-        """One more step is done; `note` says what it measured, as "reward=0.412"."""
+    def update(self, note: str = "", total: int | None = None) -> None:
+        """One more step is done; `note` says what it measured, as "reward=0.412".
+
+        total: of steps, where that is known better than before.
+        """
         self._done += 1
+        self._total = total or self._total
         if self._bar is not None:
+            self._bar.total = self._total
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update()
         elif self._prints:

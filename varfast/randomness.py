@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     MINIBATCHES = 3
     ADAPTER = 4
     REWARD = 5
+    PROMPTS = 6
 
 
 # Values of `step` in the key of token sampling that no training step has (steps are below 2^32 - 3).

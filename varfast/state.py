@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from varfast.losses.config import GRPOConfig
+from varfast.losses.config import LossConfig
 from varfast.optim.adamw import ClippedAdamW
 from varfast.optim.averages import Averages
 from varfast.optim.config import UpdateConfig
+from varfast.perf.spent import Spent
 from varfast.policies.protocol import Policy
 from varfast.rewards import WeightedSum
 from varfast.runs.checkpoint import Checkpoint
@@ -23,11 +24,12 @@ class State:
         reference: a frozen copy of it, which the loss or the measured KL compares it with; None: there is none.
         rewards: what images earn.
         update: settings of the optimizer and of the averages.
-        grpo: how the reference moves: reference_every, reference_ema.
+        loss: how the reference moves: reference_every, reference_ema.
 
     Attributes:
         step: rollouts that are done, skipped ones too.
         skipped_rollouts: the last ones in a row whose rewards were not finite; nothing was learned from them.
+        spent: by the steps that are done, skipped ones too. learned_spent: by those that a checkpoint holds now.
     """
 
     def __init__(
@@ -36,15 +38,16 @@ class State:
         reference: Policy | None,
         rewards: WeightedSum,
         update: UpdateConfig,
-        grpo: GRPOConfig | None = None,
+        loss: LossConfig | None = None,
     ) -> None:
         self.policy, self.reference, self.rewards = policy, reference, rewards
         self.adamw = ClippedAdamW(policy, update)
         self.averages = Averages(policy.trainable, update.ema_decay)
-        self._reference_every = None if grpo is None else grpo.reference_every
+        self._reference_every = None if loss is None else loss.reference_every
         # Of its own, in float32: a reference stores matrices in the compute dtype, where 0.001 of a change is lost.
-        self._reference_average = Averages(policy.trainable, None if grpo is None else grpo.reference_ema)
+        self._reference_average = Averages(policy.trainable, None if loss is None else loss.reference_ema)
         self.step = self.skipped_rollouts = 0
+        self.spent = self.learned_spent = Spent()
 
     @property
     def learned_steps(self) -> int:
@@ -73,21 +76,28 @@ class State:
         self.policy.gather()
         self._move_reference()
         self.step = checkpoint.step
+        self.spent = self.learned_spent = checkpoint.spent or Spent()
 
-    def begin_update(self) -> None:
-        """Before a step that learns: replace the reference, if that was due in this step or in skipped ones before."""
+    def begin_step(self) -> None:
+        """Before a rollout: replace the reference, if that is due in this step, or was in skipped ones before it.
+
+        Before, because the rollout may be sampled from the reference. Where it is skipped, the same policy becomes the
+        reference again in the next step.
+        """
         every = self._reference_every
         if self.reference is not None and every and self.step // every > (self.learned_steps - 1) // every:
             self.reference.refresh(self.policy)
 
-    def end_step(self, learned: bool) -> None:
-        """After each step. learned: False if its rollout was skipped.
+    def end_step(self, learned: bool, spent: Spent = Spent()) -> None:  # noqa: B008 - it cannot change
+        """After each step. learned: False if its rollout was skipped. spent: by this step.
 
         An average that is the reference takes in the policy here, once a rollout: within one, all optimizer steps and
         epochs have the same reference, whose log-probabilities are computed once.
         """
         self.step += 1
+        self.spent += spent
         if learned:
+            self.learned_spent = self.spent
             self._reference_average.update()
             self._move_reference()
         self.skipped_rollouts = 0 if learned else self.skipped_rollouts + 1

@@ -1,11 +1,11 @@
-"""Fine-tune a visual autoregressive model with GRPO.
+"""Fine-tune a visual autoregressive model with GRPO or DPO.
 
     python -m varfast.train configs/digits.yaml [--profile] [a.b=c ...]
 
 On a run folder that holds an unfinished run, the same command goes on where it was.
 
 Axes: B image, b image of this process, L token; B = P prompts x G samples, group-major.
-Source: arXiv:2505.23331.
+Sources: arXiv:2505.23331 (GRPO), arXiv:2505.17017 (DPO).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from pathlib import Path
 
 import torch
 
-from varfast.advantages import step_advantages
 from varfast.command import read_train
 from varfast.config import Config
 from varfast.data.labels import draw_labels
 from varfast.learner import Learner
 from varfast.losses import Loss
-from varfast.losses.grpo import GRPO, token_weights
+from varfast.losses.dpo import DPO
+from varfast.losses.grpo import GRPO
 from varfast.policies.protocol import Policy
 from varfast.randomness import Key
 from varfast.runs.run import Run
 from varfast.runs.setup import begin, set_up
-from varfast.types import Batch, Prompts, Sampling
+from varfast.types import Prompts, Sampling
 
 
 def train(
@@ -48,47 +48,55 @@ def train(
         beside: the folder of the config file: a reward of the user's is looked for there too.
         of_folder: the config is a run folder's own, which somebody may have handed on: what the run starts from is
             taken from the folder, and not from where the config says (docs/security.md).
-        loss: what is minimised; None: GRPO, as the config sets it.
+        loss: what is minimised; None: what the config sets, GRPO or DPO.
         policy: what is trained; None: what policy.checkpoint names. To go on with a run, give it an equal one again.
     Returns: 0 when the run is complete, 128 + its number when a signal (SIGINT, SIGTERM, SIGHUP, SIGUSR1) ended it
         after a checkpoint.
     Raises: InputError for anything in the config, the files or the reward that cannot be used; Stopped (a
         KeyboardInterrupt) for a signal before the first step or after the last one.
     """
-    minimised = loss or GRPO(config.grpo, config.policy.vocab_size)
-    with set_up(config, minimised.needs_reference, policy) as setup:  # device, processes, folder, plan of memory
+    minimised = loss or _chosen(config)
+    # Device, processes, folder, plan of memory.
+    with set_up(config, minimised.needs_reference, policy, of_folder) as setup:
         config, plan, world = setup.config, setup.plan, setup.world
         # Policy, reference, optimizer, rewards.
         state, before_after = begin(setup, beside, of_folder, policy)
         policy, group_size = state.policy, config.rollout.group_size
         how = Sampling(config.rollout.temperature, config.rollout.cfg)
-        weights_L = token_weights(config.grpo.scale_alpha, config.policy.scale_sides, setup.device)
         learner = Learner(state, minimised, config.update, plan.update, config.run.steps, config.run.seed, world)
         with Run(setup, state, before_after, profile) as run:
             for step in run.steps():
+                state.begin_step()
                 # Roll out: sample a group of images for each label that is drawn.
                 key = Key(config.run.seed, step, run.shard.start)
-                labels_P = draw_labels(setup.labels, config.rollout.labels_per_step, config.run.seed, step)
+                labels_P = draw_labels(
+                    setup.labels, config.rollout.labels_per_step, config.run.seed, step, config.rollout.replacement
+                )
                 prompts_b = Prompts(labels_P).repeat(group_size).rows(run.shard)
                 with run.advised("rollout"):
                     rollout_b, images = policy.sample_images(
                         prompts_b, how, key, plan.rollout.micro_batch, keep_input=True
                     )
-                # Score: compare the images of a group with one another.
+                # Score the images, and compare those of a group with one another.
                 scored = run.score(images, rollout_b, key)
                 if isinstance(scored, BaseException):
                     run.skip(scored)  # raises, unless the next step may go better
                     continue
                 rollout, rewards = scored
-                advantages_B = step_advantages(rewards, state.rewards, group_size, config.grpo)
+                batch = minimised.batch(rollout, rewards, state.rewards, group_size)
                 # Learn: make the better ones more likely.
-                state.begin_update()
                 # Guards that a reward's library kept may switch gradients off when Python frees them.
                 with run.advised("update"), torch.enable_grad():
                     drift = run.drift(rollout_b)
-                    metrics = learner.step(Batch.of(rollout, advantages_B, weights_L), step)
-                run.record(rollout, images, rewards, advantages_B, metrics | drift)
+                    metrics = learner.step(batch, step, run.total_steps)
+                run.record(rollout, images, rewards, batch.numbers, metrics | drift)
             return run.finish()
+
+
+def _chosen(config: Config) -> Loss:
+    if config.dpo is not None:
+        return DPO(config.dpo)
+    return GRPO(config.grpo, config.policy.vocab_size, config.policy.scale_sides)
 
 
 def main(arguments: list[str]) -> int:

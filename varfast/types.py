@@ -5,8 +5,9 @@ Axes: B image, L token over all scales; B = P labels x G samples, group-major (t
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # varfast/command.py answers a typo before PyTorch is imported
     from torch import Tensor
@@ -33,7 +34,8 @@ class Prompts:
     """What each image of a batch is to show.
 
     Attributes:
-        ids_B: (B,) int64; for a family that is conditioned on classes, their labels.
+        ids_B: (B,) int64; for a family that is conditioned on classes, their labels; for one that is conditioned on
+            text, rows of the table of prompts that `Policy.set_prompts` has made.
     """
 
     ids_B: Tensor
@@ -166,11 +168,13 @@ class RewardBatch:
     """What a reward may ask of the images beside their pixels; docs/rewards.md.
 
     Attributes:
-        labels: (B,) int64.
+        labels: (B,) int64; for a family that is conditioned on text, rows of the run's table of prompts.
         names: the class name of each image; None where the labels have none.
-        prompts: in words what each image is to show: its class name, or else the number of its label.
+        prompts: in words what each image is to show: its prompt, its class name, or else the number of its label.
         step: of the training, from 0; None in an evaluation.
         seed: of the run.
+        tags: of each prompt, "" where it has none; [] for labels.
+        metadata: likewise, what else the source of the prompts says of each; [] for labels.
     """
 
     labels: Tensor
@@ -178,11 +182,20 @@ class RewardBatch:
     prompts: list[str]
     step: int | None
     seed: int
+    tags: list[str] = field(default_factory=list)
+    metadata: list[dict[str, Any]] = field(default_factory=list)
 
     def copy(self) -> RewardBatch:
-        """One whose tensors and lists may be written to."""
+        """One whose tensors, lists and metadata may be written to."""
         names = None if self.names is None else list(self.names)
-        return replace(self, labels=self.labels.clone(), names=names, prompts=list(self.prompts))
+        return replace(
+            self,
+            labels=self.labels.clone(),
+            names=names,
+            prompts=list(self.prompts),
+            tags=list(self.tags),
+            metadata=copy.deepcopy(self.metadata),
+        )
 
 
 @dataclass(frozen=True)
@@ -191,13 +204,17 @@ class Batch:
 
     Attributes:
         rollout: what was sampled.
-        advantages_BL: (B, L) float32 of any strides. One number an image is an expanded (B, 1): no memory.
+        advantages_BL: (B, L) float32 of any strides: how much the loss wants more (positive) or less of each token. One
+            number an image is an expanded (B, 1): no memory. With DPO 1 for the preferred image of a pair, -1 for the
+            rejected one, and 0 for both of a pair that is left out.
         logp_ref_BL: (B, L) float32 under the frozen reference, where the loss needs it.
+        numbers: () each, of the step as a whole, by the names of metrics.jsonl; counts are integers.
     """
 
     rollout: Rollout
     advantages_BL: Tensor
     logp_ref_BL: Tensor | None = None
+    numbers: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rollout: Rollout, advantages_B: Tensor, weights_L: Tensor | None = None) -> Batch:

@@ -1,10 +1,13 @@
 """A second loss, in this one file, drives the trainer: what varfast.losses.Loss asks for is enough."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from varfast.losses import Stat
 from varfast.train import train
+from varfast.types import Batch
 
 from ..runs import assert_same_run, metrics
 
@@ -13,6 +16,7 @@ class Reinforce:
     """-A log p, with a bonus for entropy; images stay in pairs."""
 
     unit = 2
+    mean_of_kept = False
     needs_reference = False
     needs_entropy = True
     stats = (
@@ -23,6 +27,10 @@ class Reinforce:
 
     def __init__(self, bonus=0.01):
         self.bonus, self.labels = bonus, []
+
+    def batch(self, rollout, rewards, reward, group_size):
+        deviation_B = rewards.total_B - rewards.total_B.mean()
+        return replace(Batch.of(rollout, deviation_B), numbers={"groups": torch.tensor(len(deviation_B) // group_size)})
 
     def begin(self, batch, step, total_steps):
         pass
@@ -51,7 +59,10 @@ def test_a_second_loss_trains_and_its_statistics_are_recorded(make_config, tmp_p
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
         assert {"loss", "entropy_bonus", "least_logp", "grad_norm"} <= line.keys()
+        assert type(line["groups"]) is int
+        assert line["groups"] == 2
         assert "kl" not in line
+        assert "advantage_mean" not in line
         assert "clip_fraction" not in line
         assert line["pairs_apart"] == 0.0  # rows of a group are adjacent, and pairs stay whole
     # On-policy, before the first optimizer step, what is measured is the rollout's own entropy.

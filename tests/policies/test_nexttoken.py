@@ -13,9 +13,11 @@ from varfast.policies import strict
 from varfast.policies.device import pick_device
 from varfast.policies.families import family_of
 from varfast.policies.llamagen.config import GPTConfig, LlamaGenLoRAConfig, LlamaGenPolicyConfig
+from varfast.policies.llamagen.policy import LlamaGenPolicy
 from varfast.policies.llamagen.transformer import LlamaGen
 from varfast.policies.llamagen.weights import load_gpt
 from varfast.policies.nexttoken import policy as nexttoken_policy
+from varfast.policies.nexttoken.prompts import Prompted, PromptTable, places_of, sequence_of, token_places
 from varfast.policies.nexttoken.rotary import rotary_1d
 from varfast.policies.nexttoken.transformer import KVCache, Positions
 from varfast.policies.precision import Head
@@ -187,6 +189,119 @@ def test_llama_of_the_package_transformers_has_the_same_logits(head_dim, kv_head
     cache = KVCache(config, 2, torch.float32, CPU)
     steps = [ours.step(x, torch.tensor(place), cache) for place, x in enumerate(inputs.unbind(1))]
     torch.testing.assert_close(torch.stack(steps, 1), wanted, rtol=0, atol=2e-5)
+
+
+class TextLlama(Llama):
+    """With prompts of several tokens, looked up among the codes; the unguided ones keep their first and last."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.prompts = PromptTable()
+
+    @property
+    def num_prompts(self):
+        return len(self.prompts)
+
+    @property
+    def prompts_version(self):
+        return self.prompts.version
+
+    def unguided(self, ids):
+        return self.prompts.unguided(ids)
+
+    def embed_prompts(self, ids):
+        tokens, length = self.prompts.rows(ids)
+        return Prompted(self.embed_tokens(tokens), length)
+
+    def positions(self, device):
+        places = self.prompts.places + self.config.num_tokens - 1
+        return Positions(rotary_1d(places, self.config.head_dim, device), "halves")
+
+
+TEXTS = [[1, 7, 9, 4, 2], [1, 2], [1, 5, 2], [1, 9, 9, 9, 9, 9, 2], [3]]
+
+
+def text_policy(texts=TEXTS, dtype="float32", **options):
+    config = GPTConfig(**POLICIES["llamagen"]["gpt"])
+    model = TextLlama(config).init_weights(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(7.0 if parameter.ndim > 1 else 1.0)
+    unguided = [[*text[:1], *[0] * (len(text) - 2), *text[-1:]][: len(text)] for text in texts]
+    model.prompts.set(texts, unguided, CPU)
+    parts = make("llamagen").parts
+    return LlamaGenPolicy(model, parts["vq"], CPU, dtype, **options)
+
+
+def test_sequence_of_takes_prompt_tokens_and_padding_once():
+    index = sequence_of(torch.tensor([2, 4, 1]), 4, 3)
+    assert index.tolist() == [[0, 1, 4, 5, 2, 3], [0, 1, 2, 3, 4, 5], [0, 4, 5, 1, 2, 3]]
+    assert token_places(torch.tensor([2, 4]), 3).tolist() == [[1, 2, 3], [3, 4, 5]]
+
+
+def test_places_of_has_the_gradient_of_gather():
+    x = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    place = torch.tensor([[5, 0, 2], [1, 2, 3], [4, 3, 0]])
+    assert torch.equal(places_of(x, place), x.gather(1, place.unsqueeze(2).expand(-1, -1, 5)))
+    assert torch.autograd.gradcheck(lambda x: places_of(x, place), (x,))
+
+
+@pytest.mark.parametrize("cfg", [0.0, 3.0])
+def test_prompts_of_unequal_length_together_equal_each_alone(cfg):
+    together, ids = text_policy(), [3, 0, 1, 2, 4, 1]
+    rollout = together.sample(ids, 0.8, seed=2, cfg=cfg)
+    forced = together.teacher_forced(rollout, entropy=True)
+    torch.testing.assert_close(forced.logp_BL.detach(), rollout.logp_BL, rtol=0, atol=5e-5)
+    torch.testing.assert_close(forced.entropy_BL.detach(), rollout.entropy_BL, rtol=0, atol=5e-5)
+    weights = torch.linspace(-1, 1, forced.logp_BL.numel()).view_as(forced.logp_BL)
+    (forced.logp_BL * weights).sum().backward()
+    summed = {}
+    for row, prompt in enumerate(ids):
+        alone = text_policy([TEXTS[prompt]])  # a table without padding
+        single = alone.sample([0], 0.8, seed=2, first_sample=row, cfg=cfg)
+        assert torch.equal(single.tokens_BL, rollout.tokens_BL[row : row + 1])
+        logp_1L = alone.teacher_forced(single).logp_BL
+        torch.testing.assert_close(logp_1L, forced.logp_BL[row : row + 1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(single.logp_BL, rollout.logp_BL[row : row + 1], rtol=0, atol=1e-5)
+        (logp_1L * weights[row]).sum().backward()
+        for name, parameter in alone.transformer.named_parameters():
+            if parameter.grad is not None:
+                summed[name] = summed.get(name, 0) + parameter.grad
+    for name, parameter in together.transformer.named_parameters():
+        assert name in summed or parameter.grad is None
+        if name in summed:
+            error = float((parameter.grad - summed[name]).norm() / summed[name].norm())
+            assert error < 1e-5, name
+
+
+def test_a_captured_step_takes_prompts_of_unequal_length_and_a_new_table_drops_it(monkeypatch):
+    policy, how = text_policy(), Sampling(0.9, cfg=2.0)
+    eager = policy.sample([3, 0, 1, 2], 0.9, seed=7, cfg=2.0)
+    monkeypatch.setattr(nexttoken_policy, "CudaLoop", Loop)
+    with torch.no_grad():
+        captured = policy._capture_batch(Prompts(torch.tensor([0, 0])), torch.tensor([7, 0, 0]), how, False)
+        tokens, logp, _ = captured(torch.tensor([1, 2]), torch.tensor([7, 0, 2]))
+    assert torch.equal(tokens, eager.tokens_BL[2:])
+    torch.testing.assert_close(logp, eager.logp_BL[2:], rtol=0, atol=1e-5)
+    sampler, reference = policy._sampler, policy.frozen_copy()
+    policy.sample([0], seed=7)
+    assert policy._sampler is sampler
+    policy.transformer.prompts.set([[1, 8, 2]], [[1, 0, 2]], CPU)
+    other = policy.sample([0], seed=7)
+    assert policy._sampler is not sampler
+    assert policy.num_classes == reference.num_classes == 1  # one table
+    assert torch.equal(reference.sample([0], seed=7).tokens_BL, other.tokens_BL)
+
+
+@pytest.mark.parametrize(("dtype", "cfg"), [("float32", 0.0), ("bfloat16", 2.0)])
+def test_strict_mode_holds_for_prompts_of_unequal_length(cfg, dtype):
+    policy = text_policy(dtype=dtype, strict=True)
+    strict.check(policy, 0.8, cfg=cfg)
+    whole = policy.sample([3, 0, 1], 0.8, seed=4, cfg=cfg)
+    for row, prompt in enumerate([3, 0, 1]):
+        alone = text_policy([TEXTS[prompt]], dtype, strict=True).sample([0], 0.8, seed=4, first_sample=row, cfg=cfg)
+        assert torch.equal(alone.logp_BL[0], whole.logp_BL[row])
+    assert torch.equal(policy.teacher_forced(whole).logp_BL, whole.logp_BL)
 
 
 @both

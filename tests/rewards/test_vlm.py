@@ -10,15 +10,18 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from pydantic import TypeAdapter
 
 from varfast import InputError
 from varfast.data.prompts import Prompt, PromptSet
-from varfast.rewards import WeightedSum
+from varfast.rewards import RewardConfig, WeightedSum
 from varfast.rewards.answers import Unreadable, number, yes_no, yes_probability
 from varfast.rewards.judge_templates import TEMPLATES
 from varfast.rewards.vlm import VlmReward
@@ -515,3 +518,12 @@ def test_vlm_without_a_key_sends_none(server, images, monkeypatch):
 def test_vlm_settings_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         judge("http://127.0.0.1:1", **settings)
+
+
+def test_the_examples_of_the_docs_are_settings():
+    docs = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", docs, re.S) if "type: vlm" in block]
+    rewards = [reward for block in blocks for reward in block.values()]
+    assert len(rewards) == 4
+    for reward in rewards:
+        TypeAdapter(RewardConfig).validate_python(reward)

@@ -90,7 +90,7 @@ def digits(image_size: int = 8) -> tuple[Tensor, Tensor]:
     """
     if image_size % 8:
         raise InputError(f"the digits are 8 pixels wide; an image side of {image_size} is no multiple of 8")
-    strokes_NHW, labels_N = _load_digits()
+    strokes_NHW, labels_N = load_strokes()
     rng = np.random.RandomState(0)
     paper_N = torch.from_numpy(rng.uniform(*_PAPER, len(labels_N)).astype(np.float32))
     ink_N = paper_N * torch.from_numpy(rng.uniform(*_INK_OVER_PAPER, len(labels_N)).astype(np.float32))
@@ -100,7 +100,11 @@ def digits(image_size: int = 8) -> tuple[Tensor, Tensor]:
     return images_NHW.unsqueeze(1).repeat(1, 3, 1, 1), labels_N
 
 
-def _load_digits() -> tuple[Tensor, Tensor]:
+def load_strokes() -> tuple[Tensor, Tensor]:
+    """The 1797 handwritten digits of scikit-learn: (N, 8, 8) float32, 1 where there is ink, and (N,) int64 labels.
+
+    Raises: InputError if scikit-learn is missing.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -249,13 +253,17 @@ class DigitsClassifier:
     """Classifies digits of any shade: a support vector machine, fitted to scikit-learn's digits.
 
     Each image is first scaled to ink 1 on paper 0, so that its shades carry no information.
+
+    Args:
+        strokes: what it is fitted to in place of them: (N, S, S), 1 where there is ink, and (N,) labels. Images are
+            resized to S x S pixels.
     """
 
-    def __init__(self) -> None:
-        strokes_NHW, labels_N = _load_digits()
+    def __init__(self, strokes: tuple[Tensor, Tensor] | None = None) -> None:
+        self._strokes_NSS, self._labels_N = load_strokes() if strokes is None else strokes
         from sklearn.svm import SVC
 
-        self._model = SVC(C=10.0, gamma=0.02).fit(self._features(strokes_NHW), labels_N.numpy())
+        self._model = SVC(C=10.0, gamma=0.02).fit(self._features(self._strokes_NSS), self._labels_N.numpy())
 
     @staticmethod
     def _features(ink_NHW: Tensor) -> np.ndarray:
@@ -264,10 +272,10 @@ class DigitsClassifier:
         features: np.ndarray = ((ink_NHW - low) / (high - low).clamp_min(1e-6)).flatten(1).numpy() * 4.0
         return features
 
-    @classmethod
-    def _image_features(cls, images: Tensor) -> np.ndarray:
-        small = torch.nn.functional.interpolate(images.float().cpu(), size=(8, 8), mode="area")
-        return cls._features(-small.mean(dim=1))
+    def _image_features(self, images: Tensor) -> np.ndarray:
+        size = tuple(self._strokes_NSS.shape[1:])
+        small = torch.nn.functional.interpolate(images.float().cpu(), size=size, mode="area")
+        return self._features(-small.mean(dim=1))
 
     def accuracy(self, images: Tensor, labels_N: Tensor) -> float:
         """Fraction of (N, 3, H, W) images in [0, 1] that are classified as their label."""
@@ -297,6 +305,5 @@ class DigitsClassifier:
         from sklearn.calibration import CalibratedClassifierCV
         from sklearn.svm import SVC
 
-        strokes_NHW, labels_N = _load_digits()
         calibrated = CalibratedClassifierCV(SVC(C=10.0, gamma=0.02), ensemble=False)
-        return calibrated.fit(self._features(strokes_NHW), labels_N.numpy())
+        return calibrated.fit(self._features(self._strokes_NSS), self._labels_N.numpy())

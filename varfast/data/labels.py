@@ -49,10 +49,23 @@ def label_pool(config: RolloutConfig, num_classes: int, seed: int, names: list[s
     return pool
 
 
-def draw_labels(pool: list[int], count: int, seed: int, step: int) -> Tensor:
-    """(P,) int64 labels of a step, sampled uniformly and independently from the pool."""
-    index_P = torch.randint(len(pool), (count,), generator=keyed_generator(seed, Purpose.LABELS, step))
-    return torch.tensor(pool)[index_P]
+def draw_labels(pool: list[int], count: int, seed: int, step: int, replacement: bool = True) -> Tensor:
+    """(P,) int64 labels, or ids of prompts, of a step.
+
+    Args:
+        replacement: sampled uniformly and independently from the pool. Else the pool is gone through again and again,
+            each time in another order: a step goes on where the one before it ended.
+    """
+    if replacement:
+        index_P = torch.randint(len(pool), (count,), generator=keyed_generator(seed, Purpose.LABELS, step))
+        return torch.tensor(pool)[index_P]
+    first, end = step * count, (step + 1) * count
+    orders = [
+        torch.randperm(len(pool), generator=keyed_generator(seed, Purpose.LABELS, turn))
+        for turn in range(first // len(pool), -(-end // len(pool)))
+    ]
+    skipped = first % len(pool)
+    return torch.tensor(pool)[torch.cat(orders)[skipped : skipped + count]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

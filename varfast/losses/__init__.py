@@ -1,6 +1,6 @@
 """What training minimises: one file a loss.
 
-Axes: B image, b image of a micro-batch, L token over all scales, S statistic.
+Axes: B image, b image of a micro-batch, L token over all scales, S statistic; () a scalar.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from varfast.types import Batch, TokenLogp
+from varfast.types import Batch, Rewards, Rollout, TokenLogp
 
 if TYPE_CHECKING:  # losses/config.py is read before PyTorch is imported
     from torch import Tensor
+
+    from varfast.rewards import WeightedSum
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,11 @@ class Stat:
 
 
 class Loss(Protocol):
-    """A function of the policy's log-probabilities, and what it needs beside them."""
+    """A function of the policy's log-probabilities, and what it needs beside them.
+
+    A step: `batch` makes of the scored rollout what is learned from; `begin` and `keep` look at it as a whole; the loss
+    itself is called with each micro-batch of it.
+    """
 
     @property
     def unit(self) -> int:
@@ -53,6 +59,22 @@ class Loss(Protocol):
     @property
     def stats(self) -> Sequence[Stat]:
         """What it measures."""
+        ...
+
+    @property
+    def mean_of_kept(self) -> bool:
+        """Whether the mean is over the images that `keep` keeps; False: over all, of which the others count as 0."""
+        ...
+
+    def batch(self, rollout: Rollout, rewards: Rewards, reward: WeightedSum, group_size: int) -> Batch:
+        """What is learned from a scored step: with GRPO all of its images and their advantages, with DPO its pairs.
+
+        Args:
+            rollout: of all processes, its groups of `group_size` images adjacent.
+            rewards: of those images; finite.
+            reward: what gave them: the weights of its components.
+        Returns: as many rows whatever the rewards are, and `Batch.numbers`, which go into metrics.jsonl.
+        """
         ...
 
     def begin(self, batch: Batch, step: int, total_steps: int) -> None:

@@ -1,8 +1,12 @@
-"""The section of the config that describes the loss. Defaults are the settings of arXiv:2505.23331. No PyTorch."""
+"""The sections of the config that describe the loss, one a loss, and what both answer. No PyTorch.
+
+GRPO's defaults are the settings of arXiv:2505.23331, DPO's those of arXiv:2505.17017.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,8 +41,66 @@ class EntropyConfig(Section):
         return self
 
 
-class GRPOConfig(Section):
-    """The loss."""
+class LossConfig(Section):
+    """What the trainer asks of the loss that a run has chosen, whichever it is: `Config.loss`.
+
+    Attributes:
+        name: of the loss; in the config, the section of its settings.
+        unit: rows of a batch that stay together, as `Loss.unit`.
+        kl_every, reference_every, reference_ema: keys that the section of each loss has, with its own description.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[int] = 1
+
+    if TYPE_CHECKING:  # fields of each loss
+        kl_every: int | None
+        reference_every: int | None
+        reference_ema: float | None
+
+    @property
+    @abstractmethod
+    def reads_reference(self) -> bool:
+        """Whether the loss reads the log-probabilities of a reference, as `Loss.needs_reference`."""
+
+    @abstractmethod
+    def measure_kl_every(self, adapter: bool) -> int | None:
+        """Steps between measurements of the KL to the reference apart from the loss; None: the loss has it, or none is
+        asked for. adapter: the policy is one, so that the base takes no memory.
+        """
+
+    @abstractmethod
+    def learned(self, group_size: int) -> int:
+        """Of a group's images those that the update reads."""
+
+    @property
+    @abstractmethod
+    def summary(self) -> tuple[str, str]:
+        """Names and values of its main settings, for a model card."""
+
+    @property
+    @abstractmethod
+    def holds_closer(self) -> str:
+        """Which key, with its value now, keeps the policy closer to the reference: advice after it has diverged."""
+
+    @property
+    def reference_moves(self) -> str | None:
+        """The key by which the reference does not stay the base model; None: it does."""
+        moves = [name for name in ("reference_every", "reference_ema") if getattr(self, name) is not None]
+        return moves[0] if moves else None
+
+    def _check_one_reference(self) -> None:
+        if self.reference_every is not None and self.reference_ema is not None:
+            raise ValueError(
+                f"reference_every={self.reference_every} with reference_ema={self.reference_ema}: the reference is a "
+                "policy of before or an average; leave one of them out"
+            )
+
+
+class GRPOConfig(LossConfig):
+    """The loss, unless there is a section dpo."""
+
+    name: ClassVar[str] = "grpo"
 
     clip_eps: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped to 1 +- this")
     ratio: Literal["token", "sequence"] = Field(
@@ -108,15 +170,115 @@ class GRPOConfig(Section):
                 raise ValueError(
                     f"{name}={value} with kl_beta=0, which holds no reference; set kl_beta > 0, or leave {name} out"
                 )
-        if self.reference_every is not None and self.reference_ema is not None:
+        self._check_one_reference()
+        return self
+
+    @property
+    def reads_reference(self) -> bool:
+        return self.kl_beta > 0.0
+
+    def measure_kl_every(self, adapter: bool) -> int | None:
+        if self.kl_beta > 0.0:
+            return None
+        return self.kl_every or (10 if adapter else None)
+
+    def learned(self, group_size: int) -> int:
+        return group_size
+
+    @property
+    def summary(self) -> tuple[str, str]:
+        return "KL weight, clip", f"{self.kl_beta}, {self.clip_eps}"
+
+    @property
+    def holds_closer(self) -> str:
+        return f"a higher grpo.kl_beta (now {self.kl_beta:g})"
+
+
+class DPOConfig(LossConfig):
+    """The loss in place of GRPO, if this section is there: {} for its defaults. Learns from pairs of a preferred and a
+    rejected image (arXiv:2305.18290, arXiv:2505.17017).
+    """
+
+    name: ClassVar[str] = "dpo"
+    unit: ClassVar[int] = 2
+
+    beta: float = Field(
+        0.1,
+        gt=0,
+        le=1e6,
+        description="loss = -log sigma(beta * margin), margin = log pi/pi_ref of the preferred image minus that of the "
+        "rejected one, summed over an image's tokens; larger: the policy stays closer to the reference",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="chance that a preference is wrong, by which the loss of the pair the other way round counts "
+        "(conservative DPO); 0: none",
+    )
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = Field(
+        "sigmoid",
+        description="of the scaled margin z = beta * margin: sigmoid: -log sigma(z), DPO; hinge: max(0, 1 - z); ipo: "
+        "(margin - 1 / (2 beta))^2, with the mean over tokens in place of the sum (arXiv:2310.12036)",
+    )
+    pairs_per_prompt: int = Field(
+        1,
+        ge=1,
+        le=MANY,
+        description="k: of a prompt's rollout.group_size samples the best and the worst by the reward are a pair; with "
+        "k > 1 the second best and the second worst are the next one, and so on to k",
+    )
+    min_margin: float = Field(
+        0.0,
+        ge=0,
+        le=1e9,
+        description="pairs whose rewards are closer than this, in units of the reward, are left out; equal ones always",
+    )
+    reference_every: int | None = Field(
+        None,
+        ge=1,
+        le=MANY,
+        description="steps (rollouts) of a round: after as many, again and again, the policy becomes the reference; "
+        "default: the base model stays it",
+    )
+    reference_ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="the reference is an average of the policy, which begins with the base model and becomes this * "
+        "average + (1 - this) * policy after every step (rollout). Default: the base model stays it",
+    )
+    kl_every: int | None = Field(
+        10,
+        ge=1,
+        description="steps between measurements of the KL of the policy to the reference, over all samples of the "
+        "step: one forward pass of the reference; null: it is not measured",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DPOConfig:
+        self._check_one_reference()
+        if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError(
-                f"reference_every={self.reference_every} with reference_ema={self.reference_ema}: the reference is a "
-                "policy of before or an average; leave one of them out"
+                f"label_smoothing={self.label_smoothing:g} with loss_type={self.loss_type}: only the sigmoid has a "
+                "smoothed version; leave one of them out"
             )
         return self
 
     @property
-    def reference_moves(self) -> str | None:
-        """The key by which the reference does not stay the base model; None: it does."""
-        moves = [name for name in ("reference_every", "reference_ema") if getattr(self, name) is not None]
-        return moves[0] if moves else None
+    def reads_reference(self) -> bool:
+        return True
+
+    def measure_kl_every(self, adapter: bool) -> int | None:
+        return self.kl_every
+
+    def learned(self, group_size: int) -> int:
+        return 2 * self.pairs_per_prompt
+
+    @property
+    def summary(self) -> tuple[str, str]:
+        return "beta of DPO", f"{self.beta:g}"
+
+    @property
+    def holds_closer(self) -> str:
+        return f"a higher dpo.beta (now {self.beta:g})"

@@ -7,18 +7,21 @@ Source: arXiv:2402.03300; for VAR arXiv:2505.23331.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from varfast import kernels
+from varfast.advantages import groups_without_signal, step_advantages
 from varfast.kernels.reference import k3
 from varfast.losses import Stat
 from varfast.losses.config import GRPOConfig
 from varfast.losses.entropy import EntropyBonus
 from varfast.perf.stages import stage
 from varfast.policies.protocol import Policy
-from varfast.types import Batch, Rollout, TokenLogp
+from varfast.rewards import WeightedSum
+from varfast.types import Batch, Rewards, Rollout, TokenLogp
 
 # In the order of kernels.GRPO_STATS.
 _STATS = (
@@ -46,12 +49,14 @@ class GRPO:
 
     Args:
         vocab_size: V, of the bonus.
+        scale_sides: of an image's token maps, for scale_alpha; empty: the family has no scales.
     """
 
-    unit = 1
+    unit, mean_of_kept = 1, False
 
-    def __init__(self, config: GRPOConfig, vocab_size: int | None = None) -> None:
+    def __init__(self, config: GRPOConfig, vocab_size: int | None = None, scale_sides: Sequence[int] = ()) -> None:
         self._config = config
+        self._weights_L = scale_weights(scale_sides, config.scale_alpha) if config.scale_alpha and scale_sides else None
         self._bonus: EntropyBonus | None = None
         if config.entropy is not None:
             assert vocab_size is not None
@@ -59,6 +64,18 @@ class GRPO:
         self.needs_reference, self.needs_entropy = config.kl_beta > 0.0, self._bonus is not None
         self._of_kernel = _STATS if self.needs_reference else _STATS[1:]  # without a reference the KL is not measured
         self.stats = self._of_kernel if self._bonus is None else self._of_kernel + _OF_ENTROPY
+
+    def batch(self, rollout: Rollout, rewards: Rewards, reward: WeightedSum, group_size: int) -> Batch:
+        """All images, and how much better each was than the others of its prompt."""
+        advantages_B = step_advantages(rewards, reward, group_size, self._config)
+        if self._weights_L is not None:
+            self._weights_L = self._weights_L.to(advantages_B.device)
+        numbers = {
+            "advantage_mean": advantages_B.mean(),
+            "advantage_std": advantages_B.std(correction=0),
+            "groups_without_signal": groups_without_signal(advantages_B, group_size),
+        }
+        return replace(Batch.of(rollout, advantages_B, self._weights_L), numbers=numbers)
 
     def begin(self, batch: Batch, step: int, total_steps: int) -> None:
         if self._bonus is not None:
@@ -85,11 +102,6 @@ class GRPO:
             return loss, stats
         assert logp.entropy_BL is not None
         return loss - self._bonus(logp.entropy_BL), torch.cat([stats, self._bonus.now])
-
-
-def token_weights(alpha: float, sides: Sequence[int], device: torch.device) -> Tensor | None:
-    """`scale_weights` on the device; None where all tokens count alike."""
-    return scale_weights(sides, alpha).to(device) if alpha else None
 
 
 def scale_weights(sides: Sequence[int], alpha: float) -> Tensor:

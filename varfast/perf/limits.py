@@ -46,7 +46,7 @@ def _update(work: Work, plan: MemoryPlan, checkpointing: Checkpointing) -> Count
     """Forward and backward read the weights. The gradient, float32, is written by the first micro-batch, and read and
     written by each further one: for d30 with whole minibatches 16 x (8 + 8) GB a step, beside 1.95 TB of activations.
     """
-    cost, images = work.cost, work.images * work.rows * work.config.update.epochs
+    cost, images = work.cost, work.learned * work.rows * work.config.update.epochs
     passes = work.optimizer_steps * micro_batches(work, plan)
     again = cost.recomputed_share(checkpointing)
     count = cost.forward * images * (1.0 + again) + cost.backward * images
@@ -59,8 +59,8 @@ def _reference(work: Work, plan: MemoryPlan) -> Count:
     """A forward pass of the base model."""
     if not work.reads_reference:
         return Count(0.0, 0.0)
-    base, passes = work.cost.base, work.images // work.minibatch * micro_batches(work, plan)
-    count = base.forward * (work.images * work.rows)  # in the first epoch; others read its log-probabilities
+    base, passes = work.cost.base, work.learned // work.minibatch * micro_batches(work, plan)
+    count = base.forward * (work.learned * work.rows)  # in the first epoch; others read its log-probabilities
     return count + Count(0.0, base.weights.read_bytes) * passes
 
 

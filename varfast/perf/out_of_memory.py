@@ -77,11 +77,12 @@ def _smaller_update(work: Work, plan: MemoryPlan) -> str | None:
     if now * work.rows < 2 * ENOUGH_ROWS and checkpointing != "full":
         more = "attention" if checkpointing == "none" else "full"
         return f"use update.checkpointing={more}, now {checkpointing} with update.micro_batch={now}"
-    return _halved("update.micro_batch", now, work.minibatch)
+    return _halved("update.micro_batch", now, work.minibatch, work.unit)
 
 
-def _halved(key: str, now: int, total: int) -> str | None:
-    return f"use {key}={largest_divisor(total, now / 2)}, now {now}" if now > 1 else None
+def _halved(key: str, now: int, total: int, unit: int = 1) -> str | None:
+    half = unit * largest_divisor(total // unit, now / 2 / unit)
+    return f"use {key}={half}, now {now}" if half < now else None
 
 
 def _other_settings(work: Work) -> str:
@@ -93,7 +94,8 @@ def _other_settings(work: Work) -> str:
         others.append(f"update.optimizer=adamw8bit (moments of {then} instead of {now} GiB)")
     if config.rollout.cfg:
         others.append("rollout.cfg=0 (no unconditional half)")
-    others.append("grpo.kl_beta=0 (no reference is held)")
+    if config.dpo is None:
+        others.append("grpo.kl_beta=0 (no reference is held)")
     if not weights.adapter and not sharded:
         others.append("policy.lora.rank=16 (an adapter is trained in place of all weights)")
     return (

@@ -6,6 +6,7 @@ Axes: B image, L token; H, W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,16 +14,25 @@ from torch import Tensor
 from varfast.settings.section import check_labels
 from varfast.types import InputError, NotFinitePolicy, Prompts, Rollout
 
+if TYPE_CHECKING:
+    from varfast.policies.driver import Driver
 
-def as_prompts(labels_B: Prompts | Tensor | Sequence[int], num_classes: int, device: torch.device) -> Prompts:
-    """Prompts on the device, from what a user may give for them.
+# What a user may give as prompts: one number an image, or one text where the family is conditioned on text.
+Given = Prompts | Tensor | Sequence[int] | Sequence[str]
+
+
+def as_prompts(labels_B: Given, policy: Driver) -> Prompts:
+    """Prompts on the policy's device, from what a user may give for them.
 
     Ids that come as a tensor on a GPU, or as Prompts there, are taken as they are: to look at them would wait for it.
 
-    Raises: InputError for what is not one whole number in [0, num_classes) an image.
+    Raises: InputError for what is not one whole number in [0, num_classes), or one text, an image.
     """
+    num_classes, device = policy.num_classes, policy.device
     if isinstance(labels_B, Prompts):
         labels_B = labels_B.ids_B
+    if isinstance(labels_B, str):
+        raise InputError(f"got the text {labels_B!r}, want one prompt an image, as [{labels_B!r}] * 8")
     if not hasattr(labels_B, "__iter__"):
         raise InputError(f"labels_B={labels_B}: want one label an image, as [{labels_B}] or [{labels_B}] * 8")
     if isinstance(labels_B, Tensor) and (labels_B.is_floating_point() or labels_B.dtype == torch.bool):
@@ -30,10 +40,15 @@ def as_prompts(labels_B: Prompts | Tensor | Sequence[int], num_classes: int, dev
     if isinstance(labels_B, Tensor) and labels_B.device.type != "cpu":
         return Prompts(labels_B)
     if not isinstance(labels_B, Tensor):
-        labels_B = list(labels_B)
-        wrong = [label for label in labels_B if isinstance(label, bool) or not hasattr(label, "__index__")]
+        given: list[Any] = list(labels_B)
+        if texts := [label for label in given if isinstance(label, str)]:
+            if len(texts) < len(given):
+                raise InputError("labels_B holds texts and numbers; want one or the other")
+            return Prompts(torch.tensor(policy.ids_of(texts), dtype=torch.int64).to(device))
+        wrong = [label for label in given if isinstance(label, bool) or not hasattr(label, "__index__")]
         if wrong:
             raise InputError(f"labels_B holds {wrong[0]!r}, want whole numbers")
+        labels_B = given
     labels = torch.as_tensor(labels_B, dtype=torch.int64)
     if labels.ndim != 1:
         raise InputError(f"labels_B is {tuple(labels.shape)}, want (B,): one label an image")

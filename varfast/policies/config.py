@@ -16,7 +16,7 @@ DECODE_GRAPH_IMAGES = 32
 
 
 # The names that policy.family takes.
-FamilyName = Literal["var", "llamagen", "taming"]
+FamilyName = Literal["var", "llamagen", "taming", "janus"]
 
 
 class LoRAConfig(Section):
@@ -38,11 +38,14 @@ class FamilyConfig(Section):
         sizes_key: the key under which the trained model's sizes stand, for errors: policy.var.
         unguided_cfg: rollout.cfg above this guides it; its policy then has `Driver._strengths`. None: nothing can, as
             it knows no prompt that stands for none.
+        conditioned_on: "labels", or "text": ids of prompts are rows of the run's table of texts then, and the policy
+            has `set_prompts`.
     """
 
     parts: ClassVar[tuple[str, str]]
     sizes_key: ClassVar[str]
     unguided_cfg: ClassVar[float | None] = None
+    conditioned_on: ClassVar[Literal["labels", "text"]] = "labels"
 
     family: str = Field(description="of models")
     checkpoint: Source = Field(
@@ -56,7 +59,7 @@ class FamilyConfig(Section):
     @property
     @abstractmethod
     def num_classes(self) -> int:
-        """Ids of prompts are in [0, num_classes)."""
+        """Labels that the model has. Of a family that is conditioned on text 0: a run's prompts are in its table."""
 
     if TYPE_CHECKING:  # a field of some families: pydantic warns of one that shadows a property
 
@@ -75,6 +78,11 @@ class FamilyConfig(Section):
         return ()
 
     @property
+    def tokenizer_address(self) -> str | None:
+        """The file of the text tokenizer, of a family that is conditioned on text; None: it lies beside the weights."""
+        return None
+
+    @property
     @abstractmethod
     def frozen_checkpoint(self) -> Source | None:
         """Weights of the frozen part, a path or hf:// address; None where `checkpoint` has them too."""
@@ -89,7 +97,10 @@ def names_a_file(checkpoint: str) -> bool:
 class RolloutConfig(Section):
     """What is sampled in a step: labels_per_step * group_size images."""
 
-    labels_per_step: int = Field(32, ge=1, le=1_000_000, description="P, labels drawn a step")
+    labels_per_step: int = Field(32, ge=1, le=1_000_000, description="P, labels, or prompts, drawn a step")
+    replacement: bool = Field(
+        True, description="false: every label, or prompt, is drawn once before any of them is drawn again"
+    )
     group_size: int = Field(
         16, ge=2, le=1_000_000, description="G, images a label; the group within which advantages are relative"
     )

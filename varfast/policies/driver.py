@@ -24,13 +24,14 @@ from varfast.perf.cost import Checkpointing, Cost
 from varfast.perf.graphs import CudaGraph, GraphPool
 from varfast.perf.stages import stage
 from varfast.policies import lora
-from varfast.policies.checks import as_prompts, as_tokens, check_finite, check_images, check_weights
+from varfast.policies.checks import Given, as_prompts, as_tokens, check_finite, check_images, check_weights
 from varfast.policies.config import LoRAConfig
 from varfast.policies.guidance import guided_logits
 from varfast.policies.pixels import Pixels, after_this_stream
 from varfast.policies.precision import MixedPrecision
 from varfast.policies.protocol import Policy
 from varfast.policies.sampler import Captured, Sampled, Sampler
+from varfast.policies.text import Conditioned
 from varfast.randomness import Key
 from varfast.settings.section import check_divides
 from varfast.types import InputError, Prompts, Rollout, Sampling, TokenLogp
@@ -38,7 +39,7 @@ from varfast.types import InputError, Prompts, Rollout, Sampling, TokenLogp
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Driver(ABC):
+class Driver(Conditioned, ABC):
     """A policy of any family: see protocol.Policy, which it implements.
 
     Attributes:
@@ -271,7 +272,7 @@ class Driver(ABC):
 
     def sample(
         self,
-        labels_B: Prompts | Tensor | Sequence[int],
+        labels_B: Given,
         temperature: float = 1.0,
         *,
         seed: int,
@@ -285,7 +286,7 @@ class Driver(ABC):
         """Sample one image a label.
 
         Args:
-            labels_B: (B,) labels in [0, num_classes), or Prompts.
+            labels_B: (B,) labels in [0, num_classes), Prompts, or texts, as the family is conditioned.
             temperature: > 0; of the multinomial draw.
             seed: one seed gives the same tokens whatever the split into micro-batches. A batch split into calls gives
                 the same tokens when each call gets the index of its first image as `first_sample`.
@@ -299,30 +300,29 @@ class Driver(ABC):
             cannot be guided; NotFinitePolicy, an InputError, if there is a token whose logits are no distribution.
         """
         how, key = Sampling(temperature, cfg, top_k, top_p), Key(seed, step, first_sample)
-        prompts = as_prompts(labels_B, self.num_classes, self.device)
+        prompts = as_prompts(labels_B, self)
         rollout = self._sample(prompts, how, key, micro_batch)
         check_finite(rollout)
         return rollout
 
     def sample_images(
         self,
-        labels_B: Prompts | Tensor | Sequence[int],
+        labels_B: Given,
         how: Sampling,
         key: Key,
         micro_batch: int | None = None,
         keep_input: bool = False,
     ) -> tuple[Rollout, Tensor]:
-        """Sample, and decode each micro-batch; on a GPU while the next one is sampled.
-
-        Waits for nothing on the GPU, so it does not look whether all is finite: `check_finite` does.
+        """Sample, and decode each micro-batch; on a GPU while the next one is sampled. It waits for nothing there, so
+        it does not look whether all is finite: `check_finite` does.
 
         Args:
-            labels_B: (B,) labels in [0, num_classes), or Prompts.
+            labels_B: (B,) labels in [0, num_classes), Prompts, or texts, as the family is conditioned.
             micro_batch: images at a time, must divide B; default all.
             keep_input: the rollout has its teacher_input, for an update: 87 KB an image of the public VAR models.
         Returns: Rollout, and (B, 3, H, W) float32 images in [0, 1].
         """
-        prompts = as_prompts(labels_B, self.num_classes, self.device)
+        prompts = as_prompts(labels_B, self)
         images = self._empty_images(len(prompts))
         return self._sample(prompts, how, key, micro_batch, images, keep_input), images
 
@@ -377,7 +377,7 @@ class Driver(ABC):
 
     def token_logp(
         self,
-        labels_B: Prompts | Tensor | Sequence[int],
+        labels_B: Given,
         tokens_BL: Tensor,
         temperature: float = 1.0,
         *,
@@ -387,14 +387,14 @@ class Driver(ABC):
         """Teacher-forced log-probabilities of given tokens under the tempered policy; differentiable in the weights.
 
         Args:
-            labels_B: (B,) labels in [0, num_classes), or Prompts.
+            labels_B: (B,) labels in [0, num_classes), Prompts, or texts, as the family is conditioned.
             tokens_BL: (B, L) int64.
             temperature: > 0; that of the rollout.
             cfg: guidance; that of the rollout. With it the pass has 2 B rows.
             checkpointing: what the backward pass computes again instead of keeping it: "none", "attention" or "full".
         Returns: (B, L) float32.
         """
-        given = (as_prompts(labels_B, self.num_classes, self.device), self._tokens(tokens_BL))
+        given = (as_prompts(labels_B, self), self._tokens(tokens_BL))
         return self._token_logp(*given, Sampling(temperature, cfg), None, checkpointing).logp_BL
 
     def teacher_forced(

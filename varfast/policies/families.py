@@ -8,7 +8,8 @@ that is in driver.Driver. Then name its section in PolicyConfig (varfast/config.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from varfast.perf.cost import Cost
 from varfast.policies.config import FamilyConfig
 from varfast.policies.driver import Driver
 from varfast.policies.precision import MixedPrecision
+from varfast.policies.text import TextTokenizer
 
 
 class Family(Protocol):
@@ -65,9 +67,26 @@ class Family(Protocol):
         ...
 
 
+class TextFamily(Family, Protocol):
+    """Of a family that is conditioned on text also this."""
+
+    def text_tokenizer(self, path: Path | None, config: Any) -> TextTokenizer:
+        """The text tokenizer in a file, or for random weights, which have none, one that reads any text.
+
+        Raises: InputError if it cannot be read, or does not fit.
+        """
+        ...
+
+
 def family_of(config: FamilyConfig) -> Family:
     """The functions of the family that a section `policy` belongs to."""
     return family_named(config.family)
+
+
+def text_tokenizer(config: FamilyConfig, path: Path | None) -> TextTokenizer:
+    """See TextFamily. config: of a family that is conditioned on text."""
+    assert config.conditioned_on == "text"
+    return cast(TextFamily, family_of(config)).text_tokenizer(path, config)
 
 
 def family_named(name: str) -> Family:
@@ -76,6 +95,10 @@ def family_named(name: str) -> Family:
         from varfast.policies.llamagen import build as llamagen
 
         return llamagen
+    if name == "janus":
+        from varfast.policies.janus import build as janus
+
+        return janus
     if name == "taming":
         from varfast.policies.taming import build as taming
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from varfast.perf.cost import Checkpointing, Cost
-from varfast.types import Prompts, Rollout, Sampling, TokenLogp
+from varfast.policies.checks import Given
+from varfast.types import Rollout, Sampling, TokenLogp
 
 if TYPE_CHECKING:
     from varfast.distributed import World
@@ -63,7 +64,7 @@ class Policy(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """Ids of prompts are in [0, num_classes)."""
+        """Ids of prompts are in [0, num_classes): labels, or rows of the table of texts."""
         ...
 
     @property
@@ -97,9 +98,13 @@ class Policy(Protocol):
 
     # Images.
 
+    def set_prompts(self, texts: Sequence[str]) -> None:
+        """Of a family that is conditioned on text: id i is row i of these from now on. See policies/text.py."""
+        ...
+
     def sample(
         self,
-        labels_B: Prompts | Tensor | Sequence[int],
+        labels_B: Given,
         temperature: float = 1.0,
         *,
         seed: int,
@@ -110,7 +115,8 @@ class Policy(Protocol):
         first_sample: int = 0,
         micro_batch: int | None = None,
     ) -> Rollout:
-        """Sample one image a prompt; waits for the device.
+        """Sample one image a prompt: a label, or where the family is conditioned on text its id or text. Waits for the
+        device.
 
         Raises: NotFinitePolicy for logits that are not finite; InputError for cfg > 0 with a family that has no prompt
             which stands for none.
@@ -119,7 +125,7 @@ class Policy(Protocol):
 
     def sample_images(
         self,
-        labels_B: Prompts | Tensor | Sequence[int],
+        labels_B: Given,
         how: Sampling,
         key: Key,
         micro_batch: int | None = None,

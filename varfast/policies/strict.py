@@ -88,6 +88,8 @@ def difference(policy: Policy, labels: list[int], temperature: float, seed: int,
         if output.shape[0] != rows:
             continue
         sampled = torch.stack(in_rollout[name], dim=1).flatten(0, 1)
+        if sampled.shape[1:] != output.shape[1:]:
+            continue  # of prompts of several places, which a rollout computes apart: the head tells whether they agree
         times = rows // len(sampled)  # what both halves have in common a rollout may compute once
         if not torch.equal(sampled.repeat(times, *(1,) * (output.ndim - 1)), output):
             return f"{name} of an image alone, scale by scale, has other bits than of {len(labels)} at once"

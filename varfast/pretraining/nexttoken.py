@@ -63,7 +63,7 @@ def train_transformer(
 def fit_causal(
     config: Config, images: Images, model: CausalTransformer, tokenizer: Tokenizer, device: torch.device
 ) -> float:
-    """Train a transformer in place. Labels are dropped where the family has a prompt that says nothing.
+    """Train a transformer in place. Prompts are dropped where the family has one that says nothing.
 
     Returns: nats a token, mean over the last batches.
     """
@@ -82,9 +82,9 @@ def fit_causal(
     progress, note = Progress("transformer", steps, every=LINE_EVERY), ""
     for step, (given, labels_B) in enumerate(batches(dataset, config, steps, device)):
         tokens_BN = given if given.ndim == 2 else _tokens(tokenizer, given)
-        if model.null_id is not None:
+        if (unguided_B := model.unguided(labels_B)) is not None:
             dropped_B = torch.rand(len(labels_B), device=device) < settings.class_dropout
-            labels_B = torch.where(dropped_B, model.null_id, labels_B)
+            labels_B = torch.where(dropped_B, unguided_B, labels_B)
         logits_BNV = model(labels_B, _with_noise(tokens_BN, settings.token_noise, tokenizer.config.vocab_size))
         loss = F.cross_entropy(logits_BNV.flatten(0, 1), tokens_BN.flatten())
         optimizer_step(model, optimizer, loss, learning_rate(step, steps, settings.var_lr))

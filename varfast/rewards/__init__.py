@@ -43,11 +43,14 @@ from varfast.rewards.imagereward import ImageRewardReward
 from varfast.rewards.loo_fid import LooFidReward
 from varfast.rewards.pickscore import PickScoreReward
 from varfast.rewards.vlm import VlmReward
+from varfast.rewards.vqascore import VQAScoreReward
 from varfast.types import RewardBatch, Rewards
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from varfast.data.prompts import PromptSet
 
 RewardConfig = Annotated[
     BrightnessReward
@@ -60,7 +63,8 @@ RewardConfig = Annotated[
     | ClassifierReward
     | HttpReward
     | VlmReward
-    | LooFidReward,
+    | LooFidReward
+    | VQAScoreReward,
     Field(discriminator="type"),
 ]
 
@@ -83,6 +87,7 @@ class WeightedSum:
         names: class names of the labels, for rewards that ask for them; None: the labels have none.
         beside: folder of the config file, where a user's reward is looked for too.
         image_size: side of the policy's images, to which a reward resizes real images; None: not known.
+        prompts: the texts that labels are rows of, for a policy that is conditioned on text.
     Raises: InputError if a user's function cannot be imported, or weights cannot be had or used.
     """
 
@@ -96,13 +101,14 @@ class WeightedSum:
         names: Sequence[str] | None = None,
         beside: Path | None = None,
         image_size: int | None = None,
+        prompts: PromptSet | None = None,
     ) -> None:
         import torch
 
-        self._seed, self._names = seed, names
+        self._seed, self._names, self._prompts = seed, names, prompts
         self.weights = {name: config.weight for name, config in components.items()}
         self.apart = {name: config.normalise for name, config in components.items() if config.normalise is not None}
-        building = Building(section, torch.device(device), num_classes, seed, beside, names, image_size)
+        building = Building(section, torch.device(device), num_classes, seed, beside, names, image_size, prompts)
         self._rewards = {
             name: config.build(replace(building, key=f"{section}.{name}")) for name, config in components.items()
         }
@@ -194,6 +200,10 @@ class WeightedSum:
 
     def _batch(self, labels_B: Tensor, step: int | None) -> RewardBatch:
         labels = labels_B.tolist()
+        if self._prompts is not None:
+            rows = [self._prompts.prompts[row] for row in labels]
+            texts, tags = [row.text for row in rows], [row.tag for row in rows]
+            return RewardBatch(labels_B, None, texts, step, self._seed, tags, [dict(row.metadata) for row in rows])
         names = None if self._names is None else [self._names[label] for label in labels]
         return RewardBatch(
             labels_B, names, [str(label) for label in labels] if names is None else names, step, self._seed

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from varfast.data.prompts import PromptSet
     from varfast.features.config import FeaturesSection
     from varfast.features.networks import Network
 
@@ -91,6 +92,7 @@ class Building:
         beside: folder of the config file, where a user's reward is looked for too.
         names: what the labels are called; None: not known.
         image_size: side of the policy's images in pixels, to which real images are resized; None: not known.
+        prompts: the texts that ids are rows of, for a policy that is conditioned on text; None: it has labels.
         shared: the networks that were loaded: each one once, however many rewards name it.
         networks: those that compute features, likewise, by their settings.
     """
@@ -102,6 +104,7 @@ class Building:
     beside: Path | None = None
     names: Sequence[str] | None = None
     image_size: int | None = None
+    prompts: PromptSet | None = None
     shared: dict[Hashable, ImageNetwork] = field(default_factory=dict)
     networks: dict[FeaturesSection, Network] = field(default_factory=dict)
 

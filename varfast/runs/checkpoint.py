@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,11 +43,13 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from varfast.config import Config
 from varfast.distributed import decided_by_first
 from varfast.files import advice, free_space, move_folder, open_regular, reason, remove_tree, sync_file, sync_folder
+from varfast.perf.spent import Spent
 from varfast.printable import printable
 from varfast.runs.manifest import (
     FORMAT,
     SEAL,
     Manifest,
+    SpentFields,
     TensorFile,
     checkpoint_folders,
     checksum_of,
@@ -76,6 +78,7 @@ class Checkpoint:
         before: evaluation of the base model.
         reward_mean: of the last step; None before the first one.
         config: of the run when the checkpoint was written, as a nested dictionary.
+        spent: by its steps; None if the version that wrote it did not count.
     """
 
     path: Path
@@ -84,6 +87,7 @@ class Checkpoint:
     reward_mean: float | None
     config: dict[str, Any]
     _optimizer: list[dict[str, Any]] | None
+    spent: Spent | None = None
 
     def load(
         self,
@@ -208,6 +212,7 @@ class Checkpoints:
         before: dict[str, float],
         reward_mean: float | None = None,
         further: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+        spent: Spent | None = None,
     ) -> None:
         """Save the state after `step` steps, unless that step was saved last. Returns when the state is copied.
 
@@ -216,6 +221,7 @@ class Checkpoints:
             reward_mean: of the last step; log.keep_best compares it.
             further: tensors by kind and name, saved as KIND.NAME beside model.NAME; a kind is not "model" or
                 "optimizer".
+            spent: by its steps.
         Raises: whatever ended the previous save, unless it was the disk.
         """
         if step == self._last_step:
@@ -238,6 +244,7 @@ class Checkpoints:
         )
         assert isinstance(written, Future)
         fields = {"step": step, "before": before, "reward_mean": reward_mean, "optimizer": groups}
+        fields["spent"] = None if spent is None else SpentFields(**asdict(spent))
         self._pending = self._thread.submit(self._finish, written, part, fields)
         self._last_step, self._last_s = step, time.monotonic()
 
@@ -363,7 +370,9 @@ def _verified(folder: Path) -> Checkpoint:
                     raise InputError(f"{name} is damaged: its SHA-256 is another one")
         except OSError as error:
             raise InputError(f"{name}: {reason(error)}") from error
-    return Checkpoint(folder, manifest.step, manifest.before, manifest.reward_mean, manifest.config, manifest.optimizer)
+    spent = None if manifest.spent is None else Spent(**manifest.spent.model_dump())
+    of_run = manifest.before, manifest.reward_mean, manifest.config, manifest.optimizer
+    return Checkpoint(folder, manifest.step, *of_run, spent)
 
 
 def _named(kind: str, tensors: dict[str, Any]) -> dict[str, Any]:

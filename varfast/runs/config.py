@@ -16,6 +16,26 @@ class RunConfig(Section):
     dir: LocalPath = Field(description="folder of the run; an unfinished run in it goes on")
     steps: int = Field(ge=1, le=MANY, description="rollouts; each is followed by images / minibatch optimizer steps")
     seed: int = Field(0, ge=0, lt=2**63, description="fixes labels, samples and minibatches")
+    budget_images: int | None = Field(
+        None,
+        ge=1,
+        le=2**53,
+        description="the run ends after the step in which so many images have been sampled, if run.steps has not ended "
+        "it before; a larger budget goes on with it",
+    )
+    budget_flop: float | None = Field(
+        None,
+        gt=0,
+        le=1e30,
+        description="the same for FLOP of the policy: sampling, decoding, passes of the reference, forward and "
+        "backward of the images that have a gradient; what checkpointing computes again and rewards are not counted",
+    )
+    budget_hours: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="the same for hours of the steps, on the clock, without evaluations, grids and checkpoints",
+    )
     device: Device = Field("auto", description="auto: cuda if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "float32",

@@ -74,8 +74,8 @@ def diagnosis(
     else:
         lines.append("  these weights were not saved, and there is no earlier checkpoint")
     lines.append(
-        f"  in another run.dir, set a lower update.lr (now {config.update.lr:g}), a higher grpo.kl_beta (now "
-        f"{config.grpo.kl_beta:g}) or a lower update.grad_clip (now {config.update.grad_clip:g})"
+        f"  in another run.dir, set a lower update.lr (now {config.update.lr:g}), {config.loss.holds_closer} or a "
+        f"lower update.grad_clip (now {config.update.grad_clip:g})"
         + ("" if config.run.dtype == "float32" else ", or run.dtype=float32")
     )
     if good and len(good) == len(whole):

@@ -34,10 +34,13 @@ from varfast.runs.manifest import checkpoint_folders, dump_config, step_of
 from varfast.settings.reading import read_yaml
 from varfast.types import InputError
 
+# Settings that say how far a run goes, beside run.steps.
+_LENGTH = ("run.budget_images", "run.budget_flop", "run.budget_hours")
 # Settings that do not change what a run computes, or only how far it goes: they may differ when it is resumed.
 _FREE_TO_CHANGE = (
     "run.dir",
     "run.steps",
+    *_LENGTH,
     "run.parallel",
     "run.timeout_s",
     "run.max_bad_rollouts",
@@ -45,6 +48,7 @@ _FREE_TO_CHANGE = (
     "eval",
     "kernels",
     "grpo.kl_every",
+    "dpo.kl_every",
     "rollout.micro_batch",
     "rollout.cuda_graph",
     "update.micro_batch",
@@ -55,7 +59,8 @@ _FREE_TO_CHANGE = (
 )
 # Files that a resumed run writes again or can do without.
 _REWRITTEN = (
-    "before_after.json", "config.yaml", "environment.json", "labels.json", "metrics.jsonl", "summary.json"
+    "before_after.json", "config.yaml", "environment.json", "labels.json", "metrics.jsonl", "prompts.jsonl",
+    "summary.json", "tokenizer.json",
 )  # fmt: skip
 
 
@@ -184,8 +189,10 @@ class RunFolder:
             for key, line in differences(before, now).items()
             if not any(key == free or key.startswith(free + ".") for free in _FREE_TO_CHANGE)
         ]
-        if config.update.lr_schedule != "constant" and then.run.steps != config.run.steps:
-            different.append(f"  run.steps: update.lr_schedule={config.update.lr_schedule} depends on it")
+        if config.update.lr_schedule != "constant":
+            scheduled = f"update.lr_schedule={config.update.lr_schedule} depends on it"
+            keys = (key for key in ("run.steps", *_LENGTH) if before.get(key) != now.get(key))
+            different += [f"  {key}: {scheduled}" for key in keys]
         refuse_differences(different, f"run.dir={self.path} holds a run with another config", "choose another run.dir")
 
 

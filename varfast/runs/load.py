@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from varfast.config import Config
+from varfast.data.prompts import saved_prompts
 from varfast.policies.config import FamilyName
 from varfast.policies.device import existing_device, pick_device
 from varfast.policies.driver import Driver
-from varfast.policies.families import family_named, family_of
+from varfast.policies.families import family_named, family_of, text_tokenizer
 from varfast.policies.lora import without_lora
+from varfast.policies.text import TOKENIZER_FILE
 from varfast.runs.base import Base
 from varfast.types import InputError
 from varfast.weights.state import State
@@ -96,6 +98,9 @@ def load_run(
     else:  # the checkpoint holds the whole trained model: the base's is not needed
         parts = {trained: family.empty_model(config.policy)} | _base_parts(config, folder, config.policy.parts[1:])
     policy = family.assemble(parts, device, dtype, *how)
+    _read_texts(policy, config, folder)
+    if config.policy.conditioned_on == "text":
+        policy.set_prompts(saved_prompts(folder.path).texts)
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
     folder.newest().load_result(policy.trainable)
@@ -118,7 +123,17 @@ def load_base(
         parts = family.random_parts(config.policy, config.run.seed, device)
     else:
         parts = _base_parts(config, folder, whole=whole)
-    return family.assemble(parts, device, dtype or config.run.dtype, config.run.fast, config.run.strict)
+    policy = family.assemble(parts, device, dtype or config.run.dtype, config.run.fast, config.run.strict)
+    _read_texts(policy, config, folder)
+    return policy
+
+
+def _read_texts(policy: Driver, config: Config, folder: RunFolder | None) -> None:
+    """Give a policy that is conditioned on text the tokenizer of the folder; without one, one that reads any text."""
+    if config.policy.conditioned_on == "text":
+        made = folder is not None and config.policy.checkpoint != "random"
+        path = folder.path / TOKENIZER_FILE if folder is not None and made else None
+        policy.set_tokenizer(text_tokenizer(config.policy, path))
 
 
 def _base_parts(
@@ -133,7 +148,9 @@ def random_policy(config: Config, device: torch.device) -> Driver:
     """Random weights of the configured sizes, a function of run.seed: for benchmarks and tests."""
     family = family_of(config.policy)
     parts = family.random_parts(config.policy, config.run.seed, device)
-    return family.assemble(parts, device, config.run.dtype, config.run.fast, config.run.strict)
+    policy = family.assemble(parts, device, config.run.dtype, config.run.fast, config.run.strict)
+    _read_texts(policy, config, None)
+    return policy
 
 
 def base_state(config: Config, folder: RunFolder, device: torch.device) -> State:

@@ -53,7 +53,7 @@ class RunLog:
         self._folder = folder
         self._metrics = folder / "metrics.jsonl"
         self._said: set[str] = set()
-        self._progress = Progress("grpo", total_steps, start_step)
+        self._progress = Progress("grpo" if config is None else config.loss.name, total_steps, start_step)
         self._unwritten = ""
         with self._optional("the lines of earlier steps"):
             kept = _lines(self._metrics, start_step)
@@ -84,8 +84,11 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the metrics of a step, counted from 1. Those that are not finite are skipped: JSON has no NaN."""
+    def step(self, step: int, metrics: dict[str, float], total_steps: int | None = None) -> None:
+        """Record the metrics of a step, counted from 1. Those that are not finite are skipped: JSON has no NaN.
+
+        total_steps: as far as is known now, where a budget may end the run before.
+        """
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._append(json.dumps({"step": step, **metrics}) + "\n")
         if self._writer is not None:
@@ -94,11 +97,12 @@ class RunLog:
                     self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
-        shown = {"reward": "reward_mean", "kl": "kl"}  # a skipped rollout has neither
+        # A skipped rollout has neither; DPO has the KL in some steps alone.
+        shown = {"reward": "reward_mean", "kl": "kl", "margin": "dpo_margin"}
         note = [f"{short}={metrics[name]:.3f}" for short, name in shown.items() if name in metrics]
         if "reward_mean" in metrics and "images_per_s" in metrics:
             note.append(f"{metrics['images_per_s']:.0f} img/s")
-        self._progress.update(" ".join(note))
+        self._progress.update(" ".join(note), total_steps)
 
     def grid(self, step: int, images: Tensor, columns: int, titles: Sequence[str] = ()) -> None:
         """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png, with a title beside each row."""
@@ -212,6 +216,12 @@ def _start_wandb(folder: Path, config: Config) -> Any:
             f"log.wandb={config.log.wandb}: {error}\n  log in with `wandb login`, set WANDB_MODE=offline to write into "
             "the run folder alone, or log.wandb=null"
         ) from error
+
+
+def step_seconds(folder: Path, last_step: int) -> list[float]:
+    """Seconds of the steps up to `last_step` that metrics.jsonl has."""
+    found = [parse_json(line.encode()).get("step_s") for line in _lines(folder / "metrics.jsonl", last_step)]
+    return [float(s) for s in found if isinstance(s, int | float) and not isinstance(s, bool) and 0 <= s < math.inf]
 
 
 def _lines(path: Path, last_step: int) -> list[str]:

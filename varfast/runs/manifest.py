@@ -34,6 +34,15 @@ class TensorFile(BaseModel):
     sha256: str
 
 
+class SpentFields(BaseModel):
+    """What the steps have spent: see varfast.perf.spent.Spent."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    images: Annotated[int, Field(ge=0)]
+    flop: Annotated[float, Field(ge=0)]
+    hours: Annotated[float, Field(ge=0)]
+
+
 # The names that a checkpoint's writer uses; none of them leads out of the checkpoint's folder.
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,200}\.safetensors$")]
 
@@ -49,6 +58,7 @@ class Manifest(BaseModel):
     config: dict[str, Any]
     environment: dict[str, Any]
     before: dict[str, float]
+    spent: SpentFields | None = None  # None: of a version that did not count it
     reward_mean: float | None
     optimizer: list[dict[str, Any]] | None
     files: dict[_FileName, TensorFile]

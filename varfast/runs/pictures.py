@@ -6,6 +6,7 @@ Axes: N, B image; H, W pixels.
 from __future__ import annotations
 
 import math
+import textwrap
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ _SMALLEST_CELL_PX = 48
 GAP_PX = 4
 _TITLE_PX = 14
 _TITLE_LETTERS = 28
+# Height of a line of a title, and the most lines: a prompt of 168 letters is shown whole where the images are tall.
+_LINE_PX = 17
+_TITLE_LINES = 6
 # Best and worst images of a step that are kept: at 256 pixels a side, two rows of 8 are a PNG of 2 MB.
 _EXTREMES = 8
 # Suffixes of pictures, and Pillow's names of their formats.
@@ -36,7 +40,8 @@ def image_grid(images: Tensor, columns: int, titles: Sequence[str] = ()) -> np.n
     """Images (N, 3, H, W) in [0, 1], laid out row by row with white gaps -> picture (height, width, 3) uint8.
 
     Args:
-        titles: one for each row, drawn in a white column left of the images.
+        titles: one for each row, drawn in a white column left of the images; of several lines (prompt_title), as many
+            as the row is high.
     """
     enlarge = max(1, math.ceil(_SMALLEST_CELL_PX / images.shape[-1]))
     images = images.detach().float().cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
@@ -50,24 +55,40 @@ def image_grid(images: Tensor, columns: int, titles: Sequence[str] = ()) -> np.n
     return np.concatenate([_row_titles(titles, len(pixels), height), pixels], axis=1) if titles else pixels
 
 
+def prompt_title(prompt: str) -> str:
+    """A prompt as a title: lines of at most 28 letters, of which image_grid shows as many as a row has space for."""
+    return "\n".join(textwrap.wrap(_ascii(" ".join(prompt.split())), _TITLE_LETTERS)) or " "
+
+
 def _row_titles(titles: Sequence[str], height_px: int, row_px: int) -> np.ndarray:
     """A white column, as wide as the longest title, with each title vertically centred in its row."""
     font = ImageFont.load_default(_TITLE_PX)
-    shown = [_drawable(title) for title in titles]
-    width_px = max(math.ceil(font.getlength(text)) for text in shown) + 2 * GAP_PX
+    shown = [_lines(title, (row_px - GAP_PX) // _LINE_PX) for title in titles]
+    width_px = max(math.ceil(font.getlength(line)) for lines in shown for line in lines) + 2 * GAP_PX
     column = Image.new("RGB", (width_px, height_px), "white")
     draw = ImageDraw.Draw(column)
-    for row, text in enumerate(shown):
+    for row, lines in enumerate(shown):
         middle_px = row * row_px + (row_px - GAP_PX) // 2
-        draw.text((width_px - 2 * GAP_PX, middle_px), text, fill="black", font=font, anchor="rm")
+        for place, line in enumerate(lines):
+            offset_px = round((place - (len(lines) - 1) / 2) * _LINE_PX)
+            draw.text((width_px - 2 * GAP_PX, middle_px + offset_px), line, fill="black", font=font, anchor="rm")
     return np.asarray(column)
 
 
-def _drawable(title: str) -> str:
+def _lines(title: str, space: int) -> list[str]:
+    """The lines of a title that are drawn. space: how many fit; what is left out is marked by "..", as a long line's
+    end is."""
+    most = max(1, min(space, _TITLE_LINES))
+    lines = [_ascii(line) for line in title.split("\n")]
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1][: _TITLE_LETTERS - 2] + ".."]
+    return [line if len(line) <= _TITLE_LETTERS else line[: _TITLE_LETTERS - 2] + ".." for line in lines]
+
+
+def _ascii(title: str) -> str:
     """A title in ASCII, which is all that Pillow's own font can draw: accents are dropped, other letters become "?"."""
     letters = (c for c in unicodedata.normalize("NFKD", title) if not unicodedata.combining(c))
-    ascii_title = "".join(letters).encode("ascii", "replace").decode()
-    return ascii_title if len(ascii_title) <= _TITLE_LETTERS else ascii_title[: _TITLE_LETTERS - 2] + ".."
+    return "".join(letters).encode("ascii", "replace").decode()
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:

@@ -13,21 +13,22 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
-from varfast.advantages import groups_without_signal
 from varfast.config import Config
 from varfast.data.labels import caption
-from varfast.distributed import World, gathered
+from varfast.distributed import World, decided_by_first, gathered
 from varfast.files import save_tensors, save_text
 from varfast.losses.grpo import kl_to_reference
 from varfast.perf.limits import StageLimits
 from varfast.perf.out_of_memory import Part, memory_advice
 from varfast.perf.profile import memory_metrics, profiled
+from varfast.perf.spent import Budget, Spent, step_flop, whole_step
 from varfast.perf.stages import StageClock, stage
+from varfast.perf.work import Work
 from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
 from varfast.runs.before_after import BeforeAfter, means, table
@@ -60,6 +61,9 @@ class Run:
         self._before = means(before_after.values.get("before", {})) if setup.world.is_main else {}
         self._stopped = 0  # number of the signal that ended it
         self._metrics: dict[str, float] = {}  # of the last step
+        work = Work.whole(setup.config, setup.work.cost, setup.work.reads_reference)
+        self._budget = Budget.of(setup.config.run, whole_step(work))
+        self._drift_images = 0  # that the reference has read in this step, apart from the update
         self._begin_s = 0.0
         self._at_end = ExitStack()
 
@@ -67,13 +71,24 @@ class Run:
     def config(self) -> Config:
         return self.setup.config
 
+    @property
+    def total_steps(self) -> int:
+        """Of the whole run, as far as is known now: run.steps, or as many as its budget buys."""
+        return self._budget.total_steps(self.state.step, self.state.spent)
+
+    @property
+    def _ended_by(self) -> str | None:
+        """The setting that ends the run here; None: it goes on."""
+        return self._budget.ended_by(self.state.step, self.state.spent)
+
     def __enter__(self) -> Run:
         config, folder, world = self.config, self.setup.folder, self.setup.world
         is_main = world.is_main
         enter = self._at_end.enter_context
         self._spare = enter(_spare_descriptors())
-        total = max(self.state.step, config.run.steps)
-        log = RunLog(folder.path, self.state.step, total, config.log.tensorboard, config) if is_main else None
+        log = (
+            RunLog(folder.path, self.state.step, self.total_steps, config.log.tensorboard, config) if is_main else None
+        )
         self._log: RunLog | None = enter(log) if log else None
         here, say = self.setup.environment, self._say
         self._checkpoints = enter(Checkpoints(folder.checkpoints, config, here, say))
@@ -92,17 +107,16 @@ class Run:
     # Steps
 
     def steps(self) -> Iterator[int]:
-        """Numbers of the steps that are left, from 0, until the last one or a signal."""
-        first, total = self.state.step, self.config.run.steps
-        for step in range(first, total):
+        """Numbers of the steps that are left, from 0, until the last one, the end of a budget or a signal."""
+        first = self.state.step
+        while self._ended_by is None and not self._stopped:
+            step = self.state.step
             self.setup.lock.check()
-            steady = self._profile and self._log is not None and step == min(first + 2, total - 1)
+            steady = self._profile and self._log is not None and step == min(first + 2, self.total_steps - 1)
             with profiled(self.setup.folder.path / "profile", self.setup.device) if steady else nullcontext():
                 self._clock.read()
                 self._begin_s = time.perf_counter()
                 yield step
-            if self._stopped:
-                return
 
     def advised(self, part: Part) -> AbstractContextManager[None]:
         """Say which setting to change where the device's memory does not suffice for a part of the step."""
@@ -146,8 +160,9 @@ class Run:
         rollout: this process's shard of them.
         """
         reference, every, done = self.state.reference, self.config.measure_kl_every, self.state.step + 1
-        if reference is None or every is None or (done % every and done != self.config.run.steps):
+        if reference is None or every is None or (done % every and done != self.total_steps):
             return {}
+        self._drift_images = self.config.rollout.images
         kl_b = kl_to_reference(reference, rollout, self.setup.plan.update.micro_batch).double()
         total, images = self.setup.world.sum(torch.stack([kl_b.sum(), torch.ones_like(kl_b).sum()])).tolist()
         return {"kl": total / images}
@@ -179,16 +194,17 @@ class Run:
         raise error
 
     def record(
-        self, rollout: Rollout, images: Tensor, rewards: Rewards, advantages_B: Tensor, metrics: dict[str, float]
+        self, rollout: Rollout, images: Tensor, rewards: Rewards, numbers: dict[str, Tensor], metrics: dict[str, float]
     ) -> None:
         """End a step that was learned from: metrics.jsonl, grids, and a checkpoint where one is due.
 
         Args:
-            rollout, rewards, advantages_B: of all processes.
+            rollout, rewards: of all processes.
             images: of this process, in [0, 1].
+            numbers: of the batch that was made of them.
             metrics: of the update.
         """
-        found = _metrics(rollout, rewards, advantages_B, self.config.rollout.group_size) | metrics
+        found = _metrics(rollout, rewards, numbers) | metrics
         labels_b = rollout.labels_B[self.shard]
         self._end_step(found, lambda log, done: log.samples(done, images, labels_b, rewards.rows(self.shard)))
 
@@ -197,20 +213,20 @@ class Run:
         config, state, world = self.config, self.state, self.setup.world
         stages_ms, step_s = self._clock.read(), time.perf_counter() - self._begin_s
         memory = memory_metrics(self.setup.device)
-        state.end_step(learned=show is not None)
-        self._metrics = {"skipped_rollouts": float(show is None)} | metrics
+        state.end_step(show is not None, self._spent(metrics, step_s))
+        self._metrics = {"skipped_rollouts": float(show is None)} | metrics | state.spent.metrics
         if show is not None and (since := state.reference_step()) is not None:
             self._metrics["reference_step"] = float(since)
         # One process is told to stop: all of them do.
         self._stopped = int(world.largest(self.setup.signals.received or 0))
-        done, last = state.step, state.step == config.run.steps
+        done, last = state.step, self._ended_by is not None
         shown = last or done % config.log.grid_every == 0
         saved = bool(last or self._stopped or self._checkpoints.due(done))
         # What cannot be sampled is neither shown nor saved, so that the last good checkpoint stays.
         if shown or saved:
             self.refuse_diverged(self._metrics, self._checkpoints)
         if self._log and self._limits:
-            self._log.step(done, self._metrics | self._limits.metrics(stages_ms, step_s) | memory)
+            self._log.step(done, self._metrics | self._limits.metrics(stages_ms, step_s) | memory, self.total_steps)
             if shown:
                 self._save_grid(self._log)
                 if show is not None:
@@ -222,9 +238,19 @@ class Run:
         elif self._stopped:
             self._checkpoints.wait()
             self._say(
-                f"stopped; {self.setup.folder.path} holds step {state.learned_steps} of {config.run.steps}. The same "
+                f"stopped; {self.setup.folder.path} holds step {state.learned_steps} of {self._of_steps}. The same "
                 "command goes on."
             )
+
+    def _spent(self, metrics: dict[str, float], step_s: float) -> Spent:
+        """By the step that ends. metrics: of its update; empty where its rollout was skipped."""
+        config, cost = self.config, self.setup.work.cost
+        updated, referenced = (int(metrics.get(f"{name}_images", 0)) for name in ("update", "reference"))
+        flop = step_flop(config, cost, updated, referenced + self._drift_images)
+        self._drift_images = 0
+        if config.run.budget_hours is not None:  # all processes end at the same step
+            step_s = decided_by_first(lambda: step_s)
+        return Spent(config.rollout.images, flop, step_s / 3600)
 
     def refuse_diverged(self, metrics: dict[str, float], checkpoints: Checkpoints | None = None) -> None:
         """Raises: NotFinitePolicy, with a diagnosis, if the policy's weights, logits or images are not finite."""
@@ -257,10 +283,11 @@ class Run:
                 self.setup.plan.rollout.micro_batch,
                 trained=bool(self._metrics),
             )
-            summary = {"before": self._before, "after": means(after)}
+            summary = {"before": self._before, "after": means(after), "step": state.step}
+            summary |= {"spent": asdict(state.spent), "ended_by": self._ended_by}
             save_text(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
             print(f"\n{table(self._before_after.values)}\n" if after else "")
-            print(f"run complete: {state.step} steps. Weights {path}, curves and grids in {folder.path}")
+            print(f"run complete: {self._how_it_ended()}. Weights {path}, curves and grids in {folder.path}")
         world.wait()
         return 0
 
@@ -268,12 +295,25 @@ class Run:
         if self._log:
             self._log.say(text)
 
+    @property
+    def _of_steps(self) -> str:
+        about = "about " if self._ended_by is None and self.total_steps < self.config.run.steps else ""
+        return f"{about}{self.total_steps}"
+
+    def _how_it_ended(self) -> str:
+        ended = f"{self.state.step} steps"
+        return f"{ended}, ended by {self._ended_by}: {self.state.spent}" if self._budget.most else ended
+
     def _say_how_it_begins(self) -> None:
         config, start, folder = self.config, self.state.step, self.setup.folder.path
-        if start > config.run.steps:
+        for sentence in self._budget.bought():
+            self._say(sentence)
+        if self._budget.most and self._ended_by is not None:
+            self._say(f"{folder} holds step {start}, and {self._ended_by} is reached: no step is left to do")
+        elif start > config.run.steps:
             self._say(f"{folder} holds step {start}, more than run.steps={config.run.steps}: no step is left to do")
         elif start:
-            self._say(f"going on after step {start} of {config.run.steps} in {folder}")
+            self._say(f"going on after step {start} of {self._of_steps} in {folder}")
         elif self._log:
             self._log.environment(self.setup.environment)
             self._save_grid(self._log)
@@ -282,9 +322,9 @@ class Run:
 
     def _save(self, step: int, reward_mean: float | None) -> None:
         state = self.state
-        self._checkpoints.save(
-            step, state.policy.trainable, state.adamw.optimizer, self._before, reward_mean, state.further()
-        )
+        spent = state.spent if step == state.step else state.learned_spent
+        of_weights = state.policy.trainable, state.adamw.optimizer
+        self._checkpoints.save(step, *of_weights, self._before, reward_mean, state.further(), spent)
 
     def _save_grid(self, log: RunLog) -> None:
         config, policy = self.config, self.state.policy
@@ -325,20 +365,20 @@ def _measured(
     return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
 
 
-def _metrics(rollout: Rollout, rewards: Rewards, advantages_B: Tensor, group_size: int) -> dict[str, float]:
-    """The numbers of a step before its update, by the names of metrics.jsonl."""
+def _metrics(rollout: Rollout, rewards: Rewards, numbers: dict[str, Tensor]) -> dict[str, float]:
+    """The numbers of a step before its update, by the names of metrics.jsonl. Counts are integers there."""
     measured = {
         "reward_mean": rewards.total_B.mean(),
         "reward_std": rewards.total_B.std(correction=0),
         **{f"reward/{name}": score_B.mean() for name, score_B in rewards.components.items()},
         **{name: number.float() for name, number in rewards.numbers.items()},
-        "advantage_mean": advantages_B.mean(),
-        "advantage_std": advantages_B.std(correction=0),
+        **{name: number.float() for name, number in numbers.items()},
         "entropy": rollout.entropy_BL.mean(),
     }
     values = torch.stack(list(measured.values())).tolist()  # one copy from the device
-    without_signal = groups_without_signal(advantages_B, group_size)
-    return {**dict(zip(measured, values, strict=True)), "groups_without_signal": without_signal}
+    counts = [name for name, number in numbers.items() if not number.is_floating_point()]
+    found = dict(zip(measured, values, strict=True))
+    return found | {name: int(found[name]) for name in counts}
 
 
 @contextmanager

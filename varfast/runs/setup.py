@@ -13,11 +13,13 @@ import torch
 from varfast import kernels
 from varfast.config import Config
 from varfast.data.labels import label_pool, run_names
-from varfast.distributed import World, joined, local_device, processes_here
+from varfast.data.prompts import PromptSet, run_prompts, save_prompts
+from varfast.distributed import World, decided_by_first, joined, local_device, processes_here
 from varfast.perf.devices import available_bytes, usual_bytes, with_dtype
 from varfast.perf.memory import MemoryPlan
 from varfast.perf.out_of_memory import check_states
 from varfast.perf.plan import plan_memory
+from varfast.perf.spent import spent_before, whole_step
 from varfast.perf.work import Work
 from varfast.policies import strict
 from varfast.policies.device import pick_device
@@ -34,7 +36,7 @@ from varfast.runs.environment import environment
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_base
 from varfast.runs.lock import FolderLock
-from varfast.runs.log import import_wandb
+from varfast.runs.log import import_wandb, step_seconds
 from varfast.runs.signals import StopSignals, listen
 from varfast.runs.start import prepare_base
 from varfast.state import State
@@ -51,7 +53,8 @@ class Setup:
         found: the checkpoint to go on from; None: the run is new.
         work, plan: what this process does of a step, and how it fits into memory.
         shard: the images of a step that this process samples and scores.
-        labels: those that the run draws from. names: of all labels, if they have any.
+        labels: those that the run draws from; of texts their rows in `prompts`. names: of all labels, if they have any.
+        prompts: the table of texts, of a family that is conditioned on text; None: it is conditioned on labels.
         environment: versions and hardware.
     """
 
@@ -67,16 +70,20 @@ class Setup:
     shard: slice
     labels: list[int]
     names: list[str] | None
+    prompts: PromptSet | None
     environment: dict[str, Any]
 
 
 @contextmanager
-def set_up(config: Config, reads_reference: bool | None = None, policy: Policy | None = None) -> Iterator[Setup]:
+def set_up(
+    config: Config, reads_reference: bool | None = None, policy: Policy | None = None, of_folder: bool = False
+) -> Iterator[Setup]:
     """Join the other processes and lock the run folder; leaving undoes both.
 
     Args:
-        reads_reference: whether the loss reads the log-probabilities of a reference; None: as GRPO does.
+        reads_reference: whether the loss reads the log-probabilities of a reference; None: as the config's does.
         policy: what is trained, in place of what the config names.
+        of_folder: nothing is read that the config names outside of the folder.
     Raises: InputError for anything in the config or in the folder that cannot be used.
     """
     device = pick_device(local_device(config.run.device))
@@ -107,12 +114,22 @@ def set_up(config: Config, reads_reference: bool | None = None, policy: Policy |
         folder = RunFolder(config.run.dir)
         with folder.held() as lock:
             found = folder.prepare(config)
-            names = run_names(config.policy, config.pretrain.dataset, folder.path, made=folder.base.exists())
-            labels = label_pool(config.rollout, config.policy.num_classes, config.run.seed, names)
+            labels, names, prompts = _conditions(config, folder, found is not None, of_folder)
             here = environment() | {"processes": world.size}
             yield Setup(
-                config, device, world, signals, folder, lock, found, work, plan, shard, labels, names, here
+                config, device, world, signals, folder, lock, found, work, plan, shard, labels, names, prompts, here
             )  # fmt: skip
+
+
+def _conditions(
+    config: Config, folder: RunFolder, going_on: bool, of_folder: bool
+) -> tuple[list[int], list[str] | None, PromptSet | None]:
+    """Ids that the run draws from, names of all labels, and the table of texts: see Setup."""
+    if config.prompts is not None:
+        prompts = run_prompts(config.prompts, config.run.seed, folder.path, going_on, of_folder)
+        return prompts.ids("train"), None, prompts
+    names = run_names(config.policy, config.pretrain.dataset, folder.path, made=folder.base.exists())
+    return label_pool(config.rollout, config.policy.num_classes, config.run.seed, names), names, None
 
 
 def fitting_plan(work: Work, device: torch.device, world: World) -> MemoryPlan:
@@ -143,16 +160,21 @@ def begin(
         rewards = WeightedSum(
             config.reward,
             setup.device,
-            config.policy.num_classes,
+            None if setup.prompts else config.policy.num_classes,
             names=setup.names,
             seed=config.run.seed,
             beside=beside,
             image_size=config.policy.image_size,
+            prompts=setup.prompts,
         )
+        if world.is_main and setup.prompts:
+            save_prompts(setup.prompts, folder.path)
         if policy is None:
             if world.is_main:
                 prepare_base(config, folder, setup.found is not None, setup.device, of_folder)
             policy = load_base(config, folder, setup.device, whole=False)
+        if setup.prompts:
+            policy.set_prompts(setup.prompts.texts)
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
     if config.run.strict:
@@ -160,7 +182,7 @@ def begin(
     policy.cuda_graph = setup.plan.rollout.cuda_graph
     reference = policy.frozen_copy() if setup.work.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)
-    state = State(policy, reference, rewards, config.update, config.grpo)
+    state = State(policy, reference, rewards, config.update, config.loss)
     before_after = BeforeAfter(folder.path, config, setup.labels)
     if setup.found is None:
         _refuse_diverged(setup, policy, 0)
@@ -169,8 +191,19 @@ def begin(
         before_after.before(policy, rewards, setup.plan.rollout.micro_batch)
     if setup.found is not None:
         state.load(setup.found)
+        if setup.found.spent is None:
+            _count_spent(setup, state)
         _refuse_diverged(setup, policy, state.step)
     return state, before_after
+
+
+def _count_spent(setup: Setup, state: State) -> None:
+    """Of a run whose checkpoint does not say what it has spent, since an earlier version wrote it."""
+    work, path = Work.whole(setup.config, setup.work.cost, setup.work.reads_reference), setup.folder.path
+    found = decided_by_first(lambda: spent_before(state.step, whole_step(work), step_seconds(path, state.step)))
+    state.spent = state.learned_spent = found
+    if setup.world.is_main and state.step:
+        print(f"{path} does not say what it has spent; taken for {found} (FLOP as if every image had a gradient)")
 
 
 def _refuse_diverged(setup: Setup, policy: Policy, step: int) -> None:

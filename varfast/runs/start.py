@@ -8,14 +8,16 @@ import torch
 
 from varfast.config import Config
 from varfast.data.labels import LABELS_FILE, labels_json, read_labels
-from varfast.files import save_text
+from varfast.files import read_text, save_text
+from varfast.policies.families import text_tokenizer
+from varfast.policies.text import TOKENIZER_FILE
 from varfast.pretraining.cache import pretrained
 from varfast.printable import printable
 from varfast.runs.base import Base, Source
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import delivered_state, frozen_part
 from varfast.types import InputError
-from varfast.weights.files import resolve
+from varfast.weights.files import regular_file, resolve
 
 
 def prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.device, of_folder: bool) -> None:
@@ -41,6 +43,7 @@ def prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.
     if not resume and not outside:
         sources = _sources(config, device)
         _keep_labels(folder, sources[0].origin)
+        _keep_tokenizer(config, folder, sources[0].origin)
         base.keep(sources)
         return
     if not base.exists:
@@ -88,6 +91,19 @@ def _sources(config: Config, device: torch.device) -> list[Source]:
     state, _ = delivered_state(other, torch.float32)
     content = frozen_part(other, config.policy.parts[1]) if frozen_address is None else resolve(frozen_address)
     return [Source(state, True, path), Source(content, frozen_address is None, path)]
+
+
+def _keep_tokenizer(config: Config, folder: RunFolder, origin: Path) -> None:
+    """The text tokenizer of the base, checked, into the run's folder; for a family that is conditioned on text."""
+    if config.policy.conditioned_on == "labels":
+        return
+    address, of_weights = config.policy.tokenizer_address, config.policy.checkpoint
+    if address is None and of_weights.startswith("hf://"):
+        address = f"{of_weights.rpartition('/')[0]}/{TOKENIZER_FILE}"
+    beside = (origin if origin.is_dir() else origin.parent) / TOKENIZER_FILE
+    path = beside if address is None else regular_file(address, "text tokenizer", f"a {TOKENIZER_FILE}")
+    text_tokenizer(config.policy, path)
+    save_text(folder.path / TOKENIZER_FILE, read_text(path))
 
 
 def _keep_labels(folder: RunFolder, origin: Path) -> None:

@@ -113,9 +113,9 @@ class LlamaGen(CausalTransformer):
     def positions(self, device: torch.device) -> Positions:
         return Positions(rotary_2d(self.config.side, self.config.head_dim, device))
 
-    @property
-    def null_id(self) -> int:
-        return self.config.num_classes
+    def unguided(self, ids_B: Tensor) -> Tensor:
+        """The label for 'no label'."""
+        return torch.full_like(ids_B, self.config.num_classes)
 
     def embed_prompt(self, ids_B: Tensor) -> Tensor:
         return self.cls_embedding(ids_B)

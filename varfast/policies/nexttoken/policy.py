@@ -5,6 +5,8 @@ Axes: B image, L token of an image; H, W pixels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import check_fits
 from varfast.policies.nexttoken.transformer import CausalTransformer
 from varfast.policies.sampler import Captured, Sampled
-from varfast.types import InputError, Prompts, Sampling
+from varfast.types import InputError, Prompts, Rollout, Sampling
 
 
 class NextTokenPolicy(Driver):
@@ -45,14 +47,19 @@ class NextTokenPolicy(Driver):
         assert isinstance(transformer, CausalTransformer)
         assert isinstance(tokenizer, Tokenizer)
         config = transformer.config
-        self.num_classes = config.num_classes
         self.tokens_shape = (config.num_tokens,)
         self.image_size = config.side * tokenizer.config.downsampling
         check_fits(tokenizer.config, self.image_size, config.vocab_size, config.num_tokens)
         self._decoder: FastDecoder | None = None
+        self._prompts_version = transformer.prompts_version
         # Images of which the largest map has 2^30 numbers: cuDNN counts in 32 bits.
         decodable = max(1, 2**30 // (tokenizer.config.base_channels * self.image_size**2))
         super().__init__(parts, device, dtype, fast, strict, decodable)
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]
+        """Labels, or prompts of the table: see CausalTransformer.num_prompts."""
+        return self.transformer.num_prompts
 
     @property
     def transformer(self) -> CausalTransformer:
@@ -72,6 +79,12 @@ class NextTokenPolicy(Driver):
             raise InputError(f"run.strict=true cannot run on {self.device}: {product.why}; use run.strict=false")
         self.transformer.make_strict()
 
+    def _sample(self, *arguments: Any, **options: Any) -> Rollout:
+        if self._prompts_version != self.transformer.prompts_version:  # a captured graph reads the table before
+            self._prompts_version = self.transformer.prompts_version
+            self._sample_from(self.sampled)
+        return super()._sample(*arguments, **options)
+
     def _sample_batch(self, prompts: Prompts, key: Tensor, how: Sampling, keep: bool) -> Sampled:
         assert isinstance(self.sampled, CausalTransformer)
         return self._result(sample(self.sampled, self._rows(prompts, how), key, how, self._strength_N(how)), keep)
@@ -90,6 +103,11 @@ class NextTokenPolicy(Driver):
             key,
             pool=self.graph_pool,
         )
+
+    def _unconditional(self, prompts: Prompts) -> Prompts:
+        ids_B = self.transformer.unguided(prompts.ids_B)
+        assert ids_B is not None
+        return Prompts(ids_B)
 
     def _strength_N(self, how: Sampling) -> Tensor | None:
         """Of guidance, of each token; None where no token is guided."""

@@ -1,14 +1,18 @@
 """A causal transformer over the tokens of an image, of which a family names the layers and chooses the norms.
 
-The input of place 0 is the prompt, that of place n the token before: [prompt, token 0, ..., token N - 2] gives the
-logits of token 0 ... N - 1. `CausalTransformer.forward` computes all places of given tokens; `step` one place after
-those whose keys and values are in a cache. Parameter names are those of the published checkpoints, which is why each
-family builds its own blocks (varfast/policies/llamagen, taming).
+The inputs of the first places are the prompt, that of each later place is the token before: the last place of the
+prompt gives the logits of token 0, that of token n - 1 those of token n. A label is a prompt of one place. A text has a
+place for each of its tokens, and the texts of a batch are of unequal length: row r has its prompt at places 0 to p - 1,
+its image token j at place p + j, and padding behind them, where causal attention never looks (prompts.py).
+`CausalTransformer.forward` computes all places of given tokens; `step` one place after those whose keys and values are
+in a cache, `prefill` the places of the prompts before it. Parameter names are those of the published checkpoints, which
+is why each family builds its own blocks (varfast/policies/llamagen, taming, janus).
 Nothing here depends on train() or eval(): there is no dropout, or a log-probability would describe another policy than
 the one that was sampled.
 
-Axes: B image, L place, N token of an image, V vocabulary, C channel, H head of the queries, G head of keys and values,
-D channel of a head, F channel of the MLP, X channels of queries, keys and values together: (H + 2 G) D.
+Axes: B image, L place, T place of the longest prompt, N token of an image, M place of the cache (T + N - 1),
+V vocabulary, C channel, H head of the queries, G head of keys and values, D channel of a head, F channel of the MLP,
+X channels of queries, keys and values together: (H + 2 G) D.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from varfast import kernels
 from varfast.perf.cost import Checkpointing
 from varfast.policies.nexttoken.config import TransformerConfig
+from varfast.policies.nexttoken.prompts import Prompted, places_of, sequence_of, token_places
 from varfast.policies.precision import Head, MixedPrecision
 
 Pairs = Literal["adjacent", "halves"]
@@ -55,32 +60,47 @@ class LayerNorm(nn.LayerNorm):
 class KVCache:
     """Static keys and values of all blocks, one place written a step.
 
+    Args:
+        prompt_places: T.
     Attributes:
-        k_SBGND, v_SBGND: S blocks; place n holds what the token's block computed from the input of place n.
+        k_SBGMD, v_SBGMD: S blocks; place m holds what the token's block computed from the input of place m.
     """
 
-    def __init__(self, config: TransformerConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (2, config.depth, batch, config.kv_heads, config.num_tokens, config.head_dim)
-        self.k_SBGND, self.v_SBGND = torch.empty(shape, dtype=dtype, device=device).unbind()
+    def __init__(
+        self,
+        config: TransformerConfig,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        prompt_places: int = 1,
+    ) -> None:
+        places = prompt_places + config.num_tokens - 1
+        shape = (2, config.depth, batch, config.kv_heads, places, config.head_dim)
+        self.k_SBGMD, self.v_SBGMD = torch.empty(shape, dtype=dtype, device=device).unbind()
 
 
 class Cached(NamedTuple):
-    """Of a block: keys and values (B, G, N, D), and the place that comes next, () int64 on the device."""
+    """Of a block.
 
-    k_BGND: Tensor
-    v_BGND: Tensor
-    place: Tensor
+    Attributes:
+        k_BGMD, v_BGMD: keys and values.
+        place: that comes next, () for all images or (B,), int64 on the device; None: all places from 0 on, of prompts.
+    """
+
+    k_BGMD: Tensor
+    v_BGMD: Tensor
+    place: Tensor | None
 
 
 class Positions(NamedTuple):
     """What the blocks read of positions.
 
     Attributes:
-        rotary_NP2: table of varfast.policies.nexttoken.rotary, or None for a model without.
+        rotary_MP2: table of varfast.policies.nexttoken.rotary, or None for a model without.
         pairs: which two channels a pair is: "adjacent" (0, 1), (2, 3), ... or "halves" (0, D/2), (1, D/2 + 1), ...
     """
 
-    rotary_NP2: Tensor | None
+    rotary_MP2: Tensor | None
     pairs: Pairs = "adjacent"
 
 
@@ -116,21 +136,27 @@ class Block(nn.Module):
 
     def attend(self, x_BLC: Tensor, positions: Positions, cached: Cached | None = None) -> Tensor:
         """The attention branch: of all places, or of the one that follows those in the cache."""
-        qkv_BLX, rotary, pairs = self.qkv(x_BLC), positions.rotary_NP2, positions.pairs
+        qkv_BLX, rotary, pairs = self.qkv(x_BLC), positions.rotary_MP2, positions.pairs
         impl = STRICT_ATTENTION[x_BLC.device.type] if self.strict else "auto"
-        if cached is None:
-            q, k, v = kernels.split_heads_rotary(qkv_BLX, rotary, self.num_heads, self.kv_heads, pairs)
-            heads_BLHD = kernels.causal_attention(q, k, v, self.scale, impl)
-        else:
+        if cached is not None and cached.place is not None:
             k, v, place = cached
             q = kernels.split_heads_rotary_to_cache(qkv_BLX.squeeze(1), rotary, place, k, v, self.num_heads, pairs)
-            heads_BLHD = kernels.decode_attention(q, k, v, place, self.scale, impl).unsqueeze(1)
-        return self.attention_out(heads_BLHD.flatten(2))
+            heads_BHD = kernels.decode_attention(q, k, v, place, self.scale, impl)
+            return self.attention_out(heads_BHD.flatten(1).unsqueeze(1))
+        places = qkv_BLX.shape[1]
+        rotary = None if rotary is None else rotary[:places]
+        q, k, v = kernels.split_heads_rotary(qkv_BLX, rotary, self.num_heads, self.kv_heads, pairs)
+        if cached is not None:
+            cached.k_BGMD[:, :, :places] = k
+            cached.v_BGMD[:, :, :places] = v
+        return self.attention_out(kernels.causal_attention(q, k, v, self.scale, impl).flatten(2))
 
     def forward(
         self, x_BLC: Tensor, positions: Positions, cached: Cached | None = None, recompute_attention: bool = False
     ) -> Tensor:
-        """All places of given tokens; with a cache one place an image, whose key and value are added to it."""
+        """All places of given tokens; with a cache one place an image, or those of its prompt, whose keys and values
+        are added to it.
+        """
         given = (x_BLC, positions, cached)
         x_BLC = x_BLC + (recomputed(self.attend, *given) if recompute_attention else self.attend(*given))
         return x_BLC + self.mlp_branch(x_BLC)
@@ -160,23 +186,36 @@ class CausalTransformer(MixedPrecision):
 
     @abstractmethod
     def positions(self, device: torch.device) -> Positions:
-        """What the blocks read."""
+        """What the blocks read, of T + N - 1 places."""
 
     @property
-    def null_id(self) -> int | None:
-        """Id of the prompt that says nothing; None: the family has none."""
+    def num_prompts(self) -> int:
+        """Ids of prompts are below it: labels, or rows of a table of texts."""
+        return self.config.num_classes
+
+    @property
+    def prompts_version(self) -> int:
+        """Another one where the table of texts has been replaced."""
+        return 0
+
+    def unguided(self, ids_B: Tensor) -> Tensor | None:
+        """Ids of the same prompts as guidance has them: without what they say. None: the family has no such thing."""
         return None
 
-    @abstractmethod
     def embed_prompt(self, ids_B: Tensor) -> Tensor:
-        """Input of place 0, (B, C), in the dtype of the weights."""
+        """Of a prompt of one place: its input, (B, C), in the dtype of the weights."""
+        raise NotImplementedError
+
+    def embed_prompts(self, ids_B: Tensor) -> Prompted:
+        """Inputs of the places of prompts, without what `place_embedding` adds."""
+        return Prompted(self.embed_prompt(ids_B).unsqueeze(1), None)
 
     @abstractmethod
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Input of places from 1 on, (..., C), in the dtype of the weights, without what `place_embedding` adds."""
+        """Input of the places of tokens, (..., C), in the dtype of the weights, without what `place_embedding` adds."""
 
     def place_embedding(self) -> Tensor | None:
-        """Learned positions (at least N, C), in the dtype of the weights, that are added to the input; or None."""
+        """Learned positions (at least T + N - 1, C), in the dtype of the weights, added to the input; or None."""
         return None
 
     @abstractmethod
@@ -199,7 +238,10 @@ class CausalTransformer(MixedPrecision):
                 from their input on; "full": the blocks.
         Returns: (B, N, V) float32; row n is of token n.
         """
-        x_BLC = torch.cat([self.embed_prompt(ids_B).unsqueeze(1), self.embed_tokens(tokens_BN[:, :-1])], dim=1)
+        prompted, num_tokens = self.embed_prompts(ids_B), tokens_BN.shape[1]
+        x_BLC = torch.cat([prompted.x_BTC, self.embed_tokens(tokens_BN[:, :-1])], dim=1)
+        if prompted.length_B is not None:
+            x_BLC = places_of(x_BLC, sequence_of(prompted.length_B, prompted.x_BTC.shape[1], num_tokens))
         place_NC = self.place_embedding()
         if place_NC is not None:
             x_BLC = x_BLC + place_NC[: x_BLC.shape[1]]
@@ -209,22 +251,37 @@ class CausalTransformer(MixedPrecision):
                 x_BLC = recomputed(block, x_BLC, positions)
             else:
                 x_BLC = block(x_BLC, positions, None, checkpointing == "attention")
+        if prompted.length_B is not None:
+            x_BLC = places_of(x_BLC, token_places(prompted.length_B, num_tokens))
         return self.head_layer()(self.final_norm(x_BLC))
+
+    def prefill(self, x_BTC: Tensor, cache: KVCache) -> None:
+        """Write the keys and values of all places of prompts into a cache.
+
+        x_BTC: of `embed_prompts`. What a shorter prompt writes at its padding `step` overwrites before it is read.
+        """
+        place_NC = self.place_embedding()
+        if place_NC is not None:
+            x_BTC = x_BTC + place_NC[: x_BTC.shape[1]]
+        x_BTC, positions = x_BTC.to(self.compute_dtype), self.positions(x_BTC.device)
+        for block, k_BGMD, v_BGMD in zip(self.transformer_blocks(), cache.k_SBGMD, cache.v_SBGMD, strict=True):
+            x_BTC = block(x_BTC, positions, Cached(k_BGMD, v_BGMD, None))
 
     def step(self, x_BC: Tensor, place: Tensor, cache: KVCache) -> Tensor:
         """Logits of the token of one place, after the places that are in the cache; adds its own to the cache.
 
         Args:
-            x_BC: what `embed_prompt` or `embed_tokens` gives for this place.
-            place: () int64 on the device, so that a captured step reads the place of each replay.
+            x_BC: what `embed_prompts` or `embed_tokens` gives for this place.
+            place: () for all images or (B,), int64 on the device, so that a captured step reads the place of each
+                replay.
             cache: of B images.
         Returns: (B, V) float32.
         """
         place_NC = self.place_embedding()
         if place_NC is not None:
-            x_BC = x_BC + place_NC.index_select(0, place.view(1))
+            x_BC = x_BC + place_NC.index_select(0, place.view(-1))
         x_BLC, positions = x_BC.to(self.compute_dtype).unsqueeze(1), self.positions(x_BC.device)
-        for block, k_BGND, v_BGND in zip(self.transformer_blocks(), cache.k_SBGND, cache.v_SBGND, strict=True):
-            x_BLC = block(x_BLC, positions, Cached(k_BGND, v_BGND, place))
+        for block, k_BGMD, v_BGMD in zip(self.transformer_blocks(), cache.k_SBGMD, cache.v_SBGMD, strict=True):
+            x_BLC = block(x_BLC, positions, Cached(k_BGMD, v_BGMD, place))
         logits_BV: Tensor = self.head_layer()(self.final_norm(x_BLC)).squeeze(1)
         return logits_BV
