@@ -29,7 +29,8 @@ EXTENSION = "varfast.kernels._C"
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 # Those that name the CUDA kernels where there are any, and those that do not.
-HOST_SOURCES = ("ops.cpp", "grpo_loss.cpp")
+HOST_SOURCES = ("ops.cpp", "grpo_loss.cpp", "dpo_loss.cpp")
+CUDA_SOURCES = ("grpo_loss_cuda.cu", "dpo_loss_cuda.cu")
 CPU_SOURCES = (
     "grpo_loss_cpu.cpp",
     "split_heads_cpu.cpp",
@@ -147,12 +148,12 @@ class BuildExtension(build_ext):
             cpu_objects = [pool.submit(self.run_compiler, [cxx, *flags], source) for source in CPU_SOURCES]
             host = [cxx, *(with_cuda if cuda else flags)]
             host_objects = [pool.submit(self.run_compiler, host, source) for source in HOST_SOURCES]
-            cuda_object = pool.submit(self.run_compiler, cuda, "grpo_loss_cuda.cu") if cuda else None
+            cuda_objects = [pool.submit(self.run_compiler, cuda, source) for source in CUDA_SOURCES if cuda]
         link, libraries = [cxx, "-shared"], [f"-L{folder / 'lib'}", "-ltorch_cpu"]
         objects = [pending.result() for pending in (*host_objects, *cpu_objects)]
-        if cuda and cuda_object:
+        if cuda:
             try:
-                objects.append(cuda_object.result())
+                objects += [pending.result() for pending in cuda_objects]
             except subprocess.CalledProcessError as error:
                 self.say(f"nvcc failed: building the CPU part only. {' '.join(error.cmd)}\n{error.stderr}")
                 for source in HOST_SOURCES:  # over the objects of the same names

@@ -455,3 +455,19 @@ def test_grpo_token_loss(benchmark, record, per_token, ratio):
     numbers = 4 + per_token + 2 * (ratio == "sequence")
     row = harness.Row("grpo_token_loss", shape, "both", 0.0, io_bytes=batch * length * 4 * numbers)
     harness.measure(benchmark, record, row, calls)
+
+
+@pytest.mark.parametrize("batch", [64, 512])
+def test_dpo_loss(benchmark, record, batch):
+    """Of Janus-Pro's 576 tokens. Two launches are most of its time; the eager peer makes about thirty, both ways."""
+    length = 576
+    logp = randn(batch, length).requires_grad_()
+    ref = logp.detach() + 0.1 * randn(batch, length)
+
+    def by(impl):
+        return lambda: torch.autograd.grad(kernels.dpo_loss(logp, ref, beta=0.1, impl=impl)[0], logp)
+
+    calls = {"ours": by("auto"), "eager": by("reference")}
+    # Two numbers a token are read; the gradient is one number an image.
+    row = harness.Row("dpo_loss", f"{batch * length} tokens", "both", 0.0, io_bytes=batch * (8 * length + 4))
+    harness.measure(benchmark, record, row, calls)

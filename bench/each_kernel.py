@@ -91,6 +91,8 @@ def cases(
     filters = filters.contiguous(memory_format=torch.channels_last)
     key = torch.tensor([seed % 2**40, 3, 7], device=device)
     token_advantages = randn(length, batch, of=torch.float32, grad=False)
+    pairs = randn(6, length, of=torch.float32)
+    pairs_ref = pairs.detach() + randn(6, length, of=torch.float32, grad=False, times=0.1)
 
     def sampled(impl: str, x: Tensor) -> tuple[Tensor, ...]:
         found, logp, entropy = kernels.sample_tokens(x, key, 4, 0.7, impl=impl)
@@ -117,6 +119,9 @@ def cases(
         """One ratio an image, and the unbiased gradient of the KL."""
         others = (old.to(logp.dtype), ref.to(logp.dtype), advantages.to(logp.dtype))
         return kernels.grpo_token_loss(logp, *others, ratio="sequence", kl_gradient="unbiased", impl=impl)
+
+    def loss_of_pairs(impl: str, logp: Tensor) -> tuple[Tensor, ...]:
+        return kernels.dpo_loss(logp, pairs_ref.to(logp.dtype), beta=0.1, label_smoothing=0.1, impl=impl)
 
     def cached(impl: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         scale = logit_scale.detach().to(torch.promote_types(q.dtype, torch.float32))
@@ -205,6 +210,7 @@ def cases(
         Case("grpo_token_loss", loss, (logp,), floor=2e-6),
         Case("grpo_token_loss, by token", loss_of_tokens, (logp,), floor=2e-6),
         Case("grpo_token_loss, by image", loss_of_images, (logp,), floor=2e-6),
+        Case("dpo_loss", loss_of_pairs, (pairs,)),
     ]  # fmt: skip
     found += [Case(*three) for three in nexttoken_cases.functions(small, randn, device, **of_next_token)]
     if cannot_run_triton(device) is None:

@@ -212,6 +212,7 @@ QUICK_TESTS = (
     "tests/kernels/test_adaln.py", "tests/kernels/test_qkv.py", "tests/kernels/test_logprob.py",
     "tests/kernels/test_grpo_loss.py", "tests/kernels/test_group_norm.py", "tests/kernels/test_decode_attention.py",
     "tests/kernels/test_rotary.py", "tests/kernels/test_rms_norm.py", "tests/kernels/test_swiglu.py",
+    "tests/kernels/test_dpo_loss.py", "tests/kernels/test_unequal_prompts.py",
 )  # fmt: skip
 
 

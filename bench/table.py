@@ -30,6 +30,7 @@ OPS = (
     ("channel_moments", "Triton", "forward"),
     ("conv3x3", "cuDNN, Triton", "forward"),
     ("grpo_token_loss", "C++/CUDA", "both"),
+    ("dpo_loss", "C++/CUDA", "both"),
 )
 STEP_ROWS = ("rollout", "decode", "reference", "forward and backward", "optimizer", "update", "step")
 MODELS = ("d16", "d30")

@@ -1,20 +1,11 @@
 // The ops of kernels/grpo_loss.py: checks the arguments and allocates the results, for the CPU and the CUDA kernels.
 #include "grpo_loss.h"
 
-#ifdef VARFAST_CUDA
-#include <torch/csrc/stable/accelerator.h>
-#endif
-
+#include "cuda_host.h"
 #include "tensors.h"
 
 namespace varfast {
 namespace {
-
-// Calls body(T{}) with the C++ type of a dtype that was checked before.
-template <typename F>
-auto with_type(ScalarType dtype, const F& body) {
-  return dtype == ScalarType::Float ? body(float{}) : body(double{});
-}
 
 // The arguments of a forward pass, checked and made contiguous, and the tensors that it writes.
 struct Forward {
@@ -92,13 +83,13 @@ std::tuple<Tensor, Tensor, Tensor> grpo_token_loss_cpu(const Tensor& logp_BL, co
                                                        double clip_eps, double kl_beta, bool sequence_ratio,
                                                        bool unbiased_kl) {
   const Forward f(logp_BL, logp_old_BL, logp_ref_BL, advantages_BL, clip_eps, kl_beta, sequence_ratio, unbiased_kl);
-  with_type(f.logp.scalar_type(), [&](auto zero) { grpo_forward_cpu(f.pointers<decltype(zero)>()); });
+  with_wide(f.logp.scalar_type(), [&](auto zero) { grpo_forward_cpu(f.pointers<decltype(zero)>()); });
   return {f.loss, f.stats, f.grad};
 }
 
 Tensor grpo_token_loss_backward_cpu(const Tensor& grad_BL, const Tensor& grad_loss) {
   const Backward b(grad_BL, grad_loss);
-  with_type(b.grad.scalar_type(), [&](auto zero) {
+  with_wide(b.grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     grpo_backward_cpu(b.grad.const_data_ptr<T>(), b.upstream.const_data_ptr<T>(), b.out.mutable_data_ptr<T>(),
                       b.grad.numel());
@@ -107,19 +98,6 @@ Tensor grpo_token_loss_backward_cpu(const Tensor& grad_BL, const Tensor& grad_lo
 }
 
 #ifdef VARFAST_CUDA
-namespace {
-
-// Torch's current stream. Launches on another stream would not be ordered with torch's kernels, nor be captured.
-void* current_stream(int device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return stream;
-}
-
-void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "CUDA: ", error); }
-
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor> grpo_token_loss_cuda(const Tensor& logp_BL, const Tensor& logp_old_BL,
                                                         const MaybeTensor& logp_ref_BL, const Tensor& advantages_BL,
                                                         double clip_eps, double kl_beta, bool sequence_ratio,
@@ -129,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor> grpo_token_loss_cuda(const Tensor& logp_BL, c
   STD_TORCH_CHECK(f.logp.numel() < int64_t(1) << 32, "logp_BL: want less than 2^32 tokens");
   const int device = f.logp.get_device_index();
   const Tensor scratch = new_empty(f.logp, {grpo_cuda_scratch(f.logp.numel())}, ScalarType::Double);
-  with_type(f.logp.scalar_type(), [&](auto zero) {
-    check(grpo_forward_cuda(f.pointers<decltype(zero)>(), scratch.mutable_data_ptr<double>(), device,
+  with_wide(f.logp.scalar_type(), [&](auto zero) {
+    check_launch(grpo_forward_cuda(f.pointers<decltype(zero)>(), scratch.mutable_data_ptr<double>(), device,
                             current_stream(device)));
   });
   return {f.loss, f.stats, f.grad};
@@ -139,9 +117,9 @@ std::tuple<Tensor, Tensor, Tensor> grpo_token_loss_cuda(const Tensor& logp_BL, c
 Tensor grpo_token_loss_backward_cuda(const Tensor& grad_BL, const Tensor& grad_loss) {
   const torch::stable::accelerator::DeviceGuard guard(grad_BL.get_device_index());
   const Backward b(grad_BL, grad_loss);
-  with_type(b.grad.scalar_type(), [&](auto zero) {
+  with_wide(b.grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    check(grpo_backward_cuda(b.grad.const_data_ptr<T>(), b.upstream.const_data_ptr<T>(), b.out.mutable_data_ptr<T>(),
+    check_launch(grpo_backward_cuda(b.grad.const_data_ptr<T>(), b.upstream.const_data_ptr<T>(), b.out.mutable_data_ptr<T>(),
                              b.grad.numel(), current_stream(b.grad.get_device_index())));
   });
   return b.out;

@@ -7,11 +7,7 @@
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define VARFAST_INLINE __host__ __device__ __forceinline__
-#else
-#define VARFAST_INLINE inline
-#endif
+#include "host_device.h"
 
 namespace varfast {
 

@@ -28,6 +28,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varfast, m) {
       "grpo_token_loss(Tensor logp_BL, Tensor logp_old_BL, Tensor? logp_ref_BL, Tensor advantages_BL, float clip_eps, "
       "float kl_beta, bool sequence_ratio=False, bool unbiased_kl=False) -> (Tensor, Tensor, Tensor)");
   m.def("grpo_token_loss_backward(Tensor grad_BL, Tensor grad_loss) -> Tensor");
+  // Returns loss (), stats (6,), and d loss / d logp of every token of an image, (B,). loss_type: index in LOSS_TYPES.
+  m.def(
+      "dpo_loss(Tensor logp_BL, Tensor logp_ref_BL, float beta, float label_smoothing, int loss_type) -> "
+      "(Tensor, Tensor, Tensor)");
   // P pixels of an image, channels innermost. CPU only: on a GPU, Triton kernels run.
   m.def(
       "group_norm_silu_cpu(Tensor x_BPC, Tensor weight_C, Tensor bias_C, Tensor input_bias_C, int num_groups, "
@@ -96,6 +100,7 @@ STABLE_TORCH_LIBRARY_IMPL(varfast, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(varfast, CPU, m) {
   m.impl("grpo_token_loss", TORCH_BOX(&grpo_token_loss_cpu));
   m.impl("grpo_token_loss_backward", TORCH_BOX(&grpo_token_loss_backward_cpu));
+  m.impl("dpo_loss", TORCH_BOX(&dpo_loss_cpu));
   m.impl("group_norm_silu_cpu", TORCH_BOX(&group_norm_silu_cpu));
   m.impl("adaln_cpp", TORCH_BOX(&adaln_cpp));
   m.impl("adaln_backward_cpp", TORCH_BOX(&adaln_backward_cpp));
@@ -121,6 +126,7 @@ STABLE_TORCH_LIBRARY_IMPL(varfast, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(varfast, CUDA, m) {
   m.impl("grpo_token_loss", TORCH_BOX(&grpo_token_loss_cuda));
   m.impl("grpo_token_loss_backward", TORCH_BOX(&grpo_token_loss_backward_cuda));
+  m.impl("dpo_loss", TORCH_BOX(&dpo_loss_cuda));
 }
 #endif
 

@@ -27,6 +27,14 @@ std::tuple<Tensor, Tensor, Tensor> grpo_token_loss_cuda(const Tensor& logp_BL, c
 Tensor grpo_token_loss_backward_cuda(const Tensor& grad_BL, const Tensor& grad_loss);
 #endif
 
+// dpo_loss.cpp
+std::tuple<Tensor, Tensor, Tensor> dpo_loss_cpu(const Tensor& logp_BL, const Tensor& logp_ref_BL, double beta,
+                                                double label_smoothing, int64_t loss_type);
+#ifdef VARFAST_CUDA
+std::tuple<Tensor, Tensor, Tensor> dpo_loss_cuda(const Tensor& logp_BL, const Tensor& logp_ref_BL, double beta,
+                                                 double label_smoothing, int64_t loss_type);
+#endif
+
 // group_norm_cpu.cpp
 Tensor group_norm_silu_cpu(const Tensor& x_BPC, const Tensor& weight_C, const Tensor& bias_C,
                            const Tensor& input_bias_C, int64_t num_groups, double eps, bool silu);

@@ -37,6 +37,12 @@ void with_bits(ScalarType dtype, const F& body) {
   body(uint16_t{});
 }
 
+// Calls body(T{}) with the C++ type of a dtype that was checked to be float32 or float64.
+template <typename F>
+auto with_wide(ScalarType dtype, const F& body) {
+  return dtype == ScalarType::Float ? body(float{}) : body(double{});
+}
+
 inline ScalarType wide_of(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
 // Pointer to the elements of a tensor; the caller has checked the dtype.

@@ -91,6 +91,9 @@ implementations(
 def causal_attention(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, scale: float, impl: str = "auto") -> Tensor:
     """softmax(scale * q k^T) v, where each token sees itself and all tokens before it.
 
+    A row that is shorter than the others of its batch is padded at its end, with finite numbers. Its own tokens come
+    first and never see the padding.
+
     Args:
         q_BHLD: (B, H, L, D). Differentiable, as k and v are.
         k_BGLD, v_BGLD: (B, G, L, D), of the dtype of q; each key head serves H / G adjacent query heads.

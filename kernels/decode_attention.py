@@ -116,8 +116,9 @@ def decode_attention(
         q_BHD: (B, H, D) queries of the new tokens.
         k_cache_BGND, v_cache_BGND: (B, G, N, D). They already have the new tokens' key and value at `position`; later
             places are not read. Each key head serves H / G adjacent query heads.
-        position: int32 or int64 on the device, () or (B,), in [0, N). A captured CUDA graph reads its value at each
-            replay. On a GPU the value is not checked, because that would wait for the device.
+        position: int32 or int64 on the device, in [0, N): () for all images, or (B,), one for each image, where prompts
+            have unequal lengths. A captured CUDA graph reads its value at each replay. On a GPU the value is not
+            checked, because that would wait for the device.
         scale: factor of the logits, 1 / sqrt(D) usually.
         impl: "auto", "triton" (float32 or 16 bits, D up to 256), "cpp" (CPU, bfloat16; other dtypes as "sdpa"), "sdpa"
             (CPU) or "reference". "triton_invariant" (D = 64) and "sdpa_invariant" (CPU) are bitwise equal to
@@ -145,18 +146,20 @@ def decode_attention(
 
 def ahead_of_time() -> list[AheadOfTime]:
     """Few images, whose places are split between programs, and many; the heads of LlamaGen-L, 3B (head dim 100) and
-    Janus, and grouped heads; also one place, head and channel.
+    Janus-Pro-1B, whose rows have a place each, and grouped heads; also one place, head and channel.
 
     Rows of 100 bfloat16 numbers begin at multiples of 8 bytes, so 16-byte loads are impossible there.
     """
     from varfast.kernels import decode_triton
     from varfast.kernels.aot import recorded
 
-    def call(dtype: torch.dtype, batch: int, heads: tuple[int, int, int], places: int) -> None:
+    def call(
+        dtype: torch.dtype, batch: int, heads: tuple[int, int, int], places: int, rows: tuple[int, ...] = ()
+    ) -> None:
         num_heads, kv_heads, dim = heads
         q = torch.empty(batch, num_heads, dim, dtype=dtype)
         k, v = torch.empty(2, batch, kv_heads, places, dim, dtype=dtype).unbind()
-        decode_attention(q, k, v, torch.zeros((), dtype=torch.int64), dim**-0.5, impl="triton")
+        decode_attention(q, k, v, torch.zeros(rows, dtype=torch.int64), dim**-0.5, impl="triton")
 
     items = []
     all_heads: tuple[tuple[int, int, int], ...] = ((16, 16, 64), (32, 32, 100), (32, 8, 128))
@@ -167,6 +170,10 @@ def ahead_of_time() -> list[AheadOfTime]:
                 what = f"decode_attention {name} {heads} B={batch}"
                 main = dtype == torch.bfloat16
                 items += recorded(what, partial(call, dtype, batch, heads, 576), also_blackwell=main, narrow=narrow)
+    for batch in (2, 64):
+        what = f"decode_attention bf16 (16, 16, 128) B={batch}, a place a row"
+        called = partial(call, torch.bfloat16, batch, (16, 16, 128), 640, (batch,))
+        items += recorded(what, called, also_blackwell=True, narrow=(decode_triton._join_kernel,))
     items += recorded("decode_attention one place", partial(call, torch.float32, 1, (1, 1, 1), 1), fast=False)
     items += recorded("decode_attention odd", partial(call, torch.float32, 3, (6, 2, 20), 70), fast=False)
     return items

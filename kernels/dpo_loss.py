@@ -1,22 +1,69 @@
 """The loss of direct preference optimisation (DPO) of pairs of images, from the log-probabilities of their tokens.
 
+The kernels are in csrc/. All tokens of an image have the same gradient. So the forward pass returns one number for each
+image, and the backward pass writes no (B, L) array.
+
 Axes: B image, L token, P = B / 2 pair.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from varfast.kernels import reference
+from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, cannot_run_cuda
 from varfast.kernels.selection import Implementation, implementations, run
 
 DPO_STATS = ("reward_chosen", "reward_rejected", "reward_margin", "pair_accuracy", "logp_chosen", "logp_rejected")
 LOSS_TYPES = ("sigmoid", "hinge", "ipo")
 
-implementations("dpo_loss", Implementation("reference", reference.dpo_loss))
+
+# Registered by csrc/ops.cpp: dpo_loss(logp_BL, logp_ref_BL, beta, label_smoothing, loss_type) -> loss, stats, slope_B.
+
+
+def _fake(
+    logp_BL: Tensor, logp_ref_BL: Tensor, beta: float, label_smoothing: float, loss_type: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return logp_BL.new_empty(()), logp_BL.new_empty(len(DPO_STATS)), logp_BL.new_empty(len(logp_BL))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, stats, slope_B = output
+    ctx.shape = inputs[0].shape
+    ctx.mark_non_differentiable(stats, slope_B)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(slope_B)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    (slope_B,) = ctx.saved_tensors
+    grad_BL = None if grad_loss is None else (slope_B * grad_loss).unsqueeze(1).expand(ctx.shape)
+    return grad_BL, None, None, None, None
+
+
+def _run_extension(
+    logp_BL: Tensor, logp_ref_BL: Tensor, beta: float, label_smoothing: float, loss_type: str
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(logp_BL.dtype, torch.float32)
+    tensors = (logp_BL.to(dtype), logp_ref_BL.to(dtype))
+    loss, stats, _ = torch.ops.varfast.dpo_loss(*tensors, beta, label_smoothing, LOSS_TYPES.index(loss_type))
+    return loss, stats
+
+
+if NO_EXTENSION is None:
+    torch.library.register_fake("varfast::dpo_loss", _fake)
+    torch.library.register_autograd("varfast::dpo_loss", _backward, setup_context=_setup_context)
+
+implementations(
+    "dpo_loss",
+    Implementation("cuda", _run_extension, cannot_run_cuda, auto_on=("cuda",)),
+    Implementation("cpp", _run_extension, cannot_run_cpp, auto_on=("cpu",)),
+    Implementation("reference", reference.dpo_loss),
+)
 
 
 def dpo_loss(
@@ -41,7 +88,7 @@ def dpo_loss(
             pair is -(1 - eps) log sigma(z) - eps log sigma(-z) (cDPO).
         loss_type: "sigmoid"; "hinge": max(0, 1 - z); "ipo": (h - 1 / (2 beta))^2 with h = z / beta, and logp and ref
             averaged over the tokens, not summed, here and in the statistics, as in TRL.
-        impl: "auto" or "reference".
+        impl: "auto", "cuda", "cpp" or "reference".
     Returns:
         loss: scalar, differentiable in logp_BL, float32 (float64 for float64). All tokens of an image have the same
             gradient.

@@ -22,6 +22,7 @@ def _load() -> str | None:
         return f"the extension cannot be loaded: {error}; {HOW}"
     newest = (
         "grpo_token_loss",
+        "dpo_loss",
         "group_norm_silu_cpu",
         "split_heads_cpp",
         "adaln_cpp",
@@ -33,12 +34,29 @@ def _load() -> str | None:
     return f"the extension was built before it had {', '.join(missing)}; {HOW}" if missing else None
 
 
+def _why_no_cuda() -> str | None:
+    if NO_EXTENSION is not None:
+        return NO_EXTENSION
+    built, runs = torch.ops.varfast.built_for_cuda() // 1000, (torch.version.cuda or "none").split(".")[0]
+    if built == 0:
+        return f"the extension is built without CUDA; {HOW}"
+    if str(built) != runs:
+        return f"the extension is built with CUDA {built}, torch with CUDA {runs}: install again with nvcc {runs}"
+    return None
+
+
 NO_EXTENSION = _load()
+_NO_CUDA = _why_no_cuda()
 
 
 def cannot_run_cpp(device: torch.device) -> str | None:
     """Why the extension's CPU kernels cannot run on a device, or None if they can."""
     return NO_EXTENSION or (None if device.type == "cpu" else "it runs on the CPU")
+
+
+def cannot_run_cuda(device: torch.device) -> str | None:
+    """Why the extension's CUDA kernels cannot run on a device, or None if they can."""
+    return _NO_CUDA or (None if device.type == "cuda" else "it needs a CUDA device")
 
 
 def refused_by_cpp(x: Tensor, *_: Any) -> str | None:

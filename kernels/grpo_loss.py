@@ -13,28 +13,10 @@ import torch
 from torch import Tensor
 
 from varfast.kernels import reference
-from varfast.kernels.extension import HOW, NO_EXTENSION, cannot_run_cpp
+from varfast.kernels.extension import NO_EXTENSION, cannot_run_cpp, cannot_run_cuda
 from varfast.kernels.selection import Implementation, implementations, run
 
 GRPO_STATS = ("kl", "clip_fraction", "ratio_mean", "ratio_gap_mean", "ratio_gap_max")
-
-
-def _why_no_cuda() -> str | None:
-    if NO_EXTENSION is not None:
-        return NO_EXTENSION
-    built, runs = torch.ops.varfast.built_for_cuda() // 1000, (torch.version.cuda or "none").split(".")[0]
-    if built == 0:
-        return f"the extension is built without CUDA; {HOW}"
-    if str(built) != runs:
-        return f"the extension is built with CUDA {built}, torch with CUDA {runs}: install again with nvcc {runs}"
-    return None
-
-
-_NO_CUDA = _why_no_cuda()
-
-
-def _cannot_run_cuda(device: torch.device) -> str | None:
-    return _NO_CUDA or (None if device.type == "cuda" else "it needs a CUDA device")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,7 +87,7 @@ if NO_EXTENSION is None:
 
 implementations(
     "grpo_token_loss",
-    Implementation("cuda", _run_extension, _cannot_run_cuda, auto_on=("cuda",)),
+    Implementation("cuda", _run_extension, cannot_run_cuda, auto_on=("cuda",)),
     Implementation("cpp", _run_extension, cannot_run_cpp, auto_on=("cpu",)),
     Implementation("reference", reference.grpo_token_loss),
 )

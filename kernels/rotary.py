@@ -178,8 +178,9 @@ def split_heads_rotary_to_cache(
     Args:
         qkv_BX: (B, (H + 2 G) D).
         rotary_NP2: (N, D / 2, 2), a row for each place of the cache, or None.
-        position: int32 or int64 on the device, () or (B,), in [0, N). A captured CUDA graph reads its value at each
-            replay. On a GPU the value is not checked, because that would wait for the device.
+        position: int32 or int64 on the device, in [0, N): () for all images, or (B,), one for each image, where prompts
+            have unequal lengths. A captured CUDA graph reads its value at each replay. On a GPU the value is not
+            checked, because that would wait for the device.
         k_cache_BGND, v_cache_BGND: (B, G, N, D) of the dtype of qkv, unit stride in D; written in place.
         num_heads, pairs, impl: as in split_heads_rotary.
     Returns: q (B, H, D).
@@ -211,20 +212,27 @@ def split_heads_rotary_to_cache(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """Forward, backward, and into a cache, with the heads of LlamaGen-L, 3B (head dim 100) and Janus; also one token,
-    head and pair.
+    """Forward, backward, and into a cache, with the heads of LlamaGen-L, 3B (head dim 100) and Janus-Pro-1B, whose
+    rows have a place each; also one token, head and pair.
 
     Rows of 100 bfloat16 numbers begin at multiples of 8 bytes, so 16-byte loads are impossible there.
     """
     from varfast.kernels import rotary_triton
     from varfast.kernels.aot import recorded
 
-    def call(dtype: torch.dtype, heads: tuple[int, int, int], length: int, pairs: str, cached: bool) -> None:
+    def call(
+        dtype: torch.dtype,
+        heads: tuple[int, int, int],
+        length: int,
+        pairs: str,
+        cached: bool,
+        rows: tuple[int, ...] = (),
+    ) -> None:
         num_heads, kv_heads, dim = heads
         rotary = torch.empty(length, dim // 2, 2)
         if cached:
             k, v = torch.empty(2, 1, kv_heads, length, dim, dtype=dtype).unbind()
-            position = torch.zeros((), dtype=torch.int64)
+            position = torch.zeros(rows, dtype=torch.int64)
             qkv = torch.empty(1, (num_heads + 2 * kv_heads) * dim, dtype=dtype)
             split_heads_rotary_to_cache(qkv, rotary, position, k, v, num_heads, pairs, impl="triton")
         else:
@@ -244,6 +252,9 @@ def ahead_of_time() -> list[AheadOfTime]:
                     also_blackwell=dtype == torch.bfloat16,
                     narrow=narrow if heads[2] == 100 else (),
                 )
+    called = partial(call, torch.bfloat16, (16, 16, 128), 256, "halves", True, (1,))
+    what = "split_heads_rotary to cache bf16 (16, 16, 128) halves, a place a row"
+    items += recorded(what, called, also_blackwell=True)
     for cached in (False, True):
         for pairs in PAIRS:
             what = f"split_heads_rotary{' to cache' if cached else ''} one token, one head, {pairs}"

@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from varfast import Policy
+from varfast import InputError, Policy
+from varfast.data.prompts import Prompt, PromptSet, drawn
 from varfast.randomness import EVAL_STEP
-from varfast.runs.before_after import FILE, means, table
+from varfast.rewards import WeightedSum
+from varfast.runs.before_after import FILE, BeforeAfter, means, table
+from varfast.runs.pictures import shown_prompts
 from varfast.train import train
+from varfast.types import Prompts, Rollout
 
 
 def content(config):
@@ -16,7 +20,8 @@ def content(config):
 
 
 def summary(config):
-    return json.loads((Path(config.run.dir) / "summary.json").read_text())
+    whole = json.loads((Path(config.run.dir) / "summary.json").read_text())
+    return {when: whole[when] for when in ("before", "after")}
 
 
 def test_the_summary_is_the_mean_of_the_images_that_are_kept(make_config, capsys):
@@ -145,3 +150,67 @@ def test_kl_every_may_change_when_a_run_goes_on(make_config):
     config = make_config(grpo__kl_beta=0.0, run__steps=4, grpo__kl_every=2, update__lr=1e-4)
     train(config)
     assert list(kl_of(config)) == [4]
+
+
+class Painter:
+    """A policy of texts, whose images are as light as their prompt is long, and lighter by `light`."""
+
+    def __init__(self, prompts, light):
+        self.texts, self.light, self.sampled = prompts.texts, light, []
+
+    def sample(self, ids_B, temperature, *, seed, cfg, step, first_sample):
+        self.sampled += [(int(row), first_sample + i) for i, row in enumerate(ids_B)]
+        zeros = torch.zeros(len(ids_B), 4)
+        return Rollout(Prompts(ids_B), ids_B.unsqueeze(1), zeros, zeros, temperature, True)
+
+    def decode(self, tokens_BL):
+        grey = [len(self.texts[int(row)]) / 100 + self.light for row in tokens_BL[:, 0]]
+        return torch.tensor(grey).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+
+
+def table_of_prompts(make_config, tmp_path, prompts, **settings):
+    config = make_config(**{"eval__samples_per_label": 2, "eval__max_labels": 3} | settings)
+    return BeforeAfter(tmp_path, config, prompts.ids("train"), prompts), config
+
+
+def test_prompts_of_each_domain_are_measured_under_names_of_their_own(make_config, tmp_path):
+    domains = ["train"] * 5 + ["held_out"] * 4 + ["out_of_domain"]
+    prompts = PromptSet(tuple(Prompt("x" * (i + 1), domain=domain) for i, domain in enumerate(domains)))
+    found, config = table_of_prompts(make_config, tmp_path, prompts)
+    reward = WeightedSum(config.reward, prompts=prompts)
+    before = found.before(Painter(prompts, 0.0), reward, micro_batch=4)
+    policy = Painter(prompts, 0.5)
+    after = found.after(policy, reward, 1, None)
+    chosen = {domain: drawn(prompts.ids(domain), 3, config.run.seed) for domain in prompts.domains}
+    assert [len(ids) for ids in chosen.values()] == [3, 3, 1]
+    assert policy.sampled == [(row, n) for n, row in enumerate(r for ids in chosen.values() for r in ids for _ in "ab")]
+    for domain, end in (("train", ""), ("held_out", " (held out)"), ("out_of_domain", " (out of domain)")):
+        want = np.repeat([(row + 1) / 100 for row in chosen[domain]], 2)
+        np.testing.assert_allclose(before[f"reward{end}"], want, atol=1e-4)
+        np.testing.assert_allclose(after[f"reward/luma{end}"], want + 0.5, atol=1e-4)
+        assert len(after[f"entropy{end}"]) == len(want)
+    lines = table(found.values).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:7:3]] == ["reward", "reward (held out)"]
+    # What a run that goes on finds: the same values, or none if other prompts would be chosen.
+    assert json.loads((tmp_path / FILE).read_text())["labels"] == [row for row, _ in policy.sampled]
+    again = table_of_prompts(make_config, tmp_path, prompts)[0].values
+    assert again.keys() == found.values.keys()
+    assert all((again[when][name] == values).all() for when in again for name, values in found.values[when].items())
+    assert table_of_prompts(make_config, tmp_path, prompts, eval__max_labels=2)[0].values == {}
+
+
+def test_a_classifier_of_labels_is_refused_of_a_run_on_prompts(make_config, tmp_path):
+    with pytest.raises(InputError, match="eval.classifier=digits tells labels apart, and the run is on prompts"):
+        table_of_prompts(make_config, tmp_path, PromptSet.of(["a"]), eval__classifier="digits")
+
+
+def test_shown_prompts_are_of_all_domains_and_say_so():
+    domains = ["train"] * 20 + ["held_out"] * 9 + ["out_of_domain"]
+    prompts = PromptSet(tuple(Prompt(f"p{i}", domain=domain) for i, domain in enumerate(domains)))
+    rows, titles = shown_prompts(prompts, 8, 0)
+    assert [domains[row] for row in rows] == ["train"] * 5 + ["held_out"] * 2 + ["out_of_domain"]
+    assert titles[:5] == [f"p{row}" for row in rows[:5]]
+    assert titles[5:] == [f"(held out) p{row}" for row in rows[5:7]] + ["(out of domain) p29"]
+    assert shown_prompts(prompts, 8, 0) == (rows, titles) != shown_prompts(prompts, 8, 1)
+    for few in (1, 2):
+        assert [domains[row] for row in shown_prompts(prompts, few, 0)[0]] == ["train", "held_out"][:few]

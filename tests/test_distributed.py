@@ -134,6 +134,11 @@ CASES = {
                  "scale_alpha": 0.7, "entropy": {"coef": 0.1, "target": 0.5, "clamp": [0.0, 1.0]}},
         "update__lr": 1e-3, "update__epochs": 2,
     },
+    # Three pairs or fewer for two processes, of samples of a reference that moves.
+    "dpo": {
+        "dpo": {"samples": "reference", "reference_every": 2, "min_margin": 0.03}, "update__lr": 1e-3,
+        "rollout__labels_per_step": 3, "update__minibatch": 6, "update__micro_batch": 2, "update__epochs": 2,
+    },
     # Each image is scored among those of all processes, with moments that began with the base's.
     "loo_fid": {
         "policy__var": {"depth": 1, "patch_nums": [1, 8], "vocab_size": 16, "code_width": 4, "num_classes": 5},

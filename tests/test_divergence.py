@@ -39,8 +39,8 @@ def test_a_learning_rate_that_is_too_large_ends_with_a_diagnosis(make_config):
 def test_weights_that_are_not_finite_are_neither_saved_nor_shown(make_config, monkeypatch, value, every):
     step_of = Learner.step
 
-    def poisoned(self, scored, step):
-        stats = step_of(self, scored, step)
+    def poisoned(self, scored, step, total_steps):
+        stats = step_of(self, scored, step, total_steps)
         if step == 3:
             with torch.no_grad():
                 self.state.policy.trainable.class_emb.weight[5, 0] = (

@@ -427,10 +427,10 @@ def test_tabulate_pairs_and_leaves_out_what_is_not_there():
     rng = np.random.RandomState(0)
     labels = np.repeat([0, 1], 4)
     before, after = rng.rand(8), rng.rand(8)
-    rows = tabulate({"score/a": before}, {"score/a": after}, labels, {0, 1}, {})
+    rows = tabulate({"score/a": before}, {"score/a": after}, labels, {"seen": {0, 1}, "unseen": set()}, {})
     assert [row.labels for row in rows] == ["all", "seen"]  # no unseen label was sampled
     assert rows[0].checkpoint == mean_interval(after)
-    (alone,) = tabulate(None, {"score/a": after}, labels, None, {})
+    (alone,) = tabulate(None, {"score/a": after}, labels, {}, {})
     assert (alone.baseline, alone.difference) == (None, None)
     assert table([alone]).splitlines()[0].split() == ["checkpoint"]
     text = table(rows)

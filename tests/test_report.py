@@ -539,6 +539,39 @@ def test_labels_are_called_by_name_where_the_folder_gives_names(make_run, conten
     assert "label 22" in parsed.text
 
 
+def test_prompts_are_shown_by_domain_and_text(make_run):
+    """What a run on texts leaves: values by domain, prompts.jsonl, and an evaluation of prompts."""
+    ends = {"": 4, " (held out)": 3, " (out of domain)": 1}
+    values = [{f"{n}{end}": [x] * k for end, k in ends.items() for n in ("reward", "reward/luma")} for x in (0.25, 0.5)]
+    folder = make_run(before_after=before_after(*values))
+    prompts = [{"prompt": text, "tag": "", "domain": "train"} for text in ("a\u2028 red <b>", "two dogs")]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in prompts))
+    with RunLog(folder, 3, 3, tensorboard=False) as log:
+        log.samples(
+            3, torch.zeros(2, 3, 8, 8), torch.arange(2), Rewards(torch.arange(2.0), {"luma": torch.arange(2.0)})
+        )
+    number = {"value": 0.5, "low": 0.25, "high": 0.75}
+    rows = [{"name": "geneval", "labels": group, "reference": None, "checkpoint": number, "difference": None}
+            for group in ("all", "held_out", "tag:counting")]  # fmt: skip
+    pictures = {"columns": [{"of": "checkpoint", "sample": 0}], "rows": [0], "titles": ["five oaks"]}
+    measured = {"images": 8, "labels": 4, "prompts": 4, "intervals": "95 %", "rows": rows, "pictures": pictures}
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(measured))
+    save_picture(folder / "evaluation" / "pictures.png", np.zeros((8, 8, 3), np.uint8))
+    shown = page([read_run(folder, "x")])
+    assert "Left out" not in shown
+    top = re.findall(r'<th scope="row">(reward.*?)</th>', shown[: shown.index("Is it healthy?")])
+    assert top == [f"reward (luma){end}" for end in ends]
+    parsed = Page(shown)
+    assert "4 fresh images" in parsed.text
+    assert "label 1 two dogs" in parsed.text
+    assert "8 images a model, of 4 prompts." in parsed.text
+    assert re.search("geneval, held out prompts.*geneval, tag counting", parsed.text, re.S)
+    assert "A row a prompt (five oaks)" in parsed.text
+    (folder / "prompts.jsonl").write_text("[\n")
+    assert "prompts.jsonl: a line is not valid JSON" in report(folder).text
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Verdicts
 

@@ -34,7 +34,13 @@ from varfast.runs.setup import fitting_plan
 from varfast.train import main, train
 
 STAGES = ("rollout", "decode", "reward", "reference", "update", "optimizer")
-TIMES = ("step_s", "images_per_s", "mfu", *(f"{stage}_{what}" for stage in STAGES for what in ("ms", "share")))
+TIMES = (
+    "step_s",
+    "images_per_s",
+    "mfu",
+    "spent_hours",
+    *(f"{stage}_{what}" for stage in STAGES for what in ("ms", "share")),
+)
 
 
 def lines(folder):
@@ -164,11 +170,11 @@ def test_reported_kl_is_to_the_policy_of_the_last_refresh(make_config, monkeypat
     """One optimizer step a rollout: the KL of a step is between two sets of weights; in float64, written out."""
     policies, rollouts = [], []
 
-    def record(self, scored, step, step_of=Learner.step):
+    def record(self, scored, step, total_steps, step_of=Learner.step):
         policies.append(copy.deepcopy(self.state.policy.trainable).double())
         policies[-1].compute_dtype = torch.float64
         rollouts.append(scored.rollout)
-        return step_of(self, scored, step)
+        return step_of(self, scored, step, total_steps)
 
     monkeypatch.setattr(Learner, "step", record)
     config = make_config(run__steps=5, update__minibatch=8, update__lr=1e-2, grpo__reference_every=every)
@@ -193,11 +199,11 @@ def test_kl_is_to_the_average_of_the_policies_of_before(make_config, monkeypatch
     """grpo.reference_ema: the average after each step, and the KL to it in the next, in float64 written out."""
     policies, rollouts = [], []
 
-    def record(self, scored, step, step_of=Learner.step):
+    def record(self, scored, step, total_steps, step_of=Learner.step):
         policies.append(copy.deepcopy(self.state.policy.trainable).double())
         policies[-1].compute_dtype = torch.float64
         rollouts.append(scored.rollout)
-        return step_of(self, scored, step)
+        return step_of(self, scored, step, total_steps)
 
     monkeypatch.setattr(Learner, "step", record)
     config = make_config(run__steps=4, update__minibatch=8, update__lr=1e-2, grpo__reference_ema=0.75)

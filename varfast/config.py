@@ -16,6 +16,7 @@ from varfast.data.config import PromptsConfig
 from varfast.losses.config import DPOConfig, GRPOConfig, LossConfig
 from varfast.optim.config import UpdateConfig
 from varfast.policies.config import RolloutConfig
+from varfast.policies.janus.config import JanusPolicyConfig
 from varfast.policies.llamagen.config import LlamaGenPolicyConfig
 from varfast.policies.taming.config import TamingPolicyConfig
 from varfast.policies.var.config import VARPolicyConfig
@@ -27,7 +28,9 @@ from varfast.settings.schema import Wanted
 from varfast.settings.section import Section, check_divides, check_labels
 
 # The families of models; varfast/policies/families.py says how to add one.
-PolicyConfig = Annotated[VARPolicyConfig | LlamaGenPolicyConfig | TamingPolicyConfig, Field(discriminator="family")]
+PolicyConfig = Annotated[
+    VARPolicyConfig | LlamaGenPolicyConfig | TamingPolicyConfig | JanusPolicyConfig, Field(discriminator="family")
+]
 
 
 class KernelsConfig(Section):
@@ -95,7 +98,9 @@ class KernelsConfig(Section):
     grpo_token_loss: Literal["auto", "cuda", "cpp", "reference"] = Field(
         "auto", description="the loss, from log-probabilities"
     )
-    dpo_loss: Literal["auto", "reference"] = Field("auto", description="the loss of pairs, from log-probabilities")
+    dpo_loss: Literal["auto", "cuda", "cpp", "reference"] = Field(
+        "auto", description="the loss of pairs, from log-probabilities"
+    )
     adamw_step: Literal["auto", "triton", "library", "reference"] = Field(
         "auto", description="of update.optimizer=adamw: one step; library: PyTorch's fused AdamW"
     )
@@ -157,6 +162,11 @@ class Config(Section):
     def holds_reference(self) -> bool:
         """Whether the base model is held beside the policy: for the loss, or to measure the KL."""
         return self.loss.reads_reference or self.measure_kl_every is not None
+
+    @property
+    def sampled_images(self) -> int:
+        """Images a step that are sampled and scored; 0 where saved pairs are learned from."""
+        return self.rollout.images if self.loss.saved_pairs is None else 0
 
     @property
     def learned_images(self) -> int:
@@ -245,7 +255,7 @@ class Config(Section):
         if self.dpo is not None and "grpo" in self.model_fields_set:
             keys = ", ".join(f"grpo.{key}" for key in sorted(self.grpo.model_fields_set)) or "grpo"
             raise ValueError(f"dpo beside {keys}: a run minimises one loss; leave one out (grpo=null, or dpo=null)")
-        if loss.learned(group) > group:
+        if loss.saved_pairs is None and loss.learned(group) > group:
             raise ValueError(
                 f"dpo.pairs_per_prompt={loss.learned(group) // 2} takes {loss.learned(group)} images of each group, "
                 f"which has rollout.group_size={group}; sample more, or make fewer pairs"
@@ -262,10 +272,10 @@ class Config(Section):
                 f"grpo.scale_alpha={self.grpo.scale_alpha:g} weights tokens by the scale that they are of; "
                 f"policy.family={self.policy.family} has no scales: leave it out"
             )
-        if self.policy.lora is not None and (moves := loss.reference_moves):
+        if self.run.budget_images is not None and loss.saved_pairs is not None:
             raise ValueError(
-                f"{loss.name}.{moves} with policy.lora: the reference is the base with the adapter off, which does not "
-                "move; leave one of them out"
+                f"run.budget_images={self.run.budget_images} with dpo.pairs={loss.saved_pairs}, which samples none; "
+                "use run.budget_flop or run.budget_hours"
             )
 
     def _check_guidance(self) -> None:
@@ -294,6 +304,12 @@ class Config(Section):
             impl = getattr(self.kernels, op)
             if impl != "auto":
                 raise ValueError(f"run.strict=true chooses attention itself; leave kernels.{op}={impl} out")
+        if self.loss.samples_reference or self.loss.saved_pairs is not None:
+            key = "dpo.samples=reference" if self.loss.samples_reference else f"dpo.pairs={self.loss.saved_pairs}"
+            raise ValueError(
+                f"run.strict=true compares the policy with what it has sampled itself, which {key} is not; leave one "
+                "of them out"
+            )
 
 
 class RooflineConfig(Config):

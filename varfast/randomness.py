@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     ADAPTER = 4
     REWARD = 5
     PROMPTS = 6
+    PAIRS = 7
 
 
 # Values of `step` in the key of token sampling that no training step has (steps are below 2^32 - 3).

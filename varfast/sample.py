@@ -3,6 +3,8 @@
     python -m varfast.sample checkpoint=runs/digits out=digits.png
     python -m varfast.sample checkpoint=hf://FoundationVision/var/var_d16.pth \
         vqvae=hf://FoundationVision/var/vae_ch160v4096z32.pth 'labels=[golden retriever,980]' cfg=4 top_k=900 top_p=0.95
+    python -m varfast.sample checkpoint=runs/janus 'prompts=[a red cube, two dogs]' cfg=5
+    python -m varfast.sample checkpoint=runs/janus prompts=prompts.txt
 """
 
 from __future__ import annotations
@@ -18,14 +20,17 @@ import torch
 
 from varfast.data.labels import caption, label_names, label_numbers
 from varfast.evaluation.config import SampleConfig
+from varfast.evaluation.subjects import asked_of, check_kind
 from varfast.policies.checks import check_finite
 from varfast.policies.device import pick_device
+from varfast.policies.protocol import Policy
+from varfast.policies.text import reads_texts
 from varfast.progress import Progress
 from varfast.randomness import Key
 from varfast.runs.load import load_policy
-from varfast.runs.pictures import PICTURE_FORMATS, image_grid, save_picture
+from varfast.runs.pictures import PICTURE_FORMATS, image_grid, prompt_title, save_picture
 from varfast.settings.loading import parse_arguments
-from varfast.settings.section import check_divides
+from varfast.settings.section import MANY, check_divides
 from varfast.types import InputError, Prompts, Sampling
 
 _ROWS = 8
@@ -47,11 +52,9 @@ def main(arguments: list[str]) -> int:
         family=config.family,
         argument="checkpoint",
     )
-    names = label_names(config.checkpoint, policy.num_classes)
-    labels = list(range(min(_ROWS, policy.num_classes)))
-    if config.labels is not None:
-        labels = label_numbers("labels", config.labels, policy.num_classes, names)
-    labels_B = torch.tensor(labels).repeat_interleave(config.samples_per_label)
+    check_kind(config, policy)
+    rows, titles, left_out = _prompts(config, policy) if reads_texts(policy) else _labels(config, policy)
+    labels_B = torch.tensor(rows).repeat_interleave(config.samples_per_label)
     check_divides("micro_batch", config.micro_batch, len(labels_B))
     size = config.micro_batch or len(labels_B)
     how = Sampling(config.temperature, config.cfg, config.top_k, config.top_p)
@@ -63,12 +66,32 @@ def main(arguments: list[str]) -> int:
             check_finite(rollout, images)
             parts.append(images)
             progress.update()
-    titles = [caption(label, names) for label in labels]
     save_picture(out, image_grid(torch.cat(parts), config.samples_per_label, titles))
-    print(f"{out}: {len(labels)} labels x {config.samples_per_label} samples")
-    if config.labels is None and len(labels) < policy.num_classes:
-        left_out = (
-            f"{len(labels)} to {policy.num_classes - 1}" if policy.num_classes > len(labels) + 1 else f"{len(labels)}"
-        )
-        print(f"labels 0 to {len(labels) - 1} are shown; for {left_out}: labels=[{len(labels)}, ...]")
+    what = "prompts" if reads_texts(policy) else "labels"
+    print(f"{out}: {len(rows)} {what} x {config.samples_per_label} samples{left_out}")
     return 0
+
+
+def _labels(config: SampleConfig, policy: Policy) -> tuple[list[int], list[str], str]:
+    """Labels, titles of their rows, and a note on those that are not shown."""
+    names = label_names(config.checkpoint, policy.num_classes)
+    if config.labels is not None:
+        labels = label_numbers("labels", config.labels, policy.num_classes, names)
+        return labels, [caption(label, names) for label in labels], ""
+    labels, num = list(range(min(_ROWS, policy.num_classes))), policy.num_classes
+    note = ""
+    if len(labels) < num:
+        others = f"{len(labels)} to {num - 1}" if num > len(labels) + 1 else f"{len(labels)}"
+        note = f"\nlabels 0 to {len(labels) - 1} are shown; for {others}: labels=[{len(labels)}, ...]"
+    return labels, [caption(label, names) for label in labels], note
+
+
+def _prompts(config: SampleConfig, policy: Policy) -> tuple[list[int], list[str], str]:
+    """The same of prompts, of which the policy makes its table."""
+    found = asked_of(config, MANY)
+    shown = found if config.prompts is not None else found[:_ROWS]
+    policy.set_prompts([prompt.text for prompt in shown])
+    note = ""
+    if len(shown) < len(found):
+        note = f"\nthe first {len(shown)} of {len(found)} prompts are shown; others: prompts=[...], a .txt or a .jsonl"
+    return list(range(len(shown))), [prompt_title(prompt.text) for prompt in shown], note

@@ -27,6 +27,7 @@ class State:
         loss: how the reference moves: reference_every, reference_ema.
 
     Attributes:
+        sampler: what a step's images are sampled from: the policy, or its reference.
         step: rollouts that are done, skipped ones too.
         skipped_rollouts: the last ones in a row whose rewards were not finite; nothing was learned from them.
         spent: by the steps that are done, skipped ones too. learned_spent: by those that a checkpoint holds now.
@@ -41,6 +42,7 @@ class State:
         loss: LossConfig | None = None,
     ) -> None:
         self.policy, self.reference, self.rewards = policy, reference, rewards
+        self.sampler = reference if reference is not None and loss is not None and loss.samples_reference else policy
         self.adamw = ClippedAdamW(policy, update)
         self.averages = Averages(policy.trainable, update.ema_decay)
         self._reference_every = None if loss is None else loss.reference_every
@@ -67,7 +69,9 @@ class State:
         }
         state: dict[str, Mapping[str, Tensor]] = {kind: tensors for kind, tensors in kept.items() if tensors}
         if self.reference is not None and self._reference_every is not None:
-            state["reference"] = {name: p.detach() for name, p in self.reference.trainable.named_parameters()}
+            shared = {id(p) for p in self.policy.trainable.parameters()}  # beneath an adapter
+            named = self.reference.trainable.named_parameters()
+            state["reference"] = {name: p.detach() for name, p in named if id(p) not in shared}
         return state
 
     def load(self, checkpoint: Checkpoint) -> None:

@@ -28,6 +28,7 @@ from varfast.losses.dpo import DPO
 from varfast.losses.grpo import GRPO
 from varfast.policies.protocol import Policy
 from varfast.randomness import Key
+from varfast.runs.pairs import LearnedPairs
 from varfast.runs.run import Run
 from varfast.runs.setup import begin, set_up
 from varfast.types import Prompts, Sampling
@@ -61,10 +62,12 @@ def train(
         config, plan, world = setup.config, setup.plan, setup.world
         # Policy, reference, optimizer, rewards.
         state, before_after = begin(setup, beside, of_folder, policy)
-        policy, group_size = state.policy, config.rollout.group_size
+        sampler, group_size = state.sampler, config.rollout.group_size
         how = Sampling(config.rollout.temperature, config.rollout.cfg)
         learner = Learner(state, minimised, config.update, plan.update, config.run.steps, config.run.seed, world)
         with Run(setup, state, before_after, profile) as run:
+            if config.loss.saved_pairs is not None:
+                return _learn(run, learner, LearnedPairs(setup, state.policy, of_folder))
             for step in run.steps():
                 state.begin_step()
                 # Roll out: sample a group of images for each label that is drawn.
@@ -74,7 +77,7 @@ def train(
                 )
                 prompts_b = Prompts(labels_P).repeat(group_size).rows(run.shard)
                 with run.advised("rollout"):
-                    rollout_b, images = policy.sample_images(
+                    rollout_b, images = sampler.sample_images(
                         prompts_b, how, key, plan.rollout.micro_batch, keep_input=True
                     )
                 # Score the images, and compare those of a group with one another.
@@ -91,6 +94,17 @@ def train(
                     metrics = learner.step(batch, step, run.total_steps)
                 run.record(rollout, images, rewards, batch.numbers, metrics | drift)
             return run.finish()
+
+
+def _learn(run: Run, learner: Learner, pairs: LearnedPairs) -> int:
+    """Steps of DPO on saved pairs, without rollout and reward."""
+    for step in run.steps():
+        run.state.begin_step()
+        batch = pairs.batch(step)
+        with run.advised("update"), torch.enable_grad():
+            metrics = learner.step(batch, step, run.total_steps)
+        run.record_saved(batch.numbers, metrics)
+    return run.finish()
 
 
 def _chosen(config: Config) -> Loss:

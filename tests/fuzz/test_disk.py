@@ -36,7 +36,7 @@ from varfast.sample import main as sample
 from varfast.train import train
 
 HERE = Path(__file__).parent
-TIMES = ("step_s", "images_per_s", "mfu")
+TIMES = ("step_s", "images_per_s", "mfu", "spent_hours")
 LONGEST_S = 60  # of one run, on a machine that others use too
 STEPS = 4
 everything = pytest.mark.skipif(

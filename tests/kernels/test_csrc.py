@@ -39,7 +39,8 @@ def test_extension_is_built_where_there_is_a_compiler():
     attention = {"block_causal_attention", "cached_attention"}
     next_token = {"rms_norm", "residual_rms_norm", "swiglu", "split_heads_rotary", "split_heads_rotary_to_cache"}
     next_token |= {"decode_attention"}
-    assert picked == {"grpo_token_loss", "group_norm_silu", "gelu_bias"} | split | adaln | attention | next_token
+    losses = {"grpo_token_loss", "dpo_loss"}
+    assert picked == {"group_norm_silu", "gelu_bias"} | losses | split | adaln | attention | next_token
 
 
 @needs_nvcc
@@ -53,10 +54,19 @@ def test_extension_is_built_with_cuda_where_there_is_nvcc():
 
 
 @needs_nvcc
-def test_cuda_kernels_do_not_spill_on_any_architecture(tmp_path):
+@pytest.mark.parametrize(
+    ("source", "kernels", "registers_at_most"),
+    [
+        # Forward and backward, of float32 with and without 128-bit loads and of float64; the image's ratio of both.
+        # 64 registers: four blocks of 256 threads an SM.
+        ("grpo_loss_cuda.cu", 8, 64),
+        ("dpo_loss_cuda.cu", 4, 96),  # pairs and means, of both dtypes
+    ],
+)
+def test_cuda_kernels_do_not_spill_on_any_architecture(tmp_path, source, kernels, registers_at_most):
     command = setup.nvcc_command(NVCC, {})
     compiled = subprocess.run(
-        [*command, "-Xptxas", "-v", "-c", str(ROOT / "csrc/grpo_loss_cuda.cu"), "-o", str(tmp_path / "cuda.o")],
+        [*command, "-Xptxas", "-v", "-c", str(ROOT / "csrc" / source), "-o", str(tmp_path / "cuda.o")],
         capture_output=True,
         text=True,
         check=True,
@@ -64,10 +74,9 @@ def test_cuda_kernels_do_not_spill_on_any_architecture(tmp_path):
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", compiled)]
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled)
     num_architectures = sum(flag.startswith("arch=") and "code=sm_" in flag for flag in command)
-    # Forward and backward, of float32 with and without 128-bit loads and of float64; the image's ratio of both.
-    assert len(registers) == len(frames) == 8 * num_architectures > 0
+    assert len(registers) == len(frames) == kernels * num_architectures > 0
     assert set(frames) == {("0", "0", "0")}, compiled
-    assert max(registers) <= 64, compiled  # four blocks of 256 threads an SM
+    assert max(registers) <= registers_at_most, compiled
 
 
 PROGRAM = """
@@ -180,8 +189,8 @@ def build(folder, **environment):
     shutil.copytree(folder / "varfast", folder / "installed/varfast")
     shutil.copytree(folder / "kernels", folder / "installed/varfast/kernels")
     code = (
-        "import torch, varfast; from varfast.kernels import grpo_loss as g; print(g.__file__); "
-        "print(g._cannot_run_cuda(torch.device('cuda'))); print(g.cannot_run_cpp(torch.device('cpu')))"
+        "import torch, varfast; from varfast.kernels import extension as e; print(e.__file__); "
+        "print(e.cannot_run_cuda(torch.device('cuda'))); print(e.cannot_run_cpp(torch.device('cpu')))"
     )
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=folder / "installed", capture_output=True, text=True, check=True

@@ -15,7 +15,8 @@ LOSS_TYPES = ["sigmoid", "hinge", "ipo"]
 @pytest.fixture(
     params=[
         ("reference", "cpu"),
-        pytest.param(("reference", "cuda"), marks=pytest.mark.gpu),
+        ("cpp", "cpu"),
+        pytest.param(("cuda", "cuda"), marks=pytest.mark.gpu),
     ],
     ids="-".join,
 )
@@ -180,6 +181,21 @@ def test_dpo_loss_is_bitwise_repeatable_whatever_the_threads(where):
             assert all(torch.equal(again[name], first[name]) for name in first)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_dpo_loss_opcheck(where):
+    if where.impl == "reference":
+        pytest.skip("not an op of PyTorch's library")
+    logp, ref = (x.to(where.device) for x in inputs(4, 7))
+    torch.library.opcheck(torch.ops.varfast.dpo_loss, (logp.requires_grad_(), ref, 0.1, 0.1, 0))
+
+
+def test_dpo_loss_backward_writes_one_number_an_image(where):
+    if where.impl == "reference":
+        pytest.skip("of the extension")
+    logp, ref = (x.to(where.device) for x in inputs(4, 7))
+    asked = torch.ops.varfast.dpo_loss(logp.requires_grad_(), ref, 0.1, 0.1, 0)[0]
+    assert torch.autograd.grad(asked, logp)[0].stride() == (1, 0)
 
 
 def test_dpo_loss_gives_the_reference_no_gradient(where):

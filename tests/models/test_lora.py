@@ -129,6 +129,31 @@ def test_reference_is_the_base_bit_for_bit_and_takes_no_memory(make_adapted, dty
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_reference_that_moves_is_the_adapter_of_the_last_refresh(make_adapted, dtype):
+    policy, base = make_adapted(dtype, moved=False)
+    reference = policy.frozen_copy(moves=True)
+    assert torch.equal(logp(reference), logp(plain(policy, base, dtype)))
+    learner = make_learner(policy, reference, minibatch=4, lr=1e-2)
+    for step in range(2):
+        before = logp(policy)
+        learner.step(scored(policy), step)
+        assert torch.equal(logp(reference), before)  # the policy moves alone
+        assert float((logp(policy) - before).abs().max()) > 1e-3
+        reference.refresh(policy)
+        assert torch.equal(logp(reference), logp(policy))
+        # What is sampled is the reference too, by the copies that it reads.
+        rollouts = [p.sample([0, 1, 2, 3], 0.7, seed=step) for p in (policy, reference)]
+        assert torch.equal(rollouts[0].tokens_BL, rollouts[1].tokens_BL)
+    own = {t.data_ptr() for t in adapter(policy).values()}
+    theirs = {p.data_ptr() for name, p in reference.var.named_parameters() if "lora_" in name}
+    assert len(theirs) == len(own)
+    assert not own & theirs
+    rest = [{p.data_ptr() for p in m.var.parameters()} for m in (policy, reference)]
+    assert rest[0] - own == rest[1] - theirs
+    assert not any(p.requires_grad for p in reference.var.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rollout_and_update_have_one_policy_and_see_each_step(make_adapted, dtype):
     policy, _ = make_adapted(dtype)
     tolerance = 1e-4 if dtype == "float32" else 0.1

@@ -228,7 +228,7 @@ def text_policy(texts=TEXTS, dtype="float32", **options):
         for parameter in model.parameters():
             parameter.mul_(7.0 if parameter.ndim > 1 else 1.0)
     unguided = [[*text[:1], *[0] * (len(text) - 2), *text[-1:]][: len(text)] for text in texts]
-    model.prompts.set(texts, unguided, CPU)
+    model.prompts.add([str(text) for text in texts], texts, unguided, CPU)
     parts = make("llamagen").parts
     return LlamaGenPolicy(model, parts["vq"], CPU, dtype, **options)
 
@@ -286,11 +286,13 @@ def test_a_captured_step_takes_prompts_of_unequal_length_and_a_new_table_drops_i
     sampler, reference = policy._sampler, policy.frozen_copy()
     policy.sample([0], seed=7)
     assert policy._sampler is sampler
-    policy.transformer.prompts.set([[1, 8, 2]], [[1, 0, 2]], CPU)
-    other = policy.sample([0], seed=7)
+    policy.transformer.prompts.add(["longer"], [[1, 8, 8, 8, 8, 8, 8, 8, 2]], [[1, 0, 0, 0, 0, 0, 0, 0, 2]], CPU)
+    other = policy.sample([5, 3, 0, 1, 2], 0.9, seed=7, cfg=2.0, first_sample=-1)
     assert policy._sampler is not sampler
-    assert policy.num_classes == reference.num_classes == 1  # one table
-    assert torch.equal(reference.sample([0], seed=7).tokens_BL, other.tokens_BL)
+    assert policy.num_classes == reference.num_classes == 6  # one table
+    assert torch.equal(other.tokens_BL[1:], eager.tokens_BL)  # ids that were there are what they were
+    policy.transformer.prompts.clear()
+    assert policy.num_classes == reference.num_classes == 0
 
 
 @pytest.mark.parametrize(("dtype", "cfg"), [("float32", 0.0), ("bfloat16", 2.0)])

@@ -162,7 +162,7 @@ class FolderImages(Dataset[tuple[Tensor, ...]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         path, label = self._files[index]
         picture = read_rgb(path, f"pretrain.dataset={self.folder}")
-        return _random_crop(picture, self._size), torch.tensor(label)
+        return random_crop(picture, self._size), torch.tensor(label)
 
 
 def class_folders(folder: str) -> list[str]:
@@ -174,7 +174,8 @@ def class_folders(folder: str) -> list[str]:
     if os.path.isfile(folder):
         raise InputError(f"{where}: a file; want a folder with a sub-folder a class (unpack an archive first)")
     if not os.path.isdir(folder):
-        raise InputError(f"{where}: no such folder; want 'digits' or a folder with a sub-folder a class")
+        captions = "; captions are for a model that is conditioned on text" if folder == "captioned_digits" else ""
+        raise InputError(f"{where}: no such folder; want 'digits' or a folder with a sub-folder a class{captions}")
     try:
         entries = [entry for entry in sorted_entries(folder) if not is_hidden(entry.name)]
         gone = [entry.name for entry in entries if entry.is_symlink() and not os.path.exists(entry.path)]
@@ -218,7 +219,7 @@ def _notes(folder: str, classes: list[str], listings: list[Listing]) -> list[str
     return notes
 
 
-def _random_crop(picture: Image.Image, size: int) -> Tensor:
+def random_crop(picture: Image.Image, size: int) -> Tensor:
     """(3, size, size) in [0, 1]: pixels and random numbers are those of torchvision's Resize, RandomCrop, ToTensor."""
     width, height = picture.size
     if max(width, height) > _MOST_LONG * min(width, height):  # a line of pixels would be resized to gigabytes

@@ -131,6 +131,13 @@ def read_prompts(config: PromptsConfig, seed: int) -> PromptSet:
     return PromptSet(tuple(rows))
 
 
+def drawn(ids: Sequence[int], most: int, seed: int) -> list[int]:
+    """At most `most` of the ids, in their order: a choice that is fixed by the seed."""
+    if len(ids) <= most:
+        return list(ids)
+    return [ids[place] for place in sorted(_order(len(ids), seed)[:most])]
+
+
 def save_prompts(prompts: PromptSet, folder: Path) -> None:
     """Keep a run's prompts in its folder, from which it goes on. Raises: WriteError."""
     save_text(folder / PROMPTS_FILE, "".join(f"{line}\n" for line in _lines(prompts)))

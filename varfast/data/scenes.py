@@ -20,7 +20,7 @@ from varfast.types import InputError
 # Sides of a figure and of the smallest scene, two by two of them. More pixels are by repetition.
 FIGURE_PX, SCENE_PX = 6, 12
 # Of each digit, so many ways to write it: a small model learns them in minutes.
-_HANDS = 24
+_HANDS = 6
 
 
 def draw_scene(scene: Scene, image_size: int, rng: np.random.RandomState) -> Tensor:
@@ -44,15 +44,15 @@ def draw_scene(scene: Scene, image_size: int, rng: np.random.RandomState) -> Ten
     return (paper + (ink - paper) * strokes_HW).repeat_interleave(repeat, dim=1).repeat_interleave(repeat, dim=2)
 
 
-def captioned_scenes(count: int, image_size: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Scenes with captions, for pre-training: of each caption that is not new equally many, up to one.
+def captioned_scenes(per_caption: int, image_size: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Scenes with captions, for pre-training: so many of each caption that is not new.
 
     Returns: images (N, 3, image_size, image_size), (N,) int64 rows of the captions, and the captions' texts.
     Raises: InputError as draw_scene.
     """
     captions = [caption for caption in all_captions() if not caption.is_new]
     rng = np.random.RandomState(seed)
-    rows_N = np.arange(count) % len(captions)
+    rows_N = np.tile(np.arange(len(captions)), per_caption)
     scenes: list[Sequence[Scene]] = [caption.scenes() for caption in captions]
     images = [draw_scene(scenes[row][rng.randint(len(scenes[row]))], image_size, rng) for row in rows_N]
     return torch.stack(images), torch.from_numpy(rows_N), [caption.text for caption in captions]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from varfast.data.labels import label_names, label_numbers, label_pool, run_names
 from varfast.evaluation.config import EvaluateConfig
+from varfast.evaluation.subjects import Subjects
 from varfast.policies.config import FamilyName
 from varfast.policies.protocol import Policy
 from varfast.printable import printable
@@ -24,9 +24,11 @@ from varfast.weights.files import resolve
 # The value of the argument `reference` that stands for the model that the run started from.
 BASE = "base"
 # Arguments that the chunks do not depend on.
-_FREE_TO_CHANGE = ("out", "micro_batch", "device", "fid_reference", "inception_weights")
+_FREE_TO_CHANGE = ("out", "micro_batch", "device", "fid_reference", "inception_weights", "results")
+# Of prompts, the folder keeps what Subjects.settings says.
+_OF_LABELS, _OF_PROMPTS = ("labels", "samples_per_label"), ("prompts", "max_prompts", "samples_per_prompt")
 # Arguments of later versions: not among the settings that a folder keeps, unless they are given.
-_NEW = ("image_size", "rounding", "networks")
+_NEW = ("image_size", "rounding", "networks", "export")
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,10 @@ def _skipped(folder: RunFolder, rewards: dict[str, RewardConfig]) -> str:
     )
 
 
-def chunk_settings(task: Task, how: list[Sampling]) -> dict[str, Any]:
+def chunk_settings(task: Task, how: list[Sampling], subjects: Subjects) -> dict[str, Any]:
     """What the chunks depend on, beside the weights. how: one sampling for each guidance."""
-    settings = task.config.model_dump(mode="json", exclude=set(_FREE_TO_CHANGE))
+    left_out = {*_FREE_TO_CHANGE, *_OF_PROMPTS} | (set() if subjects.asked is None else set(_OF_LABELS))
+    settings = task.config.model_dump(mode="json", exclude=left_out) | subjects.settings()
     settings = {name: value for name, value in settings.items() if name not in _NEW or value}
     if task.family == "var":  # as the versions before wrote it
         del settings["family"]
@@ -145,22 +148,3 @@ def chunk_settings(task: Task, how: list[Sampling]) -> dict[str, Any]:
 
 def _one_or_list(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
-
-
-def sampled_labels(config: EvaluateConfig, num_classes: int) -> list[int]:
-    """The labels that the arguments name, ascending. Raises: InputError for one that the model does not have."""
-    if config.labels == "all":
-        return list(range(num_classes))
-    return sorted(set(label_numbers("labels", config.labels, num_classes, label_names(config.checkpoint, num_classes))))
-
-
-def seen_labels(config: EvaluateConfig) -> set[int] | None:
-    """Labels that the run was trained on; None where that was all of them, or no run folder says it."""
-    folder = RunFolder(config.checkpoint)
-    if not folder.path.is_dir():
-        return None
-    run = folder.load_config()
-    num_classes = run.policy.num_classes
-    names = run_names(run.policy, run.pretrain.dataset, folder.path, made=True)
-    pool = label_pool(run.rollout, num_classes, run.run.seed, names)
-    return set(pool) if len(pool) < num_classes else None

@@ -14,7 +14,34 @@ from varfast.rewards.classifier import ClassifierConfig
 from varfast.settings.problems import show
 from varfast.settings.reading import scalar
 from varfast.settings.schema import Wanted
-from varfast.settings.section import AllOrLabels, Device, Labels, LocalPath, Section, Source
+from varfast.settings.section import MANY, AllOrLabels, Device, Labels, LocalPath, Section, Source
+
+# A benchmark of text-to-image models whose own code evaluates images: evaluation/benchmarks.py.
+BenchmarkName = Literal["geneval", "geneval2", "t2i_compbench"]
+
+
+def _read_prompts(value: Any) -> Any:
+    if value is None:
+        return None
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise ValueError(f"got {show(value)}, want texts, such as [a red cube, two dogs], or the name of a file")
+    files = [is_prompt_file(text) for text in texts]
+    if any(files) and not all(files):
+        raise ValueError(f"got {show(value)}, which mixes texts and files; give either")
+    if isinstance(value, str) and not files[0]:
+        raise ValueError(f"got {show(value)}, which is no .txt or .jsonl; for a prompt as text: [{value}]")
+    return tuple(texts)
+
+
+def is_prompt_file(text: str) -> bool:
+    """Whether it names prompts, and is none itself."""
+    return text == "digits" or text.startswith("hf://datasets/") or text.lower().endswith((".txt", ".jsonl"))
+
+
+PromptTexts = Annotated[
+    tuple[str, ...], BeforeValidator(_read_prompts), Wanted("a list of texts, or a .txt or .jsonl, or several")
+]
 
 
 class SampleConfig(Section):
@@ -29,7 +56,12 @@ class SampleConfig(Section):
     labels: Labels | None = Field(
         None, description="numbers or names, as [207, golden retriever], one row each; default: the first 8"
     )
-    samples_per_label: int = Field(8, ge=1, le=10_000, description="columns")
+    prompts: PromptTexts | None = Field(
+        None,
+        description="of a model of texts: [a red cube, two dogs], a .txt with one a line, or a .jsonl, one row each; "
+        "default: the first 8 that the run trains on",
+    )
+    samples_per_label: int = Field(8, ge=1, le=10_000, description="columns, images a label or prompt")
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="of the draw")
     cfg: float = Field(
         0.0,
@@ -84,6 +116,24 @@ FeatureNames = Annotated[
 ]
 
 
+def _read_results(value: Any) -> Any:
+    if value is None:
+        return None
+    named = value if isinstance(value, dict) else {"checkpoint": value}
+    files = {name: (file,) if isinstance(file, str) else file for name, file in named.items()}
+    for given in files.values():
+        if not isinstance(given, list | tuple) or not given or not all(isinstance(f, str) and f.strip() for f in given):
+            raise ValueError(f"got {show(value)}, want a file, several, or {{checkpoint: FILE, reference: FILE}}")
+    return {name: tuple(given) for name, given in files.items()}
+
+
+ResultFiles = Annotated[
+    dict[str, tuple[LocalPath, ...]],
+    BeforeValidator(_read_results),
+    Wanted("a path, several, or {checkpoint: path, reference: path}"),
+]
+
+
 class EvaluateConfig(Section):
     """Arguments of `python -m varfast.evaluate`. Sampling defaults to the settings of the family's own FID numbers."""
 
@@ -102,6 +152,28 @@ class EvaluateConfig(Section):
     )
     labels: AllOrLabels = Field("all", description="to sample: numbers or names, as [207, golden retriever]")
     samples_per_label: int = Field(10, ge=1, le=1_000_000, description="images a label")
+    prompts: PromptTexts | None = Field(
+        None,
+        description="of a model of texts: [a red cube, two dogs], a .txt with one a line, a .jsonl (prompt, tag, "
+        "metadata), or several such files. Default: those of the run, by domain: trained on, held out, out of domain",
+    )
+    max_prompts: int | None = Field(
+        None,
+        ge=1,
+        le=MANY,
+        description="so many prompts of each domain, drawn by seed; default: all, but 500 of a run's own",
+    )
+    samples_per_prompt: int = Field(4, ge=1, le=1_000_000, description="images a prompt")
+    export: BenchmarkName | None = Field(
+        None,
+        description="save the images as a benchmark's own evaluator reads them, in a folder of that name in out, and "
+        "print what to run on it; prompts is the benchmark's file",
+    )
+    results: ResultFiles | None = Field(
+        None,
+        description="of an evaluation with export that is complete: what the benchmark's evaluator wrote, to be read "
+        "into its table: the file, several, or {checkpoint: FILE, reference: FILE}. Nothing is sampled",
+    )
     temperature: float | None = Field(None, ge=1e-3, le=1000, description="of the draw; default: 1")
     cfg: Guidances | None = Field(
         None,

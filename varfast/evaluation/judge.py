@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from varfast.data.datasets import DigitsClassifier
-from varfast.data.labels import label_names
 from varfast.evaluation.arguments import Task
 from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.metrics import Numbers
+from varfast.evaluation.subjects import Subjects
 from varfast.features.config import FeaturesName, FeaturesSection
 from varfast.features.networks import Network, load_network
 from varfast.rewards import WeightedSum
@@ -33,10 +33,18 @@ class Judge:
     Raises: InputError for weights that cannot be had and libraries that are missing.
     """
 
-    def __init__(self, task: Task, num_classes: int, device: torch.device) -> None:
-        names = label_names(task.config.checkpoint, num_classes)
-        self._scores = WeightedSum(task.scores, device, num_classes, "scores", names=names) if task.scores else None
-        self._ranks = _classifier(task.classifier, num_classes, device) if task.classifier else None
+    def __init__(self, task: Task, subjects: Subjects, device: torch.device) -> None:
+        prompts, names = subjects.prompts, subjects.names
+        if prompts is not None and task.classifier is not None:
+            raise InputError(
+                f"classifier={task.classifier.model} tells labels apart, and {task.config.checkpoint} is a model of "
+                "texts; use classifier=null, and rewards that read the prompt under scores"
+            )
+        labels = subjects.count if prompts is None else None
+        self._scores = (
+            WeightedSum(task.scores, device, labels, "scores", names=names, prompts=prompts) if task.scores else None
+        )
+        self._ranks = _classifier(task.classifier, subjects.count, device) if task.classifier else None
         self.networks: dict[str, Network] = {
             name: _network(task.config, name, device) for name in task.config.feature_networks
         }

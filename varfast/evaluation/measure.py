@@ -7,9 +7,10 @@ import json
 import numpy as np
 import torch
 
-from varfast.data.labels import label_names
 from varfast.distributed import Launch
-from varfast.evaluation.arguments import BASE, Task, chunk_settings, resolved, sampled_labels, samplings, seen_labels
+from varfast.evaluation.arguments import BASE, Task, chunk_settings, resolved, samplings
+from varfast.evaluation.asked import save_asked
+from varfast.evaluation.benchmarks import Export
 from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.features import RealImages, check_real_images, load_real_images
 from varfast.evaluation.folder import EvaluationFolder
@@ -17,8 +18,10 @@ from varfast.evaluation.judge import Judge, column_names
 from varfast.evaluation.metrics import NEIGHBOUR_IMAGES, NEIGHBOURS
 from varfast.evaluation.pictures import save_npz, save_pictures
 from varfast.evaluation.plan import Plan, sets_of
+from varfast.evaluation.results import add_results, kept_rows
 from varfast.evaluation.sampling import Evaluation, weights_hash
-from varfast.evaluation.table import INTERVALS, Row, tabulate
+from varfast.evaluation.subjects import Subjects, check_kind, subjects_of
+from varfast.evaluation.table import INTERVALS, INTERVALS_OF_PROMPTS, Row, tabulate
 from varfast.files import save_text
 from varfast.policies.device import pick_device
 from varfast.policies.protocol import Policy
@@ -37,6 +40,8 @@ def evaluate(config: EvaluateConfig, process: Launch = Launch()) -> list[Row]:  
     Raises: InputError for whatever cannot be used; what was sampled so far stays in the folder.
     """
     is_main = process.rank == 0
+    if config.results is not None:
+        return add_results(config) if is_main else []
     task = resolved(config, print if is_main else _silent)
     device = _device(config.device, process)
     if is_main:  # before models are loaded
@@ -45,15 +50,19 @@ def evaluate(config: EvaluateConfig, process: Launch = Launch()) -> list[Row]:  
     sides = {"reference": task.reference} if task.reference is not None else {}
     sides["checkpoint"] = config.checkpoint
     evaluation: Evaluation | None = None
+    subjects: Subjects | None = None
     how: list[Sampling] = []
     real: dict[str, RealImages | None] = {}
     first_sizes: dict[str, int] = {}
     for side, address in sides.items():
         policy = _load(side, address, task, device)
+        check_kind(config, policy)
+        subjects = subjects or subjects_of(config, policy)
+        subjects.give_to(policy)
         sizes = {"labels": policy.num_classes, "pixels a side": policy.image_size}
         if evaluation is None:
             first_sizes, how = sizes, samplings(config, policy)
-            evaluation, real = _prepare(task, how, policy, device, process)
+            evaluation, real = _prepare(task, how, policy, subjects, device, process)
         elif sizes != first_sizes:
             raise InputError(
                 f"the models cannot be compared: {first_sizes} in the reference, {sizes} in the checkpoint"
@@ -67,7 +76,7 @@ def evaluate(config: EvaluateConfig, process: Launch = Launch()) -> list[Row]:  
     if not is_main:
         return []
     evaluation.folder.wait([images.name for images in sets_of(list(sides), how)], evaluation.plan)
-    return finish(task, how, evaluation.folder, list(sides), evaluation.plan, real)
+    return finish(task, how, evaluation, list(sides), real)
 
 
 def _device(name: str, process: Launch) -> torch.device:
@@ -86,31 +95,36 @@ def _load(side: str, address: str, task: Task, device: torch.device) -> Policy:
 
 
 def _prepare(
-    task: Task, how: list[Sampling], policy: Policy, device: torch.device, process: Launch
+    task: Task, how: list[Sampling], policy: Policy, subjects: Subjects, device: torch.device, process: Launch
 ) -> tuple[Evaluation, dict[str, RealImages | None]]:
     """Everything but the models; what cannot be used is refused before the folder is made.
 
     Returns: the evaluation, and the real images by the name of the features, in process 0.
     """
-    config, num_classes = task.config, policy.num_classes
+    config = task.config
     image_size = config.image_size or policy.image_size
-    plan = Plan(sampled_labels(config, num_classes), config.samples_per_label, num_classes)
-    judge = Judge(task, num_classes, device)
+    plan = Plan(subjects.ids, subjects.samples, subjects.count)
+    export = None
+    if config.export is not None and subjects.asked is not None:
+        export = Export(task.out, config.export, subjects.asked, subjects.samples)
+    judge = Judge(task, subjects, device)
     real: dict[str, RealImages | None] = dict.fromkeys(judge.networks)
     if process.rank == 0:
         for name, address in config.fid_references.items():
             real[name] = load_real_images(address, judge.networks[name], image_size)
             _refuse_too_few(plan, real[name])
     folder = EvaluationFolder(task.out, column_names(task), image_size)
-    folder.prepare(chunk_settings(task, how), process.rank)
-    return Evaluation(config, plan, judge, folder, process), real
+    folder.prepare(chunk_settings(task, how, subjects), process.rank)
+    if subjects.asked is not None and process.rank == 0:
+        save_asked(folder.path, subjects.asked)
+    return Evaluation(config, subjects, plan, judge, folder, process, export), real
 
 
 def _refuse_too_few(plan: Plan, real: RealImages | None) -> None:
     assert real is not None
     images = len(plan.labels)
     if real.features_MD is None and images < 2:
-        raise InputError("FID of one image: raise samples_per_label, or name more labels")
+        raise InputError("FID of one image: raise samples_per_label or samples_per_prompt, or name more of them")
     if real.features_MD is not None and min(images, len(real.features_MD)) <= NEIGHBOURS + 1:
         raise InputError(
             f"{images} samples against {len(real.features_MD)} real images: precision and recall look at {NEIGHBOURS} "
@@ -119,29 +133,27 @@ def _refuse_too_few(plan: Plan, real: RealImages | None) -> None:
 
 
 def finish(
-    task: Task,
-    how: list[Sampling],
-    folder: EvaluationFolder,
-    sides: list[str],
-    plan: Plan,
-    real: dict[str, RealImages | None],
+    task: Task, how: list[Sampling], evaluation: Evaluation, sides: list[str], real: dict[str, RealImages | None]
 ) -> list[Row]:
     """From complete chunks to the table, which is returned, and the files of the out folder."""
-    config, labels, tables = task.config, plan.labels, []
+    folder, plan, subjects = evaluation.folder, evaluation.plan, evaluation.subjects
+    config, labels, of_prompts, tables = task.config, plan.labels, subjects.asked is not None, []
     for sampling in how:  # one guidance after another: 50 000 images have 0.4 GB of Inception's features
         numbers = {images.side: folder.gather(images.name, plan) for images in sets_of(sides, how)
                    if images.how == sampling}  # fmt: skip
         tables.append(
-            tabulate(numbers.get("reference"), numbers["checkpoint"], np.array(labels), seen_labels(config), real,
-                     sampling.cfg)
+            tabulate(numbers.get("reference"), numbers["checkpoint"], np.array(labels), subjects.groups, real,
+                     sampling.cfg, of_prompts)
         )  # fmt: skip
     rows = [row for same in zip(*tables, strict=True) for row in same]
     sets = sets_of(sides, how)
-    pictures = save_pictures(folder, sets, plan, label_names(config.checkpoint, plan.num_classes))
+    pictures = save_pictures(folder, sets, plan, [subjects.title(number) for number in plan.picture_labels])
     if config.save == "npz":
         for images in sets:
             save_npz(folder, images.name, plan)
-    settings = chunk_settings(task, how)
+    exported = {images.name: evaluation.export.finish(images.name) for images in sets} if evaluation.export else {}
+    rows += kept_rows(folder.path) if exported else []
+    settings = chunk_settings(task, how, subjects)
     counts = {name: found.count for name, found in real.items() if found is not None}
     result = {
         "checkpoint": config.checkpoint,
@@ -151,7 +163,7 @@ def finish(
         "images": len(labels),
         "labels": len(set(labels)),
         "real_images": counts if len(counts) > 1 else next(iter(counts.values()), None),
-        "intervals": INTERVALS,
+        "intervals": INTERVALS_OF_PROMPTS if of_prompts else INTERVALS,
         "features": settings["features"],
         "feature_widths": {name: len(found.statistics.mu_D) for name, found in real.items() if found is not None},
         "neighbours": {"nearest": NEIGHBOURS, "images_at_most": NEIGHBOUR_IMAGES},
@@ -159,6 +171,11 @@ def finish(
         "pictures": pictures,
         "environment": environment(),
     }
+    if subjects.asked is not None:
+        result["prompts"] = len(subjects.asked)
+        pictures["titles"] = [subjects.asked[number].text for number in plan.picture_labels]
+    if exported:
+        result["exported"] = exported
     save_text(folder.path / "evaluation.json", json.dumps(result, indent=2) + "\n")
     return rows
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from varfast.data.labels import caption
 from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.plan import Images, Plan
 from varfast.files import write_atomically
@@ -61,16 +60,15 @@ def save_npz(folder: EvaluationFolder, name: str, plan: Plan) -> None:
 
 
 def save_pictures(
-    folder: EvaluationFolder, sets: Sequence[Images], plan: Plan, names: list[str] | None
+    folder: EvaluationFolder, sets: Sequence[Images], plan: Plan, titles: Sequence[str]
 ) -> dict[str, Any]:
     """pictures.png: a row for each label; images of the models, and of several guidances, side by side, from the same
     seeds.
 
     Args:
-        names: of all labels, if they have any.
+        titles: of the rows, plan.picture_labels.
     Returns: what the picture shows, for evaluation.json.
     """
-    titles = [caption(label, names) for label in plan.picture_labels]
     grids: list[np.ndarray] = []
     for each in sets:
         images = _shown_images(folder, each.name, plan)

@@ -36,11 +36,11 @@ def sets_of(sides: list[str], how: list[Sampling]) -> list[Images]:
 class Plan:
     """The images of an evaluation, by index.
 
-    Sample number s of label l has the index s * num_classes + l: a function of the two alone, and consecutive over the
-    labels, so that a batch holds a range of indices.
+    Sample number s of label l, or of the prompt with id l, has the index s * num_classes + l: a function of the two
+    alone, and consecutive over the labels, so that a batch holds a range of indices.
 
     Attributes:
-        num_classes: labels that the model has.
+        num_classes: labels that the model has, or prompts that are sampled.
         chunks: indices of each chunk, which is a file of the out folder.
         picture_labels, picture_samples: of the images that pictures.png shows.
     """

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varfast.distributed import Launch
+from varfast.evaluation.benchmarks import Export
 from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.judge import Judge
 from varfast.evaluation.pictures import save_pngs
 from varfast.evaluation.plan import Images, Plan
+from varfast.evaluation.subjects import Subjects
 from varfast.features.networks import to_levels
 from varfast.policies.checks import check_finite
 from varfast.policies.protocol import Policy
@@ -34,17 +36,21 @@ class Evaluation:
 
     Attributes:
         config: the arguments.
+        subjects: what they are to show.
         plan: which images are sampled.
         judge: measures them.
         folder: keeps them.
         process: this process among those that share the chunks.
+        export: writes them for a benchmark's evaluator, where that was asked for.
     """
 
     config: EvaluateConfig
+    subjects: Subjects
     plan: Plan
     judge: Judge
     folder: EvaluationFolder
     process: Launch
+    export: Export | None = None
 
     def sample(self, images: Images, policy: Policy, weights: str) -> None:
         """Sample and measure this process's chunks of a set that are not there yet.
@@ -81,6 +87,8 @@ class Evaluation:
         pixels = levels.permute(0, 2, 3, 1).cpu().numpy()
         if config.save == "png":
             save_pngs(self.folder.path / "images" / of.name, pixels, plan, chunk)
+        if self.export is not None:
+            self.export.save(of.name, pixels, plan, chunk)
         kept = [row for row, index in enumerate(chunk) if config.save == "npz" or plan.shown(index)]
         self.folder.save_chunk(of.name, number, {**numbers, "levels": pixels[kept], "weights": np.array(weights)})
 

@@ -33,6 +33,12 @@ INTERVALS = (
     "Bonett and Price's for shares; of diversity, over labels; none for FID, inception score and what compares "
     "neighbours"
 )
+INTERVALS_OF_PROMPTS = (
+    "95 %: normal over prompts, of each of which the mean of its images counts, Wilson's for shares; of a difference, "
+    "the same over prompts, whose images have the same seeds, Bonett and Price's for shares; of a mean over tags, from "
+    "those of the tags; none for FID, inception score and what compares neighbours"
+)
+_OF_LABELS = ("seen", "unseen")
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,8 @@ class Row:
 
     Attributes:
         name: of the number.
-        labels: "all", or those that the run was trained on ("seen"), or the others ("unseen").
+        labels: "all", or those that the run was trained on ("seen"), or the others ("unseen"). Of prompts "train",
+            "held_out" or "out_of_domain", or a kind of them, as "tag:counting".
         baseline: of the model that is compared with, which arguments and files call "reference"; None without one.
         checkpoint: of the model that is evaluated.
         difference: checkpoint - baseline.
@@ -66,34 +73,44 @@ def tabulate(
     baseline: Numbers | None,
     checkpoint: Numbers,
     labels_N: np.ndarray,
-    seen: set[int] | None,
+    groups: Mapping[str, set[int]],
     real: Mapping[str, RealImages | None],
     cfg: float | None = None,
+    of_prompts: bool = False,
 ) -> list[Row]:
     """The table of two models' numbers, or of one's.
 
     Args:
         baseline, checkpoint: arrays of N rows by name, as Judge names them; image by image of the same label and seed.
-        labels_N: of the images.
-        seen: labels that the run was trained on, where that was not all of them: rows for seen and unseen labels are
-            added.
+        labels_N: of the images, or the ids of their prompts.
+        groups: labels or ids by the name of their group, for which rows are added.
         real: by the name of the features, the images that they are compared with, if there are any.
         cfg: guidance of the images.
+        of_prompts: the images of a prompt, of which there are equally many each, are one observation: they are less
+            unlike than those of several.
     """
-    groups = {"all": np.ones(len(labels_N), dtype=bool)}
-    if seen is not None:
-        is_seen_N = np.isin(labels_N, sorted(seen))
-        groups |= {name: rows_N for name, rows_N in (("seen", is_seen_N), ("unseen", ~is_seen_N)) if rows_N.any()}
+    rows_of = {"all": np.ones(len(labels_N), dtype=bool)}
+    found = {group: np.isin(labels_N, sorted(ids)) for group, ids in groups.items()}
+    rows_of |= {group: rows_N for group, rows_N in found.items() if rows_N.any()}
     models = (baseline, checkpoint)
     rows = []
     for name in [n for n in checkpoint if n.startswith("score/") or n in ("top1", "top5")]:
-        for group, rows_N in groups.items():
+        for group, rows_N in rows_of.items():
             values = [None if numbers is None else numbers[name][rows_N] for numbers in models]
+            if of_prompts:
+                values = [None if each is None else mean_of_each(each, labels_N[rows_N]) for each in values]
             rows.append(_paired_row(name, group, *values))
     for network, images in real.items():
         columns = columns_of(network, list(real))
         rows += [replace(row, features=network) for row in _of_features(*models, labels_N, *columns, images)]
     return [replace(row, cfg=cfg) for row in rows]
+
+
+def mean_of_each(values_N: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
+    """(labels,) means of the images of each label or prompt, ascending."""
+    _, rows_N = np.unique(labels_N, return_inverse=True)
+    means: np.ndarray = np.bincount(rows_N, values_N.astype(np.float64)) / np.bincount(rows_N)
+    return means
 
 
 def _paired_row(name: str, group: str, before: np.ndarray | None, after: np.ndarray | None) -> Row:
@@ -139,7 +156,9 @@ def _of_the_set(features_ND: np.ndarray, logits_NK: np.ndarray | None, real: Rea
 
 def row_title(name: str, labels: str, features: str | None) -> str:
     """Of a row. features: where several are side by side."""
-    parts = [name, features and f"{features} features", None if labels == "all" else f"{labels} labels"]
+    kind, colon, value = labels.partition(":")
+    of = f"{labels} labels" if labels in _OF_LABELS else f"{kind.replace('_', ' ')} {value if colon else 'prompts'}"
+    parts = [name, features and f"{features} features", None if labels == "all" else of]
     return ", ".join(part for part in parts if part)
 
 
@@ -165,7 +184,8 @@ def about(result: dict[str, Any]) -> str:
     """What the table is of, in a few lines, from the content of evaluation.json."""
     guidance = result["settings"]["cfg"]
     each = "a model and guidance" if isinstance(guidance, list) else "a model"
-    lines = [f"{result['images']} images {each}, of {result['labels']} labels."]
+    of = "prompts" if result.get("prompts") else "labels"
+    lines = [f"{result['images']} images {each}, of {result['labels']} {of}."]
     if result["features"]:
         features = result["features"] if isinstance(result["features"], list) else [result["features"]]
         lines.append(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from varfast.settings.section import MANY, Section
+from varfast.settings.section import MANY, LocalPath, Section
 
 Coefficient = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -82,6 +82,16 @@ class LossConfig(Section):
     @abstractmethod
     def holds_closer(self) -> str:
         """Which key, with its value now, keeps the policy closer to the reference: advice after it has diverged."""
+
+    @property
+    def samples_reference(self) -> bool:
+        """Whether a step samples its images from the reference in place of the policy."""
+        return False
+
+    @property
+    def saved_pairs(self) -> str | None:
+        """Folder of pairs that are learned from; None: each step samples and scores images."""
+        return None
 
     @property
     def reference_moves(self) -> str | None:
@@ -234,6 +244,20 @@ class DPOConfig(LossConfig):
         le=1e9,
         description="pairs whose rewards are closer than this, in units of the reward, are left out; equal ones always",
     )
+    samples: Literal["policy", "reference"] = Field(
+        "policy",
+        description="whose samples the pairs are made of: the policy's of now, or the reference's: with "
+        "reference_every, those of the policy that the round began with (iterative DPO)",
+    )
+    pairs: LocalPath | None = Field(
+        None,
+        description="learn from the pairs in this folder, which a run with save_pairs has written (its folder, or "
+        "pairs/ in it): steps neither sample nor score, and read labels_per_step * pairs_per_prompt pairs each, in an "
+        "order that run.seed fixes anew in every pass. Default: each step samples its own",
+    )
+    save_pairs: bool = Field(
+        False, description="keep the pairs of every step in the folder pairs/ of the run, for dpo.pairs of another run"
+    )
     reference_every: int | None = Field(
         None,
         ge=1,
@@ -252,7 +276,7 @@ class DPOConfig(LossConfig):
         10,
         ge=1,
         description="steps between measurements of the KL of the policy to the reference, over all samples of the "
-        "step: one forward pass of the reference; null: it is not measured",
+        "step: one forward pass of the reference; null: it is not measured, nor is it where the policy does not sample",
     )
 
     @model_validator(mode="after")
@@ -263,14 +287,34 @@ class DPOConfig(LossConfig):
                 f"label_smoothing={self.label_smoothing:g} with loss_type={self.loss_type}: only the sigmoid has a "
                 "smoothed version; leave one of them out"
             )
+        if self.pairs is not None and (self.save_pairs or self.samples == "reference" or self.min_margin):
+            what = (
+                "save_pairs=true"
+                if self.save_pairs
+                else "samples=reference"
+                if self.samples_reference
+                else "min_margin"
+            )
+            raise ValueError(
+                f"{what} with pairs={self.pairs}: saved pairs are neither sampled nor chosen; leave it out"
+            )
         return self
 
     @property
     def reads_reference(self) -> bool:
         return True
 
+    @property
+    def samples_reference(self) -> bool:
+        return self.samples == "reference"
+
+    @property
+    def saved_pairs(self) -> str | None:
+        return self.pairs
+
     def measure_kl_every(self, adapter: bool) -> int | None:
-        return self.kl_every
+        # It is estimated from the policy's own samples.
+        return self.kl_every if self.samples == "policy" and self.pairs is None else None
 
     def learned(self, group_size: int) -> int:
         return 2 * self.pairs_per_prompt

@@ -15,7 +15,7 @@ from varfast import kernels
 from varfast.advantages import groups_without_signal
 from varfast.losses import Stat
 from varfast.losses.config import DPOConfig
-from varfast.losses.pairs import best_and_worst, pair_numbers, preferences
+from varfast.losses.pairs import pair_numbers, pairs_of, preferences
 from varfast.rewards import WeightedSum
 from varfast.types import Batch, Rewards, Rollout, TokenLogp
 
@@ -43,16 +43,15 @@ class DPO:
 
     unit, mean_of_kept = 2, True
     needs_reference, needs_entropy = True, False
-    stats = (*_STATS, *_OF_ROLLOUT)
 
     def __init__(self, config: DPOConfig) -> None:
         self._config = config
+        # Saved pairs have no log-probabilities of the model that sampled them.
+        self.stats = _STATS if config.pairs else _STATS + _OF_ROLLOUT
 
     def batch(self, rollout: Rollout, rewards: Rewards, reward: WeightedSum, group_size: int) -> Batch:
         """The best and the worst images of each prompt, by the total reward."""
-        pairs = best_and_worst(
-            rewards.total_B, group_size, self._config.pairs_per_prompt, self._config.min_margin
-        )  # fmt: skip
+        pairs = pairs_of(rewards, group_size, self._config)
         numbers = pair_numbers(rewards.total_B[pairs.rows_N2], pairs.used_N)
         numbers["groups_without_signal"] = groups_without_signal(rewards.total_B, group_size)
         return replace(preferences(rollout.rows(pairs.rows_N2.flatten()), pairs.used_N), numbers=numbers)
@@ -72,5 +71,8 @@ class DPO:
             label_smoothing=self._config.label_smoothing,
             loss_type=self._config.loss_type,
         )
-        gap_BL = (logp.logp_BL.detach() - batch.rollout.logp_BL).expm1().abs()
+        if self._config.pairs:
+            return loss, stats
+        sampler_BL = batch.logp_ref_BL if self._config.samples == "reference" else logp.logp_BL.detach()
+        gap_BL = (sampler_BL - batch.rollout.logp_BL).expm1().abs()
         return loss, torch.cat([stats, torch.stack([gap_BL.mean(), gap_BL.max()]).to(stats.dtype)])

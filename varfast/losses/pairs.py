@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varfast.types import Batch, Rollout
+from varfast.losses.config import DPOConfig
+from varfast.types import Batch, Rewards, Rollout
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ def best_and_worst(rewards_B: Tensor, group_size: int, pairs_per_prompt: int = 1
     rows_N2 = (torch.stack([best_Pk, worst_Pk], dim=2) + first_P1.unsqueeze(2)).view(-1, 2)
     margin_N = _margins(rewards_B.detach()[rows_N2])
     return Pairs(rows_N2, (margin_N > 0) & (margin_N >= min_margin))
+
+
+def pairs_of(rewards: Rewards, group_size: int, config: DPOConfig) -> Pairs:
+    """`best_and_worst` of the images of a step by their total reward, as a run's config sets them."""
+    return best_and_worst(rewards.total_B, group_size, config.pairs_per_prompt, config.min_margin)
 
 
 def preferences(rollout: Rollout, used_N: Tensor) -> Batch:

@@ -43,6 +43,9 @@ class UpdateConfig(Section):
     lr: float = Field(1e-4, gt=0, le=1e9, description="learning rate")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, to 0")
     warmup_steps: int = Field(0, ge=0, le=MANY, description="steps (rollouts) of linear warm-up")
+    warmup_share: float = Field(
+        0.0, ge=0, lt=1, description="share of run.steps of linear warm-up, rounded up; in place of warmup_steps"
+    )
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.999), strict=False, description="of AdamW: how much of the moments stays from step to step"
     )
@@ -65,7 +68,18 @@ class UpdateConfig(Section):
         description="optimizer steps in a row left out for a gradient that is not finite, before the run stops",
     )
 
+    @property
+    def depends_on_steps(self) -> str | None:
+        """The key by which a step's learning rate depends on run.steps; None: it does not."""
+        if self.lr_schedule != "constant":
+            return "lr_schedule"
+        return "warmup_share" if self.warmup_share else None
+
     @model_validator(mode="after")
     def _divides(self) -> UpdateConfig:
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} with warmup_share={self.warmup_share:g}: leave one of them out"
+            )
         check_divides("update.micro_batch", self.micro_batch, self.minibatch, "images of a minibatch")
         return self

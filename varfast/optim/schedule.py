@@ -27,4 +27,5 @@ def scheduled(peak: float, step: int, total_steps: int, warmup_steps: int, shape
 
 def learning_rate(config: UpdateConfig, step: int, total_steps: int) -> float:
     """The learning rate of a step (a rollout) of a run, by the section `update` of its config."""
-    return scheduled(config.lr, step, total_steps, config.warmup_steps, config.lr_schedule)
+    warmup_steps = config.warmup_steps or math.ceil(config.warmup_share * total_steps - 1e-9)
+    return scheduled(config.lr, step, total_steps, warmup_steps, config.lr_schedule)

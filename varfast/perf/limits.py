@@ -33,7 +33,10 @@ def stage_counts(work: Work, plan: MemoryPlan, checkpointing: Checkpointing | No
     for network in work.networks:
         reward += network.per_image
     update = _update(work, plan, checkpointing or plan.update.checkpointing)
-    stages = (rollout, decode, reward * work.images, _reference(work, plan), update, _optimizer(work))
+    sampled = (rollout, decode, reward * work.images)
+    if work.config.loss.saved_pairs is not None:
+        sampled = (Count(0.0, 0.0),) * 3
+    stages = (*sampled, _reference(work, plan), update, _optimizer(work))
     return dict(zip(STAGES, stages, strict=True))
 
 

@@ -57,7 +57,8 @@ class States:
         moments: of the optimizer; see `Weights.moment_bytes`.
         average: of what is trained, float32; 0 without update.ema_decay.
         reference: the base model of the KL term, its matrices in run.dtype; 0 if none is held, and with an adapter,
-            because the frozen weights are the reference. With reference_ema of the loss the average too, as `average`.
+            because the frozen weights are the reference; one that moves has an adapter of its own. With reference_ema
+            of the loss the average too, as `average`.
         tokenizer, reward: weights of the tokenizer and of the rewards' networks, float32.
     """
 
@@ -127,6 +128,8 @@ def held_states(work: Work) -> States:
     trained = FLOAT32_BYTES * weights.trained
     whole = work.cost.base.weights.frozen_bytes
     reference = whole if work.holds_reference and not weights.adapter else 0
+    if weights.adapter and config.loss.reference_moves is not None:  # an adapter of its own
+        reference = trained + weights.copy_bytes
     if config.loss.reference_ema is not None:
         reference += trained // work.shards
     return States(

@@ -60,7 +60,7 @@ def step_flop(config: Config, cost: Cost, updated: int, referenced: int) -> floa
         updated: images of forward and backward passes, counted again in each epoch.
         referenced: images of forward passes of the reference.
     """
-    images, rows = config.rollout.images, config.rollout.rows
+    images, rows = config.sampled_images, config.rollout.rows
     learned = cost.forward.flop + cost.backward.flop
     of_transformer = images * cost.rollout.flop + updated * learned + referenced * cost.base.forward.flop
     return rows * of_transformer + images * cost.decode.flop
@@ -71,9 +71,9 @@ def whole_step(work: Work) -> Spent:
 
     work: of a step on one process.
     """
-    images = work.config.rollout.images
-    referenced = images if work.reads_reference else 0
-    return Spent(images, step_flop(work.config, work.cost, images * work.config.update.epochs, referenced))
+    learned, epochs = work.config.learned_images, work.config.update.epochs
+    flop = step_flop(work.config, work.cost, learned * epochs, learned if work.reads_reference else 0)
+    return Spent(work.config.sampled_images, flop)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from varfast.perf.limits import speed_of_light_s, stage_counts
 from varfast.perf.memory import USABLE, MemoryPlan, memory
 from varfast.perf.plan import plan_memory
 from varfast.perf.scaling import scale_data_parallel, scale_fully_sharded
+from varfast.perf.spent import Budget, whole_step
 from varfast.perf.work import Work
 from varfast.tables import three_digits
 
@@ -54,7 +55,16 @@ def _stage_table(work: Work, plan: MemoryPlan, ceilings: Ceilings) -> list[str]:
         f"one after the other: {apart_s:.3g} s a step, {images / apart_s:.4g} images/s",
         f"run.steps={steps}: at least {hours:.3g} h ({hours * apart_s / total_s:.3g} h not overlapped), "
         "without evaluation and checkpoints",
+        *_budget_lines(work, total_s),
     ]
+
+
+def _budget_lines(work: Work, least_step_s: float) -> list[str]:
+    """How many steps the run's budgets buy. least_step_s: what a step takes at least."""
+    lines, hours = Budget.of(work.config.run, whole_step(work)).bought(), work.config.run.budget_hours
+    if hours is not None:
+        lines.append(f"run.budget_hours={hours:.15g} buys at most {hours * 3600 // least_step_s:.0f} steps")
+    return lines
 
 
 def _sampling_table(work: Work, ceilings: Ceilings) -> list[str]:

@@ -40,12 +40,15 @@ class FamilyConfig(Section):
             it knows no prompt that stands for none.
         conditioned_on: "labels", or "text": ids of prompts are rows of the run's table of texts then, and the policy
             has `set_prompts`.
+        as_transformers: `checkpoint` may be a folder, a repository of the hub, or an index, as the package transformers
+            lays a model out (weights/shards.py); it has all parts.
     """
 
     parts: ClassVar[tuple[str, str]]
     sizes_key: ClassVar[str]
     unguided_cfg: ClassVar[float | None] = None
     conditioned_on: ClassVar[Literal["labels", "text"]] = "labels"
+    as_transformers: ClassVar[bool] = False
 
     family: str = Field(description="of models")
     checkpoint: Source = Field(

@@ -198,16 +198,16 @@ class Driver(Conditioned, ABC):
         """Content of adapter_config.json and of adapter_model.safetensors, as peft writes them; base: its address."""
         return lora.peft_adapter(self.trainable, config, base)
 
-    def frozen_copy(self) -> Self:
-        """The same policy with weights that no update reaches: the reference of the KL term.
+    def frozen_copy(self, moves: bool = False) -> Self:
+        """The same policy with weights that no update reaches: a loss's reference. moves: `refresh` will be called.
 
         It shares all models but the trained one. The copy's large matrices are stored in the compute dtype: the same
         numbers in every product. With an adapter it is the model without it, on the same frozen weights, and takes no
-        memory.
+        memory; one that moves has an adapter of its own on them.
         """
         frozen = copy.copy(self)
         model = self.trainable
-        model = lora.without_lora(model) if lora.lora_layers(model) else model.frozen_copy()
+        model = lora.frozen_copy(model, moves) if lora.lora_layers(model) else model.frozen_copy()
         frozen.parts = self.parts | {next(iter(self.parts)): model}
         frozen._replica = frozen._gathered = None
         frozen._sample_from(model)

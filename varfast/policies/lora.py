@@ -1,7 +1,7 @@
 """LoRA: the matrices of a model are frozen, and low-rank products beside them are trained.
 
 y = W x + (alpha / rank) B A x, by the layers of the package peft. The policy without its adapter is the model that it
-came from, so the KL term's reference costs no weights.
+came from, so a reference that stays the base costs no weights, and one that moves those of an adapter.
 
 Axes: C channel, R rank.
 Source: Hu et al., arXiv:2106.09685.
@@ -88,6 +88,20 @@ def without_lora(model: _Model) -> _Model:
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     memo |= {id(layer): layer.get_base_layer() for layer in lora_layers(model).values()}
     return copy.deepcopy(model, memo)
+
+
+def frozen_copy(model: _Model, moves: bool) -> _Model:
+    """A reference on the frozen weights of `model`, all of which it shares.
+
+    moves: it has a copy of the adapter, which becomes another one as the reference is replaced; else it has none.
+    """
+    if not moves:
+        return without_lora(model)
+    adapters = [part for layer in lora_layers(model).values() for part in (layer.lora_A, layer.lora_B)]
+    # A matrix of an adapter, and its low-precision copy.
+    own = {id(t) for adapter in adapters for t in (*adapter.parameters(), *adapter.buffers())}
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
+    return copy.deepcopy(model, memo).requires_grad_(False)
 
 
 @torch.no_grad()

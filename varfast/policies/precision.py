@@ -312,8 +312,12 @@ class MixedPrecision(nn.Module):
 
     @torch.no_grad()
     def refresh(self, original: nn.Module) -> None:
-        """Copy the weights of the original into this frozen copy, in place; of all processes, if they are sharded."""
+        """Copy the weights of the original into this frozen copy, in place; of all processes, if they are sharded.
+
+        Those that the two share, as the frozen ones beneath an adapter, stay as they are.
+        """
         pairs = list(zip(self.parameters(), original.parameters(), strict=True))
+        pairs = [(own, theirs) for own, theirs in pairs if own is not theirs]
         if any(is_sharded(theirs) for _, theirs in pairs):
             for own, theirs in pairs:  # one at a time, and in 16 bits: little memory, half the traffic
                 own.copy_(whole(theirs.to(own.dtype)))

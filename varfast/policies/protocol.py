@@ -171,8 +171,12 @@ class Policy(Protocol):
         """Look at all weights and sample an image of each label. Raises: NotFinitePolicy if something is not finite."""
         ...
 
-    def frozen_copy(self) -> Policy:
-        """The same policy with weights that no update reaches: a reference. Shares all models but the trained one."""
+    def frozen_copy(self, moves: bool = False) -> Policy:
+        """The same policy with weights that no update reaches: a reference. Shares all models but the trained one.
+
+        moves: its weights will be replaced, by `refresh` or in place. With an adapter it then has a copy of it, and
+            else is the model without it.
+        """
         ...
 
     def refresh(self, original: Policy) -> None:

@@ -26,6 +26,11 @@ class TextTokenizer(Protocol):
         ...
 
 
+def reads_texts(policy: object) -> bool:
+    """Whether a policy is conditioned on text, and not on labels."""
+    return getattr(type(policy), "set_prompts", Conditioned.set_prompts) is not Conditioned.set_prompts
+
+
 class Conditioned:
     """Conditioned on labels: there are no texts."""
 

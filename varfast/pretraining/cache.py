@@ -13,10 +13,15 @@ import torch
 from torch import nn
 
 from varfast.config import Config
-from varfast.data.datasets import FolderImages, fingerprint, load_images
+from varfast.data.captioned import DIGITS as CAPTIONED_DIGITS
+from varfast.data.captioned import captions_fingerprint, load_captioned
+from varfast.data.datasets import FolderImages, Images, fingerprint, load_images
 from varfast.data.labels import LABELS_FILE, caption, labels_json, labels_of
 from varfast.files import read_json, remove_leftovers, save_tensors, save_text
 from varfast.policies.families import family_of
+from varfast.policies.janus.text import TextTokenizer
+from varfast.policies.janus.transformer import Janus
+from varfast.policies.text import TOKENIZER_FILE
 from varfast.pretraining.training import PretrainReport, pretrain
 from varfast.randomness import GRID_STEP, Key, order_may_vary
 from varfast.runs.base import FileNote
@@ -35,7 +40,7 @@ def base_paths(config: Config, device: torch.device) -> tuple[Path, Path]:
     made_by = {
         "policy": config.policy.model_dump(exclude={"lora"}),
         "pretrain": config.pretrain.model_dump(exclude={"cache_dir", "num_workers"}),
-        "data": fingerprint(config.pretrain.dataset),
+        "data": (captions_fingerprint if _of_texts(config) else fingerprint)(config.pretrain.dataset),
         "seed": config.run.seed,
         "device": device.type,
         "torch": torch.__version__,
@@ -69,11 +74,12 @@ def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
     Raises: InputError if the cache cannot be written, which is checked before anything is trained; or as pretrain.
     """
     paths = base_paths(config, device)
-    if _damage(paths) is None:
+    kept = _kept(config, paths)
+    if _damage(kept) is None:
         return paths
     folder = paths[0].parent
     with locked(folder, f"the base model in {folder}", "choose another pretrain.cache_dir", math.inf):
-        damage = _damage(paths)  # another process may have made it meanwhile
+        damage = _damage(kept)  # another process may have made it meanwhile
         if damage is None:
             return paths
         remove_leftovers(folder)
@@ -87,27 +93,43 @@ def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
             except KeyboardInterrupt as error:
                 error.add_note("  pre-training keeps nothing of a base model that is not complete: it starts again")
                 raise
-        if config.pretrain.dataset != "digits":
+        if _of_texts(config):
+            _text_of(models[0]).save(folder / TOKENIZER_FILE)
+        elif _is_own(config):
             save_text(folder / LABELS_FILE, labels_json(labels_of(_own_images(config))))
         for path, model in zip(paths, models, strict=True):
             save_tensors(path, model.state_dict())
         # Written last: without it, the other files count as missing.
-        files = {path.name: FileNote.of(path).model_dump() for path in paths}
-        save_text(_report(paths), json.dumps(asdict(report) | {"files": files}, indent=2) + "\n")
+        files = {path.name: FileNote.of(path).model_dump() for path in kept}
+        save_text(_report(kept), json.dumps(asdict(report) | {"files": files}, indent=2) + "\n")
         print(
             f"base model: {report.seconds:.0f} s; reconstruction MSE {report.reconstruction_mse:.4f}, "
             f"{report.codebook_usage:.0%} of the codes in use, {report.token_loss:.2f} nats a token"
         )
-        if config.pretrain.dataset != "digits":
+        if _is_own(config):
             _show_own(config, models, report, folder, device)
     return paths
 
 
-def _report(paths: tuple[Path, Path]) -> Path:
+def _of_texts(config: Config) -> bool:
+    return config.policy.conditioned_on == "text"
+
+
+def _is_own(config: Config) -> bool:
+    """Whether the base learns from images of the user's."""
+    return config.pretrain.dataset not in ("digits", CAPTIONED_DIGITS)
+
+
+def _kept(config: Config, paths: tuple[Path, Path]) -> list[Path]:
+    """All files of a base: its two parts, and the text tokenizer."""
+    return [*paths, paths[0].with_name(TOKENIZER_FILE)] if _of_texts(config) else list(paths)
+
+
+def _report(paths: Sequence[Path]) -> Path:
     return paths[0].with_name("report.json")
 
 
-def _damage(paths: tuple[Path, Path]) -> str | None:
+def _damage(paths: Sequence[Path]) -> str | None:
     """What is wrong with a base model in the cache: None if it is whole, an empty text if there is none."""
     report = _report(paths)
     if not any(path.exists() for path in (report, *paths)):
@@ -127,26 +149,39 @@ def _own_images(config: Config) -> FolderImages:
     return images
 
 
+def _text_of(model: nn.Module) -> TextTokenizer:
+    """What a pre-trained model reads texts with."""
+    assert isinstance(model, Janus)
+    assert model.text is not None
+    return model.text
+
+
 def _show_own(
     config: Config, models: Sequence[nn.Module], report: PretrainReport, folder: Path, device: torch.device
 ) -> None:
     """For a base of a user's own images: print what its numbers mean, and save pictures beside it."""
-    images = _own_images(config)
-    labels = labels_of(images)
+    images: Images
+    if _of_texts(config):
+        images = captioned = load_captioned(config.pretrain.dataset, config.policy.image_size, 0, check=False)
+        titles, beside = captioned.texts[:_SHOWN_IMAGES], TOKENIZER_FILE
+    else:
+        images = labelled = _own_images(config)
+        labels = labels_of(labelled)
+        names, beside = [label.name for label in labels], LABELS_FILE
+        titles = [caption(row.label, names) for row in labels[:_SHOWN_IMAGES]]
     print("\n".join(f"  {line}" for line in advice(report, config)))
-    shown = sorted({i * (len(images) - 1) // (_SHOWN_IMAGES - 1) for i in range(_SHOWN_IMAGES)})
+    last = len(images) - 1
+    shown = sorted({i * last // (_SHOWN_IMAGES - 1) for i in range(_SHOWN_IMAGES)})
     real = torch.stack([images[i][0] for i in shown]).to(device)
     policy = family_of(config.policy).assemble(dict(zip(config.policy.parts, models, strict=True)), device, "float32")
     rebuilt = policy.decode(policy.encode(real))
     save_picture(
         folder / "reconstructions.png", image_grid(torch.cat([real, rebuilt]), len(shown), ["image", "rebuilt"])
     )
-    rows = labels[:_SHOWN_IMAGES]
-    prompts = Prompts(torch.tensor([row.label for row in rows])).repeat(_SHOWN_IMAGES)
+    prompts = Prompts(torch.arange(len(titles))).repeat(_SHOWN_IMAGES)
     _, samples = policy.sample_images(prompts, Sampling(), Key(config.run.seed, GRID_STEP), _SHOWN_IMAGES)
-    titles = [caption(row.label, [label.name for label in labels]) for row in rows]
     save_picture(folder / "samples.png", image_grid(samples, _SHOWN_IMAGES, titles))
-    print(f"  {folder}: reconstructions.png, samples.png, {LABELS_FILE}")
+    print(f"  {folder}: reconstructions.png, samples.png, {beside}")
 
 
 def advice(report: PretrainReport, config: Config) -> list[str]:

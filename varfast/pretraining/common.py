@@ -25,7 +25,10 @@ LINE_EVERY = 100
 
 
 def batches(dataset: Images, config: Config, steps: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """`steps` shuffled batches, over as many passes as that takes; labels are the last tensor of each."""
+    """`steps` shuffled batches, over as many passes as that takes.
+
+    Labels, or rows of captions, are the last tensor of each.
+    """
     loader = DataLoader(
         _Answers(dataset),
         collate_fn=_collated,
@@ -43,7 +46,7 @@ def batches(dataset: Images, config: Config, steps: int, device: torch.device) -
             if isinstance(batch, InputError):
                 raise batch
             largest = int(batch[-1].max())
-            if largest >= config.policy.num_classes:
+            if config.policy.conditioned_on == "labels" and largest >= config.policy.num_classes:
                 raise InputError(
                     f"{config.pretrain.dataset} has label {largest}, but {config.policy.sizes_key}.num_classes="
                     f"{config.policy.num_classes}; raise it"

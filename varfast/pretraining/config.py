@@ -10,7 +10,11 @@ from varfast.settings.section import MANY, LocalPath, Section
 class PretrainConfig(Section):
     """How the base model is made when policy.checkpoint is 'pretrain': for the digits, or for your own small folder."""
 
-    dataset: LocalPath = Field("digits", description="'digits' (scikit-learn), or a folder with one sub-folder a class")
+    dataset: LocalPath = Field(
+        "digits",
+        description="'digits' (scikit-learn), or a folder with one sub-folder a class; for a model that is conditioned "
+        "on text 'captioned_digits', or a folder with metadata.jsonl (file_name, text)",
+    )
     cache_dir: LocalPath = Field(
         "~/.cache/varfast", description="where base models are kept, by a hash of what made them"
     )
@@ -22,7 +26,11 @@ class PretrainConfig(Section):
     var_lr: float = Field(1e-3, gt=0, le=1e9, description="peak learning rate of the transformer")
     weight_decay: float = Field(0.05, ge=0, le=1e6, description="of AdamW, for the transformer's matrices")
     class_dropout: float = Field(
-        0.1, ge=0, lt=1, description="share of labels replaced by 'no label', which taming's models do not have"
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of labels replaced by 'no label', and of texts by one that says nothing; taming's models "
+        "have neither",
     )
     token_noise: float = Field(
         0.0,

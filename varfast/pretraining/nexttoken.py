@@ -7,14 +7,20 @@ Axes: B image, N token in raster order, V vocabulary, C code width.
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from varfast.config import Config
+from varfast.data.captioned import CaptionedFolder, CaptionedScenes
 from varfast.data.datasets import Images
 from varfast.policies.families import family_of
+from varfast.policies.janus.config import JanusPolicyConfig
+from varfast.policies.janus.text import TextTokenizer, word_tokenizer
+from varfast.policies.janus.transformer import Janus
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.transformer import CausalTransformer
 from varfast.pretraining.common import LINE_EVERY, REVIVE_EVERY, batches, learning_rate, optimizer_step, pixels
@@ -57,7 +63,31 @@ def train_transformer(
         )
     model, _ = family_of(config.policy).random_parts(config.policy, config.run.seed, device).values()
     assert isinstance(model, CausalTransformer)
+    if isinstance(images, CaptionedScenes | CaptionedFolder):
+        assert isinstance(model, Janus)
+        model.text = words_of(config, images.texts)
+        model.set_prompts(images.texts)
     return model, fit_causal(config, images, model, tokenizer, device)
+
+
+def words_of(config: Config, texts: list[str]) -> TextTokenizer:
+    """A text tokenizer of the words of captions.
+
+    Raises: InputError for a table of text tokens that has fewer rows than there are words, or a caption that is longer
+        than policy.max_prompt_tokens.
+    """
+    assert isinstance(config.policy, JanusPolicyConfig)
+    words = {word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text)}
+    tokenizer = word_tokenizer(words, config.policy.max_prompt_tokens)
+    rows = getattr(config.policy.sizes, "text_vocab_size")  # noqa: B009 - sizes are of any next-token model
+    if tokenizer.vocab_size > rows:
+        raise InputError(
+            f"the captions of pretrain.dataset={config.pretrain.dataset} have {len(words)} words, and "
+            f"{config.policy.sizes_key}.text_vocab_size={rows}; set {config.policy.sizes_key}.text_vocab_size="
+            f"{tokenizer.vocab_size}"
+        )
+    tokenizer.encode(texts)
+    return tokenizer
 
 
 def fit_causal(

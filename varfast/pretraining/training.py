@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from varfast.config import Config
-from varfast.data.datasets import FolderImages, load_images
+from varfast.data.captioned import CaptionedFolder, load_captioned
+from varfast.data.datasets import FolderImages, Images, load_images
 from varfast.data.labels import label_table, labels_of
 from varfast.policies.nexttoken.config import NextTokenPolicyConfig
 from varfast.pretraining import nexttoken, var
@@ -49,10 +50,7 @@ def pretrain(config: Config, device: torch.device) -> tuple[nn.Module, nn.Module
     """
     start = time.perf_counter()
     policy = config.policy
-    images = load_images(config.pretrain.dataset, policy.image_size, policy.num_classes, policy.sizes_key)
-    if isinstance(images, FolderImages):
-        print(f"{images.folder}: {len(images)} images\n{label_table(labels_of(images))}")
-        print("".join(f"note: {note}\n" for note in images.notes), end="")
+    images = _images(config)
     if len(images) < config.pretrain.batch_size:  # type: ignore[arg-type]
         raise InputError(
             f"{config.pretrain.dataset} has {len(images)} images, fewer than "  # type: ignore[arg-type]
@@ -66,6 +64,22 @@ def pretrain(config: Config, device: torch.device) -> tuple[nn.Module, nn.Module
     _refuse_diverged(model, "transformer", f"pretrain.var_lr (now {config.pretrain.var_lr:g})")
     seconds = time.perf_counter() - start
     return model, vqvae, PretrainReport(tokenized.mse, tokenized.variance, tokenized.usage, token_loss, seconds)
+
+
+def _images(config: Config) -> Images:
+    """What the base learns from, told to the user where it is a folder."""
+    policy, dataset = config.policy, config.pretrain.dataset
+    if policy.conditioned_on == "text":
+        captioned = load_captioned(dataset, policy.image_size, config.run.seed)
+        if isinstance(captioned, CaptionedFolder):
+            print(f"{captioned.folder}: {len(captioned)} images, {len(captioned.texts)} different captions")
+        nexttoken.words_of(config, captioned.texts)  # what does not fit is said before anything is trained
+        return captioned
+    images = load_images(dataset, policy.image_size, policy.num_classes, policy.sizes_key)
+    if isinstance(images, FolderImages):
+        print(f"{images.folder}: {len(images)} images\n{label_table(labels_of(images))}")
+        print("".join(f"note: {note}\n" for note in images.notes), end="")
+    return images
 
 
 def _refuse_diverged(model: torch.nn.Module, what: str, key: str) -> None:

@@ -1,14 +1,15 @@
-"""Curves over steps, as SVG."""
+"""Curves over steps, or over what was spent by then, as SVG. The script of the page redraws them over another axis."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from varfast.report.axes import AXES, Axis, places, positions, ticks
 from varfast.report.elements import brief, text
 from varfast.report.run import Run
 from varfast.report.verdicts import HEALTHY, badge, verdict
@@ -34,12 +35,37 @@ _UNITS = {
     "mfu": "share of peak FLOP/s",
     "skipped_steps": "optimizer steps",
     "grad_norm": "before clipping, log scale",
+    "pair_accuracy": "share of pairs in the right order",
+    "pairs": "pairs of a step",
+    "reward_margin": "reward, preferred less rejected",
+    "reward_chosen": "reward",
+    "reward_rejected": "reward",
+    "implicit_margin": "beta (log policy - log reference), preferred less rejected",
+    "implicit_chosen": "beta (log policy - log reference), nats",
+    "implicit_rejected": "beta (log policy - log reference), nats",
+    "logp_chosen": "nats an image",
+    "logp_rejected": "nats an image",
+    "update_images": "images of a step with a gradient, in each epoch",
+    "reference_images": "images of a step that the reference reads",
+    "spent_images": "images sampled",
+    "spent_flop": "model FLOP of the policy",
+    "spent_hours": "h of steps",
 }
 _LOG_SCALE = ("ratio_gap_max", "ratio_gap_mean", "grad_norm")
 # Metrics whose axis need not begin at 0: their changes matter more than their distance from 0.
-_OWN_RANGE = ("reward_mean", "entropy", "entropy_norm", "ratio_mean", "loss", "advantage_mean")
+_OWN_RANGE = (
+    "reward_mean", "entropy", "entropy_norm", "ratio_mean", "loss", "advantage_mean", "pair_accuracy", "logp_chosen",
+    "logp_rejected", "reward_chosen", "reward_rejected",
+)  # fmt: skip
 _SPEED = ("images_per_s", "mfu", "step_s")
 _POLICY = ("kl", "entropy", "entropy_norm", "entropy_coef", "clip_fraction", "ratio_gap_max", "groups_without_signal")
+# Of DPO: one chart a metric, and the preferred and the rejected image on one.
+_PAIRS = ("pair_accuracy", "implicit_margin", "reward_margin", "pairs")
+_PAIRED = {
+    "implicit rewards of pairs": ("implicit_chosen", "implicit_rejected"),
+    "rewards of pairs": ("reward_chosen", "reward_rejected"),
+    "log-probabilities of pairs": ("logp_chosen", "logp_rejected"),
+}
 _COLOURS = 6
 
 Point = tuple[int, float, float, float]
@@ -53,15 +79,21 @@ class Curve:
         name: in the legend.
         style: index of its colour and dashes.
         points: (step, value, lowest, highest), the last two over the steps that a point stands for.
+        spent: by axis, what the run had spent at each point.
     """
 
     name: str
     style: int
     points: list[Point]
+    spent: dict[Axis, list[float]] = field(default_factory=dict)
 
     @property
     def css(self) -> str:
         return f"c{self.style % _COLOURS} d{self.style % 3}"
+
+    def at(self, axis: Axis) -> Sequence[float] | None:
+        """The places of the points on an axis; None: the run does not say what it has spent."""
+        return [point[0] for point in self.points] if axis == "step" else self.spent.get(axis)
 
 
 def curve(name: str, style: int, steps: Sequence[int], values: Sequence[float]) -> Curve:
@@ -79,18 +111,8 @@ def curve(name: str, style: int, steps: Sequence[int], values: Sequence[float]) 
     return Curve(name, style, points)
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """At most `most` + 1 round numbers in [low, high], 1, 2 or 5 times a power of ten apart."""
-    rough = (high - low) / most
-    if not rough > 1e-300:  # equal, or so close that the power of ten below underflows
-        return [low]
-    power = 10.0 ** math.floor(math.log10(rough))
-    apart = next(m * power for m in (1.0, 2.0, 5.0, 10.0, 20.0) if m * power >= rough * (1 - 1e-9))
-    return [k * apart for k in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)]
-
-
 @dataclass(frozen=True)
-class _Axis:
+class _Heights:
     """The vertical axis: maps a value to a height in [low, high], and that to thousandths of the plot from its top."""
 
     low: float
@@ -125,6 +147,7 @@ class Chart:
         legend: whether the curves are named.
         cut: whether values above three times a curve's 90 % quantile are cut off, as of a first step that compiles.
         notes: lines beneath the title, HTML.
+        over: the horizontal axis; of curves that do not have it, steps.
     """
 
     title: str
@@ -135,43 +158,49 @@ class Chart:
     legend: bool = False
     cut: bool = False
     notes: tuple[str, ...] = ()
+    over: Axis = "step"
 
     def draw(self, number: int) -> tuple[str, dict[str, Any]]:
-        """The chart as HTML, and what the script needs to show values: {"x": [low, high], "curves": [...]}."""
-        axis, cut = self._axis()
-        ends = [line.points[i][0] for line in self.curves for i in (0, -1)]
-        first, last = min(ends), max(ends)
+        """The chart as HTML, and what the script needs to show values: {"x": [low, high], "curves": [...]}.
 
-        def x(step: float) -> float:
-            return 1000.0 * (step - first) / (last - first) if last > first else 500.0
+        A curve without the axis is drawn over steps if no curve has it, and else not at all.
+        """
+        heights, cut = self._axis()
+        over: Axis = self.over if any(line.at(self.over) for line in self.curves) else "step"
+        drawn_at = [line.at(over) for line in self.curves]
+        everywhere = [place for places_ in drawn_at if places_ for place in places_]
+        first, last = min(everywhere), max(everywhere)
 
-        labels = axis.labels()
+        def x(place: float) -> float:
+            return 1000.0 * (place - first) / (last - first) if last > first else 500.0
+
+        labels = heights.labels()
         rules = "".join(f"M0 {level:.1f}H1000" for level, _ in labels)
-        parts = [f'<path class="rule" d="{rules}"/>', *(_path(line, x, axis.y) for line in self.curves)]
-        steps = [t for t in ticks(first, last) if t == round(t)]
+        lines = [
+            _path(number, line, [x(place) for place in at or ()], heights.y)
+            for number, (line, at) in enumerate(zip(self.curves, drawn_at, strict=True))
+        ]
+        parts = [f'<path class="rule" d="{rules}"/>', *lines]
+        marks = places(first, last, over)
         notes = "".join(f"<p>{note}</p>" for note in (*self.notes, *cut))
         drawn = (
             f'<figure class="chart"><figcaption><b>{text(brief(self.title))}</b> <span>{text(self.unit)}</span>'
             f"{notes}</figcaption>"
-            f'<div class="plot" data-chart="{number}" tabindex="0" role="img" aria-label="{text(self._spoken())}">'
+            f'<div class="plot" data-chart="{number}" tabindex="0" role="img" aria-label="{text(self._spoken(over))}">'
             f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(parts)}</svg>'
             + "".join(f'<span class="y" style="top:{level / 10:.1f}%">{text(label)}</span>' for level, label in labels)
-            + "".join(f'<span class="x" style="left:{x(step) / 10:.1f}%">{step:.0f}</span>' for step in steps)
-            + '<i class="cross" hidden></i><output hidden></output><span class="axis">step</span></div>'
+            + "".join(f'<span class="x" style="left:{x(at) / 10:.1f}%">{label}</span>' for at, label in marks)
+            + f'<i class="cross" hidden></i><output hidden></output><span class="axis">{AXES[over]}</span></div>'
             + (_legend(self.curves) if self.legend else "")
             + "</figure>"
         )
-        rounded = [
-            {"name": brief(line.name), "points": [[p[0], *(float(f"{v:.4g}") for v in p[1:])] for p in line.points]}
-            for line in self.curves
-        ]
-        return drawn, {"x": [first, last], "curves": rounded}
+        return drawn, {"x": [first, last], "curves": list(map(_numbers, self.curves))}
 
-    def _axis(self) -> tuple[_Axis, list[str]]:
+    def _axis(self) -> tuple[_Heights, list[str]]:
         """The vertical axis, and a note if it cuts something off."""
         points = [point for line in self.curves for point in line.points]
         tiniest = min((low for _, _, low, _ in points if low > 0), default=1.0)
-        whole = _Axis(0.0, 1.0, self.log, tiniest)
+        whole = _Heights(0.0, 1.0, self.log, tiniest)
         low, high = min(whole.height(p[2]) for p in points), max(whole.height(p[3]) for p in points)
         notes = []
         usual = max(float(np.percentile([p[3] for p in line.points], 90)) for line in self.curves)
@@ -188,22 +217,34 @@ class Chart:
         if not self.log:
             margin = 0.04 * (high - low)
             low, high = low - margin * (low != 0.0), high + margin
-        return _Axis(low, high, self.log, tiniest), notes
+        return _Heights(low, high, self.log, tiniest), notes
 
-    def _spoken(self) -> str:
+    def _spoken(self, over: Axis) -> str:
         ends = [f"{line.name}: {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for line in self.curves]
-        return brief(f"{self.title} over steps; {'; '.join(ends)}")
+        return brief(f"{self.title} over {AXES[over]}; {'; '.join(ends)}")
 
 
-def _path(line: Curve, x: Any, y: Any) -> str:
-    """A curve, and its band if it has one, as SVG."""
+def _numbers(line: Curve) -> dict[str, Any]:
+    """A curve as the script reads it."""
+    points = [[p[0], *(float(f"{v:.4g}") for v in p[1:])] for p in line.points]
+    spent = {axis: [float(f"{place:.6g}") for place in at] for axis, at in line.spent.items()}
+    return {"name": brief(line.name), "points": points} | ({"spent": spent} if spent else {})
+
+
+def _path(number: int, line: Curve, x: Sequence[float], y: Callable[[float], float]) -> str:
+    """A curve, and its band if it has one, as SVG. x: of each point, in thousandths; none: the curve is not drawn yet.
+
+    The script finds the heights of a curve that is not drawn in the path too, so all places are 0 then.
+    """
+    hidden, x = ("", x) if x else (" hidden", [0.0] * len(line.points))
+    of = f'data-curve="{number}"{hidden}'
     band = ""
     if any(p[2] != p[3] for p in line.points):
-        upper = " ".join(f"{x(p[0]):.1f},{y(p[3]):.1f}" for p in line.points)
-        lower = " ".join(f"{x(p[0]):.1f},{y(p[2]):.1f}" for p in reversed(line.points))
-        band = f'<path class="band {line.css}" d="M{upper} {lower}Z"/>'
-    path = " ".join(f"{x(p[0]):.1f},{y(p[1]):.1f}" for p in line.points)
-    return f'{band}<path class="line {line.css}" d="M{path}{"h.1" if len(line.points) == 1 else ""}"/>'
+        upper = " ".join(f"{at:.1f},{y(p[3]):.1f}" for at, p in zip(x, line.points, strict=True))
+        lower = " ".join(f"{at:.1f},{y(p[2]):.1f}" for at, p in zip(x[::-1], reversed(line.points), strict=True))
+        band = f'<path class="band {line.css}" {of} d="M{upper} {lower}Z"/>'
+    path = " ".join(f"{at:.1f},{y(p[1]):.1f}" for at, p in zip(x, line.points, strict=True))
+    return f'{band}<path class="line {line.css}" {of} d="M{path}{"h.1" if len(line.points) == 1 else ""}"/>'
 
 
 def _legend(curves: Sequence[Curve]) -> str:
@@ -211,9 +252,15 @@ def _legend(curves: Sequence[Curve]) -> str:
     return f'<ul class="legend">{"".join(f"<li>{key.format(c.css)}{text(brief(c.name))}</li>" for c in curves)}</ul>'
 
 
-def _metric_chart(runs: Sequence[Run], metric: str) -> Chart | None:
+def curve_of(run: Run, name: str, style: int, metric: str) -> Curve:
+    """The curve of a run's metric, of which it has at least one value."""
+    drawn = curve(name, style, *run.series(metric))
+    return replace(drawn, spent=positions(run, [point[0] for point in drawn.points]))
+
+
+def _metric_chart(runs: Sequence[Run], metric: str, over: Axis) -> Chart | None:
     """A chart of one metric with a curve for each run; None if no run has it."""
-    curves = [curve(run.name, i, *run.series(metric)) for i, run in enumerate(runs) if run.series(metric)[0]]
+    curves = [curve_of(run, run.name, i, metric) for i, run in enumerate(runs) if run.series(metric)[0]]
     if not curves:
         return None
     unit = _UNITS.get(metric, "reward" if metric.startswith("reward/") else "")
@@ -221,7 +268,7 @@ def _metric_chart(runs: Sequence[Run], metric: str) -> Chart | None:
     own_range = metric in _OWN_RANGE or metric.startswith("reward/")
     notes = _notes(runs, metric)
     legend, time = len(runs) > 1, unit in ("ms", "s")
-    return Chart(metric, unit, curves, metric in _LOG_SCALE, not own_range, legend, time, notes)
+    return Chart(metric, unit, curves, metric in _LOG_SCALE, not own_range, legend, time, notes, over)
 
 
 def _notes(runs: Sequence[Run], metric: str) -> tuple[str, ...]:
@@ -233,25 +280,31 @@ def _notes(runs: Sequence[Run], metric: str) -> tuple[str, ...]:
     return (healthy, " ".join(badges)) if badges else (healthy,)
 
 
-def _stage_charts(runs: Sequence[Run], metrics: Sequence[str], suffix: str, unit: str) -> list[Chart]:
-    """One run: a chart with all its stages. Several runs: a chart for each stage."""
-    chosen = [metric for metric in metrics if metric.endswith(suffix)]
+def _together(
+    runs: Sequence[Run], metrics: Sequence[str], title: str, unit: str, over: Axis, from_zero: bool = True
+) -> list[Chart]:
+    """One run: a chart with all these metrics. Several runs: a chart for each metric."""
     if len(runs) > 1:
-        return [chart for metric in chosen if (chart := _metric_chart(runs, metric))]
-    lines = [curve(m, i, *runs[0].series(m)) for i, m in enumerate(chosen) if runs[0].series(m)[0]]
-    return [Chart(f"stages, *{suffix}", unit, lines, legend=True, cut=unit == "ms")] if lines else []
+        return [chart for metric in metrics if (chart := _metric_chart(runs, metric, over))]
+    lines = [curve_of(runs[0], m, i, m) for i, m in enumerate(metrics) if runs[0].series(m)[0]]
+    cut = unit == "ms"
+    return [Chart(title, unit, lines, legend=True, cut=cut, from_zero=from_zero, over=over)] if lines else []
 
 
-def charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
+def charts(runs: Sequence[Run], over: Axis = "step") -> dict[str, list[Chart]]:
     """The charts by section. Every metric is in one of them, except a single reward, which reward_mean repeats."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics.columns))
     components = [m for m in metrics if m.startswith("reward/")]
     distances = [m for m in metrics if m.startswith("distance/")]  # of rewards of sets
     rewards = ["reward_mean", "reward_std", *(components if len(components) > 1 else []), *distances]
     stages = [m for m in metrics if m.endswith(("_ms", "_share"))]
-    others = [m for m in metrics if m not in (*rewards, *components, *_POLICY, *_SPEED, *stages)]
-    groups = {"Reward": rewards, "Policy": _POLICY, "Speed": _SPEED, "Other metrics": others}
-    found = {title: [c for name in group if (c := _metric_chart(runs, name))] for title, group in groups.items()}
-    found["Speed"] += _stage_charts(runs, metrics, "_ms", "ms")
-    found["Speed"] += _stage_charts(runs, metrics, "_share", "share of the limit")
+    grouped = (*rewards, *components, *_POLICY, *_SPEED, *stages, *_PAIRS, *(m for of in _PAIRED.values() for m in of))
+    others = [m for m in metrics if m not in grouped]
+    groups = {"Reward": rewards, "Policy": _POLICY, "Pairs": _PAIRS, "Speed": _SPEED, "Other metrics": others}
+    found = {title: [c for name in group if (c := _metric_chart(runs, name, over))] for title, group in groups.items()}
+    for title, names in _PAIRED.items():
+        found["Pairs"] += _together(runs, names, title, _UNITS[names[0]], over, from_zero=title.startswith("implicit"))
+    for suffix, unit in (("_ms", "ms"), ("_share", "share of the limit")):
+        of_stages = [metric for metric in stages if metric.endswith(suffix)]
+        found["Speed"] += _together(runs, of_stages, f"stages, *{suffix}", unit, over)
     return {title: group for title, group in found.items() if group}

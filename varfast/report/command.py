@@ -15,7 +15,7 @@ from varfast.types import InputError
 
 
 def main(arguments: list[str]) -> int:
-    """python -m varfast.report runs/x [runs/y ...] [out=report.html]
+    """python -m varfast.report runs/x [runs/y ...] [out=report.html] [over=flop]
 
     Folders that hold nothing to show are named and skipped. Raises: InputError if none is left.
     """
@@ -35,6 +35,6 @@ def main(arguments: list[str]) -> int:
     for run in runs:
         for note in run.left_out:
             print(masked(f"{run.name}: left out: {note}"), file=sys.stderr)
-    save_text(out, page(runs))
+    save_text(out, page(runs, config.over))
     print(f"{out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {out.stat().st_size / 1e6:.1f} MB")
     return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from varfast.settings.section import LocalPath, Section
@@ -12,3 +14,8 @@ class ReportConfig(Section):
 
     runs: list[LocalPath] = Field(min_length=1, description="run folders, each an argument of its own")
     out: LocalPath = Field("report.html", description="the page to write")
+    over: Literal["auto", "step", "images", "flop", "hours"] = Field(
+        "auto",
+        description="what curves are drawn over at first: steps, or images, FLOP of the policy or hours spent by then; "
+        "the page can change it. auto: FLOP for several runs that all count them, else steps",
+    )

@@ -6,26 +6,29 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from varfast.evaluation.metrics import Estimate, difference_interval, interval_text
-from varfast.evaluation.table import row_title
+from varfast.evaluation.metrics import Estimate, difference_interval
+from varfast.report.axes import AXES, Axis, chosen, positions
 from varfast.report.charts import SMOOTHED, charts
 from varfast.report.elements import Markup, brief, html_table, masked, text
+from varfast.report.evaluation import evaluations, shown
 from varfast.report.pictures import Extremes
-from varfast.report.reading import Estimated, Sample
+from varfast.report.reading import Sample
 from varfast.report.run import Run
+from varfast.report.spent import charts_of_samples, side_by_side, spent_sentence
 from varfast.report.style import SCRIPT, STYLE
 from varfast.report.verdicts import HEALTHY, badge, last_tenth, mean, verdict
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The report as HTML."""
-    drawn, numbers = _curves(runs)
-    sections = [("What changed", _changed(runs)), ("Is it healthy?", _health(runs)), *drawn]
+def page(runs: Sequence[Run], over: Axis | Literal["auto"] = "auto") -> str:
+    """The report as HTML. over: what curves are drawn over at first."""
+    drawn, numbers = _curves(runs, chosen(runs, over))
+    sections = [("What changed", _changed(runs)), ("At what cost", side_by_side(runs))]
+    sections += [("Is it healthy?", _health(runs)), *drawn]
     sections += [
         ("Best and worst samples", "".join(map(_extremes, runs))),
-        ("Evaluation", _evaluation(runs)),
+        ("Evaluation", evaluations(runs)),
         ("Settings", _settings(runs)),
         ("Environment", _environment(runs)),
         ("Left out", _left_out(runs)),
@@ -72,7 +75,7 @@ def _headline(run: Run) -> str:
     changes = {name: _change(run, name) for name in _of_summary(run)}
     first = "reward" if "reward" in changes else next(iter(changes))
     before, after = (run.summary.get(when, {}).get(first) for when in ("before", "after"))
-    difference = _shown(changes[first], "+") if changes[first] is not None else ""
+    difference = shown(changes[first], "+") if changes[first] is not None else ""
     headline = f"{text(_reward_name(run, first))} <b>{text(brief(before))} \u2192 {text(brief(after))}</b>"
     about = "Means over images; no interval, since before_after.json does not hold the images' values."
     if run.pairs:
@@ -84,7 +87,7 @@ def _headline(run: Run) -> str:
     rows = [
         (
             _reward_name(run, name),
-            [*(run.summary.get(when, {}).get(name) for when in ("before", "after")), _shown(c, "+")],
+            [*(run.summary.get(when, {}).get(name) for when in ("before", "after")), shown(c, "+")],
         )
         for name, c in changes.items()
     ]
@@ -97,17 +100,27 @@ def _of_summary(run: Run) -> list[str]:
     """Names of the table's rows. A single reward is skipped if it equals the total reward."""
     names = list(dict.fromkeys(name for numbers in run.summary.values() for name in numbers))
     components = [name for name in names if name.startswith("reward/")]
-    return [name for name in names if name not in components or len(components) > 1 or not _repeats(run, name)]
+    several = len({_of_all(name)[0] for name in components}) > 1
+    return [name for name in names if name not in components or several or not _repeats(run, name)]
+
+
+def _of_all(name: str) -> tuple[str, str]:
+    """A name, and " (held out)" or another domain of prompts, which may follow it."""
+    domain = next((end for end in (" (held out)", " (out of domain)") if name.endswith(end)), "")
+    return name.removesuffix(domain), domain
 
 
 def _repeats(run: Run, component: str) -> bool:
-    return all(numbers.get("reward") == numbers.get(component) for numbers in run.summary.values())
+    total = f"reward{_of_all(component)[1]}"
+    return all(numbers.get(total) == numbers.get(component) for numbers in run.summary.values())
 
 
 def _reward_name(run: Run, name: str) -> str:
-    components = {n for numbers in run.summary.values() for n in numbers if n.startswith("reward/")}
+    components = {_of_all(n)[0] for numbers in run.summary.values() for n in numbers if n.startswith("reward/")}
     only = next(iter(components)) if len(components) == 1 else ""
-    return f"reward ({only.removeprefix('reward/')})" if name == "reward" and only and _repeats(run, only) else name
+    named = f"reward ({only.removeprefix('reward/')})"
+    whole, domain = _of_all(name)
+    return f"{named}{domain}" if whole == "reward" and only and _repeats(run, f"{only}{domain}") else name
 
 
 def _change(run: Run, name: str) -> Estimate | None:
@@ -117,10 +130,6 @@ def _change(run: Run, name: str) -> Estimate | None:
     return None if before is None or after is None else Estimate(after - before)
 
 
-def _shown(estimate: Estimate | Estimated | None, sign: str = "") -> str:
-    return "" if estimate is None else interval_text(estimate.value, estimate.low, estimate.high, sign)
-
-
 def _steps(run: Run) -> str:
     done, asked = run.metrics.last_step, run.number("run.steps")
     said = f"{done} of {asked:g} steps." if asked is not None and done <= asked else f"{done} steps."
@@ -128,7 +137,7 @@ def _steps(run: Run) -> str:
         said = f"{done} steps are done; the config now asks for {asked:g}."
     if run.measured_step is not None and run.summary and run.measured_step != done:
         said += f' "After" was sampled after step {run.measured_step}.'
-    return said
+    return f"{said} {spent_sentence(run)}".strip()
 
 
 def _first_to_last(run: Run) -> str:
@@ -146,6 +155,7 @@ def _before_after_pictures(run: Run) -> str:
     """The first sample grid beside the later ones, all with the same labels and random numbers."""
     if not run.grids:
         return "<p>No sample grids.</p>"
+    kind = "prompt" if run.prompts else "label"
     first, *later = run.grids
     when = "before" if first.step == 0 else "at first"
     left = (
@@ -170,8 +180,16 @@ def _before_after_pictures(run: Run) -> str:
     hidden = f"; {len(run.grids)} of {run.num_grids} grids are shown" if len(run.grids) < run.num_grids else ""
     return (
         f'<div class="grids pair">{left}<figure><figcaption>after: step <output>{last}</output></figcaption>{images}'
-        f"</figure>{slider}<p>A row a label; the same random numbers at every step{hidden}.</p></div>"
+        f"</figure>{slider}<p>A row a {kind}; the same random numbers at every step{hidden}.</p>{_grid_rows(run)}</div>"
     )
+
+
+def _grid_rows(run: Run) -> str:
+    """The prompts of the grids, whole: the pictures have space for their beginnings. Labels are written there."""
+    if not run.prompts or not run.grid_rows:
+        return ""
+    rows = "".join(f"<li>{text(row)}</li>" for row in run.grid_rows)
+    return f'<ol class="rows" aria-label="prompts of the rows, from the top">{rows}</ol>'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,12 +225,15 @@ def _glance(runs: Sequence[Run]) -> str:
     return f"<details><summary>Numbers of the steps</summary>{html_table(columns, rows)}{arrows}</details>"
 
 
-def _curves(runs: Sequence[Run]) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
+def _curves(runs: Sequence[Run], over: Axis) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
     """Sections of charts, and the numbers of all charts in the order of the page."""
     numbers: list[dict[str, Any]] = []
-    sections = []
+    sections: list[tuple[str, str]] = []
     long = any(len(steps) > SMOOTHED for run in runs for steps, _ in run.metrics.columns.values())
-    for title, group in charts(runs).items():
+    groups = charts(runs, over)
+    if samples := charts_of_samples(runs, over):
+        groups = {"Fresh samples": samples} | groups
+    for title, group in groups.items():
         drawn = []
         for chart in group:
             figure, values = chart.draw(len(numbers))
@@ -223,8 +244,20 @@ def _curves(runs: Sequence[Run]) -> tuple[list[tuple[str, str]], list[dict[str, 
             body = "<p>Lines: moving mean over a twentieth of the steps. Bands: minimum to maximum.</p>" + body
         if title == "Other metrics":
             body = f"<details><summary>show</summary>{body}</details>"
-        sections.append((title, body))
+        sections.append((title, body if sections else _choice(runs, over) + body))
     return sections, numbers
+
+
+def _choice(runs: Sequence[Run], over: Axis) -> str:
+    """What curves are drawn over; nothing to choose where no run says what it has spent."""
+    axes: list[Axis] = ["step", *(axis for axis in AXES if any(axis in positions(run, []) for run in runs))]
+    if len(axes) == 1:
+        return ""
+    checked = {axis: " checked" if axis == over else "" for axis in axes}
+    choices = "".join(
+        f'<label><input type="radio" name="over" value="{axis}"{checked[axis]}> {AXES[axis]}</label>' for axis in axes
+    )
+    return f'<fieldset class="over"><legend>All curves over</legend>{choices}</fieldset>'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,7 +271,7 @@ def _extremes(run: Run) -> str:
     rows = [f"<h3>{text(brief(run.name))}, step {found.step}</h3>{_tied(found)}"]
     for title, samples in (("best", found.samples.best), ("worst", found.samples.worst)):
         cells = [
-            f'<figure><img src="{uri}" alt="{title} {place}: label {text(run.label(sample.label))}, reward '
+            f'<figure><img src="{uri}" alt="{title} {place}: {text(run.label(sample.label))}, reward '
             f'{text(brief(sample.reward))}"><figcaption>{_sample_caption(run, sample)}</figcaption></figure>'
             for place, (sample, uri) in enumerate(zip(samples, found.uris[title], strict=True), start=1)
         ]
@@ -262,45 +295,10 @@ def _tied(found: Extremes) -> str:
 
 
 def _sample_caption(run: Run, sample: Sample) -> str:
-    shown = f"label {text(run.label(sample.label))}<br>{text(brief(sample.reward))}"
+    shown = f"{text(run.label(sample.label))}<br>{text(brief(sample.reward))}"
     if len(sample.rewards) > 1:
         shown += "".join(f"<br><small>{text(brief(n, 60))} {text(brief(v))}</small>" for n, v in sample.rewards.items())
     return shown
-
-
-def _evaluation(runs: Sequence[Run]) -> str:
-    return "".join(_measured(run) for run in runs if run.evaluation is not None)
-
-
-def _measured(run: Run) -> str:
-    """Table and pictures of `python -m varfast.evaluate`, from the folder evaluation/ of the run."""
-    found = run.evaluation
-    assert found is not None
-    sides = [side for side in ("reference", "checkpoint", "difference") if any(getattr(r, side) for r in found.rows)]
-    several = len({row.features for row in found.rows} - {None}) > 1
-    guided = len({row.cfg for row in found.rows}) > 1
-    rows = [
-        (
-            row_title(row.name, row.labels, row.features if several else None)
-            + (f", cfg {brief(row.cfg)}" if guided and row.cfg is not None else ""),
-            [_shown(getattr(row, side), "+" if side == "difference" else "") for side in sides],
-        )
-        for row in found.rows
-    ]
-    each = "a model and guidance" if guided else "a model"
-    about = f"{found.images} images {each}, of {found.labels} labels. Intervals: {brief(found.intervals, 1000)}."
-    parts = [f"<h3>{text(brief(run.name))}: varfast.evaluate</h3>{html_table(sides, rows)}<p>{text(about)}</p>"]
-    if run.evaluation_picture is not None:
-        shown = found.pictures
-        columns = ", then ".join(dict.fromkeys(brief(column.of, 60) for column in shown.columns)) if shown else ""
-        labels = ", ".join(run.label(label) for label in shown.rows[:20]) if shown else ""
-        rows_are = f"A row a label ({labels})" if labels else "A row a label"
-        caption = f"{rows_are}; from the left: {columns or 'the models'}, the same seeds."
-        parts.append(
-            f'<figure class="measured"><img src="{run.evaluation_picture}" alt="{text(caption)}"><figcaption>'
-            f"{text(caption)}</figcaption></figure>"
-        )
-    return "".join(parts)
 
 
 def _settings(runs: Sequence[Run]) -> str:

@@ -28,11 +28,13 @@ _LINE_BYTES = 2**20
 # PyYAML reads about 0.1 MB/s; a config with 1000 labels and their names has 50 kB.
 CONFIG_BYTES = 256 * 2**10
 _JSON_BYTES = 64 * 2**20
+PROMPTS_BYTES = 64 * 2**20
 PICTURE_BYTES = 64 * 2**20
 _MOST_METRICS = 300
 _MOST_SETTINGS = 2000
 # A sum of 10^6 numbers up to this size is finite.
 _LARGEST = 1e300
+_MOST_PROMPTS = 200_000
 _LAST_STEP = 10**12
 # What PyYAML raises for text that is not valid YAML.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
@@ -132,6 +134,7 @@ class _Column(BaseModel):
 class _Pictures(BaseModel):
     columns: list[_Column] = Field(max_length=1000)
     rows: list[int] = Field(max_length=1000)
+    titles: list[str] | None = Field(None, max_length=1000)
 
 
 class Evaluation(BaseModel):
@@ -139,6 +142,7 @@ class Evaluation(BaseModel):
 
     images: int
     labels: int
+    prompts: int | None = None
     intervals: str
     rows: list[EvaluationRow] = Field(max_length=1000)
     pictures: _Pictures | None = None
@@ -157,6 +161,14 @@ class Samples(BaseModel):
     worst: list[Sample] = Field(min_length=1, max_length=64)
     ties: dict[str, int] = {}
     images: int | None = None
+
+
+class Prompted(BaseModel):
+    """A row of prompts.jsonl, whose number is the label of its images."""
+
+    prompt: str = Field(max_length=100_000)
+    tag: str | None = None
+    domain: str = "train"
 
 
 class Label(BaseModel):
@@ -210,6 +222,19 @@ def parse_metrics(content: bytes) -> Metrics:
     if too_many:
         notes.append(f"{too_many} values of metrics after the first {_MOST_METRICS}")
     return Metrics(_by_step(steps, columns), max(steps, default=0), notes)
+
+
+def parse_prompts(content: bytes) -> list[Prompted]:
+    """The prompts of a run, by label. Raises: Unreadable for a line that is none: labels after it are not known."""
+    lines = content.decode("utf-8", "replace").split("\n")
+    found = []
+    for line in lines[:_MOST_PROMPTS]:
+        if line.strip():
+            try:
+                found.append(validated(Prompted, json.loads(line) if len(line) <= _LINE_BYTES else None))
+            except (ValueError, RecursionError) as error:
+                raise Unreadable(f"line {len(found) + 1} is not valid JSON") from error
+    return found
 
 
 def _row(line: str) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +16,15 @@ from varfast.report.pictures import Extremes, Grid, picture_uri, read_extremes, 
 from varfast.report.reading import (
     CONFIG_BYTES,
     METRICS_BYTES,
+    PROMPTS_BYTES,
     Evaluation,
     Label,
     Metrics,
+    Prompted,
     Unreadable,
     finite,
     parse_metrics,
+    parse_prompts,
     parse_settings,
     read_bytes,
     read_json,
@@ -29,8 +33,10 @@ from varfast.report.reading import (
 )
 from varfast.runs.before_after import FILE as BEFORE_AFTER
 from varfast.runs.before_after import as_numbers, means
+from varfast.runs.log import GRID_ROWS as ROWS
 from varfast.types import InputError
 
+_MOST_PROMPTS = 1_000_000
 # One of these is in every run folder.
 _OF_A_RUN = ("config.yaml", "metrics.jsonl", "summary.json", BEFORE_AFTER, "grids", "samples", "evaluation")
 
@@ -48,7 +54,11 @@ class Run:
         summary: "before" and "after": means by name.
         pairs: "before" and "after": values of every image, by name, from which intervals are computed.
         measured_step: the step after which "after" was sampled.
+        spent: images, flop and hours at the end of the run, or after its last step.
+        ended_by: the setting that ended the run, as run.budget_flop=1e15; "" if that is not known.
         names: names of labels, by number.
+        prompts: of a model that is conditioned on text, by the number that stands for a label.
+        grid_rows: what each row of the sample grids shows.
         environment: content of environment.json, by dotted key.
         evaluation, evaluation_picture: result of varfast.evaluate.
         grids, num_grids, extremes: sample grids that are shown, how many there are, best and worst samples.
@@ -63,7 +73,11 @@ class Run:
     summary: dict[str, dict[str, float]] = field(default_factory=dict)
     pairs: dict[str, Numbers] = field(default_factory=dict)
     measured_step: int | None = None
+    spent: dict[str, float] = field(default_factory=dict)
+    ended_by: str = ""
     names: dict[int, str] = field(default_factory=dict)
+    prompts: list[Prompted] = field(default_factory=list)
+    grid_rows: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     evaluation_picture: str | None = None
@@ -88,9 +102,11 @@ class Run:
             return None
 
     def label(self, label: int | str) -> str:
-        """A label with its name, if that is known."""
+        """A label with its name, if that is known; "label 3 cat", or the text of a prompt, in quotes."""
+        if isinstance(label, int) and 0 <= label < len(self.prompts):
+            return f"\u201c{brief(self.prompts[label].prompt)}\u201d"
         named = self.names.get(label) if isinstance(label, int) else None
-        return f"{brief(label, 60)} {named}" if named and named != str(label) else brief(label, 60)
+        return f"label {brief(label, 60)}" + (f" {named}" if named and named != str(label) else "")
 
     @property
     def anything(self) -> bool:
@@ -124,7 +140,9 @@ def read_run(path: Path, name: str) -> Run:
         raise InputError(f"{path} is no run folder: {'a file' if exists else 'it does not exist'}")
     if not present:
         raise InputError(f"{path} is no run folder, or its run has not begun: it holds none of {', '.join(_OF_A_RUN)}")
-    parts: tuple[Callable[[Run], None], ...] = (_config, _metrics, _summary, _pairs, _names, _environment, _evaluation)
+    parts: tuple[Callable[[Run], None], ...] = (
+        _config, _metrics, _summary, _pairs, _names, _prompts, _rows, _environment, _evaluation
+    )  # fmt: skip
     for read in parts:
         read(run)
     run.grids, run.num_grids = read_grids(path, run.leave_out)
@@ -144,6 +162,9 @@ def _metrics(run: Run) -> None:
     with run.reading("metrics.jsonl"):
         run.metrics = parse_metrics(read_bytes(run.path, "metrics.jsonl", METRICS_BYTES))
         run.left_out += run.metrics.left_out
+    for name in ("images", "flop", "hours"):
+        if values := run.series(f"spent_{name}")[1]:
+            run.spent[name] = values[-1]
 
 
 def _summary(run: Run) -> None:
@@ -157,6 +178,7 @@ def _summary(run: Run) -> None:
                 run.leave_out("summary.json", f"values of {when} that are no finite number")
         if not any(run.summary.values()):
             run.summary = {}
+        run.ended_by = brief(content.get("ended_by"), 100) if content.get("step") == run.metrics.last_step else ""
 
 
 def _pairs(run: Run) -> None:
@@ -170,7 +192,8 @@ def _pairs(run: Run) -> None:
         if {len(values) for numbers in found.values() for values in numbers.values()} == {0} or len(found) < 2:
             return
         before, after = found["before"], found["after"]
-        if before.keys() != after.keys() or len({len(v) for v in (*before.values(), *after.values())}) != 1:
+        sizes = [{name: len(values) for name, values in numbers.items()} for numbers in (before, after)]
+        if sizes[0] != sizes[1] or 0 in sizes[0].values():  # of prompts, those of each domain have a size of their own
             raise Unreadable("before and after are not of the same images")
         if any(abs(values).max() > 1e100 for values in (*before.values(), *after.values())):
             raise Unreadable("numbers beyond 1e100")
@@ -188,6 +211,32 @@ def _names(run: Run) -> None:
             raise Unreadable("it holds no list of labels")
         labels = [validated(Label, row) for row in rows[:100_000]]
         run.names = {row.label: brief(row.name or row.folder or "", 60) for row in labels}
+    with run.reading("prompts.jsonl"):
+        lines = read_bytes(run.path, "prompts.jsonl", METRICS_BYTES).decode("utf-8", "replace").split("\n")
+        run.names = dict(enumerate(_texts(lines[:_MOST_PROMPTS]))) or run.names
+
+
+def _texts(lines: list[str]) -> Iterator[str]:
+    """Of the prompts of a run."""
+    for line in filter(str.strip, lines):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise Unreadable("a line is not valid JSON") from error
+        yield brief(row.get("prompt") or "", 200) if isinstance(row, dict) else ""
+
+
+def _prompts(run: Run) -> None:
+    with run.reading("prompts.jsonl"):
+        run.prompts = parse_prompts(read_bytes(run.path, "prompts.jsonl", PROMPTS_BYTES))
+
+
+def _rows(run: Run) -> None:
+    with run.reading(ROWS):
+        rows = read_json(run.path, ROWS)
+        if not isinstance(rows, list):
+            raise Unreadable("it holds no list")
+        run.grid_rows = [brief(row) for row in rows[:1000]]
 
 
 def _environment(run: Run) -> None:

@@ -50,6 +50,10 @@ border-radius:6px;background:var(--paper);font-size:12.5px;white-space:pre-line;
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;margin:0;padding:0;list-style:none;font-size:12.5px}
 .legend li{overflow-wrap:anywhere}
 .legend svg{width:24px;height:8px;margin-right:6px}
+.over{display:flex;flex-wrap:wrap;gap:2px 16px;margin:.8rem 0;padding:6px 12px;border:1px solid var(--rule);
+border-radius:6px}
+.over label{display:flex;gap:6px;align-items:center}
+.rows{margin:.3rem 0;padding-left:1.4rem;color:var(--soft);font-size:13px;columns:2 22rem;overflow-wrap:anywhere}
 .headline{font-size:1.5rem;line-height:1.25;margin:.2rem 0;color:var(--ink);font-variant-numeric:tabular-nums;
 overflow-wrap:anywhere}
 .headline b{font-weight:650}
@@ -83,27 +87,72 @@ SCRIPT = """
 "use strict";
 const numbers = JSON.parse(document.getElementById("numbers").textContent);
 const text = value => value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential() : String(value);
+const short = value => Math.abs(value) >= 1e6 || value && Math.abs(value) < 1e-3
+  ? Number(value.toPrecision(4)).toExponential().replace("e+", "e") : String(Number(value.toPrecision(6)));
+const names = {step: "step", images: "images", flop: "FLOP", hours: "hours"};
+const marks = (low, high, whole) => {
+  const rough = (high - low) / 5;
+  if (!(rough > 1e-300)) return [low];
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const apart = [1, 2, 5, 10, 20].map(m => m * power).find(m => m >= rough * (1 - 1e-9));
+  const found = [];
+  for (let k = Math.ceil(low / apart - 1e-9); k <= Math.floor(high / apart + 1e-9); k++) found.push(k * apart);
+  return found.filter(mark => !whole || mark === Math.round(mark));
+};
 const nearest = (values, wanted) =>
   values.reduce((best, value, i) => Math.abs(value - wanted) < Math.abs(values[best] - wanted) ? i : best, 0);
 for (const plot of document.querySelectorAll(".plot")) {
-  const chart = numbers[plot.dataset.chart], [low, high] = chart.x;
+  const chart = numbers[plot.dataset.chart];
   const cross = plot.querySelector(".cross"), shown = plot.querySelector("output");
-  const steps = [...new Set(chart.curves.flatMap(curve => curve.points.map(point => point[0])))].sort((a, b) => a - b);
-  let at = -1;
+  const of = (curve, axis) => axis === "step" ? curve.points.map(point => point[0]) : (curve.spent || {})[axis];
+  let over, low, high, steps, at = -1;
+  const follow = wanted => {
+    over = chart.curves.some(curve => of(curve, wanted)) ? wanted : "step";
+    steps = [...new Set(chart.curves.flatMap(curve => of(curve, over) || []))].sort((a, b) => a - b);
+    [low, high] = [steps[0], steps[steps.length - 1]];
+    at = -1;
+  };
+  const place = value => high > low ? (value - low) / (high - low) : 0.5;
+  const redraw = () => {
+    for (const path of plot.querySelectorAll("path[data-curve]")) {
+      const places = of(chart.curves[path.dataset.curve], over);
+      path.toggleAttribute("hidden", !places);
+      if (!places) continue;
+      const both = path.classList.contains("band") ? [...places, ...[...places].reverse()] : places;
+      const heights = [...path.getAttribute("d").matchAll(/,(-?[0-9.]+)/g)].map(match => match[1]);
+      const points = heights.map((height, i) => (1000 * place(both[i])).toFixed(1) + "," + height).join(" ");
+      path.setAttribute("d", "M" + points + (both !== places ? "Z" : places.length === 1 ? "h.1" : ""));
+    }
+    plot.querySelectorAll(".x").forEach(label => label.remove());
+    for (const mark of marks(low, high, over === "step" || over === "images")) {
+      const label = document.createElement("span");
+      label.className = "x";
+      label.style.left = 100 * place(mark) + "%";
+      label.textContent = short(mark);
+      plot.append(label);
+    }
+    const axis = plot.querySelector(".axis");
+    plot.setAttribute("aria-label", plot.getAttribute("aria-label").replace(" over " + axis.textContent + ";",
+      " over " + names[over] + ";"));
+    axis.textContent = names[over];
+  };
+  const choices = [...document.querySelectorAll(".over input")];
+  for (const choice of choices) choice.addEventListener("change", () => { follow(choice.value); hide(); redraw(); });
+  follow((choices.find(choice => choice.checked) || {value: "step"}).value);
   const show = index => {
     at = Math.min(Math.max(index, 0), steps.length - 1);
-    const lines = ["step " + steps[at]];
+    const lines = [over === "step" ? "step " + steps[at] : short(steps[at]) + " " + names[over]];
     for (const curve of chart.curves) {
-      const own = curve.points.map(point => point[0]);
-      if (steps[at] < own[0] || steps[at] > own[own.length - 1]) continue;
+      const own = of(curve, over);
+      if (!own || steps[at] < own[0] || steps[at] > own[own.length - 1]) continue;
       const [, value, least, most] = curve.points[nearest(own, steps[at])];
       const band = least === most ? "" : " (" + text(least) + " to " + text(most) + ")";
       lines.push((chart.curves.length > 1 ? curve.name + ": " : "") + text(value) + band);
     }
-    const place = high > low ? (steps[at] - low) / (high - low) : 0.5;
-    cross.style.left = 100 * place + "%";
-    shown.style.left = place < 0.5 ? "calc(" + 100 * place + "% + 8px)" : "auto";
-    shown.style.right = place < 0.5 ? "auto" : "calc(" + 100 * (1 - place) + "% + 8px)";
+    const share = place(steps[at]);
+    cross.style.left = 100 * share + "%";
+    shown.style.left = share < 0.5 ? "calc(" + 100 * share + "% + 8px)" : "auto";
+    shown.style.right = share < 0.5 ? "auto" : "calc(" + 100 * (1 - share) + "% + 8px)";
     shown.textContent = lines.join("\\n");
     cross.hidden = shown.hidden = false;
   };

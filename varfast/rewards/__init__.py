@@ -36,6 +36,8 @@ from varfast.rewards.brightness import BrightnessReward
 from varfast.rewards.building import Building, Scored, SetReward
 from varfast.rewards.classifier import ClassifierReward
 from varfast.rewards.clip import ClipReward
+from varfast.rewards.colour_match import ColourMatchReward
+from varfast.rewards.composition import CompositionReward
 from varfast.rewards.function import FunctionReward
 from varfast.rewards.hpsv2 import HPSv2Reward
 from varfast.rewards.http import HttpReward
@@ -60,11 +62,13 @@ RewardConfig = Annotated[
     | HPSv2Reward
     | PickScoreReward
     | ImageRewardReward
+    | VQAScoreReward
     | ClassifierReward
-    | HttpReward
+    | CompositionReward
+    | ColourMatchReward
     | VlmReward
-    | LooFidReward
-    | VQAScoreReward,
+    | HttpReward
+    | LooFidReward,
     Field(discriminator="type"),
 ]
 

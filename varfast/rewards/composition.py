@@ -1,8 +1,8 @@
 """Whether a picture of digits shows what its prompt asks for: digit, colour, count and position, read from the pixels.
 
 The scenes of varfast/data/captions.py have figures in the four corners of a sheet. A picture is read corner by corner:
-paper is the colour that most pixels have, a corner holds a figure where enough pixels differ from it, the ink is that of
-the pixels that differ most, and what is written there is told by a classifier of handwritten digits. Nothing is fetched.
+paper is the colour that most pixels have, a corner holds a figure where enough pixels differ from it, the ink is that
+of the pixels that differ most, and a classifier of handwritten digits tells what is written there. Nothing is fetched.
 
 Which attributes count for an image is said by the metadata of its prompt: `digit` (0 to 9), `ink` and `paper` (names of
 colours), `count`, `place` ("top left" and so on). What a prompt does not name is not judged.
@@ -225,7 +225,7 @@ def _digit(reading: Reading, row: int, wanted: Mapping[str, Any], graded: bool) 
 
 def _colour(reading: Reading, row: int, wanted: Mapping[str, Any], graded: bool) -> float | None:
     """Ink of all figures, and paper; graded: 1 minus the distance in RGB, where that is below 1."""
-    inks = [ink_3 for ink_3 in reading.ink_BK3[row][reading.figures_BK[row]]]
+    inks = list(reading.ink_BK3[row][reading.figures_BK[row]])
     seen = {"ink": inks, "paper": [reading.paper_B3[row]]}
     parts = []
     for name in ("ink", "paper"):

@@ -5,9 +5,10 @@ first, then the VQ-VAE: a resumed run must have the same reference and the same 
 beside it holds
 
 - what was made for the run (pre-trained, or taken from another run), as copies: a few MB that exist nowhere else;
-- files that the config names, as hard links, which take no space. Where the disk does not allow a hard link, the VQ-VAE
-  is copied (0.4 GB for the public one), since no image can be decoded without it. The transformer is not copied (8 GB
-  for d30, and a sweep would copy it for every run); if it goes missing, the error says which file to put where.
+- files that the config names, and those that an index among them names, as hard links, which take no space. Where the
+  disk does not allow a hard link, the VQ-VAE is copied (0.4 GB for the public one), since no image can be decoded
+  without it. The transformer is not copied (8 GB for d30, and a sweep would copy it for every run), nor are the files
+  of an index; if they go missing, the error says which file to put where.
 
 So a run folder that is copied or handed on can be sampled from, exported and evaluated. Anybody may have written
 base.json, so a file is accepted as a base only if it is a regular file with the recorded size and SHA-256.
@@ -38,6 +39,7 @@ from varfast.files import (
     write_atomically,
 )
 from varfast.types import InputError
+from varfast.weights.shards import is_index, shards
 from varfast.weights.state import State
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
 
 class FileNote(BaseModel):
-    """Size and SHA-256, by which a file is recognised."""
+    """Size and SHA-256, by which a file is recognised; of an index, those of it and all files that it names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     bytes: int = Field(ge=0)
@@ -55,24 +57,44 @@ class FileNote(BaseModel):
     def of(cls, path: Path) -> FileNote:
         """Raises: InputError if the file cannot be read."""
         try:
-            with open_regular(path) as file:
-                size = os.fstat(file.fileno()).st_size
-                return cls(bytes=size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+            files = _with_shards(path)
+            return cls(bytes=_bytes_of(files), sha256=_digest_of(files))
         except OSError as error:
             raise InputError(f"{path} cannot be read: {reason(error)}") from error
 
     def differs(self, path: Path, whole: bool = True) -> str | None:
         """How the file at `path` differs; None if it is the same. whole: compare its SHA-256, not only its size."""
         try:
-            with open_regular(path) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != self.bytes:
-                    return f"has {size} of {self.bytes} bytes"
-                if whole and hashlib.file_digest(file, "sha256").hexdigest() != self.sha256:
-                    return "has another SHA-256"
+            files = _with_shards(path)
+            size = _bytes_of(files)
+            if size != self.bytes:
+                return f"has {size} of {self.bytes} bytes"
+            if whole and _digest_of(files) != self.sha256:
+                return "has another SHA-256"
         except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
             return f"cannot be read: {reason(error) if isinstance(error, OSError) else error}"
         return None
+
+
+def _with_shards(path: Path) -> list[Path]:
+    return [path, *shards(path)] if is_index(path) else [path]
+
+
+def _bytes_of(files: Sequence[Path]) -> int:
+    total = 0
+    for path in files:
+        with open_regular(path) as file:
+            total += os.fstat(file.fileno()).st_size
+    return total
+
+
+def _digest_of(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with open_regular(path) as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 class _SavedFile(BaseModel):
@@ -177,6 +199,8 @@ class Base:
 
     def _inside(self, part: str, origin: str | Path) -> Path:
         suffix = Path(origin).suffix
+        if is_index(origin):
+            return self._files / f"{part}.index.json"
         return self._files / f"{part}{suffix if suffix == '.safetensors' else '.pth'}"
 
     def _keep(self, part: str, source: Source) -> _SavedFile:
@@ -192,6 +216,8 @@ class Base:
         inside = self._inside(part, path)
         if inside.exists() and os.path.samefile(inside, path):
             return inside
+        if is_index(path):
+            return self._link_with_shards(path, inside)
         if not copy:
             beside = inside.with_name(f"{inside.name}.{uuid.uuid4().hex[:12]}{INCOMPLETE}")
             try:
@@ -206,6 +232,18 @@ class Base:
         with path.open("rb") as source:
             write_atomically(inside, lambda file: shutil.copyfileobj(source, file, 2**24))
         return inside
+
+    def _link_with_shards(self, path: Path, inside: Path) -> Path:
+        """An index and the files that it names as hard links; where the disk does not allow them, its own path."""
+        try:
+            inside.parent.mkdir(parents=True, exist_ok=True)
+            for source, link in [(each, inside.with_name(each.name)) for each in shards(path)] + [(path, inside)]:
+                if not link.exists():  # parts of one checkpoint have the same shards
+                    os.link(os.path.realpath(source), link)
+            return inside
+        except OSError:
+            inside.unlink(missing_ok=True)
+            return path
 
     def _what(self, part: str) -> str:
         return "the transformer" if part == self.parts[0] else "the VQ-VAE"

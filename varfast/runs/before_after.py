@@ -1,5 +1,7 @@
 """The table that training prints at its end: fresh samples before and after it, scored and classified.
 
+Of prompts, those of each domain are sampled: rows such as "reward (held out)" stand below those of what is trained on.
+
 before_after.json in the run folder keeps the values of every image, so that the difference gets an interval over pairs
 of images, and so that a resumed run knows which settings its "before" was measured with.
 
@@ -17,6 +19,7 @@ import torch
 
 from varfast.config import Config
 from varfast.data.datasets import DigitsClassifier
+from varfast.data.prompts import PromptSet, drawn
 from varfast.evaluation.metrics import Numbers, difference_interval
 from varfast.files import read_json, save_text
 from varfast.policies.protocol import Policy
@@ -37,14 +40,30 @@ class BeforeAfter:
         folder: of the run.
         config: of the run.
         labels: that the run trains on; the first eval.max_labels are sampled, eval.samples_per_label images each.
+        prompts: of a run on texts: of each domain, eval.max_labels that run.seed chooses are sampled.
     Attributes:
         values: "before" and "after", each if it has been measured: (N,) float64 by name, which is reward,
-            reward/<component>, entropy or accuracy (0 or 1).
+            reward/<component>, entropy or accuracy (0 or 1); of prompts that are not trained on with their domain, as
+            "reward (held out)".
+    Raises: InputError for a classifier of labels where there are prompts.
     """
 
-    def __init__(self, folder: Path, config: Config, labels: list[int]) -> None:
+    def __init__(self, folder: Path, config: Config, labels: list[int], prompts: PromptSet | None = None) -> None:
         self._path, self._config = folder / FILE, config
-        self._labels = np.repeat(labels[: config.eval.max_labels], config.eval.samples_per_label).tolist()
+        chosen = {"": labels[: config.eval.max_labels]}
+        if prompts is not None:
+            if config.eval.classifier is not None:
+                raise InputError(
+                    f"eval.classifier={config.eval.classifier} tells labels apart, and the run is on prompts; use "
+                    "null, and rewards that read the prompt"
+                )
+            chosen = {
+                _suffix(d): drawn(prompts.ids(d), config.eval.max_labels, config.run.seed) for d in prompts.domains
+            }
+        each = config.eval.samples_per_label
+        self._labels = [label for ids in chosen.values() for label in ids for _ in range(each)]
+        # How many images have values under names with this suffix, one suffix after another.
+        self._counts = {suffix: each * len(ids) for suffix, ids in chosen.items()}
         # Everything that the values depend on and that may change when a run is resumed.
         self._settings = config.eval.model_dump(mode="json") | {
             "temperature": config.rollout.temperature,
@@ -102,7 +121,16 @@ class BeforeAfter:
                 for key, values_B in found.items():
                     parts.setdefault(key, []).append(values_B.double().cpu())
                 progress.update()
-        return {key: torch.cat(values).numpy() for key, values in parts.items()}
+        return self._by_domain({key: torch.cat(values).numpy() for key, values in parts.items()})
+
+    def _by_domain(self, numbers: Numbers) -> Numbers:
+        """The values of all images, by name and domain."""
+        found: Numbers = {}
+        first = 0
+        for suffix, count in self._counts.items():
+            found |= {f"{name}{suffix}": values_N[first : first + count] for name, values_N in numbers.items()}
+            first += count
+        return found
 
     def _save(self) -> None:
         content: dict[str, Any] = {"settings": self._settings, "labels": self._labels, "step": self._step}
@@ -119,9 +147,19 @@ class BeforeAfter:
             values = {when: as_numbers(content[when]) for when in ("before", "after") if when in content}
         except (InputError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return
-        if all(len(values_N) == len(self._labels) for found in values.values() for values_N in found.values()):
+        if all(len(values_N) == self._count(name) for found in values.values() for name, values_N in found.items()):
             self.values = values
             self._step = content["step"] if "after" in values else None
+
+    def _count(self, name: str) -> int:
+        """Images with a value of this name."""
+        others = (count for suffix, count in self._counts.items() if suffix and name.endswith(suffix))
+        return next(others, self._counts.get("", 0))
+
+
+def _suffix(domain: str) -> str:
+    """Of the names of a domain's values."""
+    return "" if domain == "train" else f" ({domain.replace('_', ' ')})"
 
 
 def as_numbers(content: dict[str, Any]) -> Numbers:

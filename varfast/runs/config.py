@@ -48,6 +48,11 @@ class RunConfig(Section):
         "refuses to run an operation that has none; micro-batches are chosen from the memory that there is, not from "
         "what is free. On a CPU no cost was seen (docs/measured.md); not measured on a GPU",
     )
+    stop_when_idle: bool = Field(
+        False,
+        description="end a run that cannot learn, as its last step would. It is said in any case: a constant reward, "
+        "groups without signal, a gradient of 0, everything clipped, or a learning rate near 0 for 15 steps in a row",
+    )
     max_bad_rollouts: int = Field(
         3,
         ge=1,

@@ -44,11 +44,13 @@ _FREE_TO_CHANGE = (
     "run.parallel",
     "run.timeout_s",
     "run.max_bad_rollouts",
+    "run.stop_when_idle",
     "log",
     "eval",
     "kernels",
     "grpo.kl_every",
     "dpo.kl_every",
+    "dpo.save_pairs",
     "rollout.micro_batch",
     "rollout.cuda_graph",
     "update.micro_batch",
@@ -59,8 +61,8 @@ _FREE_TO_CHANGE = (
 )
 # Files that a resumed run writes again or can do without.
 _REWRITTEN = (
-    "before_after.json", "config.yaml", "environment.json", "labels.json", "metrics.jsonl", "prompts.jsonl",
-    "summary.json", "tokenizer.json",
+    "appearance.json", "before_after.json", "config.yaml", "environment.json", "labels.json", "metrics.jsonl",
+    "prompts.jsonl", "summary.json", "tokenizer.json",
 )  # fmt: skip
 
 
@@ -164,7 +166,14 @@ class RunFolder:
 
     def _tidy(self, found: Checkpoint | None, config: Config) -> None:
         """Remove what killed writers left; rename what is damaged. `found`: the checkpoint to go on from."""
-        for folder in (self.path, self.checkpoints, self.adapter, self.path / "grids", self.path / "samples"):
+        for folder in (
+            self.path,
+            self.checkpoints,
+            self.adapter,
+            self.path / "grids",
+            self.path / "samples",
+            self.path / "pairs",
+        ):
             remove_leftovers(folder)
         try:
             for path in (self.weights(config), *(self.path / name for name in _REWRITTEN)):
@@ -189,8 +198,8 @@ class RunFolder:
             for key, line in differences(before, now).items()
             if not any(key == free or key.startswith(free + ".") for free in _FREE_TO_CHANGE)
         ]
-        if config.update.lr_schedule != "constant":
-            scheduled = f"update.lr_schedule={config.update.lr_schedule} depends on it"
+        if depends := config.update.depends_on_steps:
+            scheduled = f"update.{depends}={getattr(config.update, depends)} depends on it"
             keys = (key for key in ("run.steps", *_LENGTH) if before.get(key) != now.get(key))
             different += [f"  {key}: {scheduled}" for key in keys]
         refuse_differences(different, f"run.dir={self.path} holds a run with another config", "choose another run.dir")

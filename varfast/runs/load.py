@@ -23,6 +23,7 @@ from varfast.policies.lora import without_lora
 from varfast.policies.text import TOKENIZER_FILE
 from varfast.runs.base import Base
 from varfast.types import InputError
+from varfast.weights.shards import model_file
 from varfast.weights.state import State
 
 if TYPE_CHECKING:
@@ -47,9 +48,10 @@ def load_policy(
 
     Args:
         var: a run folder, whose last checkpoint is loaded; or the transformer's weights, as a path or
-            hf://owner/repo/file; the public ones are hf://FoundationVision/var/var_d16.pth.
+            hf://owner/repo/file; the public ones are hf://FoundationVision/var/var_d16.pth. Of Janus a folder or a
+            repository too, as hf://deepseek-ai/Janus-Pro-1B.
         vqvae: the VQ-VAE's weights, as hf://FoundationVision/var/vae_ch160v4096z32.pth. Not read for a run folder,
-            which has its own. Of another family its tokenizer's; taming's may be in the transformer's file.
+            which has its own. Of another family its tokenizer's; taming's and Janus's may be in the transformer's file.
         device: "cpu", "cuda", "cuda:1".
         dtype: of activations, "float32" or "bfloat16".
         var_config, vqvae_config: sizes the files of a VAR must have; not with a run folder, whose config says them.
@@ -57,18 +59,18 @@ def load_policy(
             Default: as the run did, or True.
         strict: the same bits in sampling and in teacher forcing, whatever the batch: see varfast.Policy. Default: as
             the run did, or False.
-        family: of the files: "var", "llamagen" or "taming". A run folder's config says it.
+        family: of the files: "var", "llamagen", "taming" or "janus". A run folder's config says it.
         argument: what `var` is called where the user gave it, for errors.
     Raises: InputError if a file or folder cannot be read or does not fit, or for a device that is not there.
     """
     device = existing_device(device)
-    if Path(var).expanduser().is_dir():
+    if Path(var).expanduser().is_dir() and model_file(Path(var).expanduser()) is None:
         if var_config is not None or vqvae_config is not None:
             raise InputError(f"{argument}={var} is a run folder, whose config says the sizes; give no sizes beside it")
         from varfast.runs.folder import RunFolder  # and with it torch.distributed.checkpoint and FSDP, which take 0.8 s
 
         return load_run(RunFolder(var), device, dtype, fast, strict)
-    if vqvae is None and family != "taming":
+    if vqvae is None and family not in ("taming", "janus"):
         if not var.startswith("hf://") and not Path(var).expanduser().exists():
             raise InputError(f"{argument}={var} does not exist; want a run folder, or a transformer's weights")
         raise InputError(f"{argument}={var} is not a run folder, so vqvae=... is needed too")

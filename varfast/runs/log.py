@@ -11,7 +11,7 @@ import math
 import re
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # A line of metrics.jsonl has 1 to 3 kB.
 _MOST_LINE_BYTES = 2**20
+# What each row of the grids shows, whole: the picture has space for the beginning.
+GRID_ROWS = "grids/rows.json"
 
 
 class RunLog:
@@ -104,10 +106,16 @@ class RunLog:
             note.append(f"{metrics['images_per_s']:.0f} img/s")
         self._progress.update(" ".join(note), total_steps)
 
-    def grid(self, step: int, images: Tensor, columns: int, titles: Sequence[str] = ()) -> None:
-        """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png, with a title beside each row."""
+    def grid(
+        self, step: int, images: Tensor, columns: int, titles: Sequence[str] = (), rows: Sequence[str] = ()
+    ) -> None:
+        """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png, with a title beside each row.
+
+        rows: what each row shows, for grids/rows.json; default: the titles.
+        """
         picture = image_grid(images, columns, titles)
         with self._optional("a grid of samples"):
+            save_text(self._folder / GRID_ROWS, json.dumps(list(rows or titles)) + "\n")
             save_picture(self._folder / "grids" / f"step_{step:06d}.png", picture)
         if self._writer is not None:
             with self._events():
@@ -128,6 +136,16 @@ class RunLog:
         with self._optional("the best and worst samples"):
             save_picture(path, image_grid(images[rows_2n.flatten().to(images.device)], rows_2n.shape[1]))
             save_text(path.with_suffix(".json"), json.dumps(notes, indent=1) + "\n")
+
+    def pairs(self, write: Callable[[], None]) -> None:
+        """Keep the pairs of a step, by a call of `write`."""
+        with self._optional("the pairs of a step"):
+            write()
+
+    def of_base(self, appearance: dict[str, float]) -> None:
+        """Save appearance.json: what the base's samples look like, to which drift/... in metrics.jsonl compares."""
+        with self._optional("appearance.json"):
+            save_text(self._folder / "appearance.json", json.dumps(appearance, indent=1) + "\n")
 
     def environment(self, here: dict[str, Any]) -> None:
         """Save environment.json: versions and hardware."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from varfast.data.prompts import PromptSet, drawn
 from varfast.files import write_atomically
 from varfast.types import Rewards
 
@@ -58,6 +59,23 @@ def image_grid(images: Tensor, columns: int, titles: Sequence[str] = ()) -> np.n
 def prompt_title(prompt: str) -> str:
     """A prompt as a title: lines of at most 28 letters, of which image_grid shows as many as a row has space for."""
     return "\n".join(textwrap.wrap(_ascii(" ".join(prompt.split())), _TITLE_LETTERS)) or " "
+
+
+def shown_prompts(prompts: PromptSet, rows: int, seed: int) -> tuple[list[int], list[str]]:
+    """Ids of the prompts of a grid, which the seed chooses from each domain, as evenly as goes, and their texts, with
+    the domain where it is not that of training.
+
+    Args:
+        rows: at most so many; those that are left over by others go to the prompts that are trained on.
+    """
+    others = [domain for domain in prompts.domains if domain != "train"][: max(0, rows - 1)]
+    each = rows // (len(others) + 1)
+    found = {domain: drawn(prompts.ids(domain), each, seed) for domain in others}
+    trained = drawn(prompts.ids("train"), rows - sum(map(len, found.values())), seed)
+    texts = [prompts.prompts[row].text for row in trained]
+    for domain, ids in found.items():
+        texts += [f"({domain.replace('_', ' ')}) {prompts.prompts[row].text}" for row in ids]
+    return [*trained, *(row for ids in found.values() for row in ids)], texts
 
 
 def _row_titles(titles: Sequence[str], height_px: int, row_px: int) -> np.ndarray:

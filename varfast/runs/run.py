@@ -23,6 +23,7 @@ from varfast.data.labels import caption
 from varfast.distributed import World, decided_by_first, gathered
 from varfast.files import save_tensors, save_text
 from varfast.losses.grpo import kl_to_reference
+from varfast.losses.pairs import pairs_of
 from varfast.perf.limits import StageLimits
 from varfast.perf.out_of_memory import Part, memory_advice
 from varfast.perf.profile import memory_metrics, profiled
@@ -31,11 +32,15 @@ from varfast.perf.stages import StageClock, stage
 from varfast.perf.work import Work
 from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
+from varfast.runs.alarm import Alarm
+from varfast.runs.appearance import appearance
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, found_diverged
 from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
+from varfast.runs.pairs import keep_pairs
+from varfast.runs.pictures import prompt_title, shown_prompts
 from varfast.runs.setup import Setup
 from varfast.state import State
 from varfast.types import InputError, NotFinitePolicy, NotFiniteReward, Prompts, Rewards, Rollout
@@ -61,8 +66,11 @@ class Run:
         self._before = means(before_after.values.get("before", {})) if setup.world.is_main else {}
         self._stopped = 0  # number of the signal that ended it
         self._metrics: dict[str, float] = {}  # of the last step
-        work = Work.whole(setup.config, setup.work.cost, setup.work.reads_reference)
+        # Of the policy itself, whose prompts are known by now, and with them how many places each image has.
+        self._cost = state.policy.cost(setup.config.run.dtype, setup.config.policy.lora)
+        work = Work.whole(setup.config, self._cost, setup.work.reads_reference)
         self._budget = Budget.of(setup.config.run, whole_step(work))
+        self._alarm, self._idle = Alarm(setup.config.rollout.labels_per_step), False
         self._drift_images = 0  # that the reference has read in this step, apart from the update
         self._begin_s = 0.0
         self._at_end = ExitStack()
@@ -79,7 +87,8 @@ class Run:
     @property
     def _ended_by(self) -> str | None:
         """The setting that ends the run here; None: it goes on."""
-        return self._budget.ended_by(self.state.step, self.state.spent)
+        idle = "run.stop_when_idle=true" if self._idle and self.config.run.stop_when_idle else None
+        return self._budget.ended_by(self.state.step, self.state.spent) or idle
 
     def __enter__(self) -> Run:
         config, folder, world = self.config, self.setup.folder, self.setup.world
@@ -95,7 +104,11 @@ class Run:
         self._clock = enter(StageClock(self.setup.device))
         enter(self.setup.signals.in_steps())
         self._limits = (
-            StageLimits(self.setup.work, self.setup.plan, self.setup.device, config.rollout.images) if is_main else None
+            StageLimits(
+                self.setup.work, self.setup.plan, self.setup.device, config.sampled_images or config.learned_images
+            )
+            if is_main
+            else None
         )
         self._say_how_it_begins()
         return self
@@ -206,7 +219,18 @@ class Run:
         """
         found = _metrics(rollout, rewards, numbers) | metrics
         labels_b = rollout.labels_B[self.shard]
+        if self._log and self.config.dpo is not None and self.config.dpo.save_pairs:
+            pairs = pairs_of(rewards, self.config.rollout.group_size, self.config.dpo)
+            self._log.pairs(lambda: keep_pairs(self.setup, self.state.step + 1, pairs, rollout, rewards))
         self._end_step(found, lambda log, done: log.samples(done, images, labels_b, rewards.rows(self.shard)))
+
+    def record_saved(self, numbers: dict[str, Tensor], metrics: dict[str, float]) -> None:
+        """End a step that learned from saved pairs: as `record`, without samples.
+
+        numbers: of the batch. metrics: of the update.
+        """
+        found = {name: number.item() for name, number in numbers.items()}
+        self._end_step(found | metrics, lambda log, done: None)
 
     def _end_step(self, metrics: dict[str, float], show: Callable[[RunLog, int], None] | None) -> None:
         """show: writes pictures of this step; None: its rollout was skipped."""
@@ -217,6 +241,9 @@ class Run:
         self._metrics = {"skipped_rollouts": float(show is None)} | metrics | state.spent.metrics
         if show is not None and (since := state.reference_step()) is not None:
             self._metrics["reference_step"] = float(since)
+        if idle := self._alarm.look(self._metrics):  # the metrics, and so this, are the same in all processes
+            self._idle = True
+            self._say(f"this run does not learn. {idle.reason}")
         # One process is told to stop: all of them do.
         self._stopped = int(world.largest(self.setup.signals.received or 0))
         done, last = state.step, self._ended_by is not None
@@ -226,11 +253,12 @@ class Run:
         if shown or saved:
             self.refuse_diverged(self._metrics, self._checkpoints)
         if self._log and self._limits:
-            self._log.step(done, self._metrics | self._limits.metrics(stages_ms, step_s) | memory, self.total_steps)
-            if shown:
-                self._save_grid(self._log)
-                if show is not None:
-                    show(self._log, done)
+            looks = self._save_grid(self._log) if shown else {}
+            looks = {f"drift/{name}": value for name, value in looks.items()}
+            of_step = self._limits.metrics(stages_ms, step_s) | memory
+            self._log.step(done, self._metrics | of_step | looks, self.total_steps)
+            if shown and show is not None:
+                show(self._log, done)
         if saved:
             self._save(done if last else state.learned_steps, self._metrics.get("reward_mean"))
         if last:
@@ -244,13 +272,13 @@ class Run:
 
     def _spent(self, metrics: dict[str, float], step_s: float) -> Spent:
         """By the step that ends. metrics: of its update; empty where its rollout was skipped."""
-        config, cost = self.config, self.setup.work.cost
+        config, cost = self.config, self._cost
         updated, referenced = (int(metrics.get(f"{name}_images", 0)) for name in ("update", "reference"))
         flop = step_flop(config, cost, updated, referenced + self._drift_images)
         self._drift_images = 0
         if config.run.budget_hours is not None:  # all processes end at the same step
             step_s = decided_by_first(lambda: step_s)
-        return Spent(config.rollout.images, flop, step_s / 3600)
+        return Spent(config.sampled_images, flop, step_s / 3600)
 
     def refuse_diverged(self, metrics: dict[str, float], checkpoints: Checkpoints | None = None) -> None:
         """Raises: NotFinitePolicy, with a diagnosis, if the policy's weights, logits or images are not finite."""
@@ -302,7 +330,7 @@ class Run:
 
     def _how_it_ended(self) -> str:
         ended = f"{self.state.step} steps"
-        return f"{ended}, ended by {self._ended_by}: {self.state.spent}" if self._budget.most else ended
+        return f"{ended}, ended by {self._ended_by}: {self.state.spent}" if self._budget.most or self._idle else ended
 
     def _say_how_it_begins(self) -> None:
         config, start, folder = self.config, self.state.step, self.setup.folder.path
@@ -316,7 +344,7 @@ class Run:
             self._say(f"going on after step {start} of {self._of_steps} in {folder}")
         elif self._log:
             self._log.environment(self.setup.environment)
-            self._save_grid(self._log)
+            self._log.of_base(self._save_grid(self._log))
         if not config.holds_reference:
             self._say("the KL to the base is not measured: grpo.kl_beta=0 holds no base; grpo.kl_every=10 measures it")
 
@@ -326,9 +354,14 @@ class Run:
         of_weights = state.policy.trainable, state.adamw.optimizer
         self._checkpoints.save(step, *of_weights, self._before, reward_mean, state.further(), spent)
 
-    def _save_grid(self, log: RunLog) -> None:
+    def _save_grid(self, log: RunLog) -> dict[str, float]:
+        """Returns: what its pictures look like."""
         config, policy = self.config, self.state.policy
         columns, rows = config.log.grid_samples, self.setup.labels[: config.log.grid_labels]
+        titles = shown = [caption(label, self.setup.names) for label in rows]
+        if self.setup.prompts is not None:
+            rows, shown = shown_prompts(self.setup.prompts, config.log.grid_labels, config.run.seed)
+            titles = list(map(prompt_title, shown))
         rollout = policy.sample(
             [label for label in rows for _ in range(columns)],
             config.rollout.temperature,
@@ -336,8 +369,9 @@ class Run:
             cfg=config.rollout.cfg,
             step=GRID_STEP,
         )
-        titles = [caption(label, self.setup.names) for label in rows]
-        log.grid(self.state.step, policy.decode(rollout.tokens_BL), columns, titles)
+        images = policy.decode(rollout.tokens_BL)
+        log.grid(self.state.step, images, columns, titles, shown)
+        return appearance(images, columns)
 
 
 def _measured(

@@ -180,10 +180,11 @@ def begin(
     if config.run.strict:
         strict.check(policy, config.rollout.temperature, config.run.seed, config.rollout.cfg)
     policy.cuda_graph = setup.plan.rollout.cuda_graph
-    reference = policy.frozen_copy() if setup.work.holds_reference else None
+    moves = config.loss.reference_moves is not None
+    reference = policy.frozen_copy(moves) if setup.work.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)
     state = State(policy, reference, rewards, config.update, config.loss)
-    before_after = BeforeAfter(folder.path, config, setup.labels)
+    before_after = BeforeAfter(folder.path, config, setup.labels, setup.prompts)
     if setup.found is None:
         _refuse_diverged(setup, policy, 0)
         begin_rewards(rewards, policy, config, setup.labels, world, setup.plan.rollout.micro_batch)
@@ -199,7 +200,9 @@ def begin(
 
 def _count_spent(setup: Setup, state: State) -> None:
     """Of a run whose checkpoint does not say what it has spent, since an earlier version wrote it."""
-    work, path = Work.whole(setup.config, setup.work.cost, setup.work.reads_reference), setup.folder.path
+    config, path = setup.config, setup.folder.path
+    cost = state.policy.cost(config.run.dtype, config.policy.lora)
+    work = Work.whole(config, cost, setup.work.reads_reference)
     found = decided_by_first(lambda: spent_before(state.step, whole_step(work), step_seconds(path, state.step)))
     state.spent = state.learned_spent = found
     if setup.world.is_main and state.step:

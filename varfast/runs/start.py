@@ -18,6 +18,7 @@ from varfast.runs.folder import RunFolder
 from varfast.runs.load import delivered_state, frozen_part
 from varfast.types import InputError
 from varfast.weights.files import regular_file, resolve
+from varfast.weights.shards import model_file, resolve_model
 
 
 def prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.device, of_folder: bool) -> None:
@@ -50,7 +51,8 @@ def prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.
         print(f"{folder.base} is gone; the base is what policy.checkpoint names now, unchecked")
         base.keep(_sources(config, device))
         return
-    only_here = address == "pretrain" or Path(address).expanduser().is_dir()
+    folder_named = Path(address).expanduser()
+    only_here = address == "pretrain" or (folder_named.is_dir() and model_file(folder_named) is None)
     try:
         if base.hashed:
             for part in base.parts:
@@ -81,6 +83,10 @@ def _sources(config: Config, device: torch.device) -> list[Source]:
     if address == "pretrain":
         return [Source(made, True, made) for made in pretrained(config, device)]
     path = Path(address).expanduser()
+    if config.policy.as_transformers and (not path.is_dir() or model_file(path) is not None):
+        trained = resolve_model(address)
+        frozen = trained if frozen_address in (None, address) else resolve_model(str(frozen_address))
+        return [Source(file, False, file) for file in (trained, frozen)]
     if not path.is_dir():
         trained = resolve(address)
         if frozen_address is None:
@@ -99,9 +105,12 @@ def _keep_tokenizer(config: Config, folder: RunFolder, origin: Path) -> None:
         return
     address, of_weights = config.policy.tokenizer_address, config.policy.checkpoint
     if address is None and of_weights.startswith("hf://"):
-        address = f"{of_weights.rpartition('/')[0]}/{TOKENIZER_FILE}"
+        address = "/".join([*of_weights.split("/")[:4], TOKENIZER_FILE])  # hf://owner/repository
     beside = (origin if origin.is_dir() else origin.parent) / TOKENIZER_FILE
-    path = beside if address is None else regular_file(address, "text tokenizer", f"a {TOKENIZER_FILE}")
+    if address is not None and address.startswith("hf://"):
+        path = resolve(address)
+    else:
+        path = regular_file(str(beside if address is None else address), "text tokenizer", f"a {TOKENIZER_FILE}")
     text_tokenizer(config.policy, path)
     save_text(folder.path / TOKENIZER_FILE, read_text(path))
 

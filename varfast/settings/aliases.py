@@ -10,6 +10,7 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         "beta kl_coef kl_coeff kl_loss_coef init_kl_coef kl_weight kl_penalty",
         (("grpo.kl_beta", "weight of the KL to the base; TRL's default is 0, here it is the paper's 0.2"),),
     ),
+    ("cdpo_eps", (("dpo.label_smoothing", ""),)),
     (
         "num_generations num_image_per_prompt num_return_sequences group",
         (("rollout.group_size", "images a label"), ("samples_per_label", ""), ("rollout.group_size", "images a label")),
@@ -71,9 +72,10 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("adam_epsilon adam_eps", (("", "AdamW's epsilon is PyTorch's, 1e-8"),)),
     ("adam_weight_decay wd", (("update.weight_decay", ""),)),
     ("lr_scheduler_type lr_scheduler scheduler lr_decay_style", (("update.lr_schedule", ""),)),
+    ("warmup_ratio", (("update.warmup_share", "of run.steps"),)),
     (
-        "warmup_ratio num_warmup_steps lr_warmup_steps warmup warmup_iters",
-        (("update.warmup_steps", "a number of rollouts, not a share of the run"),),
+        "num_warmup_steps lr_warmup_steps warmup warmup_iters",
+        (("update.warmup_steps", "a number of rollouts; a share of the run is update.warmup_share"),),
     ),
     ("optim optimizer_type use_8bit_adam", (("update.optimizer", "adamw, apex or adamw8bit"),)),
     ("ema use_ema ema_rate ema_momentum", (("update.ema_decay", "as 0.999; null is off"),)),
@@ -112,7 +114,10 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("reward_weights", (("reward", "each has its weight, as reward.bright.weight=0.5"),)),
     (
         "ref_model_sync_steps sync_ref_model ref_update_steps",
-        (("grpo.reference_every", "rollouts after which the policy becomes the reference"),),
+        (
+            ("grpo.reference_every", "rollouts after which the policy becomes the reference"),
+            ("dpo.reference_every", "a round of DPO"),
+        ),
     ),
     ("ref_model_mixup_alpha", (("grpo.reference_ema", "the reference as an average of the policy, such as 0.999"),)),
     ("scale_rewards", (("grpo.normalise_std", "true: divided by the group's standard deviation, as in the paper"),)),

@@ -251,9 +251,13 @@ def read_config(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Merge sections key by key. `reward` is replaced as a whole, so a run has the rewards of its own file only; and so
-    is a `policy` of another family, which has other keys.
+    is a `policy` of another family, which has other keys. Of the losses that exclude each other, `grpo` and `dpo`, a
+    section of the one takes the place of the other's.
     """
     result = dict(base)
+    for loss, other in (("grpo", "dpo"), ("dpo", "grpo")):
+        if isinstance(over.get(loss), dict) and other not in over:
+            result.pop(other, None)
     for key, value in over.items():
         below = result.get(key)
         both = isinstance(below, dict) and isinstance(value, dict) and key != "reward"

@@ -14,7 +14,7 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -191,19 +191,22 @@ def check_file(path: Path) -> Kind:
     return kind
 
 
-def read_checkpoint(path: Path) -> Any:
+def read_checkpoint(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Any:
     """The content of a .safetensors or PyTorch file, tensors on the CPU; nothing in it is executed.
 
+    Args:
+        wanted: of names; of a safetensors file, the tensors that it refuses are not read.
     Raises: InputError if the file is truncated, damaged, no checkpoint, or a pickle that would run code.
     """
     kind = check_file(path)
     with damage_named(path, "checkpoint"):
         if kind == "safetensors":
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
+            from safetensors import SafetensorError, safe_open
 
             try:
-                return load_file(path)
+                with safe_open(path, framework="pt") as tensors:
+                    names = [name for name in tensors.keys() if wanted(name)]  # noqa: SIM118 - it has no iterator
+                    return {name: tensors.get_tensor(name) for name in names}
             except SafetensorError as error:
                 raise ValueError(error) from error
         # What the pickle calls has been checked: an UnpicklingError is damage, and torch's advice is never shown.

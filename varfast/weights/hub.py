@@ -134,6 +134,13 @@ def hub_cause(error: Exception, repository: str, filename: str, revision: str = 
     return f"{constants.ENDPOINT}{over}: {said}"
 
 
+def is_missing_entry(error: Exception) -> bool:
+    """Whether the hub, or in its place the cache, has the repository and not the file."""
+    from huggingface_hub import errors
+
+    return any(isinstance(cause, errors.EntryNotFoundError) for cause in _chain(error))
+
+
 def _proxies() -> dict[str, str]:
     return {name: os.environ[name] for name in sorted(os.environ) if name.lower() in _PROXY_VARIABLES}
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from varfast.types import InputError
 from varfast.weights.files import shown
 from varfast.weights.hub import one_line
+from varfast.weights.shards import stored_bytes as size_of_model
 
 State = dict[str, Tensor]
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -234,7 +235,7 @@ def assign(
     computed = computed or {}
     wanted = model.state_dict()
     _check_names(type(model).__name__, wanted, state, path, fits, optional, differs)
-    stored_bytes, needed_bytes = path.stat().st_size, sum(4 * t.numel() for t in wanted.values())
+    stored_bytes, needed_bytes = size_of_model(path), sum(4 * t.numel() for t in wanted.values())
     if needed_bytes > max(8 * stored_bytes, _MOST_EXPANDED_BYTES):
         raise InputError(
             f"checkpoint {shown(path)} declares {needed_bytes} bytes of weights in a file of {stored_bytes}: its "

@@ -98,7 +98,7 @@ class NextTokenPolicyConfig(FamilyConfig):
         if isinstance(sizes, dict):
             if isinstance(sizes.get("side"), int):
                 data.setdefault("image_size", sizes["side"] * pixels)
-            elif isinstance(data.setdefault("image_size", 256), int):
+            elif isinstance(data.setdefault("image_size", cls.model_fields["image_size"].default), int):
                 sizes = sizes | {"side": data["image_size"] // pixels}
             data[trained] = sizes
         if isinstance(tokenizer, dict):

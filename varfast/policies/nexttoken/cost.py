@@ -6,8 +6,11 @@ Sampling is bound by memory. Each of the N steps of a rollout reads all weights 
 of each image the keys and values of all tokens before: N (N + 1) / 2 tokens in all, its own writes included. LlamaGen-L
 at 256 px in bfloat16: 0.65 GB of weights a step, and 3.2 GB an image.
 
-Axes: B image, N token, V vocabulary, C channel, H query head, G key-value head, D channel of a head, F channel of the
-MLP's hidden layer, X = (H + 2 G) D.
+A prompt of T places is computed with its image: L = T + N - 1 places go through the blocks, and N through the head. All
+prompts are padded to the longest, and padding is computed.
+
+Axes: B image, N token, T place of the longest prompt, L place, V vocabulary, C channel, H query head, G key-value head,
+D channel of a head, F channel of the MLP's hidden layer, X = (H + 2 G) D.
 """
 
 from __future__ import annotations
@@ -30,8 +33,12 @@ class Layout:
         attention, mlp: inputs and outputs of the matrices of a block, by the names that an adapter's targets have; the
             last of each leads back to the stream.
         biases: whether the matrices and the norms have biases.
-        embeddings: rows of the tables of codes and labels.
+        embeddings: rows, of the width of the stream, of the tables of codes, labels and text tokens.
         places: rows of a learned table of places.
+        prompt_places: T, 1 for a label.
+        code_width: of a table of codes of their own width, which two layers with biases bring to the stream; 0: codes
+            are among the embeddings.
+        head_width: hidden channels of a head of two layers with biases; 0: it is one matrix.
     """
 
     attention: dict[str, tuple[int, int]]
@@ -39,6 +46,9 @@ class Layout:
     biases: bool
     embeddings: int
     places: int = 0
+    prompt_places: int = 1
+    code_width: int = 0
+    head_width: int = 0
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -94,13 +104,28 @@ class NextTokenCost:
         norm = [C, C] if layout.biases else [C]
         biases = [b for _, b in widths.values()] if layout.biases else []
         adapter = [self._rank(name) * width for name in widths if self._rank(name) for width in widths[name]]
+        apart = [*self._aligner, *self._head]
+        apart_biases = [b for _, b in self._aligner] + ([b for _, b in self._head] if layout.head_width else [])
+        codes = [self.sizes.vocab_size * layout.code_width] if layout.code_width else []
         return Weights(
             self._item_bytes,
-            matrices * depth + [C * self.sizes.vocab_size],
-            (2 * norm + biases) * depth + norm + ([layout.places * C] if layout.places else []),
-            [layout.embeddings * C],
+            matrices * depth + [a * b for a, b in apart],
+            (2 * norm + biases) * depth + norm + apart_biases + ([layout.places * C] if layout.places else []),
+            [layout.embeddings * C, *codes],
             adapter * depth,
         )
+
+    @property
+    def _aligner(self) -> list[tuple[int, int]]:
+        """Inputs and outputs of the matrices between the table of codes and the stream."""
+        C, width = self.sizes.width, self.layout.code_width
+        return [(width, C), (C, C)] if width else []
+
+    @property
+    def _head(self) -> list[tuple[int, int]]:
+        """Those between the stream and the logits."""
+        C, V, width = self.sizes.width, self.sizes.vocab_size, self.layout.head_width
+        return [(C, width), (width, V)] if width else [(C, V)]
 
     @property
     def _decoder(self) -> list[Layer]:
@@ -130,23 +155,30 @@ class NextTokenCost:
         return self.sizes.num_tokens
 
     @property
+    def _places(self) -> int:
+        """L."""
+        return self.layout.prompt_places + self.sizes.num_tokens - 1
+
+    @property
     def _attention_flop(self) -> float:
-        """Of the pairs of a token with itself and those before."""
-        sizes, N = self.sizes, self.sizes.num_tokens
-        return 4.0 * sizes.depth * (N * (N + 1) // 2) * sizes.num_heads * sizes.head_dim
+        """Of the pairs of a place with itself and those before."""
+        sizes, L = self.sizes, self._places
+        return 4.0 * sizes.depth * (L * (L + 1) // 2) * sizes.num_heads * sizes.head_dim
 
     def _linear_flop(self, matrices: Mapping[str, tuple[int, int]]) -> float:
         """Of matrices of all blocks, with their adapters."""
         numbers = sum(a * b + self._rank(name) * (a + b) for name, (a, b) in matrices.items())
-        return 2.0 * self.sizes.depth * self.sizes.num_tokens * numbers
+        return 2.0 * self.sizes.depth * self._places * numbers
 
     @property
     def _head_flop(self) -> float:
-        return 2.0 * self.sizes.num_tokens * self.sizes.width * self.sizes.vocab_size
+        """And of what brings codes to the stream."""
+        N = self.sizes.num_tokens
+        return 2.0 * (N * sum(a * b for a, b in self._head) + (N - 1) * sum(a * b for a, b in self._aligner))
 
     @property
     def forward(self) -> Count:
-        """N places through the blocks and the head.
+        """L places through the blocks, N through the head.
 
         Bytes: of the activations that products read and write; the matrices that read the same input read it once. An
         adapter reads the input and writes the output of its matrix once more.
@@ -155,10 +187,11 @@ class NextTokenCost:
         moved = 2 * C + sizes.num_heads * sizes.head_dim + layout.hidden  # inputs of the four products of a block
         moved += sum(b for _, b in layout.matrices.values())
         moved += sum(a + b + 2 * self._rank(name) for name, (a, b) in layout.matrices.items() if self._rank(name))
-        head_bytes = C * self._item_bytes + sizes.vocab_size * FLOAT32_BYTES
+        narrow = C + 2 * layout.head_width + sum(a + b for a, b in self._aligner)
+        head_bytes = narrow * self._item_bytes + sizes.vocab_size * FLOAT32_BYTES
         return Count(
             self._linear_flop(layout.matrices) + self._attention_flop + self._head_flop,
-            float(sizes.num_tokens * (sizes.depth * moved * self._item_bytes + head_bytes)),
+            float(self._places * sizes.depth * moved * self._item_bytes + sizes.num_tokens * head_bytes),
         )
 
     @property
@@ -181,14 +214,18 @@ class NextTokenCost:
 
     @property
     def rollout(self) -> Count:
-        """A forward pass, and the cache: step i writes place i and reads those before it."""
-        forward, N = self.forward, self.sizes.num_tokens
-        return Count(forward.flop, forward.io_bytes + N * (N + 1) // 2 * self._cache_bytes_per_token)
+        """A forward pass, and the cache: the prompt is written, and a step writes its place and reads those before.
+
+        (The last place of a prompt is computed twice: less than 1 / N, not counted.)
+        """
+        forward, N, T = self.forward, self.sizes.num_tokens, self.layout.prompt_places
+        places = N * T + N * (N - 1) // 2 + (T if T > 1 else 0)
+        return Count(forward.flop, forward.io_bytes + places * self._cache_bytes_per_token)
 
     @property
     def rollout_passes(self) -> int:
-        """The class predicts the first token, token N - 2 the last."""
-        return self.sizes.num_tokens
+        """The prompt predicts the first token, token N - 2 the last; a prompt of several places is a pass before."""
+        return self.sizes.num_tokens + (1 if self.layout.prompt_places > 1 else 0)
 
     @property
     def decode(self) -> Count:
@@ -218,17 +255,18 @@ class NextTokenCost:
     @property
     def kv_cache_bytes(self) -> int:
         """25 MB for LlamaGen-L at 256 px in bfloat16, 57 MB at 384."""
-        return self.sizes.num_tokens * self._cache_bytes_per_token
+        return self._places * self._cache_bytes_per_token
 
     @property
     def rollout_activation_bytes(self) -> int:
-        """Of one step, whose largest is the head's, the results of all steps, and the codes that the decoder reads.
+        """Of one step, whose largest is the head's, or of the prompt, whose largest is a block's; the results of all
+        steps, and the codes that the decoder reads.
 
         A captured rollout holds the graph of one step, which all tokens share.
         """
         C, item, N = self.sizes.width, self._item_bytes, self.sizes.num_tokens
         head = 2 * C * item + self.sizes.vocab_size * FLOAT32_BYTES
-        block = (4 * C + 3 * self.layout.hidden) * item
+        block = (4 * C + 3 * self.layout.hidden) * item * self.layout.prompt_places
         results = (8 + 2 * FLOAT32_BYTES) * N + 8 * N  # tokens, log-probability, entropy; one of them as it is written
         return C * FLOAT32_BYTES + max(head, block) + results + self.vq.code_width * N * FLOAT32_BYTES
 
@@ -262,7 +300,9 @@ class NextTokenCost:
         in_attention = C + qkv + heads + sum(map(self._rank, layout.attention))
         kept = {"none": block, "attention": block - in_attention * item, "full": C * item}[checkpointing]
         of_head = C if self.dtype == "float32" else sizes.vocab_size
-        head_at_work = sizes.vocab_size * FLOAT32_BYTES + (of_head + 2 * C) * item
+        head_at_work = sizes.vocab_size * FLOAT32_BYTES + (of_head + 2 * C + 2 * layout.head_width) * item
         of_mlp = (hidden - layout.hidden + C + (layout.hidden if self.lora else 0)) * item
         block_at_work = of_mlp + (block - kept if checkpointing == "full" else 0)
-        return sizes.num_tokens * (sizes.depth * kept + max(head_at_work, block_at_work))
+        of_codes = 2 * C * item if layout.code_width and not self.lora else 0  # between the aligner's two layers
+        L, N = self._places, sizes.num_tokens
+        return L * sizes.depth * kept + N * of_codes + max(N * head_at_work, L * block_at_work)

@@ -128,7 +128,8 @@ class NextTokenPolicy(Driver):
     def _logits(
         self, model: nn.Module, prompts: Prompts, teacher_input: Tensor, checkpointing: Checkpointing, bias_apart: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return model(prompts.ids_B, teacher_input, checkpointing=checkpointing), None  # the head has no bias
+        found = model(prompts.ids_B, teacher_input, checkpointing=checkpointing, bias_apart=bias_apart)
+        return found if bias_apart else (found, None)
 
     def _latent(self, tokens_BL: Tensor) -> Tensor:
         return self.tokenizer.latent(tokens_BL)

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from varfast.types import InputError
+from torch.nn.functional import pad
 
 
 class Prompted(NamedTuple):
@@ -80,49 +79,70 @@ class PromptTable:
     Row P + i is prompt i as guidance has it: without what it says.
 
     Attributes:
-        version: how often the table was set. What was captured with another one reads memory that is gone.
-        length_P: places of each prompt, with the unguided ones 2 P.
+        version: how often the table has changed. What was captured with another one reads memory that is gone.
     """
 
     def __init__(self) -> None:
         self.version = 0
-        self._token_PT = torch.zeros(0, 1, dtype=torch.int32)
-        self.length_P = torch.zeros(0, dtype=torch.int64)
+        self._id_of: dict[str, int] = {}
+        self._token_2PT = torch.zeros(2, 0, 1, dtype=torch.int32)
+        self._length_P = torch.zeros(0, dtype=torch.int64)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptTable:
         return self
 
     def __len__(self) -> int:
         """P, without the unguided ones."""
-        return len(self.length_P) // 2
+        return len(self._length_P)
 
     @property
     def places(self) -> int:
         """T, of the longest prompt: of all, so that no result depends on what else is in a batch."""
-        return self._token_PT.shape[1]
+        return self._token_2PT.shape[2]
 
-    def set(self, prompts: Sequence[Sequence[int]], unguided: Sequence[Sequence[int]], device: torch.device) -> None:
-        """Replace the table.
+    def clear(self) -> None:
+        """Without a prompt."""
+        version = self.version
+        self.__init__()  # type: ignore[misc]
+        self.version = version + 1
+
+    def add(
+        self,
+        texts: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        unguided: Sequence[Sequence[int]],
+        device: torch.device,
+    ) -> None:
+        """More rows, behind those that are there.
 
         Args:
+            texts: of each.
             prompts: token ids of each, at least one.
-            unguided: the same prompts as guidance has them.
-        Raises: InputError if there are none.
+            unguided: as many of each, as guidance has it.
         """
-        rows = [*prompts, *unguided]
-        assert len(prompts) == len(unguided)
-        assert all(rows), "a prompt has a place at least"
-        if not rows:
-            raise InputError("prompts: got none, want at least one text")
-        places = max(map(len, rows))
-        flat = [token for row in rows for token in (*row, *[row[-1]] * (places - len(row)))]  # the padding is not read
-        self._token_PT = torch.tensor(flat, dtype=torch.int32, device=device).view(-1, places)
-        self.length_P = torch.tensor([len(row) for row in rows], device=device)
+        both = (prompts, unguided)
+        assert len(texts) == len(prompts) == len(unguided)
+        places = max(self.places, *map(len, prompts))
+        # Padding is looked up, and not read: any token will do.
+        flat = [token for rows in both for row in rows for token in (*row, *[row[-1]] * (places - len(row)))]
+        new_2PT = torch.tensor(flat, dtype=torch.int32, device=device).view(2, -1, places)
+        old_2PT = pad(self._token_2PT.to(device), (0, places - self.places))
+        for row, text in enumerate(texts, len(self)):
+            self._id_of.setdefault(text, row)
+        length_P = torch.tensor([len(row) for row in prompts], dtype=torch.int64, device=device)
+        self._token_2PT = torch.cat([old_2PT, new_2PT], dim=1)
+        self._length_P = torch.cat([self._length_P.to(device), length_P])
         self.version += 1
+
+    def id_of(self, text: str) -> int | None:
+        """Row of a text; None: it is not in the table."""
+        return self._id_of.get(text)
 
     def rows(self, ids_R: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids (R, T) int32, padded at the end, and lengths (R,) int64."""
-        return self._token_PT.index_select(0, ids_R), self.length_P.index_select(0, ids_R)
+        assert len(self), "no prompts have been set"
+        token_RT = self._token_2PT.flatten(0, 1).index_select(0, ids_R)
+        return token_RT, self._length_P.index_select(0, ids_R % len(self))
 
     def unguided(self, ids_R: Tensor) -> Tensor:
         """Ids of the same prompts without what they say."""

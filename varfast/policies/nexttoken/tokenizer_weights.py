@@ -10,8 +10,8 @@ from varfast.policies.convolutional import LLAMAGEN_NAMES, VQGAN_NAMES
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import TOKENIZERS, TokenizerConfig, VQGANConfig
 from varfast.types import InputError
-from varfast.weights.containers import read_checkpoint
-from varfast.weights.files import resolve, shown
+from varfast.weights.files import shown
+from varfast.weights.shards import read_model, resolve_model
 from varfast.weights.state import (
     Known,
     State,
@@ -28,23 +28,31 @@ _ANCHOR = "quantize.embedding.weight"
 _PARTS = frozenset({"encoder", "decoder", "quantize", "quant_conv", "post_quant_conv"})
 # Not weights: LlamaGen's log of the codes in use, and the discriminator and perceptual loss of a VQGAN's training.
 _IGNORED = re.compile(r"quantize\.codebook_used|loss\..*")
+_NONE = re.compile(r"(?!)")
 _OPTIONAL = re.compile(r"quantize\.codebook_used")
 # Far more than any model has: a crafted file must not keep us making layers for hours.
 _MOST_LEVELS, _MOST_RES_BLOCKS = 16, 64
 
 
-def load_tokenizer(address: str, kind: type[TokenizerConfig], config: TokenizerConfig | None = None) -> Tokenizer:
+def load_tokenizer(
+    address: str,
+    kind: type[TokenizerConfig],
+    config: TokenizerConfig | None = None,
+    ignored: re.Pattern[str] = _NONE,
+) -> Tokenizer:
     """A tokenizer with the weights at `address`, on the CPU.
 
     Args:
-        address: path or hf://owner/repo/file; a file of taming's whole model serves too.
+        address: path or hf://owner/repo/file, as varfast.weights.shards.resolve_model takes it; of a whole model too.
         kind: TokenizerConfig for LlamaGen's, VQGANConfig for taming's.
         config: sizes it must have; default: those the file has.
+        ignored: names of entries of a whole model that need not be read.
     Raises: InputError if the file cannot be read or does not fit, saying whose tokenizer of which sizes it is, or if
         its weights are not finite real numbers.
     """
-    path = resolve(address)
-    state = select(_weights(read_checkpoint(path)), Known(kind.title, _ANCHOR, _PARTS), path)
+    path = resolve_model(address)
+    content = read_model(path, lambda name: ignored.fullmatch(name) is None)
+    state = select(_weights(content), Known(kind.title, _ANCHOR, _PARTS), path)
     state = {name: tensor for name, tensor in state.items() if not _IGNORED.fullmatch(name)}
     _refuse_others(state, kind, path)
     found = inferred(lambda: infer_tokenizer_config(state), path)

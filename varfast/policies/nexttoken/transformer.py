@@ -138,8 +138,9 @@ class Block(nn.Module):
         """The attention branch: of all places, or of the one that follows those in the cache."""
         qkv_BLX, rotary, pairs = self.qkv(x_BLC), positions.rotary_MP2, positions.pairs
         impl = STRICT_ATTENTION[x_BLC.device.type] if self.strict else "auto"
-        if cached is not None and cached.place is not None:
-            k, v, place = cached
+        place = None if cached is None else cached.place
+        if cached is not None and place is not None:
+            k, v = cached.k_BGMD, cached.v_BGMD
             q = kernels.split_heads_rotary_to_cache(qkv_BLX.squeeze(1), rotary, place, k, v, self.num_heads, pairs)
             heads_BHD = kernels.decode_attention(q, k, v, place, self.scale, impl)
             return self.attention_out(heads_BHD.flatten(1).unsqueeze(1))
@@ -212,7 +213,7 @@ class CausalTransformer(MixedPrecision):
 
     @abstractmethod
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Input of the places of tokens, (..., C), in the dtype of the weights, without what `place_embedding` adds."""
+        """Input of the places of tokens, (..., C), in the dtype of prompts, without what `place_embedding` adds."""
 
     def place_embedding(self) -> Tensor | None:
         """Learned positions (at least T + N - 1, C), in the dtype of the weights, added to the input; or None."""
@@ -228,7 +229,9 @@ class CausalTransformer(MixedPrecision):
 
     # What is the same for all.
 
-    def forward(self, ids_B: Tensor, tokens_BN: Tensor, checkpointing: Checkpointing = "none") -> Tensor:
+    def forward(
+        self, ids_B: Tensor, tokens_BN: Tensor, checkpointing: Checkpointing = "none", bias_apart: bool = False
+    ) -> Any:
         """Teacher-forced logits of all tokens at once.
 
         Args:
@@ -236,7 +239,9 @@ class CausalTransformer(MixedPrecision):
             tokens_BN: (B, N) int64; the last one is not read.
             checkpointing: what the backward pass computes again instead of keeping it: "none"; the "attention" branches
                 from their input on; "full": the blocks.
-        Returns: (B, N, V) float32; row n is of token n.
+            bias_apart: see Returns.
+        Returns: (B, N, V) float32; row n is of token n. With bias_apart a tuple: the logits, and the bias of the head
+            (V,) that they may still lack, or None.
         """
         prompted, num_tokens = self.embed_prompts(ids_B), tokens_BN.shape[1]
         x_BLC = torch.cat([prompted.x_BTC, self.embed_tokens(tokens_BN[:, :-1])], dim=1)
@@ -253,7 +258,10 @@ class CausalTransformer(MixedPrecision):
                 x_BLC = block(x_BLC, positions, None, checkpointing == "attention")
         if prompted.length_B is not None:
             x_BLC = places_of(x_BLC, token_places(prompted.length_B, num_tokens))
-        return self.head_layer()(self.final_norm(x_BLC))
+        head, x_BLC = self.head_layer(), self.final_norm(x_BLC)
+        if not bias_apart:
+            return head(x_BLC)
+        return (head(x_BLC), None) if head.bias is None else head.logits_and_bias(x_BLC)
 
     def prefill(self, x_BTC: Tensor, cache: KVCache) -> None:
         """Write the keys and values of all places of prompts into a cache.

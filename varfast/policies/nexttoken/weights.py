@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 from varfast.policies.nexttoken.config import TransformerConfig
 from varfast.policies.nexttoken.transformer import CausalTransformer
 from varfast.types import InputError
-from varfast.weights.containers import read_checkpoint
-from varfast.weights.files import resolve
+from varfast.weights.shards import read_model, resolve_model
 from varfast.weights.state import Known, State, assign, inferred, select, unallocated
 
 _Config = TypeVar("_Config", bound=TransformerConfig)
@@ -34,16 +33,16 @@ def load_transformer(
     """A transformer with the weights at `address`, on the CPU.
 
     Args:
-        address: path or hf://owner/repo/file.
-        ignored: names of entries that are no weights.
+        address: path or hf://owner/repo/file; as varfast.weights.shards.resolve_model takes it.
+        ignored: names of entries that are not of this model.
         infer: sizes of a state_dict; what is not in a file is that of a second argument, if one is given.
         config: sizes it must have; default: those the file has.
         section: of the config where sizes stand, for errors.
     Raises: InputError if the file cannot be read or does not fit, naming keys, shapes and the preset that would fit, or
         if its weights are not finite real numbers.
     """
-    path = resolve(address)
-    state = select(_model_of(read_checkpoint(path)), known, path)
+    path = resolve_model(address)
+    state = select(_model_of(read_model(path, lambda name: ignored.fullmatch(name) is None)), known, path)
     state = {name: tensor for name, tensor in state.items() if not ignored.fullmatch(name)}
     found = inferred(lambda: infer(state, config), path)
     model = unallocated(kind, config or found)

@@ -1,0 +1,37 @@
+"""Reads this project's docstrings for the API reference: a section may stand on one line, as `Returns: (B, L) float32.`"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from griffe import Extension, GriffeLoader, Object
+
+_SECTION = re.compile(r"^(?P<name>Args|Attributes|Returns|Raises|Source|Sources|Axes|Yields): (?P<text>\S.*)$")
+
+
+class OneLineSections(Extension):
+    """Turns sections of one line into paragraphs, and the `::` before an indented block into Markdown's `:`."""
+
+    def on_object(self, *, obj: Object, loader: GriffeLoader, **kwargs: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = as_markdown(obj.docstring.value)
+
+
+def as_markdown(docstring: str) -> str:
+    """Sections that begin on the line of their name as a paragraph each, with the lines that go on below, indented."""
+    lines: list[str] = []
+    inside = False
+    for line in docstring.splitlines():
+        found = _SECTION.match(line)
+        if found:
+            lines += ["", f"**{found['name']}:** {found['text']}"]
+        elif inside and line.startswith("    "):
+            lines[-1] += f" {line.strip()}"
+            continue
+        else:
+            if inside and line:
+                lines.append("")
+            lines.append(re.sub(r"(?<=\w)::$", ":", line))
+        inside = found is not None
+    return "\n".join(lines)

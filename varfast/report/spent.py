@@ -1,0 +1,86 @@
+"""What runs reached, and what they had spent by then: a table, and curves of fresh samples over compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from varfast.evaluation.metrics import difference_interval
+from varfast.report.axes import AXES, SPENT, Axis
+from varfast.report.charts import Chart, Curve
+from varfast.report.elements import brief, html_table, text
+from varfast.report.evaluation import DOMAINS, shown
+from varfast.report.run import Run
+
+# Of the table of before and after.
+_OF_SAMPLES = ("reward", "accuracy")
+
+
+def spent_sentence(run: Run) -> str:
+    """ "Spent: 1024 images, 2.1e15 FLOP, 0.3 h of steps. Ended by run.budget_flop=2e15."; "" if it is not known."""
+    parts = [f"{brief(run.spent[axis])} {AXES[axis]}" for axis in SPENT if axis in run.spent]
+    ended = f" Ended by {run.ended_by}." if run.ended_by.startswith("run.budget") else ""
+    return f"Spent: {', '.join(parts)} of steps.{ended}" if parts else ""
+
+
+def side_by_side(runs: Sequence[Run]) -> str:
+    """The table of several runs: steps, what they spent, what fresh samples earn after it; "" of one run."""
+    if len(runs) < 2 or not any(run.spent for run in runs):
+        return ""
+    axes = [axis for axis in SPENT if any(axis in run.spent for run in runs)]
+    names = [name for name in _OF_SAMPLES if any(name in run.summary.get("after", {}) for run in runs)]
+    columns = ["steps", *(AXES[axis] for axis in axes), "ended by", *(name + " before \u2192 after" for name in names)]
+    rows = [
+        (
+            run.name,
+            [run.metrics.last_step, *(run.spent.get(axis) for axis in axes), run.ended_by]
+            + [_before_to_after(run, name) for name in names],
+        )
+        for run in runs
+    ]
+    about = (
+        "FLOP are model FLOP of the policy: sampling, decoding, reference, forward and backward of images that have "
+    )
+    about += "a gradient; rewards and evaluations are not among them. Hours are those of the steps."
+    return f"{html_table(columns, rows)}<p>{text(about)}</p>"
+
+
+def _before_to_after(run: Run, name: str) -> str:
+    before, after = (run.summary.get(when, {}).get(name) for when in ("before", "after"))
+    if after is None:
+        return ""
+    change = difference_interval(run.pairs["before"][name], run.pairs["after"][name]) if run.pairs else None
+    return f"{brief(before)} \u2192 {brief(after)}" + (f" ({shown(change, '+')})" if change is not None else "")
+
+
+def charts_of_samples(runs: Sequence[Run], over: Axis) -> list[Chart]:
+    """Of several runs, from the base at 0 to the end of each: what fresh samples and evaluations measured."""
+    if len(runs) < 2:
+        return []
+    found: dict[str, list[Curve]] = {}
+    for style, run in enumerate(runs):
+        for title, before, after in _ends(run):
+            step = run.metrics.last_step if run.measured_step is None else run.measured_step
+            points = [(0, before, before, before), (step, after, after, after)]
+            spent = {axis: [0.0, run.spent[axis]] for axis in SPENT if axis in run.spent}
+            if step > 0 and spent:
+                found.setdefault(title, []).append(Curve(run.name, style, points, spent))
+    notes = ("From the base to the end of each run, on fresh samples.",)
+    return [
+        Chart(title, "", curves, from_zero=False, legend=True, notes=notes, over=over)
+        for title, curves in found.items()
+        if len(curves) > 1
+    ]
+
+
+def _ends(run: Run) -> Iterator[tuple[str, float, float]]:
+    """Number, before and after: of the table of before and after, and by domain of an evaluation of prompts."""
+    before, after = (run.summary.get(when, {}) for when in ("before", "after"))
+    for name in _OF_SAMPLES:
+        if name in before and name in after:
+            yield f"{name} of samples", before[name], after[name]
+    found = run.evaluation
+    for row in found.rows if found is not None else ():
+        ends = [side.value if side is not None else None for side in (row.reference, row.checkpoint)]
+        if ends[0] is not None and ends[1] is not None and row.labels in DOMAINS and row.features is None:
+            group = "" if row.labels == "all" else f", {DOMAINS[row.labels]}"
+            yield f"{row.name}{group}", ends[0], ends[1]
