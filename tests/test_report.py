@@ -564,7 +564,7 @@ def test_prompts_are_shown_by_domain_and_text(make_run):
     assert top == [f"reward (luma){end}" for end in ends]
     parsed = Page(shown)
     assert "4 fresh images" in parsed.text
-    assert "label 1 two dogs" in parsed.text
+    assert "\u201ctwo dogs\u201d" in parsed.text
     assert "8 images a model, of 4 prompts." in parsed.text
     assert re.search("geneval, held out prompts.*geneval, tag counting", parsed.text, re.S)
     assert "A row a prompt (five oaks)" in parsed.text

@@ -28,7 +28,7 @@ from varfast.policies.text import reads_texts
 from varfast.progress import Progress
 from varfast.randomness import Key
 from varfast.runs.load import load_policy
-from varfast.runs.pictures import PICTURE_FORMATS, image_grid, prompt_title, save_picture
+from varfast.runs.pictures import PICTURE_FORMATS, image_grid, prompt_title, save_picture, with_domain
 from varfast.settings.loading import parse_arguments
 from varfast.settings.section import MANY, check_divides
 from varfast.types import InputError, Prompts, Sampling
@@ -94,4 +94,4 @@ def _prompts(config: SampleConfig, policy: Policy) -> tuple[list[int], list[str]
     note = ""
     if len(shown) < len(found):
         note = f"\nthe first {len(shown)} of {len(found)} prompts are shown; others: prompts=[...], a .txt or a .jsonl"
-    return list(range(len(shown))), [prompt_title(prompt.text) for prompt in shown], note
+    return list(range(len(shown))), [prompt_title(with_domain(prompt.text, prompt.domain)) for prompt in shown], note

@@ -18,9 +18,9 @@ from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.measure import evaluate
 from varfast.evaluation.metrics import difference_interval, mean_interval
 from varfast.evaluation.table import about, table
+from varfast.runs.manifest import dump_config
 from varfast.runs.pictures import image_grid, prompt_title
 from varfast.sample import main as sample_main
-from varfast.train import train
 from varfast.types import Rollout, Sampling
 
 LUMA = {"luma": {"type": "brightness", "mode": "raw"}}
@@ -159,8 +159,9 @@ def test_files_bring_tags_and_domains(make, tmp_path):
 @pytest.fixture
 def run(make_config, models):
     """A run folder that keeps prompts. (The models are the stand-ins, whatever its config says.)"""
-    config = make_config(run__steps=1)
-    train(config)
+    config = make_config()
+    Path(config.run.dir).mkdir()
+    (Path(config.run.dir) / "config.yaml").write_text(dump_config(config))
     prompts = [Prompt(text) for text in TEXTS] + [Prompt(f"held {i}", "t", {}, "held_out") for i in range(20)]
     save_prompts(PromptSet((*prompts, Prompt("far", "t", {}, "out_of_domain"))), Path(config.run.dir))
     return config.run.dir

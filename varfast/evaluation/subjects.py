@@ -16,7 +16,7 @@ from varfast.evaluation.config import EvaluateConfig, SampleConfig, is_prompt_fi
 from varfast.policies.protocol import Policy
 from varfast.policies.text import reads_texts
 from varfast.runs.folder import RunFolder
-from varfast.runs.pictures import prompt_title
+from varfast.runs.pictures import prompt_title, with_domain
 from varfast.types import InputError
 
 # Of each domain of a run, which may have 100 000 prompts, unless max_prompts says how many.
@@ -52,7 +52,9 @@ class Subjects:
 
     def title(self, number: int) -> str:
         """Of a row of a picture."""
-        return caption(number, self.names) if self.asked is None else prompt_title(self.asked[number].text)
+        if self.asked is None:
+            return caption(number, self.names)
+        return prompt_title(with_domain(self.asked[number].text, self.asked[number].domain))
 
     def give_to(self, policy: Policy) -> None:
         """Let a policy that reads texts make its table of these prompts."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,7 +35,6 @@ from varfast.runs.before_after import as_numbers, means
 from varfast.runs.log import GRID_ROWS as ROWS
 from varfast.types import InputError
 
-_MOST_PROMPTS = 1_000_000
 # One of these is in every run folder.
 _OF_A_RUN = ("config.yaml", "metrics.jsonl", "summary.json", BEFORE_AFTER, "grids", "samples", "evaluation")
 
@@ -211,19 +209,6 @@ def _names(run: Run) -> None:
             raise Unreadable("it holds no list of labels")
         labels = [validated(Label, row) for row in rows[:100_000]]
         run.names = {row.label: brief(row.name or row.folder or "", 60) for row in labels}
-    with run.reading("prompts.jsonl"):
-        lines = read_bytes(run.path, "prompts.jsonl", METRICS_BYTES).decode("utf-8", "replace").split("\n")
-        run.names = dict(enumerate(_texts(lines[:_MOST_PROMPTS]))) or run.names
-
-
-def _texts(lines: list[str]) -> Iterator[str]:
-    """Of the prompts of a run."""
-    for line in filter(str.strip, lines):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise Unreadable("a line is not valid JSON") from error
-        yield brief(row.get("prompt") or "", 200) if isinstance(row, dict) else ""
 
 
 def _prompts(run: Run) -> None:

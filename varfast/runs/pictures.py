@@ -61,6 +61,11 @@ def prompt_title(prompt: str) -> str:
     return "\n".join(textwrap.wrap(_ascii(" ".join(prompt.split())), _TITLE_LETTERS)) or " "
 
 
+def with_domain(prompt: str, domain: str) -> str:
+    """A prompt, after its domain where that is one that is not trained on: "(held out) a red cube"."""
+    return f"({domain.replace('_', ' ')}) {prompt}" if domain in ("held_out", "out_of_domain") else prompt
+
+
 def shown_prompts(prompts: PromptSet, rows: int, seed: int) -> tuple[list[int], list[str]]:
     """Ids of the prompts of a grid, which the seed chooses from each domain, as evenly as goes, and their texts, with
     the domain where it is not that of training.
@@ -74,7 +79,7 @@ def shown_prompts(prompts: PromptSet, rows: int, seed: int) -> tuple[list[int], 
     trained = drawn(prompts.ids("train"), rows - sum(map(len, found.values())), seed)
     texts = [prompts.prompts[row].text for row in trained]
     for domain, ids in found.items():
-        texts += [f"({domain.replace('_', ' ')}) {prompts.prompts[row].text}" for row in ids]
+        texts += [with_domain(prompts.prompts[row].text, domain) for row in ids]
     return [*trained, *(row for ids in found.values() for row in ids)], texts
 
 
