@@ -121,8 +121,8 @@ class Export:
             rows = [json.dumps(prompt.row) + "\n" for prompt in self._prompts.values()]
             save_text(folder.parent / DATA_FILE, "".join(rows))
             for sample in range(self._samples):
-                places = {prompt.text: self._place(name, prompt, sample) for prompt in self._prompts.values()}
-                found = {text: str((self._folder / place / file).resolve()) for text, (place, file) in places.items()}
+                of_texts = {prompt.text: self._place(name, prompt, sample) for prompt in self._prompts.values()}
+                found = {text: str((self._folder / place / file).resolve()) for text, (place, file) in of_texts.items()}
                 save_text(folder / f"images_{sample:05d}.json", json.dumps(found, indent=1) + "\n")
         return str(below)
 
