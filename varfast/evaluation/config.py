@@ -61,7 +61,8 @@ class SampleConfig(Section):
         description="of a model of texts: [a red cube, two dogs], a .txt with one a line, or a .jsonl, one row each; "
         "default: the first 8 that the run trains on",
     )
-    samples_per_label: int = Field(8, ge=1, le=10_000, description="columns, images a label or prompt")
+    samples_per_label: int = Field(8, ge=1, le=10_000, description="columns")
+    samples_per_prompt: int = Field(8, ge=1, le=10_000, description="columns, for a model of texts")
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="of the draw")
     cfg: float = Field(
         0.0,
