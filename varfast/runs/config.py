@@ -9,6 +9,9 @@ from pydantic import Field, field_validator
 
 from varfast.settings.section import MANY, Device, LocalPath, Section
 
+# Services that may follow a run; the keys of LogConfig that name a project there. See trackers.py.
+TRACKERS = ("wandb", "trackio", "mlflow", "swanlab")
+
 
 class RunConfig(Section):
     """Where and how long."""
@@ -90,6 +93,11 @@ class LogConfig(Section):
     wandb: str | None = Field(
         None, min_length=1, description="project of Weights & Biases to log to as well; WANDB_MODE=offline: no upload"
     )
+    trackio: str | None = Field(None, min_length=1, description="the same for trackio, which writes to this machine")
+    mlflow: str | None = Field(
+        None, min_length=1, description="the same for MLflow: the experiment; MLFLOW_TRACKING_URI says where"
+    )
+    swanlab: str | None = Field(None, min_length=1, description="the same for SwanLab; SWANLAB_MODE=offline: no upload")
     grid_every: int = Field(
         10, ge=1, le=MANY, description="steps between sample grids (one at start and end in any case)"
     )
@@ -108,6 +116,11 @@ class LogConfig(Section):
         2, ge=1, le=MANY, description="checkpoints kept; the one before serves where the last is damaged"
     )
     keep_best: bool = Field(False, description="keep the one with the highest reward_mean too")
+
+    @property
+    def trackers(self) -> list[str]:
+        """Services that follow the run."""
+        return [name for name in TRACKERS if getattr(self, name) is not None]
 
 
 class EvalConfig(Section):
