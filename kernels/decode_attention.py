@@ -43,7 +43,9 @@ if NO_EXTENSION is None:
 
 
 def _run_cpp(q_BHD: Tensor, k_cache_BGND: Tensor, v_cache_BGND: Tensor, position: Tensor, scale: float) -> Tensor:
-    if q_BHD.dtype != torch.bfloat16:  # PyTorch's SDPA is faster in float32, and slower in bfloat16
+    # In float32 at one place for all images, PyTorch's SDPA is about as fast. With a place for each image, it would be
+    # called once an image.
+    if q_BHD.dtype == torch.float64 or (q_BHD.dtype == torch.float32 and position.ndim == 0):
         return _run_sdpa(q_BHD, k_cache_BGND, v_cache_BGND, position, scale)
     position_B = position.long().expand(len(q_BHD))
     out: Tensor = torch.ops.varfast.decode_attention_cpp(q_BHD, k_cache_BGND, v_cache_BGND, position_B, scale)
@@ -120,9 +122,10 @@ def decode_attention(
             have unequal lengths. A captured CUDA graph reads its value at each replay. On a GPU the value is not
             checked, because that would wait for the device.
         scale: factor of the logits, 1 / sqrt(D) usually.
-        impl: "auto", "triton" (float32 or 16 bits, D up to 256), "cpp" (CPU, bfloat16; other dtypes as "sdpa"), "sdpa"
-            (CPU) or "reference". "triton_invariant" (D = 64) and "sdpa_invariant" (CPU) are bitwise equal to
-            causal_attention with the same impl, for any batch size.
+        impl: "auto", "triton" (float32 or 16 bits, D up to 256), "cpp" (CPU; the same as "sdpa" for float64, and for
+            float32 with one place for all images), "sdpa" (CPU; a call for each image if the places differ) or
+            "reference". "triton_invariant" (D = 64) and "sdpa_invariant" (CPU) are bitwise equal to causal_attention
+            with the same impl, for any batch size.
     Returns: (B, H, D).
     Raises: ValueError for other shapes or dtypes, a position outside the cache (on a CPU), for an impl that is unknown
         or cannot run, or if a gradient is required: only "reference" has one.

@@ -110,6 +110,19 @@ def test_scale_ends():
         ("update__ema_decay", 0, "update.ema_decay: got 0; want a number above 0 to below 1, or null"),
         ("reward__bright__type", "brigtness", "want brightness, function"),
         ("reward", {}, "reward: got {}"),
+        (
+            "dpo",
+            {"reference_every": 5, "reference_ema": 0.9},
+            "dpo: reference_every=5 with reference_ema=0.9: the reference is a policy of before or an average",
+        ),
+        ("dpo", {"label_smoothing": 0.5}, "dpo.label_smoothing: got 0.5; want a number from 0 to below 0.5"),
+        ("dpo", {"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing=0.1 with loss_type=hinge: only the"),
+        ("dpo", {"pairs_per_prompt": 9}, "dpo.pairs_per_prompt=9 takes 18 images of each group, which has rollout.gro"),
+        ("dpo", {"pairs": "x", "save_pairs": True}, "dpo: save_pairs=true with pairs=x: saved pairs are neither sam"),
+        ("dpo", {"pairs": "x", "samples": "reference"}, "dpo: samples=reference with pairs=x"),
+        ("dpo", {"pairs": "x", "min_margin": 0.1}, "dpo: min_margin with pairs=x"),
+        ("update__warmup_share", 1.0, "update.warmup_share: got 1.0; want a number from 0 to below 1"),
+        ("update", {"warmup_share": 0.1, "warmup_steps": 3}, "update: warmup_steps=3 with warmup_share=0.1: leave one"),
         ("run__device", "tpu", "run.device: got 'tpu'"),
     ],
 )
@@ -117,6 +130,50 @@ def test_parse_config_says_what_is_wrong(key, value, message):
     with pytest.raises(InputError) as caught:
         parse(**{key: value})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"grpo__kl_beta": 0.1, "grpo__clip_eps": 0.1}, "dpo beside grpo.clip_eps, grpo.kl_beta: a run minimises one"),
+        (
+            {"update__minibatch": 48},
+            "update.minibatch=48 does not divide 64 images of a step's pairs (2 a pair); use 32",
+        ),
+        ({"update__micro_batch": 1}, "update.micro_batch=1 splits a pair of dpo: count 2 images a pair, and be even"),
+        ({"dpo__samples": "reference", "run__strict": True}, "with what it has sampled itself, which dpo.samples=refe"),
+        ({"dpo__pairs": "x", "run__strict": True}, "which dpo.pairs=x is not"),
+        ({"dpo__pairs": "x", "run__budget_images": 100}, "run.budget_images=100 with dpo.pairs=x, which samples none"),
+        (
+            {"reward": {"fid": {"type": "loo_fid", "normalise": "batch", "features": "digits", "reference": "digits"}}},
+            "reward.fid.normalise=batch with dpo, which chooses pairs by the weighted sum",
+        ),
+    ],
+)
+def test_parse_config_says_what_does_not_go_with_dpo(more, message):
+    with pytest.raises(InputError) as caught:
+        parse(**{"dpo": {}} | more)
+    assert message in str(caught.value)
+
+
+def test_a_run_has_the_loss_of_its_own_file(tmp_path):
+    (tmp_path / "grpo.yaml").write_text(yaml.safe_dump(MINIMAL | {"grpo": {"kl_beta": 0.1}}))
+    (tmp_path / "dpo.yaml").write_text("base: grpo.yaml\ndpo: {beta: 0.3}\n")
+    (tmp_path / "back.yaml").write_text("base: dpo.yaml\ngrpo: {clip_eps: 0.1}\n")
+    assert load_config(tmp_path / "grpo.yaml").loss.name == "grpo"
+    config = load_config(tmp_path / "dpo.yaml")
+    assert (config.loss.name, config.loss.beta, config.learned_images) == ("dpo", 0.3, 64)
+    assert load_config(tmp_path / "back.yaml").loss.name == "grpo"
+    # A run folder keeps the one that it has, and reads it again.
+    kept = config.model_dump(mode="json", exclude_none=True)
+    assert "grpo" not in kept
+    assert parse_config(kept) == config
+    assert "dpo" not in load_config(tmp_path / "grpo.yaml").model_dump(mode="json", exclude_none=True)
+    # On a command line.
+    assert load_config(tmp_path / "grpo.yaml", ["grpo=null", "dpo={}"]).loss.beta == 0.1
+    assert load_config(tmp_path / "dpo.yaml", ["dpo=null"]).loss.name == "grpo"
+    with pytest.raises(InputError, match="dpo beside grpo.kl_beta: a run minimises one loss"):
+        load_config(tmp_path / "grpo.yaml", ["dpo.beta=0.2"])
 
 
 def test_parse_config_reports_all_problems_at_once():
@@ -594,7 +651,9 @@ def test_policy_is_of_the_family_that_it_names():
         parse(policy=LLAMAGEN | {"patch_nums": [1, 2]})
     with pytest.raises(InputError, match=r"policy.vqvae_checkpoint: unknown key beside llamagen, which has other keys"):
         parse(policy=LLAMAGEN | {"vqvae_checkpoint": "x.pth"})
-    with pytest.raises(InputError, match=r"policy.family: got 'lamagen'; want var, llamagen, taming or janus; did you mean"):
+    with pytest.raises(
+        InputError, match=r"policy.family: got 'lamagen'; want var, llamagen, taming or janus; did you mean"
+    ):
         parse(policy=LLAMAGEN | {"family": "lamagen"})
 
 

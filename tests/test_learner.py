@@ -327,6 +327,8 @@ def test_learning_rate_schedules():
 
     assert rates() == [1.0] * 4
     assert rates(warmup_steps=4) == [0.25, 0.5, 1.0, 1.0]
+    assert rates(warmup_share=0.31) == [0.25, 0.5, 1.0, 1.0]  # of 10 steps
+    assert rates(warmup_share=0.4) == rates(warmup_steps=4)
     assert rates(lr_schedule="linear") == pytest.approx([1.0, 0.9, 0.6, 0.1])
     assert rates(lr_schedule="cosine") == pytest.approx([1.0, 0.97553, 0.65451, 0.02447], abs=1e-5)
     to_a_hundredth = [scheduled(2.0, step, 12, 2, "cosine", floor=0.01) for step in (0, 1, 2, 7, 12)]  # of pre-training

@@ -104,7 +104,7 @@ def test_a_base_of_a_folder_of_ones_own(make_text, tmp_path, capsys):
     assert f"{tmp_path}: 20 images, 2 different captions" in said
     assert re.search(r"reconstructions.png, samples.png, tokenizer.json", said)
     assert TextTokenizer.read(paths[0].with_name("tokenizer.json")).vocab_size == 4 + len(
-        "a red blue , plain square".split()
+        ["a", "red", "blue", ",", "plain", "square"]
     )
     with Image.open(paths[0].with_name("samples.png")) as picture:
         assert picture.height == 2 * 52 - 4

@@ -266,6 +266,12 @@ class Config(Section):
                 raise ValueError(
                     f"update.{key}={size} splits a pair of {loss.name}: count 2 images a pair, and be even"
                 )
+        apart = [name for name, reward in self.reward.items() if getattr(reward, "normalise", None) is not None]
+        if self.dpo is not None and apart:
+            raise ValueError(
+                f"reward.{apart[0]}.normalise={self.reward[apart[0]].normalise} with dpo, which chooses pairs by the "
+                "weighted sum of the rewards as they are; set it to null, and weight to what brings it to their scale"
+            )
         if self.grpo.scale_alpha and not self.policy.scale_sides:
             raise ValueError(
                 f"grpo.scale_alpha={self.grpo.scale_alpha:g} weights tokens by the scale that they are of; "

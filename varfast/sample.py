@@ -28,7 +28,7 @@ from varfast.policies.text import reads_texts
 from varfast.progress import Progress
 from varfast.randomness import Key
 from varfast.runs.load import load_policy
-from varfast.runs.pictures import PICTURE_FORMATS, image_grid, prompt_title, save_picture
+from varfast.runs.pictures import PICTURE_FORMATS, image_grid, prompt_title, save_picture, with_domain
 from varfast.settings.loading import parse_arguments
 from varfast.settings.section import MANY, check_divides
 from varfast.types import InputError, Prompts, Sampling
@@ -53,8 +53,10 @@ def main(arguments: list[str]) -> int:
         argument="checkpoint",
     )
     check_kind(config, policy)
-    rows, titles, left_out = _prompts(config, policy) if reads_texts(policy) else _labels(config, policy)
-    labels_B = torch.tensor(rows).repeat_interleave(config.samples_per_label)
+    of_texts = reads_texts(policy)
+    rows, titles, left_out = _prompts(config, policy) if of_texts else _labels(config, policy)
+    columns = config.samples_per_prompt if of_texts else config.samples_per_label
+    labels_B = torch.tensor(rows).repeat_interleave(columns)
     check_divides("micro_batch", config.micro_batch, len(labels_B))
     size = config.micro_batch or len(labels_B)
     how = Sampling(config.temperature, config.cfg, config.top_k, config.top_p)
@@ -66,9 +68,8 @@ def main(arguments: list[str]) -> int:
             check_finite(rollout, images)
             parts.append(images)
             progress.update()
-    save_picture(out, image_grid(torch.cat(parts), config.samples_per_label, titles))
-    what = "prompts" if reads_texts(policy) else "labels"
-    print(f"{out}: {len(rows)} {what} x {config.samples_per_label} samples{left_out}")
+    save_picture(out, image_grid(torch.cat(parts), columns, titles))
+    print(f"{out}: {len(rows)} {'prompts' if of_texts else 'labels'} x {columns} samples{left_out}")
     return 0
 
 
@@ -94,4 +95,4 @@ def _prompts(config: SampleConfig, policy: Policy) -> tuple[list[int], list[str]
     note = ""
     if len(shown) < len(found):
         note = f"\nthe first {len(shown)} of {len(found)} prompts are shown; others: prompts=[...], a .txt or a .jsonl"
-    return list(range(len(shown))), [prompt_title(prompt.text) for prompt in shown], note
+    return list(range(len(shown))), [prompt_title(with_domain(prompt.text, prompt.domain)) for prompt in shown], note

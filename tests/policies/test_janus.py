@@ -203,10 +203,12 @@ def write_folder(folder, state, suffix=".safetensors", files=1):
 
 
 @pytest.mark.parametrize(("suffix", "files"), [(".safetensors", 1), (".safetensors", 3), (".bin", 1), (".bin", 2)])
-def test_a_folder_as_transformers_writes_it_is_loaded(tmp_path, suffix, files):
+def test_a_folder_as_transformers_writes_it_is_loaded(tmp_path, suffix, files, capsys):
     state, config = whole_checkpoint(), sizes_of(golden("janus").meta)
     folder = write_folder(tmp_path / "model", state, suffix, files)
     loaded = load_janus(folder, config).state_dict()
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("vision_model", "aligner", "language_model.lm_head", "are left out"))
     wanted = of_transformer(state)
     assert list(loaded) == list(wanted)  # and so an export has the public names, in their order
     assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
@@ -222,6 +224,7 @@ def test_a_checkpoint_that_does_not_fit_says_so(tmp_path):
     cases = [
         (state | {"language_model.model.surplus": torch.ones(1)}, "1 unexpected: language_model.model.surplus"),
         ({name: t for name, t in state.items() if "up_proj" not in name}, "2 missing: .*layers.0.mlp.up_proj.weight"),
+        ({"model.generation_embeddings.weight": torch.ones(2, 2)}, "Janus under the names of transformers' own port"),
         (checkpoint("llamagen", "gpt."), "is not Janus-Pro's language model: it has no gen_embed.weight.* LlamaGen's"),
     ]
     for number, (content, message) in enumerate(cases):
@@ -447,13 +450,22 @@ def test_a_run_from_a_sharded_folder_trains_an_adapter_and_is_exported(make_conf
     shutil.rmtree(folder)  # the run folder has what it starts from
     run = load_policy(config.run.dir)
     assert run.sample(["a red sea"], seed=0, cfg=3.0).tokens_BL.shape == (1, 9)
-    out = tmp_path / "exported" / "model.safetensors"
-    assert export([f"checkpoint={config.run.dir}", f"out={out}"]) == 0
-    exported = load_janus(str(out), JanusConfig(**TINY["transformer"]))
     delivered = torch.load(RunFolder(config.run.dir).weights(config), weights_only=True)
-    assert list(delivered) == list(exported.state_dict())
-    changed = [n for n, t in exported.state_dict().items() if not torch.equal(t, parts["transformer"][n])]
-    assert {name.split(".")[-2] for name in changed} <= set(JanusLoRAConfig().targets)
-    assert changed
-    for name, tensor in exported.state_dict().items():
-        torch.testing.assert_close(tensor, delivered[name], rtol=0, atol=1e-6)
+    for number, how in enumerate([{}, {"shard_gb": 3e-4}]):
+        out = tmp_path / str(number) / "model.safetensors"
+        out.parent.mkdir()
+        assert export([f"checkpoint={config.run.dir}", f"out={out}", *(f"{k}={v}" for k, v in how.items())]) == 0
+        assert len(list(out.parent.glob("*.safetensors"))) == (5 if how else 1)
+        assert "family='janus')" in out.with_suffix(".md").read_text()
+        config_of_file = JanusConfig(**TINY["transformer"])
+        exported = load_janus(str(out.parent), config_of_file).state_dict()
+        assert list(exported) == list(delivered) == list(parts["transformer"])
+        changed = {n.split(".")[-2] for n, t in exported.items() if not torch.equal(t, parts["transformer"][n])}
+        assert changed
+        assert changed <= set(JanusLoRAConfig().targets)
+        for name, tensor in exported.items():
+            torch.testing.assert_close(tensor, delivered[name], rtol=0, atol=1e-6)
+        vq = load_tokenizer(str(out.parent), TokenizerConfig).state_dict()
+        assert all(torch.equal(tensor, parts["vq"][name]) for name, tensor in vq.items())
+        text = TextTokenizer.read(out.parent / "tokenizer.json")
+        assert text.encode(["a red sea"]) == run.transformer.text.encode(["a red sea"])

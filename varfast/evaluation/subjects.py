@@ -16,7 +16,7 @@ from varfast.evaluation.config import EvaluateConfig, SampleConfig, is_prompt_fi
 from varfast.policies.protocol import Policy
 from varfast.policies.text import reads_texts
 from varfast.runs.folder import RunFolder
-from varfast.runs.pictures import prompt_title
+from varfast.runs.pictures import prompt_title, with_domain
 from varfast.types import InputError
 
 # Of each domain of a run, which may have 100 000 prompts, unless max_prompts says how many.
@@ -52,7 +52,9 @@ class Subjects:
 
     def title(self, number: int) -> str:
         """Of a row of a picture."""
-        return caption(number, self.names) if self.asked is None else prompt_title(self.asked[number].text)
+        if self.asked is None:
+            return caption(number, self.names)
+        return prompt_title(with_domain(self.asked[number].text, self.asked[number].domain))
 
     def give_to(self, policy: Policy) -> None:
         """Let a policy that reads texts make its table of these prompts."""
@@ -91,16 +93,10 @@ def subjects_of(config: EvaluateConfig, policy: Policy) -> Subjects:
 
 def check_kind(config: EvaluateConfig | SampleConfig, policy: Policy) -> None:
     """Raises: InputError for arguments of labels to a model of texts, and of prompts to one of labels."""
-    of_labels: tuple[str, ...] = ("labels",)
-    of_prompts: tuple[str, ...] = ("prompts",)
-    if isinstance(config, EvaluateConfig):
-        of_labels, of_prompts = (
-            ("labels", "samples_per_label"),
-            ("prompts", "max_prompts", "samples_per_prompt", "export"),
-        )
+    of_labels, of_prompts = ("labels", "samples_per_label"), ("prompts", "samples_per_prompt", "max_prompts", "export")
     wrong, instead = (of_labels, of_prompts) if reads_texts(policy) else (of_prompts, of_labels)
     for key in wrong:
-        if key in config.model_fields_set and getattr(config, key) is not None:
+        if key in config.model_fields_set and getattr(config, key) is not None:  # sample has no max_prompts and export
             conditioned = "texts" if reads_texts(policy) else "labels"
             raise InputError(
                 f"{key}: {config.checkpoint} is a model that is conditioned on {conditioned}; leave it out, and use "

@@ -199,7 +199,7 @@ class Driver(Conditioned, ABC):
         return lora.peft_adapter(self.trainable, config, base)
 
     def frozen_copy(self, moves: bool = False) -> Self:
-        """The same policy with weights that no update reaches: the reference of a loss. moves: `refresh` will be called.
+        """The same policy with weights that no update reaches: a loss's reference. moves: `refresh` will be called.
 
         It shares all models but the trained one. The copy's large matrices are stored in the compute dtype: the same
         numbers in every product. With an adapter it is the model without it, on the same frozen weights, and takes no
@@ -292,7 +292,7 @@ class Driver(Conditioned, ABC):
                 the same tokens when each call gets the index of its first image as `first_sample`.
             cfg: classifier-free guidance (for VAR t = cfg * k / (K - 1) at scale k), which is part of the policy: an
                 update of the rollout is one of the guided distribution. 0: none.
-            top_k, top_p: filters, for inference; the rollout is then not on-policy and GRPO refuses it.
+            top_k, top_p: filters, for inference; the rollout is then not on-policy and no update takes it.
             step: a second key beside the seed, for a trainer's steps.
             micro_batch: images at a time, must divide B; default all.
         Returns: Rollout; its log-probabilities and entropies are those of the distribution that was sampled.

@@ -170,7 +170,7 @@ def _show_own(
         names, beside = [label.name for label in labels], LABELS_FILE
         titles = [caption(row.label, names) for row in labels[:_SHOWN_IMAGES]]
     print("\n".join(f"  {line}" for line in advice(report, config)))
-    last = len(images) - 1  # type: ignore[arg-type]
+    last = len(images) - 1
     shown = sorted({i * last // (_SHOWN_IMAGES - 1) for i in range(_SHOWN_IMAGES)})
     real = torch.stack([images[i][0] for i in shown]).to(device)
     policy = family_of(config.policy).assemble(dict(zip(config.policy.parts, models, strict=True)), device, "float32")

@@ -142,9 +142,9 @@ class Evaluation(BaseModel):
 
     images: int
     labels: int
+    prompts: int | None = None
     intervals: str
     rows: list[EvaluationRow] = Field(max_length=1000)
-    prompts: int | None = None
     pictures: _Pictures | None = None
 
 

@@ -96,7 +96,7 @@ def _of_json(text: str, key: str) -> float:
         answer = json.loads(fenced[1] if fenced else text)
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"want JSON with the key {key}") from error
-    value = answer.get(key) if isinstance(answer, dict) else None
+    value: Any = answer.get(key) if isinstance(answer, dict) else None
     if type(value) not in (int, float):
         raise Unreadable(f"want JSON with a number under the key {key}")
     try:

@@ -61,8 +61,14 @@ def prompt_title(prompt: str) -> str:
     return "\n".join(textwrap.wrap(_ascii(" ".join(prompt.split())), _TITLE_LETTERS)) or " "
 
 
+def with_domain(prompt: str, domain: str) -> str:
+    """A prompt, after its domain where that is one that is not trained on: "(held out) a red cube"."""
+    return f"({domain.replace('_', ' ')}) {prompt}" if domain in ("held_out", "out_of_domain") else prompt
+
+
 def shown_prompts(prompts: PromptSet, rows: int, seed: int) -> tuple[list[int], list[str]]:
-    """Ids of the prompts of a grid, which the seed chooses from each domain, as evenly as goes, and their titles.
+    """Ids of the prompts of a grid, which the seed chooses from each domain, as evenly as goes, and their texts, with
+    the domain where it is not that of training.
 
     Args:
         rows: at most so many; those that are left over by others go to the prompts that are trained on.
@@ -71,10 +77,10 @@ def shown_prompts(prompts: PromptSet, rows: int, seed: int) -> tuple[list[int], 
     each = rows // (len(others) + 1)
     found = {domain: drawn(prompts.ids(domain), each, seed) for domain in others}
     trained = drawn(prompts.ids("train"), rows - sum(map(len, found.values())), seed)
-    titles = [prompt_title(prompts.prompts[row].text) for row in trained]
+    texts = [prompts.prompts[row].text for row in trained]
     for domain, ids in found.items():
-        titles += [prompt_title(f"({domain.replace('_', ' ')}) {prompts.prompts[row].text}") for row in ids]
-    return [*trained, *(row for ids in found.values() for row in ids)], titles
+        texts += [with_domain(prompts.prompts[row].text, domain) for row in ids]
+    return [*trained, *(row for ids in found.values() for row in ids)], texts
 
 
 def _row_titles(titles: Sequence[str], height_px: int, row_px: int) -> np.ndarray:

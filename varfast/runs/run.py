@@ -40,7 +40,7 @@ from varfast.runs.divergence import diagnosis, found_diverged
 from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
 from varfast.runs.pairs import keep_pairs
-from varfast.runs.pictures import shown_prompts
+from varfast.runs.pictures import prompt_title, shown_prompts
 from varfast.runs.setup import Setup
 from varfast.state import State
 from varfast.types import InputError, NotFinitePolicy, NotFiniteReward, Prompts, Rewards, Rollout
@@ -359,10 +359,9 @@ class Run:
         config, policy = self.config, self.state.policy
         columns, rows = config.log.grid_samples, self.setup.labels[: config.log.grid_labels]
         titles = shown = [caption(label, self.setup.names) for label in rows]
-        if (prompts := self.setup.prompts) is not None:
-            rows, titles = shown_prompts(prompts, config.log.grid_labels, config.run.seed)
-            of_rows = [prompts.prompts[row] for row in rows]
-            shown = [p.text if p.domain == "train" else f"({p.domain.replace('_', ' ')}) {p.text}" for p in of_rows]
+        if self.setup.prompts is not None:
+            rows, shown = shown_prompts(self.setup.prompts, config.log.grid_labels, config.run.seed)
+            titles = list(map(prompt_title, shown))
         rollout = policy.sample(
             [label for label in rows for _ in range(columns)],
             config.rollout.temperature,

@@ -288,8 +288,9 @@ class NextTokenCost:
         and float32 numbers: those of two norms, and a head's softmax. On top comes the larger of a block at work (all
         of it where it is recomputed whole, and the gradients of the stream and of the MLP's hidden layers but the last,
         whose place is free by then) and of the head: its input, before and after the norm, the logits, whose place
-        their gradient takes, and that gradient in 16 bits, or in float32 that of the input. An attention that is
-        recomputed takes the place of the MLP.
+        their gradient takes, and that gradient in 16 bits, or in float32 that of the input; of a head of two layers
+        also what is between them, before and after GELU, and its gradient. An attention that is recomputed takes the
+        place of the MLP.
         """
         sizes, layout, C, item = self.sizes, self.layout, self.sizes.width, self._item_bytes
         heads, qkv = sizes.num_heads * sizes.head_dim, (sizes.num_heads + 2 * sizes.kv_heads) * sizes.head_dim
@@ -300,7 +301,7 @@ class NextTokenCost:
         in_attention = C + qkv + heads + sum(map(self._rank, layout.attention))
         kept = {"none": block, "attention": block - in_attention * item, "full": C * item}[checkpointing]
         of_head = C if self.dtype == "float32" else sizes.vocab_size
-        head_at_work = sizes.vocab_size * FLOAT32_BYTES + (of_head + 2 * C + 2 * layout.head_width) * item
+        head_at_work = sizes.vocab_size * FLOAT32_BYTES + (of_head + 2 * C + 3 * layout.head_width) * item
         of_mlp = (hidden - layout.hidden + C + (layout.hidden if self.lora else 0)) * item
         block_at_work = of_mlp + (block - kept if checkpointing == "full" else 0)
         of_codes = 2 * C * item if layout.code_width and not self.lora else 0  # between the aligner's two layers
