@@ -36,9 +36,10 @@ from varfast.runs.environment import environment
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_base
 from varfast.runs.lock import FolderLock
-from varfast.runs.log import import_wandb, step_seconds
+from varfast.runs.log import step_seconds
 from varfast.runs.signals import StopSignals, listen
 from varfast.runs.start import prepare_base
+from varfast.runs.trackers import import_trackers
 from varfast.state import State
 from varfast.types import InputError
 
@@ -100,8 +101,7 @@ def set_up(
         except ValueError as error:
             raise InputError(f"kernels: {error}") from error
         # What cannot start is said before models are loaded.
-        if config.log.wandb:
-            import_wandb()
+        import_trackers(config.log)
         if config.policy.lora:
             import_peft()
         shard = world.shard(config.rollout.images)

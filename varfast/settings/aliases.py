@@ -90,7 +90,7 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ),
     (
         "wandb_project report_to use_wandb log_with logger project project_name",
-        (("log.wandb", "the name of the project"),),
+        (("log.wandb", "the name of the project; or log.trackio, log.mlflow, log.swanlab"),),
     ),
     ("logging_steps log_every log_interval log_freq", (("", "every step is written to metrics.jsonl"),)),
     (
