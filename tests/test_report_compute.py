@@ -271,15 +271,14 @@ def test_damaged_prompts_are_left_out(make_run):  # noqa: F811
     assert "prompts.jsonl: prompt: Input should be a valid string" in pages([folder]).text
     (folder / "prompts.jsonl").write_text('{"prompt": "a"}\n{"pro')
     assert "prompts.jsonl: line 2 is not valid JSON" in pages([folder]).text
-    (folder / "grids").mkdir()
-    (folder / "grids" / "rows.json").write_text("{}")
-    assert "grids/rows.json: it holds no list" in pages([folder]).text
+    (folder / "grid_rows.json").write_text("{}")
+    assert "grid_rows.json: it holds no list" in pages([folder]).text
 
 
 def test_a_run_keeps_what_its_rows_show(make_config):
     config = make_config(eval__samples_per_label=0, run__steps=1)
     train(config)
-    assert json.loads((Path(config.run.dir) / "grids" / "rows.json").read_text()) == ["0", "1"]
+    assert json.loads((Path(config.run.dir) / "grid_rows.json").read_text()) == ["0", "1"]
     assert "rows, from the top" not in page([read_run(Path(config.run.dir), "x")])  # labels are in the picture
 
 

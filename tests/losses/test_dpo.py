@@ -308,7 +308,9 @@ def test_a_set_of_other_tokens_or_of_another_time_is_refused(run_of, make_config
     made = run_of("made", 2, dpo={"save_pairs": True}, **QUICK)
     learn = {"dpo": {"pairs": str(made / "pairs")}, **QUICK}
     run_of("learned", 2, **learn)
-    with pytest.raises(InputError, match=r"there is no .*/learned/pairs/set.json; want the folder of a run with dpo.s"):
+    with pytest.raises(
+        InputError, match=r"dpo.pairs=.*: there is no .*/learned/pairs/set.json; want the folder of a r"
+    ):
         run_of("other", 2, dpo={"pairs": str(made.parent / "learned")}, **QUICK)
     with pytest.raises(InputError, match=r"of another kind of tokens \(shape \[5\]\) than this policy .*shape \[14\]"):
         train(make_config(run__dir=str(made.parent / "larger"), policy__var=LARGER, **learn))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # A line of metrics.jsonl has 1 to 3 kB.
 _MOST_LINE_BYTES = 2**20
 # What each row of the grids shows, whole: the picture has space for the beginning.
-GRID_ROWS = "grids/rows.json"
+GRID_ROWS = "grid_rows.json"
 
 
 class RunLog:
@@ -109,7 +109,7 @@ class RunLog:
     ) -> None:
         """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png, with a title beside each row.
 
-        rows: what each row shows, for grids/rows.json; default: the titles.
+        rows: what each row shows, for grid_rows.json; default: the titles.
         """
         picture = image_grid(images, columns, titles)
         with self._optional("a grid of samples"):
