@@ -107,6 +107,17 @@ def save_step(
 # Reading
 
 
+def set_folder(address: str) -> Path:
+    """Where a set lies that is named by its folder, or by that of its run. Raises: InputError if there is none."""
+    path = Path(address).expanduser()
+    for folder in (path, path / FOLDER):
+        if (folder / _ABOUT).is_file():
+            return folder
+    raise InputError(
+        f"dpo.pairs={address}: there is no {path / FOLDER / _ABOUT}; want the folder of a run with dpo.save_pairs=true"
+    )
+
+
 class SavedPairs:
     """A set that a run learns from. Its tokens stay on the disk until a step needs them.
 
@@ -126,8 +137,7 @@ class SavedPairs:
     def __init__(
         self, address: str, of: TokensOf, prompts: Sequence[str] | None, drawn: Iterable[int], seed: int
     ) -> None:
-        path = Path(address).expanduser()
-        self.path = path if (path / _ABOUT).exists() else path / FOLDER
+        self.path = set_folder(address)
         self._of, self._seed = of, seed
         self._check_about()
         table = None if prompts is None else {text: i for i, text in reversed(list(enumerate(prompts)))}
@@ -187,10 +197,6 @@ class SavedPairs:
         return found[0].long()
 
     def _check_about(self) -> None:
-        if not (self.path / _ABOUT).exists():
-            raise InputError(
-                f"dpo.pairs: there is no {self.path / _ABOUT}; want the folder of a run with dpo.save_pairs=true"
-            )
         about = read_json(self.path / _ABOUT)
         wanted = {"format": _FORMAT, "family": self._of.family, "shape": list(self._of.shape)}
         wanted["vocab_size"] = self._of.vocab_size

@@ -121,8 +121,10 @@ class Export:
             rows = [json.dumps(prompt.row) + "\n" for prompt in self._prompts.values()]
             save_text(folder.parent / DATA_FILE, "".join(rows))
             for sample in range(self._samples):
-                places = {prompt.text: self._place(name, prompt, sample) for prompt in self._prompts.values()}
-                paths = {text: str((self._folder / place / file).resolve()) for text, (place, file) in places.items()}
+                places_of = {prompt.text: self._place(name, prompt, sample) for prompt in self._prompts.values()}
+                paths = {
+                    text: str((self._folder / place / file).resolve()) for text, (place, file) in places_of.items()
+                }
                 save_text(folder / f"images_{sample:05d}.json", json.dumps(paths, indent=1) + "\n")
         return str(below)
 

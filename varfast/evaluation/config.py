@@ -192,7 +192,13 @@ class EvaluateConfig(Section):
     top_p: float | None = Field(
         None, ge=0, le=1, description="0: off. Default: 0.96 for VAR, 0 for LlamaGen, 0.92 for taming"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="an image is a function of seed, label and number alone")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="an image is a function of seed, label and number alone; for prompts, of their number and "
+        "the row in place of the label",
+    )
     micro_batch: int = Field(32, ge=1, le=1_000_000, description="images sampled and decoded at a time")
     device: Device = Field("auto", description="auto: cuda if there is one; each process its own")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations")

@@ -13,6 +13,7 @@ import torch
 from varfast import kernels
 from varfast.config import Config
 from varfast.data.labels import label_pool, run_names
+from varfast.data.pairs import set_folder
 from varfast.data.prompts import PromptSet, run_prompts, save_prompts
 from varfast.distributed import World, decided_by_first, joined, local_device, processes_here
 from varfast.perf.devices import available_bytes, usual_bytes, with_dtype
@@ -104,6 +105,8 @@ def set_up(
         import_trackers(config.log)
         if config.policy.lora:
             import_peft()
+        if config.loss.saved_pairs is not None:
+            set_folder(config.loss.saved_pairs)
         shard = world.shard(config.rollout.images)
         if policy is None:
             cost = family_of(config.policy).cost_of(config.policy, config.run.dtype)

@@ -148,7 +148,7 @@ class MLflow(Service):
     """MLflow."""
 
     name, wanted = "mlflow", "start_run"
-    advice = "set MLFLOW_TRACKING_URI to a server that answers, or to a file, as sqlite:///mlflow.db"
+    advice = "set MLFLOW_TRACKING_URI to a server that answers, or to a database, as sqlite:///mlflow.db"
 
     def errors(self) -> tuple[type[Exception], ...]:
         return (*super().errors(), self.package.exceptions.MlflowException)
