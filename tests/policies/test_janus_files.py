@@ -9,6 +9,8 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError
 
 from varfast import InputError, load_policy
+from varfast.evaluation.arguments import resolved
+from varfast.evaluation.config import EvaluateConfig
 from varfast.export import main as export
 from varfast.policies.janus import build
 from varfast.policies.janus.config import PRESETS, JanusConfig, JanusLoRAConfig, JanusPolicyConfig
@@ -176,7 +178,10 @@ def test_files_of_a_public_model_make_a_policy_with_its_text_tokenizer(tmp_path,
         f"gen_vision_model.{name}": tensor for name, tensor in source.tokenizer.state_dict().items()
     }
     monkeypatch.setattr("varfast.policies.janus.weights.PRESETS", {"tiny": JanusConfig(**TINY["transformer"])})
-    policy = load_policy(write_folder(tmp_path / "model", state, files=2), family="janus")
+    folder = write_folder(tmp_path / "model", state, files=2)
+    task = resolved(EvaluateConfig(checkpoint=folder, reference=folder, family="janus"))
+    assert (task.reference, task.family, task.vqvae, task.out) == (folder, "janus", None, Path("evaluation"))
+    policy = load_policy(folder, family="janus")
     policy.set_prompts(TEXTS)
     tokens_BN = torch.zeros(4, policy.tokens_shape[0], dtype=torch.int64)
     tokens_BN[:, :9] = torch.arange(9)

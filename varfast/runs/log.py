@@ -97,8 +97,8 @@ class RunLog:
                     self._writer.add_scalar(name, value, step)
         for tracker in self._trackers:
             tracker.scalars(metrics, step)
-        # A skipped rollout has neither; DPO has the KL in some steps alone.
-        shown = {"reward": "reward_mean", "kl": "kl", "margin": "dpo_margin"}
+        # A skipped rollout has none of them; DPO has the KL in some steps alone, and no reward on saved pairs.
+        shown = {"reward": "reward_mean", "kl": "kl", "margin": "implicit_margin"}
         note = [f"{short}={metrics[name]:.3f}" for short, name in shown.items() if name in metrics]
         if "reward_mean" in metrics and "images_per_s" in metrics:
             note.append(f"{metrics['images_per_s']:.0f} img/s")

@@ -47,6 +47,13 @@ def model_file(folder: Path) -> Path | None:
     return next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
 
 
+def names_model(address: str) -> bool:
+    """Whether an address is a folder, a repository or an index as transformers writes them, and no run folder."""
+    if address.startswith("hf://"):
+        return _REPOSITORY.fullmatch(address) is not None or is_index(address)
+    return is_index(address) or model_file(Path(address).expanduser()) is not None
+
+
 def shards(path: Path) -> list[Path]:
     """The files that hold the tensors: those that an index names, which lie beside it, or the file itself.
 
