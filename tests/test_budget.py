@@ -184,7 +184,7 @@ def budget(steps=100, step=Spent(8, 10.0), **most):  # noqa: B008
 def test_a_budget_ends_a_run_after_the_step_that_reaches_it():
     assert budget(images=20).ended_by(2, Spent(16)) is None
     assert budget(images=24).ended_by(3, Spent(24)) == "run.budget_images=24"
-    assert budget(flop=1e15).ended_by(1, Spent(8, 1e15)) == "run.budget_flop=1e+15"
+    assert budget(flop=1e15).ended_by(1, Spent(8, 1e15)) == "run.budget_flop=1e15"
     assert budget(hours=0.5).ended_by(1, Spent(8, 1.0, 0.5)) == "run.budget_hours=0.5"
     assert budget(steps=3).ended_by(3, Spent()) == "run.steps=3"
 
@@ -324,7 +324,7 @@ def test_roofline_says_what_a_budget_buys(make_work):
     text = report(work, ceilings, "x")
     flop = whole_step(work).flop
     assert "run.budget_images=5000 buys 10 steps of 512 images" in text
-    assert f"run.budget_flop=1e+16 buys {-(-1e16 // flop):.0f} steps of {flop:.4g} FLOP" in text
+    assert f"run.budget_flop=1e16 buys {-(-1e16 // flop):.0f} steps of {flop:.4g} FLOP" in text
     assert f"run.budget_hours=1 buys at most {3600 * 1e15 // flop:.0f} steps" in text
 
 
