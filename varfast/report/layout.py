@@ -81,8 +81,8 @@ def _headline(run: Run) -> str:
     if run.pairs:
         images = len(next(iter(run.pairs["after"].values())))
         about = (
-            f"{images} fresh images, before and after with the same labels and random numbers; intervals: 95 %, over "
-            "pairs of images."
+            f"{images} fresh images{' of the prompts trained on' if run.prompts else ''}, before and after with the same "
+            f"{'prompts' if run.prompts else 'labels'} and random numbers; intervals: 95 %, over pairs of images."
         )
     rows = [
         (
