@@ -332,5 +332,5 @@ def test_the_tutorial_runs(tmp_path, digits_cache, monkeypatch):
         exec(compile(source.replace("STEPS = 20", "STEPS = 2"), "tutorial.ipynb", "exec"), vars(notebook))
     assert notebook.images.shape == (8, 3, 8, 8)
     assert (notebook.logp_BL - notebook.rollout.logp_BL).abs().max() < 1e-4
-    made = {path.name for path in (tmp_path / "runs" / "tutorial").iterdir()}
-    assert {"report.html", "model.safetensors", "model.md", "metrics.jsonl"} <= made
+    assert (tmp_path / "runs" / "tutorial" / "report.html").is_file()
+    assert torch.equal(notebook.again.tokens_BL, notebook.rollout.tokens_BL)  # of the exported files

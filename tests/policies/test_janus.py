@@ -234,6 +234,8 @@ def test_texts_are_ids_of_one_table_and_new_ones_are_added():
         policy.sample([1], seed=0)
     with pytest.raises(InputError, match="prompts: got none"):
         policy.set_prompts([])
+    with pytest.raises(InputError, match="prompts hold ' '"):
+        policy.set_prompts(["a cat", " "])
     policy.set_tokenizer(word_tokenizer(map(str, range(400))))
     with pytest.raises(
         InputError, match=r"has 404 tokens, and the transformer's table 300 rows; give the tokenizer of"

@@ -141,8 +141,11 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("target_modules lora_target_modules", (("policy.lora.targets", ""),)),
     ("lora_dropout", (("", "an adapter has no dropout: a log-probability must describe the policy that was sampled"),)),
     (
-        "dataset dataset_name train_data_dir data_dir data_path data",
-        (("pretrain.dataset", "for the base model; the run itself needs labels or prompts alone"),),
+        "dataset dataset_name train_dataset train_data_dir data_dir data_path data",
+        (
+            ("prompts.source", "texts, of models that are conditioned on them"),
+            ("pretrain.dataset", "images, for the base model; the run itself needs labels or prompts alone"),
+        ),
     ),
     ("dataloader_num_workers workers", (("pretrain.num_workers", ""),)),
     (

@@ -55,7 +55,9 @@ def random_parts(config: JanusPolicyConfig, seed: int, device: torch.device) -> 
 def text_tokenizer(path: Path | None, config: JanusPolicyConfig) -> TextTokenizer:
     """That of a tokenizer.json, or for random weights one of bytes. Raises: InputError if it cannot be used."""
     limit = config.max_prompt_tokens
-    return byte_tokenizer(limit) if path is None else TextTokenizer.read(path, limit)
+    found = byte_tokenizer(limit) if path is None else TextTokenizer.read(path, limit)
+    found.check_fits(_sizes(config).text_vocab_size)
+    return found
 
 
 def assemble(
