@@ -29,7 +29,7 @@ class RunConfig(Section):
     budget_flop: float | None = Field(
         None,
         gt=0,
-        le=1e30,
+        le=1e22,
         description="the same for FLOP of the policy: sampling, decoding, passes of the reference, forward and "
         "backward of the images that have a gradient; what checkpointing computes again and rewards are not counted",
     )

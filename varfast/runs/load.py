@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def load_policy(
-    var: str,
+    var: str | Path,
     vqvae: str | None = None,
     device: torch.device | str = "cpu",
     dtype: str = "float32",
@@ -63,7 +63,7 @@ def load_policy(
         argument: what `var` is called where the user gave it, for errors.
     Raises: InputError if a file or folder cannot be read or does not fit, or for a device that is not there.
     """
-    device = existing_device(device)
+    device, var = existing_device(device), str(var)
     if Path(var).expanduser().is_dir() and not names_model(var):
         if var_config is not None or vqvae_config is not None:
             raise InputError(f"{argument}={var} is a run folder, whose config says the sizes; give no sizes beside it")

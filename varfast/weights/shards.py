@@ -47,11 +47,15 @@ def model_file(folder: Path) -> Path | None:
     return next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
 
 
-def names_model(address: str) -> bool:
-    """Whether an address is a folder, a repository or an index as transformers writes them, and no run folder."""
-    if address.startswith("hf://"):
+def names_model(address: str | Path) -> bool:
+    """Whether an address is a folder, a repository or an index as transformers writes them, and no run folder.
+
+    A run folder may hold a model.safetensors that was exported into it: its config.yaml says what it is.
+    """
+    if isinstance(address, str) and address.startswith("hf://"):
         return _REPOSITORY.fullmatch(address) is not None or is_index(address)
-    return is_index(address) or model_file(Path(address).expanduser()) is not None
+    path = Path(address).expanduser()
+    return not (path / "config.yaml").is_file() and (is_index(address) or model_file(path) is not None)
 
 
 def shards(path: Path) -> list[Path]:
