@@ -464,10 +464,14 @@ def test_dpo_loss(benchmark, record, batch):
     logp = randn(batch, length).requires_grad_()
     ref = logp.detach() + 0.1 * randn(batch, length)
 
-    def by(impl):
-        return lambda: torch.autograd.grad(kernels.dpo_loss(logp, ref, beta=0.1, impl=impl)[0], logp)
+    def by(function):
+        return lambda: torch.autograd.grad(function(logp, ref), logp)
 
-    calls = {"ours": by("auto"), "eager": by("reference")}
+    def eager(*a):
+        return kernels.dpo_loss(*a, beta=0.1, impl="reference")[0]
+
+    calls = {"ours": by(lambda *a: kernels.dpo_loss(*a, beta=0.1)[0]), "eager": by(eager)}
+    calls |= {name: by(f) for name, f in compiled(eager).items()}
     # Two numbers a token are read; the gradient is one number an image.
     row = harness.Row("dpo_loss", f"{batch * length} tokens", "both", 0.0, io_bytes=batch * (8 * length + 4))
     harness.measure(benchmark, record, row, calls)

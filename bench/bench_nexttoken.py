@@ -107,13 +107,14 @@ def test_decode_attention(benchmark, record, size, batch):
     k, v = (randn(batch, kv_heads, places, dim, dtype=STORAGE) for _ in range(2))
     position, scale = torch.tensor(places - 1, device=DEVICE), dim**-0.5
 
-    def by(impl):
+    def by(impl, position=position):
         return lambda: kernels.decode_attention(q, k, v, position, scale, impl=impl)
 
     def sdpa():
         F.scaled_dot_product_attention(q.unflatten(1, (kv_heads, -1)), k, v, scale=scale)
 
     calls = {"ours": by("auto"), "eager": by("reference"), "sdpa": sdpa}
+    calls["a place a row"] = by("auto", position.repeat(batch))  # as prompts of unequal length need
     calls |= {name: by(name) for name in other_impls("decode_attention") if dim == 64 or name == "sdpa"}
     if CUDA:
         calls |= {f"sdpa {name}": by_backend(sdpa, name) for name in BACKENDS}

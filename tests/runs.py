@@ -9,9 +9,15 @@ TIMES = ("step_s", "images_per_s", "mfu", "spent_hours")
 
 
 def metrics(folder):
-    """Lines of metrics.jsonl without what a clock measured."""
+    """Lines of metrics.jsonl without what a clock measured, and without drift/..., of steps that have a grid: there is
+    one wherever a run ends.
+    """
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES and not k.endswith(("_ms", "_share"))} for line in lines]
+    return [{k: v for k, v in line.items() if not _varies(k)} for line in lines]
+
+
+def _varies(name):
+    return name in TIMES or name.endswith(("_ms", "_share")) or name.startswith("drift/")
 
 
 def weights(folder):

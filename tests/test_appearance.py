@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runs import metrics
+from varfast.report.charts import charts
+from varfast.report.run import read_run
 from varfast.runs.appearance import appearance
 from varfast.train import train
 
@@ -44,7 +45,7 @@ def test_appearance_agrees_with_numpy():
 def test_a_run_has_the_appearance_of_its_grids_and_of_the_base(make_config):
     config = make_config(run__steps=4, log__grid_every=2, eval__samples_per_label=0, update__lr=0.05)
     train(config)
-    lines = metrics(config.run.dir)
+    lines = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
     names = set(appearance(torch.rand(2, 3, 4, 4), 1))
     for line in lines:
         found = {name.removeprefix("drift/") for name in line if name.startswith("drift/")}
@@ -52,3 +53,16 @@ def test_a_run_has_the_appearance_of_its_grids_and_of_the_base(make_config):
     base = json.loads((Path(config.run.dir) / "appearance.json").read_text())
     assert set(base) == names
     assert base["brightness"] != lines[-1]["drift/brightness"]
+
+
+def test_the_report_draws_what_grids_look_like_from_the_base_on(tmp_path):
+    rows = [{"step": step, "reward_mean": 0.1 * step, "drift/brightness": 0.5 + 0.1 * step} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "appearance.json").write_text(json.dumps({"brightness": 0.25, "dark": "none", "edges": 1.0}))
+    run = read_run(tmp_path, "x")
+    assert run.series("drift/brightness") == ([0, 1, 2], [0.25, 0.6, 0.7])
+    assert run.series("drift/edges") == ([], [])
+    (drawn,) = charts([run])["What pictures look like"]
+    assert [point[:2] for point in drawn.curves[0].points] == [(0, 0.25), (1, 0.6), (2, 0.7)]
+    (tmp_path / "appearance.json").write_text("[")
+    assert any("appearance.json" in line for line in read_run(tmp_path, "x").left_out)

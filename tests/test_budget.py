@@ -145,6 +145,19 @@ def test_each_step_of_a_run_adds_what_it_computed(make_config):
     assert (summary(config)["step"], summary(config)["ended_by"]) == (4, "run.steps=4")
 
 
+def test_of_pairs_both_images_are_counted_and_no_others(make_config):
+    """Best and worst of 4 samples: 8 images are sampled, and 2 pairs of them go through reference and update."""
+    config = make_config(dpo={}, run__steps=2, **BARE)
+    assert train(config) == 0
+    before = 0.0
+    for line in lines(config):
+        assert line["update_images"] == line["reference_images"] == 2 * line["pairs"] == 4
+        flop = step_flop(config, config_cost(config), 4, 4 + (8 if "kl" in line else 0))
+        assert line["spent_flop"] == before + flop
+        before = line["spent_flop"]
+    assert lines(config)[-1]["spent_images"] == 16
+
+
 def config_cost(config):
     from varfast.policies.families import family_of
 
@@ -171,7 +184,7 @@ def budget(steps=100, step=Spent(8, 10.0), **most):  # noqa: B008
 def test_a_budget_ends_a_run_after_the_step_that_reaches_it():
     assert budget(images=20).ended_by(2, Spent(16)) is None
     assert budget(images=24).ended_by(3, Spent(24)) == "run.budget_images=24"
-    assert budget(flop=1e15).ended_by(1, Spent(8, 1e15)) == "run.budget_flop=1e+15"
+    assert budget(flop=1e15).ended_by(1, Spent(8, 1e15)) == "run.budget_flop=1e15"
     assert budget(hours=0.5).ended_by(1, Spent(8, 1.0, 0.5)) == "run.budget_hours=0.5"
     assert budget(steps=3).ended_by(3, Spent()) == "run.steps=3"
 
@@ -220,10 +233,10 @@ def test_a_run_of_a_budget_is_the_run_of_as_many_steps(make_config, tmp_path):
 
 
 def test_a_larger_budget_goes_on_with_the_same_numbers(make_config, tmp_path, capsys):
-    whole = make_config(run__dir=str(tmp_path / "whole"), run__steps=5)
+    whole = make_config(run__dir=str(tmp_path / "whole"), run__steps=5, log__grid_every=1)
     train(whole)
     each = lines(whole)[0]["spent_flop"]
-    parts = {"run__dir": str(tmp_path / "parts"), "run__steps": 1000}
+    parts = {"run__dir": str(tmp_path / "parts"), "run__steps": 1000, "log__grid_every": 1}
     train(make_config(**parts, run__budget_flop=1.5 * each))
     capsys.readouterr()
     # Nothing is left to do: the weights and the table are there.
@@ -311,7 +324,7 @@ def test_roofline_says_what_a_budget_buys(make_work):
     text = report(work, ceilings, "x")
     flop = whole_step(work).flop
     assert "run.budget_images=5000 buys 10 steps of 512 images" in text
-    assert f"run.budget_flop=1e+16 buys {-(-1e16 // flop):.0f} steps of {flop:.4g} FLOP" in text
+    assert f"run.budget_flop=1e16 buys {-(-1e16 // flop):.0f} steps of {flop:.4g} FLOP" in text
     assert f"run.budget_hours=1 buys at most {3600 * 1e15 // flop:.0f} steps" in text
 
 

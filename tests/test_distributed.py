@@ -124,6 +124,16 @@ CASES = {
             "vq": {"base_channels": 32, "channel_multipliers": [1], "num_res_blocks": 1},
         },
     },
+    # A next-token model of texts of unequal length, and both halves of guidance.
+    "janus": {
+        "update__lr": 1e-3, "rollout__cfg": 3.0, "prompts": {"source": str(Path(__file__).parent / "data/prompts.txt")},
+        "policy": {
+            "family": "janus", "checkpoint": "random", "max_prompt_tokens": 40,
+            "transformer": {"depth": 2, "width": 32, "num_heads": 2, "mlp_width": 64, "vocab_size": 16,
+                            "text_vocab_size": 260, "code_width": 4, "side": 3},
+            "vq": {"base_channels": 32, "channel_multipliers": [1], "num_res_blocks": 1},
+        },
+    },
     # Not one log-probability of the update differs from the rollout's.
     "strict": {"run__strict": True, "run__dtype": "bfloat16"},
     # var.pth is the average; the KL of the third step is to the policy after two.

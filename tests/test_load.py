@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -25,6 +27,16 @@ def test_load_policy_takes_a_run_folder(make_config, lora):
         policy.trainable.state_dict() if lora is None else policy.merged_state(policy.frozen_copy().var.state_dict())
     )
     assert all(torch.equal(state[name], tensor) for name, tensor in delivered.items())
+
+
+def test_a_run_folder_is_one_whatever_was_exported_into_it(make_config):
+    config = make_config(run__steps=1, eval__samples_per_label=0)
+    assert train(config) == 0
+    (
+        Path(config.run.dir) / "model.safetensors"
+    ).touch()  # a folder as transformers writes it has one, and no config.yaml
+    policies = load_policy(config.run.dir), load_policy(Path(config.run.dir))
+    assert torch.equal(*(policy.sample(LABELS, seed=0).tokens_BL for policy in policies))
 
 
 def test_load_policy_of_a_run_folder_runs_as_the_run_did_unless_it_is_told(make_config):

@@ -19,7 +19,7 @@ def test_kernel_table_is_made_from_the_newest_record():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_and_links_exist(page):
     text = page.read_text()
-    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
         linked = page.parent / target if target else page
         assert linked.exists(), target
         if heading:

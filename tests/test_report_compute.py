@@ -92,7 +92,7 @@ def test_another_axis_can_be_asked_for(two, over, ends, tmp_path):
 def test_one_run_is_drawn_over_steps_and_says_what_it_spent(two):
     parsed = pages(two[:1])
     assert parsed.numbers[0]["x"] == [1, 4]
-    assert "Spent: 32 images, 8e+15 FLOP, 2 hours of steps. Ended by run.budget_flop=8e15." in parsed.text
+    assert "Spent: 32 images, 8e15 FLOP, 2 hours of steps. Ended by run.budget_flop=8e15." in parsed.text
     assert "At what cost" not in parsed.text
 
 
@@ -122,8 +122,8 @@ def test_a_table_says_what_each_run_reached_and_spent(two):
     text = pages(two).text
     table = text[text.index("At what cost") : text.index("Is it healthy?")]
     assert "stepsimagesFLOPhoursended byreward before → afteraccuracy before → after" in table
-    assert re.search(r"cheap4328e\+152run.budget_flop=8e150.25 → 0.75 \(\+0.5 \[.*?\]\)0.5 → 1", table)
-    assert re.search(r"dear2168e\+1510.25 → 0.75", table)
+    assert re.search(r"cheap4328e152run.budget_flop=8e150.25 → 0.75 \(\+0.5 \[.*?\]\)0.5 → 1", table)
+    assert re.search(r"dear2168e1510.25 → 0.75", table)
 
 
 def test_fresh_samples_are_drawn_from_the_base_to_the_end(two):
@@ -271,15 +271,14 @@ def test_damaged_prompts_are_left_out(make_run):  # noqa: F811
     assert "prompts.jsonl: prompt: Input should be a valid string" in pages([folder]).text
     (folder / "prompts.jsonl").write_text('{"prompt": "a"}\n{"pro')
     assert "prompts.jsonl: line 2 is not valid JSON" in pages([folder]).text
-    (folder / "grids").mkdir()
-    (folder / "grids" / "rows.json").write_text("{}")
-    assert "grids/rows.json: it holds no list" in pages([folder]).text
+    (folder / "grid_rows.json").write_text("{}")
+    assert "grid_rows.json: it holds no list" in pages([folder]).text
 
 
 def test_a_run_keeps_what_its_rows_show(make_config):
     config = make_config(eval__samples_per_label=0, run__steps=1)
     train(config)
-    assert json.loads((Path(config.run.dir) / "grids" / "rows.json").read_text()) == ["0", "1"]
+    assert json.loads((Path(config.run.dir) / "grid_rows.json").read_text()) == ["0", "1"]
     assert "rows, from the top" not in page([read_run(Path(config.run.dir), "x")])  # labels are in the picture
 
 

@@ -48,7 +48,8 @@ def lines(folder):
 
 
 def metrics(folder):
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines(folder)]
+    """Without times, and without drift/..., of steps that have a grid: there is one wherever a run ends."""
+    return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith("drift/")} for line in lines(folder)]
 
 
 def weights(folder):

@@ -1,4 +1,4 @@
-"""varfast: GRPO fine-tuning of next-scale visual autoregressive image models (VAR)."""
+"""varfast: reinforcement learning (GRPO, DPO) for visual autoregressive image models."""
 
 from __future__ import annotations
 

@@ -147,8 +147,10 @@ def _refuse_what_reaches_outside(folder: str, overrides: list[str]) -> None:
     if not any(override.startswith("reward=") for override in overrides):
         outside = {name: reward.reaches_outside() for name, reward in config.reward.items()}
         named = [f"reward.{printable(name, 80)} ({printable(why)})" for name, why in outside.items() if why]
-    if config.log.wandb and not any(override.startswith(("log=", "log.wandb=")) for override in overrides):
-        named.append(f"log.wandb (sends the run's metrics to {printable(config.log.wandb, 80)})")
+    for name in config.log.trackers:
+        if not any(override.startswith(("log=", f"log.{name}=")) for override in overrides):
+            project = printable(getattr(config.log, name), 80)
+            named.append(f"log.{name} (sends the run's metrics to {project})")
     if named:
         raise InputError(
             f"the config in {folder} does more than compute on the images: {', '.join(named)}. If you trust it, pass "
@@ -190,7 +192,7 @@ _CONFIG = ("CONFIG", "a YAML file, as configs/digits.yaml, or a run folder; KEY=
 
 COMMANDS = {
     "train": Command(
-        "fine-tune a VAR with GRPO; the same command goes on with an unfinished run",
+        "fine-tune a model with GRPO or DPO; the same command goes on with an unfinished run",
         "CONFIG [--profile] [--sweep KEY=A,B ...] [KEY=VALUE ...]",
         read_train,
         Config,

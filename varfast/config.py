@@ -221,6 +221,7 @@ class Config(Section):
         labels = self._checked_labels()
         for name, reward in self.reward.items():
             reward.check_step(f"reward.{name}", self.rollout.labels_per_step, labels)
+            reward.check_prompts(f"reward.{name}", self.prompts is not None)
         return self
 
     def _checked_labels(self) -> int:

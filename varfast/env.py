@@ -30,6 +30,9 @@ _PACKAGES = (
     "triton",
     "bitsandbytes",
     "wandb",
+    "trackio",
+    "mlflow",
+    "swanlab",
     "peft",
 )
 # Used where they can be imported; the names on PyPI are a source build and another package.

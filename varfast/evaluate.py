@@ -8,9 +8,9 @@
     python -m varfast.evaluate runs/janus results=results.jsonl
 
 Every image is a function of (seed, label, number of the sample): the same whatever else is sampled, and with the same
-random numbers for both models. Of a model of texts it is one of (seed, row among the prompts, number). Images are
-measured in chunks, each a file of the out folder; processes share the chunks, and a chunk that is there is not sampled
-again.
+random numbers for both models. Of a model of texts, how many prompts there are and the row among them stand for the
+label. Images are measured in chunks, each a file of the out folder; processes share the chunks, and a chunk that is
+there is not sampled again.
 """
 
 from __future__ import annotations

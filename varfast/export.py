@@ -12,6 +12,7 @@ if __name__ == "__main__":  # --help and a typo are answered before the imports 
     run_command("export")
 
 import errno
+import json
 import os
 import re
 from pathlib import Path
@@ -24,7 +25,8 @@ from varfast.config import Config
 from varfast.data.labels import imagenet, read_labels
 from varfast.files import read_json, read_leaves, read_text, save_tensors, save_text, write_atomically
 from varfast.policies.config import LoRAConfig
-from varfast.policies.families import family_of
+from varfast.policies.families import family_of, whole_state
+from varfast.policies.text import TOKENIZER_FILE
 from varfast.printable import printable
 from varfast.runs.config import ExportConfig
 from varfast.runs.environment import environment
@@ -33,6 +35,8 @@ from varfast.runs.load import delivered_state, frozen_part
 from varfast.settings.loading import parse_arguments
 from varfast.settings.reading import dump_yaml
 from varfast.types import InputError
+from varfast.weights.shards import index_of, split_state, stored_bytes
+from varfast.weights.state import State
 
 
 def export(config: ExportConfig) -> Path:
@@ -43,25 +47,59 @@ def export(config: ExportConfig) -> Path:
     folder, out = RunFolder(config.checkpoint), Path(config.out).expanduser()
     run = folder.load_config()
     card, frozen = out.with_suffix(".md"), frozen_file(out, run)
-    in_the_way = [path for path in (out, frozen, card) if path is not None and path.exists()]
+    beside = out.with_name(TOKENIZER_FILE) if run.policy.conditioned_on == "text" else None
+    in_the_way = [path for path in (out, frozen, card, beside, index_of(out)) if path is not None and path.exists()]
     if in_the_way and not config.overwrite:
         raise InputError(f"{in_the_way[0]} exists; choose another out, or overwrite=true")
+    if config.shard_gb is not None and (out.suffix != ".safetensors" or not run.policy.as_transformers):
+        raise InputError(
+            f"shard_gb={config.shard_gb:g} writes several .safetensors files and their index, for a family that reads "
+            f"those, as janus; here out={config.out} and policy.family={run.policy.family}: use shard_gb=null"
+        )
     state, step = delivered_state(folder, getattr(torch, config.dtype))
-    _save(state, out)
+    if run.policy.as_transformers:
+        _save_parts(whole_state(run.policy, state, _frozen_state(folder, run)), out, config.shard_gb)
+    else:
+        _save(state, out)
     if frozen is not None:
-        part = run.policy.parts[1]
-        content = frozen_part(folder, part)
-        if isinstance(content, Path):
-            content = family_of(run.policy).load_part(part, str(content), run.policy).state_dict()
-        _save(content, frozen)
+        _save(_frozen_state(folder, run), frozen)
+    if beside is not None and (tokenizer := folder.path / TOKENIZER_FILE).exists():
+        save_text(beside, read_text(tokenizer))
     save_text(card, model_card(out.name, config.dtype, folder, run, step))
     return card
 
 
+def _frozen_state(folder: RunFolder, run: Config) -> State:
+    part = run.policy.parts[1]
+    content = frozen_part(folder, part)
+    if isinstance(content, Path):
+        return family_of(run.policy).load_part(part, str(content), run.policy).state_dict()
+    return content
+
+
 def frozen_file(out: Path, config: Config) -> Path | None:
-    """Where the VQ-VAE is written; None if the config takes it from the hub, where everybody can fetch it."""
+    """Where the VQ-VAE is written; None if the config takes it from the hub, where everybody can fetch it, or if one
+    file has the whole model.
+    """
+    if config.policy.as_transformers:
+        return None
     address, part = config.policy.frozen_checkpoint, config.policy.parts[1]
     return None if address is not None and address.startswith("hf://") else out.with_suffix(f".{part}{out.suffix}")
+
+
+def _save_parts(state: State, out: Path, shard_gb: float | None) -> None:
+    """One file, or several of at most `shard_gb` and their index, under the names that transformers gives them."""
+    parts = split_state(state, shard_gb)
+    if len(parts) == 1:
+        _save(state, out)
+        return
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(parts, 1):
+        name = f"{out.stem}-{number:05d}-of-{len(parts):05d}{out.suffix}"
+        _save({tensor: state[tensor] for tensor in part}, out.with_name(name))
+        weight_map |= dict.fromkeys(part, name)
+    total = {"total_size": sum(tensor.nbytes for tensor in state.values())}
+    save_text(index_of(out), json.dumps({"metadata": total, "weight_map": weight_map}, indent=2) + "\n")
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:
@@ -96,7 +134,7 @@ def model_card(name: str, dtype: str, folder: RunFolder, config: Config, step: i
     rows = {
         "sizes": sizes,
         "base model": _base(config),
-        "VQ-VAE, not in this file": frozen,
+        **({} if config.policy.as_transformers else {"VQ-VAE, not in this file": frozen}),
         **({"trained": _adapter(config.policy.lora)} if config.policy.lora else {}),
         "steps": f"{_steps(done, config.run.steps)}{_ended(summary, done)}, {sampling.images} images each "
         f"({sampling.labels_per_step} labels x {sampling.group_size} samples)",
@@ -205,10 +243,12 @@ def _markdown_table(head: list[str], rows: list[list[Any]]) -> str:
 
 def _with_varfast(name: str, config: Config) -> str:
     family = "" if config.policy.family == "var" else f", family={config.policy.family!r}"
+    frozen = "" if config.policy.as_transformers else f", vqvae={_frozen(name, config)!r}"
+    prompts = [0, 1] if config.policy.conditioned_on == "labels" else ["a red cat"]
     return (
         "import varfast\n\n"
-        f"policy = varfast.load_policy(var={name!r}, vqvae={_frozen(name, config)!r}{family})\n"
-        "rollout = policy.sample([0, 1], temperature=1.0, seed=0)\n"
+        f"policy = varfast.load_policy(var={name!r}{frozen}{family})\n"
+        f"rollout = policy.sample({prompts!r}, temperature=1.0, seed=0)\n"
         "images = policy.decode(rollout.tokens_BL)"
     )
 
@@ -217,6 +257,7 @@ def main(arguments: list[str]) -> int:
     """python -m varfast.export checkpoint=... out=... [key=value ...]"""
     config = parse_arguments(arguments, ExportConfig)
     card = export(config)
-    size = Path(config.out).expanduser().stat().st_size
+    out = Path(config.out).expanduser()
+    size = stored_bytes(out if out.exists() else index_of(out))
     print(f"{config.out}: {size / 1e6:.1f} MB, {config.dtype}. Model card: {card}")
     return 0

@@ -1,4 +1,4 @@
-"""What one GRPO step must compute, move and hold: counted from a config alone, without a GPU, a model or the network.
+"""What one step must compute, move and hold: counted from a config alone, without a GPU, a model or the network.
 
     python -m varfast.roofline configs/d30.yaml [device=H200] [a.b=c ...]
 

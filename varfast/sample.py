@@ -53,8 +53,10 @@ def main(arguments: list[str]) -> int:
         argument="checkpoint",
     )
     check_kind(config, policy)
-    rows, titles, left_out = _prompts(config, policy) if reads_texts(policy) else _labels(config, policy)
-    labels_B = torch.tensor(rows).repeat_interleave(config.samples_per_label)
+    of_texts = reads_texts(policy)
+    rows, titles, left_out = _prompts(config, policy) if of_texts else _labels(config, policy)
+    columns = config.samples_per_prompt if of_texts else config.samples_per_label
+    labels_B = torch.tensor(rows).repeat_interleave(columns)
     check_divides("micro_batch", config.micro_batch, len(labels_B))
     size = config.micro_batch or len(labels_B)
     how = Sampling(config.temperature, config.cfg, config.top_k, config.top_p)
@@ -66,9 +68,8 @@ def main(arguments: list[str]) -> int:
             check_finite(rollout, images)
             parts.append(images)
             progress.update()
-    save_picture(out, image_grid(torch.cat(parts), config.samples_per_label, titles))
-    what = "prompts" if reads_texts(policy) else "labels"
-    print(f"{out}: {len(rows)} {what} x {config.samples_per_label} samples{left_out}")
+    save_picture(out, image_grid(torch.cat(parts), columns, titles))
+    print(f"{out}: {len(rows)} {'prompts' if of_texts else 'labels'} x {columns} samples{left_out}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune a visual autoregressive model with GRPO or DPO.
+"""Fine-tune a visual autoregressive model with GRPO, or with DPO.
 
     python -m varfast.train configs/digits.yaml [--profile] [a.b=c ...]
 

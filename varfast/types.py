@@ -107,7 +107,7 @@ class Rollout:
         entropy_BL: (B, L) float32, entropy of that distribution in nats.
         temperature: of that distribution.
         on_policy: sampled without filters: the distribution is the policy itself, at this temperature and with this
-            guidance, as GRPO needs.
+            guidance, as an update needs.
         teacher_input: (B, ...), what `Policy.teacher_input` makes of the tokens, where sampling has kept it: an update
             need not compute it again. For VAR (B, L - first, code width) float32.
         cfg: guidance of that distribution.

@@ -1,17 +1,24 @@
-"""Reads this project's docstrings for the API reference: a section may stand on one line, as `Returns: (B, L) float32.`"""
+"""How the API reference reads the source."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from griffe import Extension, GriffeLoader, Object
+from griffe import Alias, Extension, GriffeLoader, Module, Object
 
 _SECTION = re.compile(r"^(?P<name>Args|Attributes|Returns|Raises|Source|Sources|Axes|Yields): (?P<text>\S.*)$")
 
 
-class OneLineSections(Extension):
-    """Turns sections of one line into paragraphs, and the `::` before an indented block into Markdown's `:`."""
+class Source(Extension):
+    """Reads this project's docstrings: a section may stand on one line, as `Returns: (B, L) float32.`"""
+
+    def on_package(self, *, pkg: Module, loader: GriffeLoader, **kwargs: Any) -> None:
+        """`varfast.kernels.rms_norm` is the function, not the module of the same name, as after an import."""
+        kernels = pkg.members["kernels"]
+        for name, module in list(kernels.members.items()):
+            if isinstance(module, Module) and name in (kernels.exports or ()):
+                kernels.members[name] = Alias(name, module.members[name], parent=kernels)
 
     def on_object(self, *, obj: Object, loader: GriffeLoader, **kwargs: Any) -> None:
         if obj.docstring is not None:

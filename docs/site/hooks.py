@@ -26,7 +26,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-NOTEBOOK = "tutorial.ipynb"
+NOTEBOOK, NOTEBOOK_PAGE = "tutorial.ipynb", "tutorial.md"
 
 _FENCE = re.compile(r"^ *(```|~~~)")
 _INCLUDE = re.compile(r'^\[[^\]]*\]\((?P<file>[^)#\s]+)(?:#(?P<anchor>[^)\s]+))? "include"\)$')
@@ -50,7 +50,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the notebook's page, and pages and files for what the pages link to outside of docs/."""
     notebook = json.loads((DOCS / NOTEBOOK).read_text())
-    files.append(File.generated(config, NOTEBOOK.replace(".ipynb", ".md"), content=notebook_page(notebook)))
+    files.append(File.generated(config, NOTEBOOK_PAGE, content=notebook_page(notebook)))
     linked: set[Path] = set()
     for file in files.documentation_pages():
         source = DOCS / file.src_uri
@@ -73,7 +73,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         keeps = found and (target, anchor) not in _pages_of_includes()
         to = posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or ".") + (anchor if keeps else "")
         markdown = markdown.replace(link[0], f"{link['before']}{to}{link['after']}")
-    return markdown
+    return markdown.replace(f"{NOTEBOOK})", f"{NOTEBOOK_PAGE})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,13 +103,13 @@ def _included(source: Path, file: str, anchor: str | None) -> str:
     if path.suffix in _SHOWN:
         return f"```{_SHOWN[path.suffix]}\n{text.rstrip()}\n```"
     body = _section(text, anchor, where) if anchor else re.sub(r"\A# .*\n", "", text)
-    to = os.path.relpath(path.parent, source.parent)
-    moved = [
-        _LINK.sub(lambda m: m[0] if not m["file"] else f"{m['before']}{posixpath.normpath(posixpath.join(to, m['file']))}"
-                  f"{m['anchor'] or ''}{m['after']}", line) if is_text else line
-        for line, is_text in _lines(body)
-    ]  # fmt: skip
-    return "\n".join(moved).strip("\n")
+
+    def moved(link: re.Match[str]) -> str:
+        to = link["file"] and os.path.relpath(path.parent / link["file"], source.parent)
+        return f"{link['before']}{to}{link['anchor'] or ''}{link['after']}"
+
+    lines = [_LINK.sub(moved, line) if is_text else line for line, is_text in _lines(body)]
+    return "\n".join(lines).strip("\n")
 
 
 def _definition(text: str, name: str, where: str) -> str:
@@ -122,7 +122,8 @@ def _definition(text: str, name: str, where: str) -> str:
 
 
 def _section(text: str, anchor: str, where: str) -> str:
-    """What stands below the heading of this anchor, to the next one of its level or above."""
+    """What stands below the heading of this anchor, to the next one of its level or above; or between the comments
+    `<!-- anchor: ... -->` and `<!-- end of anchor -->`."""
     lines, level = [], 0
     for line, is_text in _lines(text):
         heading = re.match(r"(#+) (.*)", line) if is_text else None
@@ -132,9 +133,12 @@ def _section(text: str, anchor: str, where: str) -> str:
             lines.append(line)
         elif heading and slug(heading[2]) == anchor:
             level = len(heading[1])
-    if not level:
-        raise PluginError(f"{where}: the file has no such heading")
-    return "\n".join(lines)
+    if level:
+        return "\n".join(lines)
+    between = re.search(rf"^<!-- {anchor}:.*?-->\n(.*?)^<!-- end of {anchor} -->$", text, re.DOTALL | re.MULTILINE)
+    if between is None:
+        raise PluginError(f"{where}: the file has no such heading, and no comments around it")
+    return between[1]
 
 
 def slug(heading: str) -> str:
@@ -209,7 +213,7 @@ def _file_of_repository(target: Path, config: MkDocsConfig) -> File:
 
 def notebook_page(notebook: dict) -> str:
     """A notebook as Markdown: text, code, and what the code printed and drew when the notebook was last run."""
-    parts = []
+    parts = [f'<a class="md-button" href="{NOTEBOOK}" download>Download the notebook</a>']
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")

@@ -1,6 +1,7 @@
 """evaluate and sample of a model that is conditioned on text: a stand-in whose images tell what they were asked for."""
 
 import json
+import shlex
 import zlib
 from pathlib import Path
 
@@ -247,6 +248,53 @@ def test_geneval_is_exported_and_its_results_come_back(make, models, tmp_path, c
         evaluate_main([*named, f"results.other={tmp_path}/a.jsonl"])
 
 
+def exported(tmp_path, capsys, *arguments):
+    """Evaluate with export; returns the arguments that it prints for reading results back."""
+    named = [f"checkpoint={tmp_path}/checkpoint.pth", f"out={tmp_path}/my out", "device=cpu", "scores={}"]
+    assert evaluate_main([*named, *arguments]) == 0
+    python, dash_m, command, *back = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert (python, dash_m, command) == ("python", "-m", "varfast.evaluate")
+    return back
+
+
+def test_what_is_printed_reads_the_results_of_geneval2_back(models, tmp_path, capsys):
+    row = {
+        "atom_count": 2,
+        "vqa_list": [["Is it red?", "Yes"], ["Is there a kite?", "Yes"]],
+        "skills": ["attribute", "object"],
+    }
+    prompts = written(tmp_path / "geneval2_data.jsonl", [{"prompt": "a red kite"} | row, {"prompt": "an oak"} | row])
+    back = exported(tmp_path, capsys, f"prompts={prompts}", "samples_per_prompt=2", "export=geneval2")
+    folder = tmp_path / "my out" / "geneval2" / "checkpoint"
+    for sample in range(2):
+        assert list(json.loads((folder / f"images_{sample:05d}.json").read_text())) == ["a red kite", "an oak"]
+        (folder / f"scores_{sample:05d}.json").write_text(json.dumps([[0.25, 1.0], [0.5, 0.5]]))
+    assert evaluate_main(back) == 0
+    rows = {(row["name"], row["labels"]): row["checkpoint"] for row in result_of(tmp_path / "my out")["rows"]}
+    assert rows["geneval2/soft_tifa_gm", "all"]["value"] == pytest.approx(50.0)
+    assert rows["geneval2/soft_tifa_am", "skill:object"]["value"] == pytest.approx(75.0)
+    assert "geneval2/soft_tifa_am, skill object" in capsys.readouterr().out
+
+
+def test_what_is_printed_reads_the_results_of_t2i_compbench_back(models, tmp_path, capsys):
+    (tmp_path / "color_val.txt").write_text("a red kite and a blue oak\na green tram\n")
+    (tmp_path / "numeracy_val.txt").write_text("two kites\n")
+    prompts = f"prompts=[{tmp_path}/color_val.txt, {tmp_path}/numeracy_val.txt]"
+    back = exported(tmp_path, capsys, prompts, "samples_per_prompt=2", "export=t2i_compbench")
+    for category, answers in (("color_val", [0.25, 0.75, 0.5, 0.5]), ("numeracy_val", [1.0, 0.0])):
+        folder = tmp_path / "my out" / "t2i_compbench" / "checkpoint" / category
+        names = {int(p.stem.rpartition("_")[2]): p.stem.partition("_")[0] for p in (folder / "samples").iterdir()}
+        assert sorted(names) == list(range(len(answers)))
+        (folder / "annotation_blip").mkdir()
+        content = [{"question_id": n, "answer": f"{a:.4f}"} for n, a in enumerate(answers)]
+        (folder / "annotation_blip" / "vqa_result.json").write_text(json.dumps(content))
+    assert evaluate_main(back) == 0
+    rows = {(row["name"], row["labels"]): row["checkpoint"] for row in result_of(tmp_path / "my out")["rows"]}
+    assert {key: row["value"] for key, row in rows.items()} == {
+        ("t2i_compbench/blip_vqa", "tag:color_val"): 0.5, ("t2i_compbench/blip_vqa", "tag:numeracy_val"): 0.5
+    }  # fmt: skip
+
+
 def test_results_stay_when_the_table_is_made_again(make, tmp_path):
     prompts = [written(tmp_path / "evaluation_metadata.jsonl", GENEVAL)]
     how = {"prompts": prompts, "samples_per_prompt": 1, "export": "geneval", "reference": None}
@@ -265,6 +313,28 @@ def test_results_stay_when_the_table_is_made_again(make, tmp_path):
     (tmp_path / "out" / "results.json").write_text('{"rows": [{"name": 3}]}')
     with pytest.raises(InputError, match="results.json is damaged"):
         evaluate(make(**how))
+
+
+def test_exported_images_that_are_gone_are_named(make, tmp_path):
+    how = {"prompts": [written(tmp_path / "m.jsonl", GENEVAL)], "samples_per_prompt": 1, "export": "geneval"}
+    evaluate(make(**how))
+    (tmp_path / "out" / "geneval" / "reference" / "00001" / "samples" / "00000.png").unlink()
+    with pytest.raises(
+        InputError, match="1 exported images are gone, .*reference/00001/samples/00000.png first; delete"
+    ):
+        evaluate(make(**how))
+
+
+def test_results_of_several_guidances_stand_in_rows_of_their_own(make, models, tmp_path, capsys):
+    prompts = f"prompts={written(tmp_path / 'm.jsonl', GENEVAL)}"
+    back = exported(tmp_path, capsys, prompts, "samples_per_prompt=1", "export=geneval", "cfg=[0, 2.5]")
+    for cfg, right in (("0", [False, True]), ("2.5", [True, True])):
+        name = f"checkpoint_cfg_{cfg}"
+        lines = [{"filename": f"a/{name}/{i:05d}/samples/00000.png", "correct": c} for i, c in enumerate(right)]
+        written(tmp_path / "my out" / "geneval" / f"results_{name}.jsonl", lines)
+    assert evaluate_main(back) == 0
+    rows = [row for row in result_of(tmp_path / "my out")["rows"] if (row["name"], row["labels"]) == ("geneval", "all")]
+    assert [(row["cfg"], row["checkpoint"]["value"]) for row in rows] == [(0.0, 0.5), (2.5, 1.0)]
 
 
 def test_results_of_an_evaluation_that_exported_nothing_are_refused(make, tmp_path):
@@ -308,7 +378,7 @@ def shown(path, columns):
 
 def test_sample_shows_prompts_with_their_texts(models, tmp_path, capsys):
     texts = f"prompts=[{', '.join(TEXTS)}]"
-    arguments = [f"checkpoint={tmp_path}/reference.pth", f"out={tmp_path}/s.png", "device=cpu", "samples_per_label=3"]
+    arguments = [f"checkpoint={tmp_path}/reference.pth", f"out={tmp_path}/s.png", "device=cpu", "samples_per_prompt=3"]
     assert sample_main([*arguments, texts, "seed=4"]) == 0
     cells, titles = shown(tmp_path / "s.png", 3)
     want = np.array([[grey_of(text, 4, 3 * i + s) for s in range(3)] for i, text in enumerate(TEXTS)]) * 255
@@ -323,7 +393,7 @@ def test_sample_shows_prompts_with_their_texts(models, tmp_path, capsys):
 
 
 def test_sample_of_a_run_shows_prompts_that_it_trains_on(run, tmp_path, capsys):
-    arguments = [f"checkpoint={run}", f"out={tmp_path}/s.png", "device=cpu", "samples_per_label=1"]
+    arguments = [f"checkpoint={run}", f"out={tmp_path}/s.png", "device=cpu", "samples_per_prompt=1"]
     assert sample_main(arguments) == 0
     cells, _ = shown(tmp_path / "s.png", 1)
     texts = [*TEXTS, *(f"held {i}" for i in range(4))]
@@ -331,3 +401,5 @@ def test_sample_of_a_run_shows_prompts_that_it_trains_on(run, tmp_path, capsys):
     assert "the first 8 of 25 prompts are shown" in capsys.readouterr().out
     with pytest.raises(InputError, match="labels: .*conditioned on texts"):
         sample_main([*arguments, "labels=[1]"])
+    with pytest.raises(InputError, match="samples_per_label: .*; leave it out, and use prompts and samples_per_prompt"):
+        sample_main([*arguments, "samples_per_label=1"])

@@ -62,5 +62,5 @@ def test_a_run_on_texts_is_trained_measured_and_sampled(make_config, tmp_path, c
             )  # truncated to 8 bits
         changed.append(rows[group]["difference"]["value"])
     assert any(changed)
-    assert sample_main([f"{folder}", f"out={tmp_path}/s.png", "samples_per_label=2", "device=cpu"]) == 0
+    assert sample_main([f"{folder}", f"out={tmp_path}/s.png", "samples_per_prompt=2", "device=cpu"]) == 0
     assert "8 prompts x 2 samples" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -152,8 +153,11 @@ def run_of(make_config, make_models, tmp_path):
     return run
 
 
-def test_a_run_learns_from_pairs_and_says_so(run_of):
+def test_a_run_learns_from_pairs_and_says_so(run_of, monkeypatch, capsys):
+    monkeypatch.delenv("TQDM_DISABLE")
     folder = run_of("run", dpo={"kl_every": 2})
+    said = capsys.readouterr().out
+    assert re.search(r"^dpo: step 4 of 4, reward=0\.\d+ kl=\d\.\d+ margin=-?\d\.\d+ \d+ img/s", said, re.MULTILINE)
     lines = metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
@@ -308,7 +312,9 @@ def test_a_set_of_other_tokens_or_of_another_time_is_refused(run_of, make_config
     made = run_of("made", 2, dpo={"save_pairs": True}, **QUICK)
     learn = {"dpo": {"pairs": str(made / "pairs")}, **QUICK}
     run_of("learned", 2, **learn)
-    with pytest.raises(InputError, match=r"there is no .*/learned/pairs/set.json; want the folder of a run with dpo.s"):
+    with pytest.raises(
+        InputError, match=r"dpo.pairs=.*: there is no .*/learned/pairs/set.json; want the folder of a r"
+    ):
         run_of("other", 2, dpo={"pairs": str(made.parent / "learned")}, **QUICK)
     with pytest.raises(InputError, match=r"of another kind of tokens \(shape \[5\]\) than this policy .*shape \[14\]"):
         train(make_config(run__dir=str(made.parent / "larger"), policy__var=LARGER, **learn))

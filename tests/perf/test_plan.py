@@ -78,6 +78,21 @@ def test_memory_of_the_states_with_an_adapter(make_work):
     assert (held.gradients, held.moments, held.compute_copy) == (trained, 2 * trained, trained // 2)
     assert held.reference == 0
     assert held_states(make_work(policy=policy, dtype="float32")).compute_copy == 0
+    for key, average in (("reference_every", 0), ("reference_ema", trained)):  # of its own, as the policy has one
+        moves = held_states(make_work(policy=policy, dpo={key: 0.5 if average else 5}))
+        assert moves.reference == trained + held.compute_copy + average
+
+
+def test_the_update_of_pairs_is_planned_in_whole_pairs(make_work):
+    """64 images of pairs of 512 that are sampled; 24 GB, in which 11 images of d30 would fit."""
+    work = make_work("d30", dpo={}, update={"minibatch": 12}, rollout={"labels_per_step": 30})
+    assert (work.images, work.learned, work.optimizer_steps) == (480, 60, 5)
+    sizes = {plan_memory(work, held_states(work).total + gib * 2**30).update.micro_batch for gib in range(1, 40)}
+    assert sizes <= {2, 4, 6, 12}
+    assert len(sizes) > 2
+    share = work.share(240, 2)
+    assert (share.images, share.learned, share.minibatch) == (240, 30, 6)
+    assert work.share(160, 4).minibatch == 4  # of 6 pairs two in the first process
 
 
 def test_memory_scales_with_the_micro_batches(make_work):

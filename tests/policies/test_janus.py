@@ -1,20 +1,13 @@
 """Janus-Pro's language model and policy against what the public code computes: tests/data/golden/janus."""
 
-import json
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
-from varfast import InputError, load_policy
-from varfast.export import main as export
+from varfast import InputError
 from varfast.policies import strict
-from varfast.policies.janus import build
-from varfast.policies.janus.config import PRESETS, JanusConfig, JanusLoRAConfig, JanusPolicyConfig
 from varfast.policies.janus.policy import JanusPolicy
 from varfast.policies.janus.text import (
     ASSISTANT,
@@ -27,42 +20,17 @@ from varfast.policies.janus.text import (
     word_tokenizer,
 )
 from varfast.policies.janus.transformer import Janus
-from varfast.policies.janus.weights import infer_janus_config, load_janus
 from varfast.policies.nexttoken.sampler import sample
 from varfast.policies.nexttoken.tokenizer import Tokenizer
 from varfast.policies.nexttoken.tokenizer_config import TokenizerConfig
-from varfast.policies.nexttoken.tokenizer_weights import load_tokenizer
 from varfast.policies.nexttoken.transformer import KVCache
-from varfast.runs.folder import RunFolder
-from varfast.train import train
 from varfast.types import Sampling
 
-from ..published import checkpoint, golden, published
+from ..janus import TEXTS, of_transformer, sizes_of, tiny_policy
+from ..published import checkpoint, golden
 
 TAGS = ["tiny4", "tiny6"]
 CPU = torch.device("cpu")
-
-
-def sizes_of(meta) -> JanusConfig:
-    language = meta["language"]
-    return JanusConfig(
-        depth=language["num_hidden_layers"],
-        width=language["hidden_size"],
-        num_heads=language["num_attention_heads"],
-        num_kv_heads=language["num_key_value_heads"],
-        mlp_width=language["intermediate_size"],
-        vocab_size=meta["image_vocab"],
-        side=meta["grid"],
-        text_vocab_size=language["vocab_size"],
-        code_width=meta["code_width"],
-        head_width=meta["gen_head_embed"],
-    )
-
-
-def of_transformer(state):
-    """The part of a whole checkpoint that is loaded."""
-    skipped = ("gen_vision_model.", "vision_model.", "aligner.", "language_model.lm_head.")
-    return {name: tensor for name, tensor in state.items() if not name.startswith(skipped)}
 
 
 def with_prompts(model, arrays):
@@ -173,107 +141,6 @@ def test_policy_decodes_encodes_and_samples_as_the_public_code(policy):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def whole_checkpoint(tag="tiny4"):
-    """All that a public checkpoint has: the tower, aligner and head for text too."""
-    state = checkpoint("janus", "janus.", tag)
-    return state | {"vision_model.vision_tower.pos_embed": torch.zeros(1, 4, 8), "aligner.layers.0.bias": torch.ones(3)}
-
-
-def write_folder(folder, state, suffix=".safetensors", files=1):
-    """As the package transformers writes a model; returns the folder's address."""
-    folder.mkdir()
-    stem = "model" if suffix == ".safetensors" else "pytorch_model"
-    names, weight_map = list(state), {}
-    for number in range(files):
-        file = f"{stem}{suffix}" if files == 1 else f"{stem}-{number + 1:05d}-of-{files:05d}{suffix}"
-        part = {name: state[name].clone() for name in names[number::files]}
-        weight_map |= dict.fromkeys(part, file)
-        if suffix == ".safetensors":
-            save_file(part, folder / file, metadata={"format": "pt"})
-        else:
-            torch.save(part, folder / file)
-    if files > 1:
-        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
-    word_tokenizer(["a", "red", "cat", "on", "the", "sea"]).save(folder / "tokenizer.json")
-    return str(folder)
-
-
-@pytest.mark.parametrize(("suffix", "files"), [(".safetensors", 1), (".safetensors", 3), (".bin", 1), (".bin", 2)])
-def test_a_folder_as_transformers_writes_it_is_loaded(tmp_path, suffix, files):
-    state, config = whole_checkpoint(), sizes_of(golden("janus").meta)
-    folder = write_folder(tmp_path / "model", state, suffix, files)
-    loaded = load_janus(folder, config).state_dict()
-    wanted = of_transformer(state)
-    assert list(loaded) == list(wanted)  # and so an export has the public names, in their order
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
-    tokenizer = load_tokenizer(folder, TokenizerConfig).state_dict()
-    assert all(torch.equal(t, state[f"gen_vision_model.{n}"]) for n, t in tokenizer.items() if "codebook_used" not in n)
-    if files > 1:
-        index = next((tmp_path / "model").glob("*.index.json"))
-        assert torch.equal(load_janus(str(index), config).state_dict()["gen_embed.weight"], state["gen_embed.weight"])
-
-
-def test_a_checkpoint_that_does_not_fit_says_so(tmp_path):
-    state, config = whole_checkpoint(), sizes_of(golden("janus").meta)
-    cases = [
-        (state | {"language_model.model.surplus": torch.ones(1)}, "1 unexpected: language_model.model.surplus"),
-        ({name: t for name, t in state.items() if "up_proj" not in name}, "2 missing: .*layers.0.mlp.up_proj.weight"),
-        (checkpoint("llamagen", "gpt."), "is not Janus-Pro's language model: it has no gen_embed.weight.* LlamaGen's"),
-    ]
-    for number, (content, message) in enumerate(cases):
-        with pytest.raises(InputError, match=message):
-            load_janus(write_folder(tmp_path / str(number), content), config)
-    with pytest.raises(InputError, match=r"does not fit the configured Janus; it fits policy.transformer with depth=2"):
-        load_janus(str(tmp_path / "0"), config.model_copy(update={"depth": 3}))
-    folder = write_folder(tmp_path / "parts", state, files=2)
-    (tmp_path / "parts" / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(InputError, match=r"model-00002-of-00002.safetensors does not exist"):
-        load_janus(folder, config)
-    (tmp_path / "parts" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret.bin"}}')
-    with pytest.raises(InputError, match=r"names '../../secret.bin'; want .safetensors or .bin files in its own"):
-        load_janus(folder, config)
-    (tmp_path / "none").mkdir()
-    with pytest.raises(InputError, match=r"none is a folder without weights; want model.safetensors.index.json, model"):
-        load_janus(str(tmp_path / "none"), config)
-
-
-def public_state(name):
-    """A published state_dict on the meta device, without the tower for understanding."""
-    public = published("janus")[f"Janus-Pro-{name}"]
-    state = dict(public["other"])
-    for layer in range(public["language"]["num_hidden_layers"]):
-        for part, shape in public["each_language_layer"].items():
-            state[part.replace("language_model.model.", f"language_model.model.layers.{layer}.")] = shape
-    return {name: torch.empty(shape, device="meta") for name, shape in state.items()}
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_published_names_load_strictly(preset):
-    state, public = public_state(preset), published("janus")[f"Janus-Pro-{preset}"]
-    with torch.device("meta"):
-        model, tokenizer = Janus(PRESETS[preset]), Tokenizer(TokenizerConfig())
-    wanted = of_transformer(state)
-    assert infer_janus_config(wanted) == PRESETS[preset]
-    model.load_state_dict(wanted, strict=True, assign=True)
-    prefix = "gen_vision_model."
-    of_tokenizer = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    tokenizer.load_state_dict(of_tokenizer, strict=True, assign=True)
-    skipped = sum(t.numel() for name, t in state.items() if name.startswith(("aligner.", "language_model.lm_head.")))
-    count = sum(p.numel() for each in (model, tokenizer) for p in each.parameters())
-    tower = public["params"] - count - skipped
-    assert 300e6 < tower < 330e6  # SigLIP-L, of which only some names are published here
-    lm_head = PRESETS[preset].text_vocab_size * PRESETS[preset].width
-    in_language = sum(p.numel() for name, p in model.named_parameters() if name.startswith("language_model."))
-    assert in_language + lm_head == public["params_language"]
-    cost = build.cost_of(JanusPolicyConfig(checkpoint="random", preset=preset), "bfloat16")
-    assert cost.weights.parameters == sum(p.numel() for p in model.parameters())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Prompts
 
 
@@ -328,29 +195,6 @@ def test_word_and_byte_tokenizers_read_what_they_wrote(tmp_path):
     assert byte_tokenizer().encode(["aé"]) == [[0, *(3 + i for i in (64, 127, 102)), 2]]
 
 
-TINY = {
-    "family": "janus",
-    "max_prompt_tokens": 12,
-    "transformer": {"depth": 2, "width": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 64, "vocab_size": 24,
-                    "text_vocab_size": 300, "code_width": 4, "head_width": 40, "side": 3},
-    "vq": {"base_channels": 32, "channel_multipliers": [1, 1], "num_res_blocks": 1, "latent_width": 32,
-           "code_width": 4},
-}  # fmt: skip
-TEXTS = ["a cat", "the red sea", "on", "a red cat on the sea"]
-
-
-def tiny_policy(texts=TEXTS, dtype="float32", device="cpu", **options):
-    config = JanusPolicyConfig(checkpoint="random", **TINY)
-    parts = build.random_parts(config, 0, CPU)
-    with torch.no_grad():
-        for name, parameter in parts["transformer"].named_parameters():
-            parameter.mul_(7.0 if parameter.ndim > 1 and "gen_embed" not in name else 1.0)
-    policy = build.assemble(parts, torch.device(device), dtype, **options)
-    policy.set_tokenizer(word_tokenizer(["a", "red", "cat", "on", "the", "sea"]))
-    policy.set_prompts(texts)
-    return policy
-
-
 @pytest.mark.parametrize("cfg", [0.0, 3.0])
 def test_prompts_of_unequal_length_together_equal_each_alone(cfg):
     together = tiny_policy()
@@ -390,6 +234,8 @@ def test_texts_are_ids_of_one_table_and_new_ones_are_added():
         policy.sample([1], seed=0)
     with pytest.raises(InputError, match="prompts: got none"):
         policy.set_prompts([])
+    with pytest.raises(InputError, match="prompts hold ' '"):
+        policy.set_prompts(["a cat", " "])
     policy.set_tokenizer(word_tokenizer(map(str, range(400))))
     with pytest.raises(
         InputError, match=r"has 404 tokens, and the transformer's table 300 rows; give the tokenizer of"
@@ -420,40 +266,3 @@ def test_strict_mode_holds(dtype, cfg):
     assert torch.equal(policy.teacher_forced(whole).logp_BL, whole.logp_BL)
     alone = tiny_policy([TEXTS[0]], dtype, strict=True).sample([0], 0.8, seed=4, first_sample=1, cfg=cfg)
     assert torch.equal(alone.logp_BL[0], whole.logp_BL[1])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
-
-
-def run_config(make_config, tmp_path, **more):
-    (tmp_path / "prompts.txt").write_text("".join(f"{text}\n" for text in TEXTS))
-    options = {"policy": TINY | {"checkpoint": "random"}, "prompts": {"source": str(tmp_path / "prompts.txt")},
-               "update__lr": 1e-3, "run__steps": 2}  # fmt: skip
-    return make_config(**options | more)
-
-
-def test_a_run_from_a_sharded_folder_trains_an_adapter_and_is_exported(make_config, tmp_path):
-    pytest.importorskip("peft")
-    source = tiny_policy()
-    parts = {name: model.state_dict() for name, model in source.parts.items()}
-    state = parts["transformer"] | {f"gen_vision_model.{name}": t for name, t in parts["vq"].items()}
-    folder = write_folder(tmp_path / "model", state | {"language_model.lm_head.weight": torch.zeros(300, 32)}, files=2)
-    policy = TINY | {"checkpoint": folder, "lora": {"rank": 2}}
-    config = run_config(make_config, tmp_path, policy=policy, rollout__cfg=3.0, run__steps=2)
-    assert train(config) == 0
-    rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["ratio_gap_max"] <= 1e-4 and row["grad_norm"] > 0 for row in rows)
-    shutil.rmtree(folder)  # the run folder has what it starts from
-    run = load_policy(config.run.dir)
-    assert run.sample(["a red sea"], seed=0, cfg=3.0).tokens_BL.shape == (1, 9)
-    out = tmp_path / "exported" / "model.safetensors"
-    assert export([f"checkpoint={config.run.dir}", f"out={out}"]) == 0
-    exported = load_janus(str(out), JanusConfig(**TINY["transformer"]))
-    delivered = torch.load(RunFolder(config.run.dir).weights(config), weights_only=True)
-    assert list(delivered) == list(exported.state_dict())
-    changed = [n for n, t in exported.state_dict().items() if not torch.equal(t, parts["transformer"][n])]
-    assert {name.split(".")[-2] for name in changed} <= set(JanusLoRAConfig().targets)
-    assert changed
-    for name, tensor in exported.state_dict().items():
-        torch.testing.assert_close(tensor, delivered[name], rtol=0, atol=1e-6)

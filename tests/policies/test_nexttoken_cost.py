@@ -117,7 +117,6 @@ def test_weights_with_an_adapter_are_those_of_the_module(sizes, lora, dtype):
         (GROUPED, None),
         (SMALL_GPT, None),
         (SMALL_JANUS, None),
-        (JANUS["1B"].model_copy(update={"depth": 8}), ALL_OF_JANUS),
         (PRESETS["B"], ALL_OF_LLAMAGEN),
         (PRESETS["B"], LlamaGenLoRAConfig(rank=3, targets=("wo", "w1"))),
         (MinGPTConfig(depth=12), ALL_OF_TAMING),

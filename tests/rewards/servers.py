@@ -40,11 +40,17 @@ class _Handler(BaseHTTPRequestHandler):
             server.paths.append(self.path)
             server.busy += 1
             server.busiest = max(server.busiest, server.busy)
+        self.counts = True
         try:
             answer(server, self, body)
         finally:
-            with server.lock:
-                server.busy -= 1
+            self.is_answered()
+
+    def is_answered(self):
+        """Count the request no more: before the answer is written, as the next one may come at once."""
+        with self.server.lock:
+            self.server.busy -= self.counts
+            self.counts = False
 
     def log_message(self, *args):
         pass
@@ -71,6 +77,7 @@ def respond(status, content, **headers):
         handler.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
             handler.send_header(name.replace("_", "-"), value)
+        handler.is_answered()
         handler.end_headers()
         handler.wfile.write(content)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from varfast import InputError
+from varfast.data.prompts import Prompt, PromptSet
 from varfast.rewards import WeightedSum
 from varfast.rewards.function import FunctionReward
 from varfast.types import NotFiniteReward
@@ -184,6 +185,27 @@ def test_parameters_get_what_they_name(write, images, signature, seen):
             assert (value.step, value.seed, value.names, value.prompts) == (4, 11, words, words)
         else:
             assert value == known.get(want, want)
+
+
+def test_a_reward_asks_for_prompts_tags_and_metadata_which_are_its_own_copies(write, images):
+    write(
+        """
+        got = []
+        def score(images, prompts, tags, metadata, names, batch):
+            assert (names, batch.tags, batch.metadata) == (None, tags, metadata)
+            got.append((list(prompts), list(tags), [row["include"][0]["count"] for row in metadata]))
+            metadata[0]["include"][0]["count"] = 99
+            tags.clear()
+            return [1.0] * 6
+        """
+    )
+    rows = [Prompt(f"text {i}", f"tag {i}", {"include": [{"count": i}]}) for i in range(6)]
+    scored = reward(prompts=PromptSet(tuple(rows)))
+    for _ in range(2):
+        scored(images, LABELS, 4)
+    labels = LABELS.tolist()
+    want = ([f"text {i}" for i in labels], [f"tag {i}" for i in labels], labels)
+    assert sys.modules["mine"].got == [want, want]
 
 
 def test_labels_without_names_and_no_step_in_an_evaluation(write, images):

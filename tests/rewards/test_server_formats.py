@@ -4,6 +4,7 @@ github.com/yifan123/reward-server (app_geneval.py, app_deqa.py, reward_server/),
 yifan123/flow_grpo (flow_grpo/rewards.py), and the services that verl-omni's docs/start/http_scorer.md refers to.
 """
 
+import contextlib
 import io
 import os
 import pickle
@@ -19,7 +20,7 @@ from varfast import InputError
 from varfast.data.prompts import Prompt, PromptSet
 from varfast.rewards import WeightedSum
 from varfast.rewards.http import HttpReward
-from varfast.rewards.plain_pickle import NotPlain, plain_loads
+from varfast.rewards.plain_pickle import NotPlain, _Dtype, _scalar, plain_loads
 
 from .servers import respond, serving
 
@@ -236,6 +237,19 @@ FLOAT = b"cnumpy\ndtype\nX\x02\x00\x00\x00f8\x89\x88\x87R"
 def test_plain_loads_refuses_whatever_is_not_plain(content):
     with pytest.raises(NotPlain):
         plain_loads(content)
+
+
+def test_plain_loads_leaves_what_a_pickle_names_as_it_is():
+    """These set an attribute of it, as a pickle may."""
+    before = dict(vars(_scalar)), dict(vars(_Dtype))
+    for name in (b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n"):
+        for state in (b"}X\x05\x00\x00\x00_makeNs", b"N}X\x05\x00\x00\x00_makeNs\x86"):
+            with contextlib.suppress(NotPlain):
+                plain_loads(b"\x80\x04" + name + state + b"b.")
+    assert (dict(vars(_scalar)), dict(vars(_Dtype))) == before
+    assert plain_loads(scalar(FLOAT, struct.pack("<d", 0.25))) == 0.25
+    with pytest.raises(NotPlain, match="it holds NumPy's type 'O8', which is no number"):
+        plain_loads(pickle.dumps(np.dtype("O")))
 
 
 def test_plain_loads_reads_plain_data():

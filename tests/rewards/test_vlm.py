@@ -10,18 +10,22 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from pydantic import TypeAdapter
 
 from varfast import InputError
 from varfast.data.prompts import Prompt, PromptSet
-from varfast.rewards import WeightedSum
+from varfast.rewards import RewardConfig, WeightedSum
 from varfast.rewards.answers import Unreadable, number, yes_no, yes_probability
 from varfast.rewards.judge_templates import TEMPLATES
 from varfast.rewards.vlm import VlmReward
+from varfast.train import train
 from varfast.types import NotFiniteReward
 
 from .servers import respond, serving
@@ -491,6 +495,40 @@ def test_vlm_without_a_key_sends_none(server, images, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# In a run
+
+
+def test_a_run_with_a_judge_that_fails_loses_no_step(server, make_config, monkeypatch, capfd):
+    """An unreadable answer leaves a step out, two in a row end the run, and so does a broken server; it goes on."""
+    secret = "sk-Very/Secret+Key=="
+    monkeypatch.setenv("JUDGE_KEY", secret)
+    reward = {"type": "vlm", "url": server.url, "model": "m", "question": "Is it {prompt}?", "answer": "number",
+              "range": [0.0, 255.0], "retries": 0, "concurrency": 1, "api_key_env": "JUDGE_KEY"}  # fmt: skip
+    config = make_config(run__steps=6, run__max_bad_rollouts=2, log__checkpoint_every=99, eval__samples_per_label=0,
+                         reward={"mine": reward})  # fmt: skip
+
+    def well(server, handler, body):
+        says(f"{sent_image(body)[1].mean():.3f}")(server, handler, body)
+
+    step = [well] * config.rollout.images
+    server.answers += [*step, says("Hm."), *step, says("Hm."), says("Hm.")]
+    with pytest.raises(NotFiniteReward, match=r"the answer for image 0 is 'Hm.'; want a number") as caught:
+        train(config)
+    assert "holds step 3; the same command goes on from there" in "\n".join(caught.value.__notes__)
+    assert "step 2 is left out: " in capfd.readouterr().out
+    server.answers += [respond(500, f"down: {secret}".encode()), well]
+    with pytest.raises(InputError, match=r"500 Internal Server Error: 'down: \*\*\*'") as caught:
+        train(config)
+    assert "the same command goes on from there" in "\n".join(caught.value.__notes__)
+    assert train(config) == 0
+    assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {secret}"}
+    written = [path.read_bytes() for path in Path(config.run.dir).rglob("*") if path.is_file()]
+    assert len(written) > 5
+    assert not any(b"Very" in content for content in written)
+    assert any(b"JUDGE_KEY" in content for content in written)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
 
@@ -515,3 +553,12 @@ def test_vlm_without_a_key_sends_none(server, images, monkeypatch):
 def test_vlm_settings_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         judge("http://127.0.0.1:1", **settings)
+
+
+def test_the_examples_of_the_docs_are_settings():
+    docs = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", docs, re.S) if "type: vlm" in block]
+    rewards = [reward for block in blocks for reward in block.values()]
+    assert len(rewards) == 4
+    for reward in rewards:
+        TypeAdapter(RewardConfig).validate_python(reward)

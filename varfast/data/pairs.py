@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,17 @@ def save_step(
 # Reading
 
 
+def set_folder(address: str) -> Path:
+    """Where a set lies that is named by its folder, or by that of its run. Raises: InputError if there is none."""
+    path = Path(address).expanduser()
+    for folder in (path, path / FOLDER):
+        if (folder / _ABOUT).is_file():
+            return folder
+    raise InputError(
+        f"dpo.pairs={address}: there is no {path / FOLDER / _ABOUT}; want the folder of a run with dpo.save_pairs=true"
+    )
+
+
 class SavedPairs:
     """A set that a run learns from. Its tokens stay on the disk until a step needs them.
 
@@ -114,21 +125,23 @@ class SavedPairs:
         address: its folder, or that of the run that wrote it.
         of: what the policy's tokens are.
         prompts: texts of the run's table of prompts, whose place is their id; None: ids are labels.
-        num_classes: ids are below this.
+        drawn: ids that the run trains on; the others are kept for evaluation.
         seed: of the run, for the order.
     Attributes:
         ids_M: (M,) int64, the prompt of each pair.
         digest: SHA-256 of prompts and rewards, which says whether it is still the same set.
     Raises: InputError for a folder that holds no such set, a set of other tokens, and a prompt that is not in the
-        table, which it names.
+        table or kept for evaluation, which it names.
     """
 
-    def __init__(self, address: str, of: TokensOf, prompts: Sequence[str] | None, num_classes: int, seed: int) -> None:
-        path = Path(address).expanduser()
-        self.path = path if (path / _ABOUT).exists() else path / FOLDER
+    def __init__(
+        self, address: str, of: TokensOf, prompts: Sequence[str] | None, drawn: Iterable[int], seed: int
+    ) -> None:
+        self.path = set_folder(address)
         self._of, self._seed = of, seed
         self._check_about()
         table = None if prompts is None else {text: i for i, text in reversed(list(enumerate(prompts)))}
+        known = frozenset(drawn)
         hashed, ids, rewards = hashlib.sha256(), list[int](), list[list[float]]()
         self._places: list[tuple[Path, int]] = []  # of each pair its file and its place there
         for file in self._files():
@@ -136,7 +149,7 @@ class SavedPairs:
                 hashed.update(line)
                 where = f"{file.with_suffix('.jsonl')}: line {number + 1}"
                 row = _row(line, where)
-                ids.append(_prompt_id(row, table, num_classes, where))
+                ids.append(_prompt_id(row, table, known, where))
                 rewards.append(row["reward"])
                 self._places.append((file, number))
         if not ids:
@@ -184,10 +197,6 @@ class SavedPairs:
         return found[0].long()
 
     def _check_about(self) -> None:
-        if not (self.path / _ABOUT).exists():
-            raise InputError(
-                f"dpo.pairs: there is no {self.path / _ABOUT}; want the folder of a run with dpo.save_pairs=true"
-            )
         about = read_json(self.path / _ABOUT)
         wanted = {"format": _FORMAT, "family": self._of.family, "shape": list(self._of.shape)}
         wanted["vocab_size"] = self._of.vocab_size
@@ -229,15 +238,23 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
     return dict(row)
 
 
-def _prompt_id(row: dict[str, Any], table: dict[str, int] | None, num_classes: int, where: str) -> int:
+def _prompt_id(row: dict[str, Any], table: dict[str, int] | None, drawn: frozenset[int], where: str) -> int:
     if table is None:
         label = row.get("label")
-        if type(label) is not int or not 0 <= label < num_classes:
-            raise InputError(f"{where}: label is {printable(label)}, and the model has labels 0..{num_classes - 1}")
+        if type(label) is not int or label not in drawn:
+            raise InputError(
+                f"{where}: label is {printable(label)}, and this run trains on the {len(drawn)} labels {min(drawn)} to "
+                f"{max(drawn)} that rollout.labels and rollout.label_share leave"
+            )
         return label
     text = row.get("prompt")
     if not isinstance(text, str) or text not in table:
         raise InputError(
             f"{where}: the prompt {printable(text)!r} is not among this run's prompts; add it to prompts.source"
+        )
+    if table[text] not in drawn:
+        raise InputError(
+            f"{where}: the prompt {printable(text)!r} is kept for evaluation in this run; choose prompts (held_out, "
+            "share, tags, run.seed) as the run that saved the pairs did"
         )
     return table[text]

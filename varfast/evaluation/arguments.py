@@ -20,6 +20,7 @@ from varfast.runs.base import Base
 from varfast.runs.folder import RunFolder
 from varfast.types import InputError, Sampling
 from varfast.weights.files import resolve
+from varfast.weights.shards import names_model, resolve_model
 
 # The value of the argument `reference` that stands for the model that the run started from.
 BASE = "base"
@@ -56,8 +57,11 @@ def out_folder(config: EvaluateConfig) -> Path:
     """The folder of results."""
     if config.out is not None:
         return Path(config.out).expanduser()
-    checkpoint = Path(config.checkpoint).expanduser()
-    return checkpoint / "evaluation" if checkpoint.is_dir() else Path("evaluation")
+    return Path(config.checkpoint).expanduser() / "evaluation" if _is_run(config.checkpoint) else Path("evaluation")
+
+
+def _is_run(address: str) -> bool:
+    return Path(address).expanduser().is_dir() and not names_model(address)
 
 
 def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Task:
@@ -73,12 +77,12 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ta
     reference, scores, classifier = config.reference, config.scores, config.classifier
     family: FamilyName = config.family
     vqvae: str | None = config.vqvae
-    if not Path(config.checkpoint).expanduser().is_dir():
+    if not _is_run(config.checkpoint):
         if reference == BASE:
             raise InputError(
                 f"reference={BASE}: checkpoint={config.checkpoint} is not a run folder; name the base's weights"
             )
-        resolve(config.checkpoint)
+        _find(config.checkpoint)
     else:
         folder = RunFolder(config.checkpoint)
         run, given = folder.load_config(), config.model_fields_set
@@ -94,9 +98,14 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ta
         family = run.policy.family
         if vqvae is None and run.policy.checkpoint != "random":
             vqvae = str(Base(folder).find(run.policy.parts[1]))
-    if reference not in (None, BASE) and not Path(reference).expanduser().is_dir():
-        resolve(reference)
+    if reference not in (None, BASE) and not _is_run(reference):
+        _find(reference)
     return Task(config, out_folder(config), reference, family, vqvae, scores, classifier)
+
+
+def _find(address: str) -> None:
+    """Raises: InputError if there are no such weights."""
+    (resolve_model if names_model(address) else resolve)(address)
 
 
 def samplings(config: EvaluateConfig, policy: Policy) -> list[Sampling]:

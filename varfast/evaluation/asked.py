@@ -22,7 +22,7 @@ class Asked:
     """A prompt that images were sampled for.
 
     Attributes:
-        id: its row in the table of prompts, of which the random numbers of its images are a function too.
+        id: its row among the prompts of the evaluation, of which the random numbers of its images are a function too.
         text: the prompt.
         tag: its kind, such as counting; "" without one.
         domain: "train" for one that the run trains on, "held_out", "out_of_domain", "other" for one that the run does

@@ -100,8 +100,18 @@ class Export:
             save_png(self._folder, folder, file, picture)
 
     def finish(self, name: str) -> str:
-        """Write what the evaluator reads beside the images. Returns: the folder of the set, below the out folder."""
+        """Write what the evaluator reads beside the images. Returns: the folder of the set, below the out folder.
+
+        Raises: InputError if an image is gone, or the disk does not let it.
+        """
         below = Path(self._benchmark) / name
+        places = [self._place(name, prompt, s) for prompt in self._prompts.values() for s in range(self._samples)]
+        gone = [path for folder, file in places if not (path := self._folder / folder / file).is_file()]
+        if gone:
+            raise InputError(
+                f"export={self._benchmark}: {len(gone)} exported images are gone, {gone[0]} first; delete "
+                f"{self._folder / 'chunks'} too, or choose another out folder, and run the command again"
+            )
         if self._benchmark == "geneval":
             for prompt in self._prompts.values():
                 folder = _own_folder(self._folder, self._place(name, prompt, 0)[0].parent)
@@ -111,8 +121,10 @@ class Export:
             rows = [json.dumps(prompt.row) + "\n" for prompt in self._prompts.values()]
             save_text(folder.parent / DATA_FILE, "".join(rows))
             for sample in range(self._samples):
-                places = {prompt.text: self._place(name, prompt, sample) for prompt in self._prompts.values()}
-                paths = {text: str((self._folder / place / file).resolve()) for text, (place, file) in places.items()}
+                places_of = {prompt.text: self._place(name, prompt, sample) for prompt in self._prompts.values()}
+                paths = {
+                    text: str((self._folder / place / file).resolve()) for text, (place, file) in places_of.items()
+                }
                 save_text(folder / f"images_{sample:05d}.json", json.dumps(paths, indent=1) + "\n")
         return str(below)
 

@@ -61,7 +61,8 @@ class SampleConfig(Section):
         description="of a model of texts: [a red cube, two dogs], a .txt with one a line, or a .jsonl, one row each; "
         "default: the first 8 that the run trains on",
     )
-    samples_per_label: int = Field(8, ge=1, le=10_000, description="columns, images a label or prompt")
+    samples_per_label: int = Field(8, ge=1, le=10_000, description="columns")
+    samples_per_prompt: int = Field(8, ge=1, le=10_000, description="columns, for a model of texts")
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="of the draw")
     cfg: float = Field(
         0.0,
@@ -178,8 +179,8 @@ class EvaluateConfig(Section):
     cfg: Guidances | None = Field(
         None,
         description="classifier-free guidance, whatever the run's rollout.cfg was; 0: off; several, as [0, 1.5]: "
-        "samples with each, in one table. Default: 1.5 for VAR; 2, 1.75 or 1.65 by size for LlamaGen; 0 for taming, "
-        "which has none",
+        "samples with each, in one table. Default: 1.5 for VAR; 2, 1.75 or 1.65 by size for LlamaGen; 5 for Janus; 0 "
+        "for taming, which has none",
     )
     top_k: int | None = Field(
         None,
@@ -191,7 +192,13 @@ class EvaluateConfig(Section):
     top_p: float | None = Field(
         None, ge=0, le=1, description="0: off. Default: 0.96 for VAR, 0 for LlamaGen, 0.92 for taming"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="an image is a function of seed, label and number alone")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="an image is a function of seed, label and number alone; for prompts, of their number and "
+        "the row in place of the label",
+    )
     micro_batch: int = Field(32, ge=1, le=1_000_000, description="images sampled and decoded at a time")
     device: Device = Field("auto", description="auto: cuda if there is one; each process its own")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations")

@@ -93,16 +93,10 @@ def subjects_of(config: EvaluateConfig, policy: Policy) -> Subjects:
 
 def check_kind(config: EvaluateConfig | SampleConfig, policy: Policy) -> None:
     """Raises: InputError for arguments of labels to a model of texts, and of prompts to one of labels."""
-    of_labels: tuple[str, ...] = ("labels",)
-    of_prompts: tuple[str, ...] = ("prompts",)
-    if isinstance(config, EvaluateConfig):
-        of_labels, of_prompts = (
-            ("labels", "samples_per_label"),
-            ("prompts", "max_prompts", "samples_per_prompt", "export"),
-        )
+    of_labels, of_prompts = ("labels", "samples_per_label"), ("prompts", "samples_per_prompt", "max_prompts", "export")
     wrong, instead = (of_labels, of_prompts) if reads_texts(policy) else (of_prompts, of_labels)
     for key in wrong:
-        if key in config.model_fields_set and getattr(config, key) is not None:
+        if key in config.model_fields_set and getattr(config, key) is not None:  # sample has no max_prompts and export
             conditioned = "texts" if reads_texts(policy) else "labels"
             raise InputError(
                 f"{key}: {config.checkpoint} is a model that is conditioned on {conditioned}; leave it out, and use "

@@ -133,7 +133,11 @@ class Budget:
 
 
 def _setting(name: str, most: float) -> str:
-    return f"run.budget_{name}={most:.15g}"
+    """As one writes it: run.budget_flop=1.2e9, run.budget_images=5000."""
+    digits, _, power = f"{most:.14e}".partition("e")
+    short = f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+    plain = f"{most:.15g}"
+    return f"run.budget_{name}={min(short, plain, key=len) if name == 'flop' else plain}"
 
 
 def spent_before(step: int, of_step: Spent, step_s: list[float]) -> Spent:

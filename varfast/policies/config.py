@@ -105,7 +105,11 @@ class RolloutConfig(Section):
         True, description="false: every label, or prompt, is drawn once before any of them is drawn again"
     )
     group_size: int = Field(
-        16, ge=2, le=1_000_000, description="G, images a label; the group within which advantages are relative"
+        16,
+        ge=2,
+        le=1_000_000,
+        description="G, images a label; the group within which advantages are relative, or of which "
+        "DPO takes its pairs",
     )
     temperature: float = Field(0.7, ge=1e-3, le=1000, description="of the multinomial draw, which has no filters")
     cfg: float = Field(
@@ -115,7 +119,8 @@ class RolloutConfig(Section):
         description="classifier-free guidance as a part of the policy; 0: none. Ratio, KL, entropy and the table of "
         "before and after are then of the guided distribution, for policy and reference, and its gradient goes through "
         "both halves: rollout, reference and update cost twice. The model must have been trained with class dropout. "
-        "VAR: scale k of K - 1 is guided by cfg * k / (K - 1). LlamaGen: the scale of its code, above 1",
+        "VAR: scale k of K - 1 is guided by cfg * k / (K - 1). LlamaGen: the scale of its code, above 1. Janus: the "
+        "weight w of its code, uncond + w (cond - uncond), where 1 is cond alone",
     )
     labels: AllOrLabels = Field(
         "all", description="labels to draw from, uniformly: numbers, or names of ImageNet's classes or of your folders"

@@ -292,7 +292,7 @@ class Driver(Conditioned, ABC):
                 the same tokens when each call gets the index of its first image as `first_sample`.
             cfg: classifier-free guidance (for VAR t = cfg * k / (K - 1) at scale k), which is part of the policy: an
                 update of the rollout is one of the guided distribution. 0: none.
-            top_k, top_p: filters, for inference; the rollout is then not on-policy and GRPO refuses it.
+            top_k, top_p: filters, for inference; the rollout is then not on-policy and no update takes it.
             step: a second key beside the seed, for a trainer's steps.
             micro_batch: images at a time, must divide B; default all.
         Returns: Rollout; its log-probabilities and entropies are those of the distribution that was sampled.

@@ -19,6 +19,7 @@ from varfast.policies.config import FamilyConfig
 from varfast.policies.driver import Driver
 from varfast.policies.precision import MixedPrecision
 from varfast.policies.text import TextTokenizer
+from varfast.weights.state import State
 
 
 class Family(Protocol):
@@ -76,6 +77,20 @@ class TextFamily(Family, Protocol):
         Raises: InputError if it cannot be read, or does not fit.
         """
         ...
+
+
+class WholeFamily(Family, Protocol):
+    """Of a family whose checkpoints have all parts (FamilyConfig.as_transformers) also this."""
+
+    def whole_state(self, trained: State, frozen: State) -> State:
+        """All parts under the names of the public checkpoints."""
+        ...
+
+
+def whole_state(config: FamilyConfig, trained: State, frozen: State) -> State:
+    """See WholeFamily. config: of such a family."""
+    assert config.as_transformers
+    return cast(WholeFamily, family_of(config)).whole_state(trained, frozen)
 
 
 def family_of(config: FamilyConfig) -> Family:

@@ -53,7 +53,7 @@ def places(low: float, high: float, axis: Axis) -> list[tuple[float, str]]:
     return [(mark, number(mark)) for mark in ticks(low, high) if not whole or mark == round(mark)]
 
 
-def number(value: float) -> str:
+def number(value: float, digits: int = 6) -> str:
     """As short as can be: "250", "0.02", "2e9"."""
-    digits, _, power = f"{value:.6g}".partition("e")
-    return f"{digits}e{int(power)}" if power else digits
+    shown, _, power = f"{value:.{digits}g}".partition("e")
+    return f"{shown}e{int(power)}" if power else shown

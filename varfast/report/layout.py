@@ -80,9 +80,10 @@ def _headline(run: Run) -> str:
     about = "Means over images; no interval, since before_after.json does not hold the images' values."
     if run.pairs:
         images = len(next(iter(run.pairs["after"].values())))
+        kind, whose = ("prompts", " of the prompts trained on") if run.prompts else ("labels", "")
         about = (
-            f"{images} fresh images, before and after with the same labels and random numbers; intervals: 95 %, over "
-            "pairs of images."
+            f"{images} fresh images{whose}, before and after with the same {kind} and random numbers; intervals: 95 %, "
+            "over pairs of images."
         )
     rows = [
         (

@@ -139,7 +139,7 @@ def read_run(path: Path, name: str) -> Run:
     if not present:
         raise InputError(f"{path} is no run folder, or its run has not begun: it holds none of {', '.join(_OF_A_RUN)}")
     parts: tuple[Callable[[Run], None], ...] = (
-        _config, _metrics, _summary, _pairs, _names, _prompts, _rows, _environment, _evaluation
+        _config, _metrics, _appearance, _summary, _pairs, _names, _prompts, _rows, _environment, _evaluation
     )  # fmt: skip
     for read in parts:
         read(run)
@@ -199,6 +199,17 @@ def _pairs(run: Run) -> None:
         run.summary = {when: means(numbers) for when, numbers in found.items()}
         step = content.get("step")
         run.measured_step = step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def _appearance(run: Run) -> None:
+    """What the base's grids look like is the point at step 0 of the curves of those of the policy."""
+    with run.reading("appearance.json"):
+        for name, value in _object(read_json(run.path, "appearance.json")).items():
+            steps, values = run.series(f"drift/{name}")
+            of_base = finite(value)
+            if of_base is not None and steps and steps[0] > 0:
+                steps.insert(0, 0)
+                values.insert(0, of_base)
 
 
 def _names(run: Run) -> None:

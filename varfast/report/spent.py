@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from varfast.evaluation.metrics import difference_interval
-from varfast.report.axes import AXES, SPENT, Axis
+from varfast.report.axes import AXES, SPENT, Axis, number
 from varfast.report.charts import Chart, Curve
 from varfast.report.elements import brief, html_table, text
 from varfast.report.evaluation import DOMAINS, shown
@@ -14,7 +14,7 @@ from varfast.report.run import Run, domain_of
 
 def spent_sentence(run: Run) -> str:
     """ "Spent: 1024 images, 2.1e15 FLOP, 0.3 h of steps. Ended by run.budget_flop=2e15."; "" if it is not known."""
-    parts = [f"{brief(run.spent[axis])} {AXES[axis]}" for axis in SPENT if axis in run.spent]
+    parts = [f"{_spent(run, axis)} {AXES[axis]}" for axis in SPENT if axis in run.spent]
     ended = f" Ended by {run.ended_by}." if run.ended_by.startswith("run.budget") else ""
     return f"Spent: {', '.join(parts)} of steps.{ended}" if parts else ""
 
@@ -29,7 +29,7 @@ def side_by_side(runs: Sequence[Run]) -> str:
     rows = [
         (
             run.name,
-            [run.metrics.last_step, *(run.spent.get(axis) for axis in axes), run.ended_by]
+            [run.metrics.last_step, *(_spent(run, axis) for axis in axes), run.ended_by]
             + [_before_to_after(run, name) for name in names],
         )
         for run in runs
@@ -39,6 +39,10 @@ def side_by_side(runs: Sequence[Run]) -> str:
     )
     about += "a gradient; rewards and evaluations are not among them. Hours are those of the steps."
     return f"{html_table(columns, rows)}<p>{text(about)}</p>"
+
+
+def _spent(run: Run, axis: Axis) -> str:
+    return number(run.spent[axis], 4 if axis != "images" else 9) if axis in run.spent else ""
 
 
 def _of_samples(run: Run) -> list[str]:

@@ -79,7 +79,7 @@ margin-bottom:18px}
 .samples img{width:100%;image-rendering:auto;display:block;margin-bottom:3px}
 [hidden]{display:none}
 @media (max-width:640px){body{padding:8px 10px 32px}.headline{font-size:1.2rem}table{font-size:12.5px}
-th,td{padding-right:7px;overflow-wrap:anywhere}td{min-width:2.6rem}.plot{margin-left:44px}
+th,td{padding-right:7px;overflow-wrap:anywhere}th,td{min-width:2.8rem}th[scope=row]{min-width:4.5rem}.plot{margin-left:44px}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}}
 """.strip()
 

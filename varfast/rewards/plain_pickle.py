@@ -50,7 +50,7 @@ class _Plain(pickle._Unpickler):
 
 
 class _Named:
-    """What a name of the pickle stands for. It can be called, and not be changed."""
+    """What a name of the pickle stands for: an object of its own, since a pickle may write into what it names."""
 
     __slots__ = ("_make",)
 
@@ -59,9 +59,6 @@ class _Named:
 
     def __call__(self, *args: Any) -> Any:
         return self._make(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise NotPlain("it changes what it names")
 
 
 class _Dtype:

@@ -1,7 +1,7 @@
 """VQAScore: the probability that a model which answers questions about images says yes to "does it show this text?".
 
-The package t2v-metrics computes it, with its models: clip-flant5-xl and clip-flant5-xxl up to its version 2, models of
-Qwen, Gemma and others from version 3 on. It is imported when such a reward is built, and it fetches the model's weights
+The package t2v-metrics computes it, with its models: clip-flant5-xl and clip-flant5-xxl up to its version 2.1, models
+of Qwen, Gemma and others from 3.1 on. It is imported when such a reward is built, and it fetches the model's weights
 from the hub itself.
 
 Source: arXiv:2404.01291, https://github.com/linzhiqiu/t2v_metrics.

@@ -9,6 +9,9 @@ from pydantic import Field, field_validator
 
 from varfast.settings.section import MANY, Device, LocalPath, Section
 
+# Services that may follow a run; the keys of LogConfig that name a project there. See trackers.py.
+TRACKERS = ("wandb", "trackio", "mlflow", "swanlab")
+
 
 class RunConfig(Section):
     """Where and how long."""
@@ -26,7 +29,7 @@ class RunConfig(Section):
     budget_flop: float | None = Field(
         None,
         gt=0,
-        le=1e30,
+        le=1e22,
         description="the same for FLOP of the policy: sampling, decoding, passes of the reference, forward and "
         "backward of the images that have a gradient; what checkpointing computes again and rewards are not counted",
     )
@@ -90,10 +93,20 @@ class LogConfig(Section):
     wandb: str | None = Field(
         None, min_length=1, description="project of Weights & Biases to log to as well; WANDB_MODE=offline: no upload"
     )
+    trackio: str | None = Field(None, min_length=1, description="the same for trackio, which writes to this machine")
+    mlflow: str | None = Field(
+        None, min_length=1, description="the same for MLflow: the experiment; MLFLOW_TRACKING_URI says where"
+    )
+    swanlab: str | None = Field(None, min_length=1, description="the same for SwanLab; SWANLAB_MODE=offline: no upload")
     grid_every: int = Field(
         10, ge=1, le=MANY, description="steps between sample grids (one at start and end in any case)"
     )
-    grid_labels: int = Field(8, ge=1, le=1000, description="rows of the grid: the first labels trained on")
+    grid_labels: int = Field(
+        8,
+        ge=1,
+        le=1000,
+        description="rows of the grid: the first labels trained on; of prompts some of each domain, chosen by run.seed",
+    )
     grid_samples: int = Field(8, ge=1, le=1000, description="columns of the grid; the seeds are the same in every grid")
     checkpoint_every: int = Field(
         50, ge=1, le=MANY, description="steps between checkpoints (one at the end in any case)"
@@ -104,12 +117,23 @@ class LogConfig(Section):
     )
     keep_best: bool = Field(False, description="keep the one with the highest reward_mean too")
 
+    @property
+    def trackers(self) -> list[str]:
+        """Services that follow the run."""
+        return [name for name in TRACKERS if getattr(self, name) is not None]
+
 
 class EvalConfig(Section):
     """The table of before and after, sampled with the rollout's temperature."""
 
-    samples_per_label: int = Field(2, ge=0, le=100_000, description="images a label; 0: no table")
-    max_labels: int = Field(1000, ge=1, le=MANY, description="the first labels, up to this many")
+    samples_per_label: int = Field(2, ge=0, le=100_000, description="images a label or prompt; 0: no table")
+    max_labels: int = Field(
+        1000,
+        ge=1,
+        le=MANY,
+        description="the first labels, up to this many; of prompts so many of each domain (trained on, held out, "
+        "out of domain), chosen by run.seed",
+    )
     classifier: Literal["digits"] | None = Field(None, description="whose accuracy on the samples is reported")
 
 
@@ -121,6 +145,13 @@ class ExportConfig(Section):
         description="the file to write, .safetensors or .pth; a model card is written beside it as .md"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights in the file")
+    shard_gb: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="for janus: several files of at most so many GB, and their index, as the hub has large models; "
+        "null: one file",
+    )
     overwrite: bool = Field(False, description="replace files that exist")
 
     @field_validator("out")

@@ -23,7 +23,7 @@ from varfast.policies.lora import without_lora
 from varfast.policies.text import TOKENIZER_FILE
 from varfast.runs.base import Base
 from varfast.types import InputError
-from varfast.weights.shards import model_file
+from varfast.weights.shards import names_model
 from varfast.weights.state import State
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def load_policy(
-    var: str,
+    var: str | Path,
     vqvae: str | None = None,
     device: torch.device | str = "cpu",
     dtype: str = "float32",
@@ -63,8 +63,8 @@ def load_policy(
         argument: what `var` is called where the user gave it, for errors.
     Raises: InputError if a file or folder cannot be read or does not fit, or for a device that is not there.
     """
-    device = existing_device(device)
-    if Path(var).expanduser().is_dir() and model_file(Path(var).expanduser()) is None:
+    device, var = existing_device(device), str(var)
+    if Path(var).expanduser().is_dir() and not names_model(var):
         if var_config is not None or vqvae_config is not None:
             raise InputError(f"{argument}={var} is a run folder, whose config says the sizes; give no sizes beside it")
         from varfast.runs.folder import RunFolder  # and with it torch.distributed.checkpoint and FSDP, which take 0.8 s

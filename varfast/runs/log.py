@@ -1,16 +1,13 @@
-"""What a run shows while it goes on: metrics.jsonl, TensorBoard, Weights & Biases, progress bar, sample grids.
+"""What a run shows while it goes on: metrics.jsonl, TensorBoard, trackers, progress bar, sample grids.
 
 Axes: N image of a grid, B image of a step; H, W pixels.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import re
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from varfast.config import Config
-from varfast.files import WriteError, advice, append, open_regular, parse_json, read_text, reason, save_text
+from varfast.files import WriteError, advice, append, open_regular, parse_json, reason, save_text
 from varfast.progress import Progress
 from varfast.runs.pictures import extremes, image_grid, save_picture
-from varfast.types import InputError, Rewards
+from varfast.runs.trackers import start_trackers
+from varfast.types import Rewards
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 # A line of metrics.jsonl has 1 to 3 kB.
 _MOST_LINE_BYTES = 2**20
 # What each row of the grids shows, whole: the picture has space for the beginning.
-GRID_ROWS = "grids/rows.json"
+GRID_ROWS = "grid_rows.json"
 
 
 class RunLog:
@@ -46,7 +44,7 @@ class RunLog:
         start_step, total_steps: steps done already, and in all. A killed run may have left metrics of steps after
             `start_step`; they are dropped, since those steps are done again.
         tensorboard: write TensorBoard's events too.
-        config: of the run; with log.wandb, Weights & Biases follows it.
+        config: of the run, which says which trackers follow it.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class RunLog:
         with self._optional("the lines of earlier steps"):
             kept = _lines(self._metrics, start_step)
             save_text(self._metrics, "".join(line + "\n" for line in kept))
-        self._wandb = _start_wandb(folder, config) if config is not None and config.log.wandb else None
+        self._trackers = [] if config is None else start_trackers(folder, config)
         self._writer: SummaryWriter | None = None
         self._excepthook = threading.excepthook
         if tensorboard:
@@ -83,8 +81,8 @@ class RunLog:
                 self._writer.close()
         threading.excepthook = self._excepthook
         self._progress.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+        for tracker in self._trackers:
+            tracker.finish(failed=kind is not None)
 
     def step(self, step: int, metrics: dict[str, float], total_steps: int | None = None) -> None:
         """Record the metrics of a step, counted from 1. Those that are not finite are skipped: JSON has no NaN.
@@ -97,10 +95,10 @@ class RunLog:
             with self._events():
                 for name, value in metrics.items():
                     self._writer.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
-        # A skipped rollout has neither; DPO has the KL in some steps alone.
-        shown = {"reward": "reward_mean", "kl": "kl", "margin": "dpo_margin"}
+        for tracker in self._trackers:
+            tracker.scalars(metrics, step)
+        # A skipped rollout has none of them; DPO has the KL in some steps alone, and no reward on saved pairs.
+        shown = {"reward": "reward_mean", "kl": "kl", "margin": "implicit_margin"}
         note = [f"{short}={metrics[name]:.3f}" for short, name in shown.items() if name in metrics]
         if "reward_mean" in metrics and "images_per_s" in metrics:
             note.append(f"{metrics['images_per_s']:.0f} img/s")
@@ -111,7 +109,7 @@ class RunLog:
     ) -> None:
         """Save a grid of (N, 3, H, W) images in [0, 1] as grids/step_N.png, with a title beside each row.
 
-        rows: what each row shows, for grids/rows.json; default: the titles.
+        rows: what each row shows, for grid_rows.json; default: the titles.
         """
         picture = image_grid(images, columns, titles)
         with self._optional("a grid of samples"):
@@ -120,8 +118,8 @@ class RunLog:
         if self._writer is not None:
             with self._events():
                 self._writer.add_image("samples", picture, step, dataformats="HWC")
-        if self._wandb is not None:
-            self._wandb.log({"samples": import_wandb().Image(Image.fromarray(picture))}, step=step)
+        for tracker in self._trackers:
+            tracker.picture("samples", Image.fromarray(picture), step)
 
     def samples(self, step: int, images: Tensor, labels_B: Tensor, rewards: Rewards) -> None:
         """Save the best and the worst of a step's (B, 3, H, W) images, with their rewards.
@@ -190,50 +188,6 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line; on a terminal above the progress bar."""
         self._progress.say(text)
-
-
-def import_wandb() -> Any:
-    """The package of Weights & Biases. Raises: InputError if it is not installed."""
-    try:
-        package: Any = importlib.import_module("wandb")
-    except ImportError:
-        package = None
-    # A folder wandb/, which the package creates where it runs, can be imported too: as an empty package.
-    if not hasattr(package, "init"):
-        raise InputError(
-            "log.wandb: the package wandb cannot be imported; pip install 'varfast[wandb]', or log.wandb=null"
-        )
-    return package
-
-
-def _start_wandb(folder: Path, config: Config) -> Any:
-    """The W&B run of a run folder; wandb_id.txt keeps its id, so that a resumed run continues the same one."""
-    wandb = import_wandb()
-    id_file = folder / "wandb_id.txt"
-    try:
-        name = read_text(id_file).strip()
-    except InputError:
-        name = ""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):  # there is none yet, or it is damaged
-        name = uuid.uuid4().hex[:8]
-        try:
-            save_text(id_file, name + "\n")
-        except WriteError as error:
-            print(f"{error}. The run goes on; taken up after a stop, it will be another run of Weights & Biases")
-    try:
-        return wandb.init(
-            project=config.log.wandb,
-            id=name,
-            resume="allow",
-            dir=str(folder),
-            name=folder.resolve().name,
-            config=config.model_dump(mode="json"),
-        )
-    except wandb.Error as error:
-        raise InputError(
-            f"log.wandb={config.log.wandb}: {error}\n  log in with `wandb login`, set WANDB_MODE=offline to write into "
-            "the run folder alone, or log.wandb=null"
-        ) from error
 
 
 def step_seconds(folder: Path, last_step: int) -> list[float]:

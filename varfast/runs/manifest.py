@@ -105,7 +105,7 @@ def step_of(folder: Path) -> int:
 
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint so that, killed at any moment, no half of it counts as one. Raises: OSError."""
-    half = folder.with_name(folder.name + ".part")
+    half = folder.with_name(folder.name + ".old.part")  # beside step_N.part, which may be about to take its place
     remove_tree(half)
     try:
         os.rename(folder, half)

@@ -59,7 +59,7 @@ class LearnedPairs:
             )
         texts: Sequence[str] | None = None if setup.prompts is None else setup.prompts.texts
         of = _tokens_of(setup, policy.tokens_shape)
-        self._pairs = SavedPairs(address, of, texts, policy.num_classes, config.run.seed)
+        self._pairs = SavedPairs(address, of, texts, setup.labels, config.run.seed)
         self._count = config.learned_images // 2
         self._temperature, self._cfg, self._device = config.rollout.temperature, config.rollout.cfg, policy.device
         decided_by_first(lambda: self._refuse_other_set(setup.folder.path / LEARNED_FILE, setup.found is not None))

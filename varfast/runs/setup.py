@@ -13,6 +13,7 @@ import torch
 from varfast import kernels
 from varfast.config import Config
 from varfast.data.labels import label_pool, run_names
+from varfast.data.pairs import set_folder
 from varfast.data.prompts import PromptSet, run_prompts, save_prompts
 from varfast.distributed import World, decided_by_first, joined, local_device, processes_here
 from varfast.perf.devices import available_bytes, usual_bytes, with_dtype
@@ -36,9 +37,10 @@ from varfast.runs.environment import environment
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_base
 from varfast.runs.lock import FolderLock
-from varfast.runs.log import import_wandb, step_seconds
+from varfast.runs.log import step_seconds
 from varfast.runs.signals import StopSignals, listen
 from varfast.runs.start import prepare_base
+from varfast.runs.trackers import import_trackers
 from varfast.state import State
 from varfast.types import InputError
 
@@ -100,10 +102,11 @@ def set_up(
         except ValueError as error:
             raise InputError(f"kernels: {error}") from error
         # What cannot start is said before models are loaded.
-        if config.log.wandb:
-            import_wandb()
+        import_trackers(config.log)
         if config.policy.lora:
             import_peft()
+        if config.loss.saved_pairs is not None:
+            set_folder(config.loss.saved_pairs)
         shard = world.shard(config.rollout.images)
         if policy is None:
             cost = family_of(config.policy).cost_of(config.policy, config.run.dtype)

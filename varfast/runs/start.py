@@ -18,7 +18,7 @@ from varfast.runs.folder import RunFolder
 from varfast.runs.load import delivered_state, frozen_part
 from varfast.types import InputError
 from varfast.weights.files import regular_file, resolve
-from varfast.weights.shards import model_file, resolve_model
+from varfast.weights.shards import names_model, resolve_model
 
 
 def prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.device, of_folder: bool) -> None:
@@ -51,8 +51,7 @@ def prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.
         print(f"{folder.base} is gone; the base is what policy.checkpoint names now, unchecked")
         base.keep(_sources(config, device))
         return
-    folder_named = Path(address).expanduser()
-    only_here = address == "pretrain" or (folder_named.is_dir() and model_file(folder_named) is None)
+    only_here = address == "pretrain" or (Path(address).expanduser().is_dir() and not names_model(address))
     try:
         if base.hashed:
             for part in base.parts:
@@ -83,7 +82,7 @@ def _sources(config: Config, device: torch.device) -> list[Source]:
     if address == "pretrain":
         return [Source(made, True, made) for made in pretrained(config, device)]
     path = Path(address).expanduser()
-    if config.policy.as_transformers and (not path.is_dir() or model_file(path) is not None):
+    if config.policy.as_transformers and (not path.is_dir() or names_model(address)):
         trained = resolve_model(address)
         frozen = trained if frozen_address in (None, address) else resolve_model(str(frozen_address))
         return [Source(file, False, file) for file in (trained, frozen)]

@@ -83,14 +83,14 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         "gradient_checkpointing activation_checkpointing recompute",
         (("update.checkpointing", "auto, none, attention or full"),),
     ),
-    ("random_seed manual_seed", (("run.seed", ""), ("seed", ""))),
+    ("random_seed manual_seed generator", (("run.seed", ""), ("seed", ""))),
     (
         "bf16 fp16 mixed_precision precision torch_dtype weight_dtype amp",
         (("run.dtype", "float32, bfloat16 or auto"), ("dtype", "float32 or bfloat16")),
     ),
     (
         "wandb_project report_to use_wandb log_with logger project project_name",
-        (("log.wandb", "the name of the project"),),
+        (("log.wandb", "the name of the project; or log.trackio, log.mlflow, log.swanlab"),),
     ),
     ("logging_steps log_every log_interval log_freq", (("", "every step is written to metrics.jsonl"),)),
     (
@@ -121,6 +121,11 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ),
     ("ref_model_mixup_alpha", (("grpo.reference_ema", "the reference as an average of the policy, such as 0.999"),)),
     ("scale_rewards", (("grpo.normalise_std", "true: divided by the group's standard deviation, as in the paper"),)),
+    (
+        "multi_objective_aggregation",
+        (("grpo.combine", "sum_then_normalise or normalise_then_sum"),),
+    ),
+    ("global_std", (("reward", "each may have normalise: batch, over the whole step, or group"),)),
     ("importance_sampling_level", (("grpo.ratio", "token or sequence"),)),
     ("use_bias_correction_kl", (("grpo.kl_gradient", "k3 or unbiased"),)),
     ("entropy_coef entropy_coeff ent_coef entropy_bonus", (("grpo.entropy.coef", "of an adaptive bonus"),)),
@@ -136,8 +141,11 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("target_modules lora_target_modules", (("policy.lora.targets", ""),)),
     ("lora_dropout", (("", "an adapter has no dropout: a log-probability must describe the policy that was sampled"),)),
     (
-        "dataset dataset_name train_data_dir data_dir data_path data",
-        (("pretrain.dataset", "for the base model; GRPO itself needs labels alone"),),
+        "dataset dataset_name train_dataset train_data_dir data_dir data_path data",
+        (
+            ("prompts.source", "texts, of models that are conditioned on them"),
+            ("pretrain.dataset", "images, for the base model; the run itself needs labels or prompts alone"),
+        ),
     ),
     ("dataloader_num_workers workers", (("pretrain.num_workers", ""),)),
     (

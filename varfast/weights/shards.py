@@ -5,11 +5,12 @@ one file of a fixed name, or several and an index (JSON) that says which tensor 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field
+from torch import Tensor
 
 from varfast.files import read_json
 from varfast.types import InputError
@@ -46,6 +47,17 @@ def model_file(folder: Path) -> Path | None:
     return next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
 
 
+def names_model(address: str | Path) -> bool:
+    """Whether an address is a folder, a repository or an index as transformers writes them, and no run folder.
+
+    A run folder may hold a model.safetensors that was exported into it: its config.yaml says what it is.
+    """
+    if isinstance(address, str) and address.startswith("hf://"):
+        return _REPOSITORY.fullmatch(address) is not None or is_index(address)
+    path = Path(address).expanduser()
+    return not (path / "config.yaml").is_file() and (is_index(address) or model_file(path) is not None)
+
+
 def shards(path: Path) -> list[Path]:
     """The files that hold the tensors: those that an index names, which lie beside it, or the file itself.
 
@@ -57,6 +69,27 @@ def shards(path: Path) -> list[Path]:
 def stored_bytes(path: Path) -> int:
     """Of all files that hold the tensors."""
     return sum(each.stat().st_size for each in shards(path))
+
+
+def index_of(out: Path) -> Path:
+    """The index of the files into which `out` is split."""
+    return out.with_name(out.name + _INDEX)
+
+
+def split_state(state: Mapping[str, Tensor], most_gb: float | None) -> list[list[str]]:
+    """Names of tensors, in order, in parts of at most so many GB; one that is larger is a part of its own.
+
+    most_gb: None: all are one part.
+    """
+    parts: list[list[str]] = [[]]
+    held_bytes = 0
+    for name, tensor in state.items():
+        if most_gb is not None and parts[-1] and held_bytes + tensor.nbytes > most_gb * 1e9:
+            parts.append([])
+            held_bytes = 0
+        parts[-1].append(name)
+        held_bytes += tensor.nbytes
+    return parts
 
 
 def _shard_names(path: Path) -> list[str]:

@@ -33,6 +33,11 @@ _MOST_EXPANDED_BYTES = 2**30
 
 # Models by a name that only they have; first those of other families than VAR.
 _OTHERS = (
+    (r"(^|\.)gen_(aligner|embed|head)\.", "Janus-Pro's model (family janus)"),
+    (
+        r"(^|\.)generation_(embeddings|aligner|head)\.",
+        "Janus under the names of transformers' own port; take the files of deepseek-ai/Janus-Pro-1B or -7B",
+    ),
     (r"encoder\.conv_blocks\.", "LlamaGen's VQ tokenizer, which has one scale (family llamagen)"),
     (r"cls_embedding\.embedding_table\.weight$", "LlamaGen's class-conditional transformer (family llamagen)"),
     (r"cls_embedding\.cap_proj\.", "LlamaGen's text-conditioned transformer"),

@@ -20,6 +20,7 @@ from varfast.policies.nexttoken.tokenizer_config import TokenizerConfig
 from varfast.policies.nexttoken.tokenizer_weights import load_tokenizer
 from varfast.policies.text import TOKENIZER_FILE
 from varfast.weights.files import resolve
+from varfast.weights.state import State
 
 
 def _sizes(config: JanusPolicyConfig) -> JanusConfig:
@@ -54,7 +55,9 @@ def random_parts(config: JanusPolicyConfig, seed: int, device: torch.device) -> 
 def text_tokenizer(path: Path | None, config: JanusPolicyConfig) -> TextTokenizer:
     """That of a tokenizer.json, or for random weights one of bytes. Raises: InputError if it cannot be used."""
     limit = config.max_prompt_tokens
-    return byte_tokenizer(limit) if path is None else TextTokenizer.read(path, limit)
+    found = byte_tokenizer(limit) if path is None else TextTokenizer.read(path, limit)
+    found.check_fits(_sizes(config).text_vocab_size)
+    return found
 
 
 def assemble(
@@ -100,9 +103,35 @@ def cost_of(config: JanusPolicyConfig, dtype: str) -> Cost:
     return count(_sizes(config), config.tokenizer, dtype, config.lora, config.max_prompt_tokens)
 
 
+def whole_state(trained: State, frozen: State) -> State:
+    """Both parts under the names of the public checkpoints."""
+    return trained | {f"gen_vision_model.{name}": tensor for name, tensor in frozen.items()}
+
+
 def model_card(config: JanusPolicyConfig, trained: str, frozen: str) -> tuple[str, str, str]:
     """For a model card: what the model is, its sizes, and how Janus's public code loads it."""
     sizes, side = _sizes(config), config.image_size
     named = f"Janus-Pro-{config.preset}" if config.preset else f"{sizes.depth} blocks of width {sizes.width}"
-    described = f"{named}, images of {side} x {side} pixels from text"
-    return "A Janus-Pro model", described, ""
+    described = f"{named}, images of {side} x {side} pixels from texts of up to {config.max_prompt_tokens} tokens"
+    left_out = "what understands images and writes text (`vision_model`, `aligner`, `language_model.lm_head`) is not"
+    if config.preset is None:
+        return (
+            "A Janus-Pro model",
+            described,
+            f"The file has the names of the public code (github.com/deepseek-ai/Janus); {left_out} in it.",
+        )
+    public = f"""With the public code (github.com/deepseek-ai/Janus), over the weights of its base:
+
+```python
+from glob import glob
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+import janus.models
+
+model = AutoModelForCausalLM.from_pretrained("deepseek-ai/Janus-Pro-{config.preset}", trust_remote_code=True)
+for file in glob("{Path(trained).stem}*.safetensors"):
+    model.load_state_dict(load_file(file), strict=False)
+```
+
+`strict=False`: {left_out} in the file, and stays the base's."""
+    return "A Janus-Pro model", described, public

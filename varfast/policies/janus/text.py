@@ -63,6 +63,14 @@ class TextTokenizer:
             ) from error
         return cls(tokenizer, max_tokens, named)
 
+    def check_fits(self, rows: int) -> None:
+        """Raises: InputError if a transformer's table of text tokens has fewer rows than there are tokens."""
+        if self.vocab_size > rows:
+            raise InputError(
+                f"the text tokenizer has {self.vocab_size} tokens, and the transformer's table {rows} rows; give the "
+                f"tokenizer of these weights, or for new ones policy.transformer.text_vocab_size={self.vocab_size}"
+            )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TextTokenizer:
         return self
 

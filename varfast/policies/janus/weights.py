@@ -21,6 +21,7 @@ _JANUS = Known(
 _IGNORED = re.compile(
     r"vision_model\..*|aligner\..*|gen_vision_model\..*|language_model\.lm_head\.weight|.*\.rotary_emb\.inv_freq"
 )
+_UNUSED = re.compile(r"(vision_model|aligner|language_model\.lm_head)\.")
 # Of a whole checkpoint, all that is not the tokenizer of images.
 NOT_TOKENIZER = re.compile(r"(vision_model|aligner|language_model|gen_embed|gen_aligner|gen_head)\..*")
 _BLOCKS = "language_model.model.layers"
@@ -68,6 +69,13 @@ def infer_janus_config(state: State, config: TransformerConfig | None = None) ->
 def load_janus(address: str, config: JanusConfig | None = None) -> Janus:
     """A transformer with the weights at `address`, on the CPU. Arguments and errors as of load_transformer.
 
-    Of a whole checkpoint what understands images and writes text is passed over, by its name.
+    Of a whole checkpoint what understands images and writes text is left out, by its name, and a line says so.
     """
-    return load_transformer(address, _JANUS, _IGNORED, infer_janus_config, Janus, PRESETS, config, "policy.transformer")
+    section = "policy.transformer"
+    return load_transformer(address, _JANUS, _IGNORED, infer_janus_config, Janus, PRESETS, config, section, _unused)
+
+
+def _unused(name: str) -> str | None:
+    """The part of a whole model that an entry is of, if it is one of those that only understanding and text need."""
+    found = _UNUSED.match(name)
+    return None if found is None else found[1]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from varfast import kernels
+from varfast.kernels.attention_tiles import HEAD_DIM
 from varfast.perf.cost import Checkpointing
 from varfast.perf.graphs import CudaLoop
 from varfast.policies.decoder import FastDecoder
@@ -77,6 +78,12 @@ class NextTokenPolicy(Driver):
         product = kernels.selection.choose("invariant_linear", self.device)
         if product.impl == "reference":
             raise InputError(f"run.strict=true cannot run on {self.device}: {product.why}; use run.strict=false")
+        head_dim = self.transformer.config.head_dim
+        if self.device.type == "cuda" and head_dim != HEAD_DIM:
+            raise InputError(
+                f"run.strict=true on a GPU takes heads of {HEAD_DIM} channels, this model has {head_dim}; use "
+                "run.strict=false, or a CPU"
+            )
         self.transformer.make_strict()
 
     def _sample(self, *arguments: Any, **options: Any) -> Rollout:

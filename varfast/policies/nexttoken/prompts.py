@@ -83,10 +83,8 @@ class PromptTable:
     """
 
     def __init__(self) -> None:
-        self.version = 0
-        self._id_of: dict[str, int] = {}
-        self._token_2PT = torch.zeros(2, 0, 1, dtype=torch.int32)
-        self._length_P = torch.zeros(0, dtype=torch.int64)
+        self.version = -1
+        self.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptTable:
         return self
@@ -102,9 +100,10 @@ class PromptTable:
 
     def clear(self) -> None:
         """Without a prompt."""
-        version = self.version
-        self.__init__()  # type: ignore[misc]
-        self.version = version + 1
+        self._id_of: dict[str, int] = {}
+        self._token_2PT = torch.zeros(2, 0, 1, dtype=torch.int32)
+        self._length_P = torch.zeros(0, dtype=torch.int64)
+        self.version += 1
 
     def add(
         self,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from varfast.policies.nexttoken.config import TransformerConfig
 from varfast.policies.nexttoken.transformer import CausalTransformer
 from varfast.types import InputError
+from varfast.weights.files import shown
 from varfast.weights.shards import read_model, resolve_model
 from varfast.weights.state import Known, State, assign, inferred, select, unallocated
 
@@ -29,6 +30,7 @@ def load_transformer(
     presets: Mapping[str, TransformerConfig],
     config: _Config | None,
     section: str,
+    note: Callable[[str], str | None] = lambda name: None,
 ) -> _Model:
     """A transformer with the weights at `address`, on the CPU.
 
@@ -38,12 +40,24 @@ def load_transformer(
         infer: sizes of a state_dict; what is not in a file is that of a second argument, if one is given.
         config: sizes it must have; default: those the file has.
         section: of the config where sizes stand, for errors.
+        note: what part of a model, of no use here, an ignored entry is of; the parts that a file has are printed.
     Raises: InputError if the file cannot be read or does not fit, naming keys, shapes and the preset that would fit, or
         if its weights are not finite real numbers.
     """
     path = resolve_model(address)
-    state = select(_model_of(read_model(path, lambda name: ignored.fullmatch(name) is None)), known, path)
-    state = {name: tensor for name, tensor in state.items() if not ignored.fullmatch(name)}
+    left_out: dict[str, None] = {}  # in order
+
+    def wanted(name: str) -> bool:
+        if ignored.fullmatch(name) is None:
+            return True
+        if (part := note(name)) is not None:
+            left_out[part] = None
+        return False
+
+    state = select(_model_of(read_model(path, wanted)), known, path)
+    state = {name: tensor for name, tensor in state.items() if wanted(name)}
+    if left_out:
+        print(f"{shown(path)}: {', '.join(left_out)} are left out; no image needs them")
     found = inferred(lambda: infer(state, config), path)
     model = unallocated(kind, config or found)
     assign(model, state, path, f"it fits {_described(found, presets, section)}", _NONE)
