@@ -12,14 +12,15 @@ from varfast.data import captioned
 from varfast.train import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-IMAGES = 3 * 32
+IMAGES = 5 * 32
 SMALL = [
     "run.device=cpu", "run.dtype=float32", "run.steps=50", f"run.budget_images={IMAGES}", "log.tensorboard=false",
     "policy.transformer.depth=1", "policy.transformer.width=64", "policy.transformer.mlp_width=64",
     "policy.transformer.vocab_size=32", "pretrain.vqvae_steps=50", "pretrain.var_steps=60", "pretrain.batch_size=16",
     "pretrain.vqvae_lr=4e-3", "pretrain.var_lr=5e-3", "prompts.tags=[colour]", "prompts.held_out=10",
     "rollout.labels_per_step=4", "rollout.group_size=8", "update.minibatch=8", "update.lr=2e-3",
-    "reward={near: {type: composition, mode: graded, checks: [colour]}, right: {type: composition, weight: 0}}",
+    "update.lr_schedule=constant", "update.warmup_share=0",
+    "reward={cheap: {type: colour_match}, right: {type: composition, weight: 0}}",
     "eval.samples_per_label=1", "eval.max_labels=32",
 ]  # fmt: skip
 
@@ -45,12 +46,12 @@ def test_both_losses_spend_the_same_images_from_the_same_base(runs):
     spent = {}
     for loss, folder in runs.items():
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [line["spent_images"] for line in lines] == [32, 64, 96]
+        assert [line["spent_images"] for line in lines] == [32 * step for step in range(1, 6)]
         spent[loss] = lines[-1]["spent_flop"]
         assert (folder / "tokenizer.json").exists()
     assert spent["dpo"] < spent["grpo"]  # it learns from a quarter of the images
     for summary in summaries.values():
-        assert summary["after"]["reward/near"] > summary["before"]["reward/near"]
+        assert summary["after"]["reward/cheap"] > summary["before"]["reward/cheap"] + 0.03
 
 
 @pytest.mark.slow
@@ -60,10 +61,10 @@ def test_an_evaluation_tells_in_domain_from_out_of_domain(runs, tmp_path):
         assert varfast.evaluate.main(arguments) == 0
         measured = json.loads((folder / "evaluation" / "evaluation.json").read_text())
         rows = {(row["name"], row["labels"]) for row in measured["rows"]}
-        assert {("score/near", domain) for domain in ("train", "held_out", "out_of_domain")} <= rows
+        assert {("score/cheap", domain) for domain in ("train", "held_out", "out_of_domain")} <= rows
     prompts = [json.loads(line) for line in (runs["dpo"] / "prompts.jsonl").read_text().splitlines()]
     trained = {row["prompt"] for row in prompts if row["domain"] == "train"}
-    assert len(trained) == 40
+    assert len(trained) == 60 - 10
     assert not trained & {row["prompt"] for row in prompts if row["domain"] != "train"}
     folders = [str(folder) for folder in runs.values()]
     assert varfast.report.main([*folders, f"out={tmp_path}/report.html"]) == 0
