@@ -39,8 +39,8 @@ TEMPLATES = {
     ),
     "unified_reward_2": JudgeTemplate(
         "A model drew this image for a caption. Rate it from 1 to 5 on three axes: alignment, whether it shows what "
-        "the caption says; coherence, whether it is free of broken shapes and of what cannot be; style, whether it looks "
-        "good, whatever the caption says. Answer in this form:\n\n"
+        "the caption says; coherence, whether it is free of broken shapes and of what cannot be; style, whether it "
+        "looks good, whatever the caption says. Answer in this form:\n\n"
         "Alignment Score (1-5): X\n"
         "Coherence Score (1-5): Y\n"
         "Style Score (1-5): Z\n\n"

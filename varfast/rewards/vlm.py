@@ -79,8 +79,8 @@ class VlmReward(ServerSection):
     )
     template: Literal["unified_reward", "unified_reward_2"] | None = Field(
         None,
-        description="in place of answer, range and pattern: those of UnifiedReward, or of its version 2, and a question "
-        "in words of ours, unless `question` has those that the model was trained with",
+        description="in place of answer, range and pattern: those of UnifiedReward, or of its version 2, and a "
+        "question in words of ours, unless `question` has those that the model was trained with",
     )
     system: str | None = Field(None, min_length=1, description="system prompt; default: none")
     answer: Literal["yes_no", "number"] = Field(
