@@ -180,7 +180,7 @@ def test_vlm_averages_questions(server, images):
     assert len(server.asked) == 12
 
 
-def test_unified_rewards_own_prompts_and_answers(server, images):
+def test_unified_rewards_answers_in_their_own_form(server, images):
     """The second answer is that of the public example."""
     server.answers += [
         says("cat (animal): 1\nred (color): 0\nFinal Score: 3.5"),
@@ -192,8 +192,15 @@ def test_unified_rewards_own_prompts_and_answers(server, images):
         for name in ("unified_reward", "unified_reward_2")
     )
     assert (first, second) == (3.5, pytest.approx((2.6947 + 2.3715 + 2.8025) / 3))
-    assert all(sent_text(body).endswith("Text Caption: [bear]") for body in server.asked)
+    assert all(sent_text(body).endswith("Caption: [bear]") for body in server.asked)
     assert [t.question.count("{prompt}") for t in TEMPLATES.values()] == [1, 1]
+
+
+def test_a_template_takes_the_question_that_the_model_was_trained_with(server, images):
+    server.answers.append(says("Final Score: 5"))
+    asked = judge(server.url, question="Rate {prompt} as you learned it.", template="unified_reward", scale=True)
+    assert asked(images[:1], LABELS[:1]).total_B.item() == 1.0
+    assert sent_text(server.asked[-1]) == "Rate bear as you learned it."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -537,7 +544,6 @@ def test_a_run_with_a_judge_that_fails_loses_no_step(server, make_config, monkey
     [
         ({"question": None}, "give question or template"),
         ({"question": [""]}, "question"),
-        ({"template": "unified_reward"}, "template=unified_reward has its own question; leave one of them out"),
         ({"question": None, "template": "unified_reward", "range": [0.0, 1.0]}, "has its own range"),
         ({"range": [1.0, 5.0]}, "range is of answer: number; a probability of yes has none"),
         ({"scale": True}, "scale is of answer: number"),

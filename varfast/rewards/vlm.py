@@ -78,7 +78,9 @@ class VlmReward(ServerSection):
         "{key}, of the prompt's metadata, stand for what the image is to show",
     )
     template: Literal["unified_reward", "unified_reward_2"] | None = Field(
-        None, description="in place of question, answer, range and pattern: those of UnifiedReward, or of its version 2"
+        None,
+        description="in place of answer, range and pattern: those of UnifiedReward, or of its version 2, and a "
+        "question in words of ours, unless `question` has those that the model was trained with",
     )
     system: str | None = Field(None, min_length=1, description="system prompt; default: none")
     answer: Literal["yes_no", "number"] = Field(
@@ -142,7 +144,7 @@ class VlmReward(ServerSection):
         number = {"range": self.range, "pattern": self.pattern, "json_key": self.json_key}
         given = [key for key, value in number.items() if value]
         if self.template is not None:
-            if given := [*given, *(["question"] if self.question else [])]:
+            if given:
                 raise ValueError(f"template={self.template} has its own {given[0]}; leave one of them out")
             return self
         if not self.question:
@@ -172,7 +174,7 @@ class VlmReward(ServerSection):
     @property
     def questions(self) -> list[str]:
         """What is asked of each image."""
-        return self.question if self.template is None else [TEMPLATES[self.template].question]
+        return self.question if self.question or self.template is None else [TEMPLATES[self.template].question]
 
 
 @dataclass(frozen=True)
