@@ -349,7 +349,8 @@ def test_a_rollout_whose_reward_is_not_finite_is_left_out(make_config, moody_rew
     assert train(config) == 0
     lines = metrics(config.run.dir)
     assert [line["skipped_rollouts"] for line in lines] == [0, 1, 0, 0]
-    assert lines[1] == {"step": 2, "skipped_rollouts": 1}
+    assert lines[1].pop("spent_flop") > lines[0]["spent_flop"]  # it was sampled, and not learned from
+    assert lines[1] == {"step": 2, "skipped_rollouts": 1, "spent_images": 2 * config.rollout.images}
     assert f"step 2 is left out: reward mine returned {value} for image 1" in capsys.readouterr().out
     # The second step changed nothing, so there is nothing to hold of it.
     assert names(config) == ["step_000001", "step_000003", "step_000004"]
