@@ -308,7 +308,7 @@ def test_every_digits_experiment_runs(path, tmp_path):
     overrides = ["policy.checkpoint=random", f"run.dir={tmp_path}/run", "run.steps=1", "run.device=cpu"]
     overrides += ["rollout.labels_per_step=2", "rollout.group_size=2", "update.minibatch=4", "eval.samples_per_label=1"]
     if load_config(path).policy.conditioned_on == "text":  # random weights have no tokenizer: texts are read as bytes
-        overrides += ["policy.transformer.text_vocab_size=259", "policy.max_prompt_tokens=64"]
+        overrides += ["policy.transformer.text_vocab_size=259", "policy.max_prompt_tokens=64", "eval.max_labels=2"]
     assert train(load_config(path, [*overrides, "log.tensorboard=false"])) == 0
 
 

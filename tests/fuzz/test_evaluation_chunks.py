@@ -23,6 +23,8 @@ from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.measure import finish
 from varfast.evaluation.plan import Plan
+from varfast.evaluation.sampling import Evaluation
+from varfast.evaluation.subjects import Subjects
 from varfast.types import Sampling
 
 _LIMIT_S = 20
@@ -40,7 +42,6 @@ class Ran:
 def evaluated(tmp_path, monkeypatch):
     """An out folder of two chunks with 20 images of 8 pixels, as evaluate writes it; and the call that ends one."""
     monkeypatch.setattr("varfast.evaluation.plan._CHUNK_IMAGES", 12)
-    monkeypatch.setattr("varfast.evaluation.measure.seen_labels", lambda config: None)
     monkeypatch.setattr("varfast.evaluation.measure.environment", dict)  # it asks git
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     config = EvaluateConfig(
@@ -59,8 +60,11 @@ def evaluated(tmp_path, monkeypatch):
         }  # fmt: skip
         np.savez(folder.chunk("checkpoint", number), **arrays)
 
+    subjects = Subjects(list(range(10)), 10, 2, None, None, {})
+    evaluation = Evaluation(config, subjects, plan, judge=None, folder=folder, process=None, export=None)
+
     def end():
-        return finish(task, [Sampling()], folder, ["checkpoint"], plan, {}), folder.weights("checkpoint", 0)
+        return finish(task, [Sampling()], evaluation, ["checkpoint"], {}), folder.weights("checkpoint", 0)
 
     def late(*_):
         raise AssertionError(f"no end within {_LIMIT_S} s")

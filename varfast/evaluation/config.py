@@ -265,6 +265,18 @@ class EvaluateConfig(Section):
                 )
         return scores
 
+    @field_validator("fid_reference", mode="before")
+    @classmethod
+    def _one_or_by_name(cls, value: Any) -> Any:
+        known = get_args(FeaturesName)
+        named = value if isinstance(value, dict) else {known[0]: value}
+        if value is not None and not (named.keys() <= set(known) and all(isinstance(v, str) for v in named.values())):
+            raise ValueError(
+                f"got {show(value)}; want a path or address, or one for each of several features, as "
+                f"{{inception: a.npz, digits: digits}}; features are {', '.join(known)}"
+            )
+        return value
+
     @field_validator("classifier", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
