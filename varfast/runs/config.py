@@ -20,8 +20,8 @@ def _check_changeable(key: str) -> str:
     whole, of_state = key in ("grpo", "dpo", "update"), any(key == n or key.endswith("." + n) for n in _OF_STATE)
     if not inside or whole or of_state:
         raise ValueError(
-            f"got {show(key)}; want keys such as update.lr, grpo.kl_beta or reward: of {', '.join(_CHANGEABLE)}, and none "
-            "that a checkpoint holds the state of, such as update.optimizer"
+            f"got {show(key)}; want keys such as update.lr, grpo.kl_beta or reward: of {', '.join(_CHANGEABLE)}, and "
+            "none that a checkpoint holds the state of, such as update.optimizer"
         )
     return key
 
@@ -72,8 +72,8 @@ class RunConfig(Section):
         (),
         strict=False,
         description="keys that may differ from those that the run in the folder went on with so far, such as "
-        "[update.lr]: what changes is said, and the run goes on with it. Any of update, grpo, dpo, rollout and reward but "
-        "those that a checkpoint depends on",
+        "[update.lr]: what changes is said, and the run goes on with it. Any of update, grpo, dpo, rollout and reward "
+        "but those that a checkpoint depends on",
     )
     stop_when_idle: bool = Field(
         False,
