@@ -708,3 +708,29 @@ def test_update_is_captured_on_one_gpu_where_memory_allows(monkeypatch, asked, f
     config = load_config(root / "configs" / "d30.yaml", ["run.dtype=bfloat16", f"update.cuda_graph={asked}"])
     work = Work.whole(config, cost_of(config.policy, "bfloat16"))
     assert fitting_plan(work, torch.device(device), ALONE).update.cuda_graph is captured
+
+
+def test_a_run_goes_on_with_what_it_may_change(make_config, capsys):
+    config = make_config(run__steps=2, eval__samples_per_label=0)
+    train(config)
+    begun = (config.run.dir, metrics(config.run.dir))
+    other = {"run__dir": begun[0], "run__steps": 4, "eval__samples_per_label": 0, "update__lr": 5e-4}
+    with pytest.raises(InputError, match=r"update.lr: 0.0001 there, 0.0005 here(.|\n)*run.allow_change"):
+        train(make_config(**other))
+    with pytest.raises(InputError, match=r"update.lr: 0.0001 there"):
+        train(make_config(**other, run__allow_change=["update.minibatch"]))
+    assert train(make_config(**other, run__allow_change=["update.lr"])) == 0
+    said = capsys.readouterr().out
+    assert "from step 2 on, as run.allow_change says:\n  update.lr: 0.0001 there, 0.0005 here" in said
+    lines = metrics(config.run.dir)
+    assert lines[:2] == begun[1]
+    assert [line["learning_rate"] for line in lines] == [1e-4, 1e-4, 5e-4, 5e-4]
+    assert train(make_config(**other)) == 0  # the folder's config is the one of now
+
+
+@pytest.mark.parametrize(
+    "key", ["policy.preset", "update", "update.optimizer", "grpo.reference_every", "run.seed", "lr"]
+)
+def test_what_a_checkpoint_depends_on_may_not_change(make_config, key):
+    with pytest.raises(InputError, match=r"run.allow_change.*want keys such as update.lr"):
+        make_config(run__allow_change=[key])

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
+from varfast.settings.problems import show
 from varfast.settings.section import MANY, Device, LocalPath, Section
+
+# Sections whose keys a run may go on with in another way, and keys among them that its checkpoints have the state of.
+_CHANGEABLE = ("run.steps", "update", "grpo", "dpo", "rollout", "reward")
+_OF_STATE = ("update.optimizer", "update.ema_decay", "reference_every", "reference_ema", "dpo.pairs")
+
+
+def _check_changeable(key: str) -> str:
+    inside = any(key == name or key.startswith(name + ".") for name in _CHANGEABLE)
+    whole, of_state = key in ("grpo", "dpo", "update"), any(key == n or key.endswith("." + n) for n in _OF_STATE)
+    if not inside or whole or of_state:
+        raise ValueError(
+            f"got {show(key)}; want keys such as update.lr, grpo.kl_beta or reward: of {', '.join(_CHANGEABLE)}, and "
+            "none that a checkpoint holds the state of, such as update.optimizer"
+        )
+    return key
+
 
 # Services that may follow a run; the keys of LogConfig that name a project there. See trackers.py.
 TRACKERS = ("wandb", "trackio", "mlflow", "swanlab")
@@ -50,6 +67,13 @@ class RunConfig(Section):
         description="equal runs on one machine give equal bits: PyTorch takes algorithms that sum in one order, and "
         "refuses to run an operation that has none; micro-batches are chosen from the memory that there is, not from "
         "what is free. On a CPU no cost was seen (docs/measured.md); not measured on a GPU",
+    )
+    allow_change: tuple[Annotated[str, AfterValidator(_check_changeable)], ...] = Field(
+        (),
+        strict=False,
+        description="keys that may differ from those that the run in the folder went on with so far, such as "
+        "[update.lr]: what changes is said, and the run goes on with it. Any of update, grpo, dpo, rollout and reward "
+        "but those that a checkpoint depends on",
     )
     stop_when_idle: bool = Field(
         False,

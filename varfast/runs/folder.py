@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ _FREE_TO_CHANGE = (
     "run.parallel",
     "run.timeout_s",
     "run.max_bad_rollouts",
+    "run.allow_change",
     "run.stop_when_idle",
     "log",
     "eval",
@@ -193,16 +194,25 @@ class RunFolder:
         """Compare with the config in the checkpoint's manifest: config.yaml may be damaged, or edited."""
         then = parse_config(found.config, f"{found.path}/manifest.json: config")
         before, now = (leaves(each.model_dump(mode="json")) for each in (then, config))
-        different = [
-            line
-            for key, line in differences(before, now).items()
-            if not any(key == free or key.startswith(free + ".") for free in _FREE_TO_CHANGE)
-        ]
+        different = {
+            key: line for key, line in differences(before, now).items() if not _is_one_of(key, _FREE_TO_CHANGE)
+        }
         if depends := config.update.depends_on_steps:
             scheduled = f"update.{depends}={getattr(config.update, depends)} depends on it"
             keys = (key for key in ("run.steps", *_LENGTH) if before.get(key) != now.get(key))
-            different += [f"  {key}: {scheduled}" for key in keys]
-        refuse_differences(different, f"run.dir={self.path} holds a run with another config", "choose another run.dir")
+            different |= {key: f"  {key}: {scheduled}" for key in keys}
+        allowed = [different.pop(key) for key in list(different) if _is_one_of(key, config.run.allow_change)]
+        refuse_differences(
+            list(different.values()),
+            f"run.dir={self.path} holds a run with another config",
+            "choose another run.dir, name what may change in run.allow_change",
+        )
+        if allowed:
+            print("\n".join([f"from step {found.step} on, as run.allow_change says:", *allowed]))
+
+
+def _is_one_of(key: str, names: Iterable[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], shown: Callable[[Any], str] = str) -> dict[str, str]:
