@@ -24,6 +24,8 @@ def test_mean_interval_is_the_normal_one_and_wilsons_for_shares():
         wilson = scipy.stats.binomtest(hits, total).proportion_ci(method="wilson")
         assert (found.value, found.low, found.high) == pytest.approx((hits / total, wilson.low, wilson.high), abs=1e-12)
         assert metrics.mean_interval(shares.astype(np.float32)) == found
+    assert metrics.mean_interval(np.zeros(12, dtype=bool)).low == 0.0
+    assert metrics.mean_interval(np.ones(12, dtype=bool)).high == 1.0
     assert metrics.mean_interval(np.array([0.3])) == metrics.Estimate(0.3)
 
 

@@ -96,7 +96,9 @@ def _share_interval(hits: int, total: int) -> Estimate:
     share, z2 = hits / total, _Z * _Z
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
+    # Of no hits, and of hits alone, one end is the share itself: rounding would leave 1e-17 beside it.
+    low, high = (0.0 if hits == 0 else centre - half), (1.0 if hits == total else centre + half)
+    return Estimate(share, max(0.0, low), min(1.0, high))
 
 
 def statistics(features_ND: np.ndarray) -> Statistics:
