@@ -241,6 +241,18 @@ def test_the_last_and_the_best_are_kept(tmp_path, make_config, settings, kept):
     assert names(folder) == kept
 
 
+def test_the_checkpoint_that_a_run_went_on_from_is_not_written_again(tmp_path, make_config):
+    folder = RunFolder(tmp_path)
+    with Checkpoints(folder.checkpoints, make_config(), {"varfast": "0"}, print) as checkpoints:
+        checkpoints.save(2, *networks(), {})
+    written = (folder.newest().path / "manifest.json").stat().st_ino
+    with Checkpoints(folder.checkpoints, make_config(), {"varfast": "0"}, print, begun_from=2) as checkpoints:
+        checkpoints.save(2, *networks(), {})
+        assert (folder.newest().path / "manifest.json").stat().st_ino == written
+        checkpoints.save(3, *networks(), {})
+    assert names(folder) == ["step_000002", "step_000003"]
+
+
 def test_a_checkpoint_is_due_by_steps_and_by_minutes(tmp_path, make_config, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])

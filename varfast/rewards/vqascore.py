@@ -21,6 +21,7 @@ from pydantic import Field, field_validator
 
 from varfast.printable import printable
 from varfast.rewards.building import Building, PerImage, Reward, RewardSection, Scored
+from varfast.rewards.http import to_pixels
 from varfast.types import InputError
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _saved(images: Tensor, folder: Path) -> list[str]:
     """Paths of PNGs of (B, 3, H, W) images in [0, 1]: the package's models read files."""
     from PIL import Image
 
-    pixels = images.clamp(0.0, 1.0).mul(255.0).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_pixels(images)
     paths = [str(folder / f"{row:06d}.png") for row in range(len(pixels))]
     for path, picture in zip(paths, pixels, strict=True):
         Image.fromarray(picture).save(path, compress_level=1)

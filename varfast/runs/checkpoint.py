@@ -171,16 +171,24 @@ class Checkpoints:
         config: the run's; log.checkpoint_every, checkpoint_minutes, keep_last and keep_best are read here.
         environment: versions and hardware, for the manifest.
         say: prints a line.
+        begun_from: the step whose checkpoint the run went on from, which need not be saved again; None: it is new.
     """
 
-    def __init__(self, path: Path, config: Config, environment: dict[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        environment: dict[str, Any],
+        say: Callable[[str], None],
+        begun_from: int | None = None,
+    ) -> None:
         self._path, self._config, self._environment, self._say = path, config, environment, say
         self._is_first = not dist.is_initialized() or dist.get_rank() == 0
         # A group of its own, so that the thread's messages cannot be mixed up with those of the training step.
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[str | None] | None = None
-        self._last_step = -1
+        self._last_step = -1 if begun_from is None else begun_from
         self._last_s = time.monotonic()
 
     def __enter__(self) -> Checkpoints:

@@ -100,7 +100,8 @@ class Run:
         )
         self._log: RunLog | None = enter(log) if log else None
         here, say = self.setup.environment, self._say
-        self._checkpoints = enter(Checkpoints(folder.checkpoints, config, here, say))
+        begun_from = None if self.setup.found is None else self.setup.found.step
+        self._checkpoints = enter(Checkpoints(folder.checkpoints, config, here, say, begun_from))
         self._clock = enter(StageClock(self.setup.device))
         enter(self.setup.signals.in_steps())
         self._limits = (

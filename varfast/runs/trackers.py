@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -38,7 +39,7 @@ class Tracker(Protocol):
         ...
 
 
-class Service:
+class Service(ABC):
     """What is the same for all of them.
 
     Args:
@@ -66,9 +67,9 @@ class Service:
                 f"log.{self.name}={self.project}: {error}\n  {self.advice}, or log.{self.name}=null"
             ) from error
 
+    @abstractmethod
     def start(self) -> Any:
         """Begin the run, or go on with it."""
-        raise NotImplementedError
 
     def errors(self) -> tuple[type[Exception], ...]:
         """What the package raises where the service cannot be reached, or refuses."""
