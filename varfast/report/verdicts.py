@@ -10,7 +10,7 @@ from typing import Literal
 from varfast.report.elements import text
 from varfast.report.run import Run
 
-# The table of the README under "Read the numbers": what is healthy, and what it means otherwise.
+# The table of docs/guide/numbers.md: what is healthy, and what it means otherwise.
 HEALTHY = {
     "ratio_gap_max": (
         "at rounding: 1e-5 in float32, a few hundredths in bfloat16",
