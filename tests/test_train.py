@@ -77,7 +77,12 @@ def test_train_writes_a_whole_run_folder(make_config, capsys):
     assert summary["before"].keys() == summary["after"].keys() == {"reward", "reward/luma", "entropy"}
     out = capsys.readouterr().out
     assert "before     after" in out
-    assert "run complete: 3 steps" in out
+    assert out.endswith(
+        f"run complete: 3 steps. Weights {folder / 'var.pth'}, curves and grids in {folder}\n"
+        f"next: python -m varfast.report {folder}\n"
+        f"      python -m varfast.sample {folder}\n"
+        f"      python -m varfast.export {folder} out=model.safetensors\n"
+    )
 
 
 def test_deterministic_runs_agree_in_every_bit_whatever_memory_is_free(make_config, tmp_path, monkeypatch):
@@ -496,7 +501,15 @@ def test_a_finished_run_says_so_and_changes_nothing(make_config, capsys):
     train(config)
     before = weights(config.run.dir)
     assert train(config) == 0
-    assert "run complete: 3 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{config.run.dir} holds all of run.steps=3: no step is left to do" in said
+    assert "before     after" in said
+    assert "run complete: 3 steps" in said
+    assert equal(before, weights(config.run.dir))
+    train(make_config(run__steps=2))
+    said = capsys.readouterr().out
+    assert f"{config.run.dir} holds step 3, more than run.steps=2: no step is left to do" in said
+    assert "run complete: 3 steps" in said
     assert equal(before, weights(config.run.dir))
 
 

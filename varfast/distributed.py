@@ -61,7 +61,8 @@ class World:
         padded = rows_b.new_zeros(most, *rows_b.shape[1:])
         padded[: len(rows_b)] = rows_b
         everything = rows_b.new_empty(self.size * most, *rows_b.shape[1:])
-        dist.all_gather_into_tensor(everything, padded)
+        # torch 2.14 has renamed it, and warns of the old name in every process.
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(everything, padded)
         shares = [_shard(rank, self.size, count) for rank in range(self.size)]
         parts = [part[: s.stop - s.start] for part, s in zip(everything.split(most), shares, strict=True)]
         return torch.cat(parts)
