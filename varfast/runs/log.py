@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # A line of metrics.jsonl has 1 to 3 kB.
 _MOST_LINE_BYTES = 2**20
 _LAST_STEP = 2**53
+# Why a run ended before it was complete; a run that goes on removes it.
+ENDED = "ended.json"
 # What each row of the grids shows, whole: the picture has space for the beginning.
 GRID_ROWS = "grid_rows.json"
 
@@ -62,6 +64,7 @@ class RunLog:
             kept = _lines(self._metrics, start_step)
             self._first_reward = next(_rewards(kept), None)
             save_text(self._metrics, "".join(line + "\n" for line in kept))
+            (folder / ENDED).unlink(missing_ok=True)
         self._trackers = [] if config is None else start_trackers(folder, config)
         self._writer: SummaryWriter | None = None
         self._excepthook = threading.excepthook
@@ -187,6 +190,18 @@ class RunLog:
         """Save appearance.json: what the base's samples look like, to which drift/... in metrics.jsonl compares."""
         with self._optional("appearance.json"):
             save_text(self._folder / "appearance.json", json.dumps(appearance, indent=1) + "\n")
+
+    def ended(self, step: int, why: str, diverged: bool) -> None:
+        """Save ended.json: a signal or an error ends the run after `step` steps, before it is complete.
+
+        Args:
+            why: a signal's name, or what the error says.
+            diverged: the policy's numbers are no longer finite.
+        """
+        with self._optional(ENDED):
+            save_text(
+                self._folder / ENDED, json.dumps({"step": step, "why": why, "diverged": diverged}, indent=1) + "\n"
+            )
 
     def environment(self, here: dict[str, Any]) -> None:
         """Save environment.json: versions and hardware."""

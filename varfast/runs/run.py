@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from signal import Signals
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from varfast.perf.work import Work
 from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
 from varfast.runs.alarm import Alarm
-from varfast.runs.appearance import appearance
+from varfast.runs.appearance import Looks
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, found_diverged
@@ -76,6 +77,7 @@ class Run:
         work = Work.whole(setup.config, self._cost, setup.work.reads_reference)
         self._budget = Budget.of(setup.config.run, whole_step(work))
         self._alarm, self._idle = Alarm(setup.config.rollout.labels_per_step), False
+        self._looks = Looks(setup.config, state.rewards, setup.prompts)
         self._drift_images = 0  # that the reference has read in this step, apart from the update
         self._begin_s = 0.0
         self._left = TimeLeft()
@@ -120,8 +122,11 @@ class Run:
         self._say_how_it_begins()
         return self
 
-    def __exit__(self, *of_error: object) -> None:
-        self._at_end.__exit__(*of_error)  # type: ignore[arg-type]
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._log and (error or self._stopped):
+            why = Signals(self._stopped).name if error is None else str(error) or type(error).__name__
+            self._log.ended(self.state.step, why, isinstance(error, NotFinitePolicy))
+        self._at_end.__exit__(kind, error, trace)  # type: ignore[arg-type]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Steps
@@ -430,7 +435,7 @@ class Run:
         )
         images = policy.decode(rollout.tokens_BL)
         log.grid(self.state.step, images, columns, titles, shown)
-        return appearance(images, columns)
+        return self._looks(images, rollout.labels_B, columns)
 
 
 def _measured(
