@@ -354,7 +354,8 @@ def run_command(name: str, arguments: list[str] | None = None) -> NoReturn:
     try:
         code = _run(name, arguments)
     except InputError as error:
-        _complain(f"error: {error}", error)
+        if _tells(error):
+            _complain(f"error: {error}", error)
         code = 2
     except KeyboardInterrupt as error:
         _complain(str(error) or "interrupted", error)
@@ -368,10 +369,20 @@ def _run(name: str, arguments: list[str]) -> int:
         return _print(help_text(name, only, min(100, max(60, shutil.get_terminal_size().columns))))
     if "--version" in arguments:
         return _print(f"varfast {varfast.__version__}")
-    COMMANDS[name].read(arguments)
+    try:
+        COMMANDS[name].read(arguments)
+    except InputError as error:
+        error.told_by = "machine"
+        raise
     expand_segments()
     code: int = importlib.import_module(f"varfast.{name}").main(arguments)
     return code
+
+
+def _tells(error: InputError) -> bool:
+    """Whether this process is one that prints the error: torchrun starts many, which may all have the same one."""
+    variable = {"first": "RANK", "machine": "LOCAL_RANK"}.get(error.told_by)
+    return variable is None or os.environ.get(variable, "") in ("", "0")
 
 
 def _print(text: str) -> int:
