@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -343,7 +344,21 @@ def run_command(name: str, arguments: list[str] | None = None) -> NoReturn:
     except KeyboardInterrupt as error:
         _complain(str(error) or "interrupted", error)
         code = getattr(error, "code", 130)  # of another signal than Ctrl-C
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        code = 141  # as of a process that SIGPIPE ends
     sys.exit(code)
+
+
+def _reader_is_gone() -> bool:
+    """Whether what reads standard output, such as `head`, has ended; then nothing more is written to it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -352,7 +367,12 @@ def _run(name: str, arguments: list[str]) -> int:
         return _print(help_text(name, only, min(100, max(60, shutil.get_terminal_size().columns))))
     if "--version" in arguments:
         return _print(f"varfast {varfast.__version__}")
-    COMMANDS[name].read(arguments)
+    try:
+        COMMANDS[name].read(arguments)
+    except InputError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process of this machine says the same, and torchrun
+            time.sleep(10)  # then ends this one
+        raise
     expand_segments()
     code: int = importlib.import_module(f"varfast.{name}").main(arguments)
     return code
@@ -363,7 +383,7 @@ def _print(text: str) -> int:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _reader_is_gone()
     return 0
 
 
