@@ -11,6 +11,7 @@ import importlib
 import itertools
 import math
 import os
+import select
 import shutil
 import sys
 import textwrap
@@ -353,12 +354,13 @@ def run_command(name: str, arguments: list[str] | None = None) -> NoReturn:
 
 def _reader_is_gone() -> bool:
     """Whether what reads standard output, such as `head`, has ended; then nothing more is written to it."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
 
 
 def _run(name: str, arguments: list[str]) -> int:
