@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from varfast.evaluation.metrics import difference_interval
 from varfast.report.axes import AXES, SPENT, Axis, number
 from varfast.report.charts import Chart, Curve
-from varfast.report.elements import brief, html_table, text
+from varfast.report.elements import Markup, brief, html_table, text
 from varfast.report.evaluation import DOMAINS, shown
 from varfast.report.run import Run, domain_of
 
@@ -19,26 +19,26 @@ def spent_sentence(run: Run) -> str:
     return f"Spent: {', '.join(parts)} of steps.{ended}" if parts else ""
 
 
-def side_by_side(runs: Sequence[Run]) -> str:
-    """The table of several runs: steps, what they spent, what fresh samples earn after it; "" of one run."""
-    if len(runs) < 2 or not any(run.spent for run in runs):
-        return ""
+def side_by_side(runs: Sequence[Run], verdicts: Sequence[Markup]) -> str:
+    """The table of several runs: what fresh samples earn, the verdict, steps, and what they spent."""
     axes = [axis for axis in SPENT if any(axis in run.spent for run in runs)]
     names = list(dict.fromkeys(name for run in runs for name in _of_samples(run)))
-    columns = ["steps", *(AXES[axis] for axis in axes), "ended by", *(name + " before \u2192 after" for name in names)]
+    columns = [*(name + " before \u2192 after" for name in names), "verdict", "steps", *(AXES[axis] for axis in axes)]
+    columns += ["ended by"] if any(run.ended_by for run in runs) else []
     rows = [
         (
             run.name,
-            [run.metrics.last_step, *(_spent(run, axis) for axis in axes), run.ended_by]
-            + [_before_to_after(run, name) for name in names],
+            [*(_before_to_after(run, name) for name in names), verdict, run.metrics.last_step]
+            + [_spent(run, axis) for axis in axes]
+            + ([run.ended_by] if "ended by" in columns else []),
         )
-        for run in runs
+        for run, verdict in zip(runs, verdicts, strict=True)
     ]
     about = (
         "FLOP are model FLOP of the policy: sampling, decoding, reference, forward and backward of images that have "
+        "a gradient; rewards and evaluations are not among them. Hours are those of the steps."
     )
-    about += "a gradient; rewards and evaluations are not among them. Hours are those of the steps."
-    return f"{html_table(columns, rows)}<p>{text(about)}</p>"
+    return html_table(columns, rows) + (f"<p>{text(about)}</p>" if axes else "")
 
 
 def _spent(run: Run, axis: Axis) -> str:
