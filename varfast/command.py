@@ -11,6 +11,7 @@ import importlib
 import itertools
 import math
 import os
+import select
 import shutil
 import sys
 import textwrap
@@ -360,7 +361,22 @@ def run_command(name: str, arguments: list[str] | None = None) -> NoReturn:
     except KeyboardInterrupt as error:
         _complain(str(error) or "interrupted", error)
         code = getattr(error, "code", 130)  # of another signal than Ctrl-C
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        code = 141  # as of a process that SIGPIPE ends
     sys.exit(code)
+
+
+def _reader_is_gone() -> bool:
+    """Whether what reads standard output, such as `head`, has ended; then nothing more is written to it."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -390,7 +406,7 @@ def _print(text: str) -> int:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _reader_is_gone()
     return 0
 
 
