@@ -94,14 +94,14 @@ def _key(place: int) -> str:
 def _summed_up(found: dict[str, Verdict]) -> Markup:
     """The worst verdict of a run, and what it is about."""
     level = worst(list(found.values()))
-    about = "; ".join(CHECKS[check].lower() for check, v in found.items() if v.level == level and level != "healthy")
-    return Markup(f"{sign(level)} {text(about)}")
+    about = ", ".join(CHECKS[check] for check, v in found.items() if v.level == level and level != "healthy")
+    return Markup(f"{sign(level)} {text(about[:1] + about[1:].lower())}")
 
 
 def _verdict_list(found: dict[str, Verdict]) -> str:
     items = []
     for check, v in found.items():
-        advice = f" {HEALTHY[check][1]}." if check in HEALTHY and v.level in ("look", "broken") else ""
+        advice = f" Otherwise: {HEALTHY[check][1]}." if check in HEALTHY and v.level in ("look", "broken") else ""
         items.append(
             f"<li>{sign(v.level)}<div><b>{CHECKS[check]}</b> {text(v.value)}"
             f"<small>{text(v.rule)}{'.' if v.rule and advice else ''}{text(advice)}</small></div></li>"
