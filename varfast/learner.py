@@ -101,7 +101,7 @@ class Learner:
         self.loss.begin(batch, step, total_steps)
         keep_B = self.loss.keep(batch)
         measured, norms, skipped = [], [], []
-        learned, referenced = [], 0  # images of each minibatch that have a gradient, and of all that the reference reads
+        learned, referenced = [], 0  # images of each minibatch that have a gradient; of all that the reference reads
         differing = None  # of the first minibatch: after it the weights have moved
         if self._differing is not None:
             self._differing.zero_()
