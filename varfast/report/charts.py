@@ -230,7 +230,7 @@ class Chart:
         low, high = min(whole.height(p[2]) for p in points), max(whole.height(p[3]) for p in points)
         note = ""
         usual = max(float(np.percentile([p[3] for p in line.points], 90)) for line in self.curves)
-        if self.cut and high > 3.0 * usual > 0.0:
+        if self.cut and not log and high > 3.0 * usual > 0.0:
             note = f"Cut off at the top; the highest is {number(high, 4)}."
             high = 1.5 * usual
         if log:
@@ -269,7 +269,7 @@ def _paths(place: int, line: Curve, x: Sequence[float], y: Callable[[float], flo
     """
     values = [p[1] for p in line.points]
     drawn = smoothed(values)
-    raw = _path(x, map(y, values)) if drawn != values else ""
+    raw = _path(x, map(y, values)) if len(values) > SMOOTHED else ""
     band = ""
     if x and any(p[2] != p[3] for p in line.points):
         upper = _path(x, (y(p[3]) for p in line.points))

@@ -21,9 +21,8 @@ def headline(run: Run) -> str:
     """One sentence, HTML: "Earns the reward: <b>7.6 % → 96.2 %</b>; read as their label: <b>99.0 % → 96.6 %</b>"."""
     if run.summary:
         names = [name for name in _of_summary(run) if domain_of(name)[0] in ("reward", "accuracy")]
-        parts = [_change_of(run, name) for name in names or _of_summary(run)[:1]]
-        found = "; ".join(part for part in parts if part)
-        return found[:1].upper() + found[1:]
+        found = [part for name in names or _of_summary(run)[:1] if (part := _change_of(run, name))]
+        return "; ".join(found)[:1].upper() + "; ".join(found)[1:]
     values = run.series("reward_mean")[1]
     if not values:
         return "No step is complete yet" if not run.metrics.last_step else f"{run.metrics.last_step} steps"
@@ -33,15 +32,18 @@ def headline(run: Run) -> str:
 
 def _change_of(run: Run, name: str) -> str:
     numbers = before_to_after(run, name)
+    whole, domain = domain_of(name)
     if not numbers:
         return ""
-    whole, domain = domain_of(name)
-    share = is_share(run, name)
-    what = "read as their label" if whole == "accuracy" else "earns the reward" if share else "mean reward"
+    what = (
+        "read as their label" if whole == "accuracy" else "earns the reward" if is_share(run, name) else "mean reward"
+    )
     only = _only_reward(run)
     if whole == "reward" and only and _repeats(run, f"{only}{domain}"):
         what += f" ({brief(only.removeprefix('reward/'), 60)})"
-    return f"{text(what + domain)}: <b>{text(numbers)}</b>"
+    if domain and whole in run.summary.get("after", {}):  # it follows what is trained on
+        what = domain.strip(" ()")
+    return f"{text(what)}: <b>{text(numbers)}</b>"
 
 
 def before_to_after(run: Run, name: str) -> str:

@@ -53,7 +53,7 @@ CHECKS = {
     "end": "The run",
     "learning": "Learning",
     "reward": "Reward of fresh samples",
-    "label_accuracy": "Read as their label",
+    "label_accuracy": "Shows what was asked",
     "diversity": "Diversity within a label",
     "groups_without_signal": "Groups without signal",
     "pair_accuracy": "Order of new pairs",
@@ -89,7 +89,7 @@ def verdict(run: Run, check: str) -> Verdict | None:
     if check in _OF_A_RUN:
         return _OF_A_RUN[check](run)
     values = run.series(check)[1]
-    if check == "kl" and run.number("grpo.kl_beta") == 0.0 and not any(values):
+    if check == "kl" and run.number("grpo.kl_beta") == 0.0 and not values:
         return Verdict(None, "not measured", "grpo.kl_beta=0 holds no base to compare with; grpo.kl_every=10 does")
     return _OF_METRICS[check](run, values) if values else None
 
@@ -231,8 +231,8 @@ def _judged(limits: str, number: float, value: str, what: str) -> Verdict:
     """By LIMITS. what: the number is."""
     good, bad = LIMITS[limits]
     falls = good < 0
-    sign = -1 if falls else 1
-    level: Level = "healthy" if sign * number <= good else "look" if sign * number <= bad else "broken"
+    worse = (-number if falls else number) - 1e-9  # 1 - 0.95 is a fall of 0.05
+    level: Level = "healthy" if worse <= good else "look" if worse <= bad else "broken"
     way = "from" if falls else "up to"
     return Verdict(level, value, f"healthy {way} {abs(good):g}, look {way} {abs(bad):g}: {what}")
 
