@@ -11,6 +11,7 @@ import importlib
 import itertools
 import math
 import os
+import select
 import shutil
 import sys
 import textwrap
@@ -354,12 +355,28 @@ def run_command(name: str, arguments: list[str] | None = None) -> NoReturn:
     try:
         code = _run(name, arguments)
     except InputError as error:
-        _complain(f"error: {error}", error)
+        if _tells(error):
+            _complain(f"error: {error}", error)
         code = 2
     except KeyboardInterrupt as error:
         _complain(str(error) or "interrupted", error)
         code = getattr(error, "code", 130)  # of another signal than Ctrl-C
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        code = 141  # as of a process that SIGPIPE ends
     sys.exit(code)
+
+
+def _reader_is_gone() -> bool:
+    """Whether what reads standard output, such as `head`, has ended; then nothing more is written to it."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -368,10 +385,20 @@ def _run(name: str, arguments: list[str]) -> int:
         return _print(help_text(name, only, min(100, max(60, shutil.get_terminal_size().columns))))
     if "--version" in arguments:
         return _print(f"varfast {varfast.__version__}")
-    COMMANDS[name].read(arguments)
+    try:
+        COMMANDS[name].read(arguments)
+    except InputError as error:
+        error.told_by = "machine"
+        raise
     expand_segments()
     code: int = importlib.import_module(f"varfast.{name}").main(arguments)
     return code
+
+
+def _tells(error: InputError) -> bool:
+    """Whether this process is one that prints the error: torchrun starts many, which may all have the same one."""
+    variable = {"first": "RANK", "machine": "LOCAL_RANK"}.get(error.told_by)
+    return variable is None or os.environ.get(variable, "") in ("", "0")
 
 
 def _print(text: str) -> int:
@@ -379,7 +406,7 @@ def _print(text: str) -> int:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _reader_is_gone()
     return 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class BeforeAfter:
         values: "before" and "after", each if it has been measured: (N,) float64 by name, which is reward,
             reward/<component>, entropy or accuracy (0 or 1); of prompts that are not trained on with their domain, as
             "reward (held out)". Those of the file are in the first process alone.
+        seconds: that the last measurement took; 0 before the first one.
     Raises: InputError for a classifier of labels where there are prompts.
     """
 
@@ -89,6 +91,7 @@ class BeforeAfter:
         self.values: dict[str, Numbers] = {}
         self._step: int | None = None
         self._measured_step: int | None = None  # the same, if this process has measured it
+        self.seconds = 0.0
         self._classifier: DigitsClassifier | None = None
         if world.is_main:
             self._read()
@@ -146,8 +149,10 @@ class BeforeAfter:
         most = math.ceil(count / world.size) if count >= world.size else count  # images of a process
         chunks = math.ceil(most / chunk)
         parts: dict[str, list[torch.Tensor]] = {}
-        quiet = chunks == 1 or not world.is_main
-        with Progress(f"table of {name}", chunks, unit="chunk", quiet=quiet) as progress:
+        begin_s = time.perf_counter()
+        quiet, in_steps = chunks == 1 or not world.is_main, stops is not None
+        name = "evaluation" if in_steps else f"table of {name}"
+        with Progress(name, chunks, unit="chunk", quiet=quiet, patient=in_steps) as progress:
             for first in range(shard.start, shard.start + chunks * chunk, chunk):
                 if stops is not None and world.any(stops()):
                     return None
@@ -156,7 +161,7 @@ class BeforeAfter:
                     found = self._measured(first, min(first + chunk, shard.stop), policy, reward)
                 except BaseException as error:  # noqa: BLE001 - raised again once all processes know
                     failure = error
-                failure = failure_of_all(failure, world, f"the table of {name}")
+                failure = failure_of_all(failure, world, f"the {name}")
                 if failure is not None:
                     raise failure
                 for key, values_b in found.items():
@@ -165,6 +170,7 @@ class BeforeAfter:
         values = {key: torch.cat(values) for key, values in parts.items()}
         if count >= world.size:
             values = {key: world.gather(values_n, count) for key, values_n in values.items()}
+        self.seconds = time.perf_counter() - begin_s
         return self._by_domain({key: values_N.numpy() for key, values_N in values.items()})
 
     def _measured(self, first: int, end: int, policy: Policy, reward: WeightedSum) -> dict[str, torch.Tensor]:
