@@ -1,6 +1,7 @@
 """What a command answers before PyTorch is imported, and how it reads its arguments."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ print(json.dumps(answers))
 def answers():
     """Of command lines that need no PyTorch: (code, stdout, stderr, heavy modules) by what was typed."""
     commands = ("train", "sample", "evaluate", "statistics", "report", "export", "pretrain", "roofline", "env")
+    commands += ("completion",)
     lines = [[f"varfast.{name}", "--help"] for name in commands]
     lines += [["varfast", name, "-h"] for name in commands]
     lines += [
@@ -60,6 +62,8 @@ def answers():
         ["varfast.export", "runs/x", "out=x.bin"],
         ["varfast.report"],
         ["varfast.env", "cuda"],
+        ["varfast", "completion", "tcsh"],
+        ["varfast", "completion", "fish"],
     ]
     done = subprocess.run(
         [sys.executable, "-c", AS_MODULES, json.dumps(lines)], cwd=ROOT, capture_output=True, text=True, check=True
@@ -110,6 +114,7 @@ def test_help_of_one_section_shows_type_default_and_meaning(answers):
         ("varfast.export runs/x out=x.bin", "want a name that ends with .safetensors or .pth"),
         ("varfast.report", "runs is missing"),
         ("varfast.env cuda", "env takes none"),
+        ("varfast completion tcsh", "want the name of a shell: bash, zsh, fish"),
     ],
 )
 def test_typos_are_answered_in_words_with_2(answers, line, message):
@@ -118,6 +123,21 @@ def test_typos_are_answered_in_words_with_2(answers, line, message):
     assert error.startswith("error: ")
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_reader_that_has_ended_is_no_error():
+    """As in `varfast env | head -1`."""
+    code = (
+        "import os, sys, types\n"
+        "sys.modules['varfast.env'] = types.SimpleNamespace(main=lambda _: [print('x' * 9999) for _ in range(99)])\n"
+        "from varfast.command import run_command\n"
+        "run_command('env', [])\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_version_and_the_list_of_commands(answers):

@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from varfast.data.datasets import FolderImages, class_folders
+from varfast.data.captions import SHAPES
+from varfast.data.datasets import LABELLED, FolderImages, class_folders
+from varfast.data.shapes import SCENES_A_LABEL
 from varfast.files import read_json
 from varfast.policies.config import FamilyConfig, RolloutConfig
 from varfast.printable import printable
@@ -112,6 +114,11 @@ def labels_of(images: FolderImages) -> list[Label]:
     return [Label(label, printable(f), printable(name), count) for label, (f, name, count) in enumerate(rows)]
 
 
+def drawn_labels() -> list[Label]:
+    """The labels of pretrain.dataset=shapes."""
+    return [Label(label, name, name, SCENES_A_LABEL) for label, name in enumerate(SHAPES.labels)]
+
+
 def label_table(labels: Sequence[Label]) -> str:
     """A table of label, folder and number of images; of more than 40 labels, the first 30 and the last 5."""
     shown = list(labels) if len(labels) <= _SHOWN_ROWS else [*labels[: _SHOWN_ROWS - 10], *labels[-5:]]
@@ -194,8 +201,9 @@ def run_names(policy: FamilyConfig, dataset: str, folder: Path, made: bool) -> l
         return label_names(folder, num_classes)
     if checkpoint != "pretrain":  # a run keeps a copy of the names: do not look at the checkpoint again
         return label_names(folder if made else checkpoint, num_classes)
-    if dataset == "digits":
-        return [str(digit) for digit in range(10)] if num_classes == 10 else None
+    if dataset in LABELLED:
+        names = [str(digit) for digit in range(10)] if dataset == "digits" else [row.name for row in drawn_labels()]
+        return names if num_classes == len(names) else None
     if made:
         return None
     return [printable(name) for name in _named(class_folders(str(Path(dataset).expanduser())))]

@@ -8,13 +8,62 @@ Axes: N image, R row of the grid, C column of it; H, W pixels.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from varfast.config import Config
+from varfast.data.datasets import DigitsClassifier
+from varfast.data.prompts import PromptSet
+from varfast.rewards import WeightedSum
+from varfast.rewards.composition import CompositionReward
 
 # Rec. 601, as `varfast.rewards.brightness`.
 _LUMA = (0.299, 0.587, 0.114)
 _DARK, _BRIGHT = 0.05, 0.95
 _LEVELS = 4  # of each colour channel, of the histogram of colours
+
+# From (N, 3, H, W) images and their (N,) labels, or rows of the table of prompts, to (N,): 1 where one is read as it.
+_Reader = Callable[[Tensor, Tensor], Tensor]
+
+
+class Looks:
+    """What the pictures of a run's grids look like: `appearance`, and label_accuracy where the run has what reads it.
+
+    label_accuracy is the share of the images that are read as their label, or that show what their prompt asks: by
+    eval.classifier, by a reward that is a classifier, or, of prompts.source=digits, by the reader of those scenes.
+    Nothing is fetched for it.
+
+    Args:
+        config, rewards, prompts: of the run.
+    """
+
+    def __init__(self, config: Config, rewards: WeightedSum, prompts: PromptSet | None) -> None:
+        self._of_run = config, rewards, prompts
+
+    @functools.cached_property
+    def _reader(self) -> _Reader | None:
+        return _reader(*self._of_run)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, labels_N: Tensor, columns: int) -> dict[str, float]:
+        """Of (N, 3, H, W) images in [0, 1] of these labels, `columns` in a row: numbers by name."""
+        found = appearance(images, columns)
+        if self._reader is not None:
+            found["label_accuracy"] = float(self._reader(images, labels_N).double().mean())
+        return found
+
+
+def _reader(config: Config, rewards: WeightedSum, prompts: PromptSet | None) -> _Reader | None:
+    if prompts is not None:
+        if config.prompts is None or config.prompts.source != "digits":
+            return None
+        shown = WeightedSum({"shown": CompositionReward(type="composition")}, prompts=prompts)
+        return lambda images, rows_N: shown(images, rows_N).total_B
+    ranks = DigitsClassifier().ranks if config.eval.classifier == "digits" else rewards.ranks
+    return None if ranks is None else lambda images, labels_N: ranks(images, labels_N) < 1
 
 
 @torch.no_grad()

@@ -62,8 +62,8 @@ _FREE_TO_CHANGE = (
 )
 # Files that a resumed run writes again or can do without.
 _REWRITTEN = (
-    "appearance.json", "before_after.json", "config.yaml", "environment.json", "grid_rows.json", "labels.json",
-    "metrics.jsonl", "prompts.jsonl", "summary.json", "tokenizer.json",
+    "appearance.json", "before_after.json", "config.yaml", "ended.json", "environment.json", "grid_rows.json",
+    "labels.json", "metrics.jsonl", "prompts.jsonl", "summary.json", "tokenizer.json",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from varfast.config import Config
+from varfast.data.datasets import LABELLED
 from varfast.data.labels import LABELS_FILE, labels_json, read_labels
 from varfast.files import read_text, save_text
 from varfast.policies.families import text_tokenizer
@@ -37,7 +38,7 @@ def prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.
     if address == "random":
         return
     base = Base(folder, config.policy.parts)
-    outside = of_folder and not (address == "pretrain" and config.pretrain.dataset == "digits")
+    outside = of_folder and not (address == "pretrain" and config.pretrain.dataset in LABELLED)
     untrusted = (
         f"{folder.path} was named, and not its config: if you trust that, and what it starts from "
         f"(policy.checkpoint={printable(address)}), pass it as a file: {folder.config} run.dir={folder.path}"
