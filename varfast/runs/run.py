@@ -331,10 +331,10 @@ class Run:
         evaluations, step, log = self._evaluations, self.state.step, self._log
         if not evaluations.on:
             return
-        if log and not log.has(0, "eval/reward"):
+        if log and not evaluations.of_base.items() <= log.metrics_of(0).items():
             log.amend(0, evaluations.of_base)
         due = step > 0 and evaluations.due(step, self._ended_by is not None)
-        if due and decided_by_first(lambda: log is not None and not log.has(step, "eval/reward")):
+        if due and decided_by_first(lambda: log is not None and "eval/reward" not in log.metrics_of(step)):
             found = self._evaluated(trained=False)
             if log and found:
                 log.amend(step, found)
