@@ -12,7 +12,7 @@ from varfast.rewards import WeightedSum
 from varfast.runs.before_after import FILE, BeforeAfter, means, table
 from varfast.runs.pictures import shown_prompts
 from varfast.train import train
-from varfast.types import Prompts, Rollout
+from varfast.types import Rollout
 
 
 def content(config):
@@ -52,13 +52,14 @@ def test_before_is_measured_again_where_the_table_is_of_other_samples(make_confi
 def test_before_is_measured_once_where_nothing_changed(make_config, monkeypatch):
     sampled = []
 
-    def count(self, *arguments, sample=Policy.sample, **keywords):
-        sampled.append(keywords["step"])
-        return sample(self, *arguments, **keywords)
+    def count(self, prompts, how, key, *arguments, sample=Policy.sample_images, **keywords):
+        sampled.append(key.step)
+        return sample(self, prompts, how, key, *arguments, **keywords)
 
-    monkeypatch.setattr(Policy, "sample", count)
+    monkeypatch.setattr(Policy, "sample_images", count)
     train(make_config(run__steps=2))
     before_and_after = sampled.count(EVAL_STEP)
+    assert before_and_after == 2
     sampled.clear()
     train(make_config(run__steps=3))
     assert 2 * sampled.count(EVAL_STEP) == before_and_after
@@ -158,14 +159,12 @@ class Painter:
     def __init__(self, prompts, light):
         self.texts, self.light, self.sampled = prompts.texts, light, []
 
-    def sample(self, ids_B, temperature, *, seed, cfg, step, first_sample):
-        self.sampled += [(int(row), first_sample + i) for i, row in enumerate(ids_B)]
-        zeros = torch.zeros(len(ids_B), 4)
-        return Rollout(Prompts(ids_B), ids_B.unsqueeze(1), zeros, zeros, temperature, True)
-
-    def decode(self, tokens_BL):
-        grey = [len(self.texts[int(row)]) / 100 + self.light for row in tokens_BL[:, 0]]
-        return torch.tensor(grey).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    def sample_images(self, prompts, how, key):
+        self.sampled += [(int(row), key.first_sample + i) for i, row in enumerate(prompts.ids_B)]
+        zeros = torch.zeros(len(prompts), 4)
+        rollout = Rollout(prompts, prompts.ids_B.unsqueeze(1), zeros, zeros, how.temperature, True)
+        grey = [len(self.texts[int(row)]) / 100 + self.light for row in prompts.ids_B]
+        return rollout, torch.tensor(grey).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
 
 
 def table_of_prompts(make_config, tmp_path, prompts, **settings):

@@ -39,6 +39,7 @@ print(json.dumps(answers))
 def answers():
     """Of command lines that need no PyTorch: (code, stdout, stderr, heavy modules) by what was typed."""
     commands = ("train", "sample", "evaluate", "statistics", "report", "export", "pretrain", "roofline", "env")
+    commands += ("completion",)
     lines = [[f"varfast.{name}", "--help"] for name in commands]
     lines += [["varfast", name, "-h"] for name in commands]
     lines += [
@@ -60,6 +61,8 @@ def answers():
         ["varfast.export", "runs/x", "out=x.bin"],
         ["varfast.report"],
         ["varfast.env", "cuda"],
+        ["varfast", "completion", "tcsh"],
+        ["varfast", "completion", "fish"],
     ]
     done = subprocess.run(
         [sys.executable, "-c", AS_MODULES, json.dumps(lines)], cwd=ROOT, capture_output=True, text=True, check=True
@@ -110,6 +113,7 @@ def test_help_of_one_section_shows_type_default_and_meaning(answers):
         ("varfast.export runs/x out=x.bin", "want a name that ends with .safetensors or .pth"),
         ("varfast.report", "runs is missing"),
         ("varfast.env cuda", "env takes none"),
+        ("varfast completion tcsh", "want the name of a shell: bash, zsh, fish"),
     ],
 )
 def test_typos_are_answered_in_words_with_2(answers, line, message):

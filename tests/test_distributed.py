@@ -137,7 +137,7 @@ CASES = {
     # Not one log-probability of the update differs from the rollout's.
     "strict": {"run__strict": True, "run__dtype": "bfloat16"},
     # var.pth is the average; the KL of the third step is to the policy after two.
-    "average": {"update__ema_decay": 0.8, "update__lr": 1e-3, "grpo__reference_every": 2},
+    "average": {"update__ema_decay": 0.8, "update__lr": 1e-3, "grpo__reference_every": 2, "eval__every": 2},
     # All that moves a loss beside its defaults: numbers of the whole step, and an average as reference.
     "loss": {
         "grpo": {"ratio": "sequence", "kl_gradient": "unbiased", "reference_ema": 0.5, "normalise_std": False,

@@ -143,9 +143,9 @@ def test_an_include_of_something_that_is_not_there_is_an_error():
     code = '```text\n[x](../no.md "include")\n```'
     assert expand(code, DOCS / "index.md") == code
     assert expand('[a](b.md "include") and more', DOCS / "index.md") == '[a](b.md "include") and more'
-    links = expand('[x](../README.md#read-the-numbers "include")', DOCS / "index.md")
-    assert "| metric | healthy | otherwise |" in links
-    assert "## See where" not in links
+    text = expand('[x](../README.md#look-at-a-run "include")', DOCS / "index.md")
+    assert "guide/numbers.md" in text
+    assert "## Sample, measure" not in text
 
 
 @needs_mkdocs

@@ -163,6 +163,24 @@ def read_nothing(arguments: list[str]) -> None:
         raise InputError(f"argument {arguments[0]!r}: env takes none; usage: {_usage('env')}")
 
 
+# Where each shell looks for the script of a command.
+_SCRIPTS = {
+    "bash": "~/.local/share/bash-completion/completions/varfast",
+    "zsh": '"${fpath[1]}/_varfast"',
+    "fish": "~/.config/fish/completions/varfast.fish",
+}
+SHELLS = tuple(_SCRIPTS)
+
+
+def read_shell(arguments: list[str]) -> str:
+    """The argument of `completion`. Raises: InputError."""
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        shell = os.path.basename(os.environ.get("SHELL", ""))
+        hint = f"; yours is {shell}" if shell in SHELLS else ""
+        raise InputError(f"want the name of a shell: {', '.join(SHELLS)}{hint}; usage: {_usage('completion')}")
+    return arguments[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The commands
 
@@ -248,7 +266,14 @@ COMMANDS = {
         (_CONFIG,),
     ),
     "env": Command("show versions, hardware, and which kernels run here and why", "", read_nothing),
+    "completion": Command(
+        "print a script that lets a shell complete commands, keys, values and paths",
+        "|".join(SHELLS),
+        read_shell,
+        options=tuple((shell, f"varfast completion {shell} > {file}") for shell, file in _SCRIPTS.items()),
+    ),
 }
+HELP = "the same as COMMAND --help, or as --help"
 
 
 def _usage(name: str) -> str:
@@ -344,6 +369,8 @@ def _print(text: str) -> int:
 
 def main() -> NoReturn:
     """`varfast COMMAND ...`, which is also `python -m varfast COMMAND ...`."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what to complete
+        importlib.import_module("varfast.completion").answer()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         run_command(name, arguments)

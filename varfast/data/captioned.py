@@ -1,4 +1,4 @@
-"""Captioned images, to pre-train a model that is conditioned on text: scenes of digits, or a folder of one's own.
+"""Captioned images, to pre-train a model that is conditioned on text: scenes of digits or shapes, or a folder of one's own.
 
 Such a data set gives an image and the row of its caption, as a labelled one gives its label; `texts` are the captions,
 each once.
@@ -18,30 +18,30 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from varfast.data.datasets import random_crop
+from varfast.data.datasets import CAPTIONED, random_crop
 from varfast.data.images import SUFFIXES, ImageFile, Listing, check_images, read_rgb
 from varfast.data.scenes import captioned_scenes
+from varfast.data.shapes import captioned_shapes
 from varfast.files import parse_json, read_text
 from varfast.printable import printable
 from varfast.types import InputError
 
-# Scenes of digits by their name in a config, and how many.
-DIGITS = "captioned_digits"
-_SCENES_A_CAPTION = 20
+_SCENES_A_CAPTION = {"captioned_digits": 20, "captioned_shapes": 40}
 METADATA_FILE = "metadata.jsonl"
 _EXAMPLE = '{"file_name": "cat.png", "text": "a cat"}'
 _MOST_LETTERS = 20_000
 
 
 class CaptionedScenes(TensorDataset):
-    """Scenes of digits, a function of the seed.
+    """Scenes of digits or shapes, a function of the seed.
 
     Attributes:
         texts: captions by row.
     """
 
-    def __init__(self, image_size: int, seed: int) -> None:
-        images, rows_N, self.texts = captioned_scenes(_SCENES_A_CAPTION, image_size, seed)
+    def __init__(self, dataset: str, image_size: int, seed: int) -> None:
+        draw = {"captioned_digits": captioned_scenes, "captioned_shapes": captioned_shapes}[dataset]
+        images, rows_N, self.texts = draw(_SCENES_A_CAPTION[dataset], image_size, seed)
         super().__init__(images, rows_N)
 
 
@@ -82,14 +82,14 @@ def load_captioned(dataset: str, image_size: int, seed: int, check: bool = True)
     """Images and rows of captions for pre-training.
 
     Args:
-        dataset: "captioned_digits", or a folder with metadata.jsonl.
-        image_size: side in pixels; of the digits a multiple of 12.
-        seed: of the run, for the scenes of digits.
+        dataset: "captioned_digits", "captioned_shapes", or a folder with metadata.jsonl.
+        image_size: side in pixels; of the digits a multiple of 12, of the shapes at least 24.
+        seed: of the run, for the scenes.
         check: read every file once, to name all files that cannot be read.
-    Raises: InputError as CaptionedFolder and varfast.data.scenes.draw_scene.
+    Raises: InputError as CaptionedFolder, varfast.data.scenes.draw_scene and varfast.data.shapes.draw_shapes.
     """
-    if dataset == DIGITS:
-        return CaptionedScenes(image_size, seed)
+    if dataset in CAPTIONED:
+        return CaptionedScenes(dataset, image_size, seed)
     images = CaptionedFolder(str(Path(dataset).expanduser()), image_size)
     if check:
         images.check()
@@ -98,8 +98,8 @@ def load_captioned(dataset: str, image_size: int, seed: int, check: bool = True)
 
 def captions_fingerprint(dataset: str) -> str:
     """Identifies the content of a captioned data set: captions, names, sizes and times of its images."""
-    if dataset == DIGITS:
-        return DIGITS
+    if dataset in CAPTIONED:
+        return dataset
     digest = hashlib.sha256()
     folder = str(Path(dataset).expanduser())
     for file, text in _captions(folder):
@@ -113,8 +113,8 @@ def _captions(folder: str) -> Iterator[tuple[ImageFile, str]]:
     where, path = f"pretrain.dataset={folder}", Path(folder) / METADATA_FILE
     if not path.is_file():
         raise InputError(
-            f"{where}: no {METADATA_FILE} in it; a model that is conditioned on text is pre-trained on '{DIGITS}', or "
-            f"on a folder whose {METADATA_FILE} has a line an image, as {_EXAMPLE}"
+            f"{where}: no {METADATA_FILE} in it; a model that is conditioned on text is pre-trained on "
+            f"{' or '.join(map(repr, CAPTIONED))}, or on a folder whose {METADATA_FILE} has a line an image, as {_EXAMPLE}"
         )
     found = False
     for number, line in enumerate(read_text(path).split("\n"), 1):

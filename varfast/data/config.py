@@ -7,6 +7,8 @@ from pydantic import Field, field_validator, model_validator
 from varfast.settings.section import Section, Source
 
 HUB_DATASETS = "hf://datasets/"
+# Worlds of varfast/data/captions.py, whose captions are prompts.
+DRAWN = ("digits", "shapes")
 
 
 class PromptsConfig(Section):
@@ -18,7 +20,7 @@ class PromptsConfig(Section):
 
     source: Source = Field(
         description="a text file with a prompt a line; a .jsonl file; hf://datasets/owner/name, which the package "
-        "datasets reads; or 'digits', the captions of pretrain.dataset=captioned_digits"
+        "datasets reads; or 'digits' or 'shapes', the captions of pretrain.dataset=captioned_digits or captioned_shapes"
     )
     column: str = Field("prompt", min_length=1, description="of JSON lines and data sets: the key of the text")
     tag_column: str = Field("tag", min_length=1, description="likewise, of the tag, such as colour or counting")

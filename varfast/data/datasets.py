@@ -1,4 +1,5 @@
-"""Labelled images: the handwritten digits of scikit-learn, or any folder with a sub-folder for each class.
+"""Labelled images: the handwritten digits of scikit-learn, scenes of shapes, or any folder with a sub-folder for each
+class.
 
 Axes: N image; images are (N, 3, H, W) float32 in [0, 1].
 """
@@ -32,6 +33,9 @@ from varfast.printable import printable
 from varfast.types import InputError
 
 Images = Dataset[tuple[Tensor, ...]]
+# Data sets that need no files, by their names in a config: with labels, and with captions.
+LABELLED = ("digits", "shapes")
+CAPTIONED = ("captioned_digits", "captioned_shapes")
 
 # Brightness of paper and ink of the digits: about one image in eleven is bright by the rule of arXiv:2505.23331 (mean
 # luma >= 0.8).
@@ -47,8 +51,8 @@ def load_images(
     """Images and labels for pre-training.
 
     Args:
-        dataset: "digits", or a folder with a sub-folder for each class: see FolderImages.
-        image_size: side in pixels. Digits come at 8, or at a multiple of 8 by repetition.
+        dataset: "digits", "shapes", or a folder with a sub-folder for each class: see FolderImages.
+        image_size: side in pixels. Digits come at 8, or at a multiple of 8 by repetition; shapes at 24 or more.
         num_classes: labels of the model, which must be the number of classes in the folder; None: not checked.
         sizes_key: where the config has num_classes, for errors.
         check: read every file once, to name all files that cannot be read.
@@ -57,6 +61,16 @@ def load_images(
     """
     if dataset == "digits":
         return TensorDataset(*digits(image_size))
+    if dataset == "shapes":
+        from varfast.data.captions import SHAPES
+        from varfast.data.shapes import labelled_shapes
+
+        if num_classes not in (None, len(SHAPES.labels)):
+            raise InputError(
+                f"pretrain.dataset=shapes has {len(SHAPES.labels)} labels, {sizes_key}.num_classes={num_classes}; set "
+                f"{sizes_key}.num_classes={len(SHAPES.labels)}"
+            )
+        return TensorDataset(*labelled_shapes(image_size, seed=0))
     images = FolderImages(str(Path(dataset).expanduser()), image_size)
     if num_classes is not None and len(images.classes) != num_classes:
         raise InputError(_other_number(images, num_classes, f"{sizes_key}.num_classes"))
@@ -174,8 +188,8 @@ def class_folders(folder: str) -> list[str]:
     if os.path.isfile(folder):
         raise InputError(f"{where}: a file; want a folder with a sub-folder a class (unpack an archive first)")
     if not os.path.isdir(folder):
-        captions = "; captions are for a model that is conditioned on text" if folder == "captioned_digits" else ""
-        raise InputError(f"{where}: no such folder; want 'digits' or a folder with a sub-folder a class{captions}")
+        captions = "; captions are for a model that is conditioned on text" if folder in CAPTIONED else ""
+        raise InputError(f"{where}: no such folder; want 'digits', 'shapes' or a folder with a sub-folder a class{captions}")
     try:
         entries = [entry for entry in sorted_entries(folder) if not is_hidden(entry.name)]
         gone = [entry.name for entry in entries if entry.is_symlink() and not os.path.exists(entry.path)]
@@ -239,8 +253,8 @@ def random_crop(picture: Image.Image, size: int) -> Tensor:
 
 def fingerprint(dataset: str) -> str:
     """Identifies the content of a data set: order of its labels, and names, sizes and times of its images."""
-    if dataset == "digits":
-        return "digits"
+    if dataset in LABELLED:
+        return dataset
     digest = hashlib.sha256()
     folder = str(Path(dataset).expanduser())
     for label, name in enumerate(class_folders(folder)):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from varfast.data.config import HUB_DATASETS, PromptsConfig
+from varfast.data.config import DRAWN, HUB_DATASETS, PromptsConfig
 from varfast.files import parse_json, read_text, save_text
 from varfast.printable import printable
 from varfast.types import InputError
@@ -87,7 +87,7 @@ def run_prompts(config: PromptsConfig, seed: int, folder: Path, going_on: bool, 
     saved = folder / PROMPTS_FILE
     if (going_on or of_folder) and saved.exists():
         return saved_prompts(folder)
-    if of_folder and config.source != "digits":
+    if of_folder and config.source not in DRAWN:
         raise InputError(
             f"{saved} is gone; {folder} was named, and not its config: if you trust prompts.source="
             f"{printable(config.source)}, pass the config as a file, as {folder / 'config.yaml'} run.dir={folder}"
@@ -177,10 +177,10 @@ def _once(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
 
 
 def _read(source: str, config: PromptsConfig) -> list[Prompt]:
-    if source == "digits":
-        from varfast.data.captions import digits_prompts
+    if source in DRAWN:
+        from varfast.data.captions import WORLDS
 
-        return digits_prompts()
+        return WORLDS[source].prompts()
     if source.startswith(HUB_DATASETS):
         rows: Iterable[Mapping[str, Any]] = _hub_rows(source, config.split)
         found = list(_of_rows(rows, source, config.column, config.tag_column))

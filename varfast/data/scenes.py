@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varfast.data.captions import PLACES, SHADES, Scene, all_captions
+from varfast.data.captions import CORNERS, DIGITS, Scene
 from varfast.data.datasets import load_strokes
 from varfast.types import InputError
 
@@ -31,15 +31,15 @@ def draw_scene(scene: Scene, image_size: int, rng: np.random.RandomState) -> Ten
     if image_size % SCENE_PX:
         raise InputError(f"scenes of digits are {SCENE_PX} pixels wide; an image side of {image_size} is no multiple")
     if scene.place is None:
-        cells = rng.choice(len(PLACES), scene.count, replace=False).tolist()
+        cells = rng.choice(len(CORNERS), scene.count, replace=False).tolist()
     else:
-        cells = [PLACES.index(scene.place)]
+        cells = [CORNERS.index(scene.place)]
     strokes_HW = torch.zeros(SCENE_PX, SCENE_PX)
-    hands = _hands()[scene.digit]
+    hands = _hands()[scene.figure]
     for cell in cells:
         top, left = FIGURE_PX * (cell // 2), FIGURE_PX * (cell % 2)
         strokes_HW[top : top + FIGURE_PX, left : left + FIGURE_PX] = hands[rng.randint(len(hands))]
-    paper, ink = (torch.tensor(SHADES[name]).view(3, 1, 1) for name in (scene.paper, scene.ink))
+    paper, ink = (torch.tensor(DIGITS.shades[name]).view(3, 1, 1) for name in (scene.paper, scene.ink))
     repeat = image_size // SCENE_PX
     return (paper + (ink - paper) * strokes_HW).repeat_interleave(repeat, dim=1).repeat_interleave(repeat, dim=2)
 
@@ -50,10 +50,10 @@ def captioned_scenes(per_caption: int, image_size: int, seed: int) -> tuple[Tens
     Returns: images (N, 3, image_size, image_size), (N,) int64 rows of the captions, and the captions' texts.
     Raises: InputError as draw_scene.
     """
-    captions = [caption for caption in all_captions() if not caption.is_new]
+    captions = [caption for caption in DIGITS.captions if not caption.is_new]
     rng = np.random.RandomState(seed)
     rows_N = np.tile(np.arange(len(captions)), per_caption)
-    scenes: list[Sequence[Scene]] = [caption.scenes() for caption in captions]
+    scenes: list[Sequence[Scene]] = [DIGITS.scenes(caption) for caption in captions]
     images = [draw_scene(scenes[row][rng.randint(len(scenes[row]))], image_size, rng) for row in rows_N]
     return torch.stack(images), torch.from_numpy(rows_N), [caption.text for caption in captions]
 

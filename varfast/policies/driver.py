@@ -29,9 +29,9 @@ from varfast.policies.config import LoRAConfig
 from varfast.policies.guidance import guided_logits
 from varfast.policies.pixels import Pixels, after_this_stream
 from varfast.policies.precision import MixedPrecision
+from varfast.policies.pretrained import Pretrained
 from varfast.policies.protocol import Policy
 from varfast.policies.sampler import Captured, Sampled, Sampler
-from varfast.policies.text import Conditioned
 from varfast.randomness import Key
 from varfast.settings.section import check_divides
 from varfast.types import InputError, Prompts, Rollout, Sampling, TokenLogp
@@ -39,7 +39,7 @@ from varfast.types import InputError, Prompts, Rollout, Sampling, TokenLogp
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Driver(Conditioned, ABC):
+class Driver(Pretrained, ABC):
     """A policy of any family: see protocol.Policy, which it implements.
 
     Attributes:

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from varfast.config import Config
-from varfast.data.captioned import DIGITS as CAPTIONED_DIGITS
 from varfast.data.captioned import captions_fingerprint, load_captioned
-from varfast.data.datasets import FolderImages, Images, fingerprint, load_images
-from varfast.data.labels import LABELS_FILE, caption, labels_json, labels_of
+from varfast.data.datasets import CAPTIONED, LABELLED, FolderImages, Images, fingerprint, load_images
+from varfast.data.labels import LABELS_FILE, Label, caption, drawn_labels, labels_json, labels_of
 from varfast.files import read_json, remove_leftovers, save_tensors, save_text
 from varfast.policies.families import family_of
 from varfast.policies.janus.text import TextTokenizer
@@ -95,8 +94,8 @@ def pretrained(config: Config, device: torch.device) -> tuple[Path, Path]:
                 raise
         if _of_texts(config):
             _text_of(models[0]).save(folder / TOKENIZER_FILE)
-        elif _is_own(config):
-            save_text(folder / LABELS_FILE, labels_json(labels_of(_own_images(config))))
+        elif (labels := _labels(config)) is not None:
+            save_text(folder / LABELS_FILE, labels_json(labels))
         for path, model in zip(paths, models, strict=True):
             save_tensors(path, model.state_dict())
         # Written last: without it, the other files count as missing.
@@ -117,7 +116,7 @@ def _of_texts(config: Config) -> bool:
 
 def _is_own(config: Config) -> bool:
     """Whether the base learns from images of the user's."""
-    return config.pretrain.dataset not in ("digits", CAPTIONED_DIGITS)
+    return config.pretrain.dataset not in (*LABELLED, *CAPTIONED)
 
 
 def _kept(config: Config, paths: tuple[Path, Path]) -> list[Path]:
@@ -141,6 +140,13 @@ def _damage(paths: Sequence[Path]) -> str | None:
         return f"{report.name} does not say what belongs there"
     found = {path.name: note.differs(path) for path, note in zip(paths, notes, strict=True)}
     return next((f"{name} {problem}" for name, problem in found.items() if problem), None)
+
+
+def _labels(config: Config) -> list[Label] | None:
+    """What the labels of the base are called; None for the digits, whose names are their numbers."""
+    if config.pretrain.dataset == "shapes":
+        return drawn_labels()
+    return labels_of(_own_images(config)) if _is_own(config) else None
 
 
 def _own_images(config: Config) -> FolderImages:

@@ -14,7 +14,7 @@ from varfast.runs.alarm import WINDOW, Alarm, Idle
 
 Level = Literal["healthy", "look", "broken"]
 
-# The table of the README under "Read the numbers": what is healthy, and what it means otherwise.
+# The table of docs/guide/numbers.md: what is healthy, and what it means otherwise.
 HEALTHY = {
     "ratio_gap_max": (
         "at rounding: 1e-5 in float32, a few hundredths in bfloat16",

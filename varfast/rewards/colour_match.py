@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from varfast.data.captions import SHADES
+from varfast.data.captions import WORLDS, World
 from varfast.rewards.building import Building, PerImage, Reward, RewardSection, Scored
-from varfast.rewards.composition import asked_of
+from varfast.rewards.composition import Scenes, asked_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,10 +25,14 @@ class ColourMatchReward(RewardSection):
     """Mean over the pixels of 1 minus the distance to the nearest colour of the prompt; can be fooled."""
 
     type: Literal["colour_match"] = Field(description="the kind of reward")
+    scenes: Scenes = Field("digits", description="which colours have names: those of digits, or of shapes")
 
     def build(self, building: Building) -> Reward:
+        world = WORLDS[self.scenes]
+
         def score(scored: Scored) -> Tensor:
-            return colour_match(scored.images, asked_of(scored.batch.prompts, scored.batch.metadata, building.key))
+            asked = asked_of(world, scored.batch.prompts, scored.batch.metadata, building.key)
+            return colour_match(world, scored.images, asked)
 
         return PerImage(building, score)
 
@@ -36,13 +40,13 @@ class ColourMatchReward(RewardSection):
         return None
 
 
-def colour_match(images: Tensor, asked: Sequence[Mapping[str, Any]]) -> Tensor:
+def colour_match(world: World, images: Tensor, asked: Sequence[Mapping[str, Any]]) -> Tensor:
     """(B,) in [0, 1] of (B, 3, H, W) images in [0, 1]; 1 where a prompt names neither ink nor paper."""
     import torch
 
     scores = []
     for image, wanted in zip(images.float(), asked, strict=True):
-        named = [SHADES[wanted[name]] for name in ("ink", "paper") if name in wanted]
+        named = [world.shades[wanted[name]] for name in ("ink", "paper") if name in wanted]
         if not named:
             scores.append(image.new_ones(()))
             continue

@@ -1,208 +1,167 @@
-"""Whether a picture of digits shows what its prompt asks for: digit, colour, count and position, read from the pixels.
+"""Whether a picture of digits or shapes shows what its prompt asks for: kind, colour, count and position of its figures.
 
-The scenes of varfast/data/captions.py have figures in the four corners of a sheet. A picture is read corner by corner:
-paper is the colour that most pixels have, a corner holds a figure where enough pixels differ from it, the ink is that
-of the pixels that differ most, and a classifier of handwritten digits tells what is written there. Nothing is fetched.
+The scenes are those of varfast/data/captions.py; varfast/rewards/scene_readers.py reads them from the pixels. Nothing is
+fetched.
 
-Which attributes count for an image is said by the metadata of its prompt: `digit` (0 to 9), `ink` and `paper` (names of
-colours), `count`, `place` ("top left" and so on). What a prompt does not name is not judged.
+Which attributes count for an image is said by the metadata of its prompt: `digit` (0 to 9) or `shape` ("star"), `ink`
+and `paper` (names of colours), `count`, `place` ("top left" and so on). A prompt without them may be one of the
+captions, or a label of pretrain.dataset=shapes, "red star". What a prompt does not name is not judged.
 
-Axes: B image, K corner, F number that is read of a corner.
+Axes: B image, K figure, F number that is read of a figure.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from varfast.data.captions import COUNTS, PLACES, SHADES
+from varfast.data.captions import WORLDS, World
 from varfast.printable import printable
 from varfast.rewards.building import Building, PerImage, Reward, RewardSection, Scored
+from varfast.settings.schema import Wanted
 from varfast.types import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Check = Literal["digit", "colour", "count", "position"]
-# What each check reads of a prompt's metadata, and the values that it knows.
-ASKED: dict[str, tuple[object, ...]] = {
-    "digit": tuple(range(10)),
-    "ink": tuple(SHADES),
-    "paper": tuple(SHADES),
-    "count": tuple(COUNTS),
-    "place": PLACES,
+    from varfast.rewards.scene_readers import Reading, SceneReader
+
+Check = Literal["digit", "shape", "colour", "count", "position"]
+Scenes = Literal["digits", "shapes"]
+_CHECKS_OF: dict[str, tuple[Check, ...]] = {
+    "digits": ("digit", "colour", "count", "position"),
+    "shapes": ("shape", "colour", "count", "position"),
 }
-# Distance in RGB, each in [0, 1], from which on a colour is seen on the paper; the palest pair of ours has 0.8.
-_SEEN = 0.35
-# Pixels nearer than this have the same colour.
-_SAME = 0.25
-# Pixels of a figure's 36 whose mean is its ink, and how many must be at least half ink.
-_INK_PIXELS, _LEAST_PIXELS = 4, 6
 
 
 class CompositionReward(RewardSection):
-    """Whether digit, colours, count and position are those of the prompt; for prompts.source=digits."""
+    """Whether figures, colours, count and position are those of the prompt; for prompts.source=digits or shapes."""
 
     type: Literal["composition"] = Field(description="the kind of reward")
+    scenes: Scenes = Field("digits", description="what is in the pictures: digits in corners, or shapes")
     checks: tuple[Check, ...] = Field(
-        ("digit", "colour", "count", "position"),
+        _CHECKS_OF["digits"],
         min_length=1,
         strict=False,
-        description="what is judged, of what a prompt names; colour: ink and paper",
+        description="what is judged, of what a prompt names; colour: ink and paper. scenes=shapes has shape in place of "
+        "digit",
+    )
+    asked: Annotated[dict[str, int | str], Wanted("attributes and values, such as {count: 3}")] = Field(
+        default_factory=dict,
+        description="what every image is asked for, beside what its prompt or label names: {count: 3}",
     )
     mode: Literal["exact", "share", "graded"] = Field(
         "exact",
         description="1 if all checks are right; the share of them that is; the mean of how near each is, in [0, 1]",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _checks_of_scenes(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("scenes") == "shapes" and "checks" not in data:
+            return data | {"checks": _CHECKS_OF["shapes"]}
+        return data
+
+    @model_validator(mode="after")
+    def _of_one_world(self) -> CompositionReward:
+        world = WORLDS[self.scenes]
+        wrong = [check for check in self.checks if check not in _CHECKS_OF[self.scenes]]
+        if wrong:
+            known = ", ".join(_CHECKS_OF[self.scenes])
+            raise ValueError(f"checks has {wrong[0]}; scenes={self.scenes} has {known}")
+        for name, value in self.asked.items():
+            if problem := _unknown(world, name, value):
+                raise ValueError(f"asked has {problem}")
+        return self
+
     def build(self, building: Building) -> Reward:
-        reader = building.share("scenes of digits", 1024, SceneReader)
-        return PerImage(building, Composition(reader, self.checks, self.mode, building.key))
+        return PerImage(
+            building, Composition(scene_reader(building, self.scenes), self.checks, self.mode, building.key, self.asked)
+        )
 
     def reaches_outside(self) -> str | None:
         return None
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What is seen in each corner of a picture.
+def scene_reader(building: Building, scenes: Scenes) -> SceneReader:
+    """What reads pictures, the same for all rewards. Raises: InputError if scikit-learn is missing, for digits."""
+    from varfast.rewards.scene_readers import DigitsReader, ShapesReader
 
-    Attributes:
-        paper_B3: its colour.
-        figures_BK: bool, whether the corner holds a figure.
-        ink_BK3: colour of the pixels that differ most from the paper.
-        mass_BK: how much ink there is, in pixels.
-        probability_BKD: of each digit, by the classifier; 0 where there is no figure.
-    """
-
-    paper_B3: Tensor
-    figures_BK: Tensor
-    ink_BK3: Tensor
-    mass_BK: Tensor
-    probability_BKD: Tensor
-
-    def packed(self) -> Tensor:
-        """(B, K, F) float32."""
-        import torch
-
-        paper_BK3 = self.paper_B3.unsqueeze(1).expand_as(self.ink_BK3)
-        columns = [self.figures_BK.unsqueeze(2), self.mass_BK.unsqueeze(2), paper_BK3, self.ink_BK3]
-        return torch.cat([*(column.float() for column in columns), self.probability_BKD], dim=2)
-
-    @classmethod
-    def unpacked(cls, read_BKF: Tensor) -> Reading:
-        figures, mass, paper, ink, probability = read_BKF.split([1, 1, 3, 3, 10], dim=2)
-        return cls(paper[:, 0], figures.squeeze(2) > 0, ink, mass.squeeze(2), probability)
-
-
-class SceneReader:
-    """Reads pictures once for all rewards that judge them.
-
-    Raises: InputError if scikit-learn is missing.
-    """
-
-    def __init__(self) -> None:
-        from varfast.data.datasets import DigitsClassifier
-        from varfast.data.scenes import small_strokes
-
-        self.batch_size = 1024
-        self._classifier = DigitsClassifier(small_strokes())
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, K, F), `Reading.packed`, on their device."""
-        import torch
-
-        return torch.cat([self.read(part).packed() for part in images.split(self.batch_size)]).to(images.device)
-
-    def texts_are_read(self) -> None:
-        pass
-
-    def read(self, images: Tensor) -> Reading:
-        """(B, 3, H, W) in [0, 1] -> what is seen, on the CPU."""
-        import torch
-
-        from varfast.data.scenes import FIGURE_PX, SCENE_PX
-
-        images = torch.nn.functional.interpolate(images.float().cpu(), (SCENE_PX, SCENE_PX), mode="area")
-        paper_B3 = _commonest(images.flatten(2).transpose(1, 2))
-        # Corner by corner, row by row: (B, K, pixel, 3).
-        tiled = images.unflatten(3, (2, FIGURE_PX)).unflatten(2, (2, FIGURE_PX)).permute(0, 2, 4, 3, 5, 1)
-        cells_BKP3 = tiled.flatten(3, 4).flatten(1, 2)
-        difference_BKP3 = cells_BKP3 - paper_B3[:, None, None]
-        most_BKp = difference_BKP3.norm(dim=3).topk(_INK_PIXELS, dim=2).indices
-        ink_BK3 = cells_BKP3.gather(2, most_BKp.unsqueeze(3).expand(-1, -1, -1, 3)).mean(dim=2)
-        axis_BK13 = (ink_BK3 - paper_B3[:, None]).unsqueeze(2)
-        along_BKP = (difference_BKP3 * axis_BK13).sum(dim=3)
-        strokes_BKP = (along_BKP / axis_BK13.square().sum(dim=3).clamp_min(1e-6)).clamp(0.0, 1.0)
-        seen_BK = axis_BK13.norm(dim=3).squeeze(2) >= _SEEN
-        figures_BK = seen_BK & ((strokes_BKP >= 0.5).sum(dim=2) >= _LEAST_PIXELS)
-        probability_BKD = torch.zeros(*figures_BK.shape, 10)
-        if figures_BK.any():
-            written = 1.0 - strokes_BKP[figures_BK].view(-1, 1, FIGURE_PX, FIGURE_PX)
-            probability_BKD[figures_BK] = self._classifier.probabilities(written).float()
-        mass_BK = strokes_BKP.sum(dim=2) * figures_BK
-        return Reading(paper_B3, figures_BK, ink_BK3, mass_BK, probability_BKD)
-
-
-def _commonest(pixels_BP3: Tensor) -> Tensor:
-    """(B, 3), the mean of the pixels round the one that most others are near to."""
-    import torch
-
-    near_BPP = (torch.cdist(pixels_BP3, pixels_BP3) < _SAME).float()
-    densest_B = near_BPP.sum(dim=2).argmax(dim=1)
-    weight_BP1 = near_BPP[torch.arange(len(densest_B)), densest_B].unsqueeze(2)
-    return (pixels_BP3 * weight_BP1).sum(dim=1) / weight_BP1.sum(dim=1)
+    kinds: dict[str, Callable[[], SceneReader]] = {"digits": DigitsReader, "shapes": ShapesReader}
+    return building.share(f"scenes of {scenes}", 1024, kinds[scenes])
 
 
 class Composition:
     """The reward. Arguments: see CompositionReward; key: where it stands in the config, for errors."""
 
-    def __init__(self, reader: SceneReader, checks: Sequence[Check], mode: str, key: str) -> None:
-        self._reader, self._checks, self._mode, self._key = reader, tuple(checks), mode, key
+    def __init__(
+        self, reader: SceneReader, checks: Sequence[Check], mode: str, key: str, asked: Mapping[str, Any]
+    ) -> None:
+        self._reader, self._checks, self._mode, self._key, self._asked = reader, tuple(checks), mode, key, dict(asked)
 
     def __call__(self, scored: Scored) -> Tensor:
         """(B,) in [0, 1]; 1 where the prompt asks for nothing that is checked.
 
         Raises: InputError for a prompt that names none of the attributes, or one with a value that is not known.
         """
+        from varfast.rewards.scene_readers import Reading
+
+        world = self._reader.world
         read_BKF = scored.embeddings(self._reader)
-        asked = asked_of(scored.batch.prompts, scored.batch.metadata, self._key)
-        return judge(Reading.unpacked(read_BKF.cpu()), asked, self._checks, self._mode).to(read_BKF.device)
+        asked = asked_of(world, scored.batch.prompts, scored.batch.metadata, self._key)
+        reading = Reading.unpacked(read_BKF.cpu(), world)
+        return judge(world, reading, [each | self._asked for each in asked], self._checks, self._mode).to(
+            read_BKF.device
+        )
 
 
-def asked_of(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
-    """The attributes that prompts name, from their metadata.
+def asked_of(
+    world: World, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], key: str
+) -> list[dict[str, Any]]:
+    """The attributes that prompts name, from their metadata, or because they are captions or labels of the world.
 
     Raises: InputError for a prompt that names none, or one with a value that is not known.
     """
     found = []
-    for row in range(len(prompts)):
+    for row, prompt in enumerate(prompts):
         named = metadata[row] if metadata else {}
-        asked = {name: named[name] for name in ASKED if name in named}
-        what = f"{key}: the prompt {printable(prompts[row])!r}"
+        asked = {name: named[name] for name in world.known if name in named} or dict(world.asked.get(prompt, {}))
+        what = f"{key}: the prompt {printable(prompt)!r}"
         if not asked:
+            one = next(iter(world.words))
             raise InputError(
-                f"{what} has no metadata of a scene ({', '.join(ASKED)}); use prompts.source=digits, or a JSONL whose "
-                'rows have such keys, as {"prompt": "a red seven", "digit": 7, "ink": "red", "count": 1}'
+                f"{what} has no metadata of a scene ({', '.join(world.known)}); use prompts.source={world.name}, or a "
+                f'JSONL whose rows have such keys, as {{"prompt": "a red {world.words[one][0]}", "{world.figure}": '
+                f'{json.dumps(one)}, "ink": "red", "count": 1}}'
             )
         for name, value in asked.items():
-            if value not in ASKED[name] or isinstance(value, bool):
-                known = ", ".join(map(str, ASKED[name]))
-                raise InputError(f"{what} has {name}={printable(repr(value))}; known: {known}")
+            if problem := _unknown(world, name, value):
+                raise InputError(f"{what} has {problem}")
         found.append(asked)
     return found
 
 
-def judge(reading: Reading, asked: Sequence[Mapping[str, Any]], checks: Sequence[Check], mode: str) -> Tensor:
+def _unknown(world: World, name: str, value: object) -> str | None:
+    """What is wrong with an attribute; None: nothing."""
+    if name not in world.known:
+        return f"{printable(name)}; known: {', '.join(world.known)}"
+    if value in world.known[name] and not isinstance(value, bool):
+        return None
+    return f"{name}={printable(repr(value))}; known: {', '.join(map(str, world.known[name]))}"
+
+
+def judge(
+    world: World, reading: Reading, asked: Sequence[Mapping[str, Any]], checks: Sequence[Check], mode: str
+) -> Tensor:
     """(B,) float32 in [0, 1], how well what is seen is what is asked; mode: see CompositionReward."""
     import torch
 
     scores = []
     for row, wanted in enumerate(asked):
-        parts = [_CHECKS[check](reading, row, wanted, mode == "graded") for check in checks]
+        parts = [_CHECKS[check](world, reading, row, wanted, mode == "graded") for check in checks]
         judged = [part for part in parts if part is not None]
         if mode == "exact":
             scores.append(float(all(part == 1.0 for part in judged)))
@@ -211,34 +170,36 @@ def judge(reading: Reading, asked: Sequence[Mapping[str, Any]], checks: Sequence
     return torch.tensor(scores, dtype=torch.float32)
 
 
-def _digit(reading: Reading, row: int, wanted: Mapping[str, Any], graded: bool) -> float | None:
-    """All figures are the digit; graded: the mean of their probabilities of it."""
-    if "digit" not in wanted:
+def _kind(world: World, reading: Reading, row: int, wanted: Mapping[str, Any], graded: bool) -> float | None:
+    """All figures are the digit, or the shape; graded: the mean of their probabilities of it."""
+    if world.figure not in wanted:
         return None
     probability_nD = reading.probability_BKD[row][reading.figures_BK[row]]
     if not len(probability_nD):
         return 0.0
+    kind = list(world.words).index(wanted[world.figure])
     if graded:
-        return float(probability_nD[:, wanted["digit"]].mean())
-    return float(bool((probability_nD.argmax(dim=1) == wanted["digit"]).all()))
+        return float(probability_nD[:, kind].mean())
+    told = (probability_nD.argmax(dim=1) == kind) & (probability_nD[:, kind] > 0.0)
+    return float(bool(told.all()))
 
 
-def _colour(reading: Reading, row: int, wanted: Mapping[str, Any], graded: bool) -> float | None:
-    """Ink of all figures, and paper; graded: 1 minus the distance in RGB, where that is below 1."""
-    inks = list(reading.ink_BK3[row][reading.figures_BK[row]])
-    seen = {"ink": inks, "paper": [reading.paper_B3[row]]}
+def _colour(world: World, reading: Reading, row: int, wanted: Mapping[str, Any], graded: bool) -> float | None:
+    """Ink of all figures, and paper; graded: how near they are, not below 0."""
+    seen = {"ink": reading.ink_BKS[row][reading.figures_BK[row]], "paper": reading.paper_BS[row : row + 1]}
     parts = []
     for name in ("ink", "paper"):
         if name in wanted:
-            rated = [_near(colour_3, wanted[name]) if graded else float(_name(colour_3) == wanted[name])
-                     for colour_3 in seen[name]]  # fmt: skip
-            parts.append((sum(rated) / len(rated) if graded else min(rated)) if rated else 0.0)
+            shade, near_nS = list(world.shades).index(wanted[name]), seen[name]
+            rated_n = near_nS[:, shade].clamp_min(0.0) if graded else (near_nS.argmax(dim=1) == shade).float()
+            rated = rated_n.tolist() or [0.0]
+            parts.append(sum(rated) / len(rated) if graded else min(rated))
     if not parts:
         return None
     return sum(parts) / len(parts) if graded else min(parts)
 
 
-def _count(reading: Reading, row: int, wanted: Mapping[str, Any], graded: bool) -> float | None:
+def _count(world: World, reading: Reading, row: int, wanted: Mapping[str, Any], graded: bool) -> float | None:
     """The number of figures; graded: 1 / (1 + how many too many or too few)."""
     if "count" not in wanted:
         return None
@@ -246,33 +207,21 @@ def _count(reading: Reading, row: int, wanted: Mapping[str, Any], graded: bool) 
     return 1.0 / (1 + wrong) if graded else float(wrong == 0)
 
 
-def _position(reading: Reading, row: int, wanted: Mapping[str, Any], graded: bool) -> float | None:
-    """A figure in the corner and none elsewhere; graded: the share of the ink that lies in the corner."""
+def _position(world: World, reading: Reading, row: int, wanted: Mapping[str, Any], graded: bool) -> float | None:
+    """A figure at the place and none elsewhere; graded: the share of the ink that lies there."""
     if "place" not in wanted:
         return None
-    corner, mass_K = PLACES.index(wanted["place"]), reading.mass_BK[row]
+    there_K, mass_K = reading.place_BK[row] == list(world.places).index(wanted["place"]), reading.mass_BK[row]
     if graded:
-        return float(mass_K[corner] / mass_K.sum().clamp_min(1e-6))
+        return float(mass_K[there_K].sum() / mass_K.sum().clamp_min(1e-6))
     figures_K = reading.figures_BK[row]
-    return float(bool(figures_K[corner]) and int(figures_K.sum()) == 1)
+    return float(bool(figures_K[there_K].any()) and int(figures_K.sum()) == 1)
 
 
-_CHECKS: dict[str, Callable[[Reading, int, Mapping[str, Any], bool], float | None]] = {
-    "digit": _digit,
+_CHECKS: dict[str, Callable[[World, Reading, int, Mapping[str, Any], bool], float | None]] = {
+    "digit": _kind,
+    "shape": _kind,
     "colour": _colour,
     "count": _count,
     "position": _position,
 }
-
-
-def _distance(colour_3: Tensor, name: str) -> float:
-    return float((colour_3 - colour_3.new_tensor(SHADES[name])).norm())
-
-
-def _near(colour_3: Tensor, name: str) -> float:
-    return max(0.0, 1.0 - _distance(colour_3, name))
-
-
-def _name(colour_3: Tensor) -> str:
-    """The named colour that is nearest."""
-    return min(SHADES, key=lambda name: _distance(colour_3, name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from varfast.settings.problems import show
 from varfast.settings.section import MANY, Device, LocalPath, Section
@@ -150,6 +150,14 @@ class LogConfig(Section):
 class EvalConfig(Section):
     """The table of before and after, sampled with the rollout's temperature."""
 
+    every: int | None = Field(
+        None,
+        ge=0,
+        le=MANY,
+        description="steps between evaluations during training, of the table's samples: eval/reward and the table's "
+        "other rows in metrics.jsonl, TensorBoard and trackers, eval/held_out/... of prompts held out. There is one "
+        "after the last step too. null or 0: none",
+    )
     samples_per_label: int = Field(2, ge=0, le=100_000, description="images a label or prompt; 0: no table")
     max_labels: int = Field(
         1000,
@@ -159,6 +167,14 @@ class EvalConfig(Section):
         "out of domain), chosen by run.seed",
     )
     classifier: Literal["digits"] | None = Field(None, description="whose accuracy on the samples is reported")
+
+    @model_validator(mode="after")
+    def _has_samples(self) -> EvalConfig:
+        if self.every and not self.samples_per_label:
+            raise ValueError(
+                f"eval.every={self.every} with eval.samples_per_label=0, which samples nothing; set it to 1 or more"
+            )
+        return self
 
 
 class ExportConfig(Section):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # A line of metrics.jsonl has 1 to 3 kB.
 _MOST_LINE_BYTES = 2**20
+_LAST_STEP = 2**53
 # Why a run ended before it was complete; a run that goes on removes it.
 ENDED = "ended.json"
 # What each row of the grids shows, whole: the picture has space for the beginning.
@@ -94,18 +95,38 @@ class RunLog:
         """
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._append(json.dumps({"step": step, **metrics}) + "\n")
-        if self._writer is not None:
-            with self._events():
-                for name, value in metrics.items():
-                    self._writer.add_scalar(name, value, step)
-        for tracker in self._trackers:
-            tracker.scalars(metrics, step)
+        self._scalars(step, metrics)
         # A skipped rollout has none of them; DPO has the KL in some steps alone, and no reward on saved pairs.
         shown = {"reward": "reward_mean", "kl": "kl", "margin": "implicit_margin"}
         note = [f"{short}={metrics[name]:.3f}" for short, name in shown.items() if name in metrics]
         if "reward_mean" in metrics and "images_per_s" in metrics:
             note.append(f"{metrics['images_per_s']:.0f} img/s")
         self._progress.update(" ".join(note), total_steps)
+
+    def _scalars(self, step: int, metrics: dict[str, float]) -> None:
+        if self._writer is not None:
+            with self._events():
+                for name, value in metrics.items():
+                    self._writer.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.scalars(metrics, step)
+
+    def amend(self, step: int, metrics: dict[str, float]) -> None:
+        """Add metrics to the line of a step that is over; of step 0 to that of the base, which only this makes."""
+        self._append("")
+        with self._optional("a line of metrics.jsonl, measured later,"):
+            lines = {parse_json(line)["step"]: line for line in _lines(self._metrics, step)}
+            before = parse_json(lines[step]) if step in lines else {"step": step}
+            lines[step] = json.dumps(before | metrics)
+            after = [line for line in _lines(self._metrics, _LAST_STEP) if parse_json(line)["step"] > step]
+            kept = [lines[number] for number in sorted(lines)] + after
+            save_text(self._metrics, "".join(line + "\n" for line in kept))
+        self._scalars(step, metrics)
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether metrics.jsonl has a metric of a step."""
+        lines = _lines(self._metrics, step)
+        return bool(lines) and (last := parse_json(lines[-1]))["step"] == step and name in last
 
     def grid(
         self, step: int, images: Tensor, columns: int, titles: Sequence[str] = (), rows: Sequence[str] = ()
@@ -212,7 +233,8 @@ def step_seconds(folder: Path, last_step: int) -> list[float]:
 
 
 def _lines(path: Path, last_step: int) -> list[str]:
-    """The lines of metrics.jsonl up to `last_step`, one for each step; the later line where a step has two.
+    """The lines of metrics.jsonl up to `last_step`, one for each step; the later line where a step has two. Step 0 is
+    the base, where eval.every has it evaluated.
 
     Half a line, which a killed run leaves at the end, and anything else that is not a line of metrics is skipped.
     """
@@ -224,6 +246,6 @@ def _lines(path: Path, last_step: int) -> list[str]:
                 text = line.decode().rstrip("\n")
             except (ValueError, RecursionError, TypeError, KeyError):
                 continue
-            if isinstance(step, int) and not isinstance(step, bool) and line.endswith(b"\n") and 0 < step <= last_step:
+            if isinstance(step, int) and not isinstance(step, bool) and line.endswith(b"\n") and 0 <= step <= last_step:
                 kept[step] = text
     return [kept[step] for step in sorted(kept)]

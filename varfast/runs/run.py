@@ -38,6 +38,8 @@ from varfast.runs.appearance import Looks
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, found_diverged
+from varfast.runs.evaluating import Evaluations
+from varfast.runs.failures import failure_of_all
 from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
 from varfast.runs.pairs import keep_pairs
@@ -64,6 +66,7 @@ class Run:
         self.setup, self.state = setup, state
         self.shard = setup.shard
         self._before_after, self._profile = before_after, profile
+        self._evaluations = Evaluations(setup, state, before_after)
         self._before = means(before_after.values.get("before", {})) if setup.world.is_main else {}
         self._stopped = 0  # number of the signal that ended it
         self._metrics: dict[str, float] = {}  # of the last step
@@ -72,7 +75,7 @@ class Run:
         work = Work.whole(setup.config, self._cost, setup.work.reads_reference)
         self._budget = Budget.of(setup.config.run, whole_step(work))
         self._alarm, self._idle = Alarm(setup.config.rollout.labels_per_step), False
-        self._looks = Looks(setup.config, state.rewards, setup.prompts)
+        self._looks = Looks(setup.config, state.rewards, setup.prompts, setup.names)
         self._drift_images = 0  # that the reference has read in this step, apart from the update
         self._begin_s = 0.0
         self._at_end = ExitStack()
@@ -128,6 +131,7 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Numbers of the steps that are left, from 0, until the last one, the end of a budget or a signal."""
         first = self.state.step
+        self._begin_evaluations()
         while self._ended_by is None and not self._stopped:
             step = self.state.step
             self.setup.lock.check()
@@ -199,7 +203,12 @@ class Run:
             self._say(f"step {state.step + 1} is left out: {error}")
             self._end_step({}, None)
             return
-        self._spare.close()  # the reward may have failed as it used up all the files that can be open
+        raise self._saved_before(error)
+
+    def _saved_before(self, error: BaseException) -> BaseException:
+        """An error that ends the run, once its state is saved; with a note that says so."""
+        state = self.state
+        self._spare.close()  # a reward may have failed as it used up all the files that can be open
         try:
             self._save(state.learned_steps, None)
             self._checkpoints.wait()
@@ -210,7 +219,7 @@ class Run:
         except InputError as unsaved:
             note = f"and step {state.learned_steps} was not saved: {unsaved}"
         error.add_note(f"  {note}")
-        raise error
+        return error
 
     def record(
         self, rollout: Rollout, images: Tensor, rewards: Rewards, numbers: dict[str, Tensor], metrics: dict[str, float]
@@ -256,25 +265,66 @@ class Run:
         shown = last or done % config.log.grid_every == 0
         saved = bool(last or self._stopped or self._checkpoints.due(done))
         # What cannot be sampled is neither shown nor saved, so that the last good checkpoint stays.
-        if shown or saved:
+        due = self._evaluations.due(done, last)
+        if shown or saved or due:
             self.refuse_diverged(self._metrics, self._checkpoints)
+        evaluated = self._evaluated(trained=True) if due else {}
         if self._log and self._limits:
             looks = self._save_grid(self._log) if shown else {}
             looks = {f"drift/{name}": value for name, value in looks.items()}
             of_step = self._limits.metrics(stages_ms, step_s) | memory
-            self._log.step(done, self._metrics | of_step | looks, self.total_steps)
+            self._log.step(done, self._metrics | of_step | looks | evaluated, self.total_steps)
             if shown and show is not None:
                 show(self._log, done)
         if saved:
             self._save(done if last else state.learned_steps, self._metrics.get("reward_mean"))
-        if last:
+        if last and not (due and not evaluated):  # else the last evaluation was given up for the signal
             self._stopped = 0
-        elif self._stopped:
+        if self._stopped:
             self._checkpoints.wait()
-            self._say(
-                f"stopped; {self.setup.folder.path} holds step {state.learned_steps} of {self._of_steps}. The same "
-                "command goes on."
-            )
+            self._say_stopped()
+
+    def _say_stopped(self) -> None:
+        step, folder = self.state.learned_steps, self.setup.folder.path
+        self._say(f"stopped; {folder} holds step {step} of {self._of_steps}. The same command goes on.")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Evaluation during training
+
+    def _evaluated(self, trained: bool) -> dict[str, float]:
+        """Metrics of an evaluation after the steps that are done; none if a signal or a reward's NaN ended it."""
+        step = self.state.step
+        try:
+            found = self._evaluations.measure(trained, lambda: self.setup.signals.received is not None)
+        except NotFiniteReward as error:
+            self._say(f"the evaluation after step {step} is left out: {error}")
+            return {}
+        except NotFinitePolicy as error:
+            raise diagnosis(
+                error, self.config, self.setup.folder.path, step, self._metrics, self._checkpoints
+            ) from error
+        except Exception as error:  # noqa: BLE001 - whatever a reward raises, the state is saved first
+            raise self._saved_before(error)  # noqa: B904 - the same error
+        if found is None:
+            self._stopped = int(self.setup.world.largest(self.setup.signals.received or 0))
+            return {}
+        self._say(found[1])
+        return found[0]
+
+    def _begin_evaluations(self) -> None:
+        """The point of the base; and of a run that goes on the evaluation that a signal ended, or that is new."""
+        evaluations, step, log = self._evaluations, self.state.step, self._log
+        if not evaluations.on:
+            return
+        if log and not log.has(0, "eval/reward"):
+            log.amend(0, evaluations.of_base)
+        due = step > 0 and evaluations.due(step, self._ended_by is not None)
+        if due and decided_by_first(lambda: log is not None and not log.has(step, "eval/reward")):
+            found = self._evaluated(trained=False)
+            if log and found:
+                log.amend(step, found)
+            if self._stopped:
+                self._say_stopped()
 
     def _spent(self, metrics: dict[str, float], step_s: float) -> Spent:
         """By the step that ends. metrics: of its update; empty where its rollout was skipped."""
@@ -309,19 +359,17 @@ class Run:
             if (lora := self.config.policy.lora) is not None:
                 weights = state.policy.merged_state(base_state(self.config, folder, self.setup.device))
                 folder.save_adapter(*state.policy.adapter(lora, self.config.policy.checkpoint))
-            save_tensors(path := folder.weights(self.config), weights)
-            after = self._before_after.after(
-                state.policy,
-                state.rewards,
-                state.step,
-                self.setup.plan.rollout.micro_batch,
-                trained=bool(self._metrics),
-            )
+            save_tensors(folder.weights(self.config), weights)
+        batch, trained = self.setup.evaluation_batch, bool(self._metrics)
+        after = self._before_after.after(state.policy, state.rewards, state.step, batch, trained)
+        assert after is not None
+        if world.is_main:
             summary = {"before": self._before, "after": means(after), "step": state.step}
             summary |= {"spent": asdict(state.spent), "ended_by": self._ended_by}
             save_text(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
             print(f"\n{table(self._before_after.values)}\n" if after else "")
-            print(f"run complete: {self._how_it_ended()}. Weights {path}, curves and grids in {folder.path}")
+            weights_file = folder.weights(self.config)
+            print(f"run complete: {self._how_it_ended()}. Weights {weights_file}, curves and grids in {folder.path}")
         world.wait()
         return 0
 
@@ -395,14 +443,8 @@ def _measured(
             found = measure(images, rollout.labels_B, key.step, key.first_sample)
     except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once all
         found = error  # processes know, and the state is saved
-    rank = 3 if isinstance(found, NotFinitePolicy) else 1 if isinstance(found, NotFiniteReward) else 2
-    worst = world.largest(rank if isinstance(found, BaseException) else 0)
-    if worst == 3 and not isinstance(found, NotFinitePolicy):
-        return NotFinitePolicy("the logits or images of another process, which says which, are not finite")
-    if isinstance(found, BaseException) or worst == 0:
-        return found
-    elsewhere = "the reward failed in another process, which says why"
-    return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
+    failure = failure_of_all(found if isinstance(found, BaseException) else None, world, "the reward")
+    return found if failure is None else failure
 
 
 def _metrics(rollout: Rollout, rewards: Rewards, numbers: dict[str, Tensor]) -> dict[str, float]:

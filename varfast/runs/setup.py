@@ -75,6 +75,15 @@ class Setup:
     prompts: PromptSet | None
     environment: dict[str, Any]
 
+    @property
+    def evaluation_batch(self) -> int | None:
+        """Images of this process at a time in an evaluation; None: the default.
+
+        On a GPU as many as in a step, for which the rollout's CUDA graphs were captured.
+        """
+        of_step = self.shard.stop - self.shard.start if self.device.type == "cuda" else None
+        return self.plan.rollout.micro_batch or of_step
+
 
 @contextmanager
 def set_up(
@@ -187,12 +196,12 @@ def begin(
     reference = policy.frozen_copy(moves) if setup.work.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)
     state = State(policy, reference, rewards, config.update, config.loss)
-    before_after = BeforeAfter(folder.path, config, setup.labels, setup.prompts)
+    before_after = BeforeAfter(folder.path, config, setup.labels, setup.prompts, world)
     if setup.found is None:
         _refuse_diverged(setup, policy, 0)
         begin_rewards(rewards, policy, config, setup.labels, world, setup.plan.rollout.micro_batch)
-    if world.is_main:  # the policy is still the base, of a run that goes on too
-        before_after.before(policy, rewards, setup.plan.rollout.micro_batch)
+    # The policy is still the base, of a run that goes on too.
+    before_after.before(policy, rewards, setup.evaluation_batch)
     if setup.found is not None:
         state.load(setup.found)
         if setup.found.spent is None:

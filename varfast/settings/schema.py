@@ -17,10 +17,14 @@ class Wanted:
 
     Attributes:
         elsewhere: --help and docs/config.md list the keys below this one with another section.
+        words: those among the values that a shell may complete.
+        path: it takes files or folders of this machine.
     """
 
     text: str
     elsewhere: bool = False
+    words: tuple[str, ...] = ()
+    path: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,8 +144,13 @@ def wanted(value: Value) -> str:
     return ", or ".join([*texts, *(["null"] if value.optional else [])])
 
 
+def marks(value: Value) -> list[Wanted]:
+    """What a field's Annotated tells of its values."""
+    return [mark for mark in value.metadata if isinstance(mark, Wanted)]
+
+
 def _told(value: Value) -> str:
-    return "".join(mark.text for mark in value.metadata if isinstance(mark, Wanted))
+    return "".join(mark.text for mark in marks(value))
 
 
 def choices(value: Value) -> list[str]:

@@ -24,8 +24,8 @@ class Section(BaseModel):
 MANY = 1_000_000_000
 
 # A folder or file of this machine; a path or an address.
-LocalPath = Annotated[str, AfterValidator(check_local), Wanted("a path")]
-Source = Annotated[str, AfterValidator(check_source), Wanted("a path or address")]
+LocalPath = Annotated[str, AfterValidator(check_local), Wanted("a path", path=True)]
+Source = Annotated[str, AfterValidator(check_source), Wanted("a path or address", path=True)]
 
 
 def _check_device(device: str) -> str:
@@ -38,7 +38,9 @@ def _check_device(device: str) -> str:
     return device
 
 
-Device = Annotated[str, AfterValidator(_check_device), Wanted("auto, cpu, cuda or cuda:0")]
+Device = Annotated[
+    str, AfterValidator(_check_device), Wanted("auto, cpu, cuda or cuda:0", words=("auto", "cpu", "cuda"))
+]
 
 
 def _read_labels(value: Any) -> Any:
