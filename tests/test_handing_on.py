@@ -136,9 +136,11 @@ def test_both_formats_of_a_model_lie_beside_each_other_with_one_card(finished, t
         (["out={tmp}/a/", "shard_gb=1"], "shard_gb=1 is for janus; here policy.family=var"),
         (["out={run}"], "is a run folder; choose another one for the model"),
         (["hub=a/b/c"], "'a/b/c' is no repository of the hub; want owner/name"),
+        (["hub=me/a", "out={tmp}/a/"], "me/a cannot be written: there is no login for the hub; log in with `hf auth"),
     ],
 )
-def test_export_refuses_what_is_not_whole(finished, tmp_path, arguments, message):
+def test_export_refuses_what_is_not_whole(finished, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     filled = [a.replace("{tmp}", str(tmp_path)).replace("{run}", str(finished.path)) for a in arguments]
     with pytest.raises(InputError, match=message):
         main([str(finished.path), *filled])
@@ -203,6 +205,7 @@ def test_export_to_the_hub_uploads_the_folder_and_leaves_nothing_behind(finished
         return "https://huggingface.co/me/digits/commit/1"
 
     monkeypatch.setattr("varfast.export.upload_folder", upload)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "t")
     assert main([str(finished.path), "hub=me/digits", "private=true", "revision=v2", "commit_message=first"]) == 0
     assert "Uploaded: https://huggingface.co/me/digits/commit/1" in capsys.readouterr().out
     assert uploaded["how"] == ("me/digits", True, "v2", "first")

@@ -262,8 +262,8 @@ COMMANDS = {
         ReportConfig,
     ),
     "export": Command(
-        "write a run's model in the format of the public checkpoints",
-        "RUN out=model.safetensors [KEY=VALUE ...]",
+        "write a run's model in the format of the public checkpoints: as files, as a folder, or to the hub",
+        "RUN out=model.safetensors|model/|hub=OWNER/NAME [KEY=VALUE ...]",
         partial(parse_arguments, model=ExportConfig),
         ExportConfig,
     ),

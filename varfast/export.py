@@ -35,7 +35,7 @@ from varfast.weights.hub import repository_of
 from varfast.weights.saved import CONFIG_FILE
 from varfast.weights.shards import index_of, stored_bytes
 from varfast.weights.state import State
-from varfast.weights.upload import check_repository, upload_folder
+from varfast.weights.upload import check_upload, upload_folder
 from varfast.weights.writing import save_shards, save_state
 
 
@@ -156,7 +156,7 @@ def _known_formats(card: Path, arguments: ExportConfig, name: str) -> dict[str, 
     run = folder.load_config()
     step = folder.newest().step if folder.checkpoints.exists() else None
     text = read_text(card)
-    return other_formats(text, card.parent, name) if f"| made by | {identity(folder, run, step)} |" in text else None
+    return other_formats(text, card.parent, name) if f"| model | {identity(folder, run, step)} |" in text else None
 
 
 def file_card(
@@ -213,7 +213,7 @@ def export_folder(arguments: ExportConfig, out: Path, name: str, load: str) -> l
 def _to_hub(arguments: ExportConfig, out: Path) -> str:
     """Write the folder and upload it. Returns the address of the commit."""
     assert arguments.hub is not None
-    repo_id = check_repository(arguments.hub)
+    repo_id = check_upload(arguments.hub, revision=arguments.revision)  # before anything is written
     names = export_folder(arguments, out, repo_id.rpartition("/")[2], repo_id)
     how: dict[str, Any] = {"private": arguments.private, "revision": arguments.revision}
     return upload_folder(out, names, repo_id, **how, commit_message=arguments.commit_message)

@@ -65,7 +65,7 @@ def run_card(place: Place, folder: RunFolder, config: Config, step: int | None) 
         _metadata(place, folder, config, summary if complete else {}),
         place.name,
         f"{kind}, fine-tuned with {config.loss.name.upper()}.",
-        _rows(place, sizes, config, summary, done) | {"made by": identity(folder, config, step)},
+        _rows(place, sizes, config, summary, done) | {"model": identity(folder, config, step)},
         [
             *_samples(place),
             f"## Reward\n\n```yaml\n{dump_yaml(reward)}```",
@@ -85,7 +85,7 @@ def identity(folder: RunFolder, config: Config, step: int | None) -> str:
     """Which model a card is of, in words that it has: the same for all files that hold the model."""
     done = _steps_done(config, read_leaves(folder.path / "summary.json"), step)
     digest = hashlib.sha256(dump_yaml(_public(config)).encode()).hexdigest()[:12]
-    return f"the settings below (sha256 {digest}), {done} steps of them"
+    return f"settings of sha256 {digest}, after step {done}"
 
 
 def other_formats(text: str, files: Path, name: str) -> dict[str, str]:
