@@ -17,6 +17,7 @@ from varfast.perf.allocator import expand_segments
 from varfast.policies.device import pick_device
 from varfast.policies.driver import Driver
 from varfast.policies.protocol import Policy
+from varfast.report.command import main as write_report
 from varfast.runs.folder import RunFolder
 from varfast.runs.load import load_run
 from varfast.runs.signals import Stopped
@@ -55,6 +56,12 @@ class TrainedRun:
         folder = RunFolder(self.folder)
         config = folder.load_config()
         return load_run(folder, pick_device(device or config.run.device), dtype or config.run.dtype)
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write one page with all curves, grids and settings, which needs no network. out: default: in the folder."""
+        path = self.folder / "report.html" if out is None else Path(out).expanduser()
+        write_report([str(self.folder), f"out={path}"])
+        return path
 
     def __repr__(self) -> str:
         change = [f"{name} {self.before[name]:.4g} -> {value:.4g}" for name, value in self.after.items()]

@@ -15,6 +15,8 @@ if __name__ == "__main__":  # --help and a typo are answered before the imports 
 
     run_command("train")
 
+import importlib
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -138,10 +140,11 @@ class _Module(ModuleType):
 
         return from_python(*args, **keywords)
 
+    def __reduce__(self) -> Any:  # by its name, as cloudpickle takes other modules: submitit and Ray pass functions on
+        return importlib.import_module, (__name__,)
+
     @property
     def __signature__(self) -> Any:  # what a notebook shows of it
-        import inspect
-
         from varfast.from_python import train as from_python
 
         return inspect.signature(from_python)

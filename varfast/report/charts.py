@@ -13,7 +13,7 @@ import numpy as np
 from varfast.report.axes import AXES, Axis, number, places, positions, ticks
 from varfast.report.elements import brief, text
 from varfast.report.run import Run
-from varfast.report.verdicts import HEALTHY, badge, healthy, mean, verdict
+from varfast.report.verdicts import HEALTHY, badge, healthy, mean, sign, verdict
 
 # A curve of more points than this is smoothed, and drawn pale as it is behind that. With more than 300 steps, a curve
 # has 300 points, each the mean of some steps, in a band from their minimum to their maximum.
@@ -313,9 +313,11 @@ def _notes(runs: Sequence[Run], metric: str) -> tuple[str, ...]:
     if metric not in HEALTHY:
         return ()
     means = "Healthy: {}. Otherwise: {}.".format(*map(text, healthy(metric, runs)))
-    found = [(run, verdict(run, metric)) for run in runs]
-    badges = [badge(v) + (f" {text(run.name)}" if len(runs) > 1 else "") for run, v in found if v is not None]
-    return (means, " ".join(badges)) if badges else (means,)
+    found = [(run, v) for run in runs if (v := verdict(run, metric)) is not None]
+    if len(runs) == 1:
+        return (means, *(badge(v) for _, v in found))
+    signs = " ".join(f"{sign(v.level)} {text(brief(run.name))}" for run, v in found)  # the limits stand in the table
+    return (means, signs) if found else (means,)
 
 
 def _together(

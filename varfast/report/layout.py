@@ -19,7 +19,7 @@ from varfast.report.samples import before_after, extremes, over_training
 from varfast.report.script import SCRIPT
 from varfast.report.spent import charts_of_samples, side_by_side
 from varfast.report.style import STYLE
-from varfast.report.verdicts import CHECKS, HEALTHY, Verdict, badge, healthy, last_tenth, mean, sign, verdicts, worst
+from varfast.report.verdicts import CHECKS, HEALTHY, Verdict, healthy, last_tenth, mean, sign, verdicts, worst
 
 
 def page(runs: Sequence[Run], over: Axis | Literal["auto"] = "auto") -> str:
@@ -82,7 +82,7 @@ def _first_screen(runs: Sequence[Run], found: Sequence[dict[str, Verdict]]) -> s
 
 def _one_of_several(run: Run, place: int) -> str:
     title = f"<h2>{_key(place)}{text(brief(run.name))}</h2>"
-    return f"<section>{title}<p>{headline(run)}.</p>{before_after(run, place)}</section>"
+    return f"<section>{title}<p>{headline(run)}.</p>{before_after(run, place, alone=False)}</section>"
 
 
 def _key(place: int) -> str:
@@ -149,13 +149,24 @@ def _verdicts_side_by_side(runs: Sequence[Run], found: Sequence[dict[str, Verdic
         return ""
     rows = []
     for check, title in CHECKS.items():
-        if any(check in of_run for of_run in found):
-            cells = [
-                Markup(f"{text(of_run[check].value)}<br>{badge(of_run[check])}") if check in of_run else ""
-                for of_run in found
-            ]
-            rows.append((title, [*cells, healthy(check, runs)[0] if check in HEALTHY else ""]))
+        of_runs = [of_run.get(check) for of_run in found]
+        judged = [v for v in of_runs if v is not None]
+        if judged:
+            # The limits are the same for all runs, but for some checks the rule is the reason.
+            common = {v.rule for v in judged if v.level is not None}
+            rule = common.pop() if len(common) == 1 else ""
+            means = f"{healthy(check, runs)[0]}. " if check in HEALTHY else ""
+            rows.append(
+                (title, [*(_cell(v, rule) for v in of_runs), Markup(f"{text(means)}<small>{text(rule)}</small>")])
+            )
     return html_table([*(run.name for run in runs), "healthy is"], rows)
+
+
+def _cell(found: Verdict | None, rule: str) -> Markup:
+    if found is None:
+        return Markup("")
+    why = f" <small>{text(found.rule)}</small>" if found.rule != rule else ""
+    return Markup(f"{sign(found.level)} {text(found.value)}{why}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

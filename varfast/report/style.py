@@ -78,7 +78,7 @@ small{color:var(--soft)}
 .verdicts li{display:grid;grid-template-columns:7.2rem minmax(0,1fr);gap:8px;padding:5px 0;
 border-top:1px solid var(--rule);font-size:14px;line-height:1.35}
 .verdicts small{display:block;font-size:12px;overflow-wrap:anywhere}
-.several{display:grid;gap:8px 24px;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr))}
+.several{display:grid;gap:8px 24px;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr))}
 .several section{min-width:0}
 .several h2{font-size:1rem;margin:.8rem 0 .3rem;border:0}
 .beside{display:flex;flex-wrap:wrap;gap:8px 40px;align-items:start}

@@ -171,6 +171,13 @@ class EvalConfig(Section):
         description="the first labels, up to this many; of prompts so many of each domain (trained on, held out, "
         "out of domain), chosen by run.seed",
     )
+    held_out_labels: int = Field(
+        0,
+        ge=0,
+        le=MANY,
+        description="so many of the labels that the run does not draw from (rollout.labels, rollout.label_share), "
+        "which run.seed chooses, are sampled too: rows such as reward (held out). Of prompts: prompts.held_out",
+    )
     classifier: Literal["digits"] | None = Field(None, description="whose accuracy on the samples is reported")
 
     @model_validator(mode="after")

@@ -145,10 +145,10 @@ class RunLog:
             save_text(self._metrics, "".join(line + "\n" for line in kept))
         self._scalars(step, metrics)
 
-    def has(self, step: int, name: str) -> bool:
-        """Whether metrics.jsonl has a metric of a step."""
-        lines = _lines(self._metrics, step)
-        return bool(lines) and (last := parse_json(lines[-1]))["step"] == step and name in last
+    def metrics_of(self, step: int) -> dict[str, Any]:
+        """What metrics.jsonl has of a step, its number among it; empty if it has none."""
+        last: dict[str, Any] = next(map(parse_json, _lines(self._metrics, step)[-1:]), {"step": -1})
+        return last if last["step"] == step else {}
 
     def grid(
         self, step: int, images: Tensor, columns: int, titles: Sequence[str] = (), rows: Sequence[str] = ()

@@ -77,7 +77,7 @@ class Run:
         work = Work.whole(setup.config, self._cost, setup.work.reads_reference)
         self._budget = Budget.of(setup.config.run, whole_step(work))
         self._alarm, self._idle = Alarm(setup.config.rollout.labels_per_step), False
-        self._looks = Looks(setup.config, state.rewards, setup.prompts)
+        self._looks = Looks(setup.config, state.rewards, setup.prompts, setup.names)
         self._drift_images = 0  # that the reference has read in this step, apart from the update
         self._begin_s = 0.0
         self._left = TimeLeft()
@@ -331,10 +331,10 @@ class Run:
         evaluations, step, log = self._evaluations, self.state.step, self._log
         if not evaluations.on:
             return
-        if log and not log.has(0, "eval/reward"):
+        if log and not evaluations.of_base.items() <= log.metrics_of(0).items():
             log.amend(0, evaluations.of_base)
         due = step > 0 and evaluations.due(step, self._ended_by is not None)
-        if due and decided_by_first(lambda: log is not None and not log.has(step, "eval/reward")):
+        if due and decided_by_first(lambda: log is not None and "eval/reward" not in log.metrics_of(step)):
             found = self._evaluated(trained=False)
             if log and found:
                 log.amend(step, found)

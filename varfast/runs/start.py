@@ -109,9 +109,10 @@ def _sources(config: Config, device: torch.device) -> list[Source]:
             raise InputError(f"policy.checkpoint={address} is no run folder, so {key} is needed too")
         return [Source(file, False, file) for file in (trained, resolve(frozen_address))]
     other = RunFolder(path)
-    state, _ = delivered_state(other, torch.float32)
+    state, step = delivered_state(other, torch.float32)
+    print(f"starting from what {path} delivers" + ("" if step is None else f" after step {step}"))
     content = frozen_part(other, config.policy.parts[1]) if frozen_address is None else resolve(frozen_address)
-    return [Source(state, True, path), Source(content, frozen_address is None, path)]
+    return [Source(state, True, path, step), Source(content, frozen_address is None, path)]
 
 
 def _keep_tokenizer(config: Config, folder: RunFolder, origin: Path) -> None:
