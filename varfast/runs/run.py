@@ -77,7 +77,7 @@ class Run:
         work = Work.whole(setup.config, self._cost, setup.work.reads_reference)
         self._budget = Budget.of(setup.config.run, whole_step(work))
         self._alarm, self._idle = Alarm(setup.config.rollout.labels_per_step), False
-        self._looks = Looks(setup.config, state.rewards, setup.prompts)
+        self._looks = Looks(setup.config, state.rewards, setup.prompts, setup.names)
         self._drift_images = 0  # that the reference has read in this step, apart from the update
         self._begin_s = 0.0
         self._left = TimeLeft()
