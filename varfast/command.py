@@ -32,6 +32,7 @@ from varfast.perf.allocator import expand_segments
 from varfast.printable import printable
 from varfast.report.config import ReportConfig
 from varfast.runs.config import ExportConfig
+from varfast.runs.named import runs_in
 from varfast.settings import arguments as command_line
 from varfast.settings import reference
 from varfast.settings.loading import load_as, parse_arguments
@@ -119,7 +120,24 @@ def _config_path(paths: list[str], name: str) -> str:
         raise InputError(f"usage: {_usage(name)}; the examples are in configs/")
     if len(paths) > 1:
         raise InputError(f"arguments {paths[0]!r} and {paths[1]!r}: want one config; usage: {_usage(name)}")
+    _refuse_missing(paths[0])
     return paths[0]
+
+
+def _refuse_missing(path: str) -> None:
+    """Raises: InputError for what is no file and no run folder, with the nearest config there is."""
+    given = expanded(path)
+    if given.is_dir() and not _is_run_folder(path):
+        runs = runs_in(given)
+        held = f"; it holds the runs {', '.join(runs)}" if runs else ""
+        raise InputError(f"config {path} is a folder and no run folder{held}; want a YAML file, or a run folder")
+    if given.exists() or given.is_symlink():
+        return
+    near = [folder / f"{given.name}{suffix}" for folder in (given.parent, Path("configs")) for suffix in ("", ".yaml")]
+    there = [str(p) for p in sorted(given.parent.glob("*.yaml"))] if given.parent.is_dir() else []
+    meant = [str(p) for p in near if p.is_file()] or difflib.get_close_matches(path, there, n=1, cutoff=0.8)
+    hint = f"did you mean {meant[0]}?" if meant else "the examples are in configs/"
+    raise InputError(f"config {path}: No such file or directory; {hint}")
 
 
 def _load(model: type[_AnyConfig], path: str, overrides: list[str], folder: str | None = None) -> _AnyConfig:
@@ -236,7 +254,7 @@ COMMANDS = {
     ),
     "statistics": Command(
         "mean and covariance of real images' features, for the reward loo_fid and for FID",
-        "images=FOLDER|digits out=FILE.npz [KEY=VALUE ...]",
+        "IMAGES out=FILE.npz [KEY=VALUE ...]",
         partial(parse_arguments, model=StatisticsConfig),
         StatisticsConfig,
     ),
@@ -371,7 +389,9 @@ def _run(name: str, arguments: list[str]) -> int:
         return _print(f"varfast {varfast.__version__}")
     try:
         COMMANDS[name].read(arguments)
-    except InputError:
+    except InputError as error:
+        if not arguments and "usage: " not in str(error):
+            error.add_note(f"usage: {_usage(name)}")
         if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process of this machine says the same, and torchrun
             time.sleep(10)  # then ends this one
         raise
@@ -396,8 +416,10 @@ def main() -> NoReturn:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         run_command(name, arguments)
-    if name == "help" and arguments and arguments[0] in COMMANDS:
-        run_command(arguments[0], ["--help", *arguments[1:]])
+    if name == "help" and arguments:
+        name, *arguments = arguments if arguments[0] not in Config.model_fields else ["train", *arguments]
+        if name in COMMANDS:
+            run_command(name, ["--help", *arguments])
     shown = {
         "-h": overview,
         "--help": overview,
@@ -411,6 +433,8 @@ def main() -> NoReturn:
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
     if name.endswith((".yaml", ".yml")):
         hint = f"did you mean varfast train {name}?"
+    elif os.path.isdir(name):
+        hint = f"did you mean varfast report {name}, or sample, evaluate, export, train?"
     print(f"error: varfast has no command {name!r}; {hint}", file=sys.stderr)
     sys.exit(2)
 

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from varfast.data.prompts import PromptSet, drawn
+from varfast.evaluation.config import PICTURE_FORMATS
 from varfast.files import write_atomically
 from varfast.types import Rewards
 
@@ -33,8 +34,6 @@ _LINE_PX = 17
 _TITLE_LINES = 6
 # Best and worst images of a step that are kept: at 256 pixels a side, two rows of 8 are a PNG of 2 MB.
 _EXTREMES = 8
-# Suffixes of pictures, and Pillow's names of their formats.
-PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def image_grid(images: Tensor, columns: int, titles: Sequence[str] = ()) -> np.ndarray:
