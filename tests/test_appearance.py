@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from varfast.data.captions import all_captions
+from varfast.data.captions import DIGITS, SHAPES
 from varfast.data.config import PromptsConfig
 from varfast.data.datasets import digits
 from varfast.data.prompts import Prompt, PromptSet
 from varfast.data.scenes import draw_scene
+from varfast.data.shapes import labelled_shapes
 from varfast.report.charts import charts
 from varfast.report.run import read_run
 from varfast.rewards import WeightedSum
@@ -99,12 +100,23 @@ def test_labels_are_not_read_where_nothing_reads_them(make_config):
 
 def test_pictures_of_digits_are_read_as_their_prompts(make_config):
     config = make_config().model_copy(update={"prompts": PromptsConfig(source="digits")})
-    captions, rng = all_captions()[::40], np.random.RandomState(0)
+    captions, rng = DIGITS.captions[::40], np.random.RandomState(0)
     prompts = PromptSet(tuple(Prompt(caption.text, metadata=caption.asked) for caption in captions))
-    scenes = torch.stack([draw_scene(caption.scenes()[0], 12, rng) for caption in captions])
+    scenes = torch.stack([draw_scene(DIGITS.scenes(caption)[0], 12, rng) for caption in captions])
     looks, rows = Looks(config, WeightedSum(config.reward), prompts), torch.arange(len(captions))
     assert looks(scenes, rows, 1)["label_accuracy"] > 0.9
     assert looks(torch.zeros_like(scenes), rows, 1)["label_accuracy"] == 0.0
     assert looks(scenes, rows.flip(0), 1)["label_accuracy"] < 0.3
     elsewhere = config.model_copy(update={"prompts": PromptsConfig(source="my_prompts.jsonl")})
     assert "label_accuracy" not in Looks(elsewhere, WeightedSum(config.reward), prompts)(scenes, rows, 1)
+
+
+def test_pictures_of_shapes_are_read_as_their_labels(make_config):
+    config, names = make_config(pretrain__dataset="shapes"), list(SHAPES.labels)
+    images, labels = labelled_shapes(32, 0)
+    chosen = torch.arange(0, len(images), len(images) // 40)
+    looks = Looks(config, WeightedSum(config.reward), None, names)
+    assert looks(images[chosen], labels[chosen], 1)["label_accuracy"] > 0.8
+    assert looks(images[chosen], labels[chosen].flip(0), 1)["label_accuracy"] < 0.3
+    others = Looks(config, WeightedSum(config.reward), None, [*names, "a cat"])
+    assert "label_accuracy" not in others(images[chosen], labels[chosen], 1)

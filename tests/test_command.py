@@ -363,11 +363,13 @@ def test_help_of_a_section_and_a_run_folder_as_a_command(monkeypatch, capsys, wo
     assert "usage: python -m varfast.sample" in answer("sample")[1]
 
 
-def test_one_process_of_a_machine_speaks_first(monkeypatch, workplace):
+def test_a_process_that_says_nothing_waits_for_the_one_that_does(monkeypatch, capsys, workplace):
+    """torchrun ends all of them as soon as one has ended."""
     waited = []
     monkeypatch.setattr(command.time, "sleep", waited.append)
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        with pytest.raises(InputError):
-            command._run("train", ["config.yaml", "update.lrr=1"])
-        assert waited == [10] * (rank == "1")
+        with pytest.raises(SystemExit):
+            command.run_command("train", ["config.yaml", "update.lrr=1"])
+        assert bool(waited) == (rank == "1")
+        assert ("unknown key" in capsys.readouterr().err) == (rank == "0")

@@ -13,7 +13,7 @@ import numpy as np
 from varfast.report.axes import AXES, Axis, number, places, positions, ticks
 from varfast.report.elements import brief, text
 from varfast.report.run import Run
-from varfast.report.verdicts import HEALTHY, badge, healthy, mean, verdict
+from varfast.report.verdicts import HEALTHY, badge, healthy, mean, sign, verdict
 
 # A curve of more points than this is smoothed, and drawn pale as it is behind that. With more than 300 steps, a curve
 # has 300 points, each the mean of some steps, in a band from their minimum to their maximum.
@@ -224,25 +224,26 @@ class Chart:
     def _axis(self) -> tuple[_Heights, str]:
         """The vertical axis, and a note if it cuts something off. The script does the same (script.py)."""
         points = [point for line in self.curves for point in line.points]
-        tiniest = min((low for _, _, low, _ in points if low > 0), default=1.0)
-        whole = _Heights(0.0, 1.0, self.log, tiniest)
+        positive = [low for _, _, low, _ in points if low > 0]
+        log, tiniest = self.log and bool(positive), min(positive, default=1.0)
+        whole = _Heights(0.0, 1.0, log, tiniest)
         low, high = min(whole.height(p[2]) for p in points), max(whole.height(p[3]) for p in points)
         note = ""
         usual = max(float(np.percentile([p[3] for p in line.points], 90)) for line in self.curves)
-        if self.cut and high > 3.0 * usual > 0.0:
+        if self.cut and not log and high > 3.0 * usual > 0.0:
             note = f"Cut off at the top; the highest is {number(high, 4)}."
             high = 1.5 * usual
-        if self.log:
+        if log:
             low, high = math.floor(low), math.ceil(high)
         elif self.from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
         if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-290):  # all values are equal
             apart = max(0.5, 1e-3 * abs(high))
             low, high = low - apart * (low != 0.0), high + apart
-        if not self.log:
+        if not log:
             margin = 0.04 * (high - low)
             low, high = low - margin * (low != 0.0), high + margin
-        return _Heights(low, high, self.log, tiniest), note
+        return _Heights(low, high, log, tiniest), note
 
     def _spoken(self, over: Axis) -> str:
         ends = [f"{line.name}: {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for line in self.curves]
@@ -268,7 +269,7 @@ def _paths(place: int, line: Curve, x: Sequence[float], y: Callable[[float], flo
     """
     values = [p[1] for p in line.points]
     drawn = smoothed(values)
-    raw = _path(x, map(y, values)) if drawn != values else ""
+    raw = _path(x, map(y, values)) if len(values) > SMOOTHED else ""
     band = ""
     if x and any(p[2] != p[3] for p in line.points):
         upper = _path(x, (y(p[3]) for p in line.points))
@@ -312,9 +313,11 @@ def _notes(runs: Sequence[Run], metric: str) -> tuple[str, ...]:
     if metric not in HEALTHY:
         return ()
     means = "Healthy: {}. Otherwise: {}.".format(*map(text, healthy(metric, runs)))
-    found = [(run, verdict(run, metric)) for run in runs]
-    badges = [badge(v) + (f" {text(run.name)}" if len(runs) > 1 else "") for run, v in found if v is not None]
-    return (means, " ".join(badges)) if badges else (means,)
+    found = [(run, v) for run in runs if (v := verdict(run, metric)) is not None]
+    if len(runs) == 1:
+        return (means, *(badge(v) for _, v in found))
+    signs = " ".join(f"{sign(v.level)} {text(brief(run.name))}" for run, v in found)  # the limits stand in the table
+    return (means, signs) if found else (means,)
 
 
 def _together(

@@ -19,7 +19,7 @@ from varfast.report.samples import before_after, extremes, over_training
 from varfast.report.script import SCRIPT
 from varfast.report.spent import charts_of_samples, side_by_side
 from varfast.report.style import STYLE
-from varfast.report.verdicts import CHECKS, HEALTHY, Verdict, badge, healthy, last_tenth, mean, sign, verdicts, worst
+from varfast.report.verdicts import CHECKS, HEALTHY, Verdict, healthy, last_tenth, mean, sign, verdicts, worst
 
 
 def page(runs: Sequence[Run], over: Axis | Literal["auto"] = "auto") -> str:
@@ -28,7 +28,7 @@ def page(runs: Sequence[Run], over: Axis | Literal["auto"] = "auto") -> str:
     curves, numbers = _curves(runs, over)
     found = [verdicts(run) for run in runs]
     sections = [
-        ("Before and after, in numbers", _numbers(runs)),
+        ("In numbers", _numbers(runs)),
         ("Verdicts", _verdicts_side_by_side(runs, found)),
         ("Curves", _controls(runs, over) + curves if curves else ""),
         ("Samples over training", _over_training(runs)),
@@ -76,13 +76,13 @@ def _first_screen(runs: Sequence[Run], found: Sequence[dict[str, Verdict]]) -> s
         f'<header><h1>{text(brief(run.name))}</h1><p class="headline">{headline(run)}.</p>'
         f"<p>{text(about(run))}</p></header>"
         f'<div class="first">{before_after(run, 0)}<div class="verdicts"><h2>{_summed_up(found[0])}</h2>'
-        f"{_verdict_list(found[0])}</div></div>"
+        f"{_verdict_list(run, found[0])}</div></div>"
     )
 
 
 def _one_of_several(run: Run, place: int) -> str:
     title = f"<h2>{_key(place)}{text(brief(run.name))}</h2>"
-    return f"<section>{title}<p>{headline(run)}.</p>{before_after(run, place)}</section>"
+    return f"<section>{title}<p>{headline(run)}.</p>{before_after(run, place, alone=False)}</section>"
 
 
 def _key(place: int) -> str:
@@ -94,14 +94,16 @@ def _key(place: int) -> str:
 def _summed_up(found: dict[str, Verdict]) -> Markup:
     """The worst verdict of a run, and what it is about."""
     level = worst(list(found.values()))
-    about = "; ".join(CHECKS[check].lower() for check, v in found.items() if v.level == level and level != "healthy")
-    return Markup(f"{sign(level)} {text(about)}")
+    about = ", ".join(CHECKS[check] for check, v in found.items() if v.level == level and level != "healthy")
+    judged = sum(v.level is not None for v in found.values())
+    return Markup(f"{sign(level)} {text(about[:1] + about[1:].lower()) or f'in all {judged} checks'}")
 
 
-def _verdict_list(found: dict[str, Verdict]) -> str:
+def _verdict_list(run: Run, found: dict[str, Verdict]) -> str:
     items = []
     for check, v in found.items():
-        advice = f" {HEALTHY[check][1]}." if check in HEALTHY and v.level in ("look", "broken") else ""
+        told = check in HEALTHY and v.level in ("look", "broken")
+        advice = f" Otherwise: {healthy(check, [run])[1]}." if told else ""
         items.append(
             f"<li>{sign(v.level)}<div><b>{CHECKS[check]}</b> {text(v.value)}"
             f"<small>{text(v.rule)}{'.' if v.rule and advice else ''}{text(advice)}</small></div></li>"
@@ -128,9 +130,8 @@ def _glance(runs: Sequence[Run]) -> str:
 
     def first_to_last(run: Run, metric: str) -> str:
         values = run.series(metric)[1]
-        if not values or (metric == "kl" and not any(values) and run.number("grpo.kl_beta") == 0.0):
-            return ""
-        return f"{mean(values[: max(1, len(values) // 10)]):.4g} \u2192 {last_tenth(values):.4g}"
+        tenth = max(1, len(values) // 10)
+        return f"{mean(values[:tenth]):.4g} \u2192 {last_tenth(values):.4g}" if values else ""
 
     names = ("reward_mean", "kl", "entropy", "pair_accuracy", "implicit_margin", "images_per_s")
     rows = [(name, [first_to_last(run, name) for run in runs]) for name in names]
@@ -148,13 +149,24 @@ def _verdicts_side_by_side(runs: Sequence[Run], found: Sequence[dict[str, Verdic
         return ""
     rows = []
     for check, title in CHECKS.items():
-        if any(check in of_run for of_run in found):
-            cells = [
-                Markup(f"{text(of_run[check].value)}<br>{badge(of_run[check])}") if check in of_run else ""
-                for of_run in found
-            ]
-            rows.append((title, [*cells, healthy(check, runs)[0] if check in HEALTHY else ""]))
+        of_runs = [of_run.get(check) for of_run in found]
+        judged = [v for v in of_runs if v is not None]
+        if judged:
+            # The limits are the same for all runs, but for some checks the rule is the reason.
+            common = {v.rule for v in judged if v.level is not None}
+            rule = common.pop() if len(common) == 1 else ""
+            means = f"{healthy(check, runs)[0]}. " if check in HEALTHY else ""
+            rows.append(
+                (title, [*(_cell(v, rule) for v in of_runs), Markup(f"{text(means)}<small>{text(rule)}</small>")])
+            )
     return html_table([*(run.name for run in runs), "healthy is"], rows)
+
+
+def _cell(found: Verdict | None, rule: str) -> Markup:
+    if found is None:
+        return Markup("")
+    why = f" <small>{text(found.rule)}</small>" if found.rule != rule else ""
+    return Markup(f"{sign(found.level)} {text(found.value)}{why}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

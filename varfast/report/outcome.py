@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from varfast.evaluation.metrics import Estimate, difference_interval
+from varfast.progress import duration
+from varfast.report.axes import AXES, SPENT, Axis, number
 from varfast.report.elements import brief, html_table, text
 from varfast.report.evaluation import shown
 from varfast.report.run import Run, domain_of
-from varfast.report.spent import spent_sentence
 from varfast.report.verdicts import last_tenth, mean, percent
 
 _ARROW = "\u2192"
@@ -20,9 +21,8 @@ def headline(run: Run) -> str:
     """One sentence, HTML: "Earns the reward: <b>7.6 % → 96.2 %</b>; read as their label: <b>99.0 % → 96.6 %</b>"."""
     if run.summary:
         names = [name for name in _of_summary(run) if domain_of(name)[0] in ("reward", "accuracy")]
-        parts = [_change_of(run, name) for name in names or _of_summary(run)[:1]]
-        found = "; ".join(part for part in parts if part)
-        return found[:1].upper() + found[1:]
+        found = [part for name in names or _of_summary(run)[:1] if (part := _change_of(run, name))]
+        return "; ".join(found)[:1].upper() + "; ".join(found)[1:]
     values = run.series("reward_mean")[1]
     if not values:
         return "No step is complete yet" if not run.metrics.last_step else f"{run.metrics.last_step} steps"
@@ -31,28 +31,41 @@ def headline(run: Run) -> str:
 
 
 def _change_of(run: Run, name: str) -> str:
-    before, after = (run.summary.get(when, {}).get(name) for when in ("before", "after"))
-    if before is None or after is None:
-        return ""
+    numbers = before_to_after(run, name)
     whole, domain = domain_of(name)
-    share = whole == "accuracy" or is_share(run, name)
-    numbers = f"{percent(before)} {_ARROW} {percent(after)}" if share else f"{brief(before)} {_ARROW} {brief(after)}"
-    what = "read as their label" if whole == "accuracy" else "earns the reward" if share else "mean reward"
+    if not numbers:
+        return ""
+    what = (
+        "read as their label" if whole == "accuracy" else "earns the reward" if is_share(run, name) else "mean reward"
+    )
     only = _only_reward(run)
     if whole == "reward" and only and _repeats(run, f"{only}{domain}"):
         what += f" ({brief(only.removeprefix('reward/'), 60)})"
-    return f"{text(what + domain)}: <b>{text(numbers)}</b>"
+    if domain and whole in run.summary.get("after", {}):  # it follows what is trained on
+        what = domain.strip(" ()")
+    return f"{text(what)}: <b>{text(numbers)}</b>"
+
+
+def before_to_after(run: Run, name: str) -> str:
+    """ "7.6 % → 96.2 %", or "5.1 → 6.3" of what is no share; "" if it was not measured."""
+    before, after = (run.summary.get(when, {}).get(name) for when in ("before", "after"))
+    if before is None or after is None:
+        return ""
+    ends = [percent(end) if is_share(run, name) else brief(end) for end in (before, after)]
+    return f"{ends[0]} {_ARROW} {ends[1]}"
 
 
 def is_share(run: Run, name: str) -> bool:
     """Whether the values of all images are 0 or 1, so that their mean is a share of them."""
+    if domain_of(name)[0] == "accuracy":
+        return True
     values = [run.pairs[when][name] for when in ("before", "after") if name in run.pairs.get(when, {})]
     return bool(values) and all(bool(np.isin(of_images, (0, 1)).all()) for of_images in values)
 
 
 def about(run: Run) -> str:
     """How far the run is, what it spent, and how many images the sentence is about."""
-    parts = [_steps(run), spent_sentence(run)]
+    parts = [_steps(run), _spent(run)]
     if not run.summary:
         reason = "Fresh samples are compared when a run is complete"
         reason += ", but this one has eval.samples_per_label=0" if run.number("eval.samples_per_label") == 0 else ""
@@ -62,6 +75,23 @@ def about(run: Run) -> str:
         kind, whose = ("prompts", " of the prompts trained on") if run.prompts else ("labels", "")
         parts.append(f"{images} fresh images{whose}, before and after with the same {kind} and random numbers.")
     return " ".join(part for part in parts if part)
+
+
+def _spent(run: Run) -> str:
+    """ "Spent: 1024 images, 2.1e15 FLOP, 18 min 3 s of steps. Ended by run.budget_flop=2e15."; "" if not known."""
+    units = AXES | {"hours": ""}
+    parts = [f"{spent_on(run, axis)} {units[axis]}".strip() for axis in SPENT if axis in run.spent]
+    ended = f" Ended by {run.ended_by}." if run.ended_by.startswith("run.budget") else ""
+    return f"Spent: {', '.join(parts)} of steps.{ended}" if parts else ""
+
+
+def spent_on(run: Run, axis: Axis) -> str:
+    """What a run had spent at its end, as text; "" if it is not known."""
+    if axis not in run.spent:
+        return ""
+    if axis == "hours":
+        return duration(3600 * min(run.spent[axis], 1e9))
+    return number(run.spent[axis], 3 if axis != "images" else 9)
 
 
 def _steps(run: Run) -> str:

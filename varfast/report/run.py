@@ -168,6 +168,8 @@ def _metrics(run: Run) -> None:
     with run.reading("metrics.jsonl"):
         run.metrics = parse_metrics(read_bytes(run.path, "metrics.jsonl", METRICS_BYTES))
         run.left_out += run.metrics.left_out
+    if run.number("grpo.kl_beta") == 0.0 and not any(run.series("kl")[1]):
+        run.metrics.columns.pop("kl", None)  # an earlier version wrote 0 where it measured nothing
     for name in ("images", "flop", "hours"):
         if values := run.series(f"spent_{name}")[1]:
             run.spent[name] = values[-1]

@@ -8,13 +8,14 @@ from varfast.report.reading import Sample
 from varfast.report.run import Run
 
 
-def before_after(run: Run, place: int) -> str:
+def before_after(run: Run, place: int, alone: bool = True) -> str:
     """The first sample grid beside the last one, with the same labels and random numbers.
 
     With its script, the page shows those of other steps too, from the section of `over_training`.
 
     Args:
         place: of the run among those of the page.
+        alone: it is the only one, with space for a note.
     """
     if not run.grids:
         return "<p>No sample grids.</p>"
@@ -33,7 +34,7 @@ def before_after(run: Run, place: int) -> str:
             f'max="{len(run.grids) - 1}" value="{len(run.grids) - 1}" autocomplete="off" '
             'aria-label="step of the picture on the right"></label>'
         )
-    note = f"<p>A row a {kind}; the same random numbers before and after.</p>"
+    note = f"<p>A row a {kind}; the same random numbers before and after.</p>" if alone else ""
     return f'<div class="pair" data-run="{place}">{left}{right}{slider}{note}{_rows(run)}</div>'
 
 

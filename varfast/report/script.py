@@ -32,7 +32,7 @@ const quantile = (values, share) => {
   return sorted[below] + (at - below) * ((sorted[below + 1] ?? sorted[below]) - sorted[below]);
 };
 const smooth = (values, weight) => {
-  if (values.length <= numbers.smoothed || !weight) return values;
+  if (values.length <= numbers.smoothed) return values;
   let last = 0, left = 1;
   return values.map(value => {
     last = weight * last + (1 - weight) * value;

@@ -24,8 +24,9 @@ pre{overflow:auto;max-height:36rem;padding:10px;background:var(--panel);border-r
 table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{padding:3px 12px 3px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
 th[scope=row]{font-weight:400;color:var(--soft)}
-td{min-width:5rem;max-width:28rem;overflow-wrap:break-word}
-.charts{display:grid;gap:18px 24px;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
+td{min-width:4rem;max-width:28rem;overflow-wrap:break-word}
+th[scope=row]{max-width:22rem;overflow-wrap:break-word}
+.charts{display:grid;gap:18px 24px;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr))}
 .chart{margin:0;padding:10px 12px;background:var(--panel);border-radius:8px;display:flex;flex-direction:column}
 .chart figcaption{flex:1;overflow-wrap:anywhere}
 .chart figcaption span{color:var(--soft);font-size:13px}
@@ -65,8 +66,8 @@ background:var(--panel);border:1px solid var(--rule);border-radius:8px;font-size
 .headline{font-size:1.5rem;line-height:1.25;margin:.2rem 0;color:var(--ink);font-variant-numeric:tabular-nums;
 overflow-wrap:anywhere}
 .headline b{font-weight:650}
-.badge{display:inline-block;padding:0 7px;border:1.5px solid;border-radius:10px;font-size:12.5px;font-weight:600;
-white-space:nowrap}
+.badge{display:inline-block;align-self:start;justify-self:start;padding:0 7px;border:1.5px solid;border-radius:10px;
+font-size:12.5px;font-weight:600;white-space:nowrap}
 .badge.healthy{color:var(--healthy)}.badge.look{color:var(--look)}.badge.broken{color:var(--broken)}
 .badge.none{color:var(--soft)}
 small{color:var(--soft)}
@@ -77,7 +78,7 @@ small{color:var(--soft)}
 .verdicts li{display:grid;grid-template-columns:7.2rem minmax(0,1fr);gap:8px;padding:5px 0;
 border-top:1px solid var(--rule);font-size:14px;line-height:1.35}
 .verdicts small{display:block;font-size:12px;overflow-wrap:anywhere}
-.several{display:grid;gap:8px 24px;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr))}
+.several{display:grid;gap:8px 24px;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr))}
 .several section{min-width:0}
 .several h2{font-size:1rem;margin:.8rem 0 .3rem;border:0}
 .beside{display:flex;flex-wrap:wrap;gap:8px 40px;align-items:start}
@@ -99,6 +100,7 @@ background:linear-gradient(var(--rule),var(--rule)) center/100% 1px no-repeat}
 .range .ring,.range .dot{top:1px;width:10px;height:10px;margin-left:-5px;border:2px solid var(--c0);border-radius:50%;
 background:var(--paper)}
 .range .dot{background:var(--c0)}
+.by-label td{min-width:7.2rem}.by-label td span{white-space:nowrap}
 .measured{margin:.6rem 0}
 .samples{display:grid;gap:10px;grid-template-columns:repeat(auto-fill,minmax(clamp(72px,8vw,128px),1fr));max-width:1100px}
 .samples figure{margin:0;font-size:12.5px;line-height:1.3;overflow-wrap:anywhere}
@@ -106,7 +108,8 @@ background:var(--paper)}
 [hidden]{display:none!important}
 @media (max-width:900px){.first{grid-template-columns:minmax(0,1fr)}}
 @media (max-width:640px){body{padding:8px 10px 32px}.headline{font-size:1.2rem}table{font-size:12.5px}
-th,td{padding-right:7px;overflow-wrap:anywhere}th,td{min-width:2.8rem}th[scope=row]{min-width:4.5rem}.plot{margin-left:44px}
+th,td{padding-right:7px;min-width:2.8rem}th[scope=row]{min-width:4.5rem}
+.by-label .range{display:block;width:100%}.plot{margin-left:44px}
 .verdicts li{grid-template-columns:minmax(0,1fr);gap:1px}.badge{justify-self:start}
 .grids{grid-template-columns:repeat(auto-fill,minmax(min(100%,150px),1fr))}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}}

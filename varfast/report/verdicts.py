@@ -51,20 +51,21 @@ LIMITS = {
 # What is judged, in the order of the page, and how the page calls it.
 CHECKS = {
     "end": "The run",
-    "learning": "It learns",
-    "reward": "Fresh samples earn more",
-    "label_accuracy": "Still read as their label",
-    "diversity": "Samples of a label differ",
-    "groups_without_signal": "Groups to learn from",
-    "pair_accuracy": "Pairs in the right order",
-    "implicit_chosen": "Preferred images stay likely",
-    "clip_fraction": "Size of the steps",
+    "learning": "Learning",
+    "reward": "Reward of fresh samples",
+    "label_accuracy": "Shows what was asked",
+    "diversity": "Diversity within a label",
+    "groups_without_signal": "Groups without signal",
+    "pair_accuracy": "Order of new pairs",
+    "implicit_chosen": "Preferred images",
+    "clip_fraction": "Clipped tokens",
     "kl": "Distance to the base",
-    "ratio_gap_max": "Sampling and learning agree",
+    "ratio_gap_max": "Gap between sampling and learning",
 }
 _SIGNS = {"healthy": "\u2713", "look": "!", "broken": "\u2717"}
 # With fewer values than this, the rise of a metric says nothing.
 _ENOUGH_STEPS = 20
+_SOLVED = "nearly all samples earn the reward now, and nothing is left to learn from it"
 _LATE = "the mean of the last tenth of the steps"
 
 
@@ -88,7 +89,7 @@ def verdict(run: Run, check: str) -> Verdict | None:
     if check in _OF_A_RUN:
         return _OF_A_RUN[check](run)
     values = run.series(check)[1]
-    if check == "kl" and run.number("grpo.kl_beta") == 0.0 and not any(values):
+    if check == "kl" and run.number("grpo.kl_beta") == 0.0 and not values:
         return Verdict(None, "not measured", "grpo.kl_beta=0 holds no base to compare with; grpo.kl_every=10 does")
     return _OF_METRICS[check](run, values) if values else None
 
@@ -157,6 +158,11 @@ def _learning(run: Run) -> Verdict | None:
     if found is None:
         return Verdict("healthy", "rewards differ, and a gradient reaches the weights", "")
     idle, first, last = found
+    if idle.what == "signal" and has_risen(run):
+        steps = (
+            f"not since step {max(first, 1)}" if last == run.metrics.last_step else f"not in steps {first} to {last}"
+        )
+        return Verdict("look", f"{steps}: {_SOLVED}", "a run may end here")
     if last == run.metrics.last_step:
         return Verdict("broken", f"not since step {max(first, 1)}", f"In the last {WINDOW} steps {idle.why}")
     return Verdict("look", f"not in steps {max(first, 1)} to {last}", f"In those steps {idle.why}")
@@ -193,7 +199,9 @@ def _diversity(run: Run) -> Verdict | None:
     base, end = _first_and_last(run, "drift/diversity")
     if base is None or end is None or base <= 0.0:
         return None
-    return _judged("diversity", end / base, f"{end / base:.0%} of the base's", "of the grids, as a share of the base's")
+    return _judged(
+        "diversity", end / base, f"{100 * end / base:.0f} % of the base's", "of the grids, as a share of the base's"
+    )
 
 
 def _first_and_last(run: Run, metric: str) -> tuple[float | None, float | None]:
@@ -204,7 +212,7 @@ def _first_and_last(run: Run, metric: str) -> tuple[float | None, float | None]:
 
 def percent(share: float) -> str:
     """ "96.2 %" """
-    return f"{100 * share:.3g} %" if share < 0.1 else f"{100 * share:.1f} %"
+    return f"{100 * share:.1f} %"
 
 
 _OF_A_RUN: dict[str, Callable[[Run], Verdict | None]] = {
@@ -223,28 +231,40 @@ def _judged(limits: str, number: float, value: str, what: str) -> Verdict:
     """By LIMITS. what: the number is."""
     good, bad = LIMITS[limits]
     falls = good < 0
-    sign = -1 if falls else 1
-    level: Level = "healthy" if sign * number <= good else "look" if sign * number <= bad else "broken"
+    worse = (-number if falls else number) - 1e-9  # 1 - 0.95 is a fall of 0.05
+    level: Level = "healthy" if worse <= good else "look" if worse <= bad else "broken"
     way = "from" if falls else "up to"
     return Verdict(level, value, f"healthy {way} {abs(good):g}, look {way} {abs(bad):g}: {what}")
 
 
 def _clipped(run: Run, values: Sequence[float]) -> Verdict:
     late = last_tenth(values)
-    return _judged("clip_fraction", late, f"{late:.3g} clipped at the end", _LATE)
+    return _judged("clip_fraction", late, f"{late:.3g} at the end", _LATE)
 
 
 def _without_signal(run: Run, values: Sequence[float]) -> Verdict:
     late, labels = last_tenth(values), run.number("rollout.labels_per_step")
     if not labels or labels < 1:
-        return Verdict(None, f"{late:.3g} without signal at the end", "rollout.labels_per_step is not known")
-    value = f"{late:.3g} of {labels:g} without signal at the end"
-    return _judged("groups_without_signal", late / labels, value, f"{_LATE}, as a share of labels_per_step")
+        return Verdict(None, f"{late:.3g} at the end", "rollout.labels_per_step is not known")
+    value = f"{late:.3g} of {labels:g} at the end"
+    found = _judged("groups_without_signal", late / labels, value, f"{_LATE}, as a share of labels_per_step")
+    if found.level == "broken" and has_risen(run):
+        return Verdict("look", f"{value}: {_SOLVED}", found.rule)
+    return found
+
+
+def has_risen(run: Run) -> bool:
+    """Whether the reward has: then groups whose samples all earn the same are groups that have learned it."""
+    values, spread = run.series("reward_mean")[1], run.series("reward_std")[1]
+    if not values or not spread:
+        return False
+    tenth = max(1, len(values) // 10)
+    return last_tenth(values) - mean(values[:tenth]) > 0.5 * mean(spread[:tenth]) > 0.0
 
 
 def _rounding(run: Run, values: Sequence[float]) -> Verdict:
     largest, dtype = max(values), run.settings.get("run.dtype", "")
-    value = f"gap of {largest:.3g} at most"
+    value = f"{largest:.3g} at most"
     if f"ratio_gap_max in {dtype}" not in LIMITS:
         return Verdict(None, value, "run.dtype is not known")
     return _judged(f"ratio_gap_max in {dtype}", largest, value, f"the largest of all steps, in {dtype}")
@@ -258,7 +278,7 @@ def _levels_off(run: Run, values: Sequence[float]) -> Verdict:
     earlier = last_tenth(values[: len(values) - len(values) // 4])
     rise = (late - earlier) / late if late > 1e-12 else 0.0
     what = "the share of it that came in the last quarter of the steps; a quarter comes there at a steady pace"
-    return _judged("kl", rise, f"KL {late:.3g} at the end, {max(rise, 0.0):.0%} of it late", what)
+    return _judged("kl", rise, f"KL {late:.3g} at the end, {100 * max(rise, 0.0):.0f} % of it late", what)
 
 
 def _above_chance(run: Run, values: Sequence[float]) -> Verdict:

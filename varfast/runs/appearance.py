@@ -9,12 +9,13 @@ Axes: N image, R row of the grid, C column of it; H, W pixels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from varfast.config import Config
+from varfast.data.captions import WORLDS
 from varfast.data.datasets import DigitsClassifier
 from varfast.data.prompts import PromptSet
 from varfast.rewards import WeightedSum
@@ -33,15 +34,18 @@ class Looks:
     """What the pictures of a run's grids look like: `appearance`, and label_accuracy where the run has what reads it.
 
     label_accuracy is the share of the images that are read as their label, or that show what their prompt asks: by
-    eval.classifier, by a reward that is a classifier, or, of prompts.source=digits, by the reader of those scenes.
-    Nothing is fetched for it.
+    eval.classifier, by a reward that is a classifier, or, of the worlds of varfast/data/captions.py (digits from text,
+    shapes from text or by label), by the reader of their scenes. Nothing is fetched for it.
 
     Args:
         config, rewards, prompts: of the run.
+        names: of the labels; None: they have none, or there are prompts.
     """
 
-    def __init__(self, config: Config, rewards: WeightedSum, prompts: PromptSet | None) -> None:
-        self._of_run = config, rewards, prompts
+    def __init__(
+        self, config: Config, rewards: WeightedSum, prompts: PromptSet | None, names: Sequence[str] | None = None
+    ) -> None:
+        self._of_run = config, rewards, prompts, names
 
     @functools.cached_property
     def _reader(self) -> _Reader | None:
@@ -56,14 +60,20 @@ class Looks:
         return found
 
 
-def _reader(config: Config, rewards: WeightedSum, prompts: PromptSet | None) -> _Reader | None:
-    if prompts is not None:
-        if config.prompts is None or config.prompts.source != "digits":
-            return None
-        shown = WeightedSum({"shown": CompositionReward(type="composition")}, prompts=prompts)
-        return lambda images, rows_N: shown(images, rows_N).total_B
-    ranks = DigitsClassifier().ranks if config.eval.classifier == "digits" else rewards.ranks
-    return None if ranks is None else lambda images, labels_N: ranks(images, labels_N) < 1
+def _reader(
+    config: Config, rewards: WeightedSum, prompts: PromptSet | None, names: Sequence[str] | None
+) -> _Reader | None:
+    if prompts is None and config.eval.classifier == "digits":
+        ranks = DigitsClassifier().ranks
+        return lambda images, labels_N: ranks(images, labels_N) < 1
+    if (of_rewards := rewards.ranks) is not None:
+        return lambda images, labels_N: of_rewards(images, labels_N) < 1
+    world = WORLDS.get(config.pretrain.dataset if config.prompts is None else config.prompts.source)
+    if world is None or (prompts is None and not set(names or [""]) <= set(world.labels)):
+        return None
+    scenes = {"shown": CompositionReward(type="composition", scenes=world.name)}  # type: ignore[arg-type]
+    shown = WeightedSum(scenes, names=names, prompts=prompts)
+    return lambda images, rows_N: shown(images, rows_N).total_B
 
 
 @torch.no_grad()
