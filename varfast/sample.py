@@ -74,7 +74,8 @@ def main(arguments: list[str]) -> int:
             parts.append(images)
             progress.update()
     save_picture(out, image_grid(torch.cat(parts), columns, titles))
-    print(f"{out}: {len(rows)} {'prompts' if of_texts else 'labels'} x {columns} samples{left_out}")
+    kind = ("prompt" if of_texts else "label") + "s" * (len(rows) > 1)
+    print(f"{out}: {len(rows)} {kind} x {columns} samples, seed {config.seed}{left_out}")
     return 0
 
 
