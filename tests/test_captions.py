@@ -10,20 +10,20 @@ from PIL import Image
 
 from varfast import InputError
 from varfast.data.captioned import captions_fingerprint, load_captioned
-from varfast.data.captions import DIGITS, SHADES, Scene, all_captions, digits_prompts
+from varfast.data.captions import DIGITS, Scene
 from varfast.data.config import PromptsConfig
 from varfast.data.datasets import load_images
 from varfast.data.prompts import read_prompts
 from varfast.data.scenes import captioned_scenes, draw_scene
 
-SEEN = [caption for caption in all_captions() if not caption.is_new]
-NEW = [caption for caption in all_captions() if caption.is_new]
+SEEN = [caption for caption in DIGITS.captions if not caption.is_new]
+NEW = [caption for caption in DIGITS.captions if caption.is_new]
 
 
 def test_captions_say_what_they_ask_for():
     """Each number, colour and corner that a text names is asked for, and nothing else."""
-    texts = {caption.text: caption for caption in all_captions()}
-    assert len(texts) == len(all_captions()) == 350
+    texts = {caption.text: caption for caption in DIGITS.captions}
+    assert len(texts) == len(DIGITS.captions) == 350
     for text, asked in (
         ("an eight", {"digit": 8, "count": 1}),
         ("a dark seven on light paper", {"digit": 7, "ink": "dark", "paper": "light", "count": 1}),
@@ -33,7 +33,7 @@ def test_captions_say_what_they_ask_for():
         assert dict(texts[text].asked) == asked
     for text, caption in texts.items():
         asked = caption.asked
-        assert DIGITS[asked["digit"]] in text
+        assert DIGITS.words[asked["digit"]][0] in text
         assert all(str(asked[name]) in text for name in ("ink", "paper", "place") if name in asked)
         assert ("paper" in text, " at the " in text) == ("paper" in asked, "place" in asked)
 
@@ -42,7 +42,7 @@ def test_new_captions_are_of_words_that_the_base_has_seen_but_not_together():
     seen_words = {word for caption in SEEN for word in caption.text.split()}
     assert {word for caption in NEW for word in caption.text.split()} <= seen_words
     assert Counter(caption.tag for caption in NEW).keys() == {"position", "count"}
-    shown = {(s.digit, s.ink, s.paper, s.place, s.count) for caption in SEEN for s in caption.scenes()}
+    shown = {(s.figure, s.ink, s.paper, s.place, s.count) for caption in SEEN for s in DIGITS.scenes(caption)}
     for caption in NEW:
         wanted = [caption.asked.get(name) for name in ("digit", "ink", "paper", "place", "count")]
         for scene in shown:
@@ -50,8 +50,8 @@ def test_new_captions_are_of_words_that_the_base_has_seen_but_not_together():
 
 
 def test_of_digit_ink_and_layout_every_two_are_seen_together():
-    scenes = [scene for caption in SEEN for scene in caption.scenes()]
-    seen = {(scene.digit, scene.ink, scene.place or scene.count) for scene in scenes}
+    scenes = [scene for caption in SEEN for scene in DIGITS.scenes(caption)]
+    seen = {(scene.figure, scene.ink, scene.place or scene.count) for scene in scenes}
     assert len(seen) == 0.8 * 10 * 4 * 6
     assert [len({row[:2] for row in seen}), len({row[1:] for row in seen}), len({row[::2] for row in seen})] == [
         10 * 4, 4 * 6, 10 * 6
@@ -63,7 +63,7 @@ def test_digits_prompts_are_in_domain_or_out_of_it():
     count = Counter(prompt.domain for prompt in prompts.prompts)
     of_tags = sum(caption.tag in ("colour", "count") for caption in SEEN)
     assert count == {"train": of_tags - 40, "held_out": 40, "out_of_domain": len(NEW)}
-    row = next(prompt for prompt in digits_prompts() if prompt.text == "two red threes on dark paper")
+    row = next(prompt for prompt in DIGITS.prompts() if prompt.text == "two red threes on dark paper")
     assert (row.tag, dict(row.metadata)) == ("count", {"digit": 3, "ink": "red", "paper": "dark", "count": 2})
 
 
@@ -72,13 +72,13 @@ def test_draw_scene_has_ink_in_its_corners_alone(size):
     scene = Scene(7, "red", "dark", "bottom left", 1)
     image = draw_scene(scene, size, np.random.RandomState(0))
     half = size // 2
-    paper = torch.tensor(SHADES["dark"]).view(3, 1, 1)
+    paper = torch.tensor(DIGITS.shades["dark"]).view(3, 1, 1)
     same = (image == paper).all(dim=0)
     assert same[:half].all()
     assert same[half:, half:].all()
     assert not same[half:, :half].all()
     far = (image - paper).norm(dim=0).flatten().argmax()
-    torch.testing.assert_close(image.flatten(1)[:, far], torch.tensor(SHADES["red"]))
+    torch.testing.assert_close(image.flatten(1)[:, far], torch.tensor(DIGITS.shades["red"]))
 
 
 def test_draw_scene_draws_as_many_figures_as_it_says():

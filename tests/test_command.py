@@ -1,6 +1,7 @@
 """What a command answers before PyTorch is imported, and how it reads its arguments."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,21 @@ def test_typos_are_answered_in_words_with_2(answers, line, message):
     assert error.startswith("error: ")
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_reader_that_has_ended_is_no_error():
+    """As in `varfast env | head -1`."""
+    code = (
+        "import os, sys, types\n"
+        "sys.modules['varfast.env'] = types.SimpleNamespace(main=lambda _: [print('x' * 9999) for _ in range(99)])\n"
+        "from varfast.command import run_command\n"
+        "run_command('env', [])\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_version_and_the_list_of_commands(answers):

@@ -30,7 +30,7 @@ def runs(tmp_path_factory, digits_cache):
     """Folders of a GRPO and a DPO run of equal images, from one base."""
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(captioned, "_SCENES_A_CAPTION", 2)
+        patch.setitem(captioned._SCENES_A_CAPTION, "captioned_digits", 2)
         for loss, name in (("grpo", "digits_text"), ("dpo", "digits_text_dpo")):
             folders[loss] = tmp_path_factory.mktemp(loss)
             own = {"grpo": ["grpo.kl_beta=0.01"], "dpo": ["dpo.beta=0.5", "update.minibatch=4"]}[loss]

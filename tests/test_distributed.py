@@ -376,6 +376,50 @@ def test_an_error_in_one_process_ends_all_of_them_soon(make_config, tmp_path):
     assert "exitcode  : 7" in out
 
 
+# Errors in process 0 alone, and in both alike: what each process has, and which of them would print it.
+FAIL_TOGETHER = """
+import os, sys
+import torch
+from varfast.command import _tells
+from varfast.distributed import alike, decided_by_first, joined
+from varfast.types import InputError
+
+def fail(text):
+    raise InputError(text)
+
+def leads():
+    with world.leader_first():
+        fail("in order")
+
+def both():
+    with alike():
+        fail("alike")
+
+with joined(torch.device("cpu"), 60.0) as world:
+    for case in (lambda: decided_by_first(lambda: fail("decided")), leads, both, lambda: fail("own")):
+        try:
+            case()
+        except InputError as error:
+            print(error, _tells(error))
+"""
+
+
+def test_one_of_two_processes_says_what_is_wrong_in_both():
+    codes, outputs = ends(processes(2, "-c", FAIL_TOGETHER))
+    assert codes == [0, 0], outputs
+    assert outputs[0].splitlines() == ["decided True", "in order True", "alike True", "own True"]
+    assert outputs[1].splitlines() == ["decided False", "in order False", "alike False", "own True"]
+
+
+def test_one_of_two_processes_says_what_is_wrong_with_a_config(make_config, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(make_config()))
+    codes, outputs = ends(processes(2, "-m", "varfast.train", str(path), "update.lrr=1"))
+    assert codes == [2, 2], outputs
+    assert "did you mean update.lr?" in outputs[0]
+    assert outputs[1] == ""
+
+
 def test_torchrun_restarts_a_job_whose_rank_was_killed_and_it_goes_on(make_config, tmp_path):
     (tmp_path / "mortal.py").write_text(
         "import os, signal\ncalls = [0]\n"

@@ -17,7 +17,8 @@ LAYERS = [
     | {"pretraining.config", "perf.allocator", "perf.cpu", "perf.graphs", "perf.stages", "perf.cost"},
     {"config"},
     {"perf", "learner", "state", "runs", "pretraining", "evaluation", "report.config", "command"},
-    {"pretrain", "train", "sample", "evaluate", "statistics", "export", "report", "env", "roofline", "completion"},
+    {"pretrain", "train", "sample", "evaluate", "statistics", "export", "report", "env", "roofline", "completion"}
+    | {"from_python"},
 ]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 

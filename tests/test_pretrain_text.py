@@ -29,7 +29,7 @@ POLICY = {
 
 @pytest.fixture
 def make_text(make_config, monkeypatch):
-    monkeypatch.setattr(captioned, "_SCENES_A_CAPTION", 1)
+    monkeypatch.setitem(captioned._SCENES_A_CAPTION, "captioned_digits", 1)
 
     def make(policy=None, **settings):
         settings = {"dataset": "captioned_digits", "vqvae_steps": 2, "var_steps": 3, "batch_size": 16} | settings

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 import varfast
 from varfast import InputError, load_policy
 from varfast.data.labels import imagenet, label_names
+from varfast.evaluation.arguments import resolved
+from varfast.evaluation.config import EvaluateConfig
 from varfast.policies.config import LoRAConfig
 from varfast.policies.families import family_named, section_named
 from varfast.runs.folder import RunFolder
@@ -268,6 +270,23 @@ def test_a_path_that_is_there_is_no_repository(folders, monkeypatch, tmp_path):
     with pytest.raises(InputError, match=r"checkpoint=runs/nope does not exist"):
         sample(["checkpoint=runs/nope", f"out={tmp_path / 'a.png'}"])
     assert asked == []
+
+
+def test_a_repository_that_is_none_is_said_as_it_was_given(repositories, folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(folders, "none", (None, tmp_path))
+    with pytest.raises(
+        InputError, match=r"me/none is not on this disk, so it was taken for a repository: checkpoint hf"
+    ):
+        load_policy("me/none")
+    (tmp_path / "config.json").write_text('{"model_type": "multi_modality"}')
+    for load in (load_policy, varfast.Policy.from_pretrained):
+        with pytest.raises(InputError, match=r"or no saved model of varfast: library_name: Field required"):
+            load("hf://me/none")
+
+
+def test_evaluate_takes_a_saved_model_with_its_family(folders):
+    task = resolved(EvaluateConfig(checkpoint=str(folders["llamagen"][1]), reference=str(folders["llamagen"][1])))
+    assert (task.family, task.reference, task.vqvae) == ("llamagen", str(folders["llamagen"][1]), None)
 
 
 class FakeHub:

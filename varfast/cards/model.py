@@ -71,7 +71,7 @@ def label_section(rows: Sequence[Sequence[Any]], head: Sequence[str] = ("label",
     names = [row[1] for row in rows]
     if names == list(imagenet().values()):
         return imagenet_section()
-    left = f"\n\n{len(rows) - _LISTED_LABELS} more are in config.json." if len(rows) > _LISTED_LABELS else ""
+    left = f"\n\n{len(rows) - _LISTED_LABELS} more are not listed." if len(rows) > _LISTED_LABELS else ""
     return "## Labels\n\n" + markdown_table(head, rows[:_LISTED_LABELS]) + left
 
 

@@ -125,7 +125,11 @@ def _skipped(folder: RunFolder, rewards: dict[str, RewardConfig]) -> str:
     """One line: which rewards are not measured, why, and the argument that brings them back, ready for a shell."""
     outside = {name: reward.reaches_outside() for name, reward in rewards.items()}
     names = ", ".join(f"{printable(name, 80)} ({printable(why)})" for name, why in outside.items() if why)
-    content = {name: reward.model_dump(mode="json", exclude_defaults=True) for name, reward in rewards.items()}
+    content = {
+        name: reward.model_dump(mode="json", exclude_defaults=True)
+        | ({"function": "FILE.py:NAME"} if reward.is_missing else {})
+        for name, reward in rewards.items()
+    }
     argument = f"scores={json.dumps(content, ensure_ascii=False)}"
     fits = argument.isprintable() and len(argument) <= 1000
     override = shlex.quote(argument) if fits else "scores=..., with what you trust of the section reward there"

@@ -47,7 +47,10 @@ PromptTexts = Annotated[
 class SampleConfig(Section):
     """Arguments of `python -m varfast.sample`."""
 
-    checkpoint: Source = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
+    checkpoint: Source = Field(
+        description="a run folder; a saved model: a folder or hf://owner/name; or a transformer's weights: a path or "
+        "hf://owner/repo/file"
+    )
     vqvae: Source | None = Field(
         None, description="the VQ-VAE's or tokenizer's weights, where checkpoint is not a run folder"
     )
@@ -138,7 +141,10 @@ ResultFiles = Annotated[
 class EvaluateConfig(Section):
     """Arguments of `python -m varfast.evaluate`. Sampling defaults to the settings of the family's own FID numbers."""
 
-    checkpoint: Source = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
+    checkpoint: Source = Field(
+        description="a run folder; a saved model: a folder or hf://owner/name; or a transformer's weights: a path or "
+        "hf://owner/repo/file"
+    )
     reference: Source | None = Field(
         None,
         description="what it is compared with: as checkpoint, or 'base' for the model that the run folder started "

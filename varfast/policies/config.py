@@ -55,8 +55,9 @@ class FamilyConfig(Section):
 
     family: str = Field(description="of models")
     checkpoint: Source = Field(
-        description="weights of the transformer: a path, hf://owner/repo/file, a run folder, 'random', or 'pretrain' "
-        "for the model that the pretrain section describes (trained first if it is not in the cache)"
+        description="weights of the transformer: a path, hf://owner/repo/file, a run folder, a saved model (a folder, "
+        "or hf://owner/name), 'random', or 'pretrain' for the model that the pretrain section describes (trained first "
+        "if it is not in the cache)"
     )
     lora: LoRAConfig | None = Field(
         None, description="train an adapter beside the frozen weights; {} for its defaults; null: train all weights"

@@ -33,7 +33,7 @@ from varfast.settings.loading import validate
 from varfast.types import InputError
 from varfast.weights.files import resolve, shown
 from varfast.weights.hub import names_repository
-from varfast.weights.saved import CONFIG_FILE, LIBRARY, Saved, file_in, hub_address, is_saved, read_saved
+from varfast.weights.saved import CONFIG_FILE, LIBRARY, Saved, file_in, hub_address, is_saved, read_saved, taken_for
 from varfast.weights.state import State
 from varfast.weights.upload import upload_folder
 from varfast.weights.writing import save_shards, save_state
@@ -123,9 +123,13 @@ def saved_section(address: str) -> FamilyConfig:
 
     Raises: InputError if config.json cannot be used.
     """
+    return _section(read_saved(address), address)
+
+
+def _section(saved: Saved, address: str) -> FamilyConfig:
     from varfast.policies.families import section_named
 
-    saved, named = read_saved(address), shown(file_in(address, CONFIG_FILE))
+    named = shown(file_in(address, CONFIG_FILE))
     family = saved.policy.get("family")
     if not isinstance(family, str) or family not in get_args(FamilyName):
         raise InputError(
@@ -148,7 +152,8 @@ def load_saved(address: str, device: torch.device, dtype: str, fast: bool = True
     """The policy of a saved model. Raises: InputError if a file cannot be had, or does not fit."""
     from varfast.policies.families import family_of, text_tokenizer
 
-    section, saved = saved_section(address), read_saved(address)
+    saved = read_saved(address)
+    section = _section(saved, address)
     family, (trained, frozen) = family_of(section), section.parts
     sources = {trained: section.checkpoint, frozen: section.frozen_checkpoint or section.checkpoint}
     parts = {part: family.load_part(part, source, section) for part, source in sources.items()}
@@ -234,11 +239,14 @@ class Pretrained(Conditioned):
             if not names_repository(address):
                 raise InputError(f"revision={revision}: {address} is no repository of the hub; leave it out")
             address = f"{address.rstrip('/')}@{revision}"
-        if not is_saved(address):
-            raise InputError(
-                f"{shown(address)} is no folder or repository that save_pretrained wrote: it has no {CONFIG_FILE} of "
-                "varfast; varfast.load_policy reads run folders and files of weights"
-            )
+        with taken_for(str(source), address):
+            if not is_saved(address):
+                if names_repository(address):
+                    read_saved(address)  # which says why it is none
+                raise InputError(
+                    f"{shown(address)} is no folder or repository that save_pretrained wrote: it has no {CONFIG_FILE} "
+                    "of varfast; varfast.load_policy reads run folders and files of weights"
+                )
         policy = load_saved(address, existing_device(device), dtype, fast, strict)
         if not isinstance(policy, cls):
             raise InputError(

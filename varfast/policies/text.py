@@ -25,6 +25,10 @@ class TextTokenizer(Protocol):
         """The prompt of `length` tokens that says nothing, for guidance."""
         ...
 
+    def to_json(self) -> str:
+        """The content of its file, TOKENIZER_FILE."""
+        ...
+
 
 def reads_texts(policy: object) -> bool:
     """Whether a policy is conditioned on text, and not on labels."""

@@ -23,6 +23,13 @@ class PretrainConfig(Section):
     num_workers: int = Field(0, ge=0, le=1024, description="processes that read images; 0 for data in memory")
     vqvae_steps: int = Field(1000, ge=1, le=MANY, description="optimizer steps of the tokenizer, the VQ-VAE")
     vqvae_lr: float = Field(1e-3, gt=0, le=1e9, description="peak learning rate of the tokenizer")
+    codes_after: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of vqvae_steps at the beginning in which the tokenizer decodes its latents, while the codes "
+        "follow them; pictures with many colours then need fewer steps",
+    )
     var_steps: int = Field(1000, ge=1, le=MANY, description="optimizer steps of the transformer")
     var_lr: float = Field(1e-3, gt=0, le=1e9, description="peak learning rate of the transformer")
     weight_decay: float = Field(0.05, ge=0, le=1e6, description="of AdamW, for the transformer's matrices")

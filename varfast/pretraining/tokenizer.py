@@ -46,7 +46,7 @@ def fit_tokenizer(
     """Train a tokenizer in place, and freeze it.
 
     Args:
-        model: images (B, 3, H, W) in [-1, 1] -> reconstruction, loss of the codes, tokens.
+        model: images (B, 3, H, W) in [-1, 1], and whether to use codes -> reconstruction, loss of the codes, tokens.
         codebook_VC: its codes.
         candidates: images -> (N, C), where codes are needed: unused ones are moved to some of these.
     """
@@ -58,7 +58,7 @@ def fit_tokenizer(
     progress, note = Progress("vq-vae", steps, every=LINE_EVERY), ""
     for step, (images_B3HW, _) in enumerate(batches(images, config, steps, device)):
         batch = pixels(images_B3HW)
-        reconstruction, vq_loss, tokens_BL = model(batch)
+        reconstruction, vq_loss, tokens_BL = model(batch, step >= settings.codes_after * steps)
         error = F.mse_loss(reconstruction, batch)
         optimizer_step(model, optimizer, error + vq_loss, learning_rate(step, steps, settings.vqvae_lr))
         hits_V += torch.bincount(tokens_BL.flatten(), minlength=len(hits_V))

@@ -28,12 +28,13 @@ _INK_PIXELS, _LEAST_PIXELS = 4, 6
 _SIDE_PX = 32
 # Largest minus smallest of red, green and blue: papers and shadows have at most 0.15, inks at least 0.4.
 _PALE, _BRIGHT = 0.2, 0.46
-# A spot of fewer pixels is no figure; the smallest star that is drawn has 28. Of more figures, the largest are read.
-_SPOT_PX, _MOST_FIGURES = 6, 6
+# A spot of fewer pixels is no figure, and a figure of fewer has no shape; the smallest ones that are drawn have 32. Of
+# more figures, the largest are read.
+_SPOT_PX, _SHAPE_PX, _MOST_FIGURES = 6, 20, 6
 # Figures are compared in cut-outs of so many pixels, whose half side is so many radii of a disc of the figure's area.
 _CUT_PX, _CUT_RADII = 14, 1.6
-# Cosine to the most similar drawn figure below which a figure has no shape; drawn ones have 0.96 and more.
-_LIKE = 0.92
+# Cosine to the most similar drawn figure below which a figure has no shape; of 1000 drawn ones 999 have more.
+_LIKE = 0.9
 # A centre at most so far from the middle, in sides, is in the middle.
 _MIDDLE = 0.12
 
@@ -181,7 +182,7 @@ class ShapesReader(SceneReader):
             _corner_or_middle(centre_BK2),
             self._papers(images, cover_BP),
             self._inks(ink_BK3),
-            self._shapes(weight_BKP, centre_BK2) * figures_BK.unsqueeze(2),
+            self._shapes(weight_BKP, centre_BK2) * (area_BK >= _SHAPE_PX).unsqueeze(2),
         )
 
     def _papers(self, images: Tensor, cover_BP: Tensor) -> Tensor:
@@ -212,7 +213,7 @@ class ShapesReader(SceneReader):
         rng = np.random.RandomState(0)
         kinds = range(len(self.world.words))
         scenes = [Scene(name, "red", "white", place, 1)
-                  for name in self.world.words for place in self.world.places for _ in range(8)]  # fmt: skip
+                  for name in self.world.words for place in self.world.places for _ in range(16)]  # fmt: skip
         cover_BP, patches_BKP, _ = _patches(draw_shapes(scenes, _SIDE_PX, rng))
         weight_B1P = (patches_BKP * cover_BP.unsqueeze(1))[:, :1]
         cuts_TC = _cut_outs(weight_B1P, _mean(_places(), weight_B1P)).squeeze(1)

@@ -1,6 +1,7 @@
 """The table that training prints at its end: fresh samples before and after it, scored and classified.
 
-Of prompts, those of each domain are sampled: rows such as "reward (held out)" stand below those of what is trained on.
+Prompts of each domain are sampled, and labels that are held out, if eval.held_out_labels asks for them: rows such as
+"reward (held out)" stand below those of what is trained on.
 
 before_after.json in the run folder keeps the values of every image, so that the difference gets an interval over pairs
 of images, and so that a resumed run knows which settings its "before" was measured with.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,15 @@ from varfast.data.datasets import DigitsClassifier
 from varfast.data.prompts import DOMAINS, Domain, PromptSet, drawn
 from varfast.distributed import ALONE, World, decided_by_first
 from varfast.evaluation.metrics import Numbers, difference_interval
-from varfast.files import read_json, save_text
+from varfast.files import leaves, read_json, save_text
 from varfast.policies.checks import check_finite
 from varfast.policies.protocol import Policy
+from varfast.printable import printable
 from varfast.progress import Progress
 from varfast.randomness import EVAL_STEP, Key
 from varfast.rewards import WeightedSum
 from varfast.runs.failures import failure_of_all
+from varfast.runs.folder import differences
 from varfast.tables import text_table
 from varfast.types import InputError, Prompts, Sampling
 
@@ -47,13 +51,15 @@ class BeforeAfter:
         folder: of the run.
         config: of the run.
         labels: that the run trains on; the first eval.max_labels are sampled, eval.samples_per_label images each.
+            eval.held_out_labels of the others, which run.seed chooses, too.
         prompts: of a run on texts: of each domain, eval.max_labels that run.seed chooses are sampled.
         world: this process among those of the run.
     Attributes:
         values: "before" and "after", each if it has been measured: (N,) float64 by name, which is reward,
-            reward/<component>, entropy or accuracy (0 or 1); of prompts that are not trained on with their domain, as
-            "reward (held out)". Those of the file are in the first process alone.
-    Raises: InputError for a classifier of labels where there are prompts.
+            reward/<component>, entropy or accuracy (0 or 1); of prompts and labels that are not trained on with their
+            domain, as "reward (held out)". Those of the file are in the first process alone.
+        seconds: that the last measurement took; 0 before the first one.
+    Raises: InputError for a classifier of labels, or labels held out, where there are prompts or no such labels.
     """
 
     def __init__(
@@ -65,30 +71,26 @@ class BeforeAfter:
         world: World = ALONE,
     ) -> None:
         self._path, self._config, self._world = folder / FILE, config, world
-        chosen = {"": labels[: config.eval.max_labels]}
-        if prompts is not None:
-            if config.eval.classifier is not None:
-                raise InputError(
-                    f"eval.classifier={config.eval.classifier} tells labels apart, and the run is on prompts; use "
-                    "null, and rewards that read the prompt"
-                )
-            chosen = {
-                _suffix(d): drawn(prompts.ids(d), config.eval.max_labels, config.run.seed) for d in prompts.domains
-            }
+        chosen = _labels_of(config, labels) if prompts is None else _prompts_of(config, prompts)
         each = config.eval.samples_per_label
         self._labels = [label for ids in chosen.values() for label in ids for _ in range(each)]
         # How many images have values under names with this suffix, one suffix after another.
         self._counts = {suffix: each * len(ids) for suffix, ids in chosen.items()}
         # Everything that the values depend on and that may change when a run is resumed.
-        self._settings = config.eval.model_dump(mode="json", exclude={"every"}) | {
+        self._settings = config.eval.model_dump(mode="json", exclude={"every", "held_out_labels"}) | {
             "temperature": config.rollout.temperature,
             "seed": config.run.seed,
+            "reward": {name: reward.model_dump(mode="json") for name, reward in config.reward.items()},
         }
-        if config.rollout.cfg:  # a run of a version without it goes on with its "before"
+        # A run of a version without one of these goes on with its "before".
+        if config.rollout.cfg:
             self._settings["cfg"] = config.rollout.cfg
+        if config.eval.held_out_labels:
+            self._settings["held_out_labels"] = config.eval.held_out_labels
         self.values: dict[str, Numbers] = {}
         self._step: int | None = None
         self._measured_step: int | None = None  # the same, if this process has measured it
+        self.seconds = 0.0
         self._classifier: DigitsClassifier | None = None
         if world.is_main:
             self._read()
@@ -146,8 +148,10 @@ class BeforeAfter:
         most = math.ceil(count / world.size) if count >= world.size else count  # images of a process
         chunks = math.ceil(most / chunk)
         parts: dict[str, list[torch.Tensor]] = {}
-        quiet = chunks == 1 or not world.is_main
-        with Progress(f"table of {name}", chunks, unit="chunk", quiet=quiet) as progress:
+        begin_s = time.perf_counter()
+        quiet, in_steps = chunks == 1 or not world.is_main, stops is not None
+        name = "evaluation" if in_steps else f"table of {name}"
+        with Progress(name, chunks, unit="chunk", quiet=quiet, patient=in_steps) as progress:
             for first in range(shard.start, shard.start + chunks * chunk, chunk):
                 if stops is not None and world.any(stops()):
                     return None
@@ -156,7 +160,7 @@ class BeforeAfter:
                     found = self._measured(first, min(first + chunk, shard.stop), policy, reward)
                 except BaseException as error:  # noqa: BLE001 - raised again once all processes know
                     failure = error
-                failure = failure_of_all(failure, world, f"the table of {name}")
+                failure = failure_of_all(failure, world, f"the {name}")
                 if failure is not None:
                     raise failure
                 for key, values_b in found.items():
@@ -165,6 +169,7 @@ class BeforeAfter:
         values = {key: torch.cat(values) for key, values in parts.items()}
         if count >= world.size:
             values = {key: world.gather(values_n, count) for key, values_n in values.items()}
+        self.seconds = time.perf_counter() - begin_s
         return self._by_domain({key: values_N.numpy() for key, values_N in values.items()})
 
     def _measured(self, first: int, end: int, policy: Policy, reward: WeightedSum) -> dict[str, torch.Tensor]:
@@ -207,7 +212,11 @@ class BeforeAfter:
         """Take the values in the folder if their settings are the same; a damaged file counts as none."""
         try:
             content = read_json(self._path)
-            if content["settings"] != self._settings or content["labels"] != self._labels:
+            there = content["settings"]
+            if "reward" not in there and not any(key.startswith("reward") for key in self._config.run.allow_change):
+                there = there | {"reward": self._settings["reward"]}  # a version that did not keep it
+            if there != self._settings or content["labels"] != self._labels:
+                self._say_what_changed(there)
                 return
             values = {when: as_numbers(content[when]) for when in ("before", "after") if when in content}
         except (InputError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
@@ -216,10 +225,45 @@ class BeforeAfter:
             self.values = values
             self._step = content["step"] if "after" in values else None
 
+    def _say_what_changed(self, there: dict[str, Any]) -> None:
+        lines = differences(leaves(there), leaves(self._settings), printable)
+        print("\n".join(["the table of before and after is measured again, as it was of", *lines.values()]))
+        if self._config.eval.every:
+            print("eval/... in metrics.jsonl are of these settings from here on, and at step 0")
+
     def _count(self, name: str) -> int:
         """Images with a value of this name."""
         others = (count for suffix, count in self._counts.items() if suffix and name.endswith(suffix))
         return next(others, self._counts.get("", 0))
+
+
+def _labels_of(config: Config, labels: list[int]) -> dict[str, list[int]]:
+    """Labels by the suffix of their values' names. labels: that the run trains on."""
+    most, chosen = config.eval.held_out_labels, {"": labels[: config.eval.max_labels]}
+    if most:
+        others = sorted(set(range(config.policy.num_classes)) - set(labels))
+        if not others:
+            raise InputError(
+                f"eval.held_out_labels={most}: the run draws from all {len(labels)} labels; leave some out by "
+                "rollout.labels or rollout.label_share, or use eval.held_out_labels=0"
+            )
+        chosen[_suffix("held_out")] = drawn(others, most, config.run.seed)
+    return chosen
+
+
+def _prompts_of(config: Config, prompts: PromptSet) -> dict[str, list[int]]:
+    """Rows of prompts by the suffix of their values' names."""
+    if config.eval.classifier is not None:
+        raise InputError(
+            f"eval.classifier={config.eval.classifier} tells labels apart, and the run is on prompts; use null, and "
+            "rewards that read the prompt"
+        )
+    if config.eval.held_out_labels:
+        raise InputError(
+            f"eval.held_out_labels={config.eval.held_out_labels}: the run is on prompts; hold some out by "
+            "prompts.held_out"
+        )
+    return {_suffix(d): drawn(prompts.ids(d), config.eval.max_labels, config.run.seed) for d in prompts.domains}
 
 
 def _suffix(domain: str) -> str:

@@ -18,8 +18,12 @@ def failure_of_all(found: BaseException | None, world: World, what: str) -> Base
     rank = 3 if isinstance(found, NotFinitePolicy) else 1 if isinstance(found, NotFiniteReward) else 2
     worst = world.largest(0 if found is None else rank)
     if worst == 3 and not isinstance(found, NotFinitePolicy):
-        return NotFinitePolicy("the logits or images of another process, which says which, are not finite")
+        found = NotFinitePolicy("the logits or images of another process, which says which, are not finite")
+        found.told_by = "first"
+        return found
     if found is not None or worst == 0:
         return found
     elsewhere = f"{what} failed in another process, which says why"
-    return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
+    error = NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
+    error.told_by = "first"
+    return error

@@ -19,14 +19,14 @@ from varfast.data.prompts import saved_prompts
 from varfast.policies.config import FamilyName
 from varfast.policies.device import existing_device, pick_device
 from varfast.policies.driver import Driver
-from varfast.policies.families import family_named, family_of, text_tokenizer
+from varfast.policies.families import family_named, family_of, section_named, text_tokenizer
 from varfast.policies.lora import without_lora
 from varfast.policies.pretrained import load_saved
 from varfast.policies.text import TOKENIZER_FILE
 from varfast.runs.base import Base
 from varfast.types import InputError
-from varfast.weights.hub import repository_of
-from varfast.weights.saved import hub_address, is_run, is_saved
+from varfast.weights.hub import names_repository, repository_of
+from varfast.weights.saved import hub_address, is_run, is_saved, read_saved, taken_for
 from varfast.weights.state import State
 
 if TYPE_CHECKING:
@@ -69,9 +69,12 @@ def load_policy(
     Raises: InputError if a file or folder cannot be read or does not fit, or for a device that is not there.
     """
     device, var = existing_device(device), str(var)
-    if argument == "var":  # a command takes a path for a path: a typo in it is no question to the hub
-        var = hub_address(var)
-    saved, of_folder = is_saved(var), is_run(var)
+    # A command takes a path for a path: a typo in it is no question to the hub.
+    given, var = var, hub_address(var) if argument == "var" else var
+    with taken_for(given, var):
+        saved, of_folder = is_saved(var), is_run(var)
+        if not saved and names_repository(var) and not section_named(family).as_transformers:
+            read_saved(var)  # which says why it is none
     if (of_folder or saved) and (var_config is not None or vqvae_config is not None):
         what = "a saved model" if saved else "a run folder"
         raise InputError(f"{argument}={var} is {what}, whose config says the sizes; give no sizes beside it")

@@ -58,8 +58,11 @@ class RunLog:
         self._said: set[str] = set()
         self._progress = Progress("grpo" if config is None else config.loss.name, total_steps, start_step)
         self._unwritten = ""
+        self._groups = None if config is None else config.rollout.labels_per_step
+        self._first_reward: float | None = None  # of the run, to which the bar compares
         with self._optional("the lines of earlier steps"):
             kept = _lines(self._metrics, start_step)
+            self._first_reward = next(_rewards(kept), None)
             save_text(self._metrics, "".join(line + "\n" for line in kept))
             (folder / ENDED).unlink(missing_ok=True)
         self._trackers = [] if config is None else start_trackers(folder, config)
@@ -88,20 +91,39 @@ class RunLog:
         for tracker in self._trackers:
             tracker.finish(failed=kind is not None)
 
-    def step(self, step: int, metrics: dict[str, float], total_steps: int | None = None) -> None:
+    def step(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        total_steps: int | None = None,
+        step_s: float | None = None,
+        left_s: float | None = None,
+    ) -> None:
         """Record the metrics of a step, counted from 1. Those that are not finite are skipped: JSON has no NaN.
 
-        total_steps: as far as is known now, where a budget may end the run before.
+        Args:
+            total_steps: as far as is known now, where a budget may end the run before.
+            step_s, left_s: for the bar: see Progress.update.
         """
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._append(json.dumps({"step": step, **metrics}) + "\n")
         self._scalars(step, metrics)
-        # A skipped rollout has none of them; DPO has the KL in some steps alone, and no reward on saved pairs.
-        shown = {"reward": "reward_mean", "kl": "kl", "margin": "implicit_margin"}
-        note = [f"{short}={metrics[name]:.3f}" for short, name in shown.items() if name in metrics]
-        if "reward_mean" in metrics and "images_per_s" in metrics:
-            note.append(f"{metrics['images_per_s']:.0f} img/s")
-        self._progress.update(" ".join(note), total_steps)
+        self._progress.update(self._note(metrics), total_steps, step_s, left_s)
+
+    def _note(self, metrics: dict[str, float]) -> str:
+        """What matters of a step, in half a line. A skipped rollout has none of it; DPO has the KL in some steps alone,
+        and no reward on saved pairs.
+        """
+        parts = []
+        if (reward := metrics.get("reward_mean")) is not None:
+            change = "" if self._first_reward is None else f" ({reward - self._first_reward:+.3f})"
+            self._first_reward = reward if self._first_reward is None else self._first_reward
+            parts.append(f"reward {reward:.3f}{change}")
+        shown = {"kl": "kl", "margin": "implicit_margin", "pair accuracy": "pair_accuracy"}
+        parts += [f"{short} {metrics[name]:.3f}" for short, name in shown.items() if name in metrics]
+        if self._groups and "groups_without_signal" in metrics:
+            parts.append(f"no signal {metrics['groups_without_signal']:.0f}/{self._groups}")
+        return " ".join(parts)
 
     def _scalars(self, step: int, metrics: dict[str, float]) -> None:
         if self._writer is not None:
@@ -123,10 +145,10 @@ class RunLog:
             save_text(self._metrics, "".join(line + "\n" for line in kept))
         self._scalars(step, metrics)
 
-    def has(self, step: int, name: str) -> bool:
-        """Whether metrics.jsonl has a metric of a step."""
-        lines = _lines(self._metrics, step)
-        return bool(lines) and (last := parse_json(lines[-1]))["step"] == step and name in last
+    def metrics_of(self, step: int) -> dict[str, Any]:
+        """What metrics.jsonl has of a step, its number among it; empty if it has none."""
+        last: dict[str, Any] = next(map(parse_json, _lines(self._metrics, step)[-1:]), {"step": -1})
+        return last if last["step"] == step else {}
 
     def grid(
         self, step: int, images: Tensor, columns: int, titles: Sequence[str] = (), rows: Sequence[str] = ()
@@ -230,6 +252,14 @@ def step_seconds(folder: Path, last_step: int) -> list[float]:
     """Seconds of the steps up to `last_step` that metrics.jsonl has."""
     found = [parse_json(line.encode()).get("step_s") for line in _lines(folder / "metrics.jsonl", last_step)]
     return [float(s) for s in found if isinstance(s, int | float) and not isinstance(s, bool) and 0 <= s < math.inf]
+
+
+def _rewards(lines: list[str]) -> Iterator[float]:
+    """reward_mean of lines of metrics.jsonl, of those that have one."""
+    for line in lines:
+        reward = parse_json(line.encode()).get("reward_mean")
+        if isinstance(reward, int | float) and not isinstance(reward, bool):
+            yield float(reward)
 
 
 def _lines(path: Path, last_step: int) -> list[str]:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from varfast.data.prompts import PromptSet, drawn
 from varfast.files import write_atomically
-from varfast.types import Rewards
+from varfast.policies.checks import check_images
+from varfast.types import InputError, Rewards
 
 # Small images are enlarged by repetition, so that a grid of digits can be looked at.
 _SMALLEST_CELL_PX = 48
@@ -35,6 +36,33 @@ _TITLE_LINES = 6
 _EXTREMES = 8
 # Suffixes of pictures, and Pillow's names of their formats.
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) images in [0, 1], as `policy.decode` gives them -> B pictures of Pillow, rounded to 8 bits.
+
+    Raises: InputError for another shape, whole numbers, or numbers outside [0, 1].
+    """
+    _check(images)
+    pixels = images.detach().float().mul(255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in pixels]
+
+
+def picture(images: Tensor, columns: int = 8, titles: Sequence[str] = ()) -> Image.Image:
+    """(B, 3, H, W) images in [0, 1] as one picture of Pillow, which a notebook shows: row by row, small ones enlarged.
+
+    Args:
+        titles: one for each row, written beside it.
+    Raises: InputError as to_pil.
+    """
+    _check(images)
+    return Image.fromarray(image_grid(images, min(columns, len(images)), titles))
+
+
+def _check(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise InputError(f"images are {tuple(images.shape)}, want (B, 3, H, W); of one image: images[None]")
+    check_images(images)
 
 
 def image_grid(images: Tensor, columns: int, titles: Sequence[str] = ()) -> np.ndarray:

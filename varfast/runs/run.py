@@ -44,7 +44,9 @@ from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
 from varfast.runs.pairs import keep_pairs
 from varfast.runs.pictures import prompt_title, shown_prompts
+from varfast.runs.sentences import of_beginning, of_end
 from varfast.runs.setup import Setup
+from varfast.runs.time_left import TimeLeft, multiples_left
 from varfast.state import State
 from varfast.types import InputError, NotFinitePolicy, NotFiniteReward, Prompts, Rewards, Rollout
 
@@ -78,6 +80,7 @@ class Run:
         self._looks = Looks(setup.config, state.rewards, setup.prompts, setup.names)
         self._drift_images = 0  # that the reference has read in this step, apart from the update
         self._begin_s = 0.0
+        self._left = TimeLeft()
         self._at_end = ExitStack()
 
     @property
@@ -269,20 +272,32 @@ class Run:
         if shown or saved or due:
             self.refuse_diverged(self._metrics, self._checkpoints)
         evaluated = self._evaluated(trained=True) if due else {}
+        self._left.step(step_s)
         if self._log and self._limits:
-            looks = self._save_grid(self._log) if shown else {}
+            with self._left.aside("grid") if shown else nullcontext():
+                looks = self._save_grid(self._log) if shown else {}
             looks = {f"drift/{name}": value for name, value in looks.items()}
             of_step = self._limits.metrics(stages_ms, step_s) | memory
-            self._log.step(done, self._metrics | of_step | looks | evaluated, self.total_steps)
+            whole = self._metrics | of_step | looks | evaluated
+            self._log.step(done, whole, self.total_steps, self._left.step_s, self._left_s())
             if shown and show is not None:
                 show(self._log, done)
         if saved:
-            self._save(done if last else state.learned_steps, self._metrics.get("reward_mean"))
+            with self._left.aside("checkpoint"):
+                self._save(done if last else state.learned_steps, self._metrics.get("reward_mean"))
         if last and not (due and not evaluated):  # else the last evaluation was given up for the signal
             self._stopped = 0
         if self._stopped:
             self._checkpoints.wait()
             self._say_stopped()
+
+    def _left_s(self) -> float:
+        """Seconds until the run is over, its evaluations, grids, checkpoints and its table among them."""
+        config, done, total = self.config, self.state.step, self.total_steps
+        every = {"grid": config.log.grid_every, "checkpoint": config.log.checkpoint_every}
+        counts = {kind: multiples_left(done, total, number) for kind, number in every.items()}
+        evaluations = multiples_left(done, total, config.eval.every) if config.eval.every else 1  # the table of after
+        return self._left.seconds(total - done, counts) + evaluations * self._before_after.seconds
 
     def _say_stopped(self) -> None:
         step, folder = self.state.learned_steps, self.setup.folder.path
@@ -316,10 +331,10 @@ class Run:
         evaluations, step, log = self._evaluations, self.state.step, self._log
         if not evaluations.on:
             return
-        if log and not log.has(0, "eval/reward"):
+        if log and not evaluations.of_base.items() <= log.metrics_of(0).items():
             log.amend(0, evaluations.of_base)
         due = step > 0 and evaluations.due(step, self._ended_by is not None)
-        if due and decided_by_first(lambda: log is not None and not log.has(step, "eval/reward")):
+        if due and decided_by_first(lambda: log is not None and "eval/reward" not in log.metrics_of(step)):
             found = self._evaluated(trained=False)
             if log and found:
                 log.amend(step, found)
@@ -368,8 +383,7 @@ class Run:
             summary |= {"spent": asdict(state.spent), "ended_by": self._ended_by}
             save_text(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
             print(f"\n{table(self._before_after.values)}\n" if after else "")
-            weights_file = folder.weights(self.config)
-            print(f"run complete: {self._how_it_ended()}. Weights {weights_file}, curves and grids in {folder.path}")
+            print(of_end(folder.path, folder.weights(self.config), self._how_it_ended()))
         world.wait()
         return 0
 
@@ -390,12 +404,8 @@ class Run:
         config, start, folder = self.config, self.state.step, self.setup.folder.path
         for sentence in self._budget.bought():
             self._say(sentence)
-        if self._budget.most and self._ended_by is not None:
-            self._say(f"{folder} holds step {start}, and {self._ended_by} is reached: no step is left to do")
-        elif start > config.run.steps:
-            self._say(f"{folder} holds step {start}, more than run.steps={config.run.steps}: no step is left to do")
-        elif start:
-            self._say(f"going on after step {start} of {self._of_steps} in {folder}")
+        if start:
+            self._say(of_beginning(folder, start, self._of_steps, config, self._ended_by))
         elif self._log:
             self._log.environment(self.setup.environment)
             self._log.of_base(self._save_grid(self._log))

@@ -20,7 +20,8 @@ from varfast.runs.folder import RunFolder
 from varfast.runs.load import delivered_state, frozen_part
 from varfast.types import InputError
 from varfast.weights.files import regular_file, resolve
-from varfast.weights.saved import is_run, is_saved
+from varfast.weights.hub import names_repository
+from varfast.weights.saved import is_run, is_saved, read_saved
 from varfast.weights.shards import resolve_model
 
 
@@ -99,6 +100,8 @@ def _sources(config: Config, device: torch.device) -> list[Source]:
         trained = resolve_model(address)
         frozen = trained if frozen_address in (None, address) else resolve_model(str(frozen_address))
         return [Source(file, False, file) for file in (trained, frozen)]
+    if names_repository(address):
+        read_saved(address)  # which says why it is none
     if not path.is_dir():
         trained = resolve(address)
         if frozen_address is None:
@@ -106,9 +109,10 @@ def _sources(config: Config, device: torch.device) -> list[Source]:
             raise InputError(f"policy.checkpoint={address} is no run folder, so {key} is needed too")
         return [Source(file, False, file) for file in (trained, resolve(frozen_address))]
     other = RunFolder(path)
-    state, _ = delivered_state(other, torch.float32)
+    state, step = delivered_state(other, torch.float32)
+    print(f"starting from what {path} delivers" + ("" if step is None else f" after step {step}"))
     content = frozen_part(other, config.policy.parts[1]) if frozen_address is None else resolve(frozen_address)
-    return [Source(state, True, path), Source(content, frozen_address is None, path)]
+    return [Source(state, True, path, step), Source(content, frozen_address is None, path)]
 
 
 def _keep_tokenizer(config: Config, folder: RunFolder, origin: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +53,17 @@ def hub_address(address: str) -> str:
     """hf://owner/name for `owner/name` that is not on this disk; any other address as it is."""
     known = _BARE.fullmatch(address) and not os.path.lexists(os.path.expanduser(address))
     return f"hf://{address}" if known else address
+
+
+@contextmanager
+def taken_for(source: str, address: str) -> Iterator[None]:
+    """Around what reads `address`: an error says that `source`, as it was given, has been taken for it."""
+    try:
+        yield
+    except InputError as error:
+        if source == address:
+            raise
+        raise InputError(f"{shown(source)} is not on this disk, so it was taken for a repository: {error}") from error
 
 
 def is_saved(address: str | Path) -> bool:

@@ -32,13 +32,9 @@ def upload_folder(
     Returns: address of the commit.
     Raises: InputError, which says what to do, without a login, a right or a network.
     """
-    repo_id = check_repository(repo_id)
-    if revision is not None and not is_revision(revision):
-        raise InputError(f"revision={one_line(revision, 80)} is no name of a branch; use letters, digits and -_./")
-    from huggingface_hub import HfApi, get_token
+    repo_id = check_upload(repo_id, token, revision)
+    from huggingface_hub import HfApi
 
-    if not (token or get_token()):
-        raise InputError(f"{repo_id} cannot be written: there is no login for the hub; {_LOGIN}")
     stale = ["model-*-of-*.safetensors", "model.safetensors.index.json"]
     api = HfApi(token=token)
     try:
@@ -68,8 +64,13 @@ def _matches(pattern: str, names: Sequence[str]) -> bool:
     return any(fnmatch(name, pattern) for name in names)
 
 
-def check_repository(repo_id: str) -> str:
-    """owner/name or name, without hf://. Raises: InputError if the hub has no such names."""
+def check_upload(repo_id: str, token: str | None = None, revision: str | None = None) -> str:
+    """What can be known before anything is written. Returns: owner/name or name, without hf://.
+
+    Raises: InputError if the hub has no such names, or nobody is logged in.
+    """
+    from huggingface_hub import get_token
+
     plain = repo_id.removeprefix("hf://")
     parts = plain.split("/")
     if len(parts) > 2 or not all(map(is_name, parts)):
@@ -77,6 +78,10 @@ def check_repository(repo_id: str) -> str:
             f"{one_line(repo_id, 100)!r} is no repository of the hub; want owner/name (letters, digits, '-', '_' and "
             "'.' inside)"
         )
+    if revision is not None and not is_revision(revision):
+        raise InputError(f"revision={one_line(revision, 80)} is no name of a branch; use letters, digits and -_./")
+    if not (token or get_token()):
+        raise InputError(f"{plain} cannot be written: there is no login for the hub; {_LOGIN}")
     return plain
 
 

@@ -89,18 +89,22 @@ class Tokenizer(nn.Module):
         """(B, C, h, w) codes -> (B, 3, H, W), not clamped."""
         return self.decoder(self.post_quant_conv(latent))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, with_codes: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Training: reconstruction (not clamped), VQ loss with the commitment term, (B, N) tokens.
 
-        The gradient of the reconstruction passes straight through the look-up to the latents.
+        The gradient of the reconstruction passes straight through the look-up to the latents. with_codes=False decodes
+        the latents themselves, which the codes follow.
         """
         z = self.latents(images)
         rows_NC = self._rows(z)
         tokens_N = self.quantize.nearest(rows_NC)
         codes_NC = F.embedding(tokens_N, self.quantize.codes())
         rows_NC = self.quantize.normalised(rows_NC)
-        loss = F.mse_loss(codes_NC, rows_NC.detach()) + self.config.commitment * F.mse_loss(rows_NC, codes_NC.detach())
-        straight_NC = rows_NC + (codes_NC - rows_NC).detach()
+        loss = F.mse_loss(codes_NC, rows_NC.detach())
+        straight_NC = rows_NC
+        if with_codes:
+            loss = loss + self.config.commitment * F.mse_loss(rows_NC, codes_NC.detach())
+            straight_NC = rows_NC + (codes_NC - rows_NC).detach()
         latent = straight_NC.unflatten(0, (len(z), *z.shape[2:])).permute(0, 3, 1, 2)
         return self.decode_latent(latent), loss, tokens_N.view(len(z), -1)
 

@@ -156,17 +156,23 @@ class Quantizer(nn.Module):
             rest = F.interpolate(rest, size=(side, side), mode="area")
         return self.nearest(rest.permute(0, 2, 3, 1).reshape(-1, rest.shape[1])).view(rest.shape[0], -1)
 
-    def forward(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize in training: straight-through f_hat, the VQ loss, and the (B, L) tokens."""
+    def forward(self, f: Tensor, with_codes: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize in training: straight-through f_hat, the VQ loss, and the (B, L) tokens.
+
+        with_codes=False: f itself in place of f_hat, which the codes follow.
+        """
         f_fixed = f.detach()
         f_hat, loss, tokens = torch.zeros_like(f_fixed), f.new_zeros(()), []
         for scale, side in enumerate(self.config.patch_nums):
             tokens_Bl = self._quantize(f_fixed - f_hat.detach(), side)
             f_hat = f_hat + self.contribution(tokens_Bl, scale)
-            loss = loss + F.mse_loss(f_hat, f_fixed) + self.config.commitment * F.mse_loss(f, f_hat.detach())
+            loss = loss + F.mse_loss(f_hat, f_fixed)
+            if with_codes:
+                loss = loss + self.config.commitment * F.mse_loss(f, f_hat.detach())
             tokens.append(tokens_Bl)
         # Straight-through: the value of f_hat with the gradient of f.
-        return f + (f_hat - f).detach(), loss / len(self.config.patch_nums), torch.cat(tokens, dim=1)
+        straight = f + (f_hat - f).detach() if with_codes else f
+        return straight, loss / len(self.config.patch_nums), torch.cat(tokens, dim=1)
 
 
 class VQVAE(nn.Module):
@@ -222,7 +228,7 @@ class VQVAE(nn.Module):
             inputs.append(self.quantize.next_input(f_hat, scale + 1))
         return torch.cat(inputs, dim=1)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training: reconstruction (not clamped), VQ loss, (B, L) tokens."""
-        f_hat, loss, tokens_BL = self.quantize(self.latents(images))
+    def forward(self, images: Tensor, with_codes: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Training: reconstruction (not clamped), VQ loss, (B, L) tokens. with_codes: see Quantizer.forward."""
+        f_hat, loss, tokens_BL = self.quantize(self.latents(images), with_codes)
         return self.decode_f_hat(f_hat), loss, tokens_BL
