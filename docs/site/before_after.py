@@ -1,6 +1,6 @@
 """A picture for these pages: what a run drew before it was trained and after, the same prompts and random numbers.
 
-    python docs/site/before_after.py runs/shapes three docs/shapes.png "red star" "blue heart" "green triangle" --columns 6
+    python docs/site/before_after.py runs/shapes three docs/shapes.png "red star" "blue heart" --columns 6
 
 Images that earn the reward have a green frame.
 """
