@@ -143,7 +143,7 @@ def test_what_a_saved_model_is_called_stays_with_it(tmp_path, capsys):
     assert ModelCard.load(folder / "README.md").data.base_model == "owner/base"
     assert "| 3 | a\\|b |" in (folder / "README.md").read_text()
     assert sample([f"checkpoint={folder}", f"out={tmp_path / 'a.png'}", "labels=[green]", "device=cpu"]) == 0
-    assert "1 labels x 8 samples" in capsys.readouterr().out
+    assert "1 label x 8 samples, seed 0" in capsys.readouterr().out
 
 
 def test_a_readme_of_ones_own_is_kept_and_a_run_folder_is_refused(tmp_path, make_config):
