@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 import argcomplete
+from argcomplete.shell_integration import shellcode
 from pydantic import BaseModel
 
 from varfast.command import COMMANDS, HELP, SHELLS, Command, read_shell
@@ -37,7 +38,7 @@ _OPTIONS = {"--help": "what it does, and its keys", "--version": "of varfast"}
 
 def main(arguments: list[str]) -> int:
     """python -m varfast.completion bash|zsh|fish"""
-    print(argcomplete.shellcode(["varfast"], shell=read_shell(arguments)).strip())
+    print(shellcode(["varfast"], shell=read_shell(arguments)).strip())
     return 0
 
 
