@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 from safetensors.torch import load_file
 
 import varfast
@@ -358,6 +358,7 @@ def answer(status, message="no"):
         ),
         (answer(401), "t", r"does not accept the login \(401\); log in with"),
         (answer(403), "t", r"the token may not write to me/cats \(403\): make one with the right to write"),
+        (OfflineModeIsEnabled("no"), "t", "HF_HUB_OFFLINE is set; unset it"),
         (answer(503), "t", r"has a fault \(503\); try again later"),
         (ConnectionError("[Errno -2] Name or service not known"), "t", "Name or service not known"),
     ],

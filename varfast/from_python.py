@@ -17,7 +17,7 @@ from varfast.policies.device import pick_device
 from varfast.policies.driver import Driver
 from varfast.report.command import main as write_report
 from varfast.runs.folder import RunFolder
-from varfast.runs.load import load_run
+from varfast.runs.load import load_policy
 from varfast.runs.signals import Stopped
 from varfast.settings.problems import show
 from varfast.settings.reading import apply_override
@@ -49,11 +49,10 @@ class TrainedRun:
         """The lines of metrics.jsonl, one a step; pandas.DataFrame(run.metrics) is a table of them."""
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
-    def policy(self, device: str | None = None, dtype: str | None = None) -> Driver:
-        """The trained policy. device, dtype: default: as the run had them. Raises: InputError as load_policy."""
+    def policy(self, device: str | None = None, dtype: str = "float32") -> Driver:
+        """The trained policy, as `varfast.load_policy` loads it. device: default: that of the run."""
         folder = RunFolder(self.folder)
-        config = folder.load_config()
-        return load_run(folder, pick_device(device or config.run.device), dtype or config.run.dtype)
+        return load_policy(self.folder, device=device or pick_device(folder.load_config().run.device), dtype=dtype)
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write one page with all curves, grids and settings, which needs no network. out: default: in the folder."""

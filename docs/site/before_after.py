@@ -56,7 +56,7 @@ def main() -> None:
         earned = reward(images, ids).components[given.reward] >= 1.0
         halves.append(_grid(images, earned, given.columns))
     picture = _titled(halves, given.prompts)
-    picture.save(given.out, optimize=True)
+    picture.quantize(256).save(given.out, optimize=True)
     print(f"{given.out}: {Path(given.out).stat().st_size / 1e3:.0f} kB")
 
 

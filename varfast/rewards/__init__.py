@@ -24,7 +24,7 @@ Axes: B image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -97,7 +97,7 @@ class WeightedSum:
 
     def __init__(
         self,
-        components: dict[str, RewardConfig],
+        components: Mapping[str, RewardConfig],
         device: torch.device | str = "cpu",
         num_classes: int | None = None,
         section: str = "reward",

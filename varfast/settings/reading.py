@@ -239,8 +239,8 @@ def read_config(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     named = f" (the base of {readers[-1]})" if readers else ""
     data = read_yaml(read_text_file(path, f"config {path}{named}"), f"config {path}")
     if not isinstance(data, dict):
-        found = "a list" if isinstance(data, list) else "text" if isinstance(data, str) else "a number"
-        found = "nothing" if data is None else found
+        kinds: dict[type, str] = {type(None): "nothing", list: "a list", str: "text"}
+        found = kinds.get(type(data), "a number")
         raise InputError(f"config {path}: got {found} at the top, want sections as in configs/digits.yaml")
     base = data.pop("base", None)
     if base is None:
