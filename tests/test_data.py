@@ -159,7 +159,7 @@ def test_fingerprint_follows_the_files_and_the_order_of_the_labels(folder):
 
 
 def test_image_folder_errors(tmp_path):
-    with pytest.raises(InputError, match="no such folder; want 'digits' or a folder"):
+    with pytest.raises(InputError, match="no such folder; want 'digits', 'shapes' or a folder"):
         load_images(str(tmp_path / "none"), 16)
     with pytest.raises(InputError, match="no class folders in it"):
         load_images(str(tmp_path), 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 import shlex
@@ -195,7 +196,7 @@ def commands(body: str):
             if word.startswith("varfast.") and words[place - 1] == "-m":
                 yield word.removeprefix("varfast."), words[place + 1 :]
             elif word.endswith("varfast") and place + 1 < len(words) and words[place - 1] != "-m":
-                yield words[place + 1], words[place + 2 :]
+                yield words[place + 1], [*itertools.takewhile(lambda word: word != ">", words[place + 2 :])]
 
 
 @pytest.mark.parametrize(("page", "body"), all_blocks("bash"))

@@ -24,7 +24,6 @@ from varfast.command import read_train
 from varfast.config import parse_config
 from varfast.evaluation.arguments import resolved
 from varfast.evaluation.config import EvaluateConfig
-from varfast.policies.families import family_of
 from varfast.rewards.given import Given
 from varfast.runs.signals import Stopped
 
@@ -179,14 +178,14 @@ def test_a_config_is_a_path_or_a_dict_or_a_config(settings, tmp_path, monkeypatc
             varfast.train(config, ["run.steps=7", "update.lr=1e-3"], rewards={"red": redness})
         with pytest.raises(Stopped):
             varfast.train(config, "run.steps=7")
-    for (config, profile, _, of_folder, loss, policy), named in zip(seen, [["red"], None] * 4, strict=True):
+    for (config, profile, _, of_folder), named in zip(seen, [["red"], None] * 4, strict=True):
         assert config.run.steps == 7
         assert config.run.dir == str(tmp_path / "run")
-        assert (profile, of_folder, loss, policy) == (False, False, None, None)
+        assert (profile, of_folder) == (False, False)
         if named is not None:
             assert list(config.reward) == named  # in place of all of the config
             assert config.update.lr == 1e-3
-    assert [beside for _, _, beside, *_ in seen] == [tmp_path / "sub"] * 4 + [None] * 4
+    assert [beside for _, _, beside, _ in seen] == [tmp_path / "sub"] * 4 + [None] * 4
     assert seen[4][0].rollout.labels == [0, 1]
 
 
@@ -357,15 +356,6 @@ def test_another_thread_trains(settings):
     thread.start()
     thread.join()
     assert [run.step for run in found] == [2]
-
-
-def test_a_policy_and_a_loss_of_the_callers(settings):
-    config = parse_config(settings(reward={"red": {"type": "function", "function": redness}}))
-    family = family_of(config.policy)
-    policy = family.assemble(family.random_parts(config.policy, 3, torch.device("cpu")), torch.device("cpu"), "float32")
-    before = policy.trainable.head.weight.detach().clone()
-    varfast.train(config, ["update.lr=1e-2"], policy=policy)
-    assert not torch.equal(before, policy.trainable.head.weight)
 
 
 def test_dpo_takes_functions_too(settings):

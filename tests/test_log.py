@@ -98,6 +98,26 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
     assert [(line["step"], line["kl"]) for line in lines] == [(1, 0.1), (2, 0.1), (3, 9.0)]
 
 
+def test_amend_adds_to_the_line_of_a_step_and_makes_that_of_the_base(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunLog(tmp_path, 0, 3, tensorboard=True) as log:
+        log.step(1, METRICS)
+        log.step(2, METRICS)
+        assert log.metrics_of(0) == {}
+        log.amend(0, {"eval/reward": 0.1})
+        log.amend(1, {"eval/reward": 0.2})
+        assert log.metrics_of(1) == {"step": 1, **METRICS, "eval/reward": 0.2}
+    with RunLog(tmp_path, 2, 3, tensorboard=False) as log:  # going on keeps them
+        log.step(3, METRICS)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line.get("eval/reward"), line.get("kl")) for line in lines] == [
+        (0, 0.1, None), (1, 0.2, 0.1), (2, None, 0.1), (3, None, 0.1)
+    ]  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, round(e.value, 6)) for e in events.Scalars("eval/reward")] == [(0, 0.1), (1, 0.2)]
+
+
 def test_samples_are_the_best_and_the_worst_of_the_step(tmp_path):
     rewards = Rewards(torch.tensor([0.5, 2.0, 0.5, -1.0]), {"a": torch.tensor([1.0, 4.0, 1.0, -2.0])})
     images = torch.tensor([0.0, 0.2, 0.4, 0.6]).view(4, 1, 1, 1).expand(4, 3, 48, 48)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 from safetensors.torch import load_file
 
 import varfast
@@ -143,7 +143,7 @@ def test_what_a_saved_model_is_called_stays_with_it(tmp_path, capsys):
     assert ModelCard.load(folder / "README.md").data.base_model == "owner/base"
     assert "| 3 | a\\|b |" in (folder / "README.md").read_text()
     assert sample([f"checkpoint={folder}", f"out={tmp_path / 'a.png'}", "labels=[green]", "device=cpu"]) == 0
-    assert "1 labels x 8 samples" in capsys.readouterr().out
+    assert "1 label x 8 samples, seed 0" in capsys.readouterr().out
 
 
 def test_a_readme_of_ones_own_is_kept_and_a_run_folder_is_refused(tmp_path, make_config):
@@ -358,6 +358,7 @@ def answer(status, message="no"):
         ),
         (answer(401), "t", r"does not accept the login \(401\); log in with"),
         (answer(403), "t", r"the token may not write to me/cats \(403\): make one with the right to write"),
+        (OfflineModeIsEnabled("no"), "t", "HF_HUB_OFFLINE is set; unset it"),
         (answer(503), "t", r"has a fault \(503\); try again later"),
         (ConnectionError("[Errno -2] Name or service not known"), "t", "Name or service not known"),
     ],

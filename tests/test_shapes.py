@@ -249,6 +249,7 @@ def test_the_config_of_captions_runs(tmp_path, monkeypatch):
 
     monkeypatch.setitem(captioned._SCENES_A_CAPTION, "captioned_shapes", 1)
     own = ["policy.transformer.depth=1", f"run.dir={tmp_path}/run", f"pretrain.cache_dir={tmp_path}"]
+    own.append("eval.samples_per_label=0")
     assert train(load_config(CONFIGS / "shapes_text.yaml", [*SMALL, *own])) == 0
     prompts = (tmp_path / "run" / "prompts.jsonl").read_text()
     assert '"shape": "star"' in prompts

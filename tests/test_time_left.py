@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 
 from varfast.runs import time_left
+from varfast.runs.run import Run
 from varfast.runs.time_left import TimeLeft, multiples_left
 
 
@@ -32,3 +35,15 @@ def test_multiples_left_counts_as_the_steps_do(every):
         for done in range(total + 1):
             ahead = [step for step in range(done + 1, total + 1) if step % every == 0 or step == total]
             assert multiples_left(done, total, every) == len(ahead)
+
+
+def test_evaluations_grids_and_checkpoints_of_a_run_are_counted(make_config):
+    """After step 2 of 10: grids after 5 and 10, checkpoints after 3, 6, 9 and 10, evaluations after 4, 8 and 10."""
+    left = TimeLeft()
+    left.step(1.0)
+    left._aside_s = {"grid": 10.0, "checkpoint": 1000.0}
+    run = SimpleNamespace(state=SimpleNamespace(step=2), total_steps=10, _left=left)
+    run._before_after = SimpleNamespace(seconds=1e5)
+    for every, evaluations in ((4, 3), (None, 1)):  # without them, the table of after
+        run.config = make_config(eval__every=every, log__grid_every=5, log__checkpoint_every=3)
+        assert Run._left_s(run) == 8 + 2 * 10 + 4 * 1000 + evaluations * 1e5

@@ -15,6 +15,7 @@ import select
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +34,7 @@ from varfast.printable import printable
 from varfast.report.config import ReportConfig
 from varfast.rewards.function import FunctionReward, missing
 from varfast.runs.config import ExportConfig
+from varfast.runs.named import runs_in
 from varfast.settings import arguments as command_line
 from varfast.settings import reference
 from varfast.settings.loading import load_as, parse_arguments
@@ -40,6 +42,9 @@ from varfast.settings.paths import expanded
 from varfast.types import InputError
 
 _LONGEST_MESSAGE = 20_000  # characters of an error; a config with a hundred wrong keys has 10 000
+
+# torchrun ends all processes as soon as one has ended: those that say nothing wait for the one that says why.
+_PATIENCE_S = 10.0
 
 _AnyConfig = TypeVar("_AnyConfig", bound=Config)
 
@@ -135,7 +140,24 @@ def _config_path(paths: list[str], name: str) -> str:
         raise InputError(f"usage: {_usage(name)}; the examples are in configs/")
     if len(paths) > 1:
         raise InputError(f"arguments {paths[0]!r} and {paths[1]!r}: want one config; usage: {_usage(name)}")
+    _refuse_missing(paths[0])
     return paths[0]
+
+
+def _refuse_missing(path: str) -> None:
+    """Raises: InputError for what is no file and no run folder, with the nearest config there is."""
+    given = expanded(path)
+    if given.is_dir() and not _is_run_folder(path):
+        runs = runs_in(given)
+        held = f"; it holds the runs {', '.join(runs)}" if runs else ""
+        raise InputError(f"config {path} is a folder and no run folder{held}; want a YAML file, or a run folder")
+    if given.exists() or given.is_symlink():
+        return
+    near = [folder / f"{given.name}{suffix}" for folder in (given.parent, Path("configs")) for suffix in ("", ".yaml")]
+    there = [str(p) for p in sorted(given.parent.glob("*.yaml"))] if given.parent.is_dir() else []
+    meant = [str(p) for p in near if p.is_file()] or difflib.get_close_matches(path, there, n=1, cutoff=0.8)
+    hint = f"did you mean {meant[0]}?" if meant else "the examples are in configs/"
+    raise InputError(f"config {path}: No such file or directory; {hint}")
 
 
 def _load(
@@ -251,7 +273,7 @@ COMMANDS = {
     ),
     "statistics": Command(
         "mean and covariance of real images' features, for the reward loo_fid and for FID",
-        "images=FOLDER|digits out=FILE.npz [KEY=VALUE ...]",
+        "IMAGES out=FILE.npz [KEY=VALUE ...]",
         partial(parse_arguments, model=StatisticsConfig),
         StatisticsConfig,
     ),
@@ -357,6 +379,8 @@ def run_command(name: str, arguments: list[str] | None = None) -> NoReturn:
     except InputError as error:
         if _tells(error):
             _complain(f"error: {error}", error)
+        else:
+            time.sleep(_PATIENCE_S)
         code = 2
     except KeyboardInterrupt as error:
         _complain(str(error) or "interrupted", error)
@@ -388,6 +412,8 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         COMMANDS[name].read(arguments)
     except InputError as error:
+        if not arguments and "usage: " not in str(error):
+            error.add_note(f"usage: {_usage(name)}")
         error.told_by = "machine"
         raise
     expand_segments()
@@ -417,8 +443,10 @@ def main() -> NoReturn:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         run_command(name, arguments)
-    if name == "help" and arguments and arguments[0] in COMMANDS:
-        run_command(arguments[0], ["--help", *arguments[1:]])
+    if name == "help" and arguments:
+        name, *arguments = arguments if arguments[0] not in Config.model_fields else ["train", *arguments]
+        if name in COMMANDS:
+            run_command(name, ["--help", *arguments])
     shown = {
         "-h": overview,
         "--help": overview,
@@ -432,6 +460,8 @@ def main() -> NoReturn:
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
     if name.endswith((".yaml", ".yml")):
         hint = f"did you mean varfast train {name}?"
+    elif os.path.isdir(name):
+        hint = f"did you mean varfast report {name}, or sample, evaluate, export, train?"
     print(f"error: varfast has no command {name!r}; {hint}", file=sys.stderr)
     sys.exit(2)
 

@@ -27,6 +27,7 @@ from pydantic import BaseModel
 from varfast.command import COMMANDS, HELP, SHELLS, Command, read_shell
 from varfast.settings import arguments as command_line
 from varfast.settings import completing
+from varfast.settings.loading import first_needed
 from varfast.settings.paths import expanded
 from varfast.settings.reading import apply_override, read_config
 from varfast.types import InputError
@@ -85,7 +86,7 @@ def _of_command(command: Command, before: list[str], begun: str) -> dict[str, st
         return {f"{dashes}{word}": about for word, about in _value(schema, key, value, data).items()}
     found = {f"{dashes}{word}": about for word, about in completing.keys(schema, plain, data).items()}
     found |= _beginning(options, begun) if dashes else {}
-    first = next(iter(schema.model_fields.values()))
+    first = schema.model_fields[first_needed(schema)]
     takes_path = "CONFIG" in command.usage or "RUN" in command.usage
     if not dashes and takes_path and (not paths or get_origin(first.annotation) is list):
         found = _paths(begun, configs="CONFIG" in command.usage, files="CHECKPOINT" in command.usage) | found

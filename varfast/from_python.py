@@ -12,14 +12,12 @@ from typing import Any
 from varfast.command import Runs, read_run
 from varfast.config import Config, parse_config
 from varfast.files import read_json
-from varfast.losses import Loss
 from varfast.perf.allocator import expand_segments
 from varfast.policies.device import pick_device
 from varfast.policies.driver import Driver
-from varfast.policies.protocol import Policy
 from varfast.report.command import main as write_report
 from varfast.runs.folder import RunFolder
-from varfast.runs.load import load_run
+from varfast.runs.load import load_policy
 from varfast.runs.signals import Stopped
 from varfast.settings.problems import show
 from varfast.settings.reading import apply_override
@@ -51,11 +49,10 @@ class TrainedRun:
         """The lines of metrics.jsonl, one a step; pandas.DataFrame(run.metrics) is a table of them."""
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
-    def policy(self, device: str | None = None, dtype: str | None = None) -> Driver:
-        """The trained policy. device, dtype: default: as the run had them. Raises: InputError as load_policy."""
+    def policy(self, device: str | None = None, dtype: str = "float32") -> Driver:
+        """The trained policy, as `varfast.load_policy` loads it. device: default: that of the run."""
         folder = RunFolder(self.folder)
-        config = folder.load_config()
-        return load_run(folder, pick_device(device or config.run.device), dtype or config.run.dtype)
+        return load_policy(self.folder, device=device or pick_device(folder.load_config().run.device), dtype=dtype)
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write one page with all curves, grids and settings, which needs no network. out: default: in the folder."""
@@ -73,8 +70,6 @@ def train(
     overrides: Sequence[str] = (),
     *,
     rewards: Mapping[str, RewardGiven] | None = None,
-    loss: Loss | None = None,
-    policy: Policy | None = None,
     profile: bool = False,
 ) -> TrainedRun:
     """Train, or go on with a run that is not complete. `varfast.train` is this function.
@@ -86,10 +81,8 @@ def train(
             nn.Module, anything that can be called) of (images, labels), or of what its parameters name; or (function,
             weight); or a dict with `function` and any of `weight`, `normalise` and `args`; or a dict as in YAML, as
             {"type": "classifier"}. Default: the rewards of the config.
-        loss: what is minimised, in place of what the config sets.
-        policy: what is trained, in place of what policy.checkpoint names.
         profile: write a trace and the memory use of one steady step into the run folder.
-    Returns: the run, once it is complete. To go on with a run, give it equal rewards, loss and policy again.
+    Returns: the run, once it is complete. To go on with a run, give it the same rewards again.
     Raises: InputError for anything that cannot be used; what a reward raises, after a checkpoint; Stopped, a
         KeyboardInterrupt, for Ctrl-C, a notebook's stop button and the signals of a scheduler: within steps after a
         checkpoint, from which the same call goes on.
@@ -97,7 +90,7 @@ def train(
     asked = _asked(config, [overrides] if isinstance(overrides, str) else list(overrides), rewards)
     expand_segments()
     (wanted,) = asked.configs
-    code = run(wanted, profile, asked.beside, asked.of_folder, loss, policy)
+    code = run(wanted, profile, asked.beside, asked.of_folder)
     if code:
         raise Stopped(signal.Signals(code - 128))
     folder = RunFolder(wanted.run.dir).path

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 # If steps are slow, a line is printed after so many seconds, whatever the number of the step.
 _LONGEST_SILENCE_S = 30.0
-# {bar} takes what the rest of the line leaves of the terminal's width.
-_BAR = "{desc} {n_fmt}/{total_fmt} |{bar}|{postfix}"
+# {bar} takes what the text leaves of the terminal's width; of a text that is too long the end is cut off.
+_BAR = "{desc} {n_fmt}/{total_fmt}{postfix} |{bar}|"
 
 
 class Progress:
@@ -118,9 +118,10 @@ class Progress:
             if self._bar is not None and self._first:
                 self._line_s, self._line_done, self._first = now_s, self._done, False
         left_s = step_s * (self._total - self._done) if left_s is None else left_s
-        parts = [note, f"{pace(step_s)} a {self._unit}", f"{duration(left_s)} left"]
         ends = f" ({clock(left_s)})" if left_s >= _LONGEST_SILENCE_S else ""
-        return ", ".join(part for part in parts if part) + ends
+        left, each = f"{duration(left_s)} left{ends}", f"{pace(step_s)} a {self._unit}"
+        parts = [note, each, left] if self._bar is None else [left, note, each]
+        return ", ".join(part for part in parts if part)
 
 
 def pace(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Captioned images, to pre-train a model that is conditioned on text: scenes of digits or shapes, or a folder of one's own.
+"""Captioned images, to pre-train a model that is conditioned on text: scenes of digits or shapes, or one's own folder.
 
 Such a data set gives an image and the row of its caption, as a labelled one gives its label; `texts` are the captions,
 each once.
@@ -114,7 +114,8 @@ def _captions(folder: str) -> Iterator[tuple[ImageFile, str]]:
     if not path.is_file():
         raise InputError(
             f"{where}: no {METADATA_FILE} in it; a model that is conditioned on text is pre-trained on "
-            f"{' or '.join(map(repr, CAPTIONED))}, or on a folder whose {METADATA_FILE} has a line an image, as {_EXAMPLE}"
+            f"{' or '.join(map(repr, CAPTIONED))}, or on a folder whose {METADATA_FILE} has a line an image, as "
+            f"{_EXAMPLE}"
         )
     found = False
     for number, line in enumerate(read_text(path).split("\n"), 1):

@@ -159,7 +159,9 @@ class World:
             text = f"{_article(ink)} {ink} {one} on {paper} paper"
             yield self._caption(text, "colour", figure, ink=ink, paper=paper, count=1)
         for (figure, (one, _)), ink, (place, where) in itertools.product(words, self.inks, self.places.items()):
-            yield self._caption(f"{_article(ink)} {ink} {one} {where}", "position", figure, ink=ink, place=place, count=1)
+            yield self._caption(
+                f"{_article(ink)} {ink} {one} {where}", "position", figure, ink=ink, place=place, count=1
+            )
         on: list[tuple[str, str]] = list(self.colours) if self.counts_name_paper else [(ink, "") for ink in self.inks]
         for (figure, (_, several)), (ink, paper), count in itertools.product(words, on, range(2, self.most + 1)):
             named = {"paper": paper} if paper else {}

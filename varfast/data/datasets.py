@@ -189,7 +189,9 @@ def class_folders(folder: str) -> list[str]:
         raise InputError(f"{where}: a file; want a folder with a sub-folder a class (unpack an archive first)")
     if not os.path.isdir(folder):
         captions = "; captions are for a model that is conditioned on text" if folder in CAPTIONED else ""
-        raise InputError(f"{where}: no such folder; want 'digits', 'shapes' or a folder with a sub-folder a class{captions}")
+        raise InputError(
+            f"{where}: no such folder; want 'digits', 'shapes' or a folder with a sub-folder a class{captions}"
+        )
     try:
         entries = [entry for entry in sorted_entries(folder) if not is_hidden(entry.name)]
         gone = [entry.name for entry in entries if entry.is_symlink() and not os.path.exists(entry.path)]

@@ -1,8 +1,8 @@
-"""Scenes of coloured shapes, "three red stars on mint paper": pictures for pre-training, drawn by this file, in seconds.
+"""Scenes of coloured shapes, "three red stars on mint paper": pictures for pre-training, drawn by this file in seconds.
 
-Each figure is a polygon with rounded corners, given by its signed distance: a pixel is covered by how far it lies inside
-of the edge, so that edges are smooth at any size. A scene has soft paper, a shadow below each figure, and light from the
-top left. Which scenes there are, and what their captions say, is in varfast/data/captions.py.
+Each figure is a polygon with rounded corners, given by its signed distance: a pixel is covered by how far it lies
+inside of the edge, so that edges are smooth at any size. A scene has soft paper, a shadow below each figure, and light
+from the top left. Which scenes there are, and what their captions say, is in varfast/data/captions.py.
 
 Axes: N scene, F figure of any scene, H and W pixels, E edge of a polygon; images are (N, 3, H, W) float32 in [0, 1].
 """
@@ -75,9 +75,10 @@ def draw_shapes(scenes: Sequence[Scene], image_size: int, rng: np.random.RandomS
 
 
 def labelled_shapes(image_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Scenes for pre-training a model with labels: a label is a shape in a colour, and its number, place, paper are any.
+    """Scenes for pre-training a model with labels. A label is a shape in a colour; number, place and paper are any.
 
-    Returns: (N, 3, image_size, image_size), (N,) int64 labels, which SHAPES.labels names. Raises: InputError as draw_shapes.
+    Returns: (N, 3, image_size, image_size), (N,) int64 labels, which SHAPES.labels names.
+    Raises: InputError as draw_shapes.
     """
     rng = np.random.RandomState(seed)
     scenes: list[list[Scene]] = [SHAPES.described(asked) for asked in SHAPES.labels.values()]

@@ -19,6 +19,7 @@ from varfast.rewards import RewardConfig
 from varfast.rewards.classifier import ClassifierConfig
 from varfast.runs.base import Base
 from varfast.runs.folder import RunFolder
+from varfast.runs.named import fault
 from varfast.types import InputError, Sampling
 from varfast.weights.files import resolve
 from varfast.weights.saved import is_run, is_saved
@@ -80,7 +81,7 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ta
             raise InputError(
                 f"reference={BASE}: checkpoint={config.checkpoint} is not a run folder; name the base's weights"
             )
-        _find(config.checkpoint)
+        _find(config.checkpoint, "checkpoint")
         if is_saved(config.checkpoint):
             family = saved_section(config.checkpoint).family  # type: ignore[assignment]
     else:
@@ -99,12 +100,16 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ta
         if vqvae is None and run.policy.checkpoint != "random":
             vqvae = str(Base(folder).find(run.policy.parts[1]))
     if reference not in (None, BASE) and not is_run(reference):
-        _find(reference)
+        _find(reference, "reference")
     return Task(config, out_folder(config), reference, family, vqvae, scores, classifier)
 
 
-def _find(address: str) -> None:
+def _find(address: str, argument: str) -> None:
     """Raises: InputError if there are no such weights."""
+    if address.lower() == BASE:
+        raise InputError(f"{argument}={address}: write reference={BASE}")
+    if not is_saved(address) and not names_model(address) and (wrong := fault(address)):
+        raise InputError(f"{argument}={address} {wrong}")
     if is_saved(address):
         saved_section(address)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from varfast.policies.precision import MixedPrecision
 class Shown:
     """Of a policy with models by name, the trained one first."""
 
-    parts: Mapping[str, nn.Module]
+    parts: dict[str, nn.Module]
     device: torch.device
     num_classes: int
     tokens_shape: tuple[int, ...]

@@ -12,9 +12,9 @@ class PretrainConfig(Section):
 
     dataset: LocalPath = Field(
         "digits",
-        description="'digits' (scikit-learn), 'shapes' (36 labels, drawn here), or a folder with one sub-folder a class; "
-        "for a model that is conditioned on text 'captioned_digits', 'captioned_shapes', or a folder with metadata.jsonl "
-        "(file_name, text)",
+        description="'digits' (scikit-learn), 'shapes' (36 labels, drawn by varfast), or a folder with a sub-folder a "
+        "class; for a model that is conditioned on text 'captioned_digits', 'captioned_shapes', or a folder with "
+        "metadata.jsonl (file_name, text)",
     )
     cache_dir: LocalPath = Field(
         "~/.cache/varfast", description="where base models are kept, by a hash of what made them"

@@ -1,6 +1,6 @@
-"""Whether a picture of digits or shapes shows what its prompt asks for: kind, colour, count and position of its figures.
+"""Whether a picture of digits or shapes shows what its prompt asks for: kind, colour, number and place of figures.
 
-The scenes are those of varfast/data/captions.py; varfast/rewards/scene_readers.py reads them from the pixels. Nothing is
+The scenes are those of varfast/data/captions.py, and varfast/rewards/scene_readers.py reads the pixels. Nothing is
 fetched.
 
 Which attributes count for an image is said by the metadata of its prompt: `digit` (0 to 9) or `shape` ("star"), `ink`
@@ -46,8 +46,8 @@ class CompositionReward(RewardSection):
         _CHECKS_OF["digits"],
         min_length=1,
         strict=False,
-        description="what is judged, of what a prompt names; colour: ink and paper. scenes=shapes has shape in place of "
-        "digit",
+        description="what is judged, of what a prompt names; colour: ink and paper. scenes=shapes has shape in "
+        "place of digit",
     )
     asked: Annotated[dict[str, int | str], Wanted("attributes and values, such as {count: 3}")] = Field(
         default_factory=dict,

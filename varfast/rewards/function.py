@@ -51,6 +51,8 @@ def _check_name(function: str) -> str:
     source, colon, name = function.rpartition(":")
     in_file = source.endswith(".py") and "\0" not in source
     if not colon or not (in_file or all(part.isidentifier() for part in source.split("."))):
+        if function.endswith(".py"):
+            raise ValueError(f"got {function!r}, want the function's name too, as {function}:redness")
         module, _, attribute = function.rpartition(".")
         meant = f"; did you mean {module}:{attribute}?" if module and attribute.isidentifier() and not colon else ""
         raise ValueError(f"want module:name or file.py:name, as my_rewards:redness or ./my_rewards.py:redness{meant}")

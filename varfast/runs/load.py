@@ -24,6 +24,7 @@ from varfast.policies.lora import without_lora
 from varfast.policies.pretrained import load_saved
 from varfast.policies.text import TOKENIZER_FILE
 from varfast.runs.base import Base
+from varfast.runs.named import fault
 from varfast.types import InputError
 from varfast.weights.hub import names_repository, repository_of
 from varfast.weights.saved import hub_address, is_run, is_saved, read_saved, taken_for
@@ -85,9 +86,7 @@ def load_policy(
 
         return load_run(RunFolder(var), device, dtype, fast, strict)
     if vqvae is None and family not in ("taming", "janus"):
-        if not var.startswith("hf://") and not Path(var).expanduser().exists():
-            raise InputError(f"{argument}={var} does not exist; want a run folder, or a transformer's weights")
-        raise InputError(f"{argument}={var} is not a run folder, so vqvae=... is needed too")
+        raise InputError(f"{argument}={var} {fault(var) or 'is not a run folder, so vqvae=... is needed too'}")
     policy = _of_files(var, vqvae, family, (device, dtype, fast is not False, strict is True), var_config, vqvae_config)
     policy.base_model = repository_of(var)
     policy.label_names = label_names(var, policy.num_classes)

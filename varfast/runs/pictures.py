@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from varfast.data.prompts import PromptSet, drawn
+from varfast.evaluation.config import PICTURE_FORMATS
 from varfast.files import write_atomically
 from varfast.policies.checks import check_images
 from varfast.types import InputError, Rewards
@@ -32,10 +33,9 @@ _TITLE_LETTERS = 28
 # Height of a line of a title, and the most lines: a prompt of 168 letters is shown whole where the images are tall.
 _LINE_PX = 17
 _TITLE_LINES = 6
+HEADING_PX = 24
 # Best and worst images of a step that are kept: at 256 pixels a side, two rows of 8 are a PNG of 2 MB.
 _EXTREMES = 8
-# Suffixes of pictures, and Pillow's names of their formats.
-PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -124,6 +124,18 @@ def _row_titles(titles: Sequence[str], height_px: int, row_px: int) -> np.ndarra
             offset_px = round((place - (len(lines) - 1) / 2) * _LINE_PX)
             draw.text((width_px - 2 * GAP_PX, middle_px + offset_px), line, fill="black", font=font, anchor="rm")
     return np.asarray(column)
+
+
+def headings(texts: Sequence[tuple[int, int, str]], width_px: int) -> np.ndarray:
+    """A white row of HEADING_PX above grids: (left, width, text) each, cut off where the width ends."""
+    font = ImageFont.load_default(_TITLE_PX)
+    row = Image.new("RGB", (width_px, HEADING_PX), "white")
+    for left_px, space_px, text in texts:
+        shown = _ascii(text)
+        while shown and font.getlength(shown) > space_px:
+            shown = shown[:-1]
+        ImageDraw.Draw(row).text((left_px, HEADING_PX // 2), shown, fill="black", font=font, anchor="lm")
+    return np.asarray(row)
 
 
 def _lines(title: str, space: int) -> list[str]:

@@ -172,6 +172,13 @@ def is_missing_entry(error: Exception) -> bool:
     return any(isinstance(cause, errors.EntryNotFoundError) for cause in _chain(error))
 
 
+def is_offline(error: Exception) -> bool:
+    """Whether the hub was not asked, as HF_HUB_OFFLINE says."""
+    from huggingface_hub import errors
+
+    return any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in _chain(error))
+
+
 def _proxies() -> dict[str, str]:
     return {name: os.environ[name] for name in sorted(os.environ) if name.lower() in _PROXY_VARIABLES}
 

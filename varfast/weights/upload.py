@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from varfast.types import InputError
-from varfast.weights.hub import hub_cause, is_name, is_revision, one_line, status_of
+from varfast.weights.hub import hub_cause, is_name, is_offline, is_revision, one_line, status_of
 
 _LOGIN = "log in with `hf auth login`, set HF_TOKEN, or pass token=..."
 
@@ -53,8 +53,9 @@ def upload_folder(
         raise  # a bug, of ours or theirs
     # The hub's client raises exceptions of several HTTP libraries, which have no common base: see hub.fetch_from_hub.
     except Exception as error:
-        raise InputError(f"{repo_id} cannot be uploaded: {_cause(error, repo_id)}\n  the folder is written all the "
-                         "same unless it was a temporary one; the same call uploads it again") from error  # fmt: skip
+        raise InputError(
+            f"{repo_id} cannot be uploaded: {_cause(error, repo_id)}\n  the same call tries again"
+        ) from error
     return str(commit.commit_url)
 
 
@@ -94,4 +95,6 @@ def _cause(error: Exception, repo_id: str) -> str:
             f"the token may not write to {repo_id} (403): make one with the right to write on the hub's page of access "
             "tokens, or choose a repository of your own"
         )
+    if is_offline(error):
+        return "HF_HUB_OFFLINE is set; unset it"
     return hub_cause(error, repo_id, "")
