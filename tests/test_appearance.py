@@ -13,7 +13,7 @@ from varfast.data.config import PromptsConfig
 from varfast.data.datasets import digits
 from varfast.data.prompts import Prompt, PromptSet
 from varfast.data.scenes import draw_scene
-from varfast.data.shapes import labelled_shapes
+from varfast.data.shapes import draw_shapes
 from varfast.report.charts import charts
 from varfast.report.run import read_run
 from varfast.rewards import WeightedSum
@@ -113,10 +113,10 @@ def test_pictures_of_digits_are_read_as_their_prompts(make_config):
 
 def test_pictures_of_shapes_are_read_as_their_labels(make_config):
     config, names = make_config(pretrain__dataset="shapes"), list(SHAPES.labels)
-    images, labels = labelled_shapes(32, 0)
-    chosen = torch.arange(0, len(images), len(images) // 40)
+    scenes = [SHAPES.described(asked)[0] for asked in SHAPES.labels.values()]
+    images, labels = draw_shapes(scenes, 32, np.random.RandomState(0)), torch.arange(len(scenes))
     looks = Looks(config, WeightedSum(config.reward), None, names)
-    assert looks(images[chosen], labels[chosen], 1)["label_accuracy"] > 0.8
-    assert looks(images[chosen], labels[chosen].flip(0), 1)["label_accuracy"] < 0.3
+    assert looks(images, labels, 1)["label_accuracy"] > 0.8
+    assert looks(images, labels.flip(0), 1)["label_accuracy"] < 0.3
     others = Looks(config, WeightedSum(config.reward), None, [*names, "a cat"])
-    assert "label_accuracy" not in others(images[chosen], labels[chosen], 1)
+    assert "label_accuracy" not in others(images, labels, 1)

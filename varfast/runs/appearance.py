@@ -71,8 +71,8 @@ def _reader(
     world = WORLDS.get(config.pretrain.dataset if config.prompts is None else config.prompts.source)
     if world is None or (prompts is None and not set(names or [""]) <= set(world.labels)):
         return None
-    scenes = {"shown": CompositionReward(type="composition", scenes=world.name)}  # type: ignore[arg-type]
-    shown = WeightedSum(scenes, names=names, prompts=prompts)
+    composition = CompositionReward.model_validate({"type": "composition", "scenes": world.name})
+    shown = WeightedSum({"shown": composition}, names=names, prompts=prompts)
     return lambda images, rows_N: shown(images, rows_N).total_B
 
 
