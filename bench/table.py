@@ -1,7 +1,7 @@
-"""Write the README's tables from the newest GPU records: kernels, and whole steps.
+"""Write the tables of the pages from the newest GPU records: kernels, whole steps, and the README's few lines of both.
 
-python bench/table.py                      # rewrite README.md
-python bench/table.py --check              # exit 1 if it is not what the records say
+python bench/table.py                      # rewrite README.md, kernels/README.md, docs/guide/speed.md
+python bench/table.py --check              # exit 1 if one is not what the records say
 python bench/table.py --print [--record PATH]   # print the tables, of one record
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,7 @@ def newest(wanted: Callable[[Record], bool], record: Path | None = None) -> Reco
     return None
 
 
-def _source(record: Record | None, none: str) -> list[str]:
+def _source(record: Record | None, none: str, to_root: str) -> list[str]:
     if record is None:
         return ["", none]
     environment, best = record["environment"], record["ceilings"]
@@ -61,12 +62,12 @@ def _source(record: Record | None, none: str) -> list[str]:
         "",
         f"Measured on one {device} (product and copy: {ceilings}), {record['date'][:10]}, "
         f"torch {environment['torch']}, at commit {environment['commit']}: "
-        f"[{record['path']}](bench/records/{record['path']}), by `{record['command']}`. "
+        f"[{record['path']}]({to_root}bench/records/{record['path']}), by `{record['command']}`. "
         "What was changed after that commit is not in these figures (CHANGELOG.md).",
     ]
 
 
-def kernel_table(record: Path | None = None) -> list[str]:
+def kernel_table(record: Path | None = None, to_root: str = "") -> list[str]:
     """A row an op, direction and shape; "not measured" where there is no GPU record."""
     ops = {op for op, _, _ in OPS}
     found = newest(lambda row: row["op"] in ops, record)
@@ -80,10 +81,10 @@ def kernel_table(record: Path | None = None) -> list[str]:
             lines.append(
                 f"| {name} | {kernel} | {row['shape']} | {_time(row)} | {_against(row)} | {row['share']:.0%} |"
             )
-    return lines + _source(found, "No GPU has run these kernels so far: no record in bench/records.")
+    return lines + _source(found, "No GPU has run these kernels so far: no record in bench/records.", to_root)
 
 
-def step_table(record: Path | None = None) -> list[str]:
+def step_table(record: Path | None = None, to_root: str = "") -> list[str]:
     """d16 and d30 at full size, with random weights."""
     of = {model: newest(lambda row, model=model: row["model"] == model, record) for model in MODELS}
     of["decoder"] = newest(lambda row: _is_of(row, "decoder"), record)
@@ -105,13 +106,61 @@ def step_table(record: Path | None = None) -> list[str]:
             lines.append(f"| {' | '.join(cells)} |")
     sources = {r["path"]: r for r in of.values() if r}
     for source in sources.values():
-        lines += _source(source, "")
+        lines += _source(source, "", to_root)
     return lines + (
-        hours(of) if sources else _source(None, "No GPU has run a step so far: no record in bench/records.")
+        hours(of) if sources else _source(None, "No GPU has run a step so far: no record in bench/records.", to_root)
     )
 
 
-def tokens_table(record: Path | None = None) -> list[str]:
+# What the README shows: op, direction and shape of a row, and what it is.
+HEADLINES = (
+    ("step", "", "d16, 512 images", "GRPO step, VAR d16: 32 labels x 16 samples"),
+    ("step", "", "d30, 512 images", "GRPO step, VAR d30: 32 labels x 16 samples"),
+    ("sample_tokens", "forward", "131072 x 4096 fp32", "`sample_tokens`: softmax, draw, log-probability"),
+    ("selective_log_softmax", "backward", "43520 x 4096 fp32", "`selective_log_softmax`, gradient"),
+    ("block_causal_attention", "forward", "B64 H30 L680 D64", "`block_causal_attention`"),
+    ("block_causal_attention", "backward", "B64 H30 L680 D64", "`block_causal_attention`, gradient"),
+    ("gated_residual_norm", "forward", "43520 x 1920 bfloat16", "`gated_residual_norm`"),
+)
+SHOWN_PEERS = ("eager", "torch.compile", "flex", "sdpa")
+
+
+def headline_table(record: Path | None = None, to_root: str = "") -> list[str]:
+    """A few rows of the other two tables; one that no record has is left out."""
+    lines = ["| on one GPU | size | time | | share of the limit |", "| --- | --- | --- | --- | --- |"]
+    sources = {}
+    for op, direction, shape, name in HEADLINES:
+        key = (op, direction, shape)
+        found = newest(lambda row, key=key: _is_headline(row, key), record)
+        for row in found["rows"] if found else []:
+            if _is_headline(row, key):
+                cell = (
+                    _against(row, SHOWN_PEERS)
+                    or f"{row['images'] / row['ms'] * 1e3:.0f} images/s, MFU {_mfu(row, found)}"
+                )
+                chosen = re.findall(r"kernels\.\S+", found["command"])  # other kernels than the defaults
+                called = f"{name}, with {' '.join(f'`{override}`' for override in chosen)}" if chosen else name
+                lines.append(f"| {called} | {row['shape']} | {_time(row)} | {cell} | {row['share']:.0%} |")
+                sources[found["path"]] = found
+    if not sources:
+        return [*lines, *_source(None, "No GPU has run any of it so far: no record in bench/records.", to_root)]
+    devices = sorted({found["environment"]["gpus"][0] for found in sources.values()})
+    dates = sorted({found["date"][:10] for found in sources.values()})
+    at = sorted({found["environment"]["commit"] for found in sources.values()})
+    records = ", ".join(f"[{number}]({to_root}bench/records/{path})" for number, path in enumerate(sources, 1))
+    return [
+        *lines,
+        "",
+        f"Measured on one {' and one '.join(devices)}, {' and '.join(dates)}, at the commits {', '.join(at)}; the "
+        f"records, with the commands: {records}. What was changed after those commits is not in these figures.",
+    ]
+
+
+def _is_headline(row: Record, key: tuple[str, str, str]) -> bool:
+    return (row["op"], row["direction"] if key[1] else "", row["shape"]) == key
+
+
+def tokens_table(record: Path | None = None, to_root: str = "") -> list[str]:
     """Rollouts of LlamaGen, random weights, 256 px: for docs/measured.md. Empty where no record has them."""
     found = newest(lambda row: row["op"] == TOKENS, record)
     lines = [
@@ -124,7 +173,7 @@ def tokens_table(record: Path | None = None) -> list[str]:
             moved = f"{row['io_bytes'] / row['ms'] / 1e9:.2f}"
             cells = (row["shape"], _time(row), f"{tokens:.0f}", moved, f"{row['share']:.0%}", _against(row))
             lines.append(f"| {' | '.join(cells)} |")
-    return lines + _source(found, "") if found else []
+    return lines + _source(found, "", to_root) if found else []
 
 
 def _is_of(row: Record, model: str) -> bool:
@@ -156,8 +205,10 @@ def _time(row: Record) -> str:
     )
 
 
-def _against(row: Record) -> str:
-    return ", ".join(f"{ms / row['ms']:.2f}x {peer}" for peer, ms in row["peers_ms"].items())
+def _against(row: Record, shown: tuple[str, ...] = ()) -> str:
+    """shown: these peers alone."""
+    peers = {peer: ms for peer, ms in row["peers_ms"].items() if not shown or peer in shown}
+    return ", ".join(f"{ms / row['ms']:.2f}x {peer}" for peer, ms in peers.items())
 
 
 def _mfu(row: Record, record: Record | None) -> str:
@@ -172,20 +223,25 @@ def _images_of(shape: str) -> int:
     return int(first[1:]) if first[:1] == "B" and first[1:].isdigit() else 0
 
 
-TABLES = {
-    ("<!-- kernels: python bench/table.py -->", "<!-- end of kernels -->"): kernel_table,
-    ("<!-- steps: python bench/table.py -->", "<!-- end of steps -->"): step_table,
+# Page, its way to the root for links, and its tables between "<!-- name: python bench/table.py -->" and "<!-- end of
+# name -->".
+PAGES = {
+    "README.md": ("", {"measured": headline_table}),
+    "kernels/README.md": ("../", {"kernels": kernel_table}),
+    "docs/guide/speed.md": ("../../", {"steps": step_table}),
 }
 
 
-def filled(text: str) -> str:
-    """README.md with its tables made anew. Raises: SystemExit where the marks of a table are missing."""
-    for (begin, end), table in TABLES.items():
+def filled(text: str, page: str) -> str:
+    """The text of a page with its tables made anew. Raises: SystemExit where the marks of a table are missing."""
+    to_root, tables = PAGES[page]
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: python bench/table.py -->", f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)
         _, found, after = rest.partition(end)
         if not found:
-            sys.exit(f"README.md has no {begin} ... {end}")
-        text = f"{before}{begin}\n{chr(10).join(table())}\n{end}{after}"
+            sys.exit(f"{page} has no {begin} ... {end}")
+        text = f"{before}{begin}\n{chr(10).join(table(None, to_root))}\n{end}{after}"
     return text
 
 
@@ -196,15 +252,15 @@ def main() -> int:
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
     if arguments.print:
-        for table in (*TABLES.values(), tokens_table):
+        for table in (kernel_table, step_table, tokens_table):
             print("\n".join(table(arguments.record)) + "\n")
         return 0
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    wanted = filled(text)
+    texts = {page: (ROOT / page).read_text() for page in PAGES}
+    wanted = {page: filled(text, page) for page, text in texts.items()}
     if arguments.check:
-        return int(text != wanted)
-    readme.write_text(wanted)
+        return int(texts != wanted)
+    for page, text in wanted.items():
+        (ROOT / page).write_text(text)
     return 0
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-TIMES = ("step_s", "images_per_s", "mfu", "spent_hours")
+TIMES = ("step_s", "eval_s", "images_per_s", "mfu", "spent_hours")
 
 
 def metrics(folder):

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.runs import metrics
 from varfast import InputError
 from varfast.config import load_config
 from varfast.runs.alarm import CAUSES, WINDOW, Alarm
 from varfast.train import train
+from varfast.types import NotFiniteReward
 
 HEALTHY = {
     "reward_mean": 0.5, "reward_std": 0.1, "groups_without_signal": 1, "grad_norm": 0.3, "learning_rate": 1e-4,
@@ -82,6 +84,43 @@ def test_a_run_whose_reward_is_constant_goes_on_by_default(make_config, capsys):
     assert train(config) == 0
     assert capsys.readouterr().out.count("this run does not learn") == 1
     assert len(metrics(config.run.dir)) == WINDOW + 3
+
+
+def nothing(images, labels):
+    return torch.full((len(images),), float("nan"))
+
+
+def by_label(images, labels):
+    return labels.float() + torch.rand(1)  # another mean in each step, and equal within each group
+
+
+@pytest.mark.parametrize(
+    ("what", "changed"),
+    [
+        ("learning_rate", {"update__lr": 1e-12}),
+        ("signal", {"reward": {"own": {"type": "function", "function": f"{__name__}:by_label"}}}),
+    ],
+)
+def test_a_run_that_cannot_learn_says_why(make_config, capsys, what, changed):
+    config = make_config(run__steps=WINDOW, grpo__kl_beta=0.0, eval__samples_per_label=0, **changed)
+    assert train(config) == 0
+    said = capsys.readouterr().out
+    assert said.count("this run does not learn") == 1
+    assert CAUSES[what][1] in said
+
+
+def test_a_reward_that_is_not_a_number_is_named_at_once_and_ends_the_run(make_config, capsys):
+    config = make_config(
+        run__steps=20,
+        reward={"own": {"type": "function", "function": f"{__name__}:nothing"}},
+        eval__samples_per_label=0,
+    )
+    with pytest.raises(NotFiniteReward, match="reward own returned nan for image 0"):
+        train(config)
+    assert "step 1 is left out: reward own returned nan" in capsys.readouterr().out
+    ended = json.loads((Path(config.run.dir) / "ended.json").read_text())
+    assert (ended["step"], ended["diverged"]) == (2, False)
+    assert ended["why"].startswith("reward own returned nan")
 
 
 @pytest.mark.parametrize(("key", "value"), [("update.lr", "0"), ("grpo.clip_eps", "0")])

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from varfast.data.captions import DIGITS, SHAPES
+from varfast.data.config import PromptsConfig
+from varfast.data.datasets import digits
+from varfast.data.prompts import Prompt, PromptSet
+from varfast.data.scenes import draw_scene
+from varfast.data.shapes import labelled_shapes
 from varfast.report.charts import charts
 from varfast.report.run import read_run
-from varfast.runs.appearance import appearance
+from varfast.rewards import WeightedSum
+from varfast.runs.appearance import Looks, appearance
 from varfast.train import train
 
 
@@ -66,3 +73,50 @@ def test_the_report_draws_what_grids_look_like_from_the_base_on(tmp_path):
     assert [point[:2] for point in drawn.curves[0].points] == [(0, 0.25), (1, 0.6), (2, 0.7)]
     (tmp_path / "appearance.json").write_text("[")
     assert any("appearance.json" in line for line in read_run(tmp_path, "x").left_out)
+
+
+LEGIBLE = {"legible": {"type": "classifier", "model": "digits"}}
+
+
+@pytest.mark.parametrize("given", [{"eval__classifier": "digits"}, {"reward": LEGIBLE}], ids=["eval", "reward"])
+def test_labels_are_read_by_what_the_run_has_to_read_them(make_config, given):
+    config = make_config(policy__var__num_classes=10, **given)
+    images, labels = digits()
+    looks = Looks(config, WeightedSum(config.reward, num_classes=10), None)
+    of_digits = looks(images[:100], labels[:100], 10)
+    assert of_digits["label_accuracy"] > 0.98  # what the classifier was fitted to
+    assert of_digits == appearance(images[:100], 10) | {"label_accuracy": of_digits["label_accuracy"]}
+    half = labels[:100].clone()
+    half[:50] = (half[:50] + 1) % 10
+    assert looks(images[:100], half, 10)["label_accuracy"] == of_digits["label_accuracy"] - 0.5
+
+
+def test_labels_are_not_read_where_nothing_reads_them(make_config):
+    config = make_config()
+    assert set(Looks(config, WeightedSum(config.reward), None)(torch.rand(4, 3, 8, 8), torch.zeros(4), 2)) == set(
+        appearance(torch.rand(4, 3, 8, 8), 2)
+    )
+
+
+def test_pictures_of_digits_are_read_as_their_prompts(make_config):
+    config = make_config().model_copy(update={"prompts": PromptsConfig(source="digits")})
+    captions, rng = DIGITS.captions[::40], np.random.RandomState(0)
+    prompts = PromptSet(tuple(Prompt(caption.text, metadata=caption.asked) for caption in captions))
+    scenes = torch.stack([draw_scene(DIGITS.scenes(caption)[0], 12, rng) for caption in captions])
+    looks, rows = Looks(config, WeightedSum(config.reward), prompts), torch.arange(len(captions))
+    assert looks(scenes, rows, 1)["label_accuracy"] > 0.9
+    assert looks(torch.zeros_like(scenes), rows, 1)["label_accuracy"] == 0.0
+    assert looks(scenes, rows.flip(0), 1)["label_accuracy"] < 0.3
+    elsewhere = config.model_copy(update={"prompts": PromptsConfig(source="my_prompts.jsonl")})
+    assert "label_accuracy" not in Looks(elsewhere, WeightedSum(config.reward), prompts)(scenes, rows, 1)
+
+
+def test_pictures_of_shapes_are_read_as_their_labels(make_config):
+    config, names = make_config(pretrain__dataset="shapes"), list(SHAPES.labels)
+    images, labels = labelled_shapes(32, 0)
+    chosen = torch.arange(0, len(images), len(images) // 40)
+    looks = Looks(config, WeightedSum(config.reward), None, names)
+    assert looks(images[chosen], labels[chosen], 1)["label_accuracy"] > 0.8
+    assert looks(images[chosen], labels[chosen].flip(0), 1)["label_accuracy"] < 0.3
+    others = Looks(config, WeightedSum(config.reward), None, [*names, "a cat"])
+    assert "label_accuracy" not in others(images[chosen], labels[chosen], 1)

@@ -266,11 +266,14 @@ def test_what_stands_in_base_json_is_data(make_config, tmp_path, monkeypatch, co
         load_run(folder, CPU, "float32")
 
 
-def test_a_run_starts_from_what_another_one_delivers(make_config, tmp_path, pretrainings):
+def test_a_run_starts_from_what_another_one_delivers(make_config, tmp_path, pretrainings, capsys):
     train(make_config(**PRETRAINED, run__steps=2, run__dir=str(tmp_path / "first")))
     second = PRETRAINED | {"policy__checkpoint": str(tmp_path / "first"), "run__dir": str(tmp_path / "second")}
     train(make_config(**second, run__steps=4, run__seed=1))
     assert metrics(tmp_path / "second")[0]["step"] == 1
+    noted = json.loads((tmp_path / "second" / "base.json").read_text())
+    assert (noted["var"]["path"], noted["var"]["step"]) == (str(tmp_path / "first"), 2)
+    assert f"starting from what {tmp_path / 'first'} delivers after step 2" in capsys.readouterr().out
     folder = RunFolder(tmp_path / "second")
     state = torch.load(Base(folder).find("var"), weights_only=True)
     assert all(torch.equal(tensor, state[name]) for name, tensor in weights(tmp_path / "first").items())

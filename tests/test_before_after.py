@@ -12,7 +12,7 @@ from varfast.rewards import WeightedSum
 from varfast.runs.before_after import FILE, BeforeAfter, means, table
 from varfast.runs.pictures import shown_prompts
 from varfast.train import train
-from varfast.types import Prompts, Rollout
+from varfast.types import Rollout
 
 
 def content(config):
@@ -38,27 +38,69 @@ def test_the_summary_is_the_mean_of_the_images_that_are_kept(make_config, capsys
 
 
 @pytest.mark.parametrize("other", [{"eval__samples_per_label": 3}, {"eval__max_labels": 2}])
-def test_before_is_measured_again_where_the_table_is_of_other_samples(make_config, tmp_path, other):
+def test_before_is_measured_again_where_the_table_is_of_other_samples(make_config, tmp_path, capsys, other):
     """What a run that goes on with another setting says of its base is what a whole run with it says."""
     config = make_config(run__steps=2, update__lr=1e-2)
     train(config)
+    capsys.readouterr()
     train(make_config(run__steps=4, update__lr=1e-2, **other))
+    ((key, value),) = other.items()
+    assert (
+        f"{key.rpartition('__')[2]}: {'2' if 'samples' in key else '1000'} there, {value} here"
+        in capsys.readouterr().out
+    )
     whole = make_config(run__steps=4, update__lr=1e-2, run__dir=str(tmp_path / "whole"), **other)
     train(whole)
     assert content(config) == content(whole)
     assert summary(config) == summary(whole)
 
 
+@pytest.mark.parametrize("of_before", [False, True], ids=["kept", "of a version that kept no rewards"])
+def test_before_is_measured_again_where_the_rewards_may_have_changed(make_config, of_before):
+    """The base's reward in the table is by the rewards of now: brightness was measured alone, now it is doubled."""
+    config = make_config(run__steps=1)
+    train(config)
+    once, path = content(config), Path(config.run.dir) / FILE
+    assert set(once["settings"]["reward"]) == {"luma"}
+    if of_before:
+        del once["settings"]["reward"]
+        path.write_text(json.dumps(once))
+        train(config)  # the same rewards: nothing is measured
+        assert content(config) == once
+    doubled = {"luma": {"type": "brightness", "mode": "raw", "weight": 2.0}}
+    train(make_config(run__steps=2, reward=doubled, run__allow_change=["reward"]))
+    np.testing.assert_allclose(content(config)["before"]["reward"], 2 * np.array(once["before"]["reward"]), rtol=1e-6)
+
+
+def test_labels_that_are_held_out_have_rows_of_their_own(make_config):
+    config = make_config(run__steps=1, rollout__labels=[1, 3], eval__held_out_labels=2, update__lr=1e-2, eval__every=1)
+    train(config)
+    kept = content(config)
+    others = kept["labels"][4:]
+    assert kept["labels"][:4] == [1, 1, 3, 3]
+    assert len(others) == 4
+    assert set(others) < {0, 2, 4}
+    assert [len(kept["after"][name]) for name in ("reward", "reward (held out)")] == [4, 4]
+    last = json.loads((Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["eval/held_out/reward"] == np.mean(kept["after"]["reward (held out)"])
+
+
+def test_labels_cannot_be_held_out_where_all_are_trained_on(make_config):
+    with pytest.raises(InputError, match="the run draws from all 5 labels"):
+        train(make_config(eval__held_out_labels=2))
+
+
 def test_before_is_measured_once_where_nothing_changed(make_config, monkeypatch):
     sampled = []
 
-    def count(self, *arguments, sample=Policy.sample, **keywords):
-        sampled.append(keywords["step"])
-        return sample(self, *arguments, **keywords)
+    def count(self, prompts, how, key, *arguments, sample=Policy.sample_images, **keywords):
+        sampled.append(key.step)
+        return sample(self, prompts, how, key, *arguments, **keywords)
 
-    monkeypatch.setattr(Policy, "sample", count)
+    monkeypatch.setattr(Policy, "sample_images", count)
     train(make_config(run__steps=2))
     before_and_after = sampled.count(EVAL_STEP)
+    assert before_and_after > 0
     sampled.clear()
     train(make_config(run__steps=3))
     assert 2 * sampled.count(EVAL_STEP) == before_and_after
@@ -158,14 +200,12 @@ class Painter:
     def __init__(self, prompts, light):
         self.texts, self.light, self.sampled = prompts.texts, light, []
 
-    def sample(self, ids_B, temperature, *, seed, cfg, step, first_sample):
-        self.sampled += [(int(row), first_sample + i) for i, row in enumerate(ids_B)]
-        zeros = torch.zeros(len(ids_B), 4)
-        return Rollout(Prompts(ids_B), ids_B.unsqueeze(1), zeros, zeros, temperature, True)
-
-    def decode(self, tokens_BL):
-        grey = [len(self.texts[int(row)]) / 100 + self.light for row in tokens_BL[:, 0]]
-        return torch.tensor(grey).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    def sample_images(self, prompts, how, key):
+        self.sampled += [(int(row), key.first_sample + i) for i, row in enumerate(prompts.ids_B)]
+        zeros = torch.zeros(len(prompts), 4)
+        rollout = Rollout(prompts, prompts.ids_B.unsqueeze(1), zeros, zeros, how.temperature, True)
+        grey = [len(self.texts[int(row)]) / 100 + self.light for row in prompts.ids_B]
+        return rollout, torch.tensor(grey).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
 
 
 def table_of_prompts(make_config, tmp_path, prompts, **settings):

@@ -279,7 +279,9 @@ def test_rollouts_token_by_token_have_a_table_of_their_own(records):
 def test_without_a_record_nothing_is_measured(records):
     assert table.kernel_table()[-1].startswith("No GPU has run these kernels")
     assert table.step_table()[-1].startswith("No GPU has run a step")
-    assert table.filled((ROOT / "README.md").read_text()).count("not measured") > 30
+    assert table.headline_table()[-1].startswith("No GPU has run any of it")
+    page = "kernels/README.md"
+    assert table.filled((ROOT / page).read_text(), page).count("not measured") > 30
 
 
 def test_a_record_is_made_from_the_metrics_of_a_run(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What a command answers before PyTorch is imported, and how it reads its arguments."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 from varfast import InputError, command
 from varfast.config import Config
 from varfast.evaluation.config import SampleConfig
+from varfast.features.config import StatisticsConfig
 from varfast.report.config import ReportConfig
+from varfast.runs import named
 from varfast.runs.config import ExportConfig
 from varfast.settings import schema
 from varfast.settings.loading import parse_arguments
@@ -39,6 +42,7 @@ print(json.dumps(answers))
 def answers():
     """Of command lines that need no PyTorch: (code, stdout, stderr, heavy modules) by what was typed."""
     commands = ("train", "sample", "evaluate", "statistics", "report", "export", "pretrain", "roofline", "env")
+    commands += ("completion",)
     lines = [[f"varfast.{name}", "--help"] for name in commands]
     lines += [["varfast", name, "-h"] for name in commands]
     lines += [
@@ -60,6 +64,8 @@ def answers():
         ["varfast.export", "runs/x", "out=x.bin"],
         ["varfast.report"],
         ["varfast.env", "cuda"],
+        ["varfast", "completion", "tcsh"],
+        ["varfast", "completion", "fish"],
     ]
     done = subprocess.run(
         [sys.executable, "-c", AS_MODULES, json.dumps(lines)], cwd=ROOT, capture_output=True, text=True, check=True
@@ -110,6 +116,7 @@ def test_help_of_one_section_shows_type_default_and_meaning(answers):
         ("varfast.export runs/x out=x.bin", "want a name that ends with .safetensors or .pth"),
         ("varfast.report", "runs is missing"),
         ("varfast.env cuda", "env takes none"),
+        ("varfast completion tcsh", "want the name of a shell: bash, zsh, fish"),
     ],
 )
 def test_typos_are_answered_in_words_with_2(answers, line, message):
@@ -118,6 +125,21 @@ def test_typos_are_answered_in_words_with_2(answers, line, message):
     assert error.startswith("error: ")
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_reader_that_has_ended_is_no_error():
+    """As in `varfast env | head -1`."""
+    code = (
+        "import os, sys, types\n"
+        "sys.modules['varfast.env'] = types.SimpleNamespace(main=lambda _: [print('x' * 9999) for _ in range(99)])\n"
+        "from varfast.command import run_command\n"
+        "run_command('env', [])\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_version_and_the_list_of_commands(answers):
@@ -210,6 +232,8 @@ def test_switches_need_no_value_and_words_stand_for_the_first_key():
     assert (parsed.checkpoint, parsed.out, parsed.overwrite) == ("runs/x", "m.pth", True)
     parsed = parse_arguments(["s/grpo.kl_beta=0", "--samples-per-label", "3", "labels=3"], SampleConfig)
     assert (parsed.checkpoint, parsed.samples_per_label, parsed.labels) == ("s/grpo.kl_beta=0", 3, [3])
+    parsed = parse_arguments(["digits", "out=d.npz"], StatisticsConfig)
+    assert (parsed.images, parsed.features) == ("digits", "inception")
     parsed = parse_arguments(["runs/x", "runs/y=1", "out=p.html"], ReportConfig)
     assert (parsed.runs, parsed.out) == (["runs/x", "runs/y=1"], "p.html")
 
@@ -234,6 +258,9 @@ def test_folders_called_as_a_key_are_folders_where_there_is_no_such_key(workplac
         (["config.yaml", "update.lr", "=", "1"], "want key=value, without spaces, as in update.lr=1"),
         (["config.yaml", "update.lr:1"], "want key=value, without spaces, as in update.lr=1"),
         (["config.yaml", "=1"], "want key=value"),
+        (["config.yaml", "run."], "want key=value, without spaces, as in run.dir=value"),
+        (["config.yaml", "run..steps=1"], "'run..steps' is no key; want key=value, as in update.lr=3e-5"),
+        (["config.yaml", "--dry-run"], "varfast roofline predicts time and memory"),
     ],
 )
 def test_arguments_that_are_none_are_answered_in_a_line(workplace, arguments, message):
@@ -247,6 +274,8 @@ def test_two_checkpoints_are_one_too_many():
         parse_arguments(["a", "b"], SampleConfig)
     with pytest.raises(InputError, match="'a' and checkpoint=b: want one of the two"):
         parse_arguments(["a", "checkpoint=b"], SampleConfig)
+    with pytest.raises(InputError, match="want one checkpoint; .*; did you mean out=m.pth?"):
+        parse_arguments(["runs/x", "m.pth"], ExportConfig)
 
 
 def folders(*sweeps: str) -> list[str]:
@@ -279,3 +308,68 @@ def test_a_checkpoint_that_does_not_exist_is_called_so(tmp_path):
     for word in ("nope", f"checkpoint={tmp_path}/nope"):
         with pytest.raises(InputError, match=r"nope does not exist; want a run folder, or a transformer's weights"):
             sample.main([word, "device=cpu"])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("own", "config own: No such file or directory; did you mean own.yaml?"),
+        ("digits", "did you mean configs/digits.yaml?"),
+        ("configs/digit.yaml", "did you mean configs/digits.yaml?"),
+        ("s", "config s is a folder and no run folder; it holds the runs s/grpo.kl_beta=0.1; want a YAML file"),
+        ("nothing/like/it", "the examples are in configs/"),
+    ],
+)
+def test_a_config_that_is_not_there_is_answered_with_the_nearest(workplace, path, message):
+    (workplace / "configs").mkdir()
+    for name in ("own.yaml", "configs/digits.yaml"):
+        (workplace / name).write_text(CONFIG)
+    with pytest.raises(InputError) as caught:
+        command.read_train([path])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("nope.pth", "does not exist; want a run folder, or a transformer's weights"),
+        ("s", "is no run folder; it holds the runs s/grpo.kl_beta=0.1"),
+        ("s/grpo.kl_beta=0.1/var.pth", "is a file of a run; did you mean s/grpo.kl_beta=0.1?"),
+        ("grid.png", "is no file of weights (.pth, .pt, .ckpt, .bin or .safetensors)"),
+        ("hf://nope", "is no address; want a run folder, or a transformer's weights, as hf://owner/repo/file"),
+        ("hf://a/b/c.pth", None),
+        ("weights.safetensors", None),
+        ("https://example.org/x.pth", None),
+    ],
+)
+def test_an_address_that_names_no_model_is_told_what_it_is(workplace, address, message):
+    for name in ("grid.png", "weights.safetensors", "s/grpo.kl_beta=0.1/var.pth"):
+        (workplace / name).write_text("")
+    found = named.fault(address)
+    assert found == message or (found is not None and message is not None and found.startswith(message))
+
+
+def test_help_of_a_section_and_a_run_folder_as_a_command(monkeypatch, capsys, workplace):
+    def answer(*words):
+        monkeypatch.setattr("sys.argv", ["varfast", *words])
+        with pytest.raises(SystemExit) as caught:
+            command.main()
+        return caught.value.code, "".join(capsys.readouterr())
+
+    assert "rollout.group_size" in answer("help", "rollout")[1]
+    assert "update.lr  " not in answer("help", "rollout")[1]
+    assert answer("help", "sampel") == (2, "error: varfast has no command 'sampel'; did you mean sample?\n")
+    assert "did you mean varfast report s, or sample" in answer("s")[1]
+    assert "usage: python -m varfast.sample" in answer("sample")[1]
+
+
+def test_a_process_that_says_nothing_waits_for_the_one_that_does(monkeypatch, capsys, workplace):
+    """torchrun ends all of them as soon as one has ended."""
+    waited = []
+    monkeypatch.setattr(command.time, "sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit):
+            command.run_command("train", ["config.yaml", "update.lrr=1"])
+        assert bool(waited) == (rank == "1")
+        assert ("unknown key" in capsys.readouterr().err) == (rank == "0")

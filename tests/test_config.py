@@ -215,7 +215,7 @@ def test_load_config_refuses_files(tmp_path):
     with pytest.raises(InputError, match="No such file"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(InputError, match="got list at the top"):
+    with pytest.raises(InputError, match="got a list at the top"):
         load_config(tmp_path / "list.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(InputError, match="is not valid YAML"):
@@ -473,7 +473,24 @@ def test_dumped_yaml_is_read_back_and_by_yaml_1_1_too():
         ("run.timeout_s=1e300", "run.timeout_s: got 1e+300"),
         ("run.dir=''", "run.dir: got '', want a path"),
         ("run.dir=", "run.dir: got null; want a path"),
-        ("run.dir=2026", "run.dir: got 2026; want a path; in quotes it is text"),
+        ("run.dir=2026", "run.dir: got 2026; want a path; quotes make it text: 'run.dir=\"2026\"'"),
+        ("run=5", "run: got 5; want a section; its keys: dir, steps, seed"),
+        ("policy.lora=true", "want a section, or null; {} has its defaults; its keys: rank, alpha, targets"),
+        ("policy=d16", "policy: got 'd16'; want a section; did you mean policy.preset=d16?"),
+        ("reward.bright=brightness", "did you mean reward.bright.type=brightness?"),
+        ("reward.brigth.threshold=0.5", "did you mean reward.bright?"),
+        ("run.allow_change=update.lr", "in brackets, as run.allow_change=[update.lr]"),
+        ("run.strict=1", "want true or false; write true"),
+        ("run.device=0", "did you mean cuda:0?"),
+        ("update.micro_batch=auto", "write null, or leave it out"),
+        ("grpo.kl_beta=0.1,0.2", "varfast train CONFIG --sweep grpo.kl_beta=0.1,0.2"),
+        ("log.wandb=true", "want text, or null: project of Weights & Biases"),
+        ("kernels.attention=x", "kernels.block_causal_attention, kernels.cached_attention, kernels.decode_attention"),
+        ("policy.lora.foo=1", "unknown key; known: rank, alpha, targets"),
+        ("policy.num_classes=9", "did you mean policy.var.num_classes?"),
+        ("pretrain.lr=1", "did you mean pretrain.vqvae_lr or pretrain.var_lr?"),
+        ("reward={r: {type: function, function: ./a.py}}", "want the function's name too, as ./a.py:redness"),
+        ("reward={r: {type: http, url: 'localhost:80'}}", "did you mean http://localhost:80?"),
         ("run.dir=$SCRATCH/r", "run.dir: got '$SCRATCH/r': $SCRATCH is not expanded here"),
         ("pretrain.cache_dir=${HOME}/c", "${HOME} is not expanded here"),
         ("run.dir=~nosuchuser/x", "there is no user 'nosuchuser'"),

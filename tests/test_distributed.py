@@ -137,7 +137,7 @@ CASES = {
     # Not one log-probability of the update differs from the rollout's.
     "strict": {"run__strict": True, "run__dtype": "bfloat16"},
     # var.pth is the average; the KL of the third step is to the policy after two.
-    "average": {"update__ema_decay": 0.8, "update__lr": 1e-3, "grpo__reference_every": 2},
+    "average": {"update__ema_decay": 0.8, "update__lr": 1e-3, "grpo__reference_every": 2, "eval__every": 2},
     # All that moves a loss beside its defaults: numbers of the whole step, and an average as reference.
     "loss": {
         "grpo": {"ratio": "sequence", "kl_gradient": "unbiased", "reference_ema": 0.5, "normalise_std": False,
@@ -374,6 +374,50 @@ def test_an_error_in_one_process_ends_all_of_them_soon(make_config, tmp_path):
     (code,), (out,) = ends([torchrun(config("crash"), tmp_path, PYTHONPATH=paths)], timeout_s=60)
     assert code == 1, out  # not killed here
     assert "exitcode  : 7" in out
+
+
+# Errors in process 0 alone, and in both alike: what each process has, and which of them would print it.
+FAIL_TOGETHER = """
+import os, sys
+import torch
+from varfast.command import _tells
+from varfast.distributed import alike, decided_by_first, joined
+from varfast.types import InputError
+
+def fail(text):
+    raise InputError(text)
+
+def leads():
+    with world.leader_first():
+        fail("in order")
+
+def both():
+    with alike():
+        fail("alike")
+
+with joined(torch.device("cpu"), 60.0) as world:
+    for case in (lambda: decided_by_first(lambda: fail("decided")), leads, both, lambda: fail("own")):
+        try:
+            case()
+        except InputError as error:
+            print(error, _tells(error))
+"""
+
+
+def test_one_of_two_processes_says_what_is_wrong_in_both():
+    codes, outputs = ends(processes(2, "-c", FAIL_TOGETHER))
+    assert codes == [0, 0], outputs
+    assert outputs[0].splitlines() == ["decided True", "in order True", "alike True", "own True"]
+    assert outputs[1].splitlines() == ["decided False", "in order False", "alike False", "own True"]
+
+
+def test_one_of_two_processes_says_what_is_wrong_with_a_config(make_config, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(make_config()))
+    codes, outputs = ends(processes(2, "-m", "varfast.train", str(path), "update.lrr=1"))
+    assert codes == [2, 2], outputs
+    assert "did you mean update.lr?" in outputs[0]
+    assert outputs[1] == ""
 
 
 def test_torchrun_restarts_a_job_whose_rank_was_killed_and_it_goes_on(make_config, tmp_path):

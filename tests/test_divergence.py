@@ -1,7 +1,9 @@
 """A policy that diverges ends with a diagnosis, and the last good checkpoint is still there."""
 
+import json
 import math
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,9 @@ def test_a_learning_rate_that_is_too_large_ends_with_a_diagnosis(make_config):
     for text in ("the policy diverged: after step ", " of 50 it cannot be sampled: ", "learning_rate 1e+09, grad_norm ",
                  "in another run.dir, set a lower update.lr (now 1e+09)", "a higher grpo.kl_beta"):  # fmt: skip
         assert text in message
+    ended = json.loads((Path(config.run.dir) / "ended.json").read_text())
+    assert ended["diverged"]
+    assert ended["why"] == message
     for folder in (RunFolder(config.run.dir).checkpoints).glob("step_*"):  # whatever is there can be sampled
         assert folder.suffix == ""
         load_run(RunFolder(config.run.dir), torch.device("cpu"), "float32").sample([0, 1, 2, 3, 4], seed=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 import shlex
@@ -106,7 +107,10 @@ def test_links_of_the_built_site_lead_somewhere_and_nothing_is_fetched_from_else
 @needs_mkdocs
 def test_the_reference_has_all_that_is_public(site):
     reference = set.union(*(Page(path.read_text()).ids for name, path in site.items() if name.startswith("api/")))
-    elsewhere = {"varfast.Policy": "varfast.policies.var.policy.VARPolicy"}
+    elsewhere = {
+        "varfast.Policy": "varfast.policies.var.policy.VARPolicy",
+        "varfast.train": "varfast.from_python.train",
+    }
     public = [f"varfast.kernels.{name}" for name in kernels.__all__]
     public += [f"varfast.{name}" for name in varfast.__all__ if not name.startswith("__")]
     assert [name for name in public if elsewhere.get(name, name) not in reference] == []
@@ -143,9 +147,9 @@ def test_an_include_of_something_that_is_not_there_is_an_error():
     code = '```text\n[x](../no.md "include")\n```'
     assert expand(code, DOCS / "index.md") == code
     assert expand('[a](b.md "include") and more', DOCS / "index.md") == '[a](b.md "include") and more'
-    links = expand('[x](../README.md#read-the-numbers "include")', DOCS / "index.md")
-    assert "| metric | healthy | otherwise |" in links
-    assert "## See where" not in links
+    text = expand('[x](../README.md#look-at-a-run "include")', DOCS / "index.md")
+    assert "guide/numbers.md" in text
+    assert "## Sample, measure" not in text
 
 
 @needs_mkdocs
@@ -192,7 +196,7 @@ def commands(body: str):
             if word.startswith("varfast.") and words[place - 1] == "-m":
                 yield word.removeprefix("varfast."), words[place + 1 :]
             elif word.endswith("varfast") and place + 1 < len(words) and words[place - 1] != "-m":
-                yield words[place + 1], words[place + 2 :]
+                yield words[place + 1], [*itertools.takewhile(lambda word: word != ">", words[place + 2 :])]
 
 
 @pytest.mark.parametrize(("page", "body"), all_blocks("bash"))
@@ -236,6 +240,38 @@ def test_recipes_of_the_cookbook_score_images(tmp_path, monkeypatch, forget_modu
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(with_defaults("bright: {type: brightness, mode: raw}")))
     total_B, components = namespace["scores"]("c.yaml", images)
     assert torch.equal(total_B, components["bright"])
+
+
+def of_page(page, name):
+    """The names that the Python block of a page defines in which `name` is defined."""
+    (body,) = (body for body in blocks(page, "python") if f"def {name}(" in body)
+    namespace = {}
+    exec(compile(body, str(page), "exec"), namespace)
+    return namespace[name]
+
+
+def test_loops_of_your_own_run(make_policy, make_config, capsys):
+    page = DOCS / "guide" / "python.md"
+
+    def red(images, labels):
+        return images[:, 0].mean(dim=(1, 2))
+
+    def redness(policy):
+        rollout = policy.sample([0, 1, 2, 3] * 16, seed=99)
+        return red(policy.decode(rollout.tokens_BL), None).mean()
+
+    policy = make_policy()
+    before = redness(policy)
+    of_page(page, "reinforce")(policy, red, steps=2)
+    assert redness(policy) != before
+    config = make_config(
+        reward={"red": {"type": "function", "function": red}}, rollout={"labels_per_step": 4, "group_size": 8},
+        update={"minibatch": 16, "lr": 1e-3},
+    )  # fmt: skip
+    policy = make_policy()
+    of_page(page, "grpo")(policy, config, steps=8)
+    assert redness(policy) > before
+    assert len(capsys.readouterr().out.splitlines()) == 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------

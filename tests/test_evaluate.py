@@ -28,6 +28,7 @@ from varfast.policies.llamagen.policy import LlamaGenPolicy
 from varfast.policies.taming.policy import TamingPolicy
 from varfast.randomness import EVAL_STEP, Key
 from varfast.rewards.brightness import brightness
+from varfast.runs.pictures import HEADING_PX
 from varfast.settings.loading import parse_arguments
 from varfast.train import train
 from varfast.types import Sampling
@@ -152,9 +153,13 @@ def test_an_image_of_the_page_stands_where_the_file_says(make, tmp_path):
     assert shown["rows"] == [0, 1, 2, 3, 5, 6, 7, 8]
     assert shown["columns"] == [{"of": side, "sample": s} for side in ("reference", "checkpoint") for s in range(4)]
     page = np.array(Image.open(tmp_path / "out" / shown["file"]))
+    above, page = page[:HEADING_PX], page[HEADING_PX:]
     pictures = {side: levels_of(tmp_path / "out", side) for side in ("reference", "checkpoint")}
     titles = page.shape[1] - (8 * 52 - 4 + 20)  # pixels of the column in which the labels stand
     assert titles > 0
+    for left in (titles, titles + 4 * 52 + 20):  # each model's name stands above it
+        assert (above[:, left : left + 4 * 52] < 128).any()
+    assert (above[:, :titles] == 255).all()
     for row, label in enumerate(shown["rows"]):
         assert (page[row * 52 : row * 52 + 48, :titles] < 128).any()
         for column, cell in enumerate(shown["columns"]):

@@ -1,5 +1,6 @@
 """Each fault is injected for real: signals to a process, bytes flipped on the disk, a disk that is full, NaN."""
 
+import json
 import math
 import os
 import resource
@@ -219,6 +220,8 @@ def test_a_signal_saves_and_ends_with_its_code(make_config, tmp_path, start, num
     step = metrics(config.run.dir)[-1]["step"]
     assert RunFolder(config.run.dir).newest().step == step >= 1
     assert f"holds step {step} of 100000. The same command goes on." in out
+    ended = json.loads((Path(config.run.dir) / "ended.json").read_text())
+    assert ended == {"step": step, "why": signal.Signals(number).name, "diverged": False}
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "manifest"])

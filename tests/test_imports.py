@@ -13,11 +13,12 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"kernels"},
     {"printable", "types", "files", "weights", "randomness", "distributed", "progress", "settings", "tables"},
-    {"policies", "models", "data", "features", "rewards", "losses", "advantages", "optim", "runs.config"}
+    {"cards", "policies", "models", "data", "features", "rewards", "losses", "advantages", "optim", "runs.config"}
     | {"pretraining.config", "perf.allocator", "perf.cpu", "perf.graphs", "perf.stages", "perf.cost"},
     {"config"},
     {"perf", "learner", "state", "runs", "pretraining", "evaluation", "report.config", "command"},
-    {"pretrain", "train", "sample", "evaluate", "statistics", "export", "report", "env", "roofline"},
+    {"pretrain", "train", "sample", "evaluate", "statistics", "export", "report", "env", "roofline", "completion"}
+    | {"from_python"},
 ]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 

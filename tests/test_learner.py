@@ -244,6 +244,27 @@ def test_a_step_without_signal_still_moves_by_adams_moments(make_policy):
     torch.testing.assert_close(*ends, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize(("minibatch", "measured"), [(0, True), (1, False)])
+def test_the_gap_to_the_rollout_is_not_measured_after_adams_moments_have_moved(make_policy, minibatch, measured):
+    """Only one of two minibatches has images to learn from; before the second one, moments have moved the weights."""
+    policy = make_policy(depth=2)
+    maker = learner(policy, kl_beta=0.0, minibatch=4, lr=1e-2)
+    maker.step(scored_rollout(policy), 0)
+    rollout = policy.sample([0, 0, 0, 0, 1, 1, 1, 1], 0.7, seed=1)
+    rows = list(torch.randperm(8, generator=keyed_generator(0, Purpose.MINIBATCHES, 1, 0)).split(4))
+    advantages = torch.zeros(8)
+    advantages[rows[minibatch]] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    stats = maker.step(Batch.of(rollout, advantages), 1)
+    assert stats["update_images"] == 4
+    if measured:
+        assert stats["ratio_gap_max"] < 1e-4
+    else:
+        assert math.isnan(stats["ratio_gap_max"])
+        assert math.isnan(stats["ratio_gap_mean"])
+    assert math.isfinite(stats["ratio_mean"])
+    assert math.isfinite(stats["loss"])
+
+
 def test_reference_is_asked_once_a_rollout(make_policy, monkeypatch):
     policy = make_policy(depth=2)
     maker = learner(policy, epochs=3, minibatch=4)

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image
 import varfast.progress
 from varfast import InputError
 from varfast.perf.profile import profiled
-from varfast.progress import Progress, duration
+from varfast.progress import Progress, duration, pace
+from varfast.progress import clock as clock_after
 from varfast.runs.log import RunLog
 from varfast.runs.pictures import image_grid, prompt_title, save_picture
 from varfast.types import Rewards
@@ -94,6 +96,26 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
         log.step(3, METRICS | {"kl": 9.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["kl"]) for line in lines] == [(1, 0.1), (2, 0.1), (3, 9.0)]
+
+
+def test_amend_adds_to_the_line_of_a_step_and_makes_that_of_the_base(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunLog(tmp_path, 0, 3, tensorboard=True) as log:
+        log.step(1, METRICS)
+        log.step(2, METRICS)
+        assert log.metrics_of(0) == {}
+        log.amend(0, {"eval/reward": 0.1})
+        log.amend(1, {"eval/reward": 0.2})
+        assert log.metrics_of(1) == {"step": 1, **METRICS, "eval/reward": 0.2}
+    with RunLog(tmp_path, 2, 3, tensorboard=False) as log:  # going on keeps them
+        log.step(3, METRICS)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line.get("eval/reward"), line.get("kl")) for line in lines] == [
+        (0, 0.1, None), (1, 0.2, 0.1), (2, None, 0.1), (3, None, 0.1)
+    ]  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, round(e.value, 6)) for e in events.Scalars("eval/reward")] == [(0, 0.1), (1, 0.2)]
 
 
 def test_samples_are_the_best_and_the_worst_of_the_step(tmp_path):
@@ -301,7 +323,9 @@ def stream_to(monkeypatch):
         monkeypatch.setattr(sys, "stdout", streams[0])
         monkeypatch.setattr(sys, "stderr", streams[1])
         clock = SimpleNamespace(now_s=100.0)
-        monkeypatch.setattr(varfast.progress, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+        shown = {"monotonic": lambda: clock.now_s, "time": lambda: clock.now_s}
+        shown |= {"localtime": lambda s=None: time.gmtime(clock.now_s if s is None else s), "strftime": time.strftime}
+        monkeypatch.setattr(varfast.progress, "time", SimpleNamespace(**shown))
         return *streams, clock
 
     return make
@@ -318,10 +342,10 @@ def test_progress_off_a_terminal_is_a_line_every_so_many_steps(stream_to, error_
         flushed.append(out.flushed)
     progress.close()
     assert out.getvalue().splitlines() == [
-        "grpo: step 1 of 25, reward=0.01, 6e+04 ms a step, 24 min 0 s left",
-        "grpo: step 10 of 25, reward=0.1, 1500 ms a step, 22 s left",
-        "grpo: step 20 of 25, reward=0.2, 1500 ms a step, 8 s left",
-        "grpo: step 25 of 25, reward=0.25, 1500 ms a step, 0 s left",
+        "grpo: step 1 of 25, reward=0.01, 60 s a step, 24 min 0 s left (00:26)",
+        "grpo: step 10 of 25, reward=0.1, 1.5 s a step, 22 s left",
+        "grpo: step 20 of 25, reward=0.2, 1.5 s a step, 8 s left",
+        "grpo: step 25 of 25, reward=0.25, 1.5 s a step, 0 s left",
     ]
     assert "\r" not in out.getvalue()
     assert error.getvalue() == ""
@@ -339,6 +363,64 @@ def test_progress_of_slow_steps_is_a_line_every_half_minute(stream_to):
     assert steps == ["grpo: step 501 of 1000", "grpo: step 504 of 1000", "grpo: step 507 of 1000"]
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_patient_progress_is_a_line_after_half_a_minute(stream_to, terminal):
+    out, error, clock = stream_to(terminal, terminal)
+    progress = Progress("evaluation", 10, unit="chunk", patient=True)
+    for _ in range(10):
+        clock.now_s += 7.0
+        progress.update()
+    assert out.getvalue().splitlines() == [
+        "evaluation: chunk 5 of 10, 7 s a chunk, 35 s left (00:02)",
+        "evaluation: chunk 10 of 10, 7 s a chunk, 0 s left",
+    ]
+    assert error.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0424, "42.4 ms"), (0.9, "900 ms"), (1.0, "1 s"), (1532.0, "1.53e+03 s")]
+)
+def test_pace(seconds, text):
+    assert pace(seconds) == text
+
+
+def test_the_end_is_given_by_the_clock_and_of_another_day_with_its_name(stream_to):
+    _, _, clock = stream_to()
+    clock.now_s = 23 * 3600.0  # of Thursday, 1 January 1970
+    assert clock_after(59 * 60) == "23:59"
+    assert clock_after(3600) == "Fri 00:00"
+
+
+def test_progress_shows_the_pace_and_the_end_that_the_caller_knows(stream_to):
+    out, _, clock = stream_to()
+    progress = Progress("grpo", 4)
+    clock.now_s += 900.0
+    progress.update("", step_s=2.0, left_s=3600.0)
+    assert out.getvalue() == "grpo: step 1 of 4, 2 s a step, 1 h 0 min left (01:16)\n"
+
+
+def test_the_line_of_a_step_has_what_matters_in_a_hundred_letters(stream_to, tmp_path, make_config):
+    """The change is since the first step, of a run that goes on too."""
+    out, _, _ = stream_to()
+    first = METRICS | {"reward_mean": 0.25, "groups_without_signal": 1}
+    with RunLog(tmp_path, 0, 9000, False, make_config()) as log:
+        log.step(1, first)
+    with RunLog(tmp_path, 1, 9000, False, make_config()) as log:
+        log.step(2, first | {"reward_mean": 0.5}, step_s=1.234, left_s=1e4)
+    line = out.getvalue().splitlines()[1]
+    assert line == (
+        "grpo: step 2 of 9000, reward 0.500 (+0.250) kl 0.100 no signal 1/2, 1.23 s a step, 2 h 46 min left (02:48)"
+    )
+    assert len(line) < 110
+
+
+def test_the_line_of_dpo_has_its_margin(stream_to, tmp_path):
+    out, _, _ = stream_to()
+    with RunLog(tmp_path, 0, 2, tensorboard=False) as log:
+        log.step(1, {"implicit_margin": 0.25, "pair_accuracy": 0.75})
+    assert "step 1 of 2, margin 0.250 pair accuracy 0.750, " in out.getvalue()
+
+
 def test_progress_on_a_terminal_is_a_bar(stream_to):
     out, error, _ = stream_to(True, True)
     with Progress("grpo", 2) as progress:
@@ -346,6 +428,7 @@ def test_progress_on_a_terminal_is_a_bar(stream_to):
         progress.say("a line")
         progress.update()
     assert "2/2" in error.getvalue()
+    assert "reward=0.5" in error.getvalue()
     assert "\r" in error.getvalue()
     assert out.getvalue().splitlines() == ["a line"]
 
@@ -373,6 +456,6 @@ def test_steps_without_a_kl_have_none_in_their_line(stream_to, tmp_path):
         log.step(1, {"reward_mean": 0.5, "images_per_s": 3.0})
         log.step(2, METRICS)
     lines = out.getvalue().splitlines()
-    assert "step 1 of 2, reward=0.500 3 img/s," in lines[0]
-    assert "step 2 of 2, reward=0.500 kl=0.100 3 img/s," in lines[1]
+    assert "step 1 of 2, reward 0.500, " in lines[0]
+    assert "step 2 of 2, reward 0.500 (+0.000) kl 0.100, " in lines[1]
     assert ["kl" in json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [False, True]

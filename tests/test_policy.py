@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, one_hot
 
+import varfast
 from varfast import InputError, Policy, load_policy
 from varfast.models import KVCache
 from varfast.policies.checks import check_finite
@@ -256,3 +257,39 @@ def test_check_usable_names_the_weights_and_draws_an_image(make_policy):
     with pytest.raises(NotFinitePolicy, match="logits hold NaN"):
         make_policy().check_usable([0], 1e-44, 0)
     spoiled(make_policy, "head.bias", 3e38).check_usable([0, 3], 1.0, 0)  # a sum that overflows, of numbers that do not
+
+
+def test_a_policy_says_what_it_is_and_hands_its_parameters_to_an_optimizer(make_policy):
+    policy = make_policy(patch_nums=(1, 2, 4))
+    var, vqvae = (sum(p.numel() for p in part.parameters()) for part in policy.parts.values())
+    assert repr(policy) == (
+        f"VARPolicy(var {var / 1e3:.3g}k parameters, vqvae {vqvae / 1e3:.3g}k parameters, 5 labels or prompts, "
+        "21 tokens, 4 px, cpu, float32)"
+    )
+    assert policy.dtype == torch.float32
+    assert sum(p.numel() for p in policy.parameters()) == var  # the VQ-VAE is frozen
+    rollout = policy.sample([0] * 8, seed=0)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    (-policy.token_logp(rollout.labels_B, rollout.tokens_BL).mean()).backward()
+    optimizer.step()
+    policy.weights_changed()
+    assert policy.token_logp(rollout.labels_B, rollout.tokens_BL).mean() > rollout.logp_BL.mean()
+
+
+def test_images_become_pictures(make_policy):
+    images = torch.tensor([0.0, 0.5, 0.998, 1.0]).view(4, 1, 1, 1).expand(4, 3, 4, 6)
+    found = varfast.to_pil(images)
+    assert [(one.size, one.mode, one.getpixel((0, 0))) for one in found] == [
+        ((6, 4), "RGB", (level,) * 3) for level in (0, 128, 254, 255)
+    ]
+    assert varfast.picture(images, columns=2).size == (2 * 48 + 4, 2 * 32 + 4)  # enlarged eight times, gaps of 4 px
+    assert varfast.picture(images[:1]).size == (48, 32)
+    for wrong, said in (
+        (images[0], r"images are \(3, 4, 6\), want \(B, 3, H, W\); of one image: images\[None\]"),
+        (images[:, :1], r"images are \(4, 1, 4, 6\)"),
+        (images * 255, r"want \[0, 1\]: images / 255"),
+        (images.to(torch.uint8), "images are torch.uint8"),
+    ):
+        for function in (varfast.to_pil, varfast.picture):
+            with pytest.raises(InputError, match=said):
+                function(wrong)

@@ -17,13 +17,14 @@ import varfast.pretraining.var
 from varfast import InputError, load_policy
 from varfast.data.datasets import digits, load_images
 from varfast.data.labels import read_labels
-from varfast.export import model_card
+from varfast.export import file_card
 from varfast.models import VQVAE
 from varfast.pretrain import main
 from varfast.pretraining.cache import base_paths, pretrained
 from varfast.pretraining.common import batches
 from varfast.pretraining.training import PretrainReport, pretrain
 from varfast.randomness import deterministic
+from varfast.runs.config import ExportConfig
 from varfast.runs.folder import RunFolder
 from varfast.runs.manifest import dump_config
 from varfast.runs.signals import Stopped
@@ -265,7 +266,7 @@ def test_a_run_keeps_the_labels_of_its_base_and_takes_their_names(own_images, ma
     assert train(config) == 0
     folder = RunFolder(config.run.dir)
     assert [row.images for row in read_labels(folder.path)] == [4, 4, 4]
-    card = model_card("m.pth", "float32", folder, config, 1)
+    card = file_card(Path("m.pth"), ExportConfig(checkpoint="x", out="m.pth"), folder, config, 1, {})
     assert "| 1 | 10 |  | 4 |" in card
     Path(own_images["pretrain__dataset"]).rename(folder.path.parent / "moved")
     longer = make_config(**own_images, rollout__labels=["dog", 0], run__steps=2, eval__samples_per_label=0)

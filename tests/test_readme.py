@@ -3,20 +3,24 @@
 import re
 import subprocess
 import sys
+from inspect import isfunction
 from pathlib import Path
 
 import pytest
 
+from varfast import kernels
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "kernels/README.md"))]
+PAGES += sorted((ROOT / "docs").glob("*.md"))  # those below are checked as pages of the site
 
 
-def test_kernel_table_is_made_from_the_newest_record():
+def test_tables_are_made_from_the_newest_records():
     assert subprocess.run([sys.executable, "bench/table.py", "--check"], cwd=ROOT, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_and_links_exist(page):
     text = page.read_text()
     for target, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
@@ -27,6 +31,22 @@ def test_files_and_links_exist(page):
             assert heading in [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
     for config in re.findall(r"configs/\w+\.yaml", text):
         assert (ROOT / config).exists(), config
+
+
+def test_every_op_has_its_specification_and_its_tests_beside_it():
+    rows = re.findall(
+        r"^\| (`.*?`) \| .* \| \[\S+\]\((\S+)\) \| (.*) \|$", (ROOT / "kernels" / "README.md").read_text(), re.M
+    )
+    rows = [(re.findall(r"`(\w+)`", names), file, re.findall(r"\((\S+?)\)", tests)) for names, file, tests in rows]
+    functions = [name for name in kernels.__all__ if isfunction(getattr(kernels, name))]
+    others = {"check_implementation", "choices", "configure"}
+    assert sorted(name for names, _, _ in rows for name in names) == sorted(set(functions) - others)
+    for names, file, tests in rows:
+        specified = (ROOT / "kernels" / file).read_text()
+        tested = "".join((ROOT / "kernels" / test).read_text() for test in tests)
+        for name in names:
+            assert f"def {name}(" in specified
+            assert name in tested
 
 
 def test_settings_of_the_paper_are_the_defaults():

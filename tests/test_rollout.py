@@ -3,7 +3,7 @@ import torch
 
 from varfast import Policy
 from varfast.kernels.selection import OPS, configure
-from varfast.policies.driver import DTYPES
+from varfast.policies.checks import DTYPES
 from varfast.policies.var.config import VARLoRAConfig
 from varfast.randomness import Key
 from varfast.types import Sampling

@@ -23,8 +23,10 @@ def test_command_needs_no_network_and_no_weights(name, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert "A100" in lines[0]
     assert "not measured" in lines[0]
-    assert [line.split()[0] for line in lines[5:11]] == list(STAGES)
-    assert any(line.startswith("run.steps=7: at least") for line in lines)
+    assert [line.split()[0] for line in lines[8:14]] == list(STAGES)
+    assert lines[1].startswith("fits into ")
+    assert lines[2].startswith("a step of ")
+    assert lines[3].startswith("run.steps=7: at least ")
     assert lines[-1] == "Predictions from counts, not measurements."
 
 

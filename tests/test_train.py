@@ -21,7 +21,7 @@ from varfast.data.labels import Label, labels_json
 from varfast.distributed import ALONE
 from varfast.learner import Learner
 from varfast.perf.allocator import expand_segments
-from varfast.perf.profile import memory_metrics
+from varfast.perf.profile import memory_metrics, without_noise
 from varfast.perf.work import Work
 from varfast.policies.var.build import cost_of
 from varfast.runs.base import Base
@@ -77,7 +77,12 @@ def test_train_writes_a_whole_run_folder(make_config, capsys):
     assert summary["before"].keys() == summary["after"].keys() == {"reward", "reward/luma", "entropy"}
     out = capsys.readouterr().out
     assert "before     after" in out
-    assert "run complete: 3 steps" in out
+    assert out.endswith(
+        f"run complete: 3 steps. Weights {folder / 'var.pth'}, curves and grids in {folder}\n"
+        f"next: python -m varfast.report {folder}\n"
+        f"      python -m varfast.sample {folder}\n"
+        f"      python -m varfast.export {folder} out=model.safetensors\n"
+    )
 
 
 def test_deterministic_runs_agree_in_every_bit_whatever_memory_is_free(make_config, tmp_path, monkeypatch):
@@ -496,7 +501,15 @@ def test_a_finished_run_says_so_and_changes_nothing(make_config, capsys):
     train(config)
     before = weights(config.run.dir)
     assert train(config) == 0
-    assert "run complete: 3 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{config.run.dir} holds all of run.steps=3: no step is left to do" in said
+    assert "before     after" in said
+    assert "run complete: 3 steps" in said
+    assert equal(before, weights(config.run.dir))
+    train(make_config(run__steps=2))
+    said = capsys.readouterr().out
+    assert f"{config.run.dir} holds step 3, more than run.steps=2: no step is left to do" in said
+    assert "run complete: 3 steps" in said
     assert equal(before, weights(config.run.dir))
 
 
@@ -613,7 +626,7 @@ def test_train_logs_time_and_share_of_the_limit_of_every_stage(make_config):
         assert line["images_per_s"] == pytest.approx(8 / line["step_s"])
 
 
-def test_profile_writes_a_trace_with_the_stages_and_the_memory_of_one_step(make_config, tmp_path):
+def test_profile_writes_a_trace_with_the_stages_and_the_memory_of_one_step(make_config, tmp_path, capfd):
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(make_config(run__steps=4)))
     assert main([str(path), "--profile"]) == 0
@@ -624,6 +637,20 @@ def test_profile_writes_a_trace_with_the_stages_and_the_memory_of_one_step(make_
         assert stage in names
     assert names.count("reward") == 1  # one step, of four
     assert "aten::" in (folder / "memory.txt").read_text()
+    assert not {"USDT", "gpuGetDeviceCount"} & set(capfd.readouterr().err.replace(":", " ").split())
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_only_what_kineto_says_in_every_profile_is_dropped(capfd, on_gpu):
+    no_device = b"ERROR:2026-11-27 20:05:47 9244:9244 DeviceProperties.cpp:56] gpuGetDeviceCount failed with code 35\n"
+    with without_noise(on_gpu):
+        os.write(2, b"mine\nUSDT:2026-11-27 20:05:47 9244:9244 x.cpp:39] profiler_start\n" + no_device)
+        os.write(2, b"ERROR:2026-11-27 20:05:47 CuptiActivityApi.cpp:9] no permission\nhalf a line")
+    os.write(2, b"\nafter")
+    error = no_device.decode() if on_gpu else ""
+    assert capfd.readouterr().err == (
+        f"mine\n{error}ERROR:2026-11-27 20:05:47 CuptiActivityApi.cpp:9] no permission\nhalf a line\nafter"
+    )
 
 
 def test_sweep_runs_every_choice_in_a_folder_of_its_own(make_config, tmp_path, capsys):

@@ -11,14 +11,17 @@ import importlib
 import itertools
 import math
 import os
+import select
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel
 
@@ -29,7 +32,9 @@ from varfast.features.config import StatisticsConfig
 from varfast.perf.allocator import expand_segments
 from varfast.printable import printable
 from varfast.report.config import ReportConfig
+from varfast.rewards.function import FunctionReward, missing
 from varfast.runs.config import ExportConfig
+from varfast.runs.named import runs_in
 from varfast.settings import arguments as command_line
 from varfast.settings import reference
 from varfast.settings.loading import load_as, parse_arguments
@@ -37,6 +42,9 @@ from varfast.settings.paths import expanded
 from varfast.types import InputError
 
 _LONGEST_MESSAGE = 20_000  # characters of an error; a config with a hundred wrong keys has 10 000
+
+# torchrun ends all processes as soon as one has ended: those that say nothing wait for the one that says why.
+_PATIENCE_S = 10.0
 
 _AnyConfig = TypeVar("_AnyConfig", bound=Config)
 
@@ -51,14 +59,14 @@ class Runs:
 
     Attributes:
         configs: one for each run.
-        beside: folder of the config file, where a user's reward is looked for too.
+        beside: folder of the config file, where a user's reward is looked for too; None: the config is no file.
         parent: the folder that holds the run folders of a sweep; None: no sweep.
         profile: write a trace of one step.
         of_folder: a run folder was named instead of a config.
     """
 
     configs: list[Config]
-    beside: Path
+    beside: Path | None
     parent: str | None
     profile: bool
     of_folder: bool
@@ -67,25 +75,40 @@ class Runs:
 def read_train(arguments: list[str]) -> Runs:
     """Arguments of `train`. Every run of a sweep is checked before the first one starts. Raises: InputError."""
     found = command_line.sort(arguments, Config, ["--profile"], ["--sweep"])
-    path, overrides = _config_path(found.paths, "train"), found.overrides
-    of_folder = _is_run_folder(path)
-    if of_folder:
-        _refuse_what_reaches_outside(path, overrides)
-    profile, beside = "--profile" in found.flags, expanded(path)
-    beside = beside if os.path.isdir(beside) else beside.parent
+    path, overrides, profile = _config_path(found.paths, "train"), found.overrides, "--profile" in found.flags
     if not found.options:
-        return Runs([_load(Config, path, overrides)], beside, None, profile, of_folder)
+        return read_run(path, overrides, profile=profile)
     sweeps = [_swept(text) for _, text in found.options]
     if math.prod(map(len, sweeps)) > 1000:
         raise InputError(f"--sweep: {math.prod(map(len, sweeps))} runs, want at most 1000; name fewer values")
     choices = list(itertools.product(*sweeps))
-    parent = _load(Config, path, [*overrides, *choices[0]]).run.dir
+    first = read_run(path, [*overrides, *choices[0]], profile=profile)
+    parent = first.configs[0].run.dir
     names = command_line.file_names([",".join(choice) for choice in choices])
     configs = [
-        _load(Config, path, [*overrides, *choice], f"{parent.rstrip('/') or '/'}/{name}")
+        _load(Config, path, [*overrides, *choice], {"run.dir": f"{parent.rstrip('/') or '/'}/{name}"})
         for choice, name in zip(choices, names, strict=True)
     ]
-    return Runs(configs, beside, parent, profile, of_folder)
+    return replace(first, configs=configs, parent=parent)
+
+
+def read_run(
+    path: str, overrides: list[str], rewards: Mapping[str, Any] = MappingProxyType({}), profile: bool = False
+) -> Runs:
+    """One run of a config file, or of the config in a run folder.
+
+    rewards: if there are any, in place of all that the config names.
+    Raises: InputError.
+    """
+    of_folder, values = _is_run_folder(path), {"reward": dict(rewards)} if rewards else {}
+    config = _load(Config, path, overrides, values)
+    for name, reward in config.reward.items():
+        if isinstance(reward, FunctionReward) and reward.is_missing:
+            raise InputError(f"{path}: {missing(f'reward.{name}', reward.function)}")
+    if of_folder:
+        _refuse_what_reaches_outside(path, config, [*overrides, *(f"{key}=" for key in values)])
+    beside = expanded(path)
+    return Runs([config], beside if os.path.isdir(beside) else beside.parent, None, profile, of_folder)
 
 
 def _swept(text: str) -> list[str]:
@@ -117,32 +140,48 @@ def _config_path(paths: list[str], name: str) -> str:
         raise InputError(f"usage: {_usage(name)}; the examples are in configs/")
     if len(paths) > 1:
         raise InputError(f"arguments {paths[0]!r} and {paths[1]!r}: want one config; usage: {_usage(name)}")
+    _refuse_missing(paths[0])
     return paths[0]
 
 
-def _load(model: type[_AnyConfig], path: str, overrides: list[str], folder: str | None = None) -> _AnyConfig:
+def _refuse_missing(path: str) -> None:
+    """Raises: InputError for what is no file and no run folder, with the nearest config there is."""
+    given = expanded(path)
+    if given.is_dir() and not _is_run_folder(path):
+        runs = runs_in(given)
+        held = f"; it holds the runs {', '.join(runs)}" if runs else ""
+        raise InputError(f"config {path} is a folder and no run folder{held}; want a YAML file, or a run folder")
+    if given.exists() or given.is_symlink():
+        return
+    near = [folder / f"{given.name}{suffix}" for folder in (given.parent, Path("configs")) for suffix in ("", ".yaml")]
+    there = [str(p) for p in sorted(given.parent.glob("*.yaml"))] if given.parent.is_dir() else []
+    meant = [str(p) for p in near if p.is_file()] or difflib.get_close_matches(path, there, n=1, cutoff=0.8)
+    hint = f"did you mean {meant[0]}?" if meant else "the examples are in configs/"
+    raise InputError(f"config {path}: No such file or directory; {hint}")
+
+
+def _load(
+    model: type[_AnyConfig], path: str, overrides: list[str], values: Mapping[str, Any] = MappingProxyType({})
+) -> _AnyConfig:
     """Load a config file, or the config in a run folder, with the folder's present path as run.dir.
 
-    folder: run.dir, whatever the file and the overrides say.
+    values: by dotted key, whatever the file and the overrides say.
     """
     of_folder = _is_run_folder(path)
-    if folder is None and of_folder and not any(o.startswith(("run.dir=", "run=")) for o in overrides):
-        folder = path
-    return load_as(
-        model,
-        expanded(path) / "config.yaml" if of_folder else path,
-        overrides,
-        {} if folder is None else {"run.dir": folder},
-    )
+    if of_folder and not any(o.startswith(("run.dir=", "run=")) for o in overrides):
+        values = {"run.dir": path, **values}
+    return load_as(model, expanded(path) / "config.yaml" if of_folder else path, overrides, values)
 
 
 def _is_run_folder(path: str) -> bool:
     return os.path.isfile(expanded(path) / "config.yaml")
 
 
-def _refuse_what_reaches_outside(folder: str, overrides: list[str]) -> None:
-    """A run folder may come from somebody else: naming it does not approve what its config runs (docs/security.md)."""
-    config = _load(Config, folder, overrides)
+def _refuse_what_reaches_outside(folder: str, config: Config, overrides: list[str]) -> None:
+    """A run folder may come from somebody else: naming it does not approve what its config runs (docs/security.md).
+
+    overrides: of the user, who approves what they name.
+    """
     named = []
     if not any(override.startswith("reward=") for override in overrides):
         outside = {name: reward.reaches_outside() for name, reward in config.reward.items()}
@@ -161,6 +200,24 @@ def _refuse_what_reaches_outside(folder: str, overrides: list[str]) -> None:
 def read_nothing(arguments: list[str]) -> None:
     if arguments:
         raise InputError(f"argument {arguments[0]!r}: env takes none; usage: {_usage('env')}")
+
+
+# Where each shell looks for the script of a command.
+_SCRIPTS = {
+    "bash": "~/.local/share/bash-completion/completions/varfast",
+    "zsh": '"${fpath[1]}/_varfast"',
+    "fish": "~/.config/fish/completions/varfast.fish",
+}
+SHELLS = tuple(_SCRIPTS)
+
+
+def read_shell(arguments: list[str]) -> str:
+    """The argument of `completion`. Raises: InputError."""
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        shell = os.path.basename(os.environ.get("SHELL", ""))
+        hint = f"; yours is {shell}" if shell in SHELLS else ""
+        raise InputError(f"want the name of a shell: {', '.join(SHELLS)}{hint}; usage: {_usage('completion')}")
+    return arguments[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +273,7 @@ COMMANDS = {
     ),
     "statistics": Command(
         "mean and covariance of real images' features, for the reward loo_fid and for FID",
-        "images=FOLDER|digits out=FILE.npz [KEY=VALUE ...]",
+        "IMAGES out=FILE.npz [KEY=VALUE ...]",
         partial(parse_arguments, model=StatisticsConfig),
         StatisticsConfig,
     ),
@@ -227,8 +284,8 @@ COMMANDS = {
         ReportConfig,
     ),
     "export": Command(
-        "write a run's model in the format of the public checkpoints",
-        "RUN out=model.safetensors [KEY=VALUE ...]",
+        "write a run's model in the format of the public checkpoints: as files, as a folder, or to the hub",
+        "RUN out=model.safetensors|model/|hub=OWNER/NAME [KEY=VALUE ...]",
         partial(parse_arguments, model=ExportConfig),
         ExportConfig,
     ),
@@ -248,7 +305,14 @@ COMMANDS = {
         (_CONFIG,),
     ),
     "env": Command("show versions, hardware, and which kernels run here and why", "", read_nothing),
+    "completion": Command(
+        "print a script that lets a shell complete commands, keys, values and paths",
+        "|".join(SHELLS),
+        read_shell,
+        options=tuple((shell, f"varfast completion {shell} > {file}") for shell, file in _SCRIPTS.items()),
+    ),
 }
+HELP = "the same as COMMAND --help, or as --help"
 
 
 def _usage(name: str) -> str:
@@ -313,12 +377,30 @@ def run_command(name: str, arguments: list[str] | None = None) -> NoReturn:
     try:
         code = _run(name, arguments)
     except InputError as error:
-        _complain(f"error: {error}", error)
+        if _tells(error):
+            _complain(f"error: {error}", error)
+        else:
+            time.sleep(_PATIENCE_S)
         code = 2
     except KeyboardInterrupt as error:
         _complain(str(error) or "interrupted", error)
         code = getattr(error, "code", 130)  # of another signal than Ctrl-C
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        code = 141  # as of a process that SIGPIPE ends
     sys.exit(code)
+
+
+def _reader_is_gone() -> bool:
+    """Whether what reads standard output, such as `head`, has ended; then nothing more is written to it."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -327,10 +409,22 @@ def _run(name: str, arguments: list[str]) -> int:
         return _print(help_text(name, only, min(100, max(60, shutil.get_terminal_size().columns))))
     if "--version" in arguments:
         return _print(f"varfast {varfast.__version__}")
-    COMMANDS[name].read(arguments)
+    try:
+        COMMANDS[name].read(arguments)
+    except InputError as error:
+        if not arguments and "usage: " not in str(error):
+            error.add_note(f"usage: {_usage(name)}")
+        error.told_by = "machine"
+        raise
     expand_segments()
     code: int = importlib.import_module(f"varfast.{name}").main(arguments)
     return code
+
+
+def _tells(error: InputError) -> bool:
+    """Whether this process is one that prints the error: torchrun starts many, which may all have the same one."""
+    variable = {"first": "RANK", "machine": "LOCAL_RANK"}.get(error.told_by)
+    return variable is None or os.environ.get(variable, "") in ("", "0")
 
 
 def _print(text: str) -> int:
@@ -338,17 +432,21 @@ def _print(text: str) -> int:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _reader_is_gone()
     return 0
 
 
 def main() -> NoReturn:
     """`varfast COMMAND ...`, which is also `python -m varfast COMMAND ...`."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what to complete
+        importlib.import_module("varfast.completion").answer()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         run_command(name, arguments)
-    if name == "help" and arguments and arguments[0] in COMMANDS:
-        run_command(arguments[0], ["--help", *arguments[1:]])
+    if name == "help" and arguments:
+        name, *arguments = arguments if arguments[0] not in Config.model_fields else ["train", *arguments]
+        if name in COMMANDS:
+            run_command(name, ["--help", *arguments])
     shown = {
         "-h": overview,
         "--help": overview,
@@ -362,6 +460,8 @@ def main() -> NoReturn:
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
     if name.endswith((".yaml", ".yml")):
         hint = f"did you mean varfast train {name}?"
+    elif os.path.isdir(name):
+        hint = f"did you mean varfast report {name}, or sample, evaluate, export, train?"
     print(f"error: varfast has no command {name!r}; {hint}", file=sys.stderr)
     sys.exit(2)
 

@@ -14,7 +14,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
@@ -61,7 +61,8 @@ class World:
         padded = rows_b.new_zeros(most, *rows_b.shape[1:])
         padded[: len(rows_b)] = rows_b
         everything = rows_b.new_empty(self.size * most, *rows_b.shape[1:])
-        dist.all_gather_into_tensor(everything, padded)
+        # torch 2.14 has renamed it, and warns of the old name in every process.
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(everything, padded)
         shares = [_shard(rank, self.size, count) for rank in range(self.size)]
         parts = [part[: s.stop - s.start] for part, s in zip(everything.split(most), shares, strict=True)]
         return torch.cat(parts)
@@ -92,12 +93,27 @@ class World:
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
-        """Run the body in process 0 first and then in the others, which find the files that it made."""
+        """Run the body in process 0 first and then in the others, which find the files that it made.
+
+        An error in process 0 is one in all of them, which do not begin then.
+        """
+        if self.size == 1:
+            yield
+            return
         if not self.is_main:
-            self.wait()
-        yield
-        if self.is_main:
-            self.wait()
+            _told(None)
+            yield
+            return
+        failure: str | None = "the first process failed, and says why"
+        try:
+            yield
+            failure = None
+        except InputError as error:
+            failure = str(error)
+            raise
+        finally:
+            with suppress(RuntimeError):  # the others have ended
+                _told(failure)
 
 
 ALONE = World()
@@ -108,16 +124,41 @@ def decided_by_first(decide: Callable[[], _T]) -> _T:
     """What `decide` returns in process 0, in all processes; or the InputError that it raises there, in all of them."""
     if not dist.is_initialized():
         return decide()
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = decide()
-        except InputError as error:
-            box[1] = str(error)
+    found: Any = None
+    if dist.get_rank() > 0:
+        return _told(None)
+    try:
+        found = decide()
+    except InputError as error:
+        _told(str(error))
+        raise
+    _told(None, found)
+    return found
+
+
+def _told(failure: str | None, found: Any = None) -> Any:
+    """What process 0 has found, in all processes. In the others an InputError if it failed, which it prints itself.
+
+    failure, found: of process 0.
+    """
+    box = [failure, found]
     dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise InputError(box[1])
-    return box[0]
+    if box[0] is not None and dist.get_rank() > 0:
+        error = InputError(box[0])
+        error.told_by = "first"
+        raise error
+    return box[1]
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Around what fails alike in all processes of a machine, if it does: one of them prints the error."""
+    try:
+        yield
+    except InputError as error:
+        if error.told_by == "each":
+            error.told_by = "machine"
+        raise
 
 
 def _shard(rank: int, size: int, count: int) -> slice:

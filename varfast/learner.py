@@ -101,7 +101,7 @@ class Learner:
         self.loss.begin(batch, step, total_steps)
         keep_B = self.loss.keep(batch)
         measured, norms, skipped = [], [], []
-        updated = referenced = 0
+        learned, referenced = [], 0  # images of each minibatch that have a gradient; of all that the reference reads
         differing = None  # of the first minibatch: after it the weights have moved
         if self._differing is not None:
             self._differing.zero_()
@@ -110,7 +110,7 @@ class Learner:
                 kept = rows if keep_B is None else rows[keep_B[rows]]
                 count = len(kept) if self.loss.mean_of_kept else len(rows)
                 stats = self._gradient(batch, self._on_device(kept), count, epoch == 0)
-                updated += len(kept)
+                learned.append(len(kept))
                 referenced += len(kept) if epoch == 0 and self._reference is not None else 0
                 if self._differing is not None and differing is None:
                     differing = self._differing.clone()
@@ -126,13 +126,13 @@ class Learner:
         self.state.policy.gather()
         if differing is not None:
             strict.must_agree(int(self.world.sum(differing)), self.state.policy, batch.rollout, step)
-        found = [*self._reduced(measured), torch.stack(norms).nanmean()]
+        found = [*self._reduced(measured, moved=learned[0] == 0), torch.stack(norms).nanmean()]
         *values, grad_norm = torch.stack(found).tolist()
         flags = torch.stack(skipped).tolist()
         self._count_skipped(flags)
         names = ["loss", *(stat.name for stat in self.loss.stats)]
         of_steps = {"grad_norm": grad_norm, "learning_rate": lr, "skipped_steps": sum(flags)}
-        computed = {"update_images": float(updated), "reference_images": float(referenced)}
+        computed = {"update_images": float(sum(learned)), "reference_images": float(referenced)}
         return dict(zip(names, values, strict=True)) | of_steps | computed
 
     @property
@@ -185,14 +185,19 @@ class Learner:
         of_parts = torch.stack(measured)
         return torch.where(self._is_max, of_parts.amax(dim=0), of_parts.sum(dim=0))
 
-    def _reduced(self, measured: list[Tensor]) -> Tensor:
-        """(1 + S,) loss and statistics of the step, from this process' parts of each minibatch."""
+    def _reduced(self, measured: list[Tensor], moved: bool) -> Tensor:
+        """(1 + S,) loss and statistics of the step, from this process' parts of each minibatch.
+
+        moved: Adam's moments had moved the weights before the first of them, so what is to be measured before any
+            optimizer step was not: NaN.
+        """
         if not measured:  # no image had a gradient
             return self._nothing_measured
         parts_MS = torch.stack(measured)
         measured_MS = torch.where(self._is_max, self.world.max(parts_MS.clone()), self.world.sum(parts_MS.clone()))
         # Before the first optimizer step that is not skipped, the policy is still the one that was sampled.
         first_S = measured_MS[measured_MS[:, 0].isfinite().int().argmax()]
+        first_S = torch.full_like(first_S, math.nan) if moved else first_S
         return torch.where(self._is_first, first_S, measured_MS.nanmean(dim=0))
 
     def _zero_gradient(self) -> None:

@@ -28,10 +28,11 @@ from varfast.policies.text import reads_texts
 from varfast.progress import Progress
 from varfast.randomness import Key
 from varfast.runs.load import load_policy
-from varfast.runs.pictures import PICTURE_FORMATS, image_grid, prompt_title, save_picture, with_domain
+from varfast.runs.pictures import image_grid, prompt_title, save_picture, with_domain
 from varfast.settings.loading import parse_arguments
 from varfast.settings.section import MANY, check_divides
 from varfast.types import InputError, Prompts, Sampling
+from varfast.weights.saved import is_run
 
 _ROWS = 8
 
@@ -40,10 +41,14 @@ def main(arguments: list[str]) -> int:
     """python -m varfast.sample checkpoint=... [key=value ...]"""
     config = parse_arguments(arguments, SampleConfig)
     out = Path(config.out).expanduser()
-    if out.is_dir() or config.out.endswith("/") or out.suffix.lower() not in PICTURE_FORMATS:
-        raise InputError(
-            f"out={config.out}: want the name of a picture, as samples.png; known: {', '.join(PICTURE_FORMATS)}"
-        )
+    if out.is_dir():
+        raise InputError(f"out={config.out} is a folder; want the name of a picture in it, as {config.out}/samples.png")
+    if is_run(config.checkpoint):
+        for key in ("vqvae", "family"):
+            if key in config.model_fields_set:
+                raise InputError(
+                    f"{key}={getattr(config, key)}: {config.checkpoint} is a run folder, which says it; leave it out"
+                )
     policy = load_policy(
         config.checkpoint,
         config.vqvae,
@@ -69,7 +74,8 @@ def main(arguments: list[str]) -> int:
             parts.append(images)
             progress.update()
     save_picture(out, image_grid(torch.cat(parts), columns, titles))
-    print(f"{out}: {len(rows)} {'prompts' if of_texts else 'labels'} x {columns} samples{left_out}")
+    kind = ("prompt" if of_texts else "label") + "s" * (len(rows) > 1)
+    print(f"{out}: {len(rows)} {kind} x {columns} samples, seed {config.seed}{left_out}")
     return 0
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -115,6 +116,23 @@ class State:
         """Steps done by the policy that is the reference; None if it is the base for the whole run, or an average."""
         every = self._reference_every
         return None if every is None else (self.step - 1) // every * every
+
+    @contextmanager
+    def delivered(self) -> Iterator[None]:
+        """In the body the policy is what `deliver` would make of it now, and afterwards what it was."""
+        if not self.averages.by_name:
+            yield
+            return
+        self._swap_averages()
+        try:
+            yield
+        finally:
+            self._swap_averages()
+
+    def _swap_averages(self) -> None:
+        self.averages.swap()
+        self.policy.weights_changed()
+        self.policy.gather()
 
     def deliver(self) -> None:
         """The run is over: the average of the weights, if one is kept, becomes the policy's weights."""

@@ -15,7 +15,12 @@ if __name__ == "__main__":  # --help and a typo are answered before the imports 
 
     run_command("train")
 
+import importlib
+import inspect
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -125,3 +130,24 @@ def main(arguments: list[str]) -> int:
     if runs.parent is not None:
         print(f"\nside by side: python -m varfast.report {runs.parent}/*")
     return 0
+
+
+class _Module(ModuleType):
+    """`varfast.train` is this module and a function too: a call of it is varfast.from_python.train."""
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        from varfast.from_python import train as from_python
+
+        return from_python(*args, **keywords)
+
+    def __reduce__(self) -> Any:  # by its name, as cloudpickle takes other modules: submitit and Ray pass functions on
+        return importlib.import_module, (__name__,)
+
+    @property
+    def __signature__(self) -> Any:  # what a notebook shows of it
+        from varfast.from_python import train as from_python
+
+        return inspect.signature(from_python)
+
+
+sys.modules[__name__].__class__ = _Module

@@ -18,7 +18,14 @@ Normalise = Literal["group", "batch", "none"]
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. Commands print its message alone, without a traceback."""
+    """Something the user gave cannot be used. Commands print its message alone, without a traceback.
+
+    Attributes:
+        told_by: which of several processes print it: each; the first on each machine, where all of them fail alike; or
+            the first of all, which has the same error or the one that this follows from.
+    """
+
+    told_by: Literal["each", "machine", "first"] = "each"
 
 
 class NotFiniteReward(InputError):

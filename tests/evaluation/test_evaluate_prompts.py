@@ -20,7 +20,7 @@ from varfast.evaluation.measure import evaluate
 from varfast.evaluation.metrics import difference_interval, mean_interval
 from varfast.evaluation.table import about, table
 from varfast.runs.manifest import dump_config
-from varfast.runs.pictures import image_grid, prompt_title
+from varfast.runs.pictures import HEADING_PX, image_grid, prompt_title
 from varfast.sample import main as sample_main
 from varfast.types import Rollout, Sampling
 
@@ -110,7 +110,7 @@ def test_scores_of_prompts_have_intervals_over_prompts(make, tmp_path):
     assert "normal over prompts" in result["intervals"]
     assert result["pictures"]["titles"] == TEXTS
     assert [prompt.text for prompt in read_asked(tmp_path / "out")] == TEXTS
-    page = np.array(Image.open(tmp_path / "out" / "pictures.png"))
+    page = np.array(Image.open(tmp_path / "out" / "pictures.png"))[HEADING_PX:]
     levels = np.rint(greys()[:, 0] * 255)  # left of the gap between the models, after the titles
     titles = page.shape[1] - (2 * 3 * 52 - 4 + 20)
     assert [abs(int(page[52 * i + 10, titles + 10, 0]) - levels[i]) <= 1 for i in range(4)] == [True] * 4

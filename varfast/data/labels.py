@@ -28,6 +28,8 @@ from varfast.randomness import Purpose, keyed_generator
 from varfast.settings.section import check_labels
 from varfast.tables import text_table
 from varfast.types import InputError
+from varfast.weights.hub import names_repository
+from varfast.weights.saved import is_saved, read_saved
 
 LABELS_FILE = "labels.json"
 _SHOWN_ROWS = 40
@@ -82,13 +84,13 @@ class Label:
         label: its number.
         folder: name of its sub-folder.
         name: what people call it: ImageNet's name for a WordNet id (n02099601), else the folder's.
-        images: how many there are.
+        images: how many there are; None: unknown.
     """
 
     label: int
     folder: str
     name: str
-    images: int
+    images: int | None
 
 
 @functools.cache
@@ -122,7 +124,12 @@ def label_table(labels: Sequence[Label]) -> str:
     shown = list(labels) if len(labels) <= _SHOWN_ROWS else [*labels[: _SHOWN_ROWS - 10], *labels[-5:]]
     cells = [("label", "folder", "images")]
     cells += [
-        (str(row.label), row.folder + f" ({row.name})" * (row.name != row.folder), str(row.images)) for row in shown
+        (
+            str(row.label),
+            row.folder + f" ({row.name})" * (row.name != row.folder),
+            "" if row.images is None else str(row.images),
+        )
+        for row in shown
     ]
     lines = text_table(cells, "><>")
     if len(shown) < len(labels):
@@ -136,14 +143,21 @@ def labels_json(labels: Sequence[Label]) -> str:
 
 
 def read_labels(folder: Path) -> list[Label] | None:
-    """The labels in a folder's labels.json; None if it is missing or damaged, since only names depend on it."""
+    """The labels in a folder's labels.json, or that a saved model names; None if there are none or the file is
+    damaged, since only names depend on it.
+    """
     path = folder / LABELS_FILE
     if not path.exists():
-        return None
+        return _saved_labels(folder)
     try:
         rows = read_json(path)["labels"]
         found = [
-            Label(int(row["label"]), printable(row["folder"]), printable(row["name"]), int(row["images"]))
+            Label(
+                int(row["label"]),
+                printable(row["folder"]),
+                printable(row["name"]),
+                None if row["images"] is None else int(row["images"]),
+            )
             for row in rows
         ]
     except (OSError, ValueError, LookupError, TypeError, OverflowError):
@@ -151,14 +165,24 @@ def read_labels(folder: Path) -> list[Label] | None:
     return found if found and [row.label for row in found] == list(range(len(found))) else None
 
 
+def _saved_labels(place: Path | str) -> list[Label] | None:
+    try:
+        names = read_saved(place).labels if is_saved(place) else None
+    except InputError:
+        return None
+    return None if names is None else [Label(label, name, name, None) for label, name in enumerate(names)]
+
+
 def label_names(place: str | Path, num_classes: int) -> list[str] | None:
     """Names of a model's labels; None if they are not known.
 
     Args:
-        place: a run folder, which contains labels.json, or the file of the weights, which has labels.json beside it.
+        place: a run folder, which contains labels.json, or the file of the weights, which has labels.json beside it;
+            or a saved model, as a folder or a repository.
     """
     path = Path(place).expanduser()
-    found = read_labels(path if path.is_dir() else path.parent)
+    of_hub = names_repository(place)
+    found = _saved_labels(place) if of_hub else read_labels(path if path.is_dir() else path.parent)
     if found is not None and len(found) == num_classes:
         return [row.name for row in found]
     return list(imagenet().values()) if num_classes == len(imagenet()) else None

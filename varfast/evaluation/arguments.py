@@ -12,14 +12,17 @@ from typing import Any
 from varfast.evaluation.config import EvaluateConfig
 from varfast.evaluation.subjects import Subjects
 from varfast.policies.config import FamilyName
+from varfast.policies.pretrained import saved_section
 from varfast.policies.protocol import Policy
 from varfast.printable import printable
 from varfast.rewards import RewardConfig
 from varfast.rewards.classifier import ClassifierConfig
 from varfast.runs.base import Base
 from varfast.runs.folder import RunFolder
+from varfast.runs.named import fault
 from varfast.types import InputError, Sampling
 from varfast.weights.files import resolve
+from varfast.weights.saved import is_run, is_saved
 from varfast.weights.shards import names_model, resolve_model
 
 # The value of the argument `reference` that stands for the model that the run started from.
@@ -57,11 +60,7 @@ def out_folder(config: EvaluateConfig) -> Path:
     """The folder of results."""
     if config.out is not None:
         return Path(config.out).expanduser()
-    return Path(config.checkpoint).expanduser() / "evaluation" if _is_run(config.checkpoint) else Path("evaluation")
-
-
-def _is_run(address: str) -> bool:
-    return Path(address).expanduser().is_dir() and not names_model(address)
+    return Path(config.checkpoint).expanduser() / "evaluation" if is_run(config.checkpoint) else Path("evaluation")
 
 
 def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Task:
@@ -77,12 +76,14 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ta
     reference, scores, classifier = config.reference, config.scores, config.classifier
     family: FamilyName = config.family
     vqvae: str | None = config.vqvae
-    if not _is_run(config.checkpoint):
+    if not is_run(config.checkpoint):
         if reference == BASE:
             raise InputError(
                 f"reference={BASE}: checkpoint={config.checkpoint} is not a run folder; name the base's weights"
             )
-        _find(config.checkpoint)
+        _find(config.checkpoint, "checkpoint")
+        if is_saved(config.checkpoint):
+            family = saved_section(config.checkpoint).family  # type: ignore[assignment]
     else:
         folder = RunFolder(config.checkpoint)
         run, given = folder.load_config(), config.model_fields_set
@@ -98,14 +99,21 @@ def resolved(config: EvaluateConfig, say: Callable[[str], object] = print) -> Ta
         family = run.policy.family
         if vqvae is None and run.policy.checkpoint != "random":
             vqvae = str(Base(folder).find(run.policy.parts[1]))
-    if reference not in (None, BASE) and not _is_run(reference):
-        _find(reference)
+    if reference not in (None, BASE) and not is_run(reference):
+        _find(reference, "reference")
     return Task(config, out_folder(config), reference, family, vqvae, scores, classifier)
 
 
-def _find(address: str) -> None:
+def _find(address: str, argument: str) -> None:
     """Raises: InputError if there are no such weights."""
-    (resolve_model if names_model(address) else resolve)(address)
+    if address.lower() == BASE:
+        raise InputError(f"{argument}={address}: write reference={BASE}")
+    if not is_saved(address) and not names_model(address) and (wrong := fault(address)):
+        raise InputError(f"{argument}={address} {wrong}")
+    if is_saved(address):
+        saved_section(address)
+    else:
+        (resolve_model if names_model(address) else resolve)(address)
 
 
 def samplings(config: EvaluateConfig, policy: Policy) -> list[Sampling]:
@@ -122,7 +130,11 @@ def _skipped(folder: RunFolder, rewards: dict[str, RewardConfig]) -> str:
     """One line: which rewards are not measured, why, and the argument that brings them back, ready for a shell."""
     outside = {name: reward.reaches_outside() for name, reward in rewards.items()}
     names = ", ".join(f"{printable(name, 80)} ({printable(why)})" for name, why in outside.items() if why)
-    content = {name: reward.model_dump(mode="json", exclude_defaults=True) for name, reward in rewards.items()}
+    content = {
+        name: reward.model_dump(mode="json", exclude_defaults=True)
+        | ({"function": "FILE.py:NAME"} if reward.is_missing else {})
+        for name, reward in rewards.items()
+    }
     argument = f"scores={json.dumps(content, ensure_ascii=False)}"
     fits = argument.isprintable() and len(argument) <= 1000
     override = shlex.quote(argument) if fits else "scores=..., with what you trust of the section reward there"

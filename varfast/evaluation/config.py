@@ -11,13 +11,17 @@ from varfast.features.config import FeaturesName, FeaturesSection
 from varfast.policies.config import FamilyName
 from varfast.rewards import RewardConfig
 from varfast.rewards.classifier import ClassifierConfig
-from varfast.settings.problems import show
+from varfast.settings.problems import near, show
 from varfast.settings.reading import scalar
 from varfast.settings.schema import Wanted
-from varfast.settings.section import MANY, AllOrLabels, Device, Labels, LocalPath, Section, Source
+from varfast.settings.section import MANY, AllOrLabels, Device, Labels, LocalPath, Section, Source, ends_with
 
 # A benchmark of text-to-image models whose own code evaluates images: evaluation/benchmarks.py.
 BenchmarkName = Literal["geneval", "geneval2", "t2i_compbench"]
+
+
+# Suffixes of pictures, and Pillow's names of their formats.
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def _read_prompts(value: Any) -> Any:
@@ -47,12 +51,17 @@ PromptTexts = Annotated[
 class SampleConfig(Section):
     """Arguments of `python -m varfast.sample`."""
 
-    checkpoint: Source = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
+    checkpoint: Source = Field(
+        description="a run folder; a saved model: a folder or hf://owner/name; or a transformer's weights: a path or "
+        "hf://owner/repo/file"
+    )
     vqvae: Source | None = Field(
         None, description="the VQ-VAE's or tokenizer's weights, where checkpoint is not a run folder"
     )
     family: FamilyName = Field("var", description="of models, where checkpoint is not a run folder")
-    out: LocalPath = Field("samples.png", description="the picture to write")
+    out: Annotated[LocalPath, ends_with(*PICTURE_FORMATS)] = Field(
+        "samples.png", description="the picture to write: .png, .jpg or .webp"
+    )
     labels: Labels | None = Field(
         None, description="numbers or names, as [207, golden retriever], one row each; default: the first 8"
     )
@@ -103,7 +112,8 @@ def _read_features(value: Any) -> Any:
     parts = _parts(value)
     known = get_args(FeaturesName)
     if not parts or not all(isinstance(part, str) and part in known for part in parts):
-        raise ValueError(f"got {show(value)}, want {', '.join(known)}, or a list of them")
+        wrong = next((part for part in parts if part not in known), None)
+        raise ValueError(f"got {show(value)}, want {', '.join(known)}, or a list of them{near(list(known), wrong)}")
     if len(set(parts)) < len(parts):
         raise ValueError(f"got {show(value)}, which names one of them twice")
     return tuple(parts)
@@ -138,7 +148,10 @@ ResultFiles = Annotated[
 class EvaluateConfig(Section):
     """Arguments of `python -m varfast.evaluate`. Sampling defaults to the settings of the family's own FID numbers."""
 
-    checkpoint: Source = Field(description="a run folder, or a transformer's weights: a path or hf://owner/repo/file")
+    checkpoint: Source = Field(
+        description="a run folder; a saved model: a folder or hf://owner/name; or a transformer's weights: a path or "
+        "hf://owner/repo/file"
+    )
     reference: Source | None = Field(
         None,
         description="what it is compared with: as checkpoint, or 'base' for the model that the run folder started "

@@ -5,6 +5,7 @@ Axes: M real image, D feature. Levels are uint8 (., 3, H, W).
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,8 @@ def check_real_images(address: str) -> None:
         check_images(f"{_KEY}={path}", listed(path, _KEY))
     elif address != "digits" and not path.is_file():
         raise InputError(f"fid_reference={address}: no such file or folder; want a folder of images, an .npz or digits")
+    elif address != "digits" and not zipfile.is_zipfile(path):
+        raise InputError(f"fid_reference={address} is no .npz; want a folder of images, an .npz or digits")
 
 
 def _archive(path: Path, network: Network, image_size: int) -> tuple[Statistics | None, Iterator[Tensor]]:

@@ -15,8 +15,10 @@ from PIL import Image
 from varfast.evaluation.folder import EvaluationFolder
 from varfast.evaluation.plan import Images, Plan
 from varfast.files import write_atomically
-from varfast.runs.pictures import GAP_PX, image_grid, save_picture
+from varfast.runs.pictures import GAP_PX, headings, image_grid, save_picture
 from varfast.types import InputError
+
+_GAP_PX = 6 * GAP_PX  # between two models
 
 
 def save_pngs(folder: Path, levels: np.ndarray, plan: Plan, chunk: list[int]) -> None:
@@ -63,20 +65,28 @@ def save_pictures(
     folder: EvaluationFolder, sets: Sequence[Images], plan: Plan, titles: Sequence[str]
 ) -> dict[str, Any]:
     """pictures.png: a row for each label; images of the models, and of several guidances, side by side, from the same
-    seeds.
+    seeds, each model under its name.
 
     Args:
         titles: of the rows, plan.picture_labels.
     Returns: what the picture shows, for evaluation.json.
     """
     grids: list[np.ndarray] = []
+    above: list[tuple[int, int, str]] = []
+    left_px = 0
     for each in sets:
         images = _shown_images(folder, each.name, plan)
         cells = [images[plan.index(label, s)] for label in plan.picture_labels for s in plan.picture_samples]
         pixels = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255.0
-        grids.append(image_grid(pixels, len(plan.picture_samples), titles if not grids else ()))
-        grids.append(np.full((len(grids[-1]), 6 * GAP_PX, 3), 255, np.uint8))
-    save_picture(folder.path / "pictures.png", np.concatenate(grids[:-1], axis=1))
+        bare_px = image_grid(pixels, len(plan.picture_samples)).shape[1]
+        grid = image_grid(pixels, len(plan.picture_samples), titles if not grids else ())
+        grids += [grid, np.full((len(grid), _GAP_PX, 3), 255, np.uint8)]
+        left_px += grid.shape[1]
+        above.append((left_px - bare_px, bare_px, each.name.replace("_cfg_", ", cfg ")))
+        left_px += _GAP_PX
+    page = np.concatenate(grids[:-1], axis=1)
+    page = np.concatenate([headings(above, page.shape[1]), page])
+    save_picture(folder.path / "pictures.png", page)
     return {
         "file": "pictures.png",
         "rows": plan.picture_labels,

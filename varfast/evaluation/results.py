@@ -36,7 +36,7 @@ def add_results(config: EvaluateConfig) -> list[Row]:
             f"results: {out} holds no complete evaluation; first run evaluate with export={'|'.join(BENCHMARKS)}, "
             "and its evaluator on the images"
         )
-    result, prompts = read_json(path), read_asked(out)
+    result = read_json(path)
     try:
         settings, exported = result["settings"], list(result["exported"])
         benchmark, samples = settings["export"], int(settings["samples_per_prompt"])
@@ -51,6 +51,7 @@ def add_results(config: EvaluateConfig) -> list[Row]:
         raise InputError(
             f"results.{printable(unknown[0])}: {out} has no such images; it has {printable(', '.join(exported))}"
         )
+    prompts = read_asked(out)
     found = {
         name: read_results(benchmark, files, prompts, samples, name) for name, files in config.results.items()
     }  # fmt: skip

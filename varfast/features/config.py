@@ -5,11 +5,11 @@ Axes: D feature.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from varfast.settings.section import Device, LocalPath, Section, Source
+from varfast.settings.section import Device, LocalPath, Section, Source, ends_with
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,9 @@ class StatisticsConfig(FeaturesSection):
     images: Source = Field(
         description="a folder of images, at any depth; 'digits'; or an .npz with arr_0, uint8 (N, H, W, 3)"
     )
-    out: LocalPath = Field(description="the .npz to write: mu and sigma, and what they are of")
+    out: Annotated[LocalPath, ends_with(".npz")] = Field(
+        description="the .npz to write: mu and sigma, and what they are of"
+    )
     image_size: int = Field(
         256,
         ge=1,

@@ -37,6 +37,14 @@ class Averages:
             torch._foreach_copy_(_parts(self._weights), _parts(self.by_name))
 
     @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averages and weights, tensor by tensor. Done twice, every bit is where it was."""
+        for average, weight in zip(_parts(self.by_name), _parts(self._weights), strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Make them the weights of another model of the same names, which is whole: all processes must call it."""
         weights = dict(model.named_parameters())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +34,34 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
 
 
 @contextmanager
+def without_noise(on_gpu: bool) -> Iterator[None]:
+    """Drop what Kineto, the library under PyTorch's profiler, writes to standard error in the body of every profile.
+
+    That is "USDT:... profiler_start", and, of a profile without a GPU, that there is none. All other lines are written
+    when the body ends.
+    """
+    sys.stderr.flush()
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed: nothing is written there
+        yield
+        return
+    with os.fdopen(stderr, "wb") as shown, tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(shown.fileno(), 2)
+            kept.seek(0)
+            shown.writelines(line for line in kept if not _is_noise(line, on_gpu))
+
+
+def _is_noise(line: bytes, on_gpu: bool) -> bool:
+    return line.startswith(b"USDT:") or (not on_gpu and b"gpuGetDeviceCount failed" in line)
+
+
+@contextmanager
 def profiled(folder: Path, device: torch.device) -> Iterator[None]:
     """Profile the body: write trace.json (for chrome://tracing or ui.perfetto.dev) and its use of memory.
 
@@ -42,8 +73,14 @@ def profiled(folder: Path, device: torch.device) -> Iterator[None]:
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         torch.cuda.memory._record_memory_history(max_entries=200_000)
-    with torch.profiler.profile(activities=activities, profile_memory=not on_gpu) as profiler:
+    profiler = torch.profiler.profile(activities=activities, profile_memory=not on_gpu)
+    with without_noise(on_gpu):
+        profiler.start()
+    try:
         yield
+    finally:
+        with without_noise(on_gpu):
+            profiler.stop()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(folder / "trace.json"))

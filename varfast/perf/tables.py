@@ -22,7 +22,8 @@ def report(work: Work, ceilings: Ceilings, title: str) -> str:
     """
     plan = plan_memory(work, ceilings.memory_bytes)
     tables = (
-        [title, *_stage_table(work, plan, ceilings)],
+        [title, *_summary(work, plan, ceilings)],
+        _stage_table(work, plan, ceilings),
         _memory_table(work, plan, ceilings),
         _sampling_table(work, ceilings),
         _scaling_table(work, plan, ceilings),
@@ -31,14 +32,41 @@ def report(work: Work, ceilings: Ceilings, title: str) -> str:
     return "\n\n".join("\n".join(table) for table in tables)
 
 
+def _summary(work: Work, plan: MemoryPlan, ceilings: Ceilings) -> list[str]:
+    """Whether the run fits, how long a step takes and how long the run."""
+    counts, held = stage_counts(work, plan).values(), memory(work, plan)
+    total_s = sum(speed_of_light_s(count, ceilings) for count in counts)
+    apart_s = sum(c.flop / ceilings.flop_per_s + c.io_bytes / ceilings.byte_per_s for c in counts)
+    if ceilings.memory_bytes is None:
+        fits = f"holds {held.peak / 2**30:.1f} GiB at its peak; the memory of this device is not known"
+    else:
+        fits = (
+            f"{'fits' if held.fits(ceilings.memory_bytes) else 'does not fit'} into "
+            f"{ceilings.memory_bytes / 2**30:.1f} GiB: {held.peak / 2**30:.1f} at the peak"
+        )
+    images, steps = work.images, work.config.run.steps
+    return [
+        fits,
+        f"a step of {images} images: at least {total_s:.3g} s, {apart_s:.3g} s where computing and moving do not "
+        f"overlap ({images / total_s:.4g} and {images / apart_s:.4g} images/s)",
+        f"run.steps={steps}: at least {_duration(steps * total_s)}, {_duration(steps * apart_s)} not overlapped, "
+        "without evaluation and checkpoints",
+        *_budget_lines(work, total_s),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.3g} h"
+    return f"{seconds / 60:.3g} min" if seconds >= 60 else f"{seconds:.3g} s"
+
+
 def _stage_table(work: Work, plan: MemoryPlan, ceilings: Ceilings) -> list[str]:
-    counts, images, steps = stage_counts(work, plan), work.images, work.config.run.steps
+    counts, images = stage_counts(work, plan), work.images
     total_s = sum(speed_of_light_s(count, ceilings) for count in counts.values())
-    apart_s = sum(c.flop / ceilings.flop_per_s + c.io_bytes / ceilings.byte_per_s for c in counts.values())
     names = ("GFLOP/image", "TFLOP/step", "GB/step", "compute ms", "bytes ms", "limit ms", "share")
     lines = [
         f"{ceilings.flop_per_s / 1e12:.4g} TFLOP/s in {work.cost.dtype}, {ceilings.byte_per_s / 1e12:.4g} TB/s",
-        "",
         f"one step of {images} images, {work.optimizer_steps} optimizer steps of {work.minibatch}",
         f"{'stage':10}" + "".join(f"{name:>13}" for name in names),
     ]
@@ -48,15 +76,7 @@ def _stage_table(work: Work, plan: MemoryPlan, ceilings: Ceilings) -> list[str]:
         times = (count.flop / ceilings.flop_per_s, count.io_bytes / ceilings.byte_per_s, limit_s)
         cells = "".join(f"{three_digits(x):>13}" for x in (*numbers, *(s * 1e3 for s in times)))
         lines.append(f"{name:10}{cells}{limit_s / total_s:13.1%}")
-    hours = steps * total_s / 3600
-    return [
-        *lines,
-        f"limit, computing and moving overlapped: {total_s:.3g} s a step, {images / total_s:.4g} images/s",
-        f"one after the other: {apart_s:.3g} s a step, {images / apart_s:.4g} images/s",
-        f"run.steps={steps}: at least {hours:.3g} h ({hours * apart_s / total_s:.3g} h not overlapped), "
-        "without evaluation and checkpoints",
-        *_budget_lines(work, total_s),
-    ]
+    return lines
 
 
 def _budget_lines(work: Work, least_step_s: float) -> list[str]:
@@ -110,12 +130,11 @@ def _memory_table(work: Work, plan: MemoryPlan, ceilings: Ceilings) -> list[str]
     parts |= {"all states": held.states.total, "peak": held.peak}
     lines += [f"{name.replace('_', ' '):20}{three_digits(size / 2**30):>10}" for name, size in parts.items()]
     if ceilings.memory_bytes is None:
-        return [*lines, "the memory of this device is not known"]
-    fits = held.fits(ceilings.memory_bytes)
+        return lines
     return [
         *lines,
-        f"{'fits' if fits else 'does not fit'} into {ceilings.memory_bytes / 2**30:.1f} GiB, "
-        f"of which a tenth of what the states leave is kept for fragmentation and workspaces",
+        f"of {ceilings.memory_bytes / 2**30:.1f} GiB, a tenth of what the states leave is kept for fragmentation and "
+        "workspaces",
     ]
 
 

@@ -17,8 +17,16 @@ from varfast.types import InputError, NotFinitePolicy, Prompts, Rollout
 if TYPE_CHECKING:
     from varfast.policies.driver import Driver
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What a user may give as prompts: one number an image, or one text where the family is conditioned on text.
 Given = Prompts | Tensor | Sequence[int] | Sequence[str]
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """The dtype of activations, by its name. Raises: InputError for another one than float32 and bfloat16."""
+    if name not in DTYPES:
+        raise InputError(f"dtype={name!r}: want one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def as_prompts(labels_B: Given, policy: Driver) -> Prompts:

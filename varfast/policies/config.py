@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -36,6 +37,7 @@ class FamilyConfig(Section):
     Attributes:
         parts: names of the models of a policy, the trained one first; the rest is frozen.
         sizes_key: the key under which the trained model's sizes stand, for errors: policy.var.
+        presets: sizes of public models, by name.
         unguided_cfg: rollout.cfg above this guides it; its policy then has `Driver._strengths`. None: nothing can, as
             it knows no prompt that stands for none.
         conditioned_on: "labels", or "text": ids of prompts are rows of the run's table of texts then, and the policy
@@ -46,18 +48,25 @@ class FamilyConfig(Section):
 
     parts: ClassVar[tuple[str, str]]
     sizes_key: ClassVar[str]
+    presets: ClassVar[Mapping[str, Section]]
     unguided_cfg: ClassVar[float | None] = None
     conditioned_on: ClassVar[Literal["labels", "text"]] = "labels"
     as_transformers: ClassVar[bool] = False
 
     family: str = Field(description="of models")
     checkpoint: Source = Field(
-        description="weights of the transformer: a path, hf://owner/repo/file, a run folder, 'random', or 'pretrain' "
-        "for the model that the pretrain section describes (trained first if it is not in the cache)"
+        description="weights of the transformer: a path, hf://owner/repo/file, a run folder, a saved model (a folder, "
+        "or hf://owner/name), 'random', or 'pretrain' for the model that the pretrain section describes (trained first "
+        "if it is not in the cache)"
     )
     lora: LoRAConfig | None = Field(
         None, description="train an adapter beside the frozen weights; {} for its defaults; null: train all weights"
     )
+
+    @property
+    @abstractmethod
+    def sizes(self) -> Section:
+        """Of the trained model: those given, or of the preset."""
 
     @property
     @abstractmethod

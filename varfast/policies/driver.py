@@ -23,23 +23,22 @@ from varfast.distributed import World, local, replicate, shard_weights
 from varfast.perf.cost import Checkpointing, Cost
 from varfast.perf.graphs import CudaGraph, GraphPool
 from varfast.perf.stages import stage
-from varfast.policies import lora
+from varfast.policies import checks, lora
 from varfast.policies.checks import Given, as_prompts, as_tokens, check_finite, check_images, check_weights
 from varfast.policies.config import LoRAConfig
 from varfast.policies.guidance import guided_logits
 from varfast.policies.pixels import Pixels, after_this_stream
 from varfast.policies.precision import MixedPrecision
+from varfast.policies.pretrained import Pretrained
 from varfast.policies.protocol import Policy
 from varfast.policies.sampler import Captured, Sampled, Sampler
-from varfast.policies.text import Conditioned
+from varfast.policies.shown import Shown
 from varfast.randomness import Key
 from varfast.settings.section import check_divides
 from varfast.types import InputError, Prompts, Rollout, Sampling, TokenLogp
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-
-class Driver(Conditioned, ABC):
+class Driver(Pretrained, Shown, ABC):
     """A policy of any family: see protocol.Policy, which it implements.
 
     Attributes:
@@ -76,13 +75,11 @@ class Driver(Conditioned, ABC):
             decodable: images that the decoder takes at a time.
         Raises: InputError for another dtype, or strict where its kernels cannot run.
         """
-        if dtype not in DTYPES:
-            raise InputError(f"dtype={dtype!r}: want one of {', '.join(DTYPES)}")
         self.device = torch.device(device)
         (name, model), *frozen = parts.items()
         self.parts = {name: model.to(self.device)}
         self.parts |= {name: module.to(self.device).requires_grad_(False) for name, module in frozen}
-        self.trainable.compute_dtype = DTYPES[dtype]
+        self.trainable.compute_dtype = checks.compute_dtype(dtype)
         self.fast, self.strict, self.cuda_graph = fast, strict, True
         if strict:
             self._make_strict()

@@ -25,6 +25,11 @@ from varfast.weights.state import State
 class Family(Protocol):
     """The functions of a family's build.py. `config` is its own section of the config."""
 
+    @property
+    def section(self) -> type[FamilyConfig]:
+        """Its section of the config."""
+        ...
+
     def empty_model(self, config: Any) -> MixedPrecision:
         """The model that is trained, with weights that are still to be loaded."""
         ...
@@ -102,6 +107,11 @@ def text_tokenizer(config: FamilyConfig, path: Path | None) -> TextTokenizer:
     """See TextFamily. config: of a family that is conditioned on text."""
     assert config.conditioned_on == "text"
     return cast(TextFamily, family_of(config)).text_tokenizer(path, config)
+
+
+def section_named(name: str) -> type[FamilyConfig]:
+    """The section `policy` of a family by its name in a config."""
+    return family_named(name).section
 
 
 def family_named(name: str) -> Family:

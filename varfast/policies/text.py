@@ -6,7 +6,7 @@ A prompt is a number everywhere: a label, or a row of the table of texts that `s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from varfast.types import InputError
 
@@ -25,6 +25,10 @@ class TextTokenizer(Protocol):
         """The prompt of `length` tokens that says nothing, for guidance."""
         ...
 
+    def to_json(self) -> str:
+        """The content of its file, TOKENIZER_FILE."""
+        ...
+
 
 def reads_texts(policy: object) -> bool:
     """Whether a policy is conditioned on text, and not on labels."""
@@ -37,6 +41,17 @@ class Conditioned:
     def set_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """How texts are read from now on; of a family that is conditioned on text."""
         raise InputError(f"{type(self).__name__} is conditioned on labels; it reads no texts")
+
+    def tokenizer_json(self) -> str | None:
+        """Content of the file of the text tokenizer; None: conditioned on labels.
+
+        Raises: InputError if none has been set.
+        """
+        return None
+
+    def text_settings(self) -> dict[str, Any]:
+        """Keys of the section `policy` that say how texts are read."""
+        return {}
 
     def set_prompts(self, texts: Sequence[str]) -> None:
         """Make these the table of prompts: id i is row i, and num_classes their number. Rollouts of before are void.

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from varfast.report.axes import AXES, Axis, places, positions, ticks
+from varfast.report.axes import AXES, Axis, number, places, positions, ticks
 from varfast.report.elements import brief, text
 from varfast.report.run import Run
-from varfast.report.verdicts import HEALTHY, badge, healthy, verdict
+from varfast.report.verdicts import HEALTHY, badge, healthy, mean, sign, verdict
 
-# A curve of more than 40 steps is drawn as a moving mean over a twentieth of the run, in a band from minimum to
-# maximum; with more than 200 steps it has 200 points.
-SMOOTHED = 40
-_POINTS = 200
+# A curve of more points than this is smoothed, and drawn pale as it is behind that. With more than 300 steps, a curve
+# has 300 points, each the mean of some steps, in a band from their minimum to their maximum.
+SMOOTHED = 20
+_POINTS = 300
+# Of the exponential moving average, as TensorBoard's; the page's slider changes it.
+SMOOTHING = 0.6
 _UNITS = {
     "reward_mean": "reward",
     "reward_std": "reward",
@@ -47,6 +50,14 @@ _UNITS = {
     "logp_rejected": "nats an image",
     "update_images": "images of a step with a gradient, in each epoch",
     "reference_images": "images of a step that the reference reads",
+    "drift/label_accuracy": "share of a grid's pictures that are read as their label",
+    "drift/brightness": "mean luma of a grid",
+    "drift/dark": "share of pixels with a luma below 0.05",
+    "drift/bright": "share of pixels with a luma above 0.95",
+    "drift/colour": "largest minus smallest channel",
+    "drift/edges": "difference of luma between neighbours",
+    "drift/colour_entropy": "bits of the colours' histogram",
+    "drift/diversity": "distance from the mean of a label's samples",
     "spent_images": "images sampled",
     "spent_flop": "model FLOP of the policy",
     "spent_hours": "h of steps",
@@ -66,7 +77,7 @@ _PAIRED = {
     "rewards of pairs": ("reward_chosen", "reward_rejected"),
     "log-probabilities of pairs": ("logp_chosen", "logp_rejected"),
 }
-_COLOURS = 6
+COLOURS = 6
 
 Point = tuple[int, float, float, float]
 
@@ -89,7 +100,7 @@ class Curve:
 
     @property
     def css(self) -> str:
-        return f"c{self.style % _COLOURS} d{self.style % 3}"
+        return f"c{self.style % COLOURS} d{self.style % 3}"
 
     def at(self, axis: Axis) -> Sequence[float] | None:
         """The places of the points on an axis; None: the run does not say what it has spent."""
@@ -97,18 +108,28 @@ class Curve:
 
 
 def curve(name: str, style: int, steps: Sequence[int], values: Sequence[float]) -> Curve:
-    """Up to 40 steps as they are; more of them as moving means over a twentieth of the steps, at most 200 points."""
-    if len(steps) <= SMOOTHED:
+    """Up to 300 steps as they are; more of them as means of as many parts, with their lowest and highest values."""
+    if len(steps) <= _POINTS:
         return Curve(name, style, [(step, value, value, value) for step, value in zip(steps, values, strict=True)])
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    reach = len(values) // 40
     points = []
-    for bucket in np.array_split(np.arange(len(values)), min(_POINTS, len(values))):
-        middle = int(bucket[len(bucket) // 2])
-        first, end = max(0, middle - reach), min(len(values), middle + reach + 1)
-        part = [values[i] for i in bucket] if len(bucket) > 1 else values[first:end]
-        points.append((steps[middle], float(sums[end] - sums[first]) / (end - first), min(part), max(part)))
+    for part in np.array_split(np.arange(len(values)), _POINTS):
+        of_part = values[part[0] : part[-1] + 1]
+        points.append((steps[int(part[len(part) // 2])], mean(of_part), min(of_part), max(of_part)))
     return Curve(name, style, points)
+
+
+def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
+    """The exponential moving average of TensorBoard, whose first values are not drawn towards 0.
+
+    Few values are left as they are.
+    """
+    if len(values) <= SMOOTHED:
+        return list(values)
+    found, last = [], 0.0
+    for count, value in enumerate(values, 1):
+        last = weight * last + (1.0 - weight) * value
+        found.append(last / (1.0 - weight**count))
+    return found
 
 
 @dataclass(frozen=True)
@@ -131,7 +152,7 @@ class _Heights:
 
     def labels(self) -> list[tuple[float, str]]:
         marks = [t for t in ticks(self.low, self.high) if not self.log or t == round(t)]
-        return [(self.place(t), f"1e{t:.0f}" if self.log else f"{t:.6g}") for t in marks]
+        return [(self.place(t), f"1e{t:.0f}" if self.log else number(t)) for t in marks]
 
 
 @dataclass(frozen=True)
@@ -160,33 +181,36 @@ class Chart:
     notes: tuple[str, ...] = ()
     over: Axis = "step"
 
-    def draw(self, number: int) -> tuple[str, dict[str, Any]]:
-        """The chart as HTML, and what the script needs to show values: {"x": [low, high], "curves": [...]}.
+    def draw(self, place: int) -> tuple[str, dict[str, Any]]:
+        """The chart as HTML, and what the script needs to draw it again: {"x": [low, high], "curves": [...], ...}.
 
         A curve without the axis is drawn over steps if no curve has it, and else not at all.
+
+        Args:
+            place: of the chart among those of the page.
         """
         heights, cut = self._axis()
         over: Axis = self.over if any(line.at(self.over) for line in self.curves) else "step"
         drawn_at = [line.at(over) for line in self.curves]
-        everywhere = [place for places_ in drawn_at if places_ for place in places_]
+        everywhere = [at for places_ in drawn_at if places_ for at in places_]
         first, last = min(everywhere), max(everywhere)
 
-        def x(place: float) -> float:
-            return 1000.0 * (place - first) / (last - first) if last > first else 500.0
+        def x(at: float) -> float:
+            return 1000.0 * (at - first) / (last - first) if last > first else 500.0
 
         labels = heights.labels()
         rules = "".join(f"M0 {level:.1f}H1000" for level, _ in labels)
         lines = [
-            _path(number, line, [x(place) for place in at or ()], heights.y)
-            for number, (line, at) in enumerate(zip(self.curves, drawn_at, strict=True))
+            _paths(line_of, line, [x(at) for at in drawn or ()], heights.y)
+            for line_of, (line, drawn) in enumerate(zip(self.curves, drawn_at, strict=True))
         ]
         parts = [f'<path class="rule" d="{rules}"/>', *lines]
         marks = places(first, last, over)
-        notes = "".join(f"<p>{note}</p>" for note in (*self.notes, *cut))
+        notes = "".join(f"<p>{note}</p>" for note in self.notes)
         drawn = (
             f'<figure class="chart"><figcaption><b>{text(brief(self.title))}</b> <span>{text(self.unit)}</span>'
-            f"{notes}</figcaption>"
-            f'<div class="plot" data-chart="{number}" tabindex="0" role="img" aria-label="{text(self._spoken(over))}">'
+            f'{notes}<p class="cut"{"" if cut else " hidden"}>{cut}</p></figcaption>'
+            f'<div class="plot" data-chart="{place}" tabindex="0" role="img" aria-label="{text(self._spoken(over))}">'
             f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(parts)}</svg>'
             + "".join(f'<span class="y" style="top:{level / 10:.1f}%">{text(label)}</span>' for level, label in labels)
             + "".join(f'<span class="x" style="left:{x(at) / 10:.1f}%">{label}</span>' for at, label in marks)
@@ -194,30 +218,32 @@ class Chart:
             + (_legend(self.curves) if self.legend else "")
             + "</figure>"
         )
-        return drawn, {"x": [first, last], "curves": list(map(_numbers, self.curves))}
+        how = {"log": self.log, "zero": self.from_zero, "cut": self.cut}
+        return drawn, {"x": [first, last], "curves": list(map(_numbers, self.curves)), "how": how}
 
-    def _axis(self) -> tuple[_Heights, list[str]]:
-        """The vertical axis, and a note if it cuts something off."""
+    def _axis(self) -> tuple[_Heights, str]:
+        """The vertical axis, and a note if it cuts something off. The script does the same (script.py)."""
         points = [point for line in self.curves for point in line.points]
-        tiniest = min((low for _, _, low, _ in points if low > 0), default=1.0)
-        whole = _Heights(0.0, 1.0, self.log, tiniest)
+        positive = [low for _, _, low, _ in points if low > 0]
+        log, tiniest = self.log and bool(positive), min(positive, default=1.0)
+        whole = _Heights(0.0, 1.0, log, tiniest)
         low, high = min(whole.height(p[2]) for p in points), max(whole.height(p[3]) for p in points)
-        notes = []
+        note = ""
         usual = max(float(np.percentile([p[3] for p in line.points], 90)) for line in self.curves)
-        if self.cut and high > 3.0 * usual > 0.0:
-            notes = [f"Cut off at the top; the highest is {high:.4g}."]
+        if self.cut and not log and high > 3.0 * usual > 0.0:
+            note = f"Cut off at the top; the highest is {number(high, 4)}."
             high = 1.5 * usual
-        if self.log:
+        if log:
             low, high = math.floor(low), math.ceil(high)
         elif self.from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
         if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-290):  # all values are equal
             apart = max(0.5, 1e-3 * abs(high))
             low, high = low - apart * (low != 0.0), high + apart
-        if not self.log:
+        if not log:
             margin = 0.04 * (high - low)
             low, high = low - margin * (low != 0.0), high + margin
-        return _Heights(low, high, self.log, tiniest), notes
+        return _Heights(low, high, log, tiniest), note
 
     def _spoken(self, over: Axis) -> str:
         ends = [f"{line.name}: {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for line in self.curves]
@@ -225,26 +251,38 @@ class Chart:
 
 
 def _numbers(line: Curve) -> dict[str, Any]:
-    """A curve as the script reads it."""
-    points = [[p[0], *(float(f"{v:.4g}") for v in p[1:])] for p in line.points]
+    """A curve as the script reads it; a point whose lowest and highest value are its value has two numbers."""
+    points = [
+        [p[0], float(f"{p[1]:.4g}")] if p[1] == p[2] == p[3] else [p[0], *(float(f"{v:.4g}") for v in p[1:])]
+        for p in line.points
+    ]
     spent = {axis: [float(f"{place:.6g}") for place in at] for axis, at in line.spent.items()}
     return {"name": brief(line.name), "points": points} | ({"spent": spent} if spent else {})
 
 
-def _path(number: int, line: Curve, x: Sequence[float], y: Callable[[float], float]) -> str:
-    """A curve, and its band if it has one, as SVG. x: of each point, in thousandths; none: the curve is not drawn yet.
+def _paths(place: int, line: Curve, x: Sequence[float], y: Callable[[float], float]) -> str:
+    """A curve as SVG: its band if it has one, the values as they are if they are smoothed, and the line.
 
-    The script finds the heights of a curve that is not drawn in the path too, so all places are 0 then.
+    Args:
+        place: of the curve in its chart.
+        x: of each point, in thousandths; none: the curve is not drawn over this axis.
     """
-    hidden, x = ("", x) if x else (" hidden", [0.0] * len(line.points))
-    of = f'data-curve="{number}"{hidden}'
+    values = [p[1] for p in line.points]
+    drawn = smoothed(values)
+    raw = _path(x, map(y, values)) if len(values) > SMOOTHED else ""
     band = ""
-    if any(p[2] != p[3] for p in line.points):
-        upper = " ".join(f"{at:.1f},{y(p[3]):.1f}" for at, p in zip(x, line.points, strict=True))
-        lower = " ".join(f"{at:.1f},{y(p[2]):.1f}" for at, p in zip(x[::-1], reversed(line.points), strict=True))
-        band = f'<path class="band {line.css}" {of} d="M{upper} {lower}Z"/>'
-    path = " ".join(f"{at:.1f},{y(p[1]):.1f}" for at, p in zip(x, line.points, strict=True))
-    return f'{band}<path class="line {line.css}" {of} d="M{path}{"h.1" if len(line.points) == 1 else ""}"/>'
+    if x and any(p[2] != p[3] for p in line.points):
+        upper = _path(x, (y(p[3]) for p in line.points))
+        band = f"{upper} {_path(x[::-1], (y(p[2]) for p in reversed(line.points)))[1:]}Z"
+    return "".join(
+        f'<path class="{kind} {line.css}" data-curve="{place}" d="{d}"/>'
+        for kind, d in (("band", band), ("raw", raw), ("line", _path(x, map(y, drawn))))
+    )
+
+
+def _path(x: Sequence[float], y: Iterable[float]) -> str:
+    points = " ".join(f"{at:.1f},{height:.1f}" for at, height in zip(x, y, strict=False))
+    return f"M{points}{'h.1' if len(x) == 1 else ''}" if points else ""
 
 
 def _legend(curves: Sequence[Curve]) -> str:
@@ -265,7 +303,7 @@ def _metric_chart(runs: Sequence[Run], metric: str, over: Axis) -> Chart | None:
         return None
     unit = _UNITS.get(metric, "reward" if metric.startswith("reward/") else "")
     unit = unit or {"ms": "ms", "share": "share of the limit"}.get(metric.rpartition("_")[2], "")
-    own_range = metric in _OWN_RANGE or metric.startswith("reward/")
+    own_range = metric in _OWN_RANGE or metric.startswith(("reward/", "eval/"))
     notes = _notes(runs, metric)
     legend, time = len(runs) > 1, unit in ("ms", "s")
     return Chart(metric, unit, curves, metric in _LOG_SCALE, not own_range, legend, time, notes, over)
@@ -275,9 +313,11 @@ def _notes(runs: Sequence[Run], metric: str) -> tuple[str, ...]:
     if metric not in HEALTHY:
         return ()
     means = "Healthy: {}. Otherwise: {}.".format(*map(text, healthy(metric, runs)))
-    found = [(run, verdict(run, metric)) for run in runs]
-    badges = [badge(v) + (f" {text(run.name)}" if len(runs) > 1 else "") for run, v in found if v is not None]
-    return (means, " ".join(badges)) if badges else (means,)
+    found = [(run, v) for run in runs if (v := verdict(run, metric)) is not None]
+    if len(runs) == 1:
+        return (means, *(badge(v) for _, v in found))
+    signs = " ".join(f"{sign(v.level)} {text(brief(run.name))}" for run, v in found)  # the limits stand in the table
+    return (means, signs) if found else (means,)
 
 
 def _together(
@@ -292,32 +332,25 @@ def _together(
 
 
 def charts(runs: Sequence[Run], over: Axis = "step") -> dict[str, list[Chart]]:
-    """The charts by section. Every metric is in one of them, except a single reward, which reward_mean repeats."""
+    """The charts by section. Every metric is in one of them, except a reward that repeats reward_mean."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics.columns))
-    components = [m for m in metrics if m.startswith("reward/")]
+    components = [m for m in metrics if m.startswith("reward/") or (m.startswith("eval/") and "reward/" in m)]
+    repeating = [m for m in components if all(map(partial(_repeats_the_total, component=m), runs))]
     distances = [m for m in metrics if m.startswith("distance/")]  # of rewards of sets
-    rewards = ["reward_mean", "reward_std", *(components if len(components) > 1 else []), *distances]
     stages = [m for m in metrics if m.endswith(("_ms", "_share"))]
     looks = [m for m in metrics if m.startswith("drift/")]  # of the grids' pictures: runs/appearance.py
-    grouped = (
-        *rewards,
-        *components,
-        *_POLICY,
-        *_SPEED,
-        *stages,
-        *looks,
-        *_PAIRS,
-        *(m for of in _PAIRED.values() for m in of),
-    )
-    others = [m for m in metrics if m not in grouped]
-    groups = {
-        "Reward": rewards,
+    fresh = [m for m in metrics if m.startswith("eval/") and m not in repeating]
+    rewards = [m for m in components if m.startswith("reward/") and m not in repeating]
+    groups: dict[str, Sequence[str]] = {
+        "Reward": ["reward_mean", "reward_std", *rewards, *distances],
+        "Fresh samples during training": fresh,
         "Policy": _POLICY,
         "Pairs": _PAIRS,
         "What pictures look like": looks,
         "Speed": _SPEED,
-        "Other metrics": others,
     }
+    grouped = {*components, *stages, *(m for group in (*groups.values(), *_PAIRED.values()) for m in group)}
+    groups["Other metrics"] = [m for m in metrics if m not in grouped]
     found = {title: [c for name in group if (c := _metric_chart(runs, name, over))] for title, group in groups.items()}
     for title, names in _PAIRED.items():
         found["Pairs"] += _together(runs, names, title, _UNITS[names[0]], over, from_zero=title.startswith("implicit"))
@@ -325,3 +358,11 @@ def charts(runs: Sequence[Run], over: Axis = "step") -> dict[str, list[Chart]]:
         of_stages = [metric for metric in stages if metric.endswith(suffix)]
         found["Speed"] += _together(runs, of_stages, f"stages, *{suffix}", unit, over)
     return {title: group for title, group in found.items() if group}
+
+
+def _repeats_the_total(run: Run, component: str) -> bool:
+    """Whether a reward's mean is the total's in each step, or the run does not have it."""
+    steps, values = run.series(component)
+    before = component.rpartition("reward/")[0]  # "", "eval/" or "eval/held_out/"
+    total = dict(zip(*run.series(f"{before}reward" if before else "reward_mean"), strict=True))
+    return all(math.isclose(total.get(step, math.nan), v, rel_tol=1e-6) for step, v in zip(steps, values, strict=True))

@@ -171,6 +171,14 @@ class Prompted(BaseModel):
     domain: str = "train"
 
 
+class Ended(BaseModel):
+    """ended.json: what ended a run before it was complete."""
+
+    step: int = Field(ge=0, le=_LAST_STEP)
+    why: str = Field(max_length=100_000)
+    diverged: bool = False
+
+
 class Label(BaseModel):
     label: int
     name: str | None = None

@@ -16,6 +16,7 @@ from varfast.report.reading import (
     CONFIG_BYTES,
     METRICS_BYTES,
     PROMPTS_BYTES,
+    Ended,
     Evaluation,
     Label,
     Metrics,
@@ -32,6 +33,7 @@ from varfast.report.reading import (
 )
 from varfast.runs.before_after import FILE as BEFORE_AFTER
 from varfast.runs.before_after import as_numbers, means
+from varfast.runs.log import ENDED
 from varfast.runs.log import GRID_ROWS as ROWS
 from varfast.types import InputError
 
@@ -51,7 +53,10 @@ class Run:
         metrics: the columns of metrics.jsonl.
         summary: "before" and "after": means by name.
         pairs: "before" and "after": values of every image, by name, from which intervals are computed.
+        pair_labels: for each suffix of the names in `pairs` ("", or a domain of prompts), the label of every image.
         measured_step: the step after which "after" was sampled.
+        complete: whether the run reached its end, and no step came after it.
+        ended: a signal or an error that ended it before that, if it is known.
         spent: images, flop and hours at the end of the run, or after its last step.
         ended_by: the setting that ended the run, as run.budget_flop=1e15; "" if that is not known.
         names: names of labels, by number.
@@ -70,7 +75,10 @@ class Run:
     metrics: Metrics = field(default_factory=Metrics)
     summary: dict[str, dict[str, float]] = field(default_factory=dict)
     pairs: dict[str, Numbers] = field(default_factory=dict)
+    pair_labels: dict[str, list[int]] = field(default_factory=dict)
     measured_step: int | None = None
+    complete: bool = False
+    ended: Ended | None = None
     spent: dict[str, float] = field(default_factory=dict)
     ended_by: str = ""
     names: dict[int, str] = field(default_factory=dict)
@@ -139,7 +147,7 @@ def read_run(path: Path, name: str) -> Run:
     if not present:
         raise InputError(f"{path} is no run folder, or its run has not begun: it holds none of {', '.join(_OF_A_RUN)}")
     parts: tuple[Callable[[Run], None], ...] = (
-        _config, _metrics, _appearance, _summary, _pairs, _names, _prompts, _rows, _environment, _evaluation
+        _config, _metrics, _appearance, _summary, _pairs, _ended, _names, _prompts, _rows, _environment, _evaluation
     )  # fmt: skip
     for read in parts:
         read(run)
@@ -160,6 +168,8 @@ def _metrics(run: Run) -> None:
     with run.reading("metrics.jsonl"):
         run.metrics = parse_metrics(read_bytes(run.path, "metrics.jsonl", METRICS_BYTES))
         run.left_out += run.metrics.left_out
+    if run.number("grpo.kl_beta") == 0.0 and not any(run.series("kl")[1]):
+        run.metrics.columns.pop("kl", None)  # an earlier version wrote 0 where it measured nothing
     for name in ("images", "flop", "hours"):
         if values := run.series(f"spent_{name}")[1]:
             run.spent[name] = values[-1]
@@ -176,7 +186,9 @@ def _summary(run: Run) -> None:
                 run.leave_out("summary.json", f"values of {when} that are no finite number")
         if not any(run.summary.values()):
             run.summary = {}
-        run.ended_by = brief(content.get("ended_by"), 100) if content.get("step") == run.metrics.last_step else ""
+        # Of a version that did not write the step, the file alone says that the run is complete.
+        run.complete = content.get("step", run.metrics.last_step) == run.metrics.last_step
+        run.ended_by = brief(content.get("ended_by"), 100) if run.complete else ""
 
 
 def _pairs(run: Run) -> None:
@@ -199,6 +211,28 @@ def _pairs(run: Run) -> None:
         run.summary = {when: means(numbers) for when, numbers in found.items()}
         step = content.get("step")
         run.measured_step = step if isinstance(step, int) and not isinstance(step, bool) else None
+        run.pair_labels = _of_pairs(content.get("labels"), after)
+
+
+def _of_pairs(labels: Any, after: Numbers) -> dict[str, list[int]]:
+    """The labels of the images by the suffix of their numbers' names; {} if they are not known."""
+    sizes = {
+        domain_of(name)[1]: len(values) for name, values in after.items()
+    }  # in the order in which they are sampled
+    if not isinstance(labels, list) or len(labels) != sum(sizes.values()):
+        return {}
+    if not all(isinstance(label, int) and not isinstance(label, bool) and label >= 0 for label in labels):
+        return {}
+    found, first = {}, 0
+    for suffix, count in sizes.items():
+        found[suffix] = labels[first : first + count]
+        first += count
+    return found
+
+
+def _ended(run: Run) -> None:
+    with run.reading(ENDED):
+        run.ended = None if run.complete else validated(Ended, read_json(run.path, ENDED))
 
 
 def _appearance(run: Run) -> None:

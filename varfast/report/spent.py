@@ -4,58 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from varfast.evaluation.metrics import difference_interval
-from varfast.report.axes import AXES, SPENT, Axis, number
+from varfast.report.axes import AXES, SPENT, Axis
 from varfast.report.charts import Chart, Curve
-from varfast.report.elements import brief, html_table, text
-from varfast.report.evaluation import DOMAINS, shown
+from varfast.report.elements import Markup, html_table, text
+from varfast.report.evaluation import DOMAINS
+from varfast.report.outcome import before_to_after, spent_on
 from varfast.report.run import Run, domain_of
 
 
-def spent_sentence(run: Run) -> str:
-    """ "Spent: 1024 images, 2.1e15 FLOP, 0.3 h of steps. Ended by run.budget_flop=2e15."; "" if it is not known."""
-    parts = [f"{_spent(run, axis)} {AXES[axis]}" for axis in SPENT if axis in run.spent]
-    ended = f" Ended by {run.ended_by}." if run.ended_by.startswith("run.budget") else ""
-    return f"Spent: {', '.join(parts)} of steps.{ended}" if parts else ""
-
-
-def side_by_side(runs: Sequence[Run]) -> str:
-    """The table of several runs: steps, what they spent, what fresh samples earn after it; "" of one run."""
-    if len(runs) < 2 or not any(run.spent for run in runs):
-        return ""
+def side_by_side(runs: Sequence[Run], verdicts: Sequence[Markup]) -> str:
+    """The table of several runs: what fresh samples earn, the verdict, steps, and what they spent."""
     axes = [axis for axis in SPENT if any(axis in run.spent for run in runs)]
     names = list(dict.fromkeys(name for run in runs for name in _of_samples(run)))
-    columns = ["steps", *(AXES[axis] for axis in axes), "ended by", *(name + " before \u2192 after" for name in names)]
+    columns = ["verdict", *(f"{name}, before \u2192 after" for name in names), "steps"]
+    columns += ["time" if axis == "hours" else AXES[axis] for axis in axes]
+    columns += ["ended by"] if any(run.ended_by for run in runs) else []
     rows = [
         (
             run.name,
-            [run.metrics.last_step, *(_spent(run, axis) for axis in axes), run.ended_by]
-            + [_before_to_after(run, name) for name in names],
+            [verdict, *(before_to_after(run, name) for name in names), run.metrics.last_step]
+            + [spent_on(run, axis) for axis in axes]
+            + ([run.ended_by] if "ended by" in columns else []),
         )
-        for run in runs
+        for run, verdict in zip(runs, verdicts, strict=True)
     ]
     about = (
         "FLOP are model FLOP of the policy: sampling, decoding, reference, forward and backward of images that have "
+        "a gradient; rewards and evaluations are not among them. The time is that of the steps."
     )
-    about += "a gradient; rewards and evaluations are not among them. Hours are those of the steps."
-    return f"{html_table(columns, rows)}<p>{text(about)}</p>"
-
-
-def _spent(run: Run, axis: Axis) -> str:
-    return number(run.spent[axis], 4 if axis != "images" else 9) if axis in run.spent else ""
+    return html_table(columns, rows) + (f"<p><small>{text(about)}</small></p>" if axes else "")
 
 
 def _of_samples(run: Run) -> list[str]:
     """Names in the table of before and after: total reward and accuracy, of each domain of prompts."""
     return [name for name in run.summary.get("after", {}) if domain_of(name)[0] in ("reward", "accuracy")]
-
-
-def _before_to_after(run: Run, name: str) -> str:
-    before, after = (run.summary.get(when, {}).get(name) for when in ("before", "after"))
-    if after is None:
-        return ""
-    change = difference_interval(run.pairs["before"][name], run.pairs["after"][name]) if run.pairs else None
-    return f"{brief(before)} \u2192 {brief(after)}" + (f" ({shown(change, '+')})" if change is not None else "")
 
 
 def charts_of_samples(runs: Sequence[Run], over: Axis) -> list[Chart]:

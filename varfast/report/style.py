@@ -1,4 +1,4 @@
-"""How the page looks, and what its script does: values under the pointer, the slider over the grids."""
+"""How the page looks: light, dark, on paper, and 400 pixels wide."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from __future__ import annotations
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--paper:#fff;--panel:#f6f8fa;--rule:#d5dae0;
 --c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#cc79a7;--c4:#e69f00;--c5:#56b4e9;
---good:#0b6e4f;--watch:#8a5a00;--bad:#a8201a}
+--healthy:#0b6e4f;--look:#8a5a00;--broken:#a8201a}
 @media (prefers-color-scheme:dark){:root{--ink:#e6eaef;--soft:#9aa5b1;--paper:#12161b;--panel:#1b2128;--rule:#39424d;
 --c0:#56b4e9;--c1:#e69f00;--c2:#009e73;--c3:#cc79a7;--c4:#f0e442;--c5:#d55e00;
---good:#5fd3a5;--watch:#f0c04a;--bad:#ff8a80}}
+--healthy:#5fd3a5;--look:#f0c04a;--broken:#ff8a80}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1400px;padding:12px 16px 48px;background:var(--paper);color:var(--ink);
 font:15px/1.45 system-ui,sans-serif}
@@ -24,8 +24,9 @@ pre{overflow:auto;max-height:36rem;padding:10px;background:var(--panel);border-r
 table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{padding:3px 12px 3px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
 th[scope=row]{font-weight:400;color:var(--soft)}
-td{min-width:5rem;max-width:28rem;overflow-wrap:break-word}
-.charts{display:grid;gap:18px 24px;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
+td{min-width:4rem;max-width:28rem;overflow-wrap:break-word}
+th[scope=row]{max-width:22rem;overflow-wrap:break-word}
+.charts{display:grid;gap:18px 24px;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr))}
 .chart{margin:0;padding:10px 12px;background:var(--panel);border-radius:8px;display:flex;flex-direction:column}
 .chart figcaption{flex:1;overflow-wrap:anywhere}
 .chart figcaption span{color:var(--soft);font-size:13px}
@@ -39,146 +40,80 @@ border-bottom:1px solid var(--soft)}
 .plot .axis{top:100%;right:0;margin-top:20px}
 .rule{stroke:var(--rule);stroke-width:1;fill:none;vector-effect:non-scaling-stroke}
 .line{stroke-width:2;fill:none;stroke-linecap:round;stroke-linejoin:round;vector-effect:non-scaling-stroke}
-.band{stroke:none;opacity:.18}
+.raw{stroke-width:1.2;fill:none;opacity:.35;vector-effect:non-scaling-stroke}
 .d1{stroke-dasharray:7 5}.d2{stroke-dasharray:2 5}
 .c0{stroke:var(--c0);--fill:var(--c0)}.c1{stroke:var(--c1);--fill:var(--c1)}.c2{stroke:var(--c2);--fill:var(--c2)}
 .c3{stroke:var(--c3);--fill:var(--c3)}.c4{stroke:var(--c4);--fill:var(--c4)}.c5{stroke:var(--c5);--fill:var(--c5)}
-.band{stroke:none;fill:var(--fill)}
+.band{stroke:none;opacity:.18;fill:var(--fill)}
 .cross{position:absolute;top:0;bottom:0;width:1px;background:var(--soft);pointer-events:none}
 .plot output{position:absolute;top:0;z-index:1;max-width:75%;padding:4px 8px;border:1px solid var(--rule);
 border-radius:6px;background:var(--paper);font-size:12.5px;white-space:pre-line;pointer-events:none;overflow-wrap:anywhere}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;margin:0;padding:0;list-style:none;font-size:12.5px}
 .legend li{overflow-wrap:anywhere}
 .legend svg{width:24px;height:8px;margin-right:6px}
-.over{display:flex;flex-wrap:wrap;gap:2px 16px;margin:.8rem 0;padding:6px 12px;border:1px solid var(--rule);
-border-radius:6px}
-.over label{display:flex;gap:6px;align-items:center}
+.legend button{all:unset;cursor:pointer;display:inline-flex;align-items:center}
+.legend button:focus-visible{outline:2px solid}
+.legend button[aria-pressed=false]{opacity:.45;text-decoration:line-through}
+.controls{display:flex;flex-wrap:wrap;gap:8px 14px;align-items:center;margin:.4rem 0;padding:8px 12px;
+background:var(--panel);border:1px solid var(--rule);border-radius:8px;font-size:14px}
+.controls fieldset{display:flex;flex-wrap:wrap;gap:2px 12px;margin:0;padding:0;border:0;min-width:0}
+.controls legend{float:left;margin-right:10px;padding:0;color:var(--soft)}
+.controls label{display:flex;gap:5px;align-items:center;overflow-wrap:anywhere;min-width:0}
+.controls output{min-width:2.4em;font-variant-numeric:tabular-nums}
+@media (min-width:900px){.controls{position:sticky;top:0;z-index:2}}
+.key{width:24px;height:8px;margin-right:6px;flex:none}
 .rows{margin:.3rem 0;padding-left:1.4rem;color:var(--soft);font-size:13px;columns:2 22rem;overflow-wrap:anywhere}
 .headline{font-size:1.5rem;line-height:1.25;margin:.2rem 0;color:var(--ink);font-variant-numeric:tabular-nums;
 overflow-wrap:anywhere}
 .headline b{font-weight:650}
-.badge{display:inline-block;padding:0 7px;border:1.5px solid;border-radius:10px;font-size:12.5px;font-weight:600;
-white-space:nowrap}
-.badge.good{color:var(--good)}.badge.watch{color:var(--watch)}.badge.bad{color:var(--bad)}.badge.none{color:var(--soft)}
+.badge{display:inline-block;align-self:start;justify-self:start;padding:0 7px;border:1.5px solid;border-radius:10px;
+font-size:12.5px;font-weight:600;white-space:nowrap}
+.badge.healthy{color:var(--healthy)}.badge.look{color:var(--look)}.badge.broken{color:var(--broken)}
+.badge.none{color:var(--soft)}
 small{color:var(--soft)}
-.run{display:grid;gap:8px 28px;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));align-items:start;
-margin-bottom:18px}
-.run>*{min-width:0}
+.first{display:grid;gap:12px 28px;grid-template-columns:minmax(0,1.6fr) minmax(0,1fr);align-items:start}
+.first>*{min-width:0}
+.verdicts h2{margin:0 0 .5rem;border:0;font-size:1rem}
+.verdicts ul{margin:0;padding:0;list-style:none}
+.verdicts li{display:grid;grid-template-columns:7.2rem minmax(0,1fr);gap:8px;padding:5px 0;
+border-top:1px solid var(--rule);font-size:14px;line-height:1.35}
+.verdicts small{display:block;font-size:12px;overflow-wrap:anywhere}
+.several{display:grid;gap:8px 24px;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr))}
+.several section{min-width:0}
+.several h2{font-size:1rem;margin:.8rem 0 .3rem;border:0}
+.beside{display:flex;flex-wrap:wrap;gap:8px 40px;align-items:start}
+.beside>*{min-width:0;max-width:100%}
+.beside h3{margin-top:.2rem}
 .pair{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:6px 12px;max-width:860px}
-.pair figure{margin:0;min-width:0}
-.pair figcaption{font-weight:600;font-size:13px;margin-bottom:4px}
-.pair img,.measured img{display:block;max-width:100%;height:auto;background:#fff;padding:4px}
-.pair img[hidden]{display:none}
+figure{margin:0;min-width:0}
+.pair figcaption,.grids figcaption{font-weight:600;font-size:13px;margin-bottom:4px}
+.pair img,.grids img,.measured img{display:block;max-width:100%;height:auto;background:#fff;padding:4px}
+.pair img{width:100%}
 .pair label{grid-column:1/-1;display:flex;gap:8px;align-items:center;font-variant-numeric:tabular-nums}
 .pair input{flex:1;min-width:80px}
 .pair output{min-width:3em}
-.pair p{grid-column:1/-1}
+.pair p,.pair details{grid-column:1/-1;font-size:13px;margin:0}
+.grids{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr))}
+.range{position:relative;display:inline-block;width:110px;height:12px;margin-right:10px;vertical-align:-1px;
+background:linear-gradient(var(--rule),var(--rule)) center/100% 1px no-repeat}
+.range i{position:absolute;top:4.5px;height:3px;background:var(--c0)}
+.range .ring,.range .dot{top:1px;width:10px;height:10px;margin-left:-5px;border:2px solid var(--c0);border-radius:50%;
+background:var(--paper)}
+.range .dot{background:var(--c0)}
+.by-label td{min-width:7.2rem}.by-label td span{white-space:nowrap}
 .measured{margin:.6rem 0}
 .samples{display:grid;gap:10px;grid-template-columns:repeat(auto-fill,minmax(clamp(72px,8vw,128px),1fr));max-width:1100px}
 .samples figure{margin:0;font-size:12.5px;line-height:1.3;overflow-wrap:anywhere}
 .samples img{width:100%;image-rendering:auto;display:block;margin-bottom:3px}
-[hidden]{display:none}
+[hidden]{display:none!important}
+@media (max-width:900px){.first{grid-template-columns:minmax(0,1fr)}}
 @media (max-width:640px){body{padding:8px 10px 32px}.headline{font-size:1.2rem}table{font-size:12.5px}
-th,td{padding-right:7px;overflow-wrap:anywhere}th,td{min-width:2.8rem}th[scope=row]{min-width:4.5rem}.plot{margin-left:44px}
+th,td{padding-right:7px;min-width:2.8rem}th[scope=row]{min-width:4.5rem}
+.by-label .range{display:block;width:100%}.plot{margin-left:44px}
+.verdicts li{grid-template-columns:minmax(0,1fr);gap:1px}.badge{justify-self:start}
+.grids{grid-template-columns:repeat(auto-fill,minmax(min(100%,150px),1fr))}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}}
-""".strip()
-
-SCRIPT = """
-"use strict";
-const numbers = JSON.parse(document.getElementById("numbers").textContent);
-const text = value => value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential() : String(value);
-const short = value => Math.abs(value) >= 1e6 || value && Math.abs(value) < 1e-3
-  ? Number(value.toPrecision(4)).toExponential().replace("e+", "e") : String(Number(value.toPrecision(6)));
-const names = {step: "step", images: "images", flop: "FLOP", hours: "hours"};
-const marks = (low, high, whole) => {
-  const rough = (high - low) / 5;
-  if (!(rough > 1e-300)) return [low];
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const apart = [1, 2, 5, 10, 20].map(m => m * power).find(m => m >= rough * (1 - 1e-9));
-  const found = [];
-  for (let k = Math.ceil(low / apart - 1e-9); k <= Math.floor(high / apart + 1e-9); k++) found.push(k * apart);
-  return found.filter(mark => !whole || mark === Math.round(mark));
-};
-const nearest = (values, wanted) =>
-  values.reduce((best, value, i) => Math.abs(value - wanted) < Math.abs(values[best] - wanted) ? i : best, 0);
-for (const plot of document.querySelectorAll(".plot")) {
-  const chart = numbers[plot.dataset.chart];
-  const cross = plot.querySelector(".cross"), shown = plot.querySelector("output");
-  const of = (curve, axis) => axis === "step" ? curve.points.map(point => point[0]) : (curve.spent || {})[axis];
-  let over, low, high, steps, at = -1;
-  const follow = wanted => {
-    over = chart.curves.some(curve => of(curve, wanted)) ? wanted : "step";
-    steps = [...new Set(chart.curves.flatMap(curve => of(curve, over) || []))].sort((a, b) => a - b);
-    [low, high] = [steps[0], steps[steps.length - 1]];
-    at = -1;
-  };
-  const place = value => high > low ? (value - low) / (high - low) : 0.5;
-  const redraw = () => {
-    for (const path of plot.querySelectorAll("path[data-curve]")) {
-      const places = of(chart.curves[path.dataset.curve], over);
-      path.toggleAttribute("hidden", !places);
-      if (!places) continue;
-      const both = path.classList.contains("band") ? [...places, ...[...places].reverse()] : places;
-      const heights = [...path.getAttribute("d").matchAll(/,(-?[0-9.]+)/g)].map(match => match[1]);
-      const points = heights.map((height, i) => (1000 * place(both[i])).toFixed(1) + "," + height).join(" ");
-      path.setAttribute("d", "M" + points + (both !== places ? "Z" : places.length === 1 ? "h.1" : ""));
-    }
-    plot.querySelectorAll(".x").forEach(label => label.remove());
-    for (const mark of marks(low, high, over === "step" || over === "images")) {
-      const label = document.createElement("span");
-      label.className = "x";
-      label.style.left = 100 * place(mark) + "%";
-      label.textContent = short(mark);
-      plot.append(label);
-    }
-    const axis = plot.querySelector(".axis");
-    plot.setAttribute("aria-label", plot.getAttribute("aria-label").replace(" over " + axis.textContent + ";",
-      " over " + names[over] + ";"));
-    axis.textContent = names[over];
-  };
-  const choices = [...document.querySelectorAll(".over input")];
-  for (const choice of choices) choice.addEventListener("change", () => { follow(choice.value); hide(); redraw(); });
-  follow((choices.find(choice => choice.checked) || {value: "step"}).value);
-  const show = index => {
-    at = Math.min(Math.max(index, 0), steps.length - 1);
-    const lines = [over === "step" ? "step " + steps[at] : short(steps[at]) + " " + names[over]];
-    for (const curve of chart.curves) {
-      const own = of(curve, over);
-      if (!own || steps[at] < own[0] || steps[at] > own[own.length - 1]) continue;
-      const [, value, least, most] = curve.points[nearest(own, steps[at])];
-      const band = least === most ? "" : " (" + text(least) + " to " + text(most) + ")";
-      lines.push((chart.curves.length > 1 ? curve.name + ": " : "") + text(value) + band);
-    }
-    const share = place(steps[at]);
-    cross.style.left = 100 * share + "%";
-    shown.style.left = share < 0.5 ? "calc(" + 100 * share + "% + 8px)" : "auto";
-    shown.style.right = share < 0.5 ? "auto" : "calc(" + 100 * (1 - share) + "% + 8px)";
-    shown.textContent = lines.join("\\n");
-    cross.hidden = shown.hidden = false;
-  };
-  const hide = () => { cross.hidden = shown.hidden = true; };
-  const point = event => {
-    const box = plot.getBoundingClientRect();
-    show(nearest(steps, low + (high - low) * (event.clientX - box.left) / box.width));
-  };
-  plot.addEventListener("pointermove", point);
-  plot.addEventListener("pointerdown", point);
-  plot.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") hide(); });
-  plot.addEventListener("blur", hide);
-  plot.addEventListener("keydown", event => {
-    const by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-    if (by) { show(at + by); event.preventDefault(); }
-  });
-}
-for (const grids of document.querySelectorAll(".grids")) {
-  const images = [...grids.querySelectorAll("img[data-step]")], slider = grids.querySelector("input");
-  const shown = [...grids.querySelectorAll("output")];
-  if (!slider) continue;
-  const turn = () => {
-    images.forEach((image, index) => { image.hidden = index !== Number(slider.value); });
-    shown.forEach(output => { output.textContent = images[slider.value].dataset.step; });
-  };
-  slider.addEventListener("input", turn);
-  turn();
-}
+@media print{body{max-width:none;padding:0}.controls,.pair label{display:none!important}
+details::details-content{display:block;content-visibility:visible}pre{max-height:none;white-space:pre-wrap}
+.chart,figure,tr,li{break-inside:avoid}h2,h3{break-after:avoid}.wide{overflow:visible}}
 """.strip()

@@ -24,7 +24,7 @@ Axes: B image.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,7 +34,7 @@ from pydantic import Field
 from varfast.rewards.aesthetic import AestheticReward
 from varfast.rewards.brightness import BrightnessReward
 from varfast.rewards.building import Building, Scored, SetReward
-from varfast.rewards.classifier import ClassifierReward
+from varfast.rewards.classifier import ClassifierReward, ClassifierScore
 from varfast.rewards.clip import ClipReward
 from varfast.rewards.colour_match import ColourMatchReward
 from varfast.rewards.composition import CompositionReward
@@ -97,7 +97,7 @@ class WeightedSum:
 
     def __init__(
         self,
-        components: dict[str, RewardConfig],
+        components: Mapping[str, RewardConfig],
         device: torch.device | str = "cpu",
         num_classes: int | None = None,
         section: str = "reward",
@@ -176,6 +176,15 @@ class WeightedSum:
         with torch.no_grad():
             found = {name: reward.learn(measured[name]) or {} for name, reward in self._rewards.items()}
         return {f"{number}/{name}": value for name, numbers in found.items() for number, value in numbers.items()}
+
+    @property
+    def ranks(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Of the first component that is a classifier, how many classes it ranks before the label; None: there is none.
+
+        From images (B, 3, H, W) and labels (B,) to (B,).
+        """
+        classifiers = (reward for reward in self._rewards.values() if isinstance(reward, ClassifierScore))
+        return next((classifier.ranks for classifier in classifiers), None)
 
     def base_images(self, images: int) -> int:
         """How many images of the base the states of rewards of sets begin with; 0 if there are no such rewards.

@@ -61,6 +61,11 @@ class RewardSection(Section):
         "grpo.combine says",
     )
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether a run folder keeps no more than a text of it: a function that was given from Python."""
+        return False
+
     def check_step(self, key: str, labels_per_step: int, labels: int) -> None:
         """Whether a step of the run is one that this reward can score.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from varfast.rewards.building import Building, Reward, RewardSection, check_prompts, on_images
+from varfast.rewards.building import Building, PerImage, Reward, RewardSection, check_prompts
 from varfast.rewards.files import fetch, file_name
 from varfast.settings.section import Section, Source
 from varfast.types import InputError
@@ -53,8 +53,8 @@ class ClassifierReward(ClassifierConfig, RewardSection):
         key, num_classes = building.key, building.num_classes
         check_prompts(self, building)
         if self.model == "digits":
-            return on_images(building, DigitsConfidence(num_classes, key))
-        return on_images(
+            return ClassifierScore(building, DigitsConfidence(num_classes, key))
+        return ClassifierScore(
             building,
             Confidence(self.model, self.weights, self.file, building.device, self.batch_size, num_classes, key),
         )
@@ -63,6 +63,18 @@ class ClassifierReward(ClassifierConfig, RewardSection):
         if self.model == "digits":
             return None
         return f"reads or fetches {self.file or f'the weights of {self.model}'}"
+
+
+class ClassifierScore(PerImage):
+    """The reward of a classifier.
+
+    Attributes:
+        ranks: from images (B, 3, H, W) and labels (B,) to (B,), how many classes rank before the label.
+    """
+
+    def __init__(self, building: Building, classifier: DigitsConfidence | Confidence) -> None:
+        super().__init__(building, lambda scored: classifier(scored.images, scored.batch.labels))
+        self.ranks = classifier.ranks
 
 
 class DigitsConfidence:
@@ -81,6 +93,10 @@ class DigitsConfidence:
     def __call__(self, images: Tensor, labels_B: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], (B,) labels -> (B,) in [0, 1]."""
         return self._classifier.confidence(images, labels_B).to(images.device)
+
+    def ranks(self, images: Tensor, labels_B: Tensor) -> Tensor:
+        """As `Confidence.ranks`, on the CPU."""
+        return self._classifier.ranks(images, labels_B)
 
 
 class Confidence:

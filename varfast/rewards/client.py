@@ -37,7 +37,8 @@ def _check_url(url: str) -> str:
     try:
         parts = address_parts(url)
     except ValueError as error:
-        raise ValueError(f"{show(url)} is no address that can be asked: {error}") from error
+        meant = f"; did you mean http://{url}?" if re.fullmatch(r"[\w.-]+:\d+(/\S*)?", url) else ""
+        raise ValueError(f"{show(url)} is no address that can be asked: {error}{meant}") from error
     if "@" in parts.netloc or "#" in url:
         raise ValueError(f"got {show(url)}, want an address without user and without #")
     return url

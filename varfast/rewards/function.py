@@ -19,10 +19,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import Field, PlainSerializer, PlainValidator, field_validator
 
 from varfast.printable import printable
 from varfast.rewards.building import Building, PerImage, Reward, RewardSection, Scored
+from varfast.rewards.given import Given, is_recorded, origin
 from varfast.settings.paths import check_source
 from varfast.settings.problems import show
 from varfast.settings.reading import is_finite
@@ -36,10 +37,22 @@ _TAKES = (
 )
 
 
-def _check_function(function: str) -> str:
+def _check_function(function: Any) -> str | Given:
+    if isinstance(function, Given):
+        return function
+    if callable(function):
+        return Given(function)
+    if not isinstance(function, str):
+        raise ValueError(f"got {show(function)}, want module:name or file.py:name, or from Python a function")
+    return function if is_recorded(function) else _check_name(function)
+
+
+def _check_name(function: str) -> str:
     source, colon, name = function.rpartition(":")
     in_file = source.endswith(".py") and "\0" not in source
     if not colon or not (in_file or all(part.isidentifier() for part in source.split("."))):
+        if function.endswith(".py"):
+            raise ValueError(f"got {function!r}, want the function's name too, as {function}:redness")
         module, _, attribute = function.rpartition(".")
         meant = f"; did you mean {module}:{attribute}?" if module and attribute.isidentifier() and not colon else ""
         raise ValueError(f"want module:name or file.py:name, as my_rewards:redness or ./my_rewards.py:redness{meant}")
@@ -52,12 +65,17 @@ def _check_function(function: str) -> str:
 
 
 class FunctionReward(RewardSection):
-    """Your own function or class, by import path. Importing it runs its code."""
+    """Your own function or class, by import path, or from Python itself. Importing it runs its code."""
 
     type: Literal["function"] = Field(description="the kind of reward")
-    function: Annotated[str, AfterValidator(_check_function), Wanted("module:name or file.py:name")] = Field(
+    function: Annotated[
+        str | Given,
+        PlainValidator(_check_function),
+        PlainSerializer(str, when_used="json"),
+        Wanted("module:name or file.py:name"),
+    ] = Field(
         description="module:name, or file.py:name, from the working directory or the config's folder; called with "
-        "(images, labels), or what its parameters name (docs/rewards.md)"
+        "(images, labels), or what its parameters name (docs/rewards.md). From Python the function itself"
     )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments, given once")
 
@@ -72,7 +90,21 @@ class FunctionReward(RewardSection):
         return PerImage(building, UserReward(self, building))
 
     def reaches_outside(self) -> str:
-        return f"runs {self.function}"
+        known = isinstance(self.function, str) and not is_recorded(self.function)
+        return f"runs {self.function if known else origin(self.function)}"
+
+    @property
+    def is_missing(self) -> bool:
+        return is_recorded(self.function)
+
+
+def missing(key: str, function: str | Given) -> str:
+    """What to do where a run folder's config names what was given from Python, as reward.mine."""
+    return (
+        f"{key}.function={printable(origin(function))} was given from Python, and no file can keep it. Give it again, "
+        f"as varfast.train(..., rewards={{{key.partition('.')[2]!r}: ...}}); or name it as module:name or "
+        "file.py:name, and set run.allow_change=[reward]"
+    )
 
 
 class UserReward:
@@ -96,10 +128,12 @@ class UserReward:
 
         key, device = building.key, building.device
         self._name = building.name
-        self._source = config.function
+        self._source = config.function if isinstance(config.function, str) else origin(config.function)
         self._shielded = functools.partial(shielded, self._name, device)
         self._key = (building.seed, int(Purpose.REWARD), zlib.crc32(self._name.encode("utf-8", "replace")))
-        where = f"{key}.function={printable(config.function)}"
+        where = f"{key}.function={printable(self._source)}"
+        if config.is_missing:
+            raise InputError(missing(key, config.function))
         with self._shielded(self._key), self._named("while it was imported or made"):
             target = _found(where, config.function, building.beside)
             reward = _made(where, target, config.args)
@@ -145,8 +179,10 @@ class UserReward:
 # Finding it
 
 
-def _found(where: str, function: str, beside: Path | None) -> Any:
-    """The object that module:name or file.py:name names."""
+def _found(where: str, function: str | Given, beside: Path | None) -> Any:
+    """The object that is given, or that module:name or file.py:name names."""
+    if isinstance(function, Given):
+        return function.function
     source, _, name = function.rpartition(":")
     places = list(dict.fromkeys([Path.cwd(), *([] if beside is None else [beside.resolve()])]))
     find = _of_file if source.endswith(".py") else _of_name

@@ -23,10 +23,12 @@ class Idle:
 
     Attributes:
         what: one word for the cause: the name of its test in `CAUSES`.
-        reason: a sentence, with what to do.
+        why: what has been the case in the last steps, and what to do; the rest of a sentence.
+        reason: the sentence.
     """
 
     what: str
+    why: str
     reason: str
 
 
@@ -38,54 +40,60 @@ class Alarm:
         window: steps in a row that must look alike.
     """
 
-    def __init__(self, groups: int, window: int = WINDOW) -> None:
+    def __init__(self, groups: float, window: int = WINDOW) -> None:
         self._groups, self._window = groups, window
         self._last: deque[_Step] = deque(maxlen=window)
         self._said: set[str] = set()
 
     def look(self, metrics: _Step) -> Idle | None:
+        """Take in the metrics of a step. Returns: as `holds`, if it was not said before."""
+        idle = self.holds(metrics)
+        if idle is None or idle.what in self._said:
+            return None
+        self._said.add(idle.what)
+        return idle
+
+    def holds(self, metrics: _Step) -> Idle | None:
         """Take in the metrics of a step, by the names of metrics.jsonl.
 
-        Returns: what has been the case in each of the last steps, if it was not said before; the deepest cause alone:
-            a constant reward makes all groups alike too.
+        Returns: what has been the case in each of the last steps; the deepest cause alone: a constant reward makes all
+            groups alike too.
         """
         if metrics.get("skipped_rollouts"):
             return None  # run.max_bad_rollouts ends those
         self._last.append(metrics)
         if len(self._last) < self._window:
             return None
-        for what, (holds, reason) in CAUSES.items():
-            if holds(list(self._last), self._groups):
-                if what in self._said:
-                    return None
-                self._said.add(what)
-                return Idle(what, f"In the last {self._window} steps {reason}")
+        steps = list(self._last)
+        for what, (is_so, why) in CAUSES.items():
+            if is_so(steps, self._groups):
+                return Idle(what, why, f"In the last {self._window} steps {why}")
         return None
 
 
-def _all(name: str, value: float) -> Callable[[list[_Step], int], bool]:
+def _all(name: str, value: float) -> Callable[[list[_Step], float], bool]:
     return lambda steps, groups: all(step.get(name) == value for step in steps)
 
 
-def _too_small(steps: list[_Step], groups: int) -> bool:
+def _too_small(steps: list[_Step], groups: float) -> bool:
     return all(step.get("learning_rate", 1.0) < _LEAST_LR for step in steps)
 
 
-def _constant_reward(steps: list[_Step], groups: int) -> bool:
+def _constant_reward(steps: list[_Step], groups: float) -> bool:
     means = {step.get("reward_mean") for step in steps}
     return len(means) == 1 and None not in means and _all("reward_std", 0.0)(steps, groups)
 
 
-def _no_signal(steps: list[_Step], groups: int) -> bool:
+def _no_signal(steps: list[_Step], groups: float) -> bool:
     return all(step.get("groups_without_signal", 0) >= groups for step in steps)
 
 
-def _clipped(steps: list[_Step], groups: int) -> bool:
+def _clipped(steps: list[_Step], groups: float) -> bool:
     return all(step.get("clip_fraction", 0.0) >= _ALL_CLIPPED for step in steps)
 
 
 # In the order in which they are looked at: a cause stands before its consequences.
-CAUSES: dict[str, tuple[Callable[[list[_Step], int], bool], str]] = {
+CAUSES: dict[str, tuple[Callable[[list[_Step], float], bool], str]] = {
     "learning_rate": (
         _too_small,
         f"the learning rate was below {_LEAST_LR:g}, which moves no weight in float32; raise update.lr, or warm up in "

@@ -8,13 +8,72 @@ Axes: N image, R row of the grid, C column of it; H, W pixels.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+
+from varfast.config import Config
+from varfast.data.captions import WORLDS
+from varfast.data.datasets import DigitsClassifier
+from varfast.data.prompts import PromptSet
+from varfast.rewards import WeightedSum
+from varfast.rewards.composition import CompositionReward
 
 # Rec. 601, as `varfast.rewards.brightness`.
 _LUMA = (0.299, 0.587, 0.114)
 _DARK, _BRIGHT = 0.05, 0.95
 _LEVELS = 4  # of each colour channel, of the histogram of colours
+
+# From (N, 3, H, W) images and their (N,) labels, or rows of the table of prompts, to (N,): 1 where one is read as it.
+_Reader = Callable[[Tensor, Tensor], Tensor]
+
+
+class Looks:
+    """What the pictures of a run's grids look like: `appearance`, and label_accuracy where the run has what reads it.
+
+    label_accuracy is the share of the images that are read as their label, or that show what their prompt asks: by
+    eval.classifier, by a reward that is a classifier, or, of the worlds of varfast/data/captions.py (digits from text,
+    shapes from text or by label), by the reader of their scenes. Nothing is fetched for it.
+
+    Args:
+        config, rewards, prompts: of the run.
+        names: of the labels; None: they have none, or there are prompts.
+    """
+
+    def __init__(
+        self, config: Config, rewards: WeightedSum, prompts: PromptSet | None, names: Sequence[str] | None = None
+    ) -> None:
+        self._of_run = config, rewards, prompts, names
+
+    @functools.cached_property
+    def _reader(self) -> _Reader | None:
+        return _reader(*self._of_run)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, labels_N: Tensor, columns: int) -> dict[str, float]:
+        """Of (N, 3, H, W) images in [0, 1] of these labels, `columns` in a row: numbers by name."""
+        found = appearance(images, columns)
+        if self._reader is not None:
+            found["label_accuracy"] = float(self._reader(images, labels_N).double().mean())
+        return found
+
+
+def _reader(
+    config: Config, rewards: WeightedSum, prompts: PromptSet | None, names: Sequence[str] | None
+) -> _Reader | None:
+    if prompts is None and config.eval.classifier == "digits":
+        ranks = DigitsClassifier().ranks
+        return lambda images, labels_N: ranks(images, labels_N) < 1
+    if (of_rewards := rewards.ranks) is not None:
+        return lambda images, labels_N: of_rewards(images, labels_N) < 1
+    world = WORLDS.get(config.pretrain.dataset if config.prompts is None else config.prompts.source)
+    if world is None or (prompts is None and not set(names or [""]) <= set(world.labels)):
+        return None
+    scenes = {"shown": CompositionReward(type="composition", scenes=world.name)}  # type: ignore[arg-type]
+    shown = WeightedSum(scenes, names=names, prompts=prompts)
+    return lambda images, rows_N: shown(images, rows_N).total_B
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """The files that a run starts from, identified by SHA-256 and still found when the run folder has moved.
 
 base.json of a run folder records path, size and SHA-256 of the file of each part of the policy, the trained transformer
-first, then the VQ-VAE: a resumed run must have the same reference and the same decoder, bit for bit. The folder base/
-beside it holds
+first, then the VQ-VAE; of what was taken from another run, that run's folder and its step. A resumed run must have the
+same reference and the same decoder, bit for bit. The folder base/ beside it holds
 
 - what was made for the run (pre-trained, or taken from another run), as copies: a few MB that exist nowhere else;
 - files that the config names, and those that an index among them names, as hard links, which take no space. Where the
@@ -103,6 +103,7 @@ class _SavedFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     path: str
     file: FileNote
+    step: int | None = Field(None, ge=0)
 
 
 class _BaseFiles(RootModel[dict[Annotated[str, Field(pattern="^[a-z]{1,20}$")], _SavedFile | str]]):
@@ -117,11 +118,13 @@ class Source:
         content: its file, or tensors that are not in a file of their own yet.
         only_here: whether it was made for this run, so that the run folder must hold a copy.
         origin: the file, or the run folder, that it was taken from.
+        step: after how many steps of that run; None: it is of no run, or its folder does not say.
     """
 
     content: Path | State
     only_here: bool
     origin: Path
+    step: int | None = None
 
 
 class Base:
@@ -149,7 +152,8 @@ class Base:
         """Bring the files into base/ and write base.json. Raises: InputError if the disk is full."""
         remove_leftovers(self._files)
         notes = {part: self._keep(part, source) for part, source in zip(self.parts, sources, strict=True)}
-        save_text(self._json, json.dumps({part: note.model_dump() for part, note in notes.items()}, indent=2) + "\n")
+        shown = {part: note.model_dump(exclude_none=True) for part, note in notes.items()}
+        save_text(self._json, json.dumps(shown, indent=2) + "\n")
 
     def find(self, part: str, whole: bool = True) -> Path:
         """The file of a part: in base/, or at its recorded path. Nothing is made, fetched or written.
@@ -209,7 +213,7 @@ class Base:
         else:
             found = self._inside(part, "")
             save_tensors(found, source.content)
-        return _SavedFile(path=os.path.abspath(source.origin), file=FileNote.of(found))
+        return _SavedFile(path=os.path.abspath(source.origin), file=FileNote.of(found), step=source.step)
 
     def _bring(self, part: str, path: Path, copy: bool) -> Path:
         """The path of a file in base/, as a hard link or copy; of a transformer that cannot be linked, its own path."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+from pathlib import PurePath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from varfast.settings.problems import show
 from varfast.settings.section import MANY, Device, LocalPath, Section
@@ -13,6 +14,10 @@ from varfast.settings.section import MANY, Device, LocalPath, Section
 # Sections whose keys a run may go on with in another way, and keys among them that its checkpoints have the state of.
 _CHANGEABLE = ("run.steps", "update", "grpo", "dpo", "rollout", "reward")
 _OF_STATE = ("update.optimizer", "update.ema_decay", "reference_every", "reference_ema", "dpo.pairs")
+
+
+# Suffixes by which an export is a file of weights.
+_FORMATS = (".safetensors", ".pth")
 
 
 def _check_changeable(key: str) -> str:
@@ -150,6 +155,14 @@ class LogConfig(Section):
 class EvalConfig(Section):
     """The table of before and after, sampled with the rollout's temperature."""
 
+    every: int | None = Field(
+        None,
+        ge=0,
+        le=MANY,
+        description="steps between evaluations during training, of the table's samples: eval/reward and the table's "
+        "other rows in metrics.jsonl, TensorBoard and trackers, eval/held_out/... of prompts held out. There is one "
+        "after the last step too. null or 0: none",
+    )
     samples_per_label: int = Field(2, ge=0, le=100_000, description="images a label or prompt; 0: no table")
     max_labels: int = Field(
         1000,
@@ -158,17 +171,38 @@ class EvalConfig(Section):
         description="the first labels, up to this many; of prompts so many of each domain (trained on, held out, "
         "out of domain), chosen by run.seed",
     )
+    held_out_labels: int = Field(
+        0,
+        ge=0,
+        le=MANY,
+        description="so many of the labels that the run does not draw from (rollout.labels, rollout.label_share), "
+        "which run.seed chooses, are sampled too: rows such as reward (held out). Of prompts: prompts.held_out",
+    )
     classifier: Literal["digits"] | None = Field(None, description="whose accuracy on the samples is reported")
+
+    @model_validator(mode="after")
+    def _has_samples(self) -> EvalConfig:
+        if self.every and not self.samples_per_label:
+            raise ValueError(
+                f"eval.every={self.every} with eval.samples_per_label=0, which samples nothing; set it to 1 or more"
+            )
+        return self
 
 
 class ExportConfig(Section):
     """Arguments of `python -m varfast.export`."""
 
     checkpoint: LocalPath = Field(description="a run folder")
-    out: LocalPath = Field(
-        description="the file to write, .safetensors or .pth; a model card is written beside it as .md"
+    out: LocalPath | None = Field(
+        None,
+        description="the file to write, .safetensors or .pth, with the VQ-VAE and a model card beside it; or a folder "
+        "that is whole, such as model/, which varfast.load_policy reads",
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights in the file")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the trained weights in the file")
+    vqvae: bool = Field(
+        True,
+        description="write the VQ-VAE, or tokenizer of images, too; false: leave it out where it came from the hub",
+    )
     shard_gb: float | None = Field(
         None,
         gt=0,
@@ -177,10 +211,30 @@ class ExportConfig(Section):
         "null: one file",
     )
     overwrite: bool = Field(False, description="replace files that exist")
+    hub: str | None = Field(
+        None, min_length=1, description="upload the folder to this repository of the hub, owner/name; out is optional"
+    )
+    private: bool | None = Field(
+        None, description="of a repository that is made: whether others may not see it; null: as the hub's settings say"
+    )
+    revision: str | None = Field(None, min_length=1, description="branch of the hub to upload to; null: main")
+    commit_message: str = Field("Upload a model of varfast", min_length=1, description="of the upload")
 
-    @field_validator("out")
-    @classmethod
-    def _known_format(cls, out: str) -> str:
-        if Path(out).suffix not in (".safetensors", ".pth"):
-            raise ValueError(f"got {out}, want a name that ends with .safetensors or .pth")
-        return out
+    @property
+    def to_folder(self) -> bool:
+        """Whether out is a folder: it ends with / or has no suffix of a file."""
+        return self.out is not None and not self.out.endswith(_FORMATS)
+
+    @model_validator(mode="after")
+    def _known_format(self) -> ExportConfig:
+        out, suffix = self.out, "" if self.out is None else PurePath(self.out).suffix
+        if out is None and self.hub is None:
+            raise ValueError("out is missing; want a file, as model.safetensors, a folder, as model/, or hub=")
+        if out is not None and re.fullmatch(r"\.[a-z]+", suffix) and not out.endswith(("/", *_FORMATS)):
+            raise ValueError(f"out: got {out}, want a name that ends with .safetensors or .pth, or a folder, as {out}/")
+        if out is not None and self.hub is not None and not self.to_folder:
+            raise ValueError(f"out: got {out}; with hub={self.hub} want a folder, as {PurePath(out).stem}/, or no out")
+        for key in ("private", "revision"):
+            if self.hub is None and getattr(self, key) is not None:
+                raise ValueError(f"{key} is of an upload; give hub=owner/name too")
+        return self

@@ -29,8 +29,9 @@ def found_diverged(policy: Policy, labels: list[int], config: Config, world: Wor
         policy.check_usable(some, how.temperature, config.run.seed, how.cfg)
     except NotFinitePolicy as error:
         found = error
-    if world.any(found is not None):
-        found = found or NotFinitePolicy("the weights of another process, which says which, are not finite")
+    if world.any(found is not None) and found is None:
+        found = NotFinitePolicy("the weights of another process, which says which, are not finite")
+        found.told_by = "first"
     return found
 
 
@@ -51,9 +52,22 @@ def diagnosis(
         metrics: of the last step; empty if this process has done none.
         checkpoints: of the run; a save in flight is waited for.
     """
+    error = NotFinitePolicy(_diagnosis(found, config, folder, step, metrics, checkpoints))
+    error.told_by = found.told_by
+    return error
+
+
+def _diagnosis(
+    found: NotFinitePolicy,
+    config: Config,
+    folder: Path,
+    step: int,
+    metrics: dict[str, float],
+    checkpoints: Checkpoints | None,
+) -> str:
     if not step:
         guided = f"rollout.cfg={config.rollout.cfg:g}, " if config.rollout.cfg else ""
-        return NotFinitePolicy(
+        return (
             f"the policy cannot be sampled before the first step: {found}\n"
             f"  rollout.temperature={config.rollout.temperature:g}, {guided}run.dtype={config.run.dtype}: try a "
             "temperature near 1, float32, or another policy.checkpoint"
@@ -83,4 +97,4 @@ def diagnosis(
             f"  to start there from {good[-1]}: python -m varfast.export checkpoint={folder} out=good.pth, then "
             "policy.checkpoint=good.pth"
         )
-    return NotFinitePolicy("\n".join(lines))
+    return "\n".join(lines)

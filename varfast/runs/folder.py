@@ -31,6 +31,7 @@ from varfast.printable import printable
 from varfast.runs.checkpoint import Checkpoint, newest_checkpoint
 from varfast.runs.lock import LOCK_NAME, FolderLock
 from varfast.runs.manifest import checkpoint_folders, dump_config, step_of
+from varfast.runs.named import runs_in
 from varfast.settings.reading import read_yaml
 from varfast.types import InputError
 
@@ -62,8 +63,8 @@ _FREE_TO_CHANGE = (
 )
 # Files that a resumed run writes again or can do without.
 _REWRITTEN = (
-    "appearance.json", "before_after.json", "config.yaml", "environment.json", "grid_rows.json", "labels.json",
-    "metrics.jsonl", "prompts.jsonl", "summary.json", "tokenizer.json",
+    "appearance.json", "before_after.json", "config.yaml", "ended.json", "environment.json", "grid_rows.json",
+    "labels.json", "metrics.jsonl", "prompts.jsonl", "summary.json", "tokenizer.json",
 )  # fmt: skip
 
 
@@ -138,7 +139,9 @@ class RunFolder:
     def load_config(self) -> Config:
         """The resolved config of the run in this folder. Raises: InputError if there is none, or it is damaged."""
         if not os.path.lexists(self.config):
-            raise InputError(f"{self.path} is no run folder: {self.config.name}: {os.strerror(errno.ENOENT)}")
+            runs = runs_in(self.path)
+            held = f"; it holds the runs {', '.join(runs)}" if runs else ""
+            raise InputError(f"{self.path} is no run folder: {self.config.name}: {os.strerror(errno.ENOENT)}{held}")
         text = read_text(self.config)
         try:
             data = read_yaml(text, self.config.name)

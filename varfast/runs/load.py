@@ -1,4 +1,4 @@
-"""A policy from whatever names one: a run folder, files of weights, addresses of the hub, or a config.
+"""A policy from whatever names one: a run folder, a saved model, files of weights, addresses of the hub, or a config.
 
 All commands and the Python API load models here. A run folder is data that somebody may have handed on: nothing is
 made, fetched or executed because something in it says so (docs/security.md).
@@ -14,16 +14,20 @@ import torch
 from torch import nn
 
 from varfast.config import Config
+from varfast.data.labels import label_names, run_names
 from varfast.data.prompts import saved_prompts
 from varfast.policies.config import FamilyName
 from varfast.policies.device import existing_device, pick_device
 from varfast.policies.driver import Driver
-from varfast.policies.families import family_named, family_of, text_tokenizer
+from varfast.policies.families import family_named, family_of, section_named, text_tokenizer
 from varfast.policies.lora import without_lora
+from varfast.policies.pretrained import load_saved
 from varfast.policies.text import TOKENIZER_FILE
 from varfast.runs.base import Base
+from varfast.runs.named import fault
 from varfast.types import InputError
-from varfast.weights.shards import names_model
+from varfast.weights.hub import names_repository, repository_of
+from varfast.weights.saved import hub_address, is_run, is_saved, read_saved, taken_for
 from varfast.weights.state import State
 
 if TYPE_CHECKING:
@@ -44,43 +48,64 @@ def load_policy(
     family: FamilyName = "var",
     argument: str = "var",
 ) -> Driver:
-    """A policy from a run folder, or from checkpoints, whose sizes are read from the files.
+    """A policy from a run folder, a saved model, or checkpoints, whose sizes are read from the files.
 
     Args:
-        var: a run folder, whose last checkpoint is loaded; or the transformer's weights, as a path or
-            hf://owner/repo/file; the public ones are hf://FoundationVision/var/var_d16.pth. Of Janus a folder or a
-            repository too, as hf://deepseek-ai/Janus-Pro-1B.
-        vqvae: the VQ-VAE's weights, as hf://FoundationVision/var/vae_ch160v4096z32.pth. Not read for a run folder,
-            which has its own. Of another family its tokenizer's; taming's and Janus's may be in the transformer's file.
+        var: a run folder, whose last checkpoint is loaded; or a saved model, as a folder, owner/name or
+            hf://owner/name, with @revision if wanted; or the transformer's weights, as a path or hf://owner/repo/file:
+            the public ones are hf://FoundationVision/var/var_d16.pth. Of Janus a folder or a repository too, as
+            hf://deepseek-ai/Janus-Pro-1B.
+        vqvae: the VQ-VAE's weights, as hf://FoundationVision/var/vae_ch160v4096z32.pth. Not read for a run folder and a
+            saved model, which have their own. Of another family its tokenizer's; taming's and Janus's may be in the
+            transformer's file.
         device: "cpu", "cuda", "cuda:1".
         dtype: of activations, "float32" or "bfloat16".
-        var_config, vqvae_config: sizes the files of a VAR must have; not with a run folder, whose config says them.
+        var_config, vqvae_config: sizes the files of a VAR must have; not with a folder, which says them.
         fast: False samples eagerly and decodes with the reference decoder: what the fast path is compared with.
             Default: as the run did, or True.
         strict: the same bits in sampling and in teacher forcing, whatever the batch: see varfast.Policy. Default: as
             the run did, or False.
-        family: of the files: "var", "llamagen", "taming" or "janus". A run folder's config says it.
+        family: of the files: "var", "llamagen", "taming" or "janus". A run folder, or a saved model, says it.
         argument: what `var` is called where the user gave it, for errors.
     Raises: InputError if a file or folder cannot be read or does not fit, or for a device that is not there.
     """
     device, var = existing_device(device), str(var)
-    if Path(var).expanduser().is_dir() and not names_model(var):
-        if var_config is not None or vqvae_config is not None:
-            raise InputError(f"{argument}={var} is a run folder, whose config says the sizes; give no sizes beside it")
+    # A command takes a path for a path: a typo in it is no question to the hub.
+    given, var = var, hub_address(var) if argument == "var" else var
+    with taken_for(given, var):
+        saved, of_folder = is_saved(var), is_run(var)
+        if not saved and names_repository(var) and not section_named(family).as_transformers:
+            read_saved(var)  # which says why it is none
+    if (of_folder or saved) and (var_config is not None or vqvae_config is not None):
+        what = "a saved model" if saved else "a run folder"
+        raise InputError(f"{argument}={var} is {what}, whose config says the sizes; give no sizes beside it")
+    if saved:
+        return load_saved(var, device, dtype, fast is not False, strict is True)
+    if of_folder:
         from varfast.runs.folder import RunFolder  # and with it torch.distributed.checkpoint and FSDP, which take 0.8 s
 
         return load_run(RunFolder(var), device, dtype, fast, strict)
     if vqvae is None and family not in ("taming", "janus"):
-        if not var.startswith("hf://") and not Path(var).expanduser().exists():
-            raise InputError(f"{argument}={var} does not exist; want a run folder, or a transformer's weights")
-        raise InputError(f"{argument}={var} is not a run folder, so vqvae=... is needed too")
-    how = (device, dtype, fast is not False, strict is True)
+        raise InputError(f"{argument}={var} {fault(var) or 'is not a run folder, so vqvae=... is needed too'}")
+    policy = _of_files(var, vqvae, family, (device, dtype, fast is not False, strict is True), var_config, vqvae_config)
+    policy.base_model = repository_of(var)
+    policy.label_names = label_names(var, policy.num_classes)
+    return policy
+
+
+def _of_files(
+    trained: str,
+    frozen: str | None,
+    family: FamilyName,
+    how: tuple[torch.device, str, bool, bool],
+    var_config: VARConfig | None,
+    vqvae_config: VQVAEConfig | None,
+) -> Driver:
     if family != "var":
-        return family_named(family).from_files(var, vqvae, *how)
+        return family_named(family).from_files(trained, frozen, *how)
     from varfast.policies.var.build import from_files
 
-    assert vqvae is not None
-    return from_files(var, vqvae, *how, var_config, vqvae_config)
+    return from_files(trained, frozen, *how, var_config, vqvae_config)
 
 
 def load_run(
@@ -103,10 +128,19 @@ def load_run(
     _read_texts(policy, config, folder)
     if config.policy.conditioned_on == "text":
         policy.set_prompts(saved_prompts(folder.path).texts)
+    policy.base_model = repository_of(config.policy.checkpoint)
+    policy.label_names = named_labels(config, folder)
     if config.policy.lora:
         policy.add_lora(config.policy.lora, config.run.seed)
     folder.newest().load_result(policy.trainable)
     return policy
+
+
+def named_labels(config: Config, folder: RunFolder) -> list[str] | None:
+    """Names of a run's labels, as its folder knows them; None: unknown, or the model reads texts."""
+    if config.policy.conditioned_on == "text" or config.policy.checkpoint == "random":
+        return None
+    return run_names(config.policy, config.pretrain.dataset, folder.path, made=True)
 
 
 def load_base(

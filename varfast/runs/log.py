@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 # A line of metrics.jsonl has 1 to 3 kB.
 _MOST_LINE_BYTES = 2**20
+_LAST_STEP = 2**53
+# Why a run ended before it was complete; a run that goes on removes it.
+ENDED = "ended.json"
 # What each row of the grids shows, whole: the picture has space for the beginning.
 GRID_ROWS = "grid_rows.json"
 
@@ -55,9 +58,13 @@ class RunLog:
         self._said: set[str] = set()
         self._progress = Progress("grpo" if config is None else config.loss.name, total_steps, start_step)
         self._unwritten = ""
+        self._groups = None if config is None else config.rollout.labels_per_step
+        self._first_reward: float | None = None  # of the run, to which the bar compares
         with self._optional("the lines of earlier steps"):
             kept = _lines(self._metrics, start_step)
+            self._first_reward = next(_rewards(kept), None)
             save_text(self._metrics, "".join(line + "\n" for line in kept))
+            (folder / ENDED).unlink(missing_ok=True)
         self._trackers = [] if config is None else start_trackers(folder, config)
         self._writer: SummaryWriter | None = None
         self._excepthook = threading.excepthook
@@ -84,25 +91,64 @@ class RunLog:
         for tracker in self._trackers:
             tracker.finish(failed=kind is not None)
 
-    def step(self, step: int, metrics: dict[str, float], total_steps: int | None = None) -> None:
+    def step(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        total_steps: int | None = None,
+        step_s: float | None = None,
+        left_s: float | None = None,
+    ) -> None:
         """Record the metrics of a step, counted from 1. Those that are not finite are skipped: JSON has no NaN.
 
-        total_steps: as far as is known now, where a budget may end the run before.
+        Args:
+            total_steps: as far as is known now, where a budget may end the run before.
+            step_s, left_s: for the bar: see Progress.update.
         """
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._append(json.dumps({"step": step, **metrics}) + "\n")
+        self._scalars(step, metrics)
+        self._progress.update(self._note(metrics), total_steps, step_s, left_s)
+
+    def _note(self, metrics: dict[str, float]) -> str:
+        """What matters of a step, in half a line. A skipped rollout has none of it; DPO has the KL in some steps alone,
+        and no reward on saved pairs.
+        """
+        parts = []
+        if (reward := metrics.get("reward_mean")) is not None:
+            change = "" if self._first_reward is None else f" ({reward - self._first_reward:+.3f})"
+            self._first_reward = reward if self._first_reward is None else self._first_reward
+            parts.append(f"reward {reward:.3f}{change}")
+        shown = {"kl": "kl", "margin": "implicit_margin", "pair accuracy": "pair_accuracy"}
+        parts += [f"{short} {metrics[name]:.3f}" for short, name in shown.items() if name in metrics]
+        if self._groups and "groups_without_signal" in metrics:
+            parts.append(f"no signal {metrics['groups_without_signal']:.0f}/{self._groups}")
+        return " ".join(parts)
+
+    def _scalars(self, step: int, metrics: dict[str, float]) -> None:
         if self._writer is not None:
             with self._events():
                 for name, value in metrics.items():
                     self._writer.add_scalar(name, value, step)
         for tracker in self._trackers:
             tracker.scalars(metrics, step)
-        # A skipped rollout has none of them; DPO has the KL in some steps alone, and no reward on saved pairs.
-        shown = {"reward": "reward_mean", "kl": "kl", "margin": "implicit_margin"}
-        note = [f"{short}={metrics[name]:.3f}" for short, name in shown.items() if name in metrics]
-        if "reward_mean" in metrics and "images_per_s" in metrics:
-            note.append(f"{metrics['images_per_s']:.0f} img/s")
-        self._progress.update(" ".join(note), total_steps)
+
+    def amend(self, step: int, metrics: dict[str, float]) -> None:
+        """Add metrics to the line of a step that is over; of step 0 to that of the base, which only this makes."""
+        self._append("")
+        with self._optional("a line of metrics.jsonl, measured later,"):
+            lines = {parse_json(line)["step"]: line for line in _lines(self._metrics, step)}
+            before = parse_json(lines[step]) if step in lines else {"step": step}
+            lines[step] = json.dumps(before | metrics)
+            after = [line for line in _lines(self._metrics, _LAST_STEP) if parse_json(line)["step"] > step]
+            kept = [lines[number] for number in sorted(lines)] + after
+            save_text(self._metrics, "".join(line + "\n" for line in kept))
+        self._scalars(step, metrics)
+
+    def metrics_of(self, step: int) -> dict[str, Any]:
+        """What metrics.jsonl has of a step, its number among it; empty if it has none."""
+        last: dict[str, Any] = next(map(parse_json, _lines(self._metrics, step)[-1:]), {"step": -1})
+        return last if last["step"] == step else {}
 
     def grid(
         self, step: int, images: Tensor, columns: int, titles: Sequence[str] = (), rows: Sequence[str] = ()
@@ -144,6 +190,18 @@ class RunLog:
         """Save appearance.json: what the base's samples look like, to which drift/... in metrics.jsonl compares."""
         with self._optional("appearance.json"):
             save_text(self._folder / "appearance.json", json.dumps(appearance, indent=1) + "\n")
+
+    def ended(self, step: int, why: str, diverged: bool) -> None:
+        """Save ended.json: a signal or an error ends the run after `step` steps, before it is complete.
+
+        Args:
+            why: a signal's name, or what the error says.
+            diverged: the policy's numbers are no longer finite.
+        """
+        with self._optional(ENDED):
+            save_text(
+                self._folder / ENDED, json.dumps({"step": step, "why": why, "diverged": diverged}, indent=1) + "\n"
+            )
 
     def environment(self, here: dict[str, Any]) -> None:
         """Save environment.json: versions and hardware."""
@@ -196,8 +254,17 @@ def step_seconds(folder: Path, last_step: int) -> list[float]:
     return [float(s) for s in found if isinstance(s, int | float) and not isinstance(s, bool) and 0 <= s < math.inf]
 
 
+def _rewards(lines: list[str]) -> Iterator[float]:
+    """reward_mean of lines of metrics.jsonl, of those that have one."""
+    for line in lines:
+        reward = parse_json(line.encode()).get("reward_mean")
+        if isinstance(reward, int | float) and not isinstance(reward, bool):
+            yield float(reward)
+
+
 def _lines(path: Path, last_step: int) -> list[str]:
-    """The lines of metrics.jsonl up to `last_step`, one for each step; the later line where a step has two.
+    """The lines of metrics.jsonl up to `last_step`, one for each step; the later line where a step has two. Step 0 is
+    the base, where eval.every has it evaluated.
 
     Half a line, which a killed run leaves at the end, and anything else that is not a line of metrics is skipped.
     """
@@ -209,6 +276,6 @@ def _lines(path: Path, last_step: int) -> list[str]:
                 text = line.decode().rstrip("\n")
             except (ValueError, RecursionError, TypeError, KeyError):
                 continue
-            if isinstance(step, int) and not isinstance(step, bool) and line.endswith(b"\n") and 0 < step <= last_step:
+            if isinstance(step, int) and not isinstance(step, bool) and line.endswith(b"\n") and 0 <= step <= last_step:
                 kept[step] = text
     return [kept[step] for step in sorted(kept)]

@@ -20,8 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from varfast.data.prompts import PromptSet, drawn
+from varfast.evaluation.config import PICTURE_FORMATS
 from varfast.files import write_atomically
-from varfast.types import Rewards
+from varfast.policies.checks import check_images
+from varfast.types import InputError, Rewards
 
 # Small images are enlarged by repetition, so that a grid of digits can be looked at.
 _SMALLEST_CELL_PX = 48
@@ -31,10 +33,36 @@ _TITLE_LETTERS = 28
 # Height of a line of a title, and the most lines: a prompt of 168 letters is shown whole where the images are tall.
 _LINE_PX = 17
 _TITLE_LINES = 6
+HEADING_PX = 24
 # Best and worst images of a step that are kept: at 256 pixels a side, two rows of 8 are a PNG of 2 MB.
 _EXTREMES = 8
-# Suffixes of pictures, and Pillow's names of their formats.
-PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) images in [0, 1], as `policy.decode` gives them -> B pictures of Pillow, rounded to 8 bits.
+
+    Raises: InputError for another shape, whole numbers, or numbers outside [0, 1].
+    """
+    _check(images)
+    pixels = images.detach().float().mul(255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in pixels]
+
+
+def picture(images: Tensor, columns: int = 8, titles: Sequence[str] = ()) -> Image.Image:
+    """(B, 3, H, W) images in [0, 1] as one picture of Pillow, which a notebook shows: row by row, small ones enlarged.
+
+    Args:
+        titles: one for each row, written beside it.
+    Raises: InputError as to_pil.
+    """
+    _check(images)
+    return Image.fromarray(image_grid(images, min(columns, len(images)), titles))
+
+
+def _check(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise InputError(f"images are {tuple(images.shape)}, want (B, 3, H, W); of one image: images[None]")
+    check_images(images)
 
 
 def image_grid(images: Tensor, columns: int, titles: Sequence[str] = ()) -> np.ndarray:
@@ -96,6 +124,18 @@ def _row_titles(titles: Sequence[str], height_px: int, row_px: int) -> np.ndarra
             offset_px = round((place - (len(lines) - 1) / 2) * _LINE_PX)
             draw.text((width_px - 2 * GAP_PX, middle_px + offset_px), line, fill="black", font=font, anchor="rm")
     return np.asarray(column)
+
+
+def headings(texts: Sequence[tuple[int, int, str]], width_px: int) -> np.ndarray:
+    """A white row of HEADING_PX above grids: (left, width, text) each, cut off where the width ends."""
+    font = ImageFont.load_default(_TITLE_PX)
+    row = Image.new("RGB", (width_px, HEADING_PX), "white")
+    for left_px, space_px, text in texts:
+        shown = _ascii(text)
+        while shown and font.getlength(shown) > space_px:
+            shown = shown[:-1]
+        ImageDraw.Draw(row).text((left_px, HEADING_PX // 2), shown, fill="black", font=font, anchor="lm")
+    return np.asarray(row)
 
 
 def _lines(title: str, space: int) -> list[str]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from signal import Signals
 
 import torch
 from torch import Tensor
@@ -33,15 +34,19 @@ from varfast.perf.work import Work
 from varfast.policies.checks import check_finite
 from varfast.randomness import GRID_STEP, Key
 from varfast.runs.alarm import Alarm
-from varfast.runs.appearance import appearance
+from varfast.runs.appearance import Looks
 from varfast.runs.before_after import BeforeAfter, means, table
 from varfast.runs.checkpoint import Checkpoints
 from varfast.runs.divergence import diagnosis, found_diverged
+from varfast.runs.evaluating import Evaluations
+from varfast.runs.failures import failure_of_all
 from varfast.runs.load import base_state
 from varfast.runs.log import RunLog
 from varfast.runs.pairs import keep_pairs
 from varfast.runs.pictures import prompt_title, shown_prompts
+from varfast.runs.sentences import of_beginning, of_end
 from varfast.runs.setup import Setup
+from varfast.runs.time_left import TimeLeft, multiples_left
 from varfast.state import State
 from varfast.types import InputError, NotFinitePolicy, NotFiniteReward, Prompts, Rewards, Rollout
 
@@ -63,6 +68,7 @@ class Run:
         self.setup, self.state = setup, state
         self.shard = setup.shard
         self._before_after, self._profile = before_after, profile
+        self._evaluations = Evaluations(setup, state, before_after)
         self._before = means(before_after.values.get("before", {})) if setup.world.is_main else {}
         self._stopped = 0  # number of the signal that ended it
         self._metrics: dict[str, float] = {}  # of the last step
@@ -71,8 +77,10 @@ class Run:
         work = Work.whole(setup.config, self._cost, setup.work.reads_reference)
         self._budget = Budget.of(setup.config.run, whole_step(work))
         self._alarm, self._idle = Alarm(setup.config.rollout.labels_per_step), False
+        self._looks = Looks(setup.config, state.rewards, setup.prompts, setup.names)
         self._drift_images = 0  # that the reference has read in this step, apart from the update
         self._begin_s = 0.0
+        self._left = TimeLeft()
         self._at_end = ExitStack()
 
     @property
@@ -114,8 +122,11 @@ class Run:
         self._say_how_it_begins()
         return self
 
-    def __exit__(self, *of_error: object) -> None:
-        self._at_end.__exit__(*of_error)  # type: ignore[arg-type]
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._log and (error or self._stopped):
+            why = Signals(self._stopped).name if error is None else str(error) or type(error).__name__
+            self._log.ended(self.state.step, why, isinstance(error, NotFinitePolicy))
+        self._at_end.__exit__(kind, error, trace)  # type: ignore[arg-type]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Steps
@@ -123,6 +134,7 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Numbers of the steps that are left, from 0, until the last one, the end of a budget or a signal."""
         first = self.state.step
+        self._begin_evaluations()
         while self._ended_by is None and not self._stopped:
             step = self.state.step
             self.setup.lock.check()
@@ -194,7 +206,12 @@ class Run:
             self._say(f"step {state.step + 1} is left out: {error}")
             self._end_step({}, None)
             return
-        self._spare.close()  # the reward may have failed as it used up all the files that can be open
+        raise self._saved_before(error)
+
+    def _saved_before(self, error: BaseException) -> BaseException:
+        """An error that ends the run, once its state is saved; with a note that says so."""
+        state = self.state
+        self._spare.close()  # a reward may have failed as it used up all the files that can be open
         try:
             self._save(state.learned_steps, None)
             self._checkpoints.wait()
@@ -205,7 +222,7 @@ class Run:
         except InputError as unsaved:
             note = f"and step {state.learned_steps} was not saved: {unsaved}"
         error.add_note(f"  {note}")
-        raise error
+        return error
 
     def record(
         self, rollout: Rollout, images: Tensor, rewards: Rewards, numbers: dict[str, Tensor], metrics: dict[str, float]
@@ -251,25 +268,78 @@ class Run:
         shown = last or done % config.log.grid_every == 0
         saved = bool(last or self._stopped or self._checkpoints.due(done))
         # What cannot be sampled is neither shown nor saved, so that the last good checkpoint stays.
-        if shown or saved:
+        due = self._evaluations.due(done, last)
+        if shown or saved or due:
             self.refuse_diverged(self._metrics, self._checkpoints)
+        evaluated = self._evaluated(trained=True) if due else {}
+        self._left.step(step_s)
         if self._log and self._limits:
-            looks = self._save_grid(self._log) if shown else {}
+            with self._left.aside("grid") if shown else nullcontext():
+                looks = self._save_grid(self._log) if shown else {}
             looks = {f"drift/{name}": value for name, value in looks.items()}
             of_step = self._limits.metrics(stages_ms, step_s) | memory
-            self._log.step(done, self._metrics | of_step | looks, self.total_steps)
+            whole = self._metrics | of_step | looks | evaluated
+            self._log.step(done, whole, self.total_steps, self._left.step_s, self._left_s())
             if shown and show is not None:
                 show(self._log, done)
         if saved:
-            self._save(done if last else state.learned_steps, self._metrics.get("reward_mean"))
-        if last:
+            with self._left.aside("checkpoint"):
+                self._save(done if last else state.learned_steps, self._metrics.get("reward_mean"))
+        if last and not (due and not evaluated):  # else the last evaluation was given up for the signal
             self._stopped = 0
-        elif self._stopped:
+        if self._stopped:
             self._checkpoints.wait()
-            self._say(
-                f"stopped; {self.setup.folder.path} holds step {state.learned_steps} of {self._of_steps}. The same "
-                "command goes on."
-            )
+            self._say_stopped()
+
+    def _left_s(self) -> float:
+        """Seconds until the run is over, its evaluations, grids, checkpoints and its table among them."""
+        config, done, total = self.config, self.state.step, self.total_steps
+        every = {"grid": config.log.grid_every, "checkpoint": config.log.checkpoint_every}
+        counts = {kind: multiples_left(done, total, number) for kind, number in every.items()}
+        evaluations = multiples_left(done, total, config.eval.every) if config.eval.every else 1  # the table of after
+        return self._left.seconds(total - done, counts) + evaluations * self._before_after.seconds
+
+    def _say_stopped(self) -> None:
+        step, folder = self.state.learned_steps, self.setup.folder.path
+        self._say(f"stopped; {folder} holds step {step} of {self._of_steps}. The same command goes on.")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Evaluation during training
+
+    def _evaluated(self, trained: bool) -> dict[str, float]:
+        """Metrics of an evaluation after the steps that are done; none if a signal or a reward's NaN ended it."""
+        step = self.state.step
+        try:
+            found = self._evaluations.measure(trained, lambda: self.setup.signals.received is not None)
+        except NotFiniteReward as error:
+            self._say(f"the evaluation after step {step} is left out: {error}")
+            return {}
+        except NotFinitePolicy as error:
+            raise diagnosis(
+                error, self.config, self.setup.folder.path, step, self._metrics, self._checkpoints
+            ) from error
+        except Exception as error:  # noqa: BLE001 - whatever a reward raises, the state is saved first
+            raise self._saved_before(error)  # noqa: B904 - the same error
+        if found is None:
+            self._stopped = int(self.setup.world.largest(self.setup.signals.received or 0))
+            return {}
+        self._say(found[1])
+        return found[0]
+
+    def _begin_evaluations(self) -> None:
+        """The point of the base; and of a run that goes on the evaluation that a signal ended, or that is new."""
+        evaluations, step, log = self._evaluations, self.state.step, self._log
+        if not evaluations.on:
+            return
+        if log and not evaluations.of_base.items() <= log.metrics_of(0).items():
+            log.amend(0, evaluations.of_base)
+        due = step > 0 and evaluations.due(step, self._ended_by is not None)
+        if due and decided_by_first(lambda: log is not None and "eval/reward" not in log.metrics_of(step)):
+            found = self._evaluated(trained=False)
+            if log and found:
+                log.amend(step, found)
+            if self._stopped:
+                self._say_stopped()
 
     def _spent(self, metrics: dict[str, float], step_s: float) -> Spent:
         """By the step that ends. metrics: of its update; empty where its rollout was skipped."""
@@ -304,19 +374,16 @@ class Run:
             if (lora := self.config.policy.lora) is not None:
                 weights = state.policy.merged_state(base_state(self.config, folder, self.setup.device))
                 folder.save_adapter(*state.policy.adapter(lora, self.config.policy.checkpoint))
-            save_tensors(path := folder.weights(self.config), weights)
-            after = self._before_after.after(
-                state.policy,
-                state.rewards,
-                state.step,
-                self.setup.plan.rollout.micro_batch,
-                trained=bool(self._metrics),
-            )
+            save_tensors(folder.weights(self.config), weights)
+        batch, trained = self.setup.evaluation_batch, bool(self._metrics)
+        after = self._before_after.after(state.policy, state.rewards, state.step, batch, trained)
+        assert after is not None
+        if world.is_main:
             summary = {"before": self._before, "after": means(after), "step": state.step}
             summary |= {"spent": asdict(state.spent), "ended_by": self._ended_by}
             save_text(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
             print(f"\n{table(self._before_after.values)}\n" if after else "")
-            print(f"run complete: {self._how_it_ended()}. Weights {path}, curves and grids in {folder.path}")
+            print(of_end(folder.path, folder.weights(self.config), self._how_it_ended()))
         world.wait()
         return 0
 
@@ -337,12 +404,8 @@ class Run:
         config, start, folder = self.config, self.state.step, self.setup.folder.path
         for sentence in self._budget.bought():
             self._say(sentence)
-        if self._budget.most and self._ended_by is not None:
-            self._say(f"{folder} holds step {start}, and {self._ended_by} is reached: no step is left to do")
-        elif start > config.run.steps:
-            self._say(f"{folder} holds step {start}, more than run.steps={config.run.steps}: no step is left to do")
-        elif start:
-            self._say(f"going on after step {start} of {self._of_steps} in {folder}")
+        if start:
+            self._say(of_beginning(folder, start, self._of_steps, config, self._ended_by))
         elif self._log:
             self._log.environment(self.setup.environment)
             self._log.of_base(self._save_grid(self._log))
@@ -372,7 +435,7 @@ class Run:
         )
         images = policy.decode(rollout.tokens_BL)
         log.grid(self.state.step, images, columns, titles, shown)
-        return appearance(images, columns)
+        return self._looks(images, rollout.labels_B, columns)
 
 
 def _measured(
@@ -390,14 +453,8 @@ def _measured(
             found = measure(images, rollout.labels_B, key.step, key.first_sample)
     except BaseException as error:  # noqa: BLE001 - whatever a reward raises, KeyboardInterrupt too, is raised once all
         found = error  # processes know, and the state is saved
-    rank = 3 if isinstance(found, NotFinitePolicy) else 1 if isinstance(found, NotFiniteReward) else 2
-    worst = world.largest(rank if isinstance(found, BaseException) else 0)
-    if worst == 3 and not isinstance(found, NotFinitePolicy):
-        return NotFinitePolicy("the logits or images of another process, which says which, are not finite")
-    if isinstance(found, BaseException) or worst == 0:
-        return found
-    elsewhere = "the reward failed in another process, which says why"
-    return NotFiniteReward(elsewhere) if worst == 1 else InputError(elsewhere)
+    failure = failure_of_all(found if isinstance(found, BaseException) else None, world, "the reward")
+    return found if failure is None else failure
 
 
 def _metrics(rollout: Rollout, rewards: Rewards, numbers: dict[str, Tensor]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from varfast.config import Config
 from varfast.data.labels import label_pool, run_names
 from varfast.data.pairs import set_folder
 from varfast.data.prompts import PromptSet, run_prompts, save_prompts
-from varfast.distributed import World, decided_by_first, joined, local_device, processes_here
+from varfast.distributed import World, alike, decided_by_first, joined, local_device, processes_here
 from varfast.perf.devices import available_bytes, usual_bytes, with_dtype
 from varfast.perf.memory import MemoryPlan
 from varfast.perf.out_of_memory import check_states
@@ -75,6 +75,15 @@ class Setup:
     prompts: PromptSet | None
     environment: dict[str, Any]
 
+    @property
+    def evaluation_batch(self) -> int | None:
+        """Images of this process at a time in an evaluation; None: the default.
+
+        On a GPU as many as in a step, for which the rollout's CUDA graphs were captured.
+        """
+        of_step = self.shard.stop - self.shard.start if self.device.type == "cuda" else None
+        return self.plan.rollout.micro_batch or of_step
+
 
 @contextmanager
 def set_up(
@@ -88,40 +97,51 @@ def set_up(
         of_folder: nothing is read that the config names outside of the folder.
     Raises: InputError for anything in the config or in the folder that cannot be used.
     """
+    with ExitStack() as until_the_end:
+        with alike():
+            found = _set_up(until_the_end, config, reads_reference, policy, of_folder)
+        yield found
+
+
+def _set_up(
+    until_the_end: ExitStack,
+    config: Config,
+    reads_reference: bool | None,
+    policy: Policy | None,
+    of_folder: bool,
+) -> Setup:
+    """See set_up. until_the_end: takes what is held so long."""
+    enter = until_the_end.enter_context
     device = pick_device(local_device(config.run.device))
-    with (
-        listen() as signals,
-        deterministic(config.run.deterministic),
-        joined(device, config.run.timeout_s) as world,
-    ):
-        if world.size > config.rollout.images:
-            raise InputError(f"{world.size} processes for {config.rollout.images} images a step; start fewer")
-        config = with_dtype(config, device)
-        try:
-            kernels.configure(config.kernels.model_dump(), device)
-        except ValueError as error:
-            raise InputError(f"kernels: {error}") from error
-        # What cannot start is said before models are loaded.
-        import_trackers(config.log)
-        if config.policy.lora:
-            import_peft()
-        if config.loss.saved_pairs is not None:
-            set_folder(config.loss.saved_pairs)
-        shard = world.shard(config.rollout.images)
-        if policy is None:
-            cost = family_of(config.policy).cost_of(config.policy, config.run.dtype)
-        else:
-            cost = policy.cost(config.run.dtype, config.policy.lora)
-        work = Work.whole(config, cost, reads_reference).share(shard.stop - shard.start, world.size)
-        plan = fitting_plan(work, device, world)
-        folder = RunFolder(config.run.dir)
-        with folder.held() as lock:
-            found = folder.prepare(config)
-            labels, names, prompts = _conditions(config, folder, found is not None, of_folder)
-            here = environment() | {"processes": world.size}
-            yield Setup(
-                config, device, world, signals, folder, lock, found, work, plan, shard, labels, names, prompts, here
-            )  # fmt: skip
+    signals = enter(listen())
+    enter(deterministic(config.run.deterministic))
+    world = enter(joined(device, config.run.timeout_s))
+    if world.size > config.rollout.images:
+        raise InputError(f"{world.size} processes for {config.rollout.images} images a step; start fewer")
+    config = with_dtype(config, device)
+    try:
+        kernels.configure(config.kernels.model_dump(), device)
+    except ValueError as error:
+        raise InputError(f"kernels: {error}") from error
+    # What cannot start is said before models are loaded.
+    import_trackers(config.log)
+    if config.policy.lora:
+        import_peft()
+    if config.loss.saved_pairs is not None:
+        set_folder(config.loss.saved_pairs)
+    shard = world.shard(config.rollout.images)
+    if policy is None:
+        cost = family_of(config.policy).cost_of(config.policy, config.run.dtype)
+    else:
+        cost = policy.cost(config.run.dtype, config.policy.lora)
+    work = Work.whole(config, cost, reads_reference).share(shard.stop - shard.start, world.size)
+    plan = fitting_plan(work, device, world)
+    folder = RunFolder(config.run.dir)
+    lock = enter(folder.held())
+    found = folder.prepare(config)
+    labels, names, prompts = _conditions(config, folder, found is not None, of_folder)
+    here = environment() | {"processes": world.size}
+    return Setup(config, device, world, signals, folder, lock, found, work, plan, shard, labels, names, prompts, here)
 
 
 def _conditions(
@@ -187,12 +207,12 @@ def begin(
     reference = policy.frozen_copy(moves) if setup.work.holds_reference else None
     policy.distribute(world, config.run.parallel, reference)
     state = State(policy, reference, rewards, config.update, config.loss)
-    before_after = BeforeAfter(folder.path, config, setup.labels, setup.prompts)
+    before_after = BeforeAfter(folder.path, config, setup.labels, setup.prompts, world)
     if setup.found is None:
         _refuse_diverged(setup, policy, 0)
         begin_rewards(rewards, policy, config, setup.labels, world, setup.plan.rollout.micro_batch)
-    if world.is_main:  # the policy is still the base, of a run that goes on too
-        before_after.before(policy, rewards, setup.plan.rollout.micro_batch)
+    # The policy is still the base, of a run that goes on too.
+    before_after.before(policy, rewards, setup.evaluation_batch)
     if setup.found is not None:
         state.load(setup.found)
         if setup.found.spent is None:

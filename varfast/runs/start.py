@@ -11,6 +11,7 @@ from varfast.data.datasets import LABELLED
 from varfast.data.labels import LABELS_FILE, labels_json, read_labels
 from varfast.files import read_text, save_text
 from varfast.policies.families import text_tokenizer
+from varfast.policies.pretrained import saved_section
 from varfast.policies.text import TOKENIZER_FILE
 from varfast.pretraining.cache import pretrained
 from varfast.printable import printable
@@ -19,7 +20,9 @@ from varfast.runs.folder import RunFolder
 from varfast.runs.load import delivered_state, frozen_part
 from varfast.types import InputError
 from varfast.weights.files import regular_file, resolve
-from varfast.weights.shards import names_model, resolve_model
+from varfast.weights.hub import names_repository
+from varfast.weights.saved import is_run, is_saved, read_saved
+from varfast.weights.shards import resolve_model
 
 
 def prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.device, of_folder: bool) -> None:
@@ -52,7 +55,7 @@ def prepare_base(config: Config, folder: RunFolder, resume: bool, device: torch.
         print(f"{folder.base} is gone; the base is what policy.checkpoint names now, unchecked")
         base.keep(_sources(config, device))
         return
-    only_here = address == "pretrain" or (Path(address).expanduser().is_dir() and not names_model(address))
+    only_here = address == "pretrain" or is_run(address)
     try:
         if base.hashed:
             for part in base.parts:
@@ -83,10 +86,22 @@ def _sources(config: Config, device: torch.device) -> list[Source]:
     if address == "pretrain":
         return [Source(made, True, made) for made in pretrained(config, device)]
     path = Path(address).expanduser()
-    if config.policy.as_transformers and (not path.is_dir() or names_model(address)):
+    if is_saved(address):
+        section = saved_section(address)
+        if section.family != config.policy.family:
+            raise InputError(
+                f"policy.checkpoint={address} is a model of the family {section.family}, and policy.family is "
+                f"{config.policy.family}; use policy.family={section.family} and its sizes"
+            )
+        own = section.frozen_checkpoint if frozen_address in (None, address) else frozen_address
+        files = [resolve_model(source) for source in (section.checkpoint, own or section.checkpoint)]
+        return [Source(file, False, file) for file in files]
+    if config.policy.as_transformers and not is_run(address):
         trained = resolve_model(address)
         frozen = trained if frozen_address in (None, address) else resolve_model(str(frozen_address))
         return [Source(file, False, file) for file in (trained, frozen)]
+    if names_repository(address):
+        read_saved(address)  # which says why it is none
     if not path.is_dir():
         trained = resolve(address)
         if frozen_address is None:
@@ -94,9 +109,10 @@ def _sources(config: Config, device: torch.device) -> list[Source]:
             raise InputError(f"policy.checkpoint={address} is no run folder, so {key} is needed too")
         return [Source(file, False, file) for file in (trained, resolve(frozen_address))]
     other = RunFolder(path)
-    state, _ = delivered_state(other, torch.float32)
+    state, step = delivered_state(other, torch.float32)
+    print(f"starting from what {path} delivers" + ("" if step is None else f" after step {step}"))
     content = frozen_part(other, config.policy.parts[1]) if frozen_address is None else resolve(frozen_address)
-    return [Source(state, True, path), Source(content, frozen_address is None, path)]
+    return [Source(state, True, path, step), Source(content, frozen_address is None, path)]
 
 
 def _keep_tokenizer(config: Config, folder: RunFolder, origin: Path) -> None:
@@ -116,7 +132,10 @@ def _keep_tokenizer(config: Config, folder: RunFolder, origin: Path) -> None:
 
 
 def _keep_labels(folder: RunFolder, origin: Path) -> None:
-    """What the labels of the base are called, from beside it into the run's folder."""
+    """What the labels of the base are called, from beside it into the run's folder.
+
+    The files of a repository lie beside each other in the hub's cache too.
+    """
     found = read_labels(origin if origin.is_dir() else origin.parent)
     if found is not None:
         save_text(folder.path / LABELS_FILE, labels_json(found))

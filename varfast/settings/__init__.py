@@ -8,6 +8,7 @@
     problems.py   the text of errors: what came, what is wanted, what to write instead
     aliases.py    the names that other trainers use for our keys
     paths.py      which paths and addresses are accepted
+    completing.py what may stand in place of an unfinished key or value, for completion in a shell
     reference.py  every key with type, default and meaning: --help and docs/config.md
 
 Nothing here knows which sections there are (varfast/config.py joins them), and nothing imports PyTorch.

@@ -16,10 +16,10 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         (("rollout.group_size", "images a label"), ("samples_per_label", ""), ("rollout.group_size", "images a label")),
     ),
     (
-        "num_samples num_images num_images_per_prompt n_samples nrow",
+        "num_samples num_images num_images_per_prompt n_samples n nrow",
         (("samples_per_label", ""), ("rollout.group_size", "images a label")),
     ),
-    ("output_dir save_dir logdir log_dir logging_dir project_dir outdir", (("run.dir", ""), ("out", ""))),
+    ("output_dir save_dir logdir log_dir logging_dir project_dir outdir out", (("run.dir", ""), ("out", ""))),
     ("output output_path output_file save_path save_to outfile", (("out", ""), ("run.dir", ""))),
     (
         "max_steps max_train_steps total_steps num_steps train_steps iterations",
@@ -139,7 +139,10 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("lora_r lora_rank r", (("policy.lora.rank", ""),)),
     ("lora_alpha", (("policy.lora.alpha", ""),)),
     ("target_modules lora_target_modules", (("policy.lora.targets", ""),)),
-    ("lora_dropout", (("", "an adapter has no dropout: a log-probability must describe the policy that was sampled"),)),
+    (
+        "lora_dropout dropout",
+        (("", "an adapter has no dropout: a log-probability must describe the policy that was sampled"),),
+    ),
     (
         "dataset dataset_name train_dataset train_data_dir data_dir data_path data",
         (
@@ -156,8 +159,32 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         ),
     ),
     (
-        "prompt prompts classes class_labels class_ids class_id label class",
-        (("rollout.labels", ""), ("labels", "VAR draws classes, by number")),
+        "prompt prompts text texts",
+        (
+            ("prompts.source", "of a model that is conditioned on text"),
+            ("rollout.labels", "numbers or names"),
+            ("prompts", "of a model that is conditioned on text"),
+            ("labels", "numbers or names"),
+        ),
+    ),
+    (
+        "classes class_labels class_ids class_id label class",
+        (("rollout.labels", "numbers or names"), ("labels", "numbers or names")),
+    ),
+    ("negative_prompt", (("", "guidance moves away from the model without a label or text; its strength is cfg"),)),
+    (
+        "gpus num_gpus n_gpus ngpus nproc num_processes world_size",
+        (("", "torchrun --nproc-per-node 8 -m varfast.train CONFIG starts 8 processes, one a GPU"),),
+    ),
+    ("metrics metric", (("fid_reference", "for FID and its kin"), ("scores", "rewards"), ("classifier", "accuracy"))),
+    (
+        "overwrite_output_dir overwrite force exist_ok",
+        (("overwrite", ""), ("", "another run is another run.dir; a picture, a report or a table is written anew")),
+    ),
+    ("dry_run", (("", "varfast roofline predicts time and memory; run.steps=1 tries a step"),)),
+    (
+        "debug verbose quiet log_level loglevel",
+        (("", "there are no levels; metrics.jsonl has every step's numbers, and --profile its trace"),),
     ),
     ("deepspeed fsdp strategy ddp", (("run.parallel", "auto, ddp or fsdp"),)),
     ("ref_dir real_images fid_ref reference_images fid", (("fid_reference", ""),)),

@@ -14,6 +14,8 @@ from varfast.settings import problems, schema
 from varfast.types import InputError
 
 KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
+# What may follow a switch as its value; of these, only the first two are taken, and the others refused by name.
+_SWITCHED = ("true", "false", "True", "False", "yes", "no", "on", "off", "0", "1")
 _HYDRA = re.compile(r"(?:\+\+?|~)[A-Za-z_][\w.]*(?:=.*)?", re.DOTALL)
 
 
@@ -82,9 +84,15 @@ def _exists(word: str) -> bool:
 
 
 def _refuse_half(word: str, words: list[str], model: type[BaseModel]) -> None:
-    """Refuse a key without "=", or with spaces around the "=", which is taken for a path otherwise."""
-    key = word.partition(":")[0]
+    """Refuse a key without "=", with spaces around the "=", or with a part missing, which is a path otherwise."""
+    key, equals, _ = word.partition("=")
+    if equals and re.fullmatch(r"[\w.]+", key) and not _exists(word):
+        raise InputError(f"argument {word!r}: {key!r} is no key; want key=value, as in update.lr=3e-5")
+    key = word.partition(":")[0].rstrip(".")
     if KEY.fullmatch(key) and schema.exists(model, key) and not _exists(word):
+        values, _ = schema.find(model, key.split("."))
+        inside = [name for v in values for section in v.sections() for name in section.model_fields]
+        key = f"{key}.{inside[0]}" if inside else key
         value = word.partition(":")[2] or "".join(w for w in words[:2] if w != "=")[:40] or "value"
         raise InputError(
             f"argument {word!r}: want key=value, without spaces, as in {key}={problems.name(value.removeprefix('='))}"
@@ -105,7 +113,7 @@ def _dashed(word: str, words: list[str], model: type[BaseModel], options: list[s
         raise InputError(f"argument {word!r}: {hint.replace('unknown key', 'unknown option')}")
     follows = words[0] if words else "--"
     values, _ = schema.find(model, key.split("."))
-    if any(member.annotation is bool for v in values for member in v.members()) and follows not in ("true", "false"):
+    if any(member.annotation is bool for v in values for member in v.members()) and follows not in _SWITCHED:
         return f"{key}=true"
     if follows.startswith("--"):
         raise InputError(f"argument {word!r} has no value; want {key}=value")

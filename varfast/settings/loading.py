@@ -41,23 +41,28 @@ def load_as(
 
 
 def parse_arguments(arguments: list[str], model: type[_Model]) -> _Model:
-    """A command's arguments, `a.b=c` or `--a.b c` each; a word alone is the command's first key. Raises: InputError."""
+    """A command's arguments, `a.b=c` or `--a.b c` each; a word alone is the first that it needs. Raises: InputError."""
     found, data = arguments_of(arguments, model), dict[str, Any]()
     for override in found.overrides:
         apply_override(data, override)
-    key = next(iter(model.model_fields))
+    key = first_needed(model)
     if get_origin(model.model_fields[key].annotation) is list:
         if found.paths:
             data[key] = found.paths
     elif len(found.paths) > 1:
-        raise InputError(
-            f"arguments {found.paths[0]!r} and {found.paths[1]!r}: want one {key}; the others as key=value"
-        )
+        other = found.paths[1]
+        meant = f"; did you mean out={other}?" if "out" in model.model_fields and not expanded(other).exists() else ""
+        raise InputError(f"arguments {found.paths[0]!r} and {other!r}: want one {key}; the others as key=value{meant}")
     elif found.paths:
         if key in data:
             raise InputError(f"argument {found.paths[0]!r} and {key}={data[key]}: want one of the two")
         data[key] = found.paths[0]
     return validate(model, data, "arguments")
+
+
+def first_needed(model: type[BaseModel]) -> str:
+    """The key that a word alone on the command line stands for."""
+    return next(key for key, field in model.model_fields.items() if field.is_required())
 
 
 def validate(model: type[_Model], data: Any, source: str) -> _Model:
@@ -66,4 +71,4 @@ def validate(model: type[_Model], data: Any, source: str) -> _Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise InputError("\n  ".join([f"{source} cannot be used:", *explain(model, error)])) from error
+        raise InputError("\n  ".join([f"{source} cannot be used:", *explain(model, error, data)])) from error

@@ -168,6 +168,8 @@ def _cause(error: Exception) -> str:
         return str(error)
     mark = error.problem_mark or error.context_mark
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    if "'\\t'" in str(error.problem):
+        return f"{where}a tab; indent with spaces"
     return f"{where}{' '.join(filter(None, [error.context, error.problem]))}"
 
 
@@ -237,7 +239,8 @@ def read_config(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     named = f" (the base of {readers[-1]})" if readers else ""
     data = read_yaml(read_text_file(path, f"config {path}{named}"), f"config {path}")
     if not isinstance(data, dict):
-        found = "nothing" if data is None else type(data).__name__
+        kinds: dict[type, str] = {type(None): "nothing", list: "a list", str: "text"}
+        found = kinds.get(type(data), "a number")
         raise InputError(f"config {path}: got {found} at the top, want sections as in configs/digits.yaml")
     base = data.pop("base", None)
     if base is None:

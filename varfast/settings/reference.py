@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from varfast.settings import schema
@@ -44,7 +45,7 @@ def _sections(model: type[BaseModel], prefix: str = "", about: str = "") -> Iter
                 title = found.title if alone else f"{found.title}, {schema.tag(section)}"
                 deeper.append(_Section(title, found.about, found.rows))
         for member in value.members():
-            elsewhere = any(mark.elsewhere for mark in value.metadata if isinstance(mark, schema.Wanted))
+            elsewhere = any(mark.elsewhere for mark in schema.marks(value))
             if get_origin(member.annotation) is dict and not elsewhere:
                 chosen = schema.Value.of(get_args(member.annotation)[1])
                 for section in chosen.sections():
@@ -58,6 +59,11 @@ def _sections(model: type[BaseModel], prefix: str = "", about: str = "") -> Iter
 
 def _first_paragraph(model: type[BaseModel]) -> str:
     return " ".join((model.__doc__ or "").split("\n\n")[0].split())
+
+
+def about(info: FieldInfo) -> str:
+    """A key's default and meaning, in a line of at most 90 characters."""
+    return textwrap.shorten("; ".join(filter(None, [_default(info), info.description])), 90, placeholder=" ...")
 
 
 def _default(info: Any) -> str:

@@ -17,10 +17,14 @@ class Wanted:
 
     Attributes:
         elsewhere: --help and docs/config.md list the keys below this one with another section.
+        words: those among the values that a shell may complete.
+        path: it takes files or folders of this machine.
     """
 
     text: str
     elsewhere: bool = False
+    words: tuple[str, ...] = ()
+    path: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,14 +138,37 @@ def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Valu
             yield from leaves(section, f"{prefix}{name}.")
 
 
+def meaning(model: type[BaseModel], path: Sequence[str]) -> str:
+    """What a key means, as its field says it; an empty text below names that the user chooses."""
+    at, _ = find(model, path[:-1])
+    fields = [section.model_fields.get(path[-1]) for value in at for section in value.sections()] if path else []
+    return next((field.description for field in fields if field is not None and field.description), "")
+
+
+def names(value: Value) -> list[str]:
+    """The names of sections that are taken, where a field lists them."""
+    keys = [get_args(m.annotation)[0] for m in value.members() if get_origin(m.annotation) is dict]
+    return [str(name) for key in keys if get_origin(key) is Literal for name in get_args(key)]
+
+
+def is_device(values: Sequence[Value]) -> bool:
+    """Whether a GPU may be named."""
+    return any("cuda" in mark.words for value in values for mark in marks(value))
+
+
 def wanted(value: Value) -> str:
     """In words which values are taken, as "a number above 0, or null"."""
     texts = dict.fromkeys(_told(value) or _told(member) or _wanted(member) for member in value.members())
     return ", or ".join([*texts, *(["null"] if value.optional else [])])
 
 
+def marks(value: Value) -> list[Wanted]:
+    """What a field's Annotated tells of its values."""
+    return [mark for mark in value.metadata if isinstance(mark, Wanted)]
+
+
 def _told(value: Value) -> str:
-    return "".join(mark.text for mark in value.metadata if isinstance(mark, Wanted))
+    return "".join(mark.text for mark in marks(value))
 
 
 def choices(value: Value) -> list[str]:

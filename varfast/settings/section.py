@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from varfast.settings.paths import check_local, check_source
 from varfast.settings.problems import show
 from varfast.settings.reading import scalar
-from varfast.settings.schema import Wanted
+from varfast.settings.schema import Wanted, listed
 from varfast.types import InputError
 
 
@@ -24,8 +24,19 @@ class Section(BaseModel):
 MANY = 1_000_000_000
 
 # A folder or file of this machine; a path or an address.
-LocalPath = Annotated[str, AfterValidator(check_local), Wanted("a path")]
-Source = Annotated[str, AfterValidator(check_source), Wanted("a path or address")]
+LocalPath = Annotated[str, AfterValidator(check_local), Wanted("a path", path=True)]
+Source = Annotated[str, AfterValidator(check_source), Wanted("a path or address", path=True)]
+
+
+def ends_with(*suffixes: str) -> AfterValidator:
+    """For a path to write: a check of its suffix, before anything is computed."""
+
+    def check(path: str) -> str:
+        if not path.lower().endswith(suffixes) or path.lower() in suffixes:
+            raise ValueError(f"got {path}, want a name that ends with {listed(suffixes)}")
+        return path
+
+    return AfterValidator(check)
 
 
 def _check_device(device: str) -> str:
@@ -38,7 +49,9 @@ def _check_device(device: str) -> str:
     return device
 
 
-Device = Annotated[str, AfterValidator(_check_device), Wanted("auto, cpu, cuda or cuda:0")]
+Device = Annotated[
+    str, AfterValidator(_check_device), Wanted("auto, cpu, cuda or cuda:0", words=("auto", "cpu", "cuda"))
+]
 
 
 def _read_labels(value: Any) -> Any:

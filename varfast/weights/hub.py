@@ -17,12 +17,37 @@ _WANTED = "want hf://owner/repo/file or hf://owner/repo@revision/file, as hf://F
 # The hub's own rule for owners and repositories.
 _NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_]([A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
 _REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9._/-]{0,254}")
+# A repository without a file in it.
+_REPOSITORY = re.compile(r"hf://[^/]+/[^/]+/?")
 _LINE = 300  # characters of somebody else's text that are shown
 
 
 def one_line(text: object, limit: int = _LINE) -> str:
     """Somebody else's text as it may stand in a message: one line, printable, cut after `limit` characters."""
     return printable(" ".join(str(text)[: 20 * limit].split()), limit)
+
+
+def names_repository(address: object) -> bool:
+    """Whether an address is a whole repository of the hub: hf://owner/name, with @revision if wanted."""
+    return isinstance(address, str) and _REPOSITORY.fullmatch(address) is not None
+
+
+def repository_of(address: str) -> str | None:
+    """owner/name of an hf:// address, without file and revision; None: it is none, or not as the hub names them."""
+    owner, _, rest = address.removeprefix("hf://").partition("/")
+    name = rest.partition("/")[0].partition("@")[0]
+    known = address.startswith("hf://") and _NAME.fullmatch(owner) and _NAME.fullmatch(name)
+    return f"{owner}/{name}" if known else None
+
+
+def is_name(text: str) -> bool:
+    """Whether the hub takes it as the name of an owner or a repository."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_revision(text: str) -> bool:
+    """Whether it may be a branch, a tag or a commit."""
+    return _REVISION.fullmatch(text) is not None
 
 
 def fetch_from_hub(address: str) -> Path:
@@ -87,6 +112,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def status_of(error: Exception) -> int | None:
+    """The code of HTTP that the hub answered with, if that is what happened."""
+    found = (getattr(getattr(cause, "response", None), "status_code", None) for cause in _chain(error))
+    return next((status for status in found if isinstance(status, int)), None)
+
+
 def hub_cause(error: Exception, repository: str, filename: str, revision: str = "") -> str:
     """One line: what happened where the hub's client, or a library above it, raised `error`, and what helps."""
     from huggingface_hub import constants, errors
@@ -139,6 +170,13 @@ def is_missing_entry(error: Exception) -> bool:
     from huggingface_hub import errors
 
     return any(isinstance(cause, errors.EntryNotFoundError) for cause in _chain(error))
+
+
+def is_offline(error: Exception) -> bool:
+    """Whether the hub was not asked, as HF_HUB_OFFLINE says."""
+    from huggingface_hub import errors
+
+    return any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in _chain(error))
 
 
 def _proxies() -> dict[str, str]:

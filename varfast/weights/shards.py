@@ -4,7 +4,6 @@ one file of a fixed name, or several and an index (JSON) that says which tensor 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from varfast.files import read_json
 from varfast.types import InputError
 from varfast.weights.containers import read_checkpoint
 from varfast.weights.files import regular_file, resolve, shown
-from varfast.weights.hub import fetch_from_hub, is_missing_entry, one_line
+from varfast.weights.hub import fetch_from_hub, is_missing_entry, names_repository, one_line
 
 # In the order in which they are looked for.
 MODEL_FILES = (
@@ -28,7 +27,6 @@ MODEL_FILES = (
 _INDEX = ".index.json"
 # An index names every tensor; the largest models have some thousands, in some hundred files.
 _MOST_SHARDS = 1000
-_REPOSITORY = re.compile(r"hf://[^/]+/[^/]+/?")
 
 
 class _Index(BaseModel):
@@ -53,7 +51,7 @@ def names_model(address: str | Path) -> bool:
     A run folder may hold a model.safetensors that was exported into it: its config.yaml says what it is.
     """
     if isinstance(address, str) and address.startswith("hf://"):
-        return _REPOSITORY.fullmatch(address) is not None or is_index(address)
+        return names_repository(address) or is_index(address)
     path = Path(address).expanduser()
     return not (path / "config.yaml").is_file() and (is_index(address) or model_file(path) is not None)
 
@@ -118,7 +116,7 @@ def resolve_model(address: str) -> Path:
     Raises: InputError if one of the files cannot be had.
     """
     of_hub = address.startswith("hf://")
-    if of_hub and _REPOSITORY.fullmatch(address):
+    if of_hub and names_repository(address):
         address = address.rstrip("/")
         found = _of_repository(address)
     elif not of_hub and Path(address).expanduser().is_dir():

@@ -22,6 +22,8 @@ from varfast.policies.text import TOKENIZER_FILE
 from varfast.weights.files import resolve
 from varfast.weights.state import State
 
+section = JanusPolicyConfig
+
 
 def _sizes(config: JanusPolicyConfig) -> JanusConfig:
     sizes = config.sizes

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from varfast.policies import text
-from varfast.policies.config import LoRAConfig
+from varfast.policies.config import FamilyName, LoRAConfig
 from varfast.policies.janus.config import JanusConfig
 from varfast.policies.janus.cost import count
 from varfast.policies.janus.text import TextTokenizer
@@ -16,7 +16,7 @@ from varfast.policies.janus.transformer import Janus
 from varfast.policies.nexttoken.cost import NextTokenCost
 from varfast.policies.nexttoken.policy import NextTokenPolicy
 from varfast.policies.nexttoken.tokenizer import Tokenizer
-from varfast.types import Sampling
+from varfast.types import InputError, Sampling
 
 
 class JanusPolicy(NextTokenPolicy):
@@ -26,6 +26,7 @@ class JanusPolicy(NextTokenPolicy):
     is cond itself, and 0, the default, stands for it too: the images without text are then not computed.
     """
 
+    family: ClassVar[FamilyName] = "janus"
     rounding: Literal["nearest", "truncate"] = "truncate"
 
     def __init__(
@@ -53,6 +54,14 @@ class JanusPolicy(NextTokenPolicy):
     def set_tokenizer(self, tokenizer: text.TextTokenizer) -> None:
         assert isinstance(tokenizer, TextTokenizer)
         self._janus.text = tokenizer
+
+    def tokenizer_json(self) -> str:
+        if self._janus.text is None:
+            raise InputError("the policy has no text tokenizer: give it one by set_tokenizer before it is saved")
+        return self._janus.text.to_json()
+
+    def text_settings(self) -> dict[str, Any]:
+        return {} if self._janus.text is None else {"max_prompt_tokens": self._janus.text.max_tokens}
 
     def set_prompts(self, texts: Sequence[str]) -> None:
         self._janus.set_prompts(texts)

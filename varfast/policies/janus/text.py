@@ -76,7 +76,12 @@ class TextTokenizer:
 
     def save(self, path: Path) -> None:
         """Write the file that `read` reads. Raises: WriteError."""
-        save_text(path, self._tokenizer.to_str())
+        save_text(path, self.to_json())
+
+    def to_json(self) -> str:
+        """The content of that file."""
+        content: str = self._tokenizer.to_str()
+        return content
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt, of BOS and begin-of-image too.

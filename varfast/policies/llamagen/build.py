@@ -18,6 +18,8 @@ from varfast.policies.nexttoken.tokenizer_config import TokenizerConfig
 from varfast.policies.nexttoken.tokenizer_weights import load_tokenizer
 from varfast.types import InputError
 
+section = LlamaGenPolicyConfig
+
 
 def _sizes(config: LlamaGenPolicyConfig) -> GPTConfig:
     sizes = config.sizes

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
-from varfast.policies.config import LoRAConfig
+from varfast.policies.config import FamilyName, LoRAConfig
 from varfast.policies.llamagen.config import GPTConfig
 from varfast.policies.llamagen.cost import count
 from varfast.policies.llamagen.transformer import LlamaGen
@@ -22,6 +23,8 @@ class LlamaGenPolicy(NextTokenPolicy):
     cfg of `sample` is the scale s of the public code: logits uncond + s (cond - uncond), of all tokens. Up to 1, and so
     at the default 0, nothing is guided and the images without label are not computed. (VAR's cfg of t is s = 1 + t.)
     """
+
+    family: ClassVar[FamilyName] = "llamagen"
 
     def __init__(
         self,

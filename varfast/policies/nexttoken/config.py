@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from varfast.policies.config import FamilyConfig, names_a_file
 from varfast.policies.nexttoken.tokenizer_config import TokenizerConfig, check_fits
 from varfast.settings.section import Section
+from varfast.weights.hub import names_repository
 
 
 class TransformerConfig(Section):
@@ -113,7 +114,12 @@ class NextTokenPolicyConfig(FamilyConfig):
         if self.checkpoint in ("random", "pretrain"):
             if self.frozen_checkpoint is not None:
                 raise ValueError(f"checkpoint={self.checkpoint} makes its own tokenizer; remove {frozen}_checkpoint")
-        elif self.frozen_checkpoint is None and names_a_file(self.checkpoint) and self.public_tokenizer is not None:
+        elif (
+            self.frozen_checkpoint is None
+            and self.public_tokenizer is not None
+            and names_a_file(self.checkpoint)
+            and not names_repository(self.checkpoint)
+        ):
             raise ValueError(f"{frozen}_checkpoint is missing; for the public models it is {self.public_tokenizer}")
         return self
 

@@ -101,8 +101,9 @@ class PromptTable:
     def clear(self) -> None:
         """Without a prompt."""
         self._id_of: dict[str, int] = {}
-        self._token_2PT = torch.zeros(2, 0, 1, dtype=torch.int32)
-        self._length_P = torch.zeros(0, dtype=torch.int64)
+        # The device is named because a model is made without memory (on the device meta) before its weights are read.
+        self._token_2PT = torch.zeros(2, 0, 1, dtype=torch.int32, device="cpu")
+        self._length_P = torch.zeros(0, dtype=torch.int64, device="cpu")
         self.version += 1
 
     def add(

@@ -17,6 +17,8 @@ from varfast.policies.taming.policy import TamingPolicy
 from varfast.policies.taming.transformer import MinGPT
 from varfast.policies.taming.weights import load_mingpt
 
+section = TamingPolicyConfig
+
 
 def _sizes(config: TamingPolicyConfig) -> MinGPTConfig:
     sizes = config.sizes

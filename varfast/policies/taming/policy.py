@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
-from varfast.policies.config import LoRAConfig
+from varfast.policies.config import FamilyName, LoRAConfig
 from varfast.policies.nexttoken.cost import NextTokenCost
 from varfast.policies.nexttoken.policy import NextTokenPolicy
 from varfast.policies.nexttoken.tokenizer import Tokenizer
@@ -17,6 +19,7 @@ from varfast.types import Sampling
 class TamingPolicy(NextTokenPolicy):
     """Parts "transformer" and "vqgan". There is no guidance: it was trained without a null class."""
 
+    family: ClassVar[FamilyName] = "taming"
     rounding = "truncate"
 
     def __init__(

@@ -17,6 +17,8 @@ from varfast.policies.var.transformer import VAR
 from varfast.policies.var.weights import load_var, load_vqvae
 from varfast.types import InputError
 
+section = VARPolicyConfig
+
 
 def empty_model(config: VARPolicyConfig) -> VAR:
     """The transformer, with weights that are still to be loaded."""

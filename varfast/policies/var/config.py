@@ -11,6 +11,7 @@ from varfast.policies.config import FamilyConfig, LoRAConfig, names_a_file
 from varfast.settings.problems import show
 from varfast.settings.schema import Wanted
 from varfast.settings.section import Section, Source
+from varfast.weights.hub import names_repository
 
 HEAD_DIM = 64
 
@@ -140,6 +141,7 @@ class VARPolicyConfig(FamilyConfig):
 
     parts: ClassVar = ("var", "vqvae")
     sizes_key: ClassVar = "policy.var"
+    presets: ClassVar = PRESETS
     unguided_cfg: ClassVar = 0.0
 
     family: Literal["var"] = Field("var", description="VAR: next-scale prediction, arXiv:2404.02905")
@@ -186,7 +188,7 @@ class VARPolicyConfig(FamilyConfig):
         if self.checkpoint in ("random", "pretrain"):
             if self.vqvae_checkpoint is not None:
                 raise ValueError(f"checkpoint={self.checkpoint} makes its own VQ-VAE; remove vqvae_checkpoint")
-        elif self.vqvae_checkpoint is None and names_a_file(self.checkpoint):
+        elif self.vqvae_checkpoint is None and names_a_file(self.checkpoint) and not names_repository(self.checkpoint):
             raise ValueError(
                 "vqvae_checkpoint is missing; for the public models it is hf://FoundationVision/var/vae_ch160v4096z32.pth"
             )

@@ -5,12 +5,14 @@ Axes: B image, L token over all scales, C code width; H, W pixels.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from varfast import kernels
 from varfast.perf.cost import Checkpointing
-from varfast.policies.config import LoRAConfig
+from varfast.policies.config import FamilyName, LoRAConfig
 from varfast.policies.decoder import FastDecoder
 from varfast.policies.driver import Driver
 from varfast.policies.sampler import Sampled
@@ -27,6 +29,8 @@ class VARPolicy(Driver):
     Attributes:
         var, vqvae: the models, on one device.
     """
+
+    family: ClassVar[FamilyName] = "var"
 
     def __init__(
         self,
