@@ -9,7 +9,7 @@ from PIL import Image
 
 from varfast import InputError
 from varfast.data import captioned
-from varfast.data.captions import all_captions
+from varfast.data.captions import DIGITS
 from varfast.policies.families import family_of
 from varfast.policies.janus.text import TextTokenizer
 from varfast.pretraining import nexttoken
@@ -46,7 +46,7 @@ def test_a_base_of_captions_keeps_its_words_beside_its_weights(make_text):
     config = make_text()
     paths = pretrained(config, CPU)
     tokenizer = TextTokenizer.read(paths[0].with_name("tokenizer.json"))
-    words = {word for caption in all_captions() for word in caption.text.split()}
+    words = {word for caption in DIGITS.captions for word in caption.text.split()}
     assert tokenizer.vocab_size == 4 + len(words)
     (row,) = tokenizer.encode(["two red threes on dark paper"])
     assert len(set(row)) == len(row) == 8
