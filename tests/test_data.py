@@ -131,6 +131,15 @@ def test_class_folders_are_read_in_natural_order_and_hidden_ones_passed_over(tmp
         assert said in notes
 
 
+@pytest.mark.parametrize(("dataset", "count", "size"), [("digits", 10, 8), ("shapes", 36, 32)])
+@pytest.mark.parametrize("wanted", [9, 1000])
+def test_a_built_in_data_set_refuses_another_number_of_labels(dataset, count, size, wanted):
+    said = f"dataset={dataset} has {count} labels, policy.var.num_classes={wanted}; set policy.var.num_classes={count}"
+    with pytest.raises(InputError, match=said):
+        load_images(dataset, size, wanted)
+    assert {int(label) for _, label in load_images(dataset, size, count)} == set(range(count))
+
+
 def test_as_many_class_folders_as_labels_are_wanted_before_any_file_is_read(tmp_path):
     folder = classes(tmp_path, "train", "val")
     (tmp_path / "val" / "0.png").write_bytes(b"broken")

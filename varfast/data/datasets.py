@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from varfast.data.captions import SHAPES
 from varfast.data.images import (
     SUFFIXES,
     Listing,
@@ -29,12 +30,13 @@ from varfast.data.images import (
     read_rgb,
     sorted_entries,
 )
+from varfast.data.shapes import labelled_shapes
 from varfast.printable import printable
 from varfast.types import InputError
 
 Images = Dataset[tuple[Tensor, ...]]
-# Data sets that need no files, by their names in a config: with labels, and with captions.
-LABELLED = ("digits", "shapes")
+# Data sets that need no files, by their names in a config: with labels and how many, and with captions.
+LABELLED = {"digits": 10, "shapes": len(SHAPES.labels)}
 CAPTIONED = ("captioned_digits", "captioned_shapes")
 
 # Brightness of paper and ink of the digits: about one image in eleven is bright by the rule of arXiv:2505.23331 (mean
@@ -53,24 +55,19 @@ def load_images(
     Args:
         dataset: "digits", "shapes", or a folder with a sub-folder for each class: see FolderImages.
         image_size: side in pixels. Digits come at 8, or at a multiple of 8 by repetition; shapes at 24 or more.
-        num_classes: labels of the model, which must be the number of classes in the folder; None: not checked.
+        num_classes: labels of the model, which must be the number of classes; None: not checked.
         sizes_key: where the config has num_classes, for errors.
         check: read every file once, to name all files that cannot be read.
     Raises: InputError if the folder is missing, has another number of classes or an empty one, if files cannot be read,
         or if a package is missing.
     """
-    if dataset == "digits":
-        return TensorDataset(*digits(image_size))
-    if dataset == "shapes":
-        from varfast.data.captions import SHAPES
-        from varfast.data.shapes import labelled_shapes
-
-        if num_classes not in (None, len(SHAPES.labels)):
+    if dataset in LABELLED:
+        if num_classes not in (None, LABELLED[dataset]):
             raise InputError(
-                f"pretrain.dataset=shapes has {len(SHAPES.labels)} labels, {sizes_key}.num_classes={num_classes}; set "
-                f"{sizes_key}.num_classes={len(SHAPES.labels)}"
+                f"pretrain.dataset={dataset} has {LABELLED[dataset]} labels, {sizes_key}.num_classes={num_classes}; "
+                f"set {sizes_key}.num_classes={LABELLED[dataset]}"
             )
-        return TensorDataset(*labelled_shapes(image_size, seed=0))
+        return TensorDataset(*(digits(image_size) if dataset == "digits" else labelled_shapes(image_size, seed=0)))
     images = FolderImages(str(Path(dataset).expanduser()), image_size)
     if num_classes is not None and len(images.classes) != num_classes:
         raise InputError(_other_number(images, num_classes, f"{sizes_key}.num_classes"))
