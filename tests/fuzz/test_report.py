@@ -96,9 +96,10 @@ def good(tmp_path_factory):
     row = {"name": "score/b", "labels": "all", "reference": estimate, "checkpoint": estimate, "difference": estimate}
     sample = {"label": 1, "reward": 1.0, "rewards": {"b": 1.0}}
     files = {
-        "summary.json": {when: {"reward": 0.5, "accuracy": 0.7} for when in ("before", "after")},
+        "summary.json": {when: {"reward": 0.5, "accuracy": 0.7} for when in ("before", "after")} | {"step": 59},
         "before_after.json": {"settings": {}, "labels": [0, 1, 2], "step": 60, "before": numbers, "after": numbers},
         "environment.json": {"torch": "2", "gpus": ["a", "b"], "allocator": {"x": 1}},
+        "ended.json": {"step": 60, "why": EVIL, "diverged": True},
         "labels.json": {"labels": [{"label": 1, "folder": "n01", "name": "cat", "images": 3}]},
         "samples/step_000060.json": {"best": [sample] * 2, "worst": [sample] * 2, "ties": {"best": 9}, "images": 16},
         "evaluation/evaluation.json": {
