@@ -9,7 +9,7 @@ from varfast.types import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a config's run.device. From then on float32 convolutions on a GPU are exact, and on a CPU freed
+    """The device that a config names (run.device, or device of a command). From then on float32 convolutions on a GPU are exact, and on a CPU freed
     memory is kept.
 
     Raises: InputError for a GPU that is not there.
@@ -17,7 +17,7 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(f"run.device={name}: this machine has {torch.cuda.device_count()} GPUs; use cpu or auto")
+            raise InputError(f"device={name}: this machine has {torch.cuda.device_count()} GPUs; use cpu or auto")
         # cuDNN's default rounds to 10 bits (TF32), at some batch sizes and not at others: the transformer's input would
         # differ between rollout and update. So would upsampling, which is a product; there exact is the default.
         torch.backends.cudnn.allow_tf32 = False
