@@ -157,7 +157,7 @@ def test_a_run_learns_from_pairs_and_says_so(run_of, monkeypatch, capsys):
     monkeypatch.delenv("TQDM_DISABLE")
     folder = run_of("run", dpo={"kl_every": 2})
     said = capsys.readouterr().out
-    assert re.search(r"^dpo: step 4 of 4, reward=0\.\d+ kl=\d\.\d+ margin=-?\d\.\d+ \d+ img/s", said, re.MULTILINE)
+    assert re.search(r"^dpo: step 4 of 4, reward 0\.\d+ .*margin -?\d\.\d+ pair accuracy \d\.\d+ ", said, re.MULTILINE)
     lines = metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:

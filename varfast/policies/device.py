@@ -9,8 +9,9 @@ from varfast.types import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that a config names (run.device, or device of a command). From then on float32 convolutions on a GPU are exact, and on a CPU freed
-    memory is kept.
+    """The device that a config names (run.device, or device of a command).
+
+    From then on float32 convolutions on a GPU are exact, and on a CPU freed memory is kept.
 
     Raises: InputError for a GPU that is not there.
     """

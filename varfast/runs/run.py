@@ -124,7 +124,7 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self._log and (error or self._stopped):
-            why = Signals(self._stopped).name if error is None else str(error) or type(error).__name__
+            why = Signals(self._stopped).name if error is None else _what_it_says(error)
             self._log.ended(self.state.step, why, isinstance(error, NotFinitePolicy))
         self._at_end.__exit__(kind, error, trace)  # type: ignore[arg-type]
 
@@ -482,3 +482,10 @@ def _spare_descriptors() -> Iterator[ExitStack]:
                 for _ in range(16):
                     spare.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
         yield spare
+
+
+def _what_it_says(error: BaseException) -> str:
+    try:
+        return str(error) or type(error).__name__
+    except Exception:  # noqa: BLE001 - an error of a reward's own class may fail to say what it is
+        return type(error).__name__

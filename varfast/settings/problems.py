@@ -10,6 +10,7 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from varfast.printable import printable
 from varfast.settings import schema
 from varfast.settings.aliases import ALIASES
 
@@ -85,7 +86,7 @@ def _hint(values: list[schema.Value], given: Any, key: str) -> str:
         if kinds & {int, float} and re.fullmatch(r"[-+]?[\d_]+(\.[\d_]*)?([eE][-+]?\d+)?", given):
             return f"; write {given.replace('_', '')}, without quotes"
         if kinds & {int, float} and len(given.split(",")) > 1 and "." in key:
-            return f"; for a run with each of several values: varfast train CONFIG --sweep {key}={given}"
+            return f"; for a run with each of several values: varfast train CONFIG --sweep {key}={printable(given)}"
     elif bool in kinds and given in (0, 1):
         return f"; write {str(bool(given)).lower()}"
     elif int in kinds and isinstance(given, float) and given.is_integer() and abs(given) < 2**53:
@@ -96,7 +97,7 @@ def _hint(values: list[schema.Value], given: Any, key: str) -> str:
         return f"; quotes make it text: '{key}=\"{given}\"'"
     lists = [m for m in members if get_origin(m.annotation) in (list, tuple)]
     if lists and isinstance(given, str | int | float) and not isinstance(given, bool):
-        return f"; in brackets, as {key}=[{given}]"
+        return f"; in brackets, as {key}=[{printable(given)}]"
     return near([choice for value in values for choice in schema.choices(value)], given)
 
 
