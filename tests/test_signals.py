@@ -109,3 +109,14 @@ def test_what_is_printed_after_a_terminal_hung_up_fails_nothing(tmp_path):
 
 def test_received_is_empty_at_first():
     assert StopSignals().received is None
+
+
+@pytest.mark.parametrize(("rank", "times"), [(None, 1), ("0", 1), ("1", 0)])
+def test_of_many_processes_the_first_one_says_that_it_stops(rank, times, monkeypatch, capfd):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with listen() as signals, signals.in_steps():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.received == signal.SIGUSR1
+    assert capfd.readouterr().err.count("stopping after this step") == times

@@ -68,6 +68,8 @@ class StopSignals:
             raise Stopped(name)
         if self.received is None:
             self.received, self._received_s = name, time.monotonic()
+            if os.environ.get("RANK", "0") != "0":  # all processes get it, and the first one says so
+                return
             # os.write, since the signal may have interrupted a print; and a closed pipe must not prevent the save.
             with suppress(OSError):
                 os.write(2, b"\nstopping after this step; Ctrl-C stops at once (back to the last checkpoint)\n")
