@@ -144,7 +144,8 @@ class BeforeAfter:
         count, world = len(self._labels), self._world
         # Fewer images than processes: each samples all of them, as none may be without.
         shard = world.shard(count) if count >= world.size else slice(0, count)
-        chunk = micro_batch or _CHUNK_IMAGES
+        # Of all processes the largest: the plan of one that has fewer images of a step may name fewer.
+        chunk = int(world.largest(micro_batch or _CHUNK_IMAGES))
         most = math.ceil(count / world.size) if count >= world.size else count  # images of a process
         chunks = math.ceil(most / chunk)
         parts: dict[str, list[torch.Tensor]] = {}
