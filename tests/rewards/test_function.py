@@ -104,7 +104,7 @@ def test_two_rewards_of_one_file_share_its_module(write, images):
         (":x", "want module:name"),
         ("a:", "'' is no name"),
         ("a b:x", "want module:name"),
-        ("mine.py", "want module:name or file.py:name"),
+        ("mine.py", "want the function's name too, as mine.py:redness"),
         ("x\0.py:a", "want module:name"),
     ],
 )
