@@ -567,8 +567,10 @@ def test_sample_says_what_it_leaves_out_and_writes_what_the_suffix_says(make_mod
     assert varfast.sample.main([*given, f"out={tmp_path}/y.png", "labels=[class 9, 3]"]) == 0
     assert "are shown" not in capsys.readouterr().out
     (tmp_path / "folder.png").mkdir()
-    for out in (f"{tmp_path}/", f"{tmp_path}/new/", f"{tmp_path}/x", f"{tmp_path}/x.bmp", f"{tmp_path}/folder.png"):
-        with pytest.raises(InputError, match="want a name that ends with .png, .jpg"):
+    ends = "want a name that ends with .png, .jpg"
+    refused = dict.fromkeys((f"{tmp_path}/", f"{tmp_path}/new/", f"{tmp_path}/x", f"{tmp_path}/x.bmp"), ends)
+    for out, said in (refused | {f"{tmp_path}/folder.png": "want the name of a picture"}).items():
+        with pytest.raises(InputError, match=said):
             varfast.sample.main([*given, f"out={out}"])
 
 
