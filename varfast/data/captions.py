@@ -17,9 +17,12 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from varfast.data.prompts import Prompt
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Of the cells 0 ... 3 of the sheet, row by row.
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
@@ -130,6 +133,21 @@ class World:
     def scenes(self, caption: Caption) -> list[Scene]:
         """Those that a caption describes and that pre-training shows; for a new caption, all that it describes."""
         return [scene for scene in self.described(caption.asked) if self.is_new(scene) == caption.is_new]
+
+    @functools.cached_property
+    def shown(self) -> tuple[Caption, ...]:
+        """The captions of pre-training: those that are not new."""
+        return tuple(caption for caption in self.captions if not caption.is_new)
+
+    def scenes_shown(self, per_caption: int, rng: np.random.RandomState) -> Iterator[Scene]:
+        """A scene of each of the captions `shown`, in their order, so many times over.
+
+        One at a time, so that whoever draws it takes its random numbers before the next one is chosen.
+        """
+        scenes = [self.scenes(caption) for caption in self.shown]
+        for _ in range(per_caption):
+            for described in scenes:
+                yield described[rng.randint(len(described))]
 
     def described(self, asked: Mapping[str, Any]) -> list[Scene]:
         """All scenes that have the attributes."""

@@ -6,7 +6,6 @@ Axes: N scene; images are (N, 3, H, W) float32 in [0, 1].
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -50,12 +49,9 @@ def captioned_scenes(per_caption: int, image_size: int, seed: int) -> tuple[Tens
     Returns: images (N, 3, image_size, image_size), (N,) int64 rows of the captions, and the captions' texts.
     Raises: InputError as draw_scene.
     """
-    captions = [caption for caption in DIGITS.captions if not caption.is_new]
-    rng = np.random.RandomState(seed)
-    rows_N = np.tile(np.arange(len(captions)), per_caption)
-    scenes: list[Sequence[Scene]] = [DIGITS.scenes(caption) for caption in captions]
-    images = [draw_scene(scenes[row][rng.randint(len(scenes[row]))], image_size, rng) for row in rows_N]
-    return torch.stack(images), torch.from_numpy(rows_N), [caption.text for caption in captions]
+    rng, texts = np.random.RandomState(seed), [caption.text for caption in DIGITS.shown]
+    images = [draw_scene(scene, image_size, rng) for scene in DIGITS.scenes_shown(per_caption, rng)]
+    return torch.stack(images), torch.arange(len(texts)).repeat(per_caption), texts
 
 
 @functools.cache

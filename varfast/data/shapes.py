@@ -93,12 +93,9 @@ def captioned_shapes(per_caption: int, image_size: int, seed: int) -> tuple[Tens
     Returns: images (N, 3, image_size, image_size), (N,) int64 rows of the captions, and the captions' texts.
     Raises: InputError as draw_shapes.
     """
-    captions = [caption for caption in SHAPES.captions if not caption.is_new]
-    rng = np.random.RandomState(seed)
-    rows_N = np.tile(np.arange(len(captions)), per_caption)
-    scenes = [SHAPES.scenes(caption) for caption in captions]
-    images = draw_shapes([scenes[row][rng.randint(len(scenes[row]))] for row in rows_N], image_size, rng)
-    return images, torch.from_numpy(rows_N), [caption.text for caption in captions]
+    rng, texts = np.random.RandomState(seed), [caption.text for caption in SHAPES.shown]
+    images = draw_shapes(list(SHAPES.scenes_shown(per_caption, rng)), image_size, rng)
+    return images, torch.arange(len(texts)).repeat(per_caption), texts
 
 
 def _any_count(scenes: Sequence[Scene], rng: np.random.RandomState) -> Scene:
